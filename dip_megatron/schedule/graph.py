@@ -29,12 +29,15 @@ class ModalityModule:
     ``layers[segment][rank]`` is the number of transformer layers of each chunk. ``upstream`` names the modules whose
     outputs feed this module's first segment. ``trainable[segment][rank]`` says whether the chunk has weight gradients
     (a frozen ViT with a trained projector is trainable in its very last chunk only); empty means all of it.
+    ``reversed[segment]`` is True for a segment that runs from the last rank to rank 0 (the second half of a V-shaped
+    placement); empty means that none does.
     """
 
     name: str
     layers: tuple[tuple[int, ...], ...]
     upstream: tuple[str, ...] = ()
     trainable: tuple[tuple[bool, ...], ...] = ()
+    reversed: tuple[bool, ...] = ()
 
     @property
     def segments(self) -> int:
@@ -42,6 +45,9 @@ class ModalityModule:
 
     def trains(self, segment: int, rank: int) -> bool:
         return self.trainable[segment][rank] if self.trainable else True
+
+    def runs_back(self, segment: int) -> bool:
+        return self.reversed[segment] if self.reversed else False
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,8 @@ class StageGraph:
                 raise GraphError(f"module {m.name}: layers must be [segment][{self.ranks} ranks], got {m.layers}")
             if m.trainable and [len(r) for r in m.trainable] != [len(r) for r in m.layers]:
                 raise GraphError(f"module {m.name}: trainable must have the shape of layers")
+            if m.reversed and len(m.reversed) != m.segments:
+                raise GraphError(f"module {m.name}: reversed must name each of its {m.segments} segments")
             if not set(m.upstream) <= known:
                 raise GraphError(f"module {m.name}: upstream {m.upstream} must be listed before it, known: {known}")
             known.add(m.name)
@@ -169,10 +177,30 @@ class StageGraph:
             raise GraphError(f"{key} is not a stage of this graph")
         return self.row(key.unit, key.segment)
 
+    @cached_property
+    def row_reversed(self) -> NDArray[np.bool_]:
+        """``[S]``: the row runs from the last rank to rank 0."""
+        flags = [
+            m.runs_back(k) for u in self.units for m in [self._module_by_name[u.module]] for k in range(m.segments)
+        ]
+        return np.array(flags, dtype=np.bool_)
+
+    def entry_rank(self, row: int) -> int:
+        """The rank where the row's forward starts (and its backward ends)."""
+        return self.ranks - 1 if self.row_reversed[row] else 0
+
+    def exit_rank(self, row: int) -> int:
+        """The rank where the row's forward ends (and its backward starts)."""
+        return 0 if self.row_reversed[row] else self.ranks - 1
+
+    def link_hop(self, before: int, after: int) -> float:
+        """Seconds from the last stage of row ``before`` to the first of row ``after``: nothing travels at a turn."""
+        return 0.0 if self.row_reversed[before] != self.row_reversed[after] else float(self.hop[before])
+
     # -- the dependency rule -------------------------------------------------------------------------------------
     @cached_property
     def previous_rows(self) -> tuple[tuple[int, ...], ...]:
-        """Rows that must have passed the last rank before row s may start on rank 0 (forward); joins have several."""
+        """Rows that must have ended before row s may start on its entry rank (forward); joins have several."""
         previous: list[list[int]] = [[] for _ in range(self.rows)]
         for u in self.units:
             start = self.first_row[u.id]
@@ -211,10 +239,11 @@ class StageGraph:
             flags[m.name] = []
             for k in range(m.segments):
                 line = []
-                for r in range(self.ranks):
+                path = range(self.ranks - 1, -1, -1) if m.runs_back(k) else range(self.ranks)
+                for r in path:
                     alive = alive or m.trains(k, r)
                     line.append(alive)
-                flags[m.name].append(line)
+                flags[m.name].append(line[::-1] if m.runs_back(k) else line)
             reached[m.name] = alive
         out = np.zeros((self.rows, self.ranks), dtype=np.bool_)
         for s in range(self.rows):
@@ -224,27 +253,29 @@ class StageGraph:
     def predecessors(self, key: StageKey) -> tuple[StageKey, ...]:
         """The operations that must end before ``key`` may start, other than by the rank's own order.
 
-        F: the previous rank's F; on rank 0 the last rank's F of every previous row. B and BW mirror F (the next rank's
-        B, on the last rank rank 0's B of every next row) and follow the stage's own F. W follows its own B. ``B`` in the
-        answer stands for whichever of B and BW the plan has for that stage.
+        F: the previous rank's F; on the entry rank (rank 0; the last rank if the segment is reversed) the F of every
+        previous row on its exit rank. B and BW mirror F (the next rank's B; on the exit rank the B of every next row on
+        its entry rank) and follow the stage's own F. W follows its own B. ``B`` in the answer stands for whichever of B
+        and BW the plan has for that stage.
         """
         s, p = self.row_of(key), key.rank
+        step = -1 if self.row_reversed[s] else 1
         if key.kind == Kind.F:
-            if p > 0:
-                return (self.key(Kind.F, s, p - 1),)
-            return tuple(self.key(Kind.F, q, self.ranks - 1) for q in self.previous_rows[s])
+            if p != self.entry_rank(s):
+                return (self.key(Kind.F, s, p - step),)
+            return tuple(self.key(Kind.F, q, self.exit_rank(q)) for q in self.previous_rows[s])
         if key.kind == Kind.W:
             return (self.key(Kind.B, s, p),)
         own = (self.key(Kind.F, s, p),)
-        if p < self.ranks - 1:
-            return (*own, self.key(Kind.B, s, p + 1))
-        return own + tuple(self.key(Kind.B, n, 0) for n in self.next_rows[s])
+        if p != self.exit_rank(s):
+            return (*own, self.key(Kind.B, s, p + step))
+        return own + tuple(self.key(Kind.B, n, self.entry_rank(n)) for n in self.next_rows[s])
 
     # -- views ---------------------------------------------------------------------------------------------------
     @property
     def candidates(self) -> int:
         """C: number of memory strategies."""
-        return self.forward.shape[0]
+        return int(self.forward.shape[0])
 
     def strategy_name(self, strategy: int, row: int, rank: int) -> str:
         return self.strategies[row][rank][strategy] if self.strategies else "none"

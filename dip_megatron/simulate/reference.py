@@ -52,16 +52,18 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
 
     def ready_time(kind: Kind, s: int, p: int) -> float:
         """When the inputs of an operation are there; nan if one is not known yet."""
+        step = -1 if graph.row_reversed[s] else 1
         if kind == Kind.F:
-            if p > 0:
-                return float(forward_end[s, p - 1] + graph.hop[s])
-            return float(np.max([0.0, *(forward_end[q, ranks - 1] + graph.hop[q] for q in graph.previous_rows[s])]))
+            if p != graph.entry_rank(s):
+                return float(forward_end[s, p - step] + graph.hop[s])
+            ends = [forward_end[q, graph.exit_rank(q)] + graph.link_hop(q, s) for q in graph.previous_rows[s]]
+            return float(np.max([0.0, *ends]))
         if kind == Kind.W:
             return float(backward_end[s, p])
         own = forward_end[s, p]
-        if p < ranks - 1:
-            return float(np.maximum(own, backward_end[s, p + 1] + graph.hop[s]))
-        arrivals = [backward_end[n, 0] + graph.hop[s] for n in graph.next_rows[s]]
+        if p != graph.exit_rank(s):
+            return float(np.maximum(own, backward_end[s, p + step] + graph.hop[s]))
+        arrivals = [backward_end[n, graph.entry_rank(n)] + graph.link_hop(s, n) for n in graph.next_rows[s]]
         return float(np.max([own, *arrivals]))
 
     remaining = sum(len(order) for order in schedule.orders)
