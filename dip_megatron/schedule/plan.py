@@ -1,0 +1,87 @@
+"""A plan: the ordered actions of every rank for one iteration, with all that is needed to check and to run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .actions import Action
+from .graph import StageGraph
+from .order import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape (elements) and dtype (torch's name, e.g. ``bfloat16``) of one tensor of a payload;
+    ``differentiable`` tensors have a gradient of the same shape travelling back."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    differentiable: bool = True
+
+
+Payload = tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the simulator expects: seconds, idle share of all ranks' time, peak bytes per rank (static included)."""
+
+    iteration_time: float
+    lower_bound: float
+    bubble_ratio: float
+    peak_bytes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SearchStatistics:
+    """How the plan was found."""
+
+    seconds: float = 0.0
+    evaluations: int = 0
+    workers: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One iteration's plan.
+
+    ``graph`` has one candidate per stage (the chosen memory strategy). ``payloads[(row, next_row)]`` says what travels
+    from the last rank of a row to rank 0 of the next; ``payloads[(row, row)]`` what travels between the ranks of a row.
+    Planning without a model to run leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``.
+    """
+
+    graph: StageGraph
+    schedule: Schedule
+    actions: tuple[tuple[Action, ...], ...]
+    predicted: Predicted
+    name: str = "dip"
+    payloads: Mapping[tuple[int, int], Payload] = field(default_factory=dict)
+    search: SearchStatistics = SearchStatistics()
+
+    def digest(self) -> str:
+        """SHA-256 over all that decides what ranks do and exchange: units, actions of all ranks, payload shapes."""
+        units = [(u.module, u.microbatch, u.first, u.count, u.feeds) for u in self.graph.units]
+        modules = [(m.name, m.layers, m.upstream, m.trainable) for m in self.graph.modules]
+        payloads = sorted(
+            (key, [(t.name, t.shape, t.dtype, t.differentiable) for t in payload])
+            for key, payload in self.payloads.items()
+        )
+        actions = [[str(a) for a in line] for line in self.actions]
+        text = json.dumps([modules, units, payloads, actions])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def used_strategies(plan: Plan) -> dict[str, int]:
+    """How many stages use each memory strategy."""
+    names, counts = np.unique(
+        [plan.graph.strategy_name(0, s, p) for s in range(plan.graph.rows) for p in range(plan.graph.ranks)],
+        return_counts=True,
+    )
+    return {str(n): int(c) for n, c in zip(names, counts, strict=True)}
