@@ -23,19 +23,20 @@ from .plan import Payload, Plan, Predicted, SearchStatistics
 
 def outgoing(graph: StageGraph, key: StageKey) -> tuple[Message, ...]:
     """Messages that an operation's end sets off, those between stages of one rank included."""
-    s, p, last = graph.row_of(key), key.rank, graph.ranks - 1
+    s, p = graph.row_of(key), key.rank
+    step = -1 if graph.row_reversed[s] else 1
     if key.kind == Kind.W:
         return ()
     if key.kind == Kind.F:
-        if p < last:
-            targets = [graph.key(Kind.F, s, p + 1)]
+        if p != graph.exit_rank(s):
+            targets = [graph.key(Kind.F, s, p + step)]
         else:
-            targets = [graph.key(Kind.F, n, 0) for n in graph.next_rows[s]]
+            targets = [graph.key(Kind.F, n, graph.entry_rank(n)) for n in graph.next_rows[s]]
         return tuple(Message(graph.key(Kind.F, s, p), t) for t in targets)
-    if p > 0:
-        back = [(s, p - 1)]
+    if p != graph.entry_rank(s):
+        back = [(s, p - step)]
     else:
-        back = [(q, last) for q in graph.previous_rows[s]]
+        back = [(q, graph.exit_rank(q)) for q in graph.previous_rows[s]]
     source = graph.key(Kind.B, s, p)
     return tuple(Message(source, graph.key(Kind.B, q, r)) for q, r in back if graph.has_backward[q, r])
 

@@ -68,7 +68,7 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 over all that decides what ranks do and exchange: units, actions of all ranks, payload shapes."""
         units = [(u.module, u.microbatch, u.first, u.count, u.feeds) for u in self.graph.units]
-        modules = [(m.name, m.layers, m.upstream, m.trainable) for m in self.graph.modules]
+        modules = [(m.name, m.layers, m.upstream, m.trainable, m.reversed) for m in self.graph.modules]
         payloads = sorted(
             (key, [(t.name, t.shape, t.dtype, t.differentiable) for t in payload])
             for key, payload in self.payloads.items()
