@@ -1,0 +1,52 @@
+"""The least uniform recompute with which a static schedule fits its memory limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..schedule.graph import StageGraph
+from ..schedule.order import Schedule
+from ..simulate.reference import Timeline, simulate
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A baseline's schedule with its timeline. ``strategy`` is the memory strategy that all its stages use; ``fits``
+    says whether every rank stays under its limit (if no strategy does, it is the leanest one)."""
+
+    schedule: Schedule
+    timeline: Timeline
+    strategy: int
+    fits: bool
+
+
+def least_recompute(graph: StageGraph, build: Callable[[StageGraph], Sequence[Schedule]]) -> Fitted:
+    """Try the graph's memory strategies from the fastest to the leanest, one for all stages, as Megatron's recompute
+    flags do; of the schedules that ``build`` offers for the first strategy that fits, the fastest.
+
+    ``build`` gets the graph with that strategy alone. Raises what ``build`` raises.
+    """
+    best: Fitted | None = None
+    for strategy in range(graph.candidates):
+        choice = np.full((graph.rows, graph.ranks), strategy, dtype=np.int8)
+        projected = graph.project(choice)
+        for schedule in build(projected):
+            timeline = simulate(projected, schedule)
+            fits = bool(np.all(timeline.peak_bytes <= graph.memory_limit))
+            fitted = Fitted(Schedule(schedule.orders, choice), timeline, strategy, fits)
+            if best is None or _rank(fitted, graph) < _rank(best, graph):
+                best = fitted
+        if best is not None and best.fits:
+            return best
+    if best is None:
+        raise ValueError("the baseline offers no schedule")
+    return best
+
+
+def _rank(fitted: Fitted, graph: StageGraph) -> tuple[bool, float]:
+    """Those that fit come first, by time; the others by how far they are over the limit."""
+    over = float(np.max(fitted.timeline.peak_bytes - graph.memory_limit))
+    return (not fitted.fits, fitted.timeline.iteration_time if fitted.fits else over)

@@ -1,0 +1,83 @@
+"""Static orders over modality-segmented graphs, and the least recompute that fits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dip_megatron.baselines import (
+    BaselineError,
+    interleaved,
+    least_recompute,
+    one_forward_one_backward,
+    optimus_coarse,
+    optimus_leads,
+    segmented_static,
+)  # fmt: skip
+from dip_megatron.schedule import Kind, check_complete
+from dip_megatron.schedule.lower import make_plan
+from dip_megatron.schedule.verify import verify
+from dip_megatron.simulate import simulate
+
+from ..graphs import paper_graph, random_graph
+from .mixed import mixed_graph
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_static_orders_end_and_verify(seed):
+    graph = random_graph(seed, memory=np.inf)
+    schedules = [segmented_static(graph)]
+    if any(any(m.reversed) for m in graph.modules):
+        with pytest.raises(BaselineError, match="reversed"):
+            optimus_coarse(graph)
+    else:
+        schedules.append(optimus_coarse(graph))
+    for schedule in schedules:
+        assert check_complete(graph, schedule) is None
+        verify(make_plan(graph, schedule, lower_bound=0.0))
+
+
+def test_one_module_gives_megatrons_interleaved_order():
+    graph = mixed_graph(4, 12, 3)
+    for a, b in zip(segmented_static(graph).orders, interleaved(graph).orders, strict=True):
+        assert a.tolist() == b.tolist()
+
+
+@pytest.mark.parametrize("name", ["vlm-s", "t2v-s"])
+def test_optimus_keeps_the_backbones_order_and_beats_encoders_first(name):
+    graph = paper_graph(name, limited=False, candidates=1)
+    schedule = optimus_coarse(graph)
+    backbone = graph.modules[-1].name
+    for rank in range(graph.ranks):
+        kept = [k for k in schedule.operations(graph, rank) if k.module == backbone]
+        warmup = graph.ranks - rank - 1
+        assert [k.kind for k in kept[: warmup + 2]] == [Kind.F] * (warmup + 1) + [Kind.BW]
+        forwards = [k.unit for k in kept if k.kind == Kind.F]
+        assert forwards == sorted(forwards)
+    times = [simulate(graph, s).iteration_time for s in optimus_leads(graph)]
+    assert simulate(graph, schedule).iteration_time == min(times) <= times[-1]
+
+
+def test_leads_bound_the_encoder_forwards_ahead():
+    graph = paper_graph("vlm-s", limited=False, candidates=1)
+    peaks = [simulate(graph, s).peak_bytes.max() for s in optimus_leads(graph)]
+    assert peaks[0] < peaks[-1]
+
+
+def test_least_recompute_takes_the_first_strategy_that_fits():
+    def build(graph):
+        return [one_forward_one_backward(graph)]
+
+    free = least_recompute(mixed_graph(4, 8, recompute=0.5), build)
+    tight = least_recompute(mixed_graph(4, 8, recompute=0.5, limit=3.5), build)
+    hopeless = least_recompute(mixed_graph(4, 8, recompute=0.5, limit=0.2), build)
+    assert (free.strategy, free.fits) == (0, True)
+    assert (tight.strategy, tight.fits) == (1, True)
+    assert (hopeless.strategy, hopeless.fits) == (1, False)
+    assert tight.timeline.iteration_time == pytest.approx(free.timeline.iteration_time + 11 * 0.5)
+    assert np.all(tight.timeline.peak_bytes <= 3.5)
+    graph = mixed_graph(4, 8, recompute=0.5, limit=3.5)
+    assert simulate(graph, tight.schedule).iteration_time == tight.timeline.iteration_time
