@@ -19,13 +19,12 @@ What is replaced, for megatron-core 0.16 to 0.19:
 
 Flags a script needs beside this: ``--distributed-backend gloo --transformer-impl local --attention-backend unfused
 --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion
---no-persist-layer-norm`` (:data:`CPU_FLAGS`).
+--no-persist-layer-norm --no-rope-fusion`` (:data:`CPU_FLAGS`).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 import os
@@ -49,6 +48,7 @@ CPU_FLAGS = (
     "--no-bias-dropout-fusion",
     "--no-gradient-accumulation-fusion",
     "--no-persist-layer-norm",
+    "--no-rope-fusion",
 )  # fmt: skip
 
 _HOST = torch.device("cpu")
@@ -75,7 +75,7 @@ def install_cpu_platform() -> bool:
     _adapt_core()
     if importlib.util.find_spec("megatron.training") is not None:
         _adapt_training()
-    importlib.import_module("torch._dynamo").config.disable = True
+    torch.compiler.set_stance("force_eager")
     _replace_cuda_functions()
     _replace_factories()
     _replace_tensor_methods()
