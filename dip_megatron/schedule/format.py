@@ -1,0 +1,124 @@
+"""The plan file's fields as a pydantic model: what is checked at the border, and the source of the JSON schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+VERSION = 1
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
+
+
+class Strict(BaseModel):
+    """No field left out, none added, nothing converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ModuleRecord(Strict):
+    """One modality module."""
+
+    name: Name
+    segments: Annotated[int, Field(ge=1)]
+    layers: Annotated[list[list[Count]], Field(description="[segment][rank]: transformer layers of each chunk")]
+    trainable: Annotated[list[list[bool]], Field(description="[segment][rank]; empty: every chunk trains")]
+    upstream: Annotated[list[Name], Field(description="modules whose outputs feed the first segment")]
+    reversed: Annotated[list[bool], Field(description="[segment]: runs from the last rank to rank 0; empty: none does")]
+
+
+class UnitRecord(Strict):
+    """One sub-microbatch; ``instances`` is [first, count]."""
+
+    id: Annotated[Count, Field(description="position in the list")]
+    module: Name
+    microbatch: Count
+    instances: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    feeds: Annotated[list[Count], Field(description="ids of the downstream units that wait for this one")]
+
+
+class StageTimes(Strict):
+    """Seconds of the stages of one unit in one segment, one entry per rank."""
+
+    module: Name
+    segment: Count
+    unit: Count
+    F: Annotated[list[Seconds], Field(description="forward")]
+    B: Annotated[list[Seconds], Field(description="input gradient")]
+    W: Annotated[list[Seconds], Field(description="weight gradient")]
+    BW: Annotated[list[Seconds], Field(description="both gradients at once")]
+
+
+class StageBytes(Strict):
+    """Bytes of the stages of one unit in one segment, one entry per rank."""
+
+    module: Name
+    segment: Count
+    unit: Count
+    held: Annotated[list[Bytes], Field(description="from the start of F to the end of B or BW")]
+    kept: Annotated[list[Bytes], Field(description="by a split stage, from the end of B to the end of W")]
+
+
+class TensorRecord(Strict):
+    """One tensor of a payload."""
+
+    name: str
+    shape: list[Count]
+    dtype: str
+    differentiable: bool
+
+
+class PayloadRecord(Strict):
+    """What travels from row ``source`` to row ``target`` (equal: between the ranks of one row)."""
+
+    source: Count
+    target: Count
+    tensors: list[TensorRecord]
+
+
+class PredictedRecord(Strict):
+    """What the simulator expects."""
+
+    iteration_time: Seconds
+    lower_bound: Seconds
+    bubble_ratio: Annotated[float, Field(ge=0, le=1)]
+    peak_bytes: Annotated[list[Bytes], Field(description="per rank, static bytes included")]
+
+
+class SearchRecord(Strict):
+    """How the plan was found."""
+
+    seconds: Seconds
+    evaluations: Count
+    workers: Count
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
+
+
+class PlanRecord(Strict):
+    """One iteration's plan: one line of a plan file."""
+
+    version: Literal[1]
+    schedule: Annotated[str, Field(min_length=1, description="name of the schedule that made it, e.g. dip")]
+    ranks: Annotated[int, Field(ge=1)]
+    modules: Annotated[list[ModuleRecord], Field(min_length=1)]
+    units: Annotated[list[UnitRecord], Field(min_length=1)]
+    durations: Annotated[list[StageTimes], Field(description="by unit, then segment")]
+    activation_bytes: Annotated[list[StageBytes], Field(description="by unit, then segment")]
+    latency: Annotated[
+        list[Seconds], Field(description="seconds of one hop of a row's output, in the order of durations")
+    ]
+    memory_limit: Annotated[list[Bytes | None], Field(description="per rank; null: none")]
+    static_bytes: Annotated[list[Bytes], Field(description="per rank: parameters, gradients, optimizer state")]
+    payloads: list[PayloadRecord]
+    actions: Annotated[list[list[str]], Field(description="[rank]: what the rank does, in order")]
+    predicted: PredictedRecord
+    search: SearchRecord
+
+
+def plan_json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of one line of a plan file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **PlanRecord.model_json_schema()}
