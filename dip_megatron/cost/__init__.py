@@ -1,0 +1,39 @@
+"""What stages cost: seconds and bytes from an operator model, calibrated by measurements where there are any."""
+
+from .calibration import Costs, Scale, Table
+from .chunks import Chunk, ChunkCost, CostModel, LayerRun
+from .graph import build_graph, build_mixed_graph, cost_model, mixed_graph, segmented_graph
+from .hardware import Cluster, load_cluster
+from .operators import Operators
+from .parts import LayerCost, PartCost
+from .sizes import Sizes, unit_sizes, whole_sizes
+from .static import StaticBytes
+from .strategies import LAYER_STRATEGIES, StrategyError, format_strategy, parse_strategy
+
+__all__ = [
+    "LAYER_STRATEGIES",
+    "Chunk",
+    "ChunkCost",
+    "Cluster",
+    "CostModel",
+    "Costs",
+    "LayerCost",
+    "LayerRun",
+    "Operators",
+    "PartCost",
+    "Scale",
+    "Sizes",
+    "StaticBytes",
+    "StrategyError",
+    "Table",
+    "build_graph",
+    "build_mixed_graph",
+    "cost_model",
+    "format_strategy",
+    "load_cluster",
+    "mixed_graph",
+    "parse_strategy",
+    "segmented_graph",
+    "unit_sizes",
+    "whole_sizes",
+]

@@ -1,0 +1,46 @@
+"""Descriptions of large multimodal models: modality modules, their graph, and how they are cut."""
+
+from .modules import (
+    AudioEmbedding,
+    Head,
+    LanguageHead,
+    LatentEmbedding,
+    LatentHead,
+    ModelError,
+    ModuleShape,
+    MultimodalModel,
+    Nothing,
+    Packing,
+    Parallel,
+    PatchEmbedding,
+    Projector,
+    Stem,
+    TokenEmbedding,
+    TransformerLayer,
+)
+from .partition import ModulePartition, Partition, even_partition, spread
+from .schema import load_model
+
+__all__ = [
+    "AudioEmbedding",
+    "Head",
+    "LanguageHead",
+    "LatentEmbedding",
+    "LatentHead",
+    "ModelError",
+    "ModulePartition",
+    "ModuleShape",
+    "MultimodalModel",
+    "Nothing",
+    "Packing",
+    "Parallel",
+    "Partition",
+    "PatchEmbedding",
+    "Projector",
+    "Stem",
+    "TokenEmbedding",
+    "TransformerLayer",
+    "even_partition",
+    "load_model",
+    "spread",
+]

@@ -1,0 +1,335 @@
+"""What a large multimodal model is, for the planner: modality modules with their layer shapes, and their graph.
+
+Plain frozen dataclasses: a running model can be described with them as well as a YAML file can. Sizes are in elements;
+a *token* is one position of a module's sequence (a patch for a ViT, a latent patch for a DiT).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+Input = Literal["images", "audios", "clips", "text"]
+TrainablePart = Literal["stem", "layers", "head"]
+EVERY_PART: tuple[TrainablePart, ...] = ("stem", "layers", "head")
+
+
+class ModelError(ValueError):
+    """A model description that contradicts itself; the message is ``PLACE: REASON``."""
+
+
+def _positive(place: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ModelError(f"{place}.{name}: must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class TransformerLayer:
+    """Shape of one transformer layer.
+
+    ``cross_attention`` is the width of the condition its second attention reads (0: none). ``adaln`` says where scale,
+    shift and gate come from: nowhere, one projection shared by all layers (``single``, in the stem), or one of each
+    layer's own (``block``). ``window`` limits self-attention to windows of so many tokens (0: none), except in every
+    ``full_attention_every``-th layer (0: no exception).
+    """
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_groups: int
+    head_dim: int = 0
+    gated: bool = False
+    causal: bool = False
+    cross_attention: int = 0
+    adaln: Literal["none", "single", "block"] = "none"
+    window: int = 0
+    full_attention_every: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("layer", hidden=self.hidden, ffn=self.ffn, heads=self.heads, kv_groups=self.kv_groups)
+        if self.head_dim == 0:
+            if self.hidden % self.heads:
+                raise ModelError(f"layer.heads: {self.heads} don't divide hidden {self.hidden}; set head_dim")
+            object.__setattr__(self, "head_dim", self.hidden // self.heads)
+        if self.heads % self.kv_groups:
+            raise ModelError(f"layer.kv_groups: {self.kv_groups} don't divide {self.heads} heads")
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_groups * self.head_dim
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of one layer, biases left out."""
+        attention = self.hidden * (2 * self.query_width + 2 * self.kv_width)
+        mlp = self.hidden * self.ffn * (3 if self.gated else 2)
+        cross = 2 * self.hidden * self.query_width + 2 * self.cross_attention * self.kv_width
+        modulation = {"none": 0, "single": 6 * self.hidden, "block": 6 * self.hidden**2}[self.adaln]
+        norms = (3 if self.cross_attention else 2) * self.hidden
+        return attention + mlp + (cross if self.cross_attention else 0) + modulation + norms
+
+
+@dataclass(frozen=True)
+class PatchEmbedding:
+    """Pixels to tokens: ``patch x patch`` pixels of ``channels``, ``temporal`` frames, one linear."""
+
+    patch: int
+    channels: int = 3
+    temporal: int = 1
+
+    def parameters(self, hidden: int) -> int:
+        return self.patch**2 * self.channels * self.temporal * hidden
+
+
+@dataclass(frozen=True)
+class AudioEmbedding:
+    """Mel spectrogram to tokens: two convolutions of width 3, the second with stride 2 (Whisper's stem)."""
+
+    mels: int = 128
+
+    def parameters(self, hidden: int) -> int:
+        return 3 * self.mels * hidden + 3 * hidden**2
+
+
+@dataclass(frozen=True)
+class TokenEmbedding:
+    """Token ids to hidden states: a table of ``vocabulary`` rows, split over the tensor-parallel ranks."""
+
+    vocabulary: int
+
+    def parameters(self, hidden: int) -> int:
+        return self.vocabulary * hidden
+
+
+@dataclass(frozen=True)
+class LatentEmbedding:
+    """Video latents to DiT tokens, with the timestep embedding and (adaLN ``single``) the shared modulation.
+
+    An autoencoder outside the pipeline compresses (frames, height, width) by ``compression``; ``patch`` then groups the
+    latents of ``channels`` channels. Defaults are MovieGen's (arXiv 2410.13720, section 3.1): 8x8x8, 16, 1x2x2.
+    """
+
+    channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    compression: tuple[int, int, int] = (8, 8, 8)
+    shared_modulation: bool = True
+
+    def parameters(self, hidden: int) -> int:
+        timestep = 256 * hidden + hidden**2
+        return self.channels * _volume(self.patch) * hidden + timestep + 6 * hidden**2 * self.shared_modulation
+
+
+@dataclass(frozen=True)
+class Projector:
+    """Two linears from an encoder's hidden states to the next module's width; ``reduction`` tokens become one."""
+
+    output: int
+    inner: int
+    reduction: int = 1
+
+    def parameters(self, hidden: int) -> int:
+        return hidden * self.reduction * self.inner + self.inner * self.output
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """Output projection to ``vocabulary`` and the cross-entropy loss. ``tied``: it shares the embedding's table, of
+    which a pipeline keeps a second copy on the last rank all the same."""
+
+    vocabulary: int
+    tied: bool = False
+
+    def parameters(self, hidden: int) -> int:
+        return self.vocabulary * hidden
+
+
+@dataclass(frozen=True)
+class LatentHead:
+    """A DiT's last modulation, linear and mean squared error."""
+
+    channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    def parameters(self, hidden: int) -> int:
+        return self.channels * _volume(self.patch) * hidden + 2 * hidden**2
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No stem, or no head: hidden states go on as they are."""
+
+    def parameters(self, hidden: int) -> int:
+        return 0
+
+
+Stem = PatchEmbedding | AudioEmbedding | TokenEmbedding | LatentEmbedding | Nothing
+Head = Projector | LanguageHead | LatentHead | Nothing
+
+
+def _volume(patch: tuple[int, int, int]) -> int:
+    return patch[0] * patch[1] * patch[2]
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """One modality module: ``layers`` equal layers between a stem (on its first chunk) and a head (on its last).
+
+    ``input`` is what of a microbatch it reads: ``images`` or ``audios`` (an encoder; one instance each), ``clips`` (a
+    DiT), or ``text`` (a language model: packed sequences, or the prompts of the clips). ``upstream`` names the modules
+    whose outputs it waits for. ``trainable`` lists the parts that have weight gradients.
+    """
+
+    name: str
+    input: Input
+    layers: int
+    layer: TransformerLayer
+    stem: Stem = field(default_factory=Nothing)
+    head: Head = field(default_factory=Nothing)
+    upstream: tuple[str, ...] = ()
+    trainable: tuple[TrainablePart, ...] = EVERY_PART
+
+    def __post_init__(self) -> None:
+        _positive(f"modules.{self.name}", layers=self.layers)
+        unknown = set(self.trainable) - set(EVERY_PART)
+        if unknown:
+            raise ModelError(
+                f"modules.{self.name}.trainable: unknown {sorted(unknown)}; known: {', '.join(EVERY_PART)}"
+            )
+        if self.input == "clips" and not isinstance(self.stem, LatentEmbedding):
+            raise ModelError(f"modules.{self.name}.stem: a module of clips needs a latent_embedding")
+        if isinstance(self.head, LanguageHead | LatentHead) and self.input in ("images", "audios"):
+            raise ModelError(f"modules.{self.name}.head: an encoder's head is a projector or none, not a loss")
+
+    @property
+    def reduction(self) -> int:
+        """Own tokens per token that the next module sees."""
+        return self.head.reduction if isinstance(self.head, Projector) else 1
+
+    @property
+    def output_width(self) -> int:
+        """Width of what the next module gets."""
+        return self.head.output if isinstance(self.head, Projector) else self.layer.hidden
+
+    @property
+    def parameters(self) -> int:
+        hidden = self.layer.hidden
+        return self.stem.parameters(hidden) + self.layers * self.layer.parameters + self.head.parameters(hidden)
+
+    def full_attention(self, layer: int) -> bool:
+        """Whether layer number ``layer`` (from 0) attends to its whole sequence rather than to a window."""
+        every = self.layer.full_attention_every
+        return self.layer.window == 0 or (every > 0 and (layer + 1) % every == 0)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How ranks are used: tensor, pipeline and data parallel sizes, and what is sharded over them."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = True
+    distributed_optimizer: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("parallel", tp=self.tp, pp=self.pp, dp=self.dp)
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How samples become microbatches. VLMs: up to ``max_tokens`` tokens and ``max_images`` images, an image of default
+    size being ``image_tokens`` tokens of the language model. Text to video: up to ``max_clips`` clips of ``fps`` frames
+    a second, less than ``max_seconds`` in all (section 5 of the paper; MovieGen)."""
+
+    max_tokens: int = 8192
+    max_images: int = 48
+    image_tokens: int = 169
+    max_clips: int = 8
+    max_seconds: float = 16.0
+    fps: int = 16
+
+
+@dataclass(frozen=True)
+class MultimodalModel:
+    """A graph of modality modules, upstream modules first, with the parallel sizes it is trained at."""
+
+    name: str
+    modules: tuple[ModuleShape, ...]
+    parallel: Parallel = field(default_factory=Parallel)
+    packing: Packing = field(default_factory=Packing)
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise ModelError("modules: a model needs at least one")
+        known: set[str] = set()
+        for m in self.modules:
+            place = f"modules.{m.name}"
+            if m.name in known:
+                raise ModelError(f"{place}: two modules share the name")
+            missing = [u for u in m.upstream if u not in known]
+            if missing:
+                raise ModelError(f"{place}.upstream: {', '.join(missing)} must be a module listed before it")
+            known.add(m.name)
+            self._check_tensor_parallel(m, place)
+            if m.layer.cross_attention:
+                widths = [self.module(u).output_width for u in m.upstream]
+                if widths and m.layer.cross_attention not in widths:
+                    raise ModelError(
+                        f"{place}.layer.cross_attention: {m.layer.cross_attention}, upstream gives {widths}"
+                    )
+            elif m.input == "text":
+                for u in m.upstream:
+                    if self.module(u).output_width != m.layer.hidden:
+                        raise ModelError(
+                            f"{place}.upstream: {u} gives width {self.module(u).output_width}, "
+                            f"hidden is {m.layer.hidden}; set {u}'s projector"
+                        )
+
+    def _check_tensor_parallel(self, m: ModuleShape, place: str) -> None:
+        tp = self.parallel.tp
+        for name in ("heads", "ffn", "kv_groups"):
+            value = getattr(m.layer, name)
+            if value % tp and not (name == "kv_groups" and tp % value == 0):
+                raise ModelError(f"{place}.layer.{name}: {value} can't be split over tp {tp}")
+
+    @cached_property
+    def _by_name(self) -> dict[str, ModuleShape]:
+        return {m.name: m for m in self.modules}
+
+    def module(self, name: str) -> ModuleShape:
+        """The module of that name. Raises ModelError listing the names there are."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise ModelError(f"modules: no {name!r}; there are {', '.join(self._by_name)}") from None
+
+    @property
+    def parameters(self) -> int:
+        return sum(m.parameters for m in self.modules)
+
+    def with_parallel(
+        self,
+        *,
+        tp: int | None = None,
+        pp: int | None = None,
+        dp: int | None = None,
+        sequence_parallel: bool | None = None,
+        distributed_optimizer: bool | None = None,
+    ) -> MultimodalModel:
+        """The same model at other parallel sizes (``None``: as they are). Raises ModelError if they don't divide it."""
+        given = {
+            "tp": tp, "pp": pp, "dp": dp,
+            "sequence_parallel": sequence_parallel, "distributed_optimizer": distributed_optimizer,
+        }  # fmt: skip
+        changes = {k: v for k, v in given.items() if v is not None}
+        return replace(self, parallel=replace(self.parallel, **changes))  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""What a batch holds: microbatches of text, images, audio and video clips, as counts only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..model import ModuleShape, MultimodalModel
+
+
+class WorkloadError(ValueError):
+    """A batch that can't be trained on, or a malformed workload file (then ``FILE:LINE: field: reason``)."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video clip with its prompt: text tokens, frames, and pixels."""
+
+    text_tokens: int
+    frames: int
+    height: int
+    width: int
+
+    def latent_tokens(self, compression: tuple[int, int, int], patch: tuple[int, int, int]) -> int:
+        """Tokens of the clip in a DiT: each dimension divided by compression times patch, rounded up."""
+        tokens = 1
+        for size, squeeze, group in zip((self.frames, self.height, self.width), compression, patch, strict=True):
+            tokens *= -(-size // (squeeze * group))
+        return tokens
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Counts of one microbatch. ``images`` and ``audios`` hold one entry an instance: its tokens as the language model
+    sees them. ``sequences`` are the lengths (text and all) of the samples packed into it, each attending to itself
+    only; empty: one sequence of everything."""
+
+    text_tokens: int = 0
+    images: tuple[int, ...] = ()
+    audios: tuple[int, ...] = ()
+    clips: tuple[Clip, ...] = ()
+    sequences: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        fault = self.fault()
+        if fault is not None:
+            raise WorkloadError(fault)
+
+    def fault(self) -> str | None:
+        """``field: reason`` of the first contradiction, or None."""
+        if self.text_tokens < 0:
+            return f"text_tokens: {self.text_tokens} is negative"
+        for name in ("images", "audios", "sequences"):
+            for i, tokens in enumerate(getattr(self, name)):
+                if tokens < 1:
+                    return f"{name}[{i}]: needs at least 1 token, got {tokens}"
+        for i, clip in enumerate(self.clips):
+            if min(clip.frames, clip.height, clip.width) < 1 or clip.text_tokens < 0:
+                return f"clips[{i}]: needs frames, height and width of at least 1 and text_tokens of at least 0"
+        if self.clips and (self.text_tokens or self.images or self.audios or self.sequences):
+            return "clips: a microbatch of clips has no text_tokens, images, audios or sequences of its own"
+        if self.tokens == 0 and not self.clips:
+            return "text_tokens: the microbatch is empty"
+        if self.sequences and sum(self.sequences) != self.tokens:
+            return f"sequences: add up to {sum(self.sequences)}, the microbatch has {self.tokens} tokens"
+        return None
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens that a language model sees: text, images and audio, or the prompts of the clips."""
+        return self.text_tokens + sum(self.images) + sum(self.audios) + sum(c.text_tokens for c in self.clips)
+
+    def instances(self, module: ModuleShape) -> int:
+        """How many instances (images, audios, clips; one for packed text) ``module`` processes of this microbatch."""
+        if module.input == "images":
+            return len(self.images)
+        if module.input == "audios":
+            return len(self.audios)
+        if module.input == "clips" or self.clips:
+            return len(self.clips)
+        return 1
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The microbatches that one data-parallel replica trains on in one iteration."""
+
+    microbatches: tuple[Microbatch, ...]
+
+    def __post_init__(self) -> None:
+        if not self.microbatches:
+            raise WorkloadError("microbatches: an iteration needs at least one")
+
+    def check(self, model: MultimodalModel) -> None:
+        """Raises WorkloadError if ``model`` has no module for something in the batch, or a microbatch does nothing."""
+        inputs = {m.input for m in model.modules}
+        for i, microbatch in enumerate(self.microbatches):
+            for name in ("images", "audios", "clips"):
+                if getattr(microbatch, name) and name not in inputs:
+                    raise WorkloadError(f"microbatches[{i}].{name}: no module of {model.name} reads {name}")
+            if "clips" in inputs and not microbatch.clips:
+                raise WorkloadError(f"microbatches[{i}].clips: {model.name} trains on clips, there are none")
