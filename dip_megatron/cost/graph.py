@@ -58,7 +58,7 @@ def segmented_graph(
         raise WorkloadError("microbatches: an iteration needs at least one")
     ranks = model.parallel.pp
     units = make_units(model, microbatches, {m.module: m.unit_size for m in partition.modules})
-    modules = tuple(_module(pricer, partition, shape) for shape in model.modules)
+    modules = tuple(_module(partition, shape) for shape in model.modules)
     first_row = np.cumsum([0] + [partition.module(u.module).segments for u in units])
     rows = int(first_row[-1])
     chunks = {m.name: _chunks(partition, m) for m in model.modules}
@@ -95,16 +95,19 @@ def build_mixed_graph(
     stages: Sequence[Sequence[LayerRun]],
     microbatches: Sequence[Microbatch],
     *,
+    reversed: Sequence[bool] = (),
     costs: Costs | None = None,
     memory_limit: float | Sequence[float] | None = None,
 ) -> StageGraph:
     """One module ``model`` of V segments whose chunks mix modalities, one unit per microbatch: what a static pipeline
     does.
 
-    ``stages[segment * P + rank]`` lists the layers of each virtual stage; ``first`` of the runs is filled in from their
-    order. All layers must be given, with each stem on its module's first run and each head on its last.
+    ``stages`` lists the layers of the V * P virtual stages in the order in which a microbatch passes them; ``first`` of
+    the runs is filled in from there. Segment k holds stages k * P .. k * P + P - 1, on ranks 0 .. P - 1, or P - 1 .. 0
+    where ``reversed[k]``. All layers must be given, each stem on its module's first run and each head on its last;
+    ValueError says what is missing.
     """
-    return mixed_graph(cost_model(model, cluster, costs), stages, microbatches, memory_limit)
+    return mixed_graph(cost_model(model, cluster, costs), stages, microbatches, memory_limit, reversed)
 
 
 def mixed_graph(
@@ -112,6 +115,7 @@ def mixed_graph(
     stages: Sequence[Sequence[LayerRun]],
     microbatches: Sequence[Microbatch],
     memory_limit: float | Sequence[float] | None = None,
+    reversed: Sequence[bool] = (),
 ) -> StageGraph:
     """:func:`build_mixed_graph` with a cost model of one's own."""
     model, ranks = pricer.model, pricer.model.parallel.pp
@@ -119,43 +123,37 @@ def mixed_graph(
         raise ValueError(f"stages: {len(stages)} virtual stages, expected a multiple of the {ranks} ranks")
     if not microbatches:
         raise WorkloadError("microbatches: an iteration needs at least one")
-    segments = len(stages) // ranks
+    segments, count = len(stages) // ranks, len(microbatches)
     chunks = _numbered(model, stages)
     sizes = pricer.mixed_sizes(microbatches)
-    units = tuple(Unit(i, "model", i) for i in range(len(microbatches)))
-    trains = [
-        any(
-            (run.layers > 0 and "layers" in t) or (run.stem and "stem" in t) or (run.head and "head" in t)
-            for run in chunk
-            for t in [model.module(run.module).trainable]
-        )
-        for chunk in chunks
-    ]
-    grid = [range(k * ranks, (k + 1) * ranks) for k in range(segments)]
+    back = tuple(reversed) or (False,) * segments
+    holder = [(v // ranks, ranks - 1 - v % ranks if back[v // ranks] else v % ranks) for v in range(len(stages))]
+    layers_of, trains = [[0] * ranks for _ in range(segments)], [[True] * ranks for _ in range(segments)]
+    ranked: list[list[Chunk]] = [[] for _ in range(ranks)]
+    hop = np.zeros(count * segments)
+    first = np.arange(count) * segments
+    priced: dict[tuple[str, bool], LayerCost] = {}
+    costs: list[tuple[Counts, int, ChunkCost]] = []
+    message = np.zeros(count)
+    for chunk, (k, rank) in zip(chunks, holder, strict=True):
+        costs.append((first + k, rank, pricer._chunk(chunk, sizes, priced) if chunk else _empty(count)))
+        layers_of[k][rank] = sum(run.layers for run in chunk)
+        trains[k][rank] = any(_trains(model.module(run.module), run) for run in chunk)
+        ranked[rank].append(chunk)
+        if chunk:  # a stage without layers passes on what it got
+            last = model.module(chunk[-1].module)
+            message = pricer.message_bytes(last, sizes[last.name])
+        # A row has one transfer time: the mean over its stages keeps the sum along a microbatch's way.
+        hop[first + k] += pricer.hop_seconds(message) / ranks
     module = ModalityModule(
         "model",
-        tuple(tuple(sum(run.layers for run in chunks[v]) for v in row) for row in grid),
+        tuple(map(tuple, layers_of)),
         (),
-        () if all(trains) else tuple(tuple(trains[v] for v in row) for row in grid),
+        () if all(map(all, trains)) else tuple(map(tuple, trains)),
+        back if any(back) else (),
     )
-    first = np.arange(len(microbatches)) * segments
-    layers: dict[tuple[str, bool], LayerCost] = {}
-    costs: list[tuple[Counts, int, ChunkCost]] = []
-    messages: list[Floats] = []
-    for v, chunk in enumerate(chunks):
-        cost = pricer._chunk(chunk, sizes, layers) if chunk else _empty(len(units))
-        costs.append((first + v // ranks, v % ranks, cost))
-        # What crosses the border: the states of the module in progress; a stage without layers passes on what it got.
-        last = model.module(chunk[-1].module) if chunk else None
-        if last is not None:
-            messages.append(pricer.message_bytes(last, sizes[last.name]))
-        else:
-            messages.append(messages[-1] if messages else np.zeros(len(units)))
-    hop = np.zeros(len(microbatches) * segments)
-    for k, row in enumerate(grid):
-        hop[first + k] = np.mean([pricer.hop_seconds(messages[v]) for v in row], axis=0)
+    units = tuple(Unit(i, "model", i) for i in range(count))
     arrays, names = _fill(len(hop), ranks, costs)
-    ranked = [[chunks[v] for v in range(rank, len(chunks), ranks)] for rank in range(ranks)]
     static = [s.total for s in pricer.static(ranked, sizes)]
     return _graph(pricer, (module,), units, arrays, names, hop, static, memory_limit)
 
@@ -205,17 +203,18 @@ def _chunks(partition: Partition, shape: ModuleShape) -> list[list[LayerRun]]:
     ]
 
 
-def _module(pricer: CostModel, partition: Partition, shape: ModuleShape) -> ModalityModule:
-    runs = _chunks(partition, shape)
-    trainable = tuple(
-        tuple(
-            (run.layers > 0 and "layers" in shape.trainable)
-            or (run.stem and "stem" in shape.trainable)
-            or (run.head and "head" in shape.trainable)
-            for run in row
-        )
-        for row in runs
+def _trains(shape: ModuleShape, run: LayerRun) -> bool:
+    """Whether the run has weight gradients."""
+    return (
+        (run.layers > 0 and "layers" in shape.trainable)
+        or (run.stem and "stem" in shape.trainable)
+        or (run.head and "head" in shape.trainable)
     )
+
+
+def _module(partition: Partition, shape: ModuleShape) -> ModalityModule:
+    runs = _chunks(partition, shape)
+    trainable = tuple(tuple(_trains(shape, run) for run in row) for row in runs)
     layers = partition.module(shape.name).layers
     return ModalityModule(shape.name, layers, shape.upstream, () if all(map(all, trainable)) else trainable)
 
