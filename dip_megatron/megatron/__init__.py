@@ -1,1 +1,1 @@
-"""Every touch of Megatron: arguments, schedule hook, model building, gradients, checkpoints, CPU platform."""
+"""Every touch of Megatron outside the models: arguments, hooks, step functions, gradients, the CPU platform."""

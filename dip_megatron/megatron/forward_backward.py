@@ -1,0 +1,228 @@
+"""The forward-backward function that Megatron's train loop gets instead of its own schedule.
+
+Per iteration: take the microbatches read ahead, take their plan (made meanwhile, equal on all ranks), read and submit the
+next iteration's, run the plan, finalize gradients. The keyword arguments are those of Megatron's schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
+
+from ..models.protocol import MicrobatchInputs, StageProgram
+from ..planner.feed import PlanFeed
+from ..planner.request import PlanRequest
+from ..report.iterations import IterationReport
+from ..runtime.clock import Clock, MeasuredSpan
+from ..runtime.executor import Executor
+from ..runtime.stages import IterationState, ModelStages
+from ..runtime.watch import Watchdog
+from ..schedule import Plan
+from .gradients import GradientSynchronization
+from .lookahead import LookAhead, capture_microbatch
+from .step import MegatronStep
+
+
+@dataclass
+class PlanningPolicy:
+    """How long to plan. ``budget_seconds`` None: as long as the running iteration leaves."""
+
+    budget_seconds: float | None = None
+    look_ahead: bool = True
+
+    def budget(self, last_iteration_seconds: float) -> float:
+        """Seconds of search for the next plan; the rest of the iteration is for lowering, checking and broadcasting."""
+        if self.budget_seconds is not None:
+            return self.budget_seconds
+        return max(0.05, 0.6 * last_iteration_seconds)
+
+
+class DipForwardBackward:
+    """Callable with the interface of Megatron's ``forward_backward_*`` functions; state of all iterations."""
+
+    def __init__(
+        self,
+        program: StageProgram,
+        executor: Executor,
+        feed: PlanFeed,
+        clock: Clock,
+        *,
+        policy: PlanningPolicy | None = None,
+        watchdog: Watchdog | None = None,
+        on_iteration: Callable[[IterationReport, Plan, list[MeasuredSpan]], None] | None = None,
+    ):
+        self._program = program
+        self._executor = executor
+        self._feed = feed
+        self._clock = clock
+        self._policy = policy or PlanningPolicy()
+        self._watchdog = watchdog
+        self._on_iteration = on_iteration
+        self._ticket = 0
+        self._planned: dict[int, list[MicrobatchInputs]] = {}
+        self._look_ahead: dict[int, tuple[Any, LookAhead]] = {}
+        self._next_ticket: dict[int, int] = {}
+        self._last_seconds = 0.0
+        self.iterations = 0
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Iterator[Any] | list[Iterator[Any]] | None,
+        model: torch.nn.Module | list[torch.nn.Module],
+        num_microbatches: int,
+        seq_length: int | None = None,
+        micro_batch_size: int | None = None,
+        decoder_seq_length: int | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        first_val_step: bool | None = None,
+        adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
+        p2p_communicator: Any = None,
+        pg_collection: Any = None,
+        force_all_reduce: bool | None = False,
+    ) -> list[Any]:
+        """Run one iteration; returns the losses on the last pipeline rank, as Megatron's schedules do."""
+        try:
+            if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
+                raise ValueError("DIP doesn't support distillation shapes or pipelines over several grids; use "
+                                 "--dip-schedule off")  # fmt: skip
+            chunks = model if isinstance(model, list) else [model]
+            iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+            return self._iterate(
+                forward_step_func, iterator, chunks, num_microbatches, forward_only, collect_non_loss_data,
+                first_val_step, pg_collection, force_all_reduce,
+            )  # fmt: skip
+        except StopIteration:
+            raise
+        except Exception as error:
+            if self._watchdog is not None:
+                self._watchdog.report(error)
+            raise
+
+    # -- one iteration -------------------------------------------------------------------------------------------
+    def _iterate(
+        self,
+        forward_step_func: Callable[..., Any],
+        iterator: Iterator[Any] | None,
+        chunks: list[torch.nn.Module],
+        num_microbatches: int,
+        forward_only: bool,
+        collect_non_loss_data: bool,
+        first_val_step: bool | None,
+        pg_collection: Any,
+        force_all_reduce: bool | None,
+    ) -> list[Any]:
+        config = get_model_config(chunks[0])
+        if config.timers is not None:
+            config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+        source = self._source(iterator, forward_step_func, chunks)
+        ticket = self._next_ticket.pop(id(iterator), None)
+        if ticket is not None and len(self._planned[ticket]) != num_microbatches:
+            self._feed.take(ticket)  # planned for another number of microbatches: all ranks drop it alike
+            del self._planned[ticket]
+            ticket = None
+        microbatches = source.take(num_microbatches)
+        if ticket is None:
+            ticket = self._request(microbatches, forward_only, budget=0.0, wait=0.0)
+        else:
+            del self._planned[ticket]
+        fed = self._feed.take(ticket)
+        self._clock.begin()
+        if self._policy.look_ahead and not forward_only:
+            coming = source.peek(num_microbatches)
+            if len(coming) == num_microbatches:
+                budget = self._policy.budget(self._last_seconds)
+                self._next_ticket[id(iterator)] = self._request(coming, False, budget, wait=1.3 * budget + 0.1)
+
+        step = MegatronStep(
+            config, forward_step_func, num_microbatches=num_microbatches,
+            context_parallel_size=parallel_state.get_context_parallel_world_size(),
+            collect_non_loss_data=collect_non_loss_data,
+        )  # fmt: skip
+        if not forward_only or first_val_step:
+            for chunk in chunks:
+                if hasattr(chunk, "set_is_first_microbatch"):
+                    chunk.set_is_first_microbatch()
+        self._run(fed.plan, chunks, microbatches, step, config, forward_only)
+        spans = self._clock.spans()
+        seconds = max((span.end for span in spans), default=0.0)
+        if not forward_only:
+            self._last_seconds = seconds
+            self._finalize(chunks, step, config, pg_collection, force_all_reduce)
+        if config.timers is not None:
+            config.timers("forward-backward").stop()
+        if self._on_iteration is not None and not forward_only:
+            report = IterationReport.of(self.iterations, fed.plan, spans, fed.stall_seconds)
+            self._on_iteration(report, fed.plan, spans)
+        if not forward_only:
+            self.iterations += 1
+        return step.forward_data_store
+
+    def _source(
+        self, iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any], chunks: list[torch.nn.Module]
+    ) -> LookAhead:
+        known = self._look_ahead.get(id(iterator))
+        # The iterator itself is kept, so that its id can't be another's.
+        if known is None or known[0] is not iterator:
+            read = lambda: capture_microbatch(forward_step_func, iterator, chunks[-1], self._program)  # noqa: E731
+            known = (iterator, LookAhead(read))
+            self._look_ahead[id(iterator)] = known
+        return known[1]
+
+    def _request(self, microbatches: list[MicrobatchInputs], forward_only: bool, budget: float, wait: float) -> int:
+        self._ticket += 1
+        loads = tuple(dict(self._program.load(m)) for m in microbatches) if self._feed.plans_here else ()
+        self._planned[self._ticket] = microbatches
+        self._feed.request(PlanRequest(self._ticket, loads, budget, forward_only), wait)
+        return self._ticket
+
+    def _run(
+        self, plan: Plan, chunks: list[torch.nn.Module], microbatches: list[MicrobatchInputs], step: MegatronStep,
+        config: Any, forward_only: bool,
+    ) -> None:  # fmt: skip
+        graph, rank = plan.graph, self._executor.position.rank
+        places = [(m.name, k) for m in self._program.modules for k in range(m.segments)]
+        remaining = dict.fromkeys(places, 0)
+        if not forward_only:
+            for s in range(graph.rows):
+                if graph.has_weight[s, rank]:
+                    remaining[graph.units[int(graph.row_unit[s])].module, graph.segment(s)] += 1
+        state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
+        sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
+        runner = ModelStages(
+            self._program, chunks, step, state, last_rank=graph.ranks - 1, on_chunk_done=sync.chunk_done
+        )
+        if forward_only:
+            with torch.no_grad():
+                self._executor.run(plan, runner, self.iterations)
+            return
+        sync.begin({i for i, place in enumerate(places) if not remaining[place]})
+        self._executor.run(plan, runner, self.iterations)
+        sync.end()
+
+    def _finalize(
+        self, chunks: list[torch.nn.Module], step: MegatronStep, config: Any, pg_collection: Any,
+        force_all_reduce: bool | None,
+    ) -> None:  # fmt: skip
+        if config.finalize_model_grads_func is None:
+            return
+        tokens = step.total_num_tokens
+        if tokens is None:
+            tokens = torch.zeros([], dtype=torch.int, device=next(chunks[0].parameters()).device)
+        # Megatron looks for the embedding on the first chunk of the first rank and for the head on the last of the last.
+        language = len(chunks) - self._program.modules[-1].segments
+        ordered = [chunks[language], *chunks[:language], *chunks[language + 1 :]]
+        optional = {} if force_all_reduce is None else {"force_all_reduce": force_all_reduce}
+        config.finalize_model_grads_func(
+            ordered,
+            tokens if config.calculate_per_token_loss else None,
+            pg_collection=pg_collection,
+            **optional,
+        )

@@ -1,0 +1,1 @@
+"""Models in segments, built from Megatron-Core's own blocks."""

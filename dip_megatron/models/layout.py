@@ -1,0 +1,56 @@
+"""Any split of a module's layers over ranks and segments, told to Megatron through its own layout class."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SegmentLayout(PipelineParallelLayerLayout):
+    """The layers of one module, ``layers[segment][rank]``.
+
+    Megatron's layout asks the global virtual pipeline size whether a ``vp_stage`` counts. Here each module has its own
+    number of segments and the global one stays unset, so the two look-ups trust the ``vp_stage`` they are given.
+    """
+
+    def __init__(self, layers: tuple[tuple[int, ...], ...], rank: int):
+        flat = [[LayerType.decoder] * count for segment in layers for count in segment]
+        super().__init__(flat, len(layers[0]))
+        self.layers = layers
+        self.rank = rank
+
+    def get_num_layers_to_build(
+        self, layer_type: Any = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        """Number of layers of the chunk (``vp_stage`` = segment)."""
+        if layer_type != LayerType.decoder:
+            return 0
+        return self.layers[vp_stage or 0][self.rank if pp_rank is None else pp_rank]
+
+    def get_layer_offset(
+        self, layer_type: Any = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        """Number of the module's layers before the chunk."""
+        if layer_type != LayerType.decoder:
+            return 0
+        segment, rank = vp_stage or 0, self.rank if pp_rank is None else pp_rank
+        return sum(sum(line) for line in self.layers[:segment]) + sum(self.layers[segment][:rank])
+
+
+def segment_config(config: TransformerConfig, layers: tuple[tuple[int, ...], ...], rank: int) -> TransformerConfig:
+    """A copy of a module's config for building its chunk on ``rank``: its own number of segments and its own layout."""
+    ranks = len(layers[0])
+    built = copy.copy(config)
+    built.num_layers = sum(sum(line) for line in layers)
+    built.pipeline_model_parallel_size = ranks
+    built.virtual_pipeline_model_parallel_size = len(layers) if len(layers) > 1 else None
+    built.num_layers_in_first_pipeline_stage = None
+    built.num_layers_in_last_pipeline_stage = None
+    built.account_for_embedding_in_pipeline_split = False
+    built.account_for_loss_in_pipeline_split = False
+    built.pipeline_model_parallel_layout = SegmentLayout(layers, rank)
+    return built

@@ -1,0 +1,319 @@
+"""LLaVA in segments: Megatron-Core's own LLaVAModel, ViT and GPT blocks, cut at any layer.
+
+Every chunk is an ``LLaVAModel`` with only its part in it, so that parameter names, data preprocessing, tile handling,
+projector and loss are Megatron's, in whatever version is installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+
+from ..schedule import ModalityModule, Payload, StageKey, TensorSpec, Unit
+from .layout import segment_config
+from .protocol import Load, MicrobatchInputs, Tensors
+
+VISION, LANGUAGE = "vision", "language"
+_SIGNATURE = inspect.signature(LLaVAModel.forward)
+_UNSUPPORTED = {
+    "inference_context": "inference",
+    "inference_params": "inference",
+    "vision_packed_seq_params": "packed images of mixed resolution",
+    "imgs_sizes": "images of mixed resolution",
+    "num_frames": "videos as tubelets",
+    "sound_clips": "sound",
+}
+
+
+class ViTSegment(CLIPViTModel):
+    """The layers of a ViT that one chunk holds; the stem (patch and position embedding) on the first only."""
+
+    @staticmethod
+    def adopt(vit: CLIPViTModel, first: bool, last: bool) -> ViTSegment:
+        """Turn a CLIPViTModel, whose transformer block already has just the chunk's layers, into a segment."""
+        # Built by LLaVAModel itself, so that version-dependent constructor arguments stay its business.
+        vit.__class__ = ViTSegment
+        vit.first_segment, vit.last_segment = first, last
+        if not first:
+            for name in ("conv1", "position_embeddings", "ln_pre", "class_token"):
+                if hasattr(vit, name):
+                    delattr(vit, name)
+            vit.decoder.pre_process = False
+        if not last:
+            vit.ln_post = None
+        return vit
+
+    def forward(self, x: torch.Tensor | None, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Images ``[n, 3, h, w]`` on the first segment, else the input tensor ``[s, n, h]`` set before; returns
+        ``[s, n, h]``, or ``[n, s, h]`` as CLIPViTModel does from the last segment."""
+        if self.first_segment:
+            x = super().forward(x, attention_mask)  # [n, s, h]
+            return x if self.last_segment else x.permute(1, 0, 2).contiguous()
+        x = self.decoder(None, attention_mask)
+        if not self.last_segment:
+            return x
+        x = x.permute(1, 0, 2).contiguous()
+        return self.ln_post(x) if self.ln_post is not None else x
+
+
+class VisionChunk(LLaVAModel):
+    """ViT layers; the projector on the last chunk."""
+
+    def __init__(self, first: bool, last: bool, **kwargs: Any):
+        super().__init__(add_encoder=True, add_decoder=False, pre_process=first, post_process=False, **kwargs)
+        if not isinstance(self.vision_model, CLIPViTModel):
+            raise ValueError(
+                f"DIP can segment CLIP, SigLIP and InternViT encoders, not {type(self.vision_model).__name__}; "
+                "run this model with --dip-schedule off"
+            )
+        self.last_segment = last
+        ViTSegment.adopt(self.vision_model, first, last)
+        if not last:
+            self.vision_projection = None
+
+    def forward(self, images: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states ``[s, n, h]``; from the last chunk embeddings ``[image tokens, n, language hidden]``."""
+        if not self.last_segment:
+            return self.vision_model(images)
+        embeddings, _ = super().forward(images, input_ids, None, None)
+        return embeddings
+
+
+class LanguageChunk(LLaVAModel):
+    """GPT layers; embedding and merging of images on the first chunk, head and loss on the last."""
+
+    def __init__(self, first: bool, last: bool, **kwargs: Any):
+        super().__init__(add_encoder=False, add_decoder=True, pre_process=first, post_process=last, **kwargs)
+        # Shapes travel in the plan, so nothing needs Megatron's padding to the longest possible sequence.
+        self._language_is_pipeline_parallel = False
+
+
+@dataclass(frozen=True)
+class LlavaShapes:
+    """Payload shapes of LLaVA: ``vision_tokens`` and ``image_tokens`` are per image before and after the projector."""
+
+    vision_tokens: int
+    vision_hidden: int
+    image_tokens: int
+    language_hidden: int
+    micro_batch_size: int
+    sequence_parallel_size: int
+    dtype: str
+
+    def payload(self, unit: Unit, load: Load, *, leaves_module: bool) -> Payload:
+        """One tensor of hidden states, or of projected image embeddings."""
+        if unit.module == VISION and leaves_module:
+            shape = (self.image_tokens, unit.count, self.language_hidden)
+        elif unit.module == VISION:
+            shape = (self.vision_tokens, unit.count, self.vision_hidden)
+        else:
+            tokens = max(load[LANGUAGE]) // self.sequence_parallel_size
+            shape = (tokens, self.micro_batch_size, self.language_hidden)
+        return (TensorSpec("hidden", shape, self.dtype),)
+
+
+class LlavaProgram:
+    """Stage program of a LLaVA described by the keyword arguments of Megatron's ``LLaVAModel``.
+
+    ``layers`` gives ``{"vision": layers[segment][rank], "language": ...}``; ``freeze`` the arguments of
+    ``LLaVAModel.freeze``.
+    """
+
+    def __init__(
+        self,
+        kwargs: Mapping[str, Any],
+        layers: Mapping[str, tuple[tuple[int, ...], ...]],
+        *,
+        rank: int,
+        micro_batch_size: int = 1,
+        freeze: Mapping[str, bool] | None = None,
+    ):
+        self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
+        self.freeze = dict(freeze or {})
+        self.layers = dict(layers)
+        self.rank = rank
+        self.ranks = len(layers[VISION][0])
+        vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
+        self._check(vision, language)
+        frozen = [self.freeze.get(f"freeze_{name}", False) for name in ("vision_model", "language_model")]
+        projector = not self.freeze.get("freeze_vision_projection", False)
+        trainable = tuple(
+            tuple(
+                (not frozen[0]) or (projector and k == len(layers[VISION]) - 1 and r == self.ranks - 1)
+                for r in range(self.ranks)
+            )
+            for k in range(len(layers[VISION]))
+        )
+        self.modules = (
+            ModalityModule(VISION, layers[VISION], trainable=trainable),
+            ModalityModule(
+                LANGUAGE,
+                layers[LANGUAGE],
+                (VISION,),
+                tuple((not frozen[1],) * self.ranks for _ in layers[LANGUAGE]) if frozen[1] else (),
+            ),
+        )
+        self._tensor_parallel = language.tensor_model_parallel_size
+        self._sequence_parallel = language.tensor_model_parallel_size if language.sequence_parallel else 1
+        self._image_token = kwargs.get("image_token_index", _default("image_token_index"))
+        self._micro_batch_size = micro_batch_size
+        self._built_shapes: LlavaShapes | None = None
+
+    def _check(self, vision: Any, language: Any) -> None:
+        for module, config in ((VISION, vision), (LANGUAGE, language)):
+            total = sum(sum(line) for line in self.layers[module])
+            if total != config.num_layers:
+                raise ValueError(f"partition gives {module} {total} layers, the model has {config.num_layers}")
+            if any(len(line) != self.ranks for line in self.layers[module]):
+                raise ValueError(f"partition of {module} must list {self.ranks} ranks per segment")
+        if getattr(language, "language_model_type", "").startswith("nemotron"):
+            raise ValueError("DIP can't segment hybrid (Mamba) language models; use --dip-schedule off")
+        if self.kwargs.get("tile_tags"):
+            raise ValueError(
+                "DIP can't segment a LLaVA with tile tags (one image a batch only); use --dip-schedule off"
+            )
+
+    @property
+    def shapes(self) -> LlavaShapes:
+        """Known once the chunks are built: the number of tokens an image becomes is the model's to say."""
+        if self._built_shapes is None:
+            raise RuntimeError("build_chunks() comes first")
+        return self._built_shapes
+
+    def build_chunks(self) -> list[torch.nn.Module]:
+        """Vision chunks, then language chunks."""
+        chunks: list[LLaVAModel] = []
+        total = sum(len(v) for v in self.layers.values())
+        for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
+            segments = len(self.layers[module])
+            for segment in range(segments):
+                arguments = dict(self.kwargs)
+                for name in ("vision", "language"):
+                    key = f"{name}_transformer_config"
+                    arguments[key] = segment_config(arguments[key], self.layers[name], self.rank)
+                chunk = kind(
+                    segment == 0 and self.rank == 0,
+                    segment == segments - 1 and self.rank == self.ranks - 1,
+                    vp_stage=segment,
+                    **arguments,
+                )
+                chunk.freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
+                                "freeze_vision_projection": False, **self.freeze})  # fmt: skip
+                # Megatron's wrappers look at the chunk's place among all of them, its inner model at its segment.
+                chunk.config = copy.copy(arguments["language_transformer_config"])
+                chunk.config.virtual_pipeline_model_parallel_size = total
+                chunk.config.pipeline_model_parallel_layout = None
+                chunk.vp_stage = len(chunks)
+                chunks.append(chunk)
+        vision, language = self.kwargs["vision_transformer_config"], self.kwargs["language_transformer_config"]
+        dtype = language.pipeline_dtype or language.params_dtype
+        self._built_shapes = LlavaShapes(
+            vision_tokens=chunks[0].vision_model.seq_length,
+            vision_hidden=vision.hidden_size,
+            image_tokens=chunks[0].img_seq_len,
+            language_hidden=language.hidden_size,
+            micro_batch_size=self._micro_batch_size,
+            sequence_parallel_size=self._sequence_parallel,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        return chunks
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of ``LLaVAModel.forward`` by name. Raises ValueError for what has no segmented form."""
+        arguments = dict(_SIGNATURE.bind(None, *args, **kwargs).arguments)
+        del arguments["self"]
+        for name, what in _UNSUPPORTED.items():
+            if arguments.get(name) is not None:
+                raise ValueError(f"DIP can't run {what} ({name} is set); use --dip-schedule off")
+        return arguments
+
+    def load(self, inputs: MicrobatchInputs) -> Load:
+        """Tokens of every image in the ViT, and of the combined sequence in the LLM (padded as Megatron pads it)."""
+        images, ids = inputs.arguments["images"], inputs.arguments["input_ids"]
+        count = 0 if images is None else int(images.shape[0])
+        token = inputs.arguments.get("image_token_index")
+        per_sample = (ids == (self._image_token if token is None else token)).sum(dim=-1).tolist()
+        tiles = inputs.arguments.get("num_image_tiles")
+        if tiles is None:
+            if sum(per_sample) != count:
+                raise ValueError(f"the batch has {count} images but {sum(per_sample)} image tokens")
+            per_image = [1] * count
+        else:
+            per_image = [int(t) for t in tiles]
+            if sum(per_image) != count or len(per_image) != sum(per_sample):
+                raise ValueError(
+                    f"num_image_tiles lists {len(per_image)} images of {sum(per_image)} tiles; the batch has "
+                    f"{sum(per_sample)} image tokens and {count} tiles"
+                )
+        lengths, start = [], 0
+        for n in per_sample:
+            own = sum(per_image[start : start + n])
+            lengths.append(own * self.shapes.image_tokens - n + int(ids.shape[1]))
+            start += n
+        longest = min(max(lengths), int(self.kwargs["language_max_sequence_length"]))
+        padded = -(-longest // self._sequence_parallel) * self._sequence_parallel
+        return {VISION: (self.shapes.vision_tokens,) * count, LANGUAGE: (padded,) * len(per_sample)}
+
+    def forward(
+        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+    ) -> Tensors:
+        """One stage; see StageProgram."""
+        arguments = microbatch.arguments
+        if stage.module == VISION:
+            images = arguments["images"][unit.first : unit.first + unit.count]
+            if inputs:
+                _inner(chunk).vision_model.set_input_tensor(inputs[0]["hidden"])
+            return {"hidden": chunk(images, arguments["input_ids"])}
+        self._set_language_input(chunk, stage, inputs, arguments["input_ids"])
+        output, _ = chunk(**_only_forward(arguments))
+        return {"hidden": output}
+
+    def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
+        """Loss per token and the expanded loss mask, as LLaVAModel returns them."""
+        _inner(chunk).language_model.set_input_tensor(inputs[0]["hidden"])
+        return chunk(**_only_forward(arguments))
+
+    def _set_language_input(
+        self, chunk: torch.nn.Module, stage: StageKey, inputs: list[Tensors], ids: torch.Tensor
+    ) -> None:
+        model = _inner(chunk)
+        if stage.segment > 0 or stage.rank > 0:
+            model.language_model.set_input_tensor(inputs[0]["hidden"])
+            return
+        if inputs:
+            model.encoder_hidden_state = torch.cat([i["hidden"] for i in inputs], dim=1)
+        else:
+            hidden = self.shapes.language_hidden
+            model.encoder_hidden_state = torch.empty(
+                0, 0, hidden, dtype=getattr(torch, self.shapes.dtype), device=ids.device
+            )
+
+
+_PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")
+
+
+def _default(name: str) -> Any:
+    return inspect.signature(LLaVAModel.__init__).parameters[name].default
+
+
+def _only_forward(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Language chunks need no pixels, only their number where Megatron counts one tile an image."""
+    passed = dict(arguments)
+    if passed.get("num_image_tiles") is None and passed.get("images") is not None:
+        images = passed["images"]
+        passed["num_image_tiles"] = torch.ones(images.shape[0], dtype=torch.int, device=passed["input_ids"].device)
+    passed["images"] = None
+    return passed
+
+
+def _inner(chunk: torch.nn.Module) -> LLaVAModel:
+    while not isinstance(chunk, LLaVAModel):
+        chunk = chunk.module
+    return chunk

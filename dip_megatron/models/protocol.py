@@ -1,0 +1,66 @@
+"""What the executor needs to know of a model: the one interface to implement for a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ..schedule import ModalityModule, Payload, StageKey, Unit
+
+Tensors = dict[str, torch.Tensor]
+Load = Mapping[str, tuple[int, ...]]
+"""What a microbatch holds, per module: the tokens of each of its instances (images, clips, packed sequences)."""
+
+
+@dataclass
+class MicrobatchInputs:
+    """One microbatch as the pretrain script hands it to its model: the arguments of ``model(...)`` by name, and the raw
+    items its ``forward_step`` took from the data iterator (to be replayed where the loss is computed)."""
+
+    arguments: dict[str, Any]
+    items: list[Any] = field(default_factory=list)
+
+
+class Shapes(Protocol):
+    """Payload shapes by content, without the model: a small picklable object, used in planner workers."""
+
+    def payload(self, unit: Unit, load: Load, *, leaves_module: bool) -> Payload:
+        """What one stage of ``unit`` sends on: within its module, or (``leaves_module``) to the modules it feeds."""
+        ...
+
+
+class StageProgram(Protocol):
+    """A model cut into chunks: how to build them, what a batch holds, and how to run one stage.
+
+    ``modules`` come in an order in which every module stands after its upstream ones. ``chunks`` of a rank are in the
+    order (module, segment); the loss belongs to the last segment of the last module, on the last rank.
+    """
+
+    modules: tuple[ModalityModule, ...]
+    shapes: Shapes
+
+    def build_chunks(self) -> list[torch.nn.Module]:
+        """This rank's chunks, in the order (module, segment)."""
+        ...
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of the script's ``model(...)`` call, by name."""
+        ...
+
+    def load(self, inputs: MicrobatchInputs) -> Load:
+        """Tokens of every instance of every module. Raises ValueError for a batch the model can't take."""
+        ...
+
+    def forward(
+        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+    ) -> Tensors:
+        """One stage's forward, for every stage but the one with the loss. ``inputs`` are the payloads of the stage's
+        incoming messages, in the order of the units that feed it (empty where nothing does)."""
+        ...
+
+    def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
+        """The last stage's forward: what the script's ``model(...)`` returns to its ``forward_step``."""
+        ...

@@ -1,0 +1,1 @@
+"""Plans for coming iterations, made beside the training."""

@@ -1,0 +1,98 @@
+"""One plan for all ranks of a replica: made on one, broadcast while an iteration runs, compared before its own."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..schedule import Plan
+from .request import PlanRequest
+from .service import PlannerService
+
+
+class PlanMismatchError(RuntimeError):
+    """Ranks hold different plans for one iteration; running them would hang or mix up tensors."""
+
+
+class Exchange(Protocol):
+    """The two collectives the feed needs, among the ranks of one replica, on the host and bounded in time."""
+
+    rank: int
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes, to all."""
+        ...
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Everyone's bytes, to all."""
+        ...
+
+
+@dataclass(frozen=True)
+class FedPlan:
+    """A plan ready to run. ``stall_seconds``: how long the trainer waited for it."""
+
+    plan: Plan
+    stall_seconds: float
+
+
+class PlanFeed:
+    """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service."""
+
+    def __init__(self, exchange: Exchange, service: PlannerService | None):
+        if (exchange.rank == 0) != (service is not None):
+            raise ValueError("exactly rank 0 of the exchange has a planner service")
+        self._exchange = exchange
+        self._service = service
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-feed")
+        self._coming: dict[int, Future[bytes]] = {}
+
+    def request(self, request: PlanRequest, wait_seconds: float) -> None:
+        """Begin to plan and to broadcast; every rank calls it for the same iterations in the same order (only rank 0's
+        loads matter). ``wait_seconds``: how long to wait for a worker's final plan."""
+        if self._service is not None:
+            self._service.submit(request)
+        self._coming[request.iteration] = self._thread.submit(self._deliver, request.iteration, wait_seconds)
+
+    @property
+    def plans_here(self) -> bool:
+        """Whether this rank's requests are the ones that count."""
+        return self._service is not None
+
+    def take(self, iteration: int) -> FedPlan:
+        """The plan, once all ranks have shown to hold the same. Raises PlanMismatchError on all ranks alike."""
+        start = time.perf_counter()
+        data = self._coming.pop(iteration).result()
+        stall = time.perf_counter() - start
+        answer = pickle.loads(data)
+        if isinstance(answer, str):
+            raise RuntimeError(f"no plan for iteration {iteration}: {answer}")
+        plan: Plan = answer
+        hashes = self._exchange.gather(hashlib.sha256(f"{iteration} {plan.digest()}".encode()).digest())
+        odd = [rank for rank, h in enumerate(hashes) if h != hashes[0]]
+        if odd:
+            raise PlanMismatchError(
+                f"iteration {iteration}: ranks {odd} of the replica hold another plan than rank 0; stopping all before "
+                "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
+            )
+        return FedPlan(plan, stall)
+
+    def close(self) -> None:
+        """End the thread and the planner's workers."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._service is not None:
+            self._service.close()
+
+    def _deliver(self, iteration: int, wait_seconds: float) -> bytes:
+        if self._service is None:
+            return self._exchange.broadcast(None)
+        answer: Any
+        try:
+            answer = self._service.take(iteration, wait_seconds)
+        except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
+            answer = f"{type(error).__name__}: {error}"
+        return self._exchange.broadcast(pickle.dumps(answer))

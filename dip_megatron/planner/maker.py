@@ -1,0 +1,99 @@
+"""From what a batch holds to a plan for it: graph, search, payload shapes, lowering."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..schedule import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
+from ..schedule.lower import make_plan
+from .greedy import greedy
+from .request import Load, PlanRequest
+
+
+class GraphBuilder(Protocol):
+    """Prices a batch; picklable."""
+
+    def build(self, loads: tuple[Load, ...], forward_only: bool) -> StageGraph:
+        """The stage graph of one iteration. ``forward_only``: nothing trains."""
+        ...
+
+
+class PayloadShapes(Protocol):
+    """What travels between stages; picklable. See :class:`dip_megatron.models.protocol.Shapes`."""
+
+    def payload(self, unit: Unit, load: Mapping[str, tuple[int, ...]], *, leaves_module: bool) -> Payload:
+        """Shapes sent on by one stage of ``unit``."""
+        ...
+
+
+class Searcher(Protocol):
+    """Finds a schedule within a budget; picklable."""
+
+    def __call__(
+        self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]
+    ) -> tuple[Schedule, SearchStatistics]:
+        """Best schedule found; ``on_first`` takes the first valid one."""
+        ...
+
+
+@dataclass(frozen=True)
+class LivePlanMaker:
+    """Plan maker of a training run; picklable. ``search`` None: the quick greedy is all there is."""
+
+    builder: GraphBuilder
+    shapes: PayloadShapes
+    search: Searcher | None = None
+    name: str = "dip"
+
+    def quick(self, request: PlanRequest) -> Plan:
+        """Dual-queue greedy, without compiled code."""
+        start = time.perf_counter()
+        graph = self.builder.build(request.loads, request.forward_only)
+        schedule = greedy(graph)
+        statistics = SearchStatistics(time.perf_counter() - start, 1, 0, 0)
+        return self._plan(graph, schedule, request, statistics, "greedy")
+
+    def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
+        """Search within the request's budget; the first valid schedule is given at once."""
+        if self.search is None:
+            return self.quick(request)
+        graph = self.builder.build(request.loads, request.forward_only)
+
+        def first(schedule: Schedule) -> None:
+            give(self._plan(graph, schedule, request, SearchStatistics(workers=1), self.name))
+
+        schedule, statistics = self.search(graph, request.budget_seconds, first)
+        return self._plan(graph, schedule, request, statistics, self.name)
+
+    def _plan(
+        self, graph: StageGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str
+    ) -> Plan:
+        return make_plan(
+            graph, schedule, lower_bound=work_bound(graph), name=name,
+            payloads=payloads(graph, request.loads, self.shapes), search=statistics,
+        )  # fmt: skip
+
+
+def payloads(graph: StageGraph, loads: tuple[Load, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
+    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`)."""
+    out: dict[tuple[int, int], Payload] = {}
+    for s in range(graph.rows):
+        unit = graph.units[int(graph.row_unit[s])]
+        load = loads[unit.microbatch]
+        out[s, s] = shapes.payload(unit, load, leaves_module=False)
+        for n in graph.next_rows[s]:
+            leaves = graph.units[int(graph.row_unit[n])].module != unit.module
+            out[s, n] = shapes.payload(unit, load, leaves_module=True) if leaves else out[s, s]
+    return out
+
+
+def work_bound(graph: StageGraph) -> float:
+    """No iteration is shorter than the work of its busiest rank: seconds, with the fastest strategy of every stage."""
+    backward = np.where(graph.has_weight, np.minimum(graph.fused, graph.backward + graph.weight), graph.backward)
+    backward = np.where(graph.has_backward, backward, 0.0)
+    return float((graph.forward + backward).min(axis=0).sum(axis=0).max())

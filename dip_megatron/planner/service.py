@@ -1,0 +1,230 @@
+"""Planner workers: processes that plan iteration t+1 while t trains.
+
+The trainer never waits for more than it allows: a worker first hands over a quick plan, then its best; a dead, hanging
+or babbling worker is replaced with a warning, and the trainer plans by itself meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from ..schedule import Plan
+from ..schedule.verify import PlanError, verify
+from .request import PlanMaker, PlanRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PlannerStatistics:
+    """Counts and seconds since the start of training."""
+
+    plans: int = 0
+    fallbacks: int = 0
+    worker_deaths: int = 0
+    late: int = 0
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    busy_with: int | None = None
+
+
+class PlannerService:
+    """Plans requests in worker processes.
+
+    Requests go to idle workers in turn. ``take`` returns the best plan that has arrived, verified; or a quick one made
+    in this process.
+    """
+
+    def __init__(self, maker: PlanMaker, workers: int = 1, hang_seconds: float = 60.0):
+        """``workers`` 0 plans in this process only. A worker that is ``hang_seconds`` late is killed and replaced."""
+        self.statistics = PlannerStatistics()
+        self._maker = maker
+        self._hang_seconds = hang_seconds
+        self._context = multiprocessing.get_context("spawn")
+        self._workers = [self._start() for _ in range(workers)]
+        self._asked: dict[int, tuple[PlanRequest, float]] = {}
+        self._arrived: dict[int, tuple[Plan, bool]] = {}
+
+    def submit(self, request: PlanRequest) -> None:
+        """Begin planning; returns at once."""
+        self._collect()
+        self._asked[request.iteration] = (request, time.monotonic())
+        for worker in self._workers:
+            if worker.busy_with is None:
+                try:
+                    worker.connection.send_bytes(pickle.dumps(request))
+                    worker.busy_with = request.iteration
+                    return
+                except OSError:
+                    self._replace(worker, "has died")
+                    self.submit(request)
+                    return
+        if self._workers:
+            logger.warning("all %d planner workers are busy; iteration %d is planned in the trainer",
+                           len(self._workers), request.iteration)  # fmt: skip
+
+    def take(self, iteration: int, wait_seconds: float) -> Plan:
+        """The best plan for a submitted iteration, waiting at most ``wait_seconds`` for a worker's final one.
+
+        Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
+        """
+        request, _ = self._asked.pop(iteration)
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            self._collect()
+            plan, final = self._arrived.get(iteration, (None, False))
+            waiting = [w.connection for w in self._workers if w.busy_with == iteration]
+            left = deadline - time.monotonic()
+            if final or not waiting or left <= 0:
+                break
+            multiprocessing.connection.wait(waiting, left)
+        self._arrived = {i: p for i, p in self._arrived.items() if i > iteration}
+        self.statistics.plans += 1
+        if plan is None:
+            self.statistics.fallbacks += 1
+            plan = self._maker.quick(request)
+            verify(plan)
+        elif not final:
+            self.statistics.late += 1
+        return plan
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(5.0)
+            if worker.process.is_alive():
+                worker.process.kill()
+        self._workers = []
+
+    @property
+    def processes(self) -> list[BaseProcess]:
+        """The worker processes, for monitoring."""
+        return [w.process for w in self._workers]
+
+    # -- workers -------------------------------------------------------------------------------------------------
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, self._maker), daemon=True, name="dip-planner")
+        # A worker must not take part in the trainer's rendezvous, see its GPU, or run a script guarded by __main__.
+        with _environment(_WORKER_ENVIRONMENT):
+            process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _replace(self, worker: _Worker, reason: str) -> None:
+        logger.warning("planner worker %s %s; starting another, no step is lost", worker.process.pid, reason)
+        self.statistics.worker_deaths += 1
+        worker.connection.close()
+        if worker.process.is_alive():
+            worker.process.kill()
+        fresh = self._start()
+        worker.process, worker.connection, worker.busy_with = fresh.process, fresh.connection, None
+
+    def _collect(self) -> None:
+        """Take in what workers have sent; replace the broken ones."""
+        now = time.monotonic()
+        for worker in self._workers:
+            try:
+                while worker.connection.poll():
+                    self._receive(worker, worker.connection.recv_bytes())
+            except (EOFError, OSError):
+                self._replace(worker, f"has died (exit code {worker.process.exitcode})")
+                continue
+            except Exception as error:  # whatever garbage a broken worker may send
+                self._replace(worker, f"sent something unreadable ({type(error).__name__}: {error})")
+                continue
+            if not worker.process.is_alive():
+                self._replace(worker, f"has died (exit code {worker.process.exitcode})")
+            elif worker.busy_with is not None:
+                asked = self._asked.get(worker.busy_with)
+                if asked and now - asked[1] > asked[0].budget_seconds + self._hang_seconds:
+                    self._replace(worker, f"is {self._hang_seconds:.0f} s late")
+                elif asked is None and worker.busy_with not in self._arrived:
+                    # Its iteration was taken without it; it hangs if the next ones pass too.
+                    self._check_overdue(worker)
+
+    def _check_overdue(self, worker: _Worker) -> None:
+        newest = max(self._asked, default=worker.busy_with or 0)
+        if worker.busy_with is not None and newest - worker.busy_with > 3:
+            self._replace(worker, f"still plans iteration {worker.busy_with} at {newest}")
+
+    def _receive(self, worker: _Worker, message: bytes) -> None:
+        iteration, plan, final, error = pickle.loads(message)
+        if final:
+            worker.busy_with = None
+        if error is not None:
+            logger.warning("planner worker failed on iteration %s: %s", iteration, error)
+            return
+        try:
+            verify(plan)
+        except PlanError as fault:
+            logger.warning("planner worker made an invalid plan for iteration %s (%s); not used", iteration, fault)
+            return
+        if iteration in self._asked:
+            self._arrived[iteration] = (plan, final)
+
+
+_WORKER_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+}
+
+
+class _environment:
+    """Set variables while a child process starts."""
+
+    def __init__(self, values: dict[str, str]):
+        self._values = values
+
+    def __enter__(self) -> None:
+        self._before = {k: os.environ.get(k) for k in self._values}
+        os.environ.update(self._values)
+
+    def __exit__(self, *_: object) -> None:
+        for k, v in self._before.items():
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
+
+
+def _work(connection: Connection, maker: PlanMaker) -> None:
+    """A worker's life: requests in, (iteration, plan, final, error) out, at the lowest priority."""
+    os.nice(15)
+    while True:
+        try:
+            request: PlanRequest = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+
+        def give(plan: Plan, iteration: int = request.iteration) -> None:
+            connection.send_bytes(pickle.dumps((iteration, plan, False, None)))
+
+        give_first: Callable[[Plan], None] = give
+        try:
+            answer: tuple[int, Plan | None, bool, str | None] = (
+                request.iteration, maker.best(request, give_first), True, None,
+            )  # fmt: skip
+        except Exception as error:  # told to the trainer, which plans by itself
+            answer = (request.iteration, None, True, f"{type(error).__name__}: {error}")
+        try:
+            connection.send_bytes(pickle.dumps(answer))
+        except OSError:
+            return

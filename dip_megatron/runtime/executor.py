@@ -1,0 +1,209 @@
+"""The executor: runs one rank's actions, each through the handler registered for its kind.
+
+It knows plans and messages, not models: a :class:`StageRunner` computes, a :class:`Transport` carries. All state of an
+iteration lives in :class:`Position` and the executor's mailboxes, and is gone at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..schedule import Action, Communicate, CommunicationKind, Compute, Kind, Message, Payload, Plan, StageKey, Unit
+from ..schedule.lower import incoming, outgoing
+from .clock import Clock
+from .transport import Tensors, Transfer, Transport
+
+
+class StageRunner(Protocol):
+    """Computes stages. ``inputs`` and ``gradients`` stand in the order of the stage's incoming messages."""
+
+    def forward(self, key: StageKey, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
+        """The stage's output payload; empty after the stage with the loss."""
+        ...
+
+    def backward(self, key: StageKey, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
+        """B or BW: gradients of the forward's inputs, one payload per forward input."""
+        ...
+
+    def weight(self, key: StageKey, unit: Unit, strategy: str) -> None:
+        """W: the weight gradients its B left."""
+        ...
+
+    def sent(self, key: StageKey, unit: Unit) -> None:
+        """All sends of a forward's output have begun: its storage is no longer needed here."""
+        ...
+
+
+@dataclass
+class Position:
+    """Where a rank stands in its plan; read by the watchdog from another thread."""
+
+    rank: int
+    plan: Plan | None = None
+    index: int = 0
+    waiting_for: Message | None = None
+    iteration: int = 0
+
+    def __str__(self) -> str:
+        if self.plan is None:
+            return f"pipeline rank {self.rank} is between iterations"
+        actions = self.plan.actions[self.rank]
+        if self.index >= len(actions):
+            return f"pipeline rank {self.rank} has ended its plan of iteration {self.iteration}"
+        text = f"pipeline rank {self.rank}, iteration {self.iteration}, action {self.index + 1} of {len(actions)}: "
+        text += str(actions[self.index])
+        if self.waiting_for is not None:
+            peer = self.waiting_for.channel
+            other = peer.source if peer.target == self.rank else peer.target
+            text += f", waiting for pipeline rank {other}"
+        return text
+
+
+@dataclass
+class _Mail:
+    """Payloads between their arrival and their use, and transfers under way."""
+
+    inbox: dict[Message, Tensors] = field(default_factory=dict)
+    outbox: dict[Message, Tensors] = field(default_factory=dict)
+    receiving: dict[Message, Transfer] = field(default_factory=dict)
+    sending: dict[Message, Transfer] = field(default_factory=dict)
+    unsent: dict[StageKey, int] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs plans on one pipeline rank."""
+
+    def __init__(self, rank: int, transport: Transport, clock: Clock):
+        self.position = Position(rank)
+        self._rank = rank
+        self._transport = transport
+        self._clock = clock
+        self._mail = _Mail()
+        self._handlers: dict[Kind | CommunicationKind, Callable[..., None]] = {}
+        for kind in (Kind.F, Kind.B, Kind.BW, Kind.W):
+            self.register(kind, {Kind.F: self._forward, Kind.W: self._weight}.get(kind, self._backward))
+        self.register(CommunicationKind.ISEND, self._isend)
+        self.register(CommunicationKind.IRECV, self._irecv)
+        self.register(CommunicationKind.WAIT_ISEND, self._wait_isend)
+        self.register(CommunicationKind.WAIT_IRECV, self._wait_irecv)
+
+    def register(self, kind: Kind | CommunicationKind, handler: Callable[..., None]) -> None:
+        """Let ``handler(plan, runner, action)`` run all actions of a kind."""
+        self._handlers[kind] = handler
+
+    def run(self, plan: Plan, runner: StageRunner, iteration: int = 0) -> None:
+        """Execute the rank's actions in order. The plan must have passed :func:`schedule.verify.verify`."""
+        self._mail = _Mail()
+        position = self.position
+        position.plan, position.iteration, position.index = plan, iteration, 0
+        for index, action in enumerate(plan.actions[self._rank]):
+            position.index = index
+            kind: Kind | CommunicationKind = action.key.kind if isinstance(action, Compute) else action.kind
+            self._handlers[kind](plan, runner, action)
+        position.index = len(plan.actions[self._rank])
+        position.plan = None
+
+    # -- compute -------------------------------------------------------------------------------------------------
+    def _forward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
+        key, unit = action.key, plan.graph.units[action.key.unit]
+        inputs = [self._mail.inbox.pop(m) for m in incoming(plan.graph, key)]
+        with self._clock.span(key, unit):
+            outputs = runner.forward(key, unit, action.strategy, inputs)
+        messages = outgoing(plan.graph, key)
+        self._deliver(key, [(m, outputs) for m in messages])
+        if not self._mail.unsent.get(key):
+            runner.sent(key, unit)
+
+    def _backward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
+        key, unit = action.key, plan.graph.units[action.key.unit]
+        gradients = [self._mail.inbox.pop(m) for m in incoming(plan.graph, key)]
+        with self._clock.span(key, unit):
+            results = runner.backward(key, unit, action.strategy, gradients)
+        # One result per forward input; those whose producer does not train are dropped.
+        forward = StageKey(Kind.F, key.module, key.segment, key.unit, key.rank)
+        sources = [(m.source.module, m.source.segment, m.source.unit, m.source.rank) for m in
+                   incoming(plan.graph, forward)]  # fmt: skip
+        by_source = dict(zip(sources, results, strict=True))
+        self._deliver(
+            key,
+            [
+                (m, by_source[m.target.module, m.target.segment, m.target.unit, m.target.rank])
+                for m in outgoing(plan.graph, key)
+            ],
+        )
+
+    def _weight(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
+        unit = plan.graph.units[action.key.unit]
+        with self._clock.span(action.key, unit):
+            runner.weight(action.key, unit, action.strategy)
+
+    def _deliver(self, key: StageKey, payloads: list[tuple[Message, Tensors]]) -> None:
+        remote = 0
+        for message, tensors in payloads:
+            if message.channel.target == self._rank:
+                self._mail.inbox[message] = tensors
+            else:
+                self._mail.outbox[message] = tensors
+                remote += 1
+        if key.kind == Kind.F and remote:
+            self._mail.unsent[key] = remote
+
+    # -- communicate ---------------------------------------------------------------------------------------------
+    def _isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
+        message = action.message
+        tensors = {k: t.detach() for k, t in self._mail.outbox.pop(message).items()}
+        self._mail.sending[message] = self._transport.send(message.channel, tensors)
+        source = message.source
+        if source.kind == Kind.F:
+            self._mail.unsent[source] -= 1
+            if not self._mail.unsent[source]:
+                del self._mail.unsent[source]
+                runner.sent(source, plan.graph.units[source.unit])
+        # Buffers of sends that have ended go back to the allocator now, not at the end of the iteration.
+        for earlier in [m for m, transfer in self._mail.sending.items() if transfer.done()]:
+            self._mail.sending[earlier] = _ENDED
+
+    def _irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
+        message = action.message
+        self._mail.receiving[message] = self._transport.receive(message.channel, payload_of(plan, message))
+
+    def _wait_isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
+        self._wait(self._mail.sending.pop(action.message), action.message)
+
+    def _wait_irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
+        message = action.message
+        self._mail.inbox[message] = self._wait(self._mail.receiving.pop(message), message)
+
+    def _wait(self, transfer: Transfer, message: Message) -> Tensors:
+        self.position.waiting_for = message
+        tensors = transfer.wait()
+        self.position.waiting_for = None
+        return tensors
+
+
+class _Ended:
+    def wait(self) -> Tensors:
+        return {}
+
+    def done(self) -> bool:
+        return True
+
+
+_ENDED = _Ended()
+
+
+def payload_of(plan: Plan, message: Message) -> Payload:
+    """Shapes of what a message carries; for gradients, of the tensors that have one."""
+    source, target = plan.graph.row_of(message.source), plan.graph.row_of(message.target)
+    if not message.channel.gradient:
+        return plan.payloads[source, target]
+    return tuple(spec for spec in plan.payloads[target, source] if spec.differentiable)
+
+
+def describe(action: Action) -> str:
+    """Short name of an action for profilers, e.g. ``vision.0 F u3``."""
+    if isinstance(action, Compute):
+        return f"{action.key.module}.{action.key.segment} {action.key.kind.name} u{action.key.unit}"
+    return f"{action.kind} {action.message.channel}"

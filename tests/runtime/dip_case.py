@@ -1,0 +1,102 @@
+"""Our side of a case: the same model in segments, run from plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.maker import LivePlanMaker
+from dip_megatron.planner.request import Load
+from dip_megatron.planner.service import PlannerService
+from dip_megatron.schedule import ModalityModule, StageGraph, Unit
+from dip_megatron.workload.units import even_slices
+from tests.runtime.llava_case import (
+    Case,
+    batches,
+    finalize_without_ddp,
+    forward_step,
+    freeze_arguments,
+    gradients,
+    initialize,
+    llava_kwargs,
+    seed_parameters,
+)
+
+
+@dataclass(frozen=True)
+class DrawnGraphs:
+    """Graphs with drawn durations, so that plans come in orders no cost model would think of."""
+
+    modules: tuple[ModalityModule, ...]
+    unit_size: int
+    seed: int = 0
+
+    def build(self, loads: tuple[Load, ...], forward_only: bool) -> StageGraph:
+        units: list[Unit] = []
+        for m, load in enumerate(loads):
+            slices = even_slices(len(load["vision"]), self.unit_size)
+            language = len(units) + len(slices)
+            for first, count in slices:
+                units.append(Unit(len(units), "vision", m, first, count, (language,)))
+            units.append(Unit(language, "language", m, 0, len(load["language"])))
+        modules = self.modules
+        if forward_only:
+            modules = tuple(
+                ModalityModule(m.name, m.layers, m.upstream, tuple((False,) * len(r) for r in m.layers))
+                for m in modules
+            )
+        ranks = len(modules[0].layers[0])
+        segments = {m.name: m.segments for m in modules}
+        rows = sum(segments[u.module] for u in units)
+        draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
+        return StageGraph(
+            ranks, modules, tuple(units), draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
+            np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
+        )  # fmt: skip
+
+
+def dip_run(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 1) -> Any:
+    """Losses per iteration and gradients after the last, on this rank."""
+    initialize(world)
+    return run_initialized(rank, world, case, seed, iterations)
+
+
+def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 1) -> Any:
+    from dip_megatron.megatron.exchange import GlooExchange
+    from dip_megatron.megatron.forward_backward import DipForwardBackward
+    from dip_megatron.models.llava import LlavaProgram
+    from dip_megatron.runtime.clock import Clock
+    from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.transport import DistributedTransport
+
+    program = LlavaProgram(
+        llava_kwargs(case, world), {"vision": case.vision, "language": case.language}, rank=rank,
+        micro_batch_size=case.micro_batch_size, freeze=freeze_arguments(case),
+    )  # fmt: skip
+    chunks = program.build_chunks()
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_without_ddp
+    seed_parameters(chunks)
+    ranks = list(range(world))
+    device = torch.device("cpu")
+    clock = Clock(device)
+    maker = LivePlanMaker(DrawnGraphs(program.modules, case.unit_size, seed), program.shapes)
+    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    step = DipForwardBackward(
+        program, Executor(rank, DistributedTransport(ranks, rank, device, 60.0), clock), feed, clock
+    )
+    losses = []
+    data = iter([b for i in range(iterations) for b in batches(case, seed=i)])
+    for _ in range(iterations):
+        for chunk in chunks:
+            chunk.zero_grad(set_to_none=True)
+        losses.append(
+            step(forward_step_func=forward_step, data_iterator=data, model=chunks,
+                 num_microbatches=len(case.images), forward_only=False)
+        )  # fmt: skip
+    feed.close()
+    return losses, gradients(chunks)

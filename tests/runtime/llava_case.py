@@ -1,0 +1,215 @@
+"""A tiny LLaVA on real processes: Megatron's own schedules and ours on the same weights and batches."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from dip_megatron.megatron.cpu import install_cpu_platform
+
+IMAGE = -200
+VOCABULARY = 64
+HIDDEN = 32
+TEXT = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to train: images per microbatch, layers per chunk, sub-microbatch size, Megatron options."""
+
+    images: tuple[int, ...]
+    vision: tuple[tuple[int, ...], ...] = ((1, 1),)
+    language: tuple[tuple[int, ...], ...] = ((1, 1),)
+    unit_size: int = 2
+    micro_batch_size: int = 1
+    recompute: bool = False
+    per_token_loss: bool = False
+    deallocate: bool = True
+    freeze: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        return sum(map(sum, self.vision)), sum(map(sum, self.language))
+
+
+def initialize(pp: int, tp: int = 1) -> None:
+    """torch.distributed and Megatron's groups on this process."""
+    if torch.distributed.is_initialized():
+        return
+    install_cpu_platform()
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        get_embedding_ranks=lambda ranks: [ranks[0], ranks[-1]] if len(ranks) > 1 else ranks,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+
+
+def config(case: Case, layers: int, pp: int) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    recompute: dict[str, Any] = {}
+    if case.recompute:
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    built = TransformerConfig(
+        num_layers=layers, hidden_size=HIDDEN, num_attention_heads=4, ffn_hidden_size=48, use_cpu_initialization=True,
+        pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32, hidden_dropout=0.0, attention_dropout=0.0,
+        calculate_per_token_loss=case.per_token_loss, deallocate_pipeline_outputs=case.deallocate,
+        masked_softmax_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
+        persist_layer_norm=False, gradient_accumulation_fusion=False, **recompute,
+    )  # fmt: skip
+    return built
+
+
+def llava_kwargs(case: Case, pp: int) -> dict[str, Any]:
+    """Keyword arguments of Megatron's LLaVAModel."""
+    from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
+    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+
+    vision, language = config(case, case.layers[0], pp), config(case, case.layers[1], pp)
+    vision.vision_model_type = "clip"
+    projection = config(case, 1, 1)
+    spec = decoder_model_with_local_default_spec(None, False)
+    mlp = spec.submodules.mlp
+    mlp_modules = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
+    return {
+        "language_transformer_config": language,
+        "language_transformer_layer_spec": spec,
+        "language_vocab_size": VOCABULARY,
+        "language_max_sequence_length": TEXT + 5 * max(case.images, default=0) * 2 + 8,
+        "vision_transformer_config": vision,
+        "vision_transformer_layer_spec": get_vit_layer_with_local_spec(),
+        "drop_vision_class_token": True,
+        "vision_projection_config": projection,
+        "vision_projection_layer_spec": mlp_modules,
+        "vision_projection_type": "mlp",
+        "parallel_output": True,
+        "img_h": 8,
+        "img_w": 8,
+        "patch_dim": 4,
+    }
+
+
+def global_name(chunk: torch.nn.Module, name: str) -> str:
+    """A parameter's name with layers counted over the whole module."""
+    parts = name.split(".")
+    if "layers" in parts:
+        at = parts.index("layers")
+        block = chunk.get_submodule(".".join(parts[: at + 1]))
+        parts[at + 1] = str(block[int(parts[at + 1])].layer_number - 1)
+    return ".".join(parts)
+
+
+def seed_parameters(chunks: list[torch.nn.Module]) -> None:
+    """The same weights whatever the partition: drawn from each parameter's global name."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            seed = int.from_bytes(hashlib.sha256(global_name(chunk, name).encode()).digest()[:4], "little")
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                noise = torch.randn(parameter.shape, generator=generator) * 0.05
+                is_norm = "norm" in name or "ln_" in name
+                parameter.copy_(noise + (1.0 if is_norm and name.endswith("weight") else 0.0))
+
+
+def batch(index: int, images: int, micro_batch_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """One microbatch: ``images`` image tokens spread over each sample's text."""
+    generator = torch.Generator().manual_seed(1000 * seed + index)
+    ids = torch.randint(0, VOCABULARY, (micro_batch_size, TEXT + images), generator=generator)
+    for sample in range(micro_batch_size):
+        places = torch.randperm(TEXT + images, generator=generator)[:images]
+        ids[sample, places] = IMAGE
+    labels = torch.randint(0, VOCABULARY, ids.shape, generator=generator)
+    return {
+        "images": torch.randn(images * micro_batch_size, 3, 8, 8, generator=generator),
+        "tokens": ids,
+        "labels": labels,
+        "loss_mask": (torch.rand(ids.shape, generator=generator) < 0.8).float(),
+        "position_ids": torch.arange(ids.shape[1]).expand(micro_batch_size, -1).contiguous(),
+    }
+
+
+def batches(case: Case, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    return [batch(i, n, case.micro_batch_size, seed) for i, n in enumerate(case.images)]
+
+
+def forward_step(data_iterator: Any, model: Any) -> Any:
+    """In the manner of upstream's pretrain_vlm.py."""
+    item = next(data_iterator)
+    output, loss_mask = model(
+        item["images"], item["tokens"], item["position_ids"], None, item["labels"], item["loss_mask"]
+    )
+
+    def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+        total = (losses.float() * mask.float()).sum()
+        tokens = mask.sum().to(torch.int)
+        return total, tokens, {"lm loss": torch.stack([total.detach().clone(), tokens.float()])}
+
+    return output, partial(loss_func, loss_mask)
+
+
+def gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Gradient of every parameter by global name; zeros where there is none."""
+    out = {}
+    for wrapped in chunks:
+        chunk = wrapped
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        for name, p in chunk.named_parameters():
+            if p.requires_grad:
+                grad = getattr(p, "main_grad", None)
+                if grad is None:
+                    grad = p.grad if p.grad is not None else torch.zeros_like(p)
+                out[global_name(chunk, name)] = grad.detach().clone()
+    return out
+
+
+def reference(rank: int, world: int, case: Case) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Megatron's own run: PP1, or its 1F1B with the ViT on the first stage."""
+    initialize(world)
+    from megatron.core.enums import ModelType
+    from megatron.core.models.multimodal.llava_model import LLaVAModel
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    kwargs = llava_kwargs(case, world)
+    kwargs["vision_transformer_config"].pipeline_model_parallel_size = 1
+    model = LLaVAModel(
+        **kwargs, pre_process=rank == 0, post_process=rank == world - 1, add_encoder=rank == 0, add_decoder=True
+    )
+    model.freeze(**freeze_arguments(case))
+    model.model_type = ModelType.encoder_or_decoder
+    model.config.finalize_model_grads_func = finalize_without_ddp
+    seed_parameters([model])
+    longest = kwargs["language_max_sequence_length"]
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter(batches(case)), model=[model],
+        num_microbatches=len(case.images), seq_length=longest, micro_batch_size=case.micro_batch_size,
+        decoder_seq_length=longest, forward_only=False,
+    )  # fmt: skip
+    return losses, gradients([model])
+
+
+def finalize_without_ddp(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **_: Any) -> None:
+    """What finalize_model_grads does with num_tokens, for modules without DDP."""
+    if num_tokens is None:
+        return
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.broadcast(num_tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    for chunk in model:
+        for p in chunk.parameters():
+            if p.grad is not None:
+                p.grad /= num_tokens
+
+
+def freeze_arguments(case: Case) -> dict[str, bool]:
+    return {f"freeze_{n}": n in case.freeze for n in ("language_model", "vision_model", "vision_projection")}
