@@ -80,6 +80,7 @@ def random_graph(
     ][shape]
     freeze = bool(rng.random() < 0.3) if frozen is None else frozen
     modules = []
+    turning = bool(rng.random() < 0.15)
     for name, upstream in chains:
         segments = int(rng.integers(1, max_segments + 1))
         layers = tuple(tuple(int(x) for x in rng.integers(1, 4, ranks)) for _ in range(segments))
@@ -90,7 +91,8 @@ def random_graph(
                 tuple(trained_end and k == segments - 1 and r == ranks - 1 for r in range(ranks))
                 for k in range(segments)
             )
-        modules.append(ModalityModule(name, layers, upstream, trainable))
+        turned = tuple(bool(x) for x in rng.random(segments) < 0.5) if turning else ()
+        modules.append(ModalityModule(name, layers, upstream, trainable, turned))
     units: list[Unit] = []
     for m in range(microbatches):
         members: dict[str, list[int]] = {}

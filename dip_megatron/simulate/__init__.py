@@ -1,5 +1,14 @@
 """Time and memory of a schedule."""
 
+from .kernels import GraphArrays, graph_arrays, peak_memory, simulate_compiled
 from .reference import DeadlockError, Timeline, simulate
 
-__all__ = ["DeadlockError", "Timeline", "simulate"]
+__all__ = [
+    "DeadlockError",
+    "GraphArrays",
+    "Timeline",
+    "graph_arrays",
+    "peak_memory",
+    "simulate",
+    "simulate_compiled",
+]

@@ -1,0 +1,517 @@
+"""The list scheduler: turns priorities into the order of every rank, and never runs into a wall of memory.
+
+Each rank has a queue of forwards and one of backwards, lowest key first (the dual-queue interleaving of the paper's
+search, phase b); weight gradients fill the time in which neither can run. A forward's key is ``order_forward[group] +
+shift_forward[row] + offset[rank]``, a backward's ``order_backward[group] + shift_backward[row]``.
+
+Memory: a rank starts a forward only if afterwards, taking the sinks in order of their groups, each can still get all it
+needs from what is free plus what those before it give back (the banker's rule, with the leanest strategy as everyone's
+claim). So the first unfinished group can always go on, on every rank, and no order of arrivals locks up. Memory that a
+split backward holds for its weight gradient counts as free, because the rank can run that at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba.cpython.unsafe.numbers import trailing_zeros
+from numpy.typing import NDArray
+
+from ..schedule.graph import Floats, Ints
+from ..simulate.compiled import compiled, inlined
+from ..simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT
+from .problem import Problem
+
+ALTERNATE, LEAN_AT_ONCE, FLAGS = 0, 1, 2
+WAIT_WEIGHT, WAIT_BETTER, WAIT_LEAN, WAITS = 0, 1, 2, 3
+_WAIT, _RUN_FORWARD, _RUN_BACKWARD, _RUN_WEIGHT = 0, 1, 2, 3
+
+Records = NDArray[np.void]
+Words = NDArray[np.uint64]
+
+# Operations still to be known: how many inputs are outstanding, and when the last of the others arrives.
+NODE = np.dtype(
+    [("arrives_forward", "f8"), ("arrives_backward", "f8"), ("waits_forward", "i4"), ("waits_backward", "i4")]
+)
+ROW = np.dtype([("key_forward", "f8"), ("key_backward", "f8"), ("place_forward", "i4"), ("place_backward", "i4")])
+# attention: when the rank should look at its queues again; pending: what split backwards hold for weight gradients.
+RANK = np.dtype(
+    [
+        ("clock", "f8"), ("attention", "f8"), ("remaining_time", "f8"), ("free", "i8"), ("pending", "i8"),
+        ("remaining", "i4"), ("length", "i4"), ("queue_head", "i4"), ("queue_tail", "i4"), ("head", "i4"),
+        ("stale", "?"), ("was_forward", "?"), ("bounded", "?"),
+    ],
+    align=True,
+)  # fmt: skip
+# A rank's view of one sink; room: the most that may be taken from those before it; ahead: what it finds once they end.
+CLAIM = np.dtype([(x, "i8") for x in ("need", "give", "passing", "passing_count", "room", "ahead")])
+
+
+class Keys(NamedTuple):
+    """Everything that a list schedule depends on beside the graph; what the search changes.
+
+    ``order_forward``, ``order_backward`` ``[G]`` and ``shift_forward``, ``shift_backward`` ``[S]`` are in units of one
+    microbatch; ``offset`` ``[P]``, large: backwards first. ``waits``: how long a rank idles for a known arrival rather
+    than start a weight gradient, a less urgent operation, or a forward with a leaner strategy, each as a multiple of
+    that operation's length. ``base`` ``[N]``: the fastest strategy a stage may use. ``split`` ``[N]``: whether its
+    backward is split. ``flags``: ``ALTERNATE`` forwards and backwards when both can run (the paper's rule);
+    ``LEAN_AT_ONCE``: use a leaner strategy whenever that admits a forward, not only when the rank would idle.
+    """
+
+    order_forward: Floats
+    order_backward: Floats
+    shift_forward: Floats
+    shift_backward: Floats
+    offset: Floats
+    waits: Floats
+    base: NDArray[np.int8]
+    split: NDArray[np.bool_]
+    flags: NDArray[np.bool_]
+
+
+class Work(NamedTuple):
+    """Buffers of the list scheduler, and its results: ``orders`` ``[P, 3S]``, ``lengths`` ``[P]``, ``strategy``
+    ``[N]``."""
+
+    orders: Ints
+    lengths: Ints
+    strategy: NDArray[np.int8]
+    node: Records
+    row: Records
+    rank: Records
+    claim: Records
+    by_forward: Ints
+    by_backward: Ints
+    group_order: Ints
+    position: Ints
+    known_forward: Words
+    known_backward: Words
+    queue: Ints
+    keys: Floats
+
+
+def make_keys(q: Problem, split: bool) -> Keys:
+    """Natural order of microbatches, fastest strategies, no waiting."""
+    rows, ranks = q.graph.rows, q.graph.ranks
+    order = np.arange(q.groups, dtype=np.float64)
+    return Keys(
+        order, order.copy(), np.zeros(rows), np.zeros(rows), np.zeros(ranks), np.zeros(WAITS),
+        np.zeros(rows * ranks, dtype=np.int8), q.graph.has_weight & split, np.zeros(FLAGS, dtype=np.bool_),
+    )  # fmt: skip
+
+
+def copy_keys(keys: Keys) -> Keys:
+    """A copy that shares no memory."""
+    copies: list[Any] = [a.copy() for a in keys]
+    return Keys(*copies)
+
+
+@compiled
+def assign(target: NDArray[Any], source: NDArray[Any]) -> None:
+    """Overwrite a vector (slices would allocate)."""
+    for i in range(len(target)):
+        target[i] = source[i]
+
+
+@compiled
+def assign_keys(target: Keys, source: Keys) -> None:
+    """Overwrite ``target`` with ``source``."""
+    assign(target.order_forward, source.order_forward)
+    assign(target.order_backward, source.order_backward)
+    assign(target.shift_forward, source.shift_forward)
+    assign(target.shift_backward, source.shift_backward)
+    assign(target.offset, source.offset)
+    assign(target.waits, source.waits)
+    assign(target.base, source.base)
+    assign(target.split, source.split)
+    assign(target.flags, source.flags)
+
+
+def make_work(q: Problem) -> Work:
+    """Buffers for :func:`dispatch` on ``q``."""
+    rows, ranks, sinks = q.graph.rows, q.graph.ranks, len(q.claim)
+    words = (rows + 63) // 64
+
+    def numbers(count: int) -> Ints:
+        return np.arange(count, dtype=np.int32)
+
+    return Work(
+        np.zeros((ranks, 3 * rows), dtype=np.int32), np.zeros(ranks, dtype=np.int32),
+        np.zeros(rows * ranks, dtype=np.int8), np.zeros(rows * ranks, dtype=NODE), np.zeros(rows, dtype=ROW),
+        np.zeros(ranks, dtype=RANK), np.zeros((ranks, sinks), dtype=CLAIM), numbers(rows), numbers(rows),
+        numbers(q.groups), numbers(sinks), np.zeros((ranks, words), dtype=np.uint64),
+        np.zeros((ranks, words), dtype=np.uint64), np.zeros((ranks, rows), dtype=np.int32),
+        np.zeros(max(rows, q.groups)),
+    )  # fmt: skip
+
+
+@compiled
+def insertion_sort(by: Ints, key: Floats) -> None:
+    """Sort numbers ``by`` by ``key``, ties by number; fast when nearly sorted already."""
+    for i in range(1, len(by)):
+        x = by[i]
+        k = key[x]
+        j = i - 1
+        while j >= 0 and (key[by[j]] > k or (key[by[j]] == k and by[j] > x)):
+            by[j + 1] = by[j]
+            j -= 1
+        by[j + 1] = x
+
+
+@inlined
+def _mark(known: Words, p: int, place: int) -> None:
+    known[p, place >> 6] |= np.uint64(1) << np.uint64(place & 63)
+
+
+@inlined
+def _unmark(known: Words, p: int, place: int) -> None:
+    known[p, place >> 6] &= ~(np.uint64(1) << np.uint64(place & 63))
+
+
+@compiled
+def _sort_rows(q: Problem, x: Keys, w: Work) -> None:
+    """Keys of the rows and their places in both queues; places of the sinks in the order of their groups."""
+    keys = w.keys
+    rows = q.graph.rows
+    for s in range(rows):
+        keys[s] = x.order_forward[q.group[s]] + x.shift_forward[s]
+        w.row[s].key_forward = keys[s]
+    insertion_sort(w.by_forward, keys)
+    for s in range(rows):
+        keys[s] = x.order_backward[q.group[s]] + x.shift_backward[s]
+        w.row[s].key_backward = keys[s]
+    insertion_sort(w.by_backward, keys)
+    for i in range(rows):
+        w.row[w.by_forward[i]].place_forward = i
+        w.row[w.by_backward[i]].place_backward = i
+    insertion_sort(w.group_order, x.order_forward)
+    place = 0
+    for i in range(q.groups):
+        for k in range(q.sink_start[w.group_order[i]], q.sink_start[w.group_order[i] + 1]):
+            w.position[k] = place
+            place += 1
+
+
+@compiled
+def _begin(q: Problem, x: Keys, w: Work) -> None:
+    """Reset the buffers and make the forwards without predecessors known."""
+    g = q.graph
+    rows, ranks = g.rows, g.ranks
+    node, rank, claim = w.node, w.rank, w.claim
+    duration, has_backward, has_weight = g.duration, g.has_backward, g.has_weight
+    w.known_forward[:] = 0
+    w.known_backward[:] = 0
+    for p in range(ranks):
+        r = rank[p]
+        r.clock = 0.0
+        r.attention = np.inf
+        r.remaining_time = 0.0
+        r.free = q.capacity[p]
+        r.pending = 0
+        r.remaining = 0
+        r.length = 0
+        r.queue_head = 0
+        r.queue_tail = 0
+        r.head = 0
+        r.stale = True
+        r.was_forward = False
+        r.bounded = q.bounded[p]
+        if q.bounded[p]:
+            for k in range(len(w.position)):
+                a = claim[p, w.position[k]]
+                a.need = q.claim[k, p]
+                a.give = q.freed[k, p]
+                a.passing = q.passing[k, p]
+                a.passing_count = q.passing_count[k, p]
+    for s in range(rows):
+        for p in range(ranks):
+            n = s * ranks + p
+            c = x.base[n]
+            m = node[n]
+            m.waits_forward = g.before_start[n + 1] - g.before_start[n]
+            m.waits_backward = g.after_start[n + 1] - g.after_start[n]
+            m.arrives_forward = 0.0
+            m.arrives_backward = 0.0
+            time = duration[FORWARD, c, n]
+            rank[p].remaining += 1
+            if has_backward[n]:
+                rank[p].remaining += 1
+                if not has_weight[n]:
+                    time += duration[BACKWARD, c, n]
+                elif x.split[n]:
+                    time += duration[BACKWARD, c, n] + duration[WEIGHT, c, n]
+                else:
+                    time += duration[FUSED, c, n]
+            rank[p].remaining_time += time
+            if m.waits_forward == 0:
+                _mark(w.known_forward, p, w.row[s].place_forward)
+                rank[p].attention = 0.0
+
+
+@inlined
+def _look_ahead(rank: Records, claim: Records, p: int) -> None:
+    """Fill ``room`` and ``ahead`` of rank ``p``'s claims."""
+    r = rank[p]
+    sinks = claim.shape[1]
+    i = r.head
+    while i < sinks and claim[p, i].need == 0 and claim[p, i].give == 0 and claim[p, i].passing_count == 0:
+        i += 1
+    r.head = i
+    coming = r.free + r.pending
+    least = coming
+    while i < sinks:
+        a = claim[p, i]
+        a.ahead = coming
+        a.room = least
+        need = a.need
+        if a.passing_count > 0:
+            need = max(need, a.passing)
+        least = min(least, coming - need)
+        coming += a.give - a.need
+        i += 1
+    r.stale = False
+
+
+@compiled
+def _admits(rank: Records, claim: Records, p: int, size: int, lean: int, held: bool, first: int, last: int) -> bool:
+    """Whether rank ``p`` may take ``size`` for a forward whose claim is ``lean``, needed by the sinks at places
+    ``first`` to ``last``; ``held``: until its backward, not just while it runs. See the module's rule."""
+    if rank[p].stale:
+        _look_ahead(rank, claim, p)
+    if not held:
+        return bool(size <= rank[p].free + rank[p].pending)
+    extra = size - lean
+    a = claim[p, first]
+    if size > a.room or extra > a.ahead - a.need:
+        return False
+    if a.passing_count > 0 and size > a.ahead - a.passing:
+        return False
+    if extra > 0:
+        for j in range(first + 1, last + 1):
+            b = claim[p, j]
+            need = b.need
+            if b.passing_count > 0:
+                need = max(need, b.passing)
+            if extra > b.ahead - need:
+                return False
+    return True
+
+
+@compiled
+def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
+    """List schedule of ``x``: orders, lengths and strategies in ``w``; returns the iteration time, or inf as soon as
+    some rank can't end before ``limit`` (seconds) any more, or if memory stops every rank (which only happens when a
+    group does not fit alone)."""
+    _sort_rows(q, x, w)
+    _begin(q, x, w)
+    g = q.graph
+    rows, ranks, candidates = g.rows, g.ranks, g.candidates
+    duration, has_backward, has_weight = g.duration, g.has_backward, g.has_weight
+    before_start, before, before_hop = g.before_start, g.before, g.before_hop
+    after_start, after, after_hop = g.after_start, g.after, g.after_hop
+    activation, hold, lean_size, first, last = q.activation, q.hold, q.lean, q.first, q.last
+    orders, strategy, queue, position = w.orders, w.strategy, w.queue, w.position
+    node, row, rank, claim = w.node, w.row, w.rank, w.claim
+    by_forward, by_backward, known_forward, known_backward = (
+        w.by_forward,
+        w.by_backward,
+        w.known_forward,
+        w.known_backward,
+    )
+    base, split_flags, offset = x.base, x.split, x.offset
+    alternate, lean_at_once = x.flags[ALTERNATE], x.flags[LEAN_AT_ONCE]
+    wait_weight, wait_better, wait_lean = x.waits[WAIT_WEIGHT], x.waits[WAIT_BETTER], x.waits[WAIT_LEAN]
+    words = known_forward.shape[1]
+    latest = 0.0
+    while True:
+        p = 0
+        t = rank[0].attention
+        for i in range(1, ranks):
+            if rank[i].attention < t:
+                t = rank[i].attention
+                p = i
+        if t == np.inf:
+            break
+        r = rank[p]
+        bounded = r.bounded
+
+        # What could run now? `soon`: the first known arrival of anything that may run later.
+        soon = np.inf
+        forward = -1
+        forward_strategy = 0
+        lean = -1  # the first forward that only a leaner strategy admits
+        lean_strategy = 0
+        better_forward = np.inf  # the first arrival of a forward more urgent than the one found
+        for word in range(words):
+            bits = known_forward[p, word]
+            while bits != 0 and forward < 0:
+                s = by_forward[(word << 6) + np.int64(trailing_zeros(bits))]
+                bits &= bits - np.uint64(1)
+                n = s * ranks + p
+                arrival = node[n].arrives_forward
+                c = int(base[n])
+                fits = True
+                if bounded:
+                    at, until = position[first[s]], position[last[s]]
+                    held = has_backward[n]
+                    fits = _admits(rank, claim, p, activation[c, n], lean_size[n], held, at, until)
+                    if not fits and (lean < 0 or lean_at_once):
+                        for d in range(c + 1, candidates):
+                            if _admits(rank, claim, p, activation[d, n], lean_size[n], held, at, until):
+                                if lean_at_once:
+                                    fits = True
+                                    c = d
+                                elif arrival <= t:
+                                    lean = s
+                                    lean_strategy = d
+                                else:
+                                    soon = min(soon, arrival)
+                                break
+                if fits:
+                    if arrival > t:
+                        soon = min(soon, arrival)
+                        better_forward = min(better_forward, arrival)
+                    else:
+                        forward = s
+                        forward_strategy = c
+            if forward >= 0:
+                break
+        backward = -1
+        better_backward = np.inf
+        for word in range(words):
+            bits = known_backward[p, word]
+            while bits != 0 and backward < 0:
+                s = by_backward[(word << 6) + np.int64(trailing_zeros(bits))]
+                bits &= bits - np.uint64(1)
+                arrival = node[s * ranks + p].arrives_backward
+                if arrival > t:
+                    soon = min(soon, arrival)
+                    better_backward = min(better_backward, arrival)
+                else:
+                    backward = s
+            if backward >= 0:
+                break
+
+        # Which of them?
+        action = _WAIT
+        s = forward
+        if forward < 0 and backward < 0:
+            if r.queue_head < r.queue_tail:
+                n = queue[p, r.queue_head]
+                if soon - t > wait_weight * duration[WEIGHT, strategy[n], n]:
+                    action = _RUN_WEIGHT
+            elif lean >= 0 and soon - t > wait_lean * duration[FORWARD, lean_strategy, lean * ranks + p]:
+                action = _RUN_FORWARD
+                s = lean
+                forward_strategy = lean_strategy
+        else:
+            take_forward = backward < 0
+            if forward >= 0 and backward >= 0:
+                if alternate:
+                    take_forward = not r.was_forward
+                else:
+                    take_forward = row[forward].key_forward + offset[p] < row[backward].key_backward
+            action = _RUN_FORWARD if take_forward else _RUN_BACKWARD
+            s = forward if take_forward else backward
+            better = better_forward if take_forward else better_backward
+            if better - t <= wait_better * duration[FORWARD, 0, s * ranks + p]:
+                soon = better
+                action = _WAIT
+        if action == _WAIT:
+            r.attention = soon
+            continue
+        n = s * ranks + p
+        if action == _RUN_FORWARD and bounded and activation[forward_strategy, n] > r.free:
+            # Admitted against memory that pending weight gradients hold: give that back first.
+            action = _RUN_WEIGHT
+
+        if action == _RUN_FORWARD:
+            c = forward_strategy
+            strategy[n] = c
+            end = t + duration[FORWARD, c, n]
+            orders[p, r.length] = FORWARD * rows + s
+            r.was_forward = True
+            r.remaining_time -= duration[FORWARD, base[n], n]
+            _unmark(known_forward, p, row[s].place_forward)
+            if bounded:
+                r.stale = True
+                a = claim[p, position[first[s]]]
+                if has_backward[n]:
+                    r.free -= activation[c, n]
+                    a.need -= lean_size[n]
+                    claim[p, position[last[s]]].give += activation[c, n] - lean_size[n]
+                else:
+                    a.passing_count -= 1
+            for e in range(after_start[n], after_start[n + 1]):
+                m = after[e]
+                b = node[m]
+                b.waits_forward -= 1
+                b.arrives_forward = max(b.arrives_forward, end + after_hop[e])
+                if b.waits_forward == 0:
+                    to = m % ranks
+                    _mark(known_forward, to, row[m // ranks].place_forward)
+                    rank[to].attention = min(rank[to].attention, max(rank[to].clock, b.arrives_forward))
+            if has_backward[n] and after_start[n] == after_start[n + 1]:
+                node[n].arrives_backward = end
+                _mark(known_backward, p, row[s].place_backward)
+        elif action == _RUN_BACKWARD:
+            c = int(strategy[n])
+            planned = base[n]
+            kind = BACKWARD
+            if not has_weight[n]:
+                r.remaining_time -= duration[BACKWARD, planned, n]
+            elif not split_flags[n]:
+                kind = FUSED
+                r.remaining_time -= duration[FUSED, planned, n]
+            else:
+                r.remaining_time -= duration[BACKWARD, planned, n]
+                if bounded and r.free + activation[c, n] < hold[c, n]:
+                    kind = FUSED
+                    r.remaining_time -= duration[WEIGHT, planned, n]
+                else:
+                    queue[p, r.queue_tail] = n
+                    r.queue_tail += 1
+                    r.remaining += 1
+                    if bounded:
+                        r.free -= hold[c, n]
+                        r.pending += hold[c, n]
+            end = t + duration[kind, c, n]
+            orders[p, r.length] = kind * rows + s
+            r.was_forward = False
+            _unmark(known_backward, p, row[s].place_backward)
+            if bounded:
+                r.stale = True
+                r.free += activation[c, n]
+                claim[p, position[last[s]]].give -= activation[c, n]
+            for e in range(before_start[n], before_start[n + 1]):
+                m = before[e]
+                if has_backward[m]:
+                    b = node[m]
+                    b.waits_backward -= 1
+                    b.arrives_backward = max(b.arrives_backward, end + before_hop[e])
+                    if b.waits_backward == 0:
+                        to = m % ranks
+                        _mark(known_backward, to, row[m // ranks].place_backward)
+                        rank[to].attention = min(rank[to].attention, max(rank[to].clock, b.arrives_backward))
+        else:
+            n = queue[p, r.queue_head]
+            r.queue_head += 1
+            end = t + duration[WEIGHT, strategy[n], n]
+            orders[p, r.length] = WEIGHT * rows + n // ranks
+            r.remaining_time -= duration[WEIGHT, base[n], n]
+            if bounded:
+                r.free += hold[strategy[n], n]
+                r.pending -= hold[strategy[n], n]
+        r.length += 1
+        r.remaining -= 1
+        r.clock = end
+        r.attention = end if r.remaining > 0 else np.inf
+        latest = max(latest, end)
+        if end + r.remaining_time > limit:
+            return np.inf
+    for p in range(ranks):
+        w.lengths[p] = rank[p].length
+        if rank[p].remaining > 0:
+            return np.inf
+    return latest
