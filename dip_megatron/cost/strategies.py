@@ -128,17 +128,18 @@ def combine(
 
 
 def pick(seconds: Floats, size: Floats, limit: int) -> Counts:
-    """At most ``limit`` of a frontier (fastest first): the fastest, the leanest, and the fastest of each of limit - 2
-    equal memory buckets between them (section 2c of the paper). Indices, fastest first."""
+    """At most ``limit`` of a frontier (fastest first): the fastest, the leanest, and the fastest other one of each of
+    limit - 2 equal memory buckets between them (section 2c of the paper). Indices, fastest first."""
     count = len(seconds)
     if count <= max(limit, 1):
         return np.arange(count)
     if limit == 1:
         return np.array([0])
     chosen = {0, count - 1}
+    between = np.arange(1, count - 1)
     edges = np.linspace(size[-1], size[0], limit - 1)
     for low, high in pairwise(edges):
-        inside = np.flatnonzero((size >= low) & (size < high) if high < size[0] else (size >= low))
+        inside = between[(size[between] >= low) & (size[between] < high)]
         if len(inside):
             chosen.add(int(inside[0]))
     return np.array(sorted(chosen))
