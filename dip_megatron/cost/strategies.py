@@ -82,8 +82,8 @@ def frontier(layers: int, seconds: Floats, size: Floats) -> tuple[Counts, Floats
     """
     options = pareto(seconds, size)
     if comb(layers + len(options) - 1, len(options) - 1) > _ENUMERATED:
-        half = layers // 2
-        left, right = (_thin(frontier(n, seconds, size)) for n in (half, layers - half))
+        left = _thin(frontier(layers // 2, seconds, size))
+        right = left if layers % 2 == 0 else _thin(frontier(layers - layers // 2, seconds, size))
         counts = (left[:, None] + right[None]).reshape(-1, len(seconds))
     else:
         counts = np.zeros((_compositions(layers, len(options)).shape[0], len(seconds)), dtype=np.int64)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dip_megatron.cost import (
-    Costs,
     CostModel,
+    Costs,
     LayerRun,
     build_graph,
     build_mixed_graph,
@@ -54,8 +54,10 @@ def test_smaller_slices_cost_more_in_all(size: int) -> None:
         assert seconds[0] > seconds[1]
 
 
-@pytest.mark.parametrize(("model", "workload"), [("vlm-l", "vlm-mix"), ("t2v-l", "t2v-mix"), ("vision-audio-llm",
-"vision-audio-mix")]) def test_graphs_of_shipped_models_are_sound(model: str, workload: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "workload"), [("vlm-l", "vlm-mix"), ("t2v-l", "t2v-mix"), ("vision-audio-llm", "vision-audio-mix")]
+)
+def test_graphs_of_shipped_models_are_sound(model: str, workload: str) -> None:
     shape = load_model(model)
     (batch,) = load_workload(workload, shape, 1, 8, seed=1)
     partition = _cut(shape, {shape.modules[0].name: 2}, {"vision": 12, "diffusion": 2})
@@ -140,7 +142,8 @@ def test_mixed_stages_hold_the_same_work() -> None:
 
 
 def test_reversed_segments_turn_ranks_round() -> None:
-    stages = [*_mixed()[:3], [LayerRun("language", 5)], [LayerRun("language", 5)], [LayerRun("language", 5, head=True)], [], []]
+    fifth = LayerRun("language", 5)
+    stages = [*_mixed()[:3], [fifth], [fifth], [replace(fifth, head=True)], [], []]
     straight = build_mixed_graph(VLM, H100, stages, BATCH)
     turned = build_mixed_graph(VLM, H100, stages, BATCH, reversed=(False, True))
     rows = np.arange(1, straight.rows, 2)

@@ -1,6 +1,6 @@
 """Memory strategies: their grammar, and which mixes of them a chunk is offered."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -78,6 +78,6 @@ def test_the_papers_rule_keeps_fastest_leanest_and_bucket_winners(points: list, 
     assert chosen[-1] == len(seconds) - 1
     if len(points) > limit > 2:
         edges = np.linspace(size[-1], size[0], limit - 1)
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             inside = [i for i in range(1, len(size) - 1) if low <= size[i] < high]
             assert not inside or inside[0] in chosen
