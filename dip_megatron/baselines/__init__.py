@@ -6,19 +6,40 @@ from .mean import mean_graph
 from .megatron import interleaved, legal_group, one_forward_one_backward
 from .optimus import optimus_coarse, optimus_leads
 from .segmented import segmented_static
+from .static import STATIC_BASELINES, StaticChoice, StaticName, static_graph, static_plan, tune_static
+from .static_partition import (
+    chain,
+    item_parameters,
+    item_seconds,
+    latency_balanced,
+    least_maximum,
+    parameter_balanced,
+)
 from .zero_bubble import zb_h1, zb_v
 
 __all__ = [
+    "STATIC_BASELINES",
     "BaselineError",
     "Fitted",
+    "StaticChoice",
+    "StaticName",
+    "chain",
     "interleaved",
+    "item_parameters",
+    "item_seconds",
+    "latency_balanced",
+    "least_maximum",
     "least_recompute",
     "legal_group",
     "mean_graph",
     "one_forward_one_backward",
     "optimus_coarse",
     "optimus_leads",
+    "parameter_balanced",
     "segmented_static",
+    "static_graph",
+    "static_plan",
+    "tune_static",
     "zb_h1",
     "zb_v",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..schedule.graph import StageGraph
 from ..schedule.order import Schedule
-from ..simulate.reference import Timeline, simulate
+from ..simulate import Timeline, graph_arrays, simulate_compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,9 @@ def least_recompute(graph: StageGraph, build: Callable[[StageGraph], Sequence[Sc
     for strategy in range(graph.candidates):
         choice = np.full((graph.rows, graph.ranks), strategy, dtype=np.int8)
         projected = graph.project(choice)
+        arrays = graph_arrays(projected)
         for schedule in build(projected):
-            timeline = simulate(projected, schedule)
+            timeline = simulate_compiled(projected, schedule, arrays)
             fits = bool(np.all(timeline.peak_bytes <= graph.memory_limit))
             fitted = Fitted(Schedule(schedule.orders, choice), timeline, strategy, fits)
             if best is None or _rank(fitted, graph) < _rank(best, graph):

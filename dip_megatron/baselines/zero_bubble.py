@@ -20,20 +20,31 @@ from .mean import mean_graph
 
 def zb_h1(graph: StageGraph) -> Schedule:
     """ZB-H1 for a mixed graph with one segment: 1F1B's memory, W delayed by ``rank`` microbatches."""
-    _, segments = mixed_shape(graph)
-    if segments != 1:
-        raise BaselineError(f"ZB-H1 has one chunk per rank, the graph has {segments}")
-    return _faster(graph, handcrafted_h1(graph), automatic(graph, limit=graph.ranks))
+    return _fastest(graph, zb_h1_options(graph)[:2])
 
 
 def zb_v(graph: StageGraph) -> Schedule:
     """ZB-V for a mixed graph with two segments, the second one reversed: 1F1B's memory, every rank has both ends."""
+    return _fastest(graph, zb_v_options(graph)[:2])
+
+
+def zb_h1_options(graph: StageGraph) -> list[Schedule]:
+    """Hand-crafted, automatic, and automatic with half the stages in flight, for a caller with a memory limit. Raises
+    BaselineError if the graph has more than one module or segment."""
+    _, segments = mixed_shape(graph)
+    if segments != 1:
+        raise BaselineError(f"ZB-H1 has one chunk per rank, the graph has {segments}")
+    return [handcrafted_h1(graph), automatic(graph, graph.ranks), automatic(graph, (graph.ranks + 1) // 2)]
+
+
+def zb_v_options(graph: StageGraph) -> list[Schedule]:
+    """As :func:`zb_h1_options`, for ZB-V. Raises BaselineError for any other graph than :func:`zb_v`'s."""
     _, segments = mixed_shape(graph)
     if segments != 2 or not graph.modules[0].runs_back(1) or graph.modules[0].runs_back(0):
         raise BaselineError(
             "ZB-V needs two segments per rank, of which the second runs from the last rank to the first"
         )
-    return _faster(graph, handcrafted_v(graph), automatic(graph, limit=2 * graph.ranks))
+    return [handcrafted_v(graph), automatic(graph, 2 * graph.ranks), automatic(graph, max(graph.ranks, 2))]
 
 
 def handcrafted_h1(graph: StageGraph) -> Schedule:
@@ -187,7 +198,7 @@ def automatic(graph: StageGraph, limit: int) -> Schedule:
     return uniform(graph, order)
 
 
-def _faster(graph: StageGraph, first: Schedule, second: Schedule) -> Schedule:
-    """The schedule that is faster on the mean durations; these are fixed before training, so the batch can't choose."""
+def _fastest(graph: StageGraph, options: list[Schedule]) -> Schedule:
+    """The fastest on the mean durations; these are fixed before training, so the batch can't choose."""
     mean = mean_graph(graph)
-    return min((first, second), key=lambda schedule: simulate(mean, schedule).iteration_time)
+    return min(options, key=lambda schedule: simulate(mean, schedule).iteration_time)
