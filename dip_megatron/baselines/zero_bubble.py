@@ -29,12 +29,12 @@ def zb_v(graph: StageGraph) -> Schedule:
 
 
 def zb_h1_options(graph: StageGraph) -> list[Schedule]:
-    """Hand-crafted, automatic, and automatic with half the stages in flight, for a caller with a memory limit. Raises
+    """Hand-crafted, automatic, and automatic with every W at once, for a caller with a memory limit. Raises
     BaselineError if the graph has more than one module or segment."""
     _, segments = mixed_shape(graph)
     if segments != 1:
         raise BaselineError(f"ZB-H1 has one chunk per rank, the graph has {segments}")
-    return [handcrafted_h1(graph), automatic(graph, graph.ranks), automatic(graph, (graph.ranks + 1) // 2)]
+    return [handcrafted_h1(graph), automatic(graph, graph.ranks), handcrafted_h1(graph, delay=0)]
 
 
 def zb_v_options(graph: StageGraph) -> list[Schedule]:
@@ -44,23 +44,26 @@ def zb_v_options(graph: StageGraph) -> list[Schedule]:
         raise BaselineError(
             "ZB-V needs two segments per rank, of which the second runs from the last rank to the first"
         )
-    return [handcrafted_v(graph), automatic(graph, 2 * graph.ranks), automatic(graph, max(graph.ranks, 2))]
+    limit = 2 * graph.ranks
+    return [handcrafted_v(graph), automatic(graph, limit), automatic(graph, limit, eager=True)]
 
 
-def handcrafted_h1(graph: StageGraph) -> Schedule:
-    """The order of the paper's figure: warm-up as 1F1B; W of microbatch i after B of microbatch i + rank."""
+def handcrafted_h1(graph: StageGraph, delay: int | None = None) -> Schedule:
+    """The order of the paper's figure: warm-up as 1F1B; W of microbatch i after B of microbatch i + rank, or, with
+    ``delay``, of microbatch i + delay if that comes earlier (0: no more memory than 1F1B on any rank)."""
     microbatches, _ = mixed_shape(graph)
     orders = []
     for rank in range(graph.ranks):
         warmup = min(graph.ranks - rank - 1, microbatches)
+        late = rank if delay is None else min(rank, delay)
         order = [code(graph, Kind.F, graph.row(m, 0)) for m in range(warmup)]
         for m in range(microbatches):
             if m + warmup < microbatches:
                 order.append(code(graph, Kind.F, graph.row(m + warmup, 0)))
             order += input_gradient(graph, graph.row(m, 0), rank)
-            if m >= rank:
-                order += weight_gradient(graph, graph.row(m - rank, 0), rank)
-        for m in range(max(0, microbatches - rank), microbatches):
+            if m >= late:
+                order += weight_gradient(graph, graph.row(m - late, 0), rank)
+        for m in range(max(0, microbatches - late), microbatches):
             order += weight_gradient(graph, graph.row(m, 0), rank)
         orders.append(order)
     return uniform(graph, orders)
@@ -123,12 +126,13 @@ def _v_order(graph: StageGraph, rank: int, padded: int, microbatches: int) -> li
     return order
 
 
-def automatic(graph: StageGraph, limit: int) -> Schedule:
+def automatic(graph: StageGraph, limit: int, *, eager: bool = False) -> Schedule:
     """A zero-bubble order by list scheduling on the mean durations of the batch.
 
     Each rank runs what can start first; of what could start together a B, else an F while fewer than ``limit`` stages
     are in flight (from the start of F to the end of W), else a W. A forward of a later segment goes first, and the last
     slots in flight are kept for later segments, without which the head of the pipeline could fill a rank for good.
+    ``eager``: W follows its B at once, which holds the least memory and leaves the other ranks the head start alone.
     """
     microbatches, segments = mixed_shape(graph)
     mean = mean_graph(graph)
@@ -168,12 +172,13 @@ def automatic(graph: StageGraph, limit: int) -> Schedule:
                 row = graph.row(int(next_forward[rank, chunk]), chunk)
                 found.append((max(clock[rank], arrival(Kind.F, row, rank)), segments - chunk, Kind.F, row))
         if owed[rank]:
-            found.append((float(clock[rank]), 2 * segments, Kind.W, owed[rank][0]))
+            found.append((float(clock[rank]), -2 * segments if eager else 2 * segments, Kind.W, owed[rank][0]))
         return [o for o in found if np.isfinite(o[0])]
 
     remaining = 3 * microbatches * segments * ranks
+    best = [min(options(rank), default=None) for rank in range(ranks)]
     while remaining:
-        choices = [(*min(o), rank) for rank in range(ranks) if (o := options(rank))]
+        choices = [(*option, rank) for rank, option in enumerate(best) if option is not None]
         if not choices:
             raise BaselineError(f"no zero-bubble order with {limit} stages in flight per rank")
         start, _, kind, row, rank = min(choices)
@@ -195,6 +200,9 @@ def automatic(graph: StageGraph, limit: int) -> Schedule:
             owed[rank].pop(0)
             in_flight[rank] -= 1
         remaining -= 1
+        # Only this rank's clock and its neighbours' arrivals have changed.
+        for touched in {rank, (rank + 1) % ranks, (rank - 1) % ranks}:
+            best[touched] = min(options(touched), default=None)
     return uniform(graph, order)
 
 

@@ -78,8 +78,12 @@ def test_every_order_ends_and_verifies(ranks, microbatches, turned, seed):
         hop=0.01,
     )  # fmt: skip
     limit = 2 * ranks if turned else ranks
-    choices = [zb_v(graph), handcrafted_v(graph)] if turned else [zb_h1(graph), handcrafted_h1(graph)]
-    for schedule in [*choices, automatic(graph, limit)]:
+    choices = (
+        [zb_v(graph), handcrafted_v(graph)]
+        if turned
+        else [zb_h1(graph), handcrafted_h1(graph), handcrafted_h1(graph, delay=1)]
+    )
+    for schedule in [*choices, automatic(graph, limit), automatic(graph, limit, eager=True)]:
         assert check_complete(graph, schedule) is None
         verify(make_plan(graph, schedule, lower_bound=0.0))
 
@@ -88,6 +92,13 @@ def test_automatic_stays_within_its_limit():
     graph = mixed_graph(4, 12, times=(1.0, 1.6, 0.5))
     for limit in (1, 2, 4):
         assert simulate(graph, automatic(graph, limit)).peak_bytes.max() <= limit
+
+
+def test_eager_weight_gradients_hold_less():
+    graph = mixed_graph(4, 12, times=(1.0, 1.6, 0.5))
+    for rank, order in enumerate(automatic(graph, 4, eager=True).orders):
+        kinds = [int(code) // graph.rows for code in order]
+        assert all(kinds[i + 1] == Kind.W for i, kind in enumerate(kinds) if kind == Kind.B), rank
 
 
 def test_automatic_helps_where_the_times_differ():
