@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from .modules import ModelError, MultimodalModel
@@ -48,9 +48,10 @@ class ModulePartition:
 
 @dataclass(frozen=True)
 class Partition:
-    """One :class:`ModulePartition` per module, in the model's order."""
+    """One :class:`ModulePartition` per module, in the model's order; ``reasons`` say in words why it is as it is."""
 
     modules: tuple[ModulePartition, ...]
+    reasons: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def ranks(self) -> int:
@@ -62,6 +63,16 @@ class Partition:
 
     def module(self, name: str) -> ModulePartition:
         return self._by_name[name]
+
+    def explain(self) -> str:
+        """The partition and its reasons in words, one statement a line."""
+        lines = []
+        for m in self.modules:
+            size = "whole microbatches" if m.unit_size is None else f"sub-microbatches of at most {m.unit_size}"
+            passes = "one segment" if m.segments == 1 else f"{m.segments} segments"
+            rows = "; ".join(" ".join(map(str, row)) for row in m.layers)
+            lines.append(f"{m.module}: {size}, {passes}, layers per rank {rows}.")
+        return "\n".join((*lines, *self.reasons))
 
     def check(self, model: MultimodalModel) -> None:
         """Raises ModelError if this does not cut exactly ``model``'s modules and layers over its pipeline ranks."""
