@@ -74,9 +74,9 @@ def choose_partition(
 
     Starts from the paper's rules and from one segment each; steps change one module's segments or sub-microbatch size,
     or how layers are balanced (uneven, with stem, head and loss counted). Each trial simulates every batch; the best
-    few are judged again more closely. Ends after ``budget_seconds`` or ``max_trials`` (with ``max_trials`` and an endless
-    budget the result is reproducible), or when no step helps. ``on_trial`` hears of every trial (description, seconds).
-    Raises ValueError if nothing fits the memory.
+    few are judged again more closely. Ends after ``budget_seconds`` or ``max_trials`` (with ``max_trials`` and an
+    endless budget the result is reproducible), or when no step helps. ``on_trial`` hears of every trial (description,
+    seconds). Raises ValueError if nothing fits the memory.
     """
     if not batches:
         raise ValueError("choosing a partition needs at least one batch to judge by")

@@ -39,8 +39,8 @@ def balance_layers(loads: Sequence[ModuleLoad], ranks: int, stage_weight: float 
 
     Minimises the seconds of the most-loaded rank plus ``stage_weight`` times the sum, over modules, of the most-loaded
     rank's seconds of that module alone (a module's slowest chunk sets the pace of its segments). A mixed-integer
-    program over the layers of each rank, solved exactly to within 0.01%; each rank's layers are then dealt over its segments so
-    that the longest of its chunks is as short as possible.
+    program over the layers of each rank, solved exactly to within 0.01%; each rank's layers are then dealt over its
+    segments so that the longest of its chunks is as short as possible.
     """
     totals = _solve(loads, ranks, stage_weight)
     return tuple(

@@ -18,7 +18,8 @@ EFFICIENCY_SHARE = 0.95
 
 @dataclass(frozen=True)
 class UnitSize:
-    """``size`` (None: whole microbatches), the share of the best efficiency it keeps, and the most instances there are."""
+    """``size`` (None: whole microbatches), the share of the best efficiency it keeps, and the most instances there
+    are."""
 
     size: int | None
     share: float
