@@ -1,10 +1,10 @@
 """Interleaved image-text documents about handwritten digits, packed into sequences of one length.
 
 The images are scikit-learn's copy of the UCI handwritten digits (1797 scans of 8x8 pixels, by 43 writers). A document
-holds between none and fourteen of them, heavy-tailed as in web corpora (many documents without an image, a few with very
-many), each followed by its label, and sums of the digits in between::
+holds between none and fourteen of them, heavy-tailed as in web corpora (many documents have no image or one, a few have
+very many), each followed by its label and by some sums that begin with its digit::
 
-    <bod> <image> : 7 ; <image> : 5 ; 7 + 5 = 1 2 ; <image> : 0 ; <eod>
+    <begin> <image> : 7 ; 7 + 5 = 1 2 ; <image> : 5 ; <image> : 0 ; 0 + 8 = 8 ; 0 + 3 = 3 ; <end>
 
 Documents are packed one after the other until the sequence is full and cut there, so that one packed sequence, the
 microbatch, holds anything from no image to fourteen. To predict the token after ``:`` a model has to read the image.
@@ -24,9 +24,11 @@ FIRST_DIGIT = 10
 VOCABULARY = 20
 IMAGE = -200  # LLaVAModel's image token: replaced by the image's embeddings, never looked up
 PIXELS = 8
+# Half the range of a pixel. A ViT's position embeddings start with unit variance: fainter images are seen much later.
+CONTRAST = 4.0
 
 # The loss of a label read off an image counts this many times; the weight also marks its place for the accuracy.
-LABEL_WEIGHT = 4.0
+LABEL_WEIGHT = 40.0
 
 MOST_IMAGES = 14
 _TEXT_ONLY = 0.3  # share of the documents
@@ -36,7 +38,7 @@ _SUMS_PER_IMAGE = (0.1, 10.0)  # mean of a document
 
 @dataclass(frozen=True, eq=False)
 class DigitImages:
-    """Scans ``[count, 8, 8]`` (float32 in -1 .. 1) and what they show ``[count]`` (0 .. 9)."""
+    """Scans ``[count, 8, 8]`` (float32 in -4 .. 4) and what they show ``[count]`` (0 .. 9)."""
 
     pixels: NDArray[np.float32]
     digits: NDArray[np.int64]
@@ -48,7 +50,7 @@ def split_images() -> tuple[DigitImages, DigitImages, DigitImages]:
 
     pixels, digits = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(digits))
-    scaled = (pixels[order].reshape(-1, PIXELS, PIXELS) / 8.0 - 1.0).astype(np.float32)
+    scaled = (CONTRAST * (pixels[order].reshape(-1, PIXELS, PIXELS) / 8.0 - 1.0)).astype(np.float32)
     labels = digits[order].astype(np.int64)
     first, second = int(0.8 * len(labels)), int(0.9 * len(labels))
     parts = slice(0, first), slice(first, second), slice(second, None)
@@ -57,6 +59,7 @@ def split_images() -> tuple[DigitImages, DigitImages, DigitImages]:
 
 
 def number_tokens(number: int) -> list[int]:
+    """The number's figures."""
     return [FIRST_DIGIT + int(figure) for figure in str(number)]
 
 
@@ -69,8 +72,8 @@ class PackedDigitDocuments(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """``size`` packed sequences; item ``index`` depends on ``seed``, ``split`` and ``index`` alone.
 
     An item holds ``tokens``, ``labels``, ``position_ids`` (int64 ``[text]``), ``loss_mask`` (float32 ``[text]``) and
-    ``images`` (float32 ``[images, 3, side, side]``). With ``image_tokens`` embeddings an image, text and images together
-    make ``sequence_length`` positions of the language model: ``text - images + images * image_tokens``.
+    ``images`` (float32 ``[images, 3, side, side]``). An image has one token in the text and ``image_tokens`` embeddings
+    in the language model, where the item takes ``sequence_length`` positions.
     """
 
     def __init__(
@@ -154,5 +157,5 @@ class PackedDigitDocuments(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def _spread(random: np.random.Generator, low: int, high: int) -> int:
-    """An integer in ``low`` .. ``high - 1``, uniform in its logarithm: small ones are common, large ones no exception."""
+    """An integer in ``low`` .. ``high - 1``, uniform in its logarithm: small ones are common, large ones happen."""
     return int(np.exp(random.uniform(np.log(low), np.log(high))))

@@ -2,11 +2,13 @@
 
 An ordinary Megatron pretrain script: it builds Megatron's ``LLaVAModel`` (CLIP ViT, MLP projector, GPT) from flags and
 hands it to ``megatron.training.pretrain``. It knows nothing of how its pipeline is scheduled: run it as it is for
-Megatron's schedules, or through ``dip run`` for dynamic ones. README.md beside it shows the command lines.
+Megatron's schedules, or through ``dip run`` for dynamic ones. ``tiny.args`` beside it holds the flags of a model that
+learns on two CPU cores; on a GPU, add what the machine can do (``--bf16``, larger sizes).
 
 One microbatch is one packed sequence of ``--seq-length`` positions, image embeddings included; the number of its images
-varies. Losses are reported per text token; ``digit accuracy`` is the share of images whose digit the model gives more than
-half of its probability (a lower bound of how often the digit is its first choice; guessing scores 0).
+varies. ``lm loss`` is the loss per text token, with the labels of images weighted. ``digit accuracy`` is the share of
+images whose digit the model gives more than half of its probability: then the digit is certainly its first choice, and
+guessing, which makes one image in ten, scores nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dip_megatron.megatron.cpu import install_cpu_platform
+from dip_megatron.megatron.cpu import CPU_FLAGS, install_cpu_platform
 
-install_cpu_platform()  # before Megatron; does nothing where CUDA is available
+ON_CPU = install_cpu_platform()  # does nothing where CUDA is available
 
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
@@ -53,12 +55,12 @@ from documents import LABEL_WEIGHT, VOCABULARY, PackedDigitDocuments, split_imag
 def add_llava_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The vision side of the model; the language side has Megatron's own flags."""
     group = parser.add_argument_group("llava digits")
-    group.add_argument("--vision-num-layers", type=int, default=4, help="layers of the ViT")
-    group.add_argument("--vision-hidden-size", type=int, default=128, help="hidden size of the ViT")
+    group.add_argument("--vision-num-layers", type=int, default=6, help="layers of the ViT")
+    group.add_argument("--vision-hidden-size", type=int, default=96, help="hidden size of the ViT")
     group.add_argument("--vision-ffn-hidden-size", type=int, default=None, help="default: 4 x the hidden size")
     group.add_argument("--vision-num-attention-heads", type=int, default=4, help="attention heads of the ViT")
-    group.add_argument("--image-side", type=int, default=16, help="pixels; the 8x8 scans are enlarged to it")
-    group.add_argument("--patch-side", type=int, default=4, help="pixels")
+    group.add_argument("--image-side", type=int, default=24, help="pixels; the 8x8 scans are enlarged to it")
+    group.add_argument("--patch-side", type=int, default=8, help="pixels")
     group.add_argument("--freeze-language-model", action="store_true", help="train ViT and projector alone")
     group.add_argument("--freeze-vision-model", action="store_true", help="train projector and language model alone")
     return parser
@@ -70,7 +72,7 @@ def image_tokens(args: argparse.Namespace) -> int:
 
 
 def vision_config(language: TransformerConfig, args: argparse.Namespace) -> TransformerConfig:
-    """The ViT's configuration: the language model's numerics, its own sizes, never cut over the pipeline by Megatron."""
+    """The ViT's configuration: the language model's numerics, sizes of its own, whole on one pipeline stage."""
     config = copy.deepcopy(language)
     config.vision_model_type = "clip"
     config.num_layers = args.vision_num_layers
@@ -216,6 +218,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    if ON_CPU:
+        sys.argv[1:1] = CPU_FLAGS  # first, so that the command line has the last word
     arguments = parse_and_validate_args(
         extra_args_provider=add_llava_arguments,
         args_defaults={"tokenizer_type": "NullTokenizer", "vocab_size": VOCABULARY, "num_workers": 0},
