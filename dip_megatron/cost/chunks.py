@@ -153,26 +153,20 @@ class CostModel:
             if kind not in layers:
                 layers[kind] = self.layer(kind[0], sizes[kind[0]], kind[1])
         fixed = self._fixed(chunk, sizes, units)
-        groups = self._classes(chunk, sizes, units)
-        count = max(len(c.names) for c, _ in groups)
-        out = {f.name: np.empty((count, units)) for f in fields(PartCost)}
-        names: list[tuple[str, ...]] = [()] * units
-        for found, index in groups:
-            padded = np.concatenate([found.counts, np.repeat(found.counts[-1:], count - len(found.names), axis=0)])
+        found, group = self._classes(chunk, sizes, units)
+        count = max(len(c.names) for c in found)
+        # Layers per unit, candidate, kind of layer and strategy; groups with fewer candidates repeat their last.
+        counts = np.stack([c.counts[np.minimum(np.arange(count), len(c.names) - 1)] for c in found])[group]
+        texts = [c.names + c.names[-1:] * (count - len(c.names)) for c in found]
+        out = {f.name: np.broadcast_to(getattr(fixed, f.name), (count, units)).copy() for f in fields(PartCost)}
+        for k, kind in enumerate(kinds):
+            layer = layers[kind]
             for name in ("forward", "backward", "activation"):
-                total = np.zeros((count, len(index)))
-                for k, kind in enumerate(kinds):
-                    total += padded[:, k] @ getattr(layers[kind], name)[:, index]
-                out[name][:, index] = total + getattr(fixed, name)[index]
-            for name in ("weight", "hold"):
-                total = getattr(fixed, name)[index].copy()
-                for k, kind in enumerate(kinds):
-                    total += found.counts[0, k].sum() * getattr(layers[kind], name)[index]
-                out[name][:, index] = total
-            text = found.names + found.names[-1:] * (count - len(found.names))
-            for u in index:
-                names[u] = text
-        return _fastest_first(ChunkCost(**out, names=tuple(names)))
+                out[name] += np.einsum("ucs,su->cu", counts[:, :, k], getattr(layer, name))
+            total = counts[0, 0, k].sum()
+            out["weight"] += total * layer.weight
+            out["hold"] += total * layer.hold
+        return _fastest_first(ChunkCost(**out, names=tuple(texts[g] for g in group)))
 
     def _kinds(self, chunk: Chunk) -> list[tuple[str, bool]]:
         kinds: dict[tuple[str, bool], None] = {}
@@ -194,21 +188,16 @@ class CostModel:
                     total = PartCost(*(getattr(total, f.name) + getattr(more, f.name) for f in fields(PartCost)))
         return total
 
-    def _classes(self, chunk: Chunk, sizes: Mapping[str, Sizes], units: int) -> list[tuple[_Candidates, Counts]]:
-        """Units grouped by rounded size, each group with its candidates. Chunks of several modules get one group,
-        judged at the mean size."""
+    def _classes(self, chunk: Chunk, sizes: Mapping[str, Sizes], units: int) -> tuple[list[_Candidates], Counts]:
+        """Units grouped by rounded size: the candidates of each group, and the group of each unit, ``[U]``. Chunks of
+        several modules get one group, judged at the mean size."""
         modules = tuple(dict.fromkeys(run.module for run in chunk))
         if len(modules) == 1:
-            rounded = sizes[modules[0]].rounded()
-            groups: dict[tuple[float, ...], list[int]] = {}
-            for u in range(units):
-                groups.setdefault(rounded.key(u), []).append(u)
-            return [(self._candidates(chunk, modules, (key,)), np.array(index)) for key, index in groups.items()]
-        means = [
-            Sizes(*(np.array([getattr(sizes[m], f.name).mean()]) for f in fields(Sizes))).rounded().key(0)
-            for m in modules
-        ]
-        return [(self._candidates(chunk, modules, tuple(means)), np.arange(units))]
+            table = sizes[modules[0]].rounded().table()
+            keys, group = np.unique(table, axis=0, return_inverse=True)
+            return [self._candidates(chunk, modules, (tuple(key),)) for key in keys.tolist()], group.reshape(units)
+        means = tuple(tuple(sizes[m].mean().rounded().table()[0].tolist()) for m in modules)
+        return [self._candidates(chunk, modules, means)], np.zeros(units, dtype=np.int64)
 
     def _candidates(self, chunk: Chunk, modules: tuple[str, ...], keys: tuple[tuple[float, ...], ...]) -> _Candidates:
         found = self._cache.get((chunk, keys))
@@ -225,7 +214,7 @@ class CostModel:
         ]
         parts, offered = [], []
         for k, (module, full_attention) in enumerate(kinds):
-            layer = self.layer(module, Sizes.of([keys[module]]), full_attention)
+            layer = self.layer(module, Sizes.of(np.array([keys[module]])), full_attention)
             seconds, size = layer.forward[:, 0] + layer.backward[:, 0], layer.activation[:, 0]
             usable = self._allowed.copy()
             # Not worth offering: the attention core where attention is fused, which keeps next to nothing; and

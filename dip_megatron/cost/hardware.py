@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -49,7 +50,11 @@ class Cluster:
 
     def curve(self, operator: Operator) -> Curve:
         """The operator's efficiency curve; (1, 1) where the cluster has none."""
-        return dict(self.efficiency).get(operator, ((1.0, 1.0),))
+        return self._curves.get(operator, ((1.0, 1.0),))
+
+    @cached_property
+    def _curves(self) -> dict[Operator, Curve]:
+        return dict(self.efficiency)
 
     def with_efficiency(self, curves: dict[Operator, Curve]) -> Cluster:
         """The same cluster with some curves replaced (by measured ones)."""
@@ -58,10 +63,14 @@ class Cluster:
 
 def interpolate(curve: Curve, size: Floats) -> Floats:
     """Efficiency at ``size``: linear in log(size) between the points, constant beyond them."""
-    xs = np.log(np.array([p[0] for p in curve]))
-    ys = np.array([p[1] for p in curve])
+    xs, ys = _points(curve)
     out: Floats = np.interp(np.log(np.maximum(size, 1.0)), xs, ys)
     return out
+
+
+@lru_cache(maxsize=256)
+def _points(curve: Curve) -> tuple[Floats, Floats]:
+    return np.log(np.array([p[0] for p in curve])), np.array([p[1] for p in curve])
 
 
 class _Cluster(BaseModel):

@@ -37,24 +37,29 @@ class Sizes:
         """One unit that is at least as large as each of these in every respect."""
         return Sizes(*(np.array([getattr(self, f.name).max()]) for f in fields(self)))
 
+    def mean(self) -> Sizes:
+        """One unit of the mean size."""
+        return Sizes(*(np.array([getattr(self, f.name).mean()]) for f in fields(self)))
+
     def rounded(self) -> Sizes:
-        """Tokens rounded to a power of two, pairs to a power of four: the few sizes at which memory candidates are
+        """Tokens rounded to a power of two, the rest more coarsely: the few sizes at which memory candidates are
         chosen, which depend on a unit's layers only, not on what it hands on."""
         out = {}
+        steps = {"tokens": 1.0, "pairs": 2.0, "window_pairs": 2.0}
         for f in fields(self):
-            x, step = getattr(self, f.name), 2.0 if "pairs" in f.name else 1.0
+            x, step = getattr(self, f.name), steps.get(f.name, 4.0)
             out[f.name] = np.where(x > 0, np.exp2(step * np.round(np.log2(np.maximum(x, 1.0)) / step)), 0.0)
         out["outputs"] = np.zeros_like(self.outputs)
         return Sizes(**out)
 
-    def key(self, i: int) -> tuple[float, ...]:
-        return tuple(float(getattr(self, f.name)[i]) for f in fields(self))
+    def table(self) -> Floats:
+        """One row per unit, columns in the order of the fields, ``[U, 6]``."""
+        return np.stack([getattr(self, f.name) for f in fields(self)], axis=1)
 
     @staticmethod
-    def of(keys: Sequence[tuple[float, ...]]) -> Sizes:
-        """Inverse of :meth:`key`, for several units."""
-        columns = np.array(keys, dtype=np.float64).reshape(len(keys), 6).T
-        return Sizes(*(np.ascontiguousarray(c) for c in columns))
+    def of(table: Floats) -> Sizes:
+        """Inverse of :meth:`table`."""
+        return Sizes(*(np.ascontiguousarray(column) for column in table.T))
 
 
 def instance_sizes(module: ModuleShape, microbatch: Microbatch) -> Floats:
@@ -98,7 +103,7 @@ def unit_sizes(module: ModuleShape, microbatches: Sequence[Microbatch], units: S
             rows = instance_sizes(module, microbatches[m])
             running[m] = np.vstack([np.zeros((1, 6)), np.cumsum(rows, axis=0)])
         out[i] = running[m][first + count] - running[m][first]
-    return Sizes(*(np.ascontiguousarray(c) for c in out.T))
+    return Sizes.of(out)
 
 
 def whole_sizes(module: ModuleShape, microbatches: Sequence[Microbatch]) -> Sizes:
