@@ -2,87 +2,31 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..schedule.bounds import lower_bound
 from ..schedule.graph import ModalityModule, StageGraph, Unit
 from ..schedule.order import Schedule, check_complete
-from ..simulate.kernels import GraphArrays, simulate_compiled
+from ..simulate.kernels import simulate_compiled
 from .annealing import MAY, MAY_LEAN, MAY_REORDER, MAY_SPLIT, anneal
-from .dispatch import Keys, Work, copy_keys, dispatch, make_work
+from .dispatch import Keys, copy_keys, dispatch, make_work
 from .feasibility import check_fits
+from .incumbent import Improved, Incumbent, in_threads, listed
 from .natural import megatron_orders
 from .options import SearchOptions, SearchResult
+from .paper import search_paper
 from .portfolio import portfolio
 from .problem import Problem, make_problem
 from .random import seeded
-from .strategies import restore, restrict
-
-Improved = Callable[[Schedule, float], None]
+from .strategies import restrict
 
 CHAINS = 4  # of a deterministic search, whatever the number of workers
 PORTFOLIO_SHARE = 0.4  # of the budget at most
 KEYS_SHARE = 0.7
 HOT, COLD = 1e-3, 2e-5  # temperature over iteration time, at the start and at the end
 SLICE_SECONDS = 0.01
-
-
-class Incumbent:
-    """The best schedule so far, shared by all workers of one search. Times are those of the simulator."""
-
-    def __init__(
-        self, graph: StageGraph, arrays: GraphArrays, on_improved: Improved | None, origin: NDArray[np.int8] | None
-    ) -> None:
-        self.graph, self.arrays, self.on_improved, self.origin = graph, arrays, on_improved, origin
-        self.start = time.perf_counter()
-        self.time = np.inf
-        self.schedule: Schedule | None = None
-        self.keys: Keys | None = None
-        self.keys_time = np.inf
-        self.history: list[tuple[float, float]] = []
-        self.evaluations = 0
-        self.lock = threading.Lock()
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
-
-    def offer(self, schedule: Schedule) -> float:
-        """Take ``schedule`` if it is faster than the best; returns its iteration time (seconds)."""
-        timeline = simulate_compiled(self.graph, schedule, self.arrays)
-        with self.lock:
-            if timeline.iteration_time < self.time:
-                self.time, self.schedule = timeline.iteration_time, schedule
-                self.history.append((self.elapsed(), self.time))
-                if self.on_improved is not None:
-                    self.on_improved(self.outward(schedule), self.time)
-        return timeline.iteration_time
-
-    def outward(self, schedule: Schedule) -> Schedule:
-        """``schedule`` with the candidates of the caller's graph."""
-        return schedule if self.origin is None else Schedule(schedule.orders, restore(schedule.strategy, self.origin))
-
-    def offer_keys(self, keys: Keys, keys_time: float) -> None:
-        """Remember the best keys, for workers that have fallen behind."""
-        with self.lock:
-            if keys_time < self.keys_time:
-                self.keys, self.keys_time = copy_keys(keys), keys_time
-
-    def count(self, evaluations: int) -> None:
-        with self.lock:
-            self.evaluations += evaluations
-
-
-def listed(q: Problem, w: Work) -> Schedule:
-    """The schedule that :func:`dispatch` left in ``w``."""
-    rows, ranks = q.graph.rows, q.graph.ranks
-    orders = tuple(w.orders[p, : w.lengths[p]].copy() for p in range(ranks))
-    return Schedule(orders, w.strategy.reshape(rows, ranks).copy())
 
 
 class KeyChain:
@@ -211,15 +155,6 @@ def search(
         raise ValueError("a deterministic search needs a number of evaluations; a time limit would not repeat")
     if workers < 1 or budget_seconds < 0 or (evaluations is not None and evaluations < 1):
         raise ValueError("a search needs at least one worker, one evaluation and a budget that is not negative")
-    return _search_dip(
-        graph, budget_seconds, seed, evaluations, workers, deterministic, warm_start, on_improved, options
-    )
-
-
-def _search_dip(
-    graph: StageGraph, budget: float, seed: int, evaluations: int | None, workers: int, deterministic: bool,
-    warm_start: Schedule | None, on_improved: Improved | None, options: SearchOptions,
-) -> SearchResult:  # fmt: skip
     origin = None
     searched = graph
     if graph.candidates > 1 and not (options.recompute and options.offload):
@@ -228,14 +163,38 @@ def _search_dip(
     incumbent = Incumbent(searched, q.graph, on_improved, origin)
     check_fits(searched, q)
     if warm_start is not None:
-        fault = check_complete(graph, warm_start)
-        if fault is not None:
-            raise ValueError(f"the warm start is no schedule of this graph: {fault}")
-        if origin is None and np.all(simulate_compiled(graph, warm_start, q.graph).peak_bytes <= graph.memory_limit):
+        _check_warm_start(graph, warm_start)
+        if origin is None:
             incumbent.offer(warm_start)
-    until = np.inf if deterministic else budget
+    until = np.inf if deterministic else budget_seconds
+    if schedule == "dip":
+        bound = _search_dip(searched, q, incumbent, until, evaluations, workers, seed, deterministic, options)
+    else:
+        bound = lower_bound(graph, split=False)
+        search_paper(searched, q, incumbent, bound, until, evaluations, 1 if deterministic else workers, seed)
+    assert incumbent.schedule is not None
+    return SearchResult(
+        incumbent.outward(incumbent.schedule), incumbent.time, bound, incumbent.evaluations, incumbent.elapsed(),
+        tuple(incumbent.history), workers, seed,
+    )  # fmt: skip
+
+
+def _check_warm_start(graph: StageGraph, schedule: Schedule) -> None:
+    fault = check_complete(graph, schedule)
+    if fault is not None:
+        raise ValueError(f"the warm start is no schedule of this graph: {fault}")
+    over = simulate_compiled(graph, schedule).peak_bytes - graph.memory_limit
+    if np.any(over > 0):
+        raise ValueError(f"the warm start is {over.max():.0f} bytes over the limit on rank {int(np.argmax(over))}")
+
+
+def _search_dip(
+    graph: StageGraph, q: Problem, incumbent: Incumbent, until: float, evaluations: int | None, workers: int, seed: int,
+    deterministic: bool, options: SearchOptions,
+) -> float:  # fmt: skip
+    """Fill ``incumbent``; returns the lower bound."""
     starts = greedy(q, incumbent, options, until * PORTFOLIO_SHARE, evaluations)
-    for _, order in megatron_orders(searched, q.graph):
+    for _, order in megatron_orders(graph, q.graph):
         incumbent.offer(order)
     bound = lower_bound(graph, split=options.split_backward)
     good_enough = bound * (1.0 + options.gap)
@@ -244,17 +203,13 @@ def _search_dip(
         chains = [
             KeyChain(q, starts[i % len(starts)][1], starts[i % len(starts)][0], options, seed, i) for i in range(CHAINS)
         ]
-        _in_threads([_counted_run(chain, incumbent, each) for chain in chains], workers)
+        in_threads([_counted_run(chain, incumbent, each) for chain in chains], workers)
         for chain in chains:
             incumbent.offer(chain.schedule())
     else:
         chains = [KeyChain(q, starts[0][1], starts[0][0], options, seed, i) for i in range(workers)]
-        _in_threads([_timed_run(chain, incumbent, until, evaluations, good_enough) for chain in chains], workers)
-    assert incumbent.schedule is not None
-    return SearchResult(
-        incumbent.outward(incumbent.schedule), incumbent.time, bound, incumbent.evaluations, incumbent.elapsed(),
-        tuple(incumbent.history), workers, seed,
-    )  # fmt: skip
+        in_threads([_timed_run(chain, incumbent, until, evaluations, good_enough) for chain in chains], workers)
+    return bound
 
 
 def _counted_run(chain: KeyChain, incumbent: Incumbent, evaluations: int) -> Callable[[], None]:
@@ -274,17 +229,6 @@ def _timed_run(
     return lambda: run_timed(chain, incumbent, until, most, good_enough)
 
 
-def _in_threads(jobs: list[Callable[[], None]], workers: int) -> None:
-    """Run all jobs, the first in this thread; the first exception of any is raised."""
-    if workers == 1 or len(jobs) == 1:
-        for job in jobs:
-            job()
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(job) for job in jobs]:
-            future.result()
-
-
 def warm_up() -> None:
     """Load or compile the kernels, so that the first search of a process is as fast as the others (seconds on the first
     use after installation, well under one later)."""
@@ -293,4 +237,5 @@ def warm_up() -> None:
         1, (ModalityModule("warm", ((1,),)),), (Unit(0, "warm", 0),), one, one, one, 2 * one, one, none, np.zeros(1),
         np.zeros(1), np.full(1, 1.0),
     )  # fmt: skip
-    search(graph, budget_seconds=60.0, evaluations=100, options=SearchOptions(gap=-1.0))
+    for schedule in ("dip", "dip-paper"):
+        search(graph, schedule=schedule, budget_seconds=600.0, evaluations=100, options=SearchOptions(gap=-1.0))
