@@ -1,6 +1,6 @@
 """The forward-backward function that Megatron's train loop gets instead of its own schedule.
 
-Per iteration: take the microbatches read ahead, take their plan (made meanwhile, equal on all ranks), read and submit the
+Per iteration: take the microbatches read ahead and their plan (made meanwhile, equal on all ranks), read and submit the
 next iteration's, run the plan, finalize gradients. The keyword arguments are those of Megatron's schedules.
 """
 
@@ -178,7 +178,7 @@ class DipForwardBackward:
 
     def _request(self, microbatches: list[MicrobatchInputs], forward_only: bool, budget: float, wait: float) -> int:
         self._ticket += 1
-        loads = tuple(dict(self._program.load(m)) for m in microbatches) if self._feed.plans_here else ()
+        loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
         self._planned[self._ticket] = microbatches
         self._feed.request(PlanRequest(self._ticket, loads, budget, forward_only), wait)
         return self._ticket
@@ -216,9 +216,11 @@ class DipForwardBackward:
         tokens = step.total_num_tokens
         if tokens is None:
             tokens = torch.zeros([], dtype=torch.int, device=next(chunks[0].parameters()).device)
-        # Megatron looks for the embedding on the first chunk of the first rank and for the head on the last of the last.
-        language = len(chunks) - self._program.modules[-1].segments
-        ordered = [chunks[language], *chunks[:language], *chunks[language + 1 :]]
+        # Megatron looks for the embedding on the first rank's first chunk and for the head on the last rank's last one.
+        ordered = chunks
+        if self._executor.position.rank == 0:
+            language = len(chunks) - self._program.modules[-1].segments
+            ordered = [chunks[language], *chunks[:language], *chunks[language + 1 :]]
         optional = {} if force_all_reduce is None else {"force_all_reduce": force_all_reduce}
         config.finalize_model_grads_func(
             ordered,

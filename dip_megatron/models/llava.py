@@ -9,18 +9,18 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 
-from ..schedule import ModalityModule, Payload, StageKey, TensorSpec, Unit
+from ..schedule import ModalityModule, StageKey, Unit
+from ..workload import Microbatch
 from .layout import segment_config
-from .protocol import Load, MicrobatchInputs, Tensors
+from .protocol import MicrobatchInputs, Tensors
+from .shapes import LANGUAGE, VISION, LlavaShapes
 
-VISION, LANGUAGE = "vision", "language"
 _SIGNATURE = inspect.signature(LLaVAModel.forward)
 _UNSUPPORTED = {
     "inference_context": "inference",
@@ -93,30 +93,6 @@ class LanguageChunk(LLaVAModel):
         super().__init__(add_encoder=False, add_decoder=True, pre_process=first, post_process=last, **kwargs)
         # Shapes travel in the plan, so nothing needs Megatron's padding to the longest possible sequence.
         self._language_is_pipeline_parallel = False
-
-
-@dataclass(frozen=True)
-class LlavaShapes:
-    """Payload shapes of LLaVA: ``vision_tokens`` and ``image_tokens`` are per image before and after the projector."""
-
-    vision_tokens: int
-    vision_hidden: int
-    image_tokens: int
-    language_hidden: int
-    micro_batch_size: int
-    sequence_parallel_size: int
-    dtype: str
-
-    def payload(self, unit: Unit, load: Load, *, leaves_module: bool) -> Payload:
-        """One tensor of hidden states, or of projected image embeddings."""
-        if unit.module == VISION and leaves_module:
-            shape = (self.image_tokens, unit.count, self.language_hidden)
-        elif unit.module == VISION:
-            shape = (self.vision_tokens, unit.count, self.vision_hidden)
-        else:
-            tokens = max(load[LANGUAGE]) // self.sequence_parallel_size
-            shape = (tokens, self.micro_batch_size, self.language_hidden)
-        return (TensorSpec("hidden", shape, self.dtype),)
 
 
 class LlavaProgram:
@@ -234,24 +210,19 @@ class LlavaProgram:
                 raise ValueError(f"DIP can't run {what} ({name} is set); use --dip-schedule off")
         return arguments
 
-    def load(self, inputs: MicrobatchInputs) -> Load:
-        """Tokens of every image in the ViT, and of the combined sequence in the LLM (padded as Megatron pads it)."""
+    def load(self, inputs: MicrobatchInputs) -> Microbatch:
+        """Images, and the lengths of the combined sequences (padded to the longest, as Megatron pads them)."""
         images, ids = inputs.arguments["images"], inputs.arguments["input_ids"]
         count = 0 if images is None else int(images.shape[0])
         token = inputs.arguments.get("image_token_index")
         per_sample = (ids == (self._image_token if token is None else token)).sum(dim=-1).tolist()
         tiles = inputs.arguments.get("num_image_tiles")
-        if tiles is None:
-            if sum(per_sample) != count:
-                raise ValueError(f"the batch has {count} images but {sum(per_sample)} image tokens")
-            per_image = [1] * count
-        else:
-            per_image = [int(t) for t in tiles]
-            if sum(per_image) != count or len(per_image) != sum(per_sample):
-                raise ValueError(
-                    f"num_image_tiles lists {len(per_image)} images of {sum(per_image)} tiles; the batch has "
-                    f"{sum(per_sample)} image tokens and {count} tiles"
-                )
+        per_image = [1] * sum(per_sample) if tiles is None else [int(t) for t in tiles]
+        if sum(per_image) != count or len(per_image) != sum(per_sample):
+            raise ValueError(
+                f"the batch has {sum(per_sample)} image tokens for {len(per_image)} images of {sum(per_image)} tiles, "
+                f"and pixels of {count} tiles"
+            )
         lengths, start = [], 0
         for n in per_sample:
             own = sum(per_image[start : start + n])
@@ -259,7 +230,14 @@ class LlavaProgram:
             start += n
         longest = min(max(lengths), int(self.kwargs["language_max_sequence_length"]))
         padded = -(-longest // self._sequence_parallel) * self._sequence_parallel
-        return {VISION: (self.shapes.vision_tokens,) * count, LANGUAGE: (padded,) * len(per_sample)}
+        total, seen = padded * len(per_sample), count * self.shapes.image_tokens
+        if seen > total:
+            raise ValueError(
+                f"{count} image tiles of {self.shapes.image_tokens} tokens don't fit the language model's "
+                f"{self.kwargs['language_max_sequence_length']} positions; pack fewer images or raise --seq-length"
+            )
+        sequences = (padded,) * len(per_sample)
+        return Microbatch(total - seen, (self.shapes.image_tokens,) * count, sequences=sequences)
 
     def forward(
         self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs

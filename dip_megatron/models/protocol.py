@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from ..schedule import ModalityModule, Payload, StageKey, Unit
+from ..workload import Microbatch
 
 Tensors = dict[str, torch.Tensor]
-Load = Mapping[str, tuple[int, ...]]
-"""What a microbatch holds, per module: the tokens of each of its instances (images, clips, packed sequences)."""
 
 
 @dataclass
@@ -27,7 +26,7 @@ class MicrobatchInputs:
 class Shapes(Protocol):
     """Payload shapes by content, without the model: a small picklable object, used in planner workers."""
 
-    def payload(self, unit: Unit, load: Load, *, leaves_module: bool) -> Payload:
+    def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """What one stage of ``unit`` sends on: within its module, or (``leaves_module``) to the modules it feeds."""
         ...
 
@@ -50,8 +49,8 @@ class StageProgram(Protocol):
         """Arguments of the script's ``model(...)`` call, by name."""
         ...
 
-    def load(self, inputs: MicrobatchInputs) -> Load:
-        """Tokens of every instance of every module. Raises ValueError for a batch the model can't take."""
+    def load(self, inputs: MicrobatchInputs) -> Microbatch:
+        """What it holds, for the planner. Raises ValueError for a batch the model can't take."""
         ...
 
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,14 +11,15 @@ import numpy as np
 
 from ..schedule import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
 from ..schedule.lower import make_plan
+from ..workload import Microbatch
 from .greedy import greedy
-from .request import Load, PlanRequest
+from .request import PlanRequest
 
 
 class GraphBuilder(Protocol):
     """Prices a batch; picklable."""
 
-    def build(self, loads: tuple[Load, ...], forward_only: bool) -> StageGraph:
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
         """The stage graph of one iteration. ``forward_only``: nothing trains."""
         ...
 
@@ -26,13 +27,17 @@ class GraphBuilder(Protocol):
 class PayloadShapes(Protocol):
     """What travels between stages; picklable. See :class:`dip_megatron.models.protocol.Shapes`."""
 
-    def payload(self, unit: Unit, load: Mapping[str, tuple[int, ...]], *, leaves_module: bool) -> Payload:
+    def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """Shapes sent on by one stage of ``unit``."""
         ...
 
 
 class Searcher(Protocol):
     """Finds a schedule within a budget; picklable."""
+
+    def warm_up(self) -> None:
+        """Load or compile what the search needs."""
+        ...
 
     def __call__(
         self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]
@@ -49,6 +54,11 @@ class LivePlanMaker:
     shapes: PayloadShapes
     search: Searcher | None = None
     name: str = "dip"
+
+    def warm_up(self) -> None:
+        """See :class:`planner.request.PlanMaker`."""
+        if self.search is not None:
+            self.search.warm_up()
 
     def quick(self, request: PlanRequest) -> Plan:
         """Dual-queue greedy, without compiled code."""
@@ -79,7 +89,7 @@ class LivePlanMaker:
         )  # fmt: skip
 
 
-def payloads(graph: StageGraph, loads: tuple[Load, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
+def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
     """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`)."""
     out: dict[tuple[int, int], Payload] = {}
     for s in range(graph.rows):

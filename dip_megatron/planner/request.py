@@ -7,23 +7,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..schedule import Plan
+from ..workload import Microbatch
 
-Load = dict[str, tuple[int, ...]]
+READY = b"ready"
+"""What a worker sends when it can plan."""
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One iteration to plan: per microbatch and module the tokens of each instance. ``budget_seconds`` is for the
-    search alone. ``speed`` is measured over predicted time of recent iterations, for calibration."""
+    """One iteration to plan, by what its microbatches hold. ``budget_seconds`` is for the search alone."""
 
     iteration: int
-    loads: tuple[Load, ...]
+    loads: tuple[Microbatch, ...]
     budget_seconds: float
     forward_only: bool = False
 
 
 class PlanMaker(Protocol):
     """Turns requests into plans; picklable, since planner workers are processes of their own."""
+
+    def warm_up(self) -> None:
+        """Load or compile what planning needs, before the first request."""
+        ...
 
     def quick(self, request: PlanRequest) -> Plan:
         """A good plan within milliseconds, in this process, without compiled code."""

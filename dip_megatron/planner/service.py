@@ -7,18 +7,18 @@ or babbling worker is replaced with a warning, and the trainer plans by itself m
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import pickle
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection, wait
 
 from ..schedule import Plan
 from ..schedule.verify import PlanError, verify
-from .request import PlanMaker, PlanRequest
+from .request import READY, PlanMaker, PlanRequest
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,9 @@ class PlannerStatistics:
 
 @dataclass
 class _Worker:
-    process: BaseProcess
+    process: subprocess.Popen[bytes]
     connection: Connection
+    ready: bool = False
     busy_with: int | None = None
 
 
@@ -52,7 +53,6 @@ class PlannerService:
         self.statistics = PlannerStatistics()
         self._maker = maker
         self._hang_seconds = hang_seconds
-        self._context = multiprocessing.get_context("spawn")
         self._workers = [self._start() for _ in range(workers)]
         self._asked: dict[int, tuple[PlanRequest, float]] = {}
         self._arrived: dict[int, tuple[Plan, bool]] = {}
@@ -61,8 +61,10 @@ class PlannerService:
         """Begin planning; returns at once."""
         self._collect()
         self._asked[request.iteration] = (request, time.monotonic())
+        if request.budget_seconds <= 0:
+            return  # needed now: made in this process when it is taken
         for worker in self._workers:
-            if worker.busy_with is None:
+            if worker.ready and worker.busy_with is None:
                 try:
                     worker.connection.send_bytes(pickle.dumps(request))
                     worker.busy_with = request.iteration
@@ -71,9 +73,9 @@ class PlannerService:
                     self._replace(worker, "has died")
                     self.submit(request)
                     return
-        if self._workers:
-            logger.warning("all %d planner workers are busy; iteration %d is planned in the trainer",
-                           len(self._workers), request.iteration)  # fmt: skip
+        if any(worker.ready for worker in self._workers):
+            self.statistics.late += 1
+            logger.info("all planner workers are busy; iteration %d is planned in the trainer", request.iteration)
 
     def take(self, iteration: int, wait_seconds: float) -> Plan:
         """The best plan for a submitted iteration, waiting at most ``wait_seconds`` for a worker's final one.
@@ -89,7 +91,7 @@ class PlannerService:
             left = deadline - time.monotonic()
             if final or not waiting or left <= 0:
                 break
-            multiprocessing.connection.wait(waiting, left)
+            wait(waiting, left)
         self._arrived = {i: p for i, p in self._arrived.items() if i > iteration}
         self.statistics.plans += 1
         if plan is None:
@@ -106,34 +108,39 @@ class PlannerService:
             worker.connection.close()
             worker.process.terminate()
         for worker in self._workers:
-            worker.process.join(5.0)
-            if worker.process.is_alive():
+            try:
+                worker.process.wait(5.0)
+            except subprocess.TimeoutExpired:
                 worker.process.kill()
         self._workers = []
 
     @property
-    def processes(self) -> list[BaseProcess]:
+    def processes(self) -> list[subprocess.Popen[bytes]]:
         """The worker processes, for monitoring."""
         return [w.process for w in self._workers]
 
     # -- workers -------------------------------------------------------------------------------------------------
     def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self._maker), daemon=True, name="dip-planner")
-        # A worker must not take part in the trainer's rendezvous, see its GPU, or run a script guarded by __main__.
-        with _environment(_WORKER_ENVIRONMENT):
-            process.start()
-        theirs.close()
-        return _Worker(process, ours)
+        # Not multiprocessing's spawn: it would import the user's pretrain script, and Megatron, into every worker.
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dip_megatron.planner.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                env={**os.environ, **_WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )  # fmt: skip
+        connection = Connection(ours.detach())
+        connection.send_bytes(pickle.dumps(self._maker))
+        return _Worker(process, connection)
 
     def _replace(self, worker: _Worker, reason: str) -> None:
         logger.warning("planner worker %s %s; starting another, no step is lost", worker.process.pid, reason)
         self.statistics.worker_deaths += 1
         worker.connection.close()
-        if worker.process.is_alive():
+        if worker.process.poll() is None:
             worker.process.kill()
         fresh = self._start()
-        worker.process, worker.connection, worker.busy_with = fresh.process, fresh.connection, None
+        worker.process, worker.connection, worker.ready, worker.busy_with = fresh.process, fresh.connection, False, None
 
     def _collect(self) -> None:
         """Take in what workers have sent; replace the broken ones."""
@@ -143,13 +150,13 @@ class PlannerService:
                 while worker.connection.poll():
                     self._receive(worker, worker.connection.recv_bytes())
             except (EOFError, OSError):
-                self._replace(worker, f"has died (exit code {worker.process.exitcode})")
+                self._replace(worker, f"has died (exit code {worker.process.poll()})")
                 continue
             except Exception as error:  # whatever garbage a broken worker may send
                 self._replace(worker, f"sent something unreadable ({type(error).__name__}: {error})")
                 continue
-            if not worker.process.is_alive():
-                self._replace(worker, f"has died (exit code {worker.process.exitcode})")
+            if worker.process.poll() is not None:
+                self._replace(worker, f"has died (exit code {worker.process.poll()})")
             elif worker.busy_with is not None:
                 asked = self._asked.get(worker.busy_with)
                 if asked and now - asked[1] > asked[0].budget_seconds + self._hang_seconds:
@@ -164,6 +171,9 @@ class PlannerService:
             self._replace(worker, f"still plans iteration {worker.busy_with} at {newest}")
 
     def _receive(self, worker: _Worker, message: bytes) -> None:
+        if message == READY:
+            worker.ready = True
+            return
         iteration, plan, final, error = pickle.loads(message)
         if final:
             worker.busy_with = None
@@ -185,46 +195,3 @@ _WORKER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
 }
-
-
-class _environment:
-    """Set variables while a child process starts."""
-
-    def __init__(self, values: dict[str, str]):
-        self._values = values
-
-    def __enter__(self) -> None:
-        self._before = {k: os.environ.get(k) for k in self._values}
-        os.environ.update(self._values)
-
-    def __exit__(self, *_: object) -> None:
-        for k, v in self._before.items():
-            if v is None:
-                os.environ.pop(k, None)
-            else:
-                os.environ[k] = v
-
-
-def _work(connection: Connection, maker: PlanMaker) -> None:
-    """A worker's life: requests in, (iteration, plan, final, error) out, at the lowest priority."""
-    os.nice(15)
-    while True:
-        try:
-            request: PlanRequest = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-
-        def give(plan: Plan, iteration: int = request.iteration) -> None:
-            connection.send_bytes(pickle.dumps((iteration, plan, False, None)))
-
-        give_first: Callable[[Plan], None] = give
-        try:
-            answer: tuple[int, Plan | None, bool, str | None] = (
-                request.iteration, maker.best(request, give_first), True, None,
-            )  # fmt: skip
-        except Exception as error:  # told to the trainer, which plans by itself
-            answer = (request.iteration, None, True, f"{type(error).__name__}: {error}")
-        try:
-            connection.send_bytes(pickle.dumps(answer))
-        except OSError:
-            return

@@ -10,9 +10,9 @@ import torch
 
 from dip_megatron.planner.feed import PlanFeed
 from dip_megatron.planner.maker import LivePlanMaker
-from dip_megatron.planner.request import Load
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule import ModalityModule, StageGraph, Unit
+from dip_megatron.workload import Microbatch
 from dip_megatron.workload.units import even_slices
 from tests.runtime.llava_case import (
     Case,
@@ -35,14 +35,14 @@ class DrawnGraphs:
     unit_size: int
     seed: int = 0
 
-    def build(self, loads: tuple[Load, ...], forward_only: bool) -> StageGraph:
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
         units: list[Unit] = []
         for m, load in enumerate(loads):
-            slices = even_slices(len(load["vision"]), self.unit_size)
+            slices = even_slices(len(load.images), self.unit_size)
             language = len(units) + len(slices)
             for first, count in slices:
                 units.append(Unit(len(units), "vision", m, first, count, (language,)))
-            units.append(Unit(language, "language", m, 0, len(load["language"])))
+            units.append(Unit(language, "language", m, 0, len(load.sequences)))
         modules = self.modules
         if forward_only:
             modules = tuple(

@@ -1,0 +1,1 @@
+"""The verbs of the ``dip`` command, one module each."""

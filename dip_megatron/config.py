@@ -1,0 +1,71 @@
+"""The one definition behind flags, YAML and defaults of a DIP run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+
+ScheduleMode = Literal["off", "static", "dynamic"]
+
+
+class ConfigurationError(ValueError):
+    """Flags or a YAML file that can't be; the message names the place, the reason and the way out, in one line."""
+
+
+class ModuleConfig(BaseModel):
+    """How one modality module is cut. Anything left out is the partitioner's choice."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: list[list[int]] | None = Field(None, description="layers per chunk, [segment][pipeline rank]")
+    segments: int | None = Field(None, ge=1, description="number of segments K, layers spread evenly")
+    unit_size: int | None = Field(None, ge=1, description="most instances in a sub-microbatch (null: all)")
+
+
+class DipConfig(BaseModel):
+    """Everything a user may set. Flags override the YAML file, which overrides these defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schedule: ScheduleMode = Field("off", description="off: Megatron as it was; static: one order for every batch; "
+                                   "dynamic: a plan for each batch")  # fmt: skip
+    modules: dict[str, ModuleConfig] = Field(default_factory=dict, description="by module name: vision, language, ...")
+    cluster: str = Field("auto", description="cost model's hardware: a name (h100, h800, h20, cpu) or a YAML file; "
+                         "auto: by the device")  # fmt: skip
+    costs: Path | None = Field(None, description="measured costs of `dip profile`")
+    planner_workers: NonNegativeInt = Field(1, description="planner processes per replica; 0: plan in the trainer")
+    search_budget: NonNegativeFloat | None = Field(None, description="seconds; null: what the running iteration leaves")
+    search_seed: int = 0
+    split_backward: bool = Field(True, description="let plans defer weight gradients (W) where the layers can")
+    recompute: bool = Field(True, description="let plans recompute activations, layer by layer")
+    offload: bool = Field(False, description="let plans move activations to host memory")
+    memory_limit: PositiveFloat | None = Field(None, description="bytes a rank may use; null: the cluster's")
+    trace_dir: Path | None = Field(None, description="where to write iterations.jsonl, trace.json and timeline.png")
+    timeout_seconds: PositiveFloat = Field(600.0, description="bound on every wait for another rank")
+
+    @staticmethod
+    def load(path: Path | None, overrides: dict[str, Any]) -> DipConfig:
+        """A YAML file's values under ``overrides`` (None: not given). Raises ConfigurationError in one line."""
+        values: dict[str, Any] = {}
+        place = "flags"
+        if path is not None:
+            place = str(path)
+            try:
+                loaded = yaml.safe_load(path.read_text())
+            except OSError as error:
+                raise ConfigurationError(f"{path}: can't be read: {error.strerror}") from error
+            except yaml.YAMLError as error:
+                raise ConfigurationError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+            if not isinstance(loaded, dict):
+                raise ConfigurationError(f"{path}: must be a mapping of settings, got {type(loaded).__name__}")
+            values = loaded
+        values |= {k: v for k, v in overrides.items() if v is not None}
+        try:
+            return DipConfig(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise ConfigurationError(f"{place}: {where}: {first['msg']}") from error

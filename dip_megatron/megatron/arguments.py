@@ -1,0 +1,110 @@
+"""The argument group ``dip``, and what can't go together with it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigurationError, DipConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group ``dip``; everything else is set in the YAML file."""
+    group = parser.add_argument_group("dip", "dynamic, modality-aware pipeline schedules (dip_megatron)")
+    group.add_argument("--dip-schedule", choices=["off", "static", "dynamic"], default=None,
+                       help="off (default): Megatron's own schedule; static: one order of modality segments for every "
+                       "batch; dynamic: a plan for each batch")  # fmt: skip
+    group.add_argument("--dip-config", type=Path, default=None, help="YAML file; flags override it")
+    group.add_argument("--dip-planner-workers", type=int, default=None, help="planner processes per replica (1)")
+    group.add_argument("--dip-search-budget", type=float, default=None,
+                       help="seconds of search per plan (default: what the running iteration leaves)")  # fmt: skip
+    group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")
+    group.add_argument("--dip-trace-dir", type=Path, default=None,
+                       help="write iterations.jsonl, and trace.json and timeline.png of the last iteration")  # fmt: skip
+    return parser
+
+
+def dip_config(args: argparse.Namespace) -> DipConfig:
+    """The run's configuration. Raises ConfigurationError."""
+    return DipConfig.load(
+        args.dip_config,
+        {
+            "schedule": args.dip_schedule,
+            "planner_workers": args.dip_planner_workers,
+            "search_budget": args.dip_search_budget,
+            "memory_limit": args.dip_memory_limit,
+            "trace_dir": args.dip_trace_dir,
+        },
+    )
+
+
+_WITH_OFF = "or use --dip-schedule off"
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse, before anything is built, what DIP can't run. Raises ConfigurationError with the reason and a way out."""
+
+    def refuse(condition: Any, flag: str, reason: str, way_out: str) -> None:
+        if condition:
+            raise ConfigurationError(f"--dip-schedule {config.schedule} and {flag}: {reason}; {way_out}")
+
+    config = dip_config(args)
+    if config.schedule == "off":
+        return
+    refuse(
+        args.pipeline_model_parallel_size < 2, f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
+        "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        any(
+            getattr(args, name, None) is not None
+            for name in (
+                "virtual_pipeline_model_parallel_size",  # derived from either of the others
+                "num_layers_per_virtual_pipeline_stage",
+                "num_virtual_stages_per_pipeline_rank",
+            )
+        ),
+        "virtual pipeline stages",
+        "DIP cuts every module into segments of its own",
+        f"leave --num-layers-per-virtual-pipeline-stage (and its like) out {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        getattr(args, "pipeline_model_parallel_layout", None) is not None, "--pipeline-model-parallel-layout",
+        "layers per chunk are part of DIP's partition", f"set modules.NAME.layers in --dip-config {_WITH_OFF}",
+    )  # fmt: skip
+    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        refuse(
+            getattr(args, name, None) is not None, f"--{name.replace('_', '-')}",
+            "layers per chunk are part of DIP's partition", f"set modules.NAME.layers in --dip-config {_WITH_OFF}",
+        )  # fmt: skip
+    refuse(
+        args.context_parallel_size > 1, f"--context-parallel-size {args.context_parallel_size}",
+        "payload shapes in plans don't know sequence shards of context parallelism",
+        f"use tensor parallelism with --sequence-parallel {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        getattr(args, "num_experts", None), "--num-experts", "expert dispatch shapes are not known before they run, and "
+        "auxiliary losses would depend on the order", f"train a dense model {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False), "FSDP",
+        "it gathers parameters in one fixed order of layers", f"use --use-distributed-optimizer {_WITH_OFF}",
+    )  # fmt: skip
+    graphs = getattr(args, "cuda_graph_impl", "none") or "none"
+    refuse(
+        graphs != "none" or getattr(args, "enable_cuda_graph", False), f"CUDA graphs ({graphs})",
+        "a captured iteration can't change with the batch", f"leave --cuda-graph-impl out {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        getattr(args, "moe_paged_stash", False), "--moe-paged-stash", "it wraps Megatron's own schedule",
+        f"leave it out {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        getattr(args, "mtp_num_layers", None), "--mtp-num-layers", "multi-token prediction layers have no segment yet",
+        f"leave it out {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        getattr(args, "defer_embedding_wgrad_compute", False), "--defer-embedding-wgrad-compute",
+        "DIP defers weight gradients by plan", f"leave it out {_WITH_OFF}",
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The live objects of a DIP run: model in segments, planner, executor, reports. Built on first use, one per process."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from ..config import DipConfig
+from ..cost import Cluster, Costs, load_cluster
+from ..model import MultimodalModel, Parallel, Partition
+from ..models.llava import LlavaProgram
+from ..planner.feed import PlanFeed
+from ..planner.live import ModelGraphs
+from ..planner.maker import LivePlanMaker
+from ..planner.searchers import make_searcher
+from ..planner.service import PlannerService
+from ..report.recorder import RunRecorder
+from ..runtime.clock import Clock
+from ..runtime.executor import Executor
+from ..runtime.transport import DistributedTransport
+from ..runtime.watch import Watchdog
+from .build import ChunkList, configured_partition, record_blueprint
+from .describe import describe_llava
+from .exchange import GlooExchange
+from .forward_backward import DipForwardBackward, PlanningPolicy
+
+logger = logging.getLogger(__name__)
+
+
+class DipSession:
+    """What the hooks share between building the model and running its iterations."""
+
+    def __init__(self, args: Any, config: DipConfig):
+        """``args`` are Megatron's, validated; ``config`` is not ``off``."""
+        self._args = args
+        self._config = config
+        self._program: LlavaProgram | None = None
+        self._graphs: ModelGraphs | None = None
+        self._step: DipForwardBackward | None = None
+
+    # -- model ---------------------------------------------------------------------------------------------------
+    def segmented(self, provider: Callable[..., Any]) -> Callable[..., ChunkList]:
+        """A model provider that builds what ``provider`` would, in segments."""
+
+        def build(*args: Any, **kwargs: Any) -> ChunkList:
+            blueprint = record_blueprint(provider, *args, **kwargs)
+            a = self._args
+            parallel = Parallel(
+                a.tensor_model_parallel_size, a.pipeline_model_parallel_size, a.data_parallel_size,
+                a.sequence_parallel, a.use_distributed_optimizer,
+            )  # fmt: skip
+            model = describe_llava(blueprint.kwargs, blueprint.freeze, parallel)
+            cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
+            partition = self._partition(model, cluster, costs)
+            self._graphs = ModelGraphs(
+                model, cluster, partition, costs, self._config.memory_limit, self._config.recompute
+            )
+            self._program = LlavaProgram(
+                blueprint.kwargs, {m.module: m.layers for m in partition.modules},
+                rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=a.micro_batch_size,
+                freeze=blueprint.freeze,
+            )  # fmt: skip
+            return ChunkList(self._program.build_chunks())
+
+        return build
+
+    def _cluster(self) -> Cluster:
+        name = self._config.cluster
+        if name == "auto":
+            name = "h100" if torch.cuda.is_available() else "cpu"
+        return load_cluster(name)
+
+    def _partition(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None) -> Partition:
+        """As configured, or the partitioner's choice: made on one rank, because a search may be timed."""
+        chosen = configured_partition(model, self._config)
+        if chosen is not None:
+            return chosen
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                from ..partition import choose_partition
+
+                found = [choose_partition(model, cluster, costs=costs)]
+            except Exception as error:  # told to all ranks, which would otherwise wait
+                found = [error]
+        dist.broadcast_object_list(found, 0)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        partition: Partition = found[0]
+        if dist.get_rank() == 0:
+            for m in partition.modules:
+                print(f"[dip] {m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}", flush=True)
+        return partition
+
+    # -- iterations ----------------------------------------------------------------------------------------------
+    def forward_backward(self, *_: Any, **__: Any) -> DipForwardBackward:
+        """What Megatron's ``get_forward_backward_func`` returns under DIP."""
+        if self._step is None:
+            self._step = self._start()
+        return self._step
+
+    def _start(self) -> DipForwardBackward:
+        if self._program is None or self._graphs is None:
+            raise RuntimeError(
+                "DIP found no model to schedule: it must be built through megatron.training's get_model after "
+                "dip_megatron.install(); or use --dip-schedule off"
+            )
+        config, program = self._config, self._program
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        replica = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+        rank = pipeline.index(dist.get_rank())
+        clock = Clock(device)
+        executor = Executor(rank, DistributedTransport(pipeline, rank, device, config.timeout_seconds), clock)
+        maker = LivePlanMaker(self._graphs, program.shapes, make_searcher(config), config.schedule)
+        exchange = GlooExchange(replica, config.timeout_seconds)
+        service = None
+        if exchange.rank == 0:
+            # One worker process, whose threads search together: only one iteration is planned ahead.
+            service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
+        feed = PlanFeed(exchange, service)
+        watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
+        recorder = None
+        if config.trace_dir is not None:
+            recorder = RunRecorder(config.trace_dir / _replica_folder(), GlooExchange(pipeline, config.timeout_seconds))
+        atexit.register(self._close, feed, watchdog, recorder)
+        return DipForwardBackward(
+            program, executor, feed, clock,
+            policy=PlanningPolicy(config.search_budget), watchdog=watchdog,
+            on_iteration=None if recorder is None else recorder.record,
+        )  # fmt: skip
+
+    @staticmethod
+    def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
+        watchdog.close()
+        feed.close()
+        if recorder is not None:
+            recorder.close()
+
+
+def _shared_store() -> Any:
+    """The rendezvous store of the default process group, which all ranks reach."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _replica_folder() -> str:
+    """Traces of one pipeline each: the trace directory itself for the first, a folder for each other."""
+    data, tensor = parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    return "." if data == tensor == 0 else f"dp{data}_tp{tensor}"

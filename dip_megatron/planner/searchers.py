@@ -1,0 +1,75 @@
+"""Which search a run uses, by its configuration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..baselines import segmented_static
+from ..config import DipConfig
+from ..schedule import Schedule, SearchStatistics, StageGraph
+from .maker import Searcher
+
+
+@dataclass(frozen=True)
+class StaticSearcher:
+    """The modality-segmented static order: no search."""
+
+    def warm_up(self) -> None:
+        """Nothing to do."""
+
+    def __call__(
+        self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]
+    ) -> tuple[Schedule, SearchStatistics]:
+        """See :class:`planner.maker.Searcher`."""
+        start = time.perf_counter()
+        schedule = segmented_static(graph)
+        return schedule, SearchStatistics(time.perf_counter() - start, 1, 0, 0)
+
+
+@dataclass(frozen=True)
+class DipSearcher:
+    """The searcher of ``dip plan``, within an iteration's budget."""
+
+    split_backward: bool = True
+    recompute: bool = True
+    offload: bool = True
+    seed: int = 0
+    workers: int = 1
+
+    def warm_up(self) -> None:
+        """Compile the search's kernels, or load them from numba's cache."""
+        from ..search import warm_up
+
+        warm_up()
+
+    def __call__(
+        self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]
+    ) -> tuple[Schedule, SearchStatistics]:
+        """See :class:`planner.maker.Searcher`."""
+        from ..search import SearchOptions, search
+
+        given = False
+
+        def improved(schedule: Schedule, *_: object) -> None:
+            nonlocal given
+            if not given:
+                given = True
+                on_first(schedule)
+
+        result = search(
+            graph, schedule="dip", budget_seconds=budget_seconds, seed=self.seed, workers=self.workers,
+            on_improved=improved,
+            options=SearchOptions(self.split_backward, self.recompute, self.offload),
+        )  # fmt: skip
+        return result.schedule, SearchStatistics(result.seconds, result.evaluations, result.workers, self.seed)
+
+
+def make_searcher(config: DipConfig) -> Searcher:
+    """The searcher a configuration asks for."""
+    if config.schedule == "static":
+        return StaticSearcher()
+    return DipSearcher(
+        config.split_backward, config.recompute, config.offload, config.search_seed, max(config.planner_workers, 1)
+    )

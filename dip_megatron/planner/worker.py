@@ -1,0 +1,44 @@
+"""A planner worker's process: ``python -m dip_megatron.planner.worker FD`` with one end of a socket pair."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from multiprocessing.connection import Connection
+
+from ..schedule import Plan
+from .request import READY, PlanMaker, PlanRequest
+
+Answer = tuple[int, Plan | None, bool, str | None]
+"""(iteration, plan, whether it is the final one, error)"""
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests until the other end closes: first the maker, then one request at a time."""
+    maker: PlanMaker = pickle.loads(connection.recv_bytes())
+    maker.warm_up()
+    connection.send_bytes(READY)
+    while True:
+        try:
+            request: PlanRequest = pickle.loads(connection.recv_bytes())
+            connection.send_bytes(pickle.dumps(_answer(connection, maker, request)))
+        except (EOFError, OSError):
+            return
+
+
+def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> Answer:
+    def give(plan: Plan) -> None:
+        connection.send_bytes(pickle.dumps((request.iteration, plan, False, None)))
+
+    try:
+        return request.iteration, maker.best(request, give), True, None
+    except OSError:
+        raise
+    except Exception as error:  # told to the trainer, which plans by itself
+        return request.iteration, None, True, f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    os.nice(15)  # the trainer's own threads come first
+    serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,91 @@
+"""Writes what a run did: a line per iteration, and trace and picture of the last one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ..runtime.clock import MeasuredSpan
+from ..schedule import Plan
+from ..simulate import simulate
+from .iterations import IterationReport
+from .spans import Span, spans_of
+
+logger = logging.getLogger(__name__)
+
+
+class Exchange(Protocol):
+    """Gathers bytes among the ranks of one pipeline."""
+
+    rank: int
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Everyone's bytes, to all."""
+        ...
+
+
+class RunRecorder:
+    """Gathers every rank's measured operations on rank 0, which writes files. A full disk costs reports, no training."""
+
+    def __init__(self, folder: Path, exchange: Exchange):
+        self._folder = folder
+        self._exchange = exchange
+        self._last: tuple[Plan, list[Span]] | None = None
+        self._broken = False
+
+    def record(self, report: IterationReport, plan: Plan, spans: Sequence[MeasuredSpan]) -> None:
+        """Call on all ranks after each iteration."""
+        everyone = self._exchange.gather(pickle.dumps(list(spans)))
+        if self._exchange.rank != 0:
+            return
+        measured = [
+            Span(rank, s.key, s.microbatch, s.start, s.end)
+            for rank, data in enumerate(everyone)
+            for s in pickle.loads(data)
+        ]
+        self._last = (plan, measured)
+        seconds = max((s.end for s in measured), default=0.0)
+        busy = sum(s.end - s.start for s in measured)
+        line = report.as_dict() | {
+            "iteration_seconds": seconds,
+            "bubble_ratio_measured": 1.0 - busy / (seconds * plan.graph.ranks) if seconds > 0 else 0.0,
+        }
+        self._write(lambda: self._append(line))
+
+    def close(self) -> None:
+        """Write trace and picture of the last iteration."""
+        if self._last is None or self._exchange.rank != 0:
+            return
+        plan, measured = self._last
+        planned = spans_of(plan.graph, plan.schedule, simulate(plan.graph, plan.schedule))
+
+        def draw() -> None:
+            from .trace import write_trace
+
+            write_trace(self._folder / "trace.json", planned, measured)
+            try:
+                from .figure import plot_timeline
+            except ImportError:
+                logger.warning("no timeline.png: matplotlib is not installed (pip install 'dip_megatron[viz]')")
+                return
+            plot_timeline(self._folder / "timeline.png", planned, measured)
+
+        self._write(draw)
+
+    def _append(self, line: dict[str, object]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "iterations.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _write(self, action: object) -> None:
+        if self._broken:
+            return
+        try:
+            action()  # type: ignore[operator]
+        except OSError as error:
+            self._broken = True
+            logger.warning("can't write reports to %s (%s); training goes on without them", self._folder, error)
