@@ -1,0 +1,30 @@
+"""What a trace or a picture draws: operations with their time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..schedule import Schedule, StageGraph, StageKey
+from ..simulate import Timeline
+
+
+@dataclass(frozen=True)
+class Span:
+    """One operation on one pipeline rank; ``start`` and ``end`` in seconds since the iteration's start."""
+
+    rank: int
+    key: StageKey
+    microbatch: int
+    start: float
+    end: float
+
+
+def spans_of(graph: StageGraph, schedule: Schedule, timeline: Timeline) -> list[Span]:
+    """The operations of a simulated schedule."""
+    return [
+        Span(rank, key, graph.units[key.unit].microbatch, float(start), float(end))
+        for rank in range(graph.ranks)
+        for key, start, end in zip(
+            schedule.operations(graph, rank), timeline.start[rank], timeline.end[rank], strict=True
+        )
+    ]

@@ -1,0 +1,72 @@
+"""Timelines for https://ui.perfetto.dev and chrome://tracing, in the Trace Event format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..schedule import Kind
+from .spans import Span
+
+_LANES = ("planned", "measured")
+_MICROSECONDS = 1e6
+
+
+def write_trace(path: Path | str, planned: Sequence[Span], measured: Sequence[Span]) -> None:
+    """Write both timelines of one iteration: a process per rank, in it a lane for the plan and one for what happened.
+
+    Arrows follow each unit from rank to rank, forward and backward. Either timeline may be empty. Raises OSError when
+    ``path`` can't be written.
+    """
+    events: list[dict[str, Any]] = []
+    for rank in sorted({s.rank for s in (*planned, *measured)}):
+        events.append(_name("process_name", rank, 0, f"rank {rank}"))
+        events.append({"name": "process_sort_index", "ph": "M", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
+        events += [_name("thread_name", rank, lane, name) for lane, name in enumerate(_LANES)]
+    for lane, spans in enumerate((planned, measured)):
+        events += [_operation(span, lane) for span in spans]
+        events += _arrows(spans, lane)
+    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":")))
+
+
+def _name(what: str, rank: int, lane: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": rank, "tid": lane, "args": {"name": name}}
+
+
+def _operation(span: Span, lane: int) -> dict[str, Any]:
+    key = span.key
+    return {
+        "name": f"{key.kind.name} {key.module} {span.microbatch}",
+        "cat": f"{key.module},{key.kind.name}",
+        "ph": "X",
+        "pid": span.rank,
+        "tid": lane,
+        "ts": span.start * _MICROSECONDS,
+        "dur": (span.end - span.start) * _MICROSECONDS,
+        "args": {"stage": str(key), "microbatch": span.microbatch, "segment": key.segment, "unit": key.unit},
+    }
+
+
+def _arrows(spans: Iterable[Span], lane: int) -> list[dict[str, Any]]:
+    """Flow events: a unit's forwards in the order they ran, and its backwards (weight gradients go nowhere)."""
+    chains: dict[tuple[bool, str, int], list[Span]] = {}
+    for span in spans:
+        if span.key.kind != Kind.W:
+            chains.setdefault((span.key.kind == Kind.F, span.key.module, span.key.unit), []).append(span)
+    events: list[dict[str, Any]] = []
+    for (forward, module, unit), chain in sorted(chains.items()):
+        chain.sort(key=lambda s: s.start)
+        for step, (sender, receiver) in enumerate(pairwise(chain)):
+            flow = {
+                "name": "activations" if forward else "gradients",
+                "cat": "message",
+                "id": f"{_LANES[lane]}:{module}:{unit}:{'F' if forward else 'B'}:{step}",
+                "tid": lane,
+            }
+            # An arrow leaves at the end of an operation, where its slice still counts as enclosing.
+            events.append(flow | {"ph": "s", "pid": sender.rank, "ts": sender.end * _MICROSECONDS - 1e-3})
+            events.append(flow | {"ph": "f", "bp": "e", "pid": receiver.rank, "ts": receiver.start * _MICROSECONDS})
+    return events
