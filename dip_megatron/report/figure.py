@@ -34,8 +34,8 @@ def plot_timeline(
     """Draw both timelines of one iteration into ``path`` (.svg, .png or .pdf).
 
     One panel each, a row per rank; colour says module, shade says forward or backward, the number is the microbatch,
-    grey is idle time. ``lower_bound`` (seconds) is drawn as a line. Either timeline may be empty. Raises ValueError when
-    both are, OSError when ``path`` can't be written.
+    grey is idle time. ``lower_bound`` (seconds) is drawn as a line. Either timeline may be empty. Raises ValueError if
+    both are, OSError if ``path`` can't be written.
     """
     panels = [(name, spans) for name, spans in (("planned", planned), ("measured", measured)) if spans]
     if not panels:
