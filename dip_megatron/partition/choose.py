@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import inf
 from typing import TypeVar
 
@@ -75,8 +76,8 @@ def choose_partition(
     Starts from the paper's rules and from one segment each; steps change one module's segments or sub-microbatch size,
     or how layers are balanced (uneven, with stem, head and loss counted). Each trial simulates every batch; the best
     few are judged again more closely. Ends after ``budget_seconds`` or ``max_trials`` (with ``max_trials`` and an
-    endless budget the result is reproducible), or when no step helps. ``on_trial`` hears of every trial (description,
-    seconds). Raises ValueError if nothing fits the memory.
+    endless budget the result is reproducible), or when no step or pair of steps helps. ``on_trial`` hears of every
+    trial (description, seconds). Raises ValueError if nothing fits the memory.
     """
     if not batches:
         raise ValueError("choosing a partition needs at least one batch to judge by")
@@ -151,7 +152,8 @@ class _Search:
         improved = True
         while improved:
             improved = False
-            for step in self._steps(best):
+            pairs = (second for first in self._steps(best) for second in self._steps(first))
+            for step in chain(self._steps(best), pairs):
                 if time.monotonic() > deadline or (max_trials is not None and len(self.judged) >= max_trials):
                     break
                 found = self._judge(self.partition(step))
