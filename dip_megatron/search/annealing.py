@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from ..schedule.graph import Floats
 from ..simulate.compiled import compiled
-from .dispatch import LEAN_AT_ONCE, WAIT_BETTER, WAIT_LEAN, WAIT_WEIGHT, Keys, Work, assign_keys, dispatch
+from .dispatch import ALTERNATE, LEAN_AT_ONCE, WAIT_BETTER, WAIT_LEAN, WAIT_WEIGHT, Keys, Work, assign_keys
+from .memory import Refill, evaluate
 from .problem import Problem
 from .random import below, uniform
 
@@ -64,8 +65,10 @@ def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
                 hit = i == s
             elif scope < 0.85:
                 hit = r == p and same_kind and q.group[i] == q.group[s]
-            else:
+            elif scope < 0.95:
                 hit = r == p and same_kind
+            else:
+                hit = same_kind
             if hit:
                 x.base[i * ranks + r] = choice
 
@@ -100,7 +103,9 @@ def mutate(q: Problem, x: Keys, may: NDArray[np.bool_], random: NDArray[np.uint6
         _fuse(q, x, random)
     elif kind < 0.26:
         which = uniform(random)
-        if which < 0.5:
+        if which < 0.1:
+            x.flags[ALTERNATE] = not x.flags[ALTERNATE]
+        elif which < 0.5:
             x.waits[WAIT_WEIGHT] = max(0.0, 1.3 * uniform(random) - 0.1)
         elif which < 0.8:
             x.waits[WAIT_BETTER] = max(0.0, uniform(random) - 0.5)
@@ -134,21 +139,26 @@ def mutate(q: Problem, x: Keys, may: NDArray[np.bool_], random: NDArray[np.uint6
 
 @compiled
 def anneal(
-    q: Problem, current: Keys, trial: Keys, best: Keys, w: Work, may: NDArray[np.bool_], random: NDArray[np.uint64],
-    values: Floats, heat: float, evaluations: int,
+    q: Problem, current: Keys, trial: Keys, best: Keys, w: Work, f: Refill, may: NDArray[np.bool_],
+    random: NDArray[np.uint64], values: Floats, heat: float, evaluations: int,
 ) -> None:  # fmt: skip
     """``evaluations`` steps of annealing at temperature ``heat`` (seconds). ``values`` ``[2]`` are the times of
     ``current`` and ``best``. The threshold is drawn before a schedule is tried, so that a hopeless one stops early."""
     assign_keys(trial, current)
+    gain = f.gain[2]
     for _ in range(evaluations):
         mutate(q, trial, may, random)
         limit = values[0] - heat * np.log(1.0 - uniform(random))
-        time = dispatch(q, trial, w, limit)
+        # Mostly give up early; now and then let a schedule show how much filling its memory gains.
+        f.gain[1] = 1.02 * gain if uniform(random) < 0.6 else max(1.2, gain)
+        time = evaluate(q, trial, w, f, limit)
         if time <= limit:
             assign_keys(current, trial)
             values[0] = time
+            gain = max(1.0, f.gain[0])
             if time < values[1]:
                 assign_keys(best, trial)
                 values[1] = time
         else:
             assign_keys(trial, current)
+    f.gain[2] = gain

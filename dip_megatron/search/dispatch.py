@@ -40,10 +40,11 @@ RANK = np.dtype(
     [
         ("clock", "f8"), ("attention", "f8"), ("remaining_time", "f8"), ("free", "i8"), ("pending", "i8"),
         ("remaining", "i4"), ("length", "i4"), ("queue_head", "i4"), ("queue_tail", "i4"), ("head", "i4"),
-        ("stale", "?"), ("was_forward", "?"), ("bounded", "?"),
+        ("closed", "i4"), ("stale", "?"), ("was_forward", "?"), ("bounded", "?"),
     ],
     align=True,
 )  # fmt: skip
+# closed: the first sink in order for which not even the smallest forward is admitted, nor for any later one.
 # A rank's view of one sink; room: the most that may be taken from those before it; ahead: what it finds once they end.
 CLAIM = np.dtype([(x, "i8") for x in ("need", "give", "passing", "passing_count", "room", "ahead")])
 
@@ -85,6 +86,7 @@ class Work(NamedTuple):
     by_backward: Ints
     group_order: Ints
     position: Ints
+    earliest: Ints
     known_forward: Words
     known_backward: Words
     queue: Ints
@@ -140,7 +142,7 @@ def make_work(q: Problem) -> Work:
         np.zeros((ranks, 3 * rows), dtype=np.int32), np.zeros(ranks, dtype=np.int32),
         np.zeros(rows * ranks, dtype=np.int8), np.zeros(rows * ranks, dtype=NODE), np.zeros(rows, dtype=ROW),
         np.zeros(ranks, dtype=RANK), np.zeros((ranks, sinks), dtype=CLAIM), numbers(rows), numbers(rows),
-        numbers(q.groups), numbers(sinks), np.zeros((ranks, words), dtype=np.uint64),
+        numbers(q.groups), numbers(sinks), numbers(rows), np.zeros((ranks, words), dtype=np.uint64),
         np.zeros((ranks, words), dtype=np.uint64), np.zeros((ranks, rows), dtype=np.int32),
         np.zeros(max(rows, q.groups)),
     )  # fmt: skip
@@ -191,6 +193,11 @@ def _sort_rows(q: Problem, x: Keys, w: Work) -> None:
         for k in range(q.sink_start[w.group_order[i]], q.sink_start[w.group_order[i] + 1]):
             w.position[k] = place
             place += 1
+    # The first sink in order that any forward from here on in the queue belongs to.
+    first = place
+    for i in range(rows - 1, -1, -1):
+        first = min(first, w.position[q.first[w.by_forward[i]]])
+        w.earliest[i] = first
 
 
 @compiled
@@ -250,8 +257,8 @@ def _begin(q: Problem, x: Keys, w: Work) -> None:
 
 
 @inlined
-def _look_ahead(rank: Records, claim: Records, p: int) -> None:
-    """Fill ``room`` and ``ahead`` of rank ``p``'s claims."""
+def _look_ahead(rank: Records, claim: Records, p: int, least_size: int) -> None:
+    """Fill ``room`` and ``ahead`` of rank ``p``'s claims; no forward is smaller than ``least_size``."""
     r = rank[p]
     sinks = claim.shape[1]
     i = r.head
@@ -260,8 +267,13 @@ def _look_ahead(rank: Records, claim: Records, p: int) -> None:
     r.head = i
     coming = r.free + r.pending
     least = coming
+    r.closed = sinks
     while i < sinks:
         a = claim[p, i]
+        if least < least_size:
+            # Nothing is admitted from here on, so nobody will look.
+            r.closed = i
+            break
         a.ahead = coming
         a.room = least
         need = a.need
@@ -277,17 +289,19 @@ def _look_ahead(rank: Records, claim: Records, p: int) -> None:
 def _admits(rank: Records, claim: Records, p: int, size: int, lean: int, held: bool, first: int, last: int) -> bool:
     """Whether rank ``p`` may take ``size`` for a forward whose claim is ``lean``, needed by the sinks at places
     ``first`` to ``last``; ``held``: until its backward, not just while it runs. See the module's rule."""
-    if rank[p].stale:
-        _look_ahead(rank, claim, p)
     if not held:
         return bool(size <= rank[p].free + rank[p].pending)
     extra = size - lean
+    if first >= rank[p].closed:
+        return False
     a = claim[p, first]
     if size > a.room or extra > a.ahead - a.need:
         return False
     if a.passing_count > 0 and size > a.ahead - a.passing:
         return False
     if extra > 0:
+        if last >= rank[p].closed and last > first:
+            return False
         for j in range(first + 1, last + 1):
             b = claim[p, j]
             need = b.need
@@ -311,6 +325,7 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
     before_start, before, before_hop = g.before_start, g.before, g.before_hop
     after_start, after, after_hop = g.after_start, g.after, g.after_hop
     activation, hold, lean_size, first, last = q.activation, q.hold, q.lean, q.first, q.last
+    least_size, earliest = q.least, w.earliest
     orders, strategy, queue, position = w.orders, w.strategy, w.queue, w.position
     node, row, rank, claim = w.node, w.row, w.rank, w.claim
     by_forward, by_backward, known_forward, known_backward = (
@@ -336,17 +351,27 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
         r = rank[p]
         bounded = r.bounded
 
+        if bounded and r.stale:
+            _look_ahead(rank, claim, p, least_size[p])
+        closed = r.closed if bounded else len(position)
+
         # What could run now? `soon`: the first known arrival of anything that may run later.
         soon = np.inf
         forward = -1
         forward_strategy = 0
         lean = -1  # the first forward that only a leaner strategy admits
         lean_strategy = 0
+        blocked_at, blocked_size = len(position), 0
+        dear_at, dear_size = len(position), 0
         better_forward = np.inf  # the first arrival of a forward more urgent than the one found
         for word in range(words):
             bits = known_forward[p, word]
             while bits != 0 and forward < 0:
-                s = by_forward[(word << 6) + np.int64(trailing_zeros(bits))]
+                place = (word << 6) + np.int64(trailing_zeros(bits))
+                if earliest[place] >= closed:
+                    bits = np.uint64(0)
+                    continue
+                s = by_forward[place]
                 bits &= bits - np.uint64(1)
                 n = s * ranks + p
                 arrival = node[n].arrives_forward
@@ -355,8 +380,16 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
                 if bounded:
                     at, until = position[first[s]], position[last[s]]
                     held = has_backward[n]
+                    if held and at >= blocked_at and lean_size[n] >= blocked_size:
+                        continue
+                    if lean >= 0 and at >= dear_at and activation[c, n] >= dear_size:
+                        continue  # most likely too large as well, and a leaner one is at hand
                     fits = _admits(rank, claim, p, activation[c, n], lean_size[n], held, at, until)
-                    if not fits and (lean < 0 or lean_at_once):
+                    if not fits and not _admits(rank, claim, p, lean_size[n], lean_size[n], held, at, until):
+                        # Nor does any forward that comes later in the sinks' order and is no smaller.
+                        blocked_at, blocked_size = at, lean_size[n]
+                    elif not fits and (lean < 0 or lean_at_once):
+                        dear_at, dear_size = at, activation[c, n]
                         for d in range(c + 1, candidates):
                             if _admits(rank, claim, p, activation[d, n], lean_size[n], held, at, until):
                                 if lean_at_once:

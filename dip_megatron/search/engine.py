@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -11,13 +11,14 @@ from ..schedule.graph import ModalityModule, StageGraph, Unit
 from ..schedule.order import Schedule, check_complete
 from ..simulate.kernels import simulate_compiled
 from .annealing import MAY, MAY_LEAN, MAY_REORDER, MAY_SPLIT, anneal
-from .dispatch import Keys, copy_keys, dispatch, make_work
+from .dispatch import Keys, copy_keys, make_work
 from .feasibility import check_fits
 from .incumbent import Improved, Incumbent, in_threads, listed
+from .memory import evaluate, make_refill
 from .natural import megatron_orders
 from .options import SearchOptions, SearchResult
 from .paper import search_paper
-from .portfolio import portfolio
+from .portfolio import levels, variations
 from .problem import Problem, make_problem
 from .random import seeded
 from .strategies import restrict
@@ -39,7 +40,7 @@ class KeyChain:
         self.current, self.trial, self.best = copy_keys(keys), copy_keys(keys), copy_keys(keys)
         self.values = np.array([keys_time, keys_time])
         self.random = seeded(seed, stream)
-        self.work = make_work(q)
+        self.work, self.refill = make_work(q), make_refill(q)
         self.may = np.zeros(MAY, dtype=np.bool_)
         self.may[MAY_REORDER] = options.reorder
         self.may[MAY_SPLIT] = options.split_backward
@@ -57,6 +58,7 @@ class KeyChain:
             self.trial,
             self.best,
             self.work,
+            self.refill,
             self.may,
             self.random,
             self.values,
@@ -70,7 +72,7 @@ class KeyChain:
         self.values[:] = keys_time
 
     def schedule(self) -> Schedule:
-        dispatch(self.q, self.best, self.work, np.inf)
+        evaluate(self.q, self.best, self.work, self.refill, np.inf)
         return listed(self.q, self.work)
 
 
@@ -79,18 +81,23 @@ def greedy(
 ) -> list[tuple[float, Keys]]:
     """Run the portfolio until ``deadline`` (seconds since the start) or ``most`` schedules, at least one; all it tried,
     best first."""
-    work = make_work(q)
+    work, refill = make_work(q), make_refill(q)
     tried: list[tuple[float, Keys]] = []
-    for keys in portfolio(q, split=options.split_backward, reorder=options.reorder):
-        keys_time = dispatch(q, keys, work, np.inf)
-        if not np.isfinite(keys_time):
-            raise RuntimeError("the list scheduler ran out of memory although every microbatch fits alone")
-        if keys_time < incumbent.keys_time:
-            incumbent.offer(listed(q, work))
-            incumbent.offer_keys(keys, keys_time)
-        tried.append((keys_time, keys))
-        if incumbent.elapsed() > deadline or len(tried) == most:
-            break
+
+    def attempt(candidates: Iterator[Keys]) -> None:
+        for keys in candidates:
+            if tried and (incumbent.elapsed() > deadline or len(tried) == most):
+                return
+            keys_time = evaluate(q, keys, work, refill, np.inf)
+            if not np.isfinite(keys_time):
+                raise RuntimeError("the list scheduler ran out of memory although every microbatch fits alone")
+            if keys_time < incumbent.keys_time:
+                incumbent.offer(listed(q, work))
+                incumbent.offer_keys(keys, keys_time)
+            tried.append((keys_time, keys))
+
+    attempt(levels(q, split=options.split_backward))
+    attempt(variations(q, min(tried, key=lambda entry: entry[0])[1], reorder=options.reorder))
     incumbent.count(len(tried))
     tried.sort(key=lambda entry: entry[0])
     return tried
@@ -116,8 +123,8 @@ def run_timed(chain: KeyChain, incumbent: Incumbent, until: float, most: int | N
         if chain.time < before and chain.time < incumbent.keys_time:
             incumbent.offer(chain.schedule())
             incumbent.offer_keys(chain.best, chain.time)
-        elif int(progress * 5) > adopted:
-            adopted = int(progress * 5)
+        elif progress > 0.5 and int(progress * 8) > adopted:
+            adopted = int(progress * 8)
             with incumbent.lock:
                 if incumbent.keys is not None and incumbent.keys_time < chain.time:
                     chain.adopt(incumbent.keys, incumbent.keys_time)
@@ -200,16 +207,25 @@ def _search_dip(
     good_enough = bound * (1.0 + options.gap)
     if deterministic:
         each = ((evaluations or 0) - incumbent.evaluations) // CHAINS
-        chains = [
-            KeyChain(q, starts[i % len(starts)][1], starts[i % len(starts)][0], options, seed, i) for i in range(CHAINS)
-        ]
+        chosen = _apart(starts, CHAINS)
+        chains = [KeyChain(q, keys, keys_time, options, seed, i) for i, (keys_time, keys) in enumerate(chosen)]
         in_threads([_counted_run(chain, incumbent, each) for chain in chains], workers)
         for chain in chains:
             incumbent.offer(chain.schedule())
     else:
-        chains = [KeyChain(q, starts[0][1], starts[0][0], options, seed, i) for i in range(workers)]
+        chosen = _apart(starts, workers)
+        chains = [KeyChain(q, keys, keys_time, options, seed, i) for i, (keys_time, keys) in enumerate(chosen)]
         in_threads([_timed_run(chain, incumbent, until, evaluations, good_enough) for chain in chains], workers)
     return bound
+
+
+def _apart(starts: list[tuple[float, Keys]], count: int) -> list[tuple[float, Keys]]:
+    """``count`` starts: the best of each memory strategy and way of backward, best first, then the best again."""
+    seen: dict[tuple[int, bool], tuple[float, Keys]] = {}
+    for keys_time, keys in starts:
+        seen.setdefault((int(keys.base[0]), bool(keys.split.any())), (keys_time, keys))
+    best = list(seen.values())[:count]
+    return best + [starts[0]] * (count - len(best))
 
 
 def _counted_run(chain: KeyChain, incumbent: Incumbent, evaluations: int) -> Callable[[], None]:

@@ -6,6 +6,8 @@ time, within the capacity at every start of a forward.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -13,91 +15,131 @@ from scipy.sparse import coo_array
 
 from ..schedule.graph import Floats, Ints
 from ..simulate.compiled import compiled
-from ..simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT
-from .dispatch import insertion_sort
+from ..simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT, replay
+from .dispatch import Keys, Work, dispatch, insertion_sort
 from .problem import Problem
 
 
-@compiled
-def _stage_seconds(q: Problem, c: int, n: int, split: bool) -> float:
-    """Time of a stage pair with strategy ``c``."""
-    g = q.graph
-    seconds = g.duration[FORWARD, c, n]
-    if g.has_backward[n]:
-        if not g.has_weight[n]:
-            seconds += g.duration[BACKWARD, c, n]
-        elif split:
-            seconds += g.duration[BACKWARD, c, n] + g.duration[WEIGHT, c, n]
-        else:
-            seconds += g.duration[FUSED, c, n]
-    return float(seconds)
+class Refill(NamedTuple):
+    """Buffers of :func:`evaluate`: the simulator's, and those that spend memory left over. ``gain`` ``[3]``: by which
+    factor filling memory shortened the last schedule; by how much it may shorten one; and did a walk's current one."""
+
+    start: Floats
+    end: Floats
+    at: Ints
+    forward_end: Floats
+    backward_end: Floats
+    profile: NDArray[np.int64]
+    place: Ints
+    rating: Floats
+    ranked: Ints
+    gain: Floats
+
+
+def make_refill(q: Problem) -> Refill:
+    """Buffers for ``q``."""
+    rows, ranks = q.graph.rows, q.graph.ranks
+    return Refill(
+        np.zeros((ranks, 3 * rows)), np.zeros((ranks, 3 * rows)), np.zeros(ranks, dtype=np.int32),
+        np.zeros(rows * ranks), np.zeros(rows * ranks), np.zeros(3 * rows, dtype=np.int64),
+        np.zeros((3, rows), dtype=np.int32), np.zeros(rows), np.zeros(rows, dtype=np.int32), np.array([1.0, 1.2, 1.2]),
+    )  # fmt: skip
 
 
 @compiled
-def fill_memory(
-    q: Problem, p: int, order: Ints, length: int, strategy: NDArray[np.int8], profile: NDArray[np.int64], first: Ints,
-    last: Ints, rating: Floats, ranked: Ints,
-) -> None:  # fmt: skip
-    """Give the stages of rank ``p`` faster strategies while memory lasts, most seconds saved per byte first. The given
-    ``strategy`` ``[N]`` must fit. Buffers: ``profile`` ``[3S]``, the others ``[S]``."""
+def fill_memory(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[np.int8], r: Refill) -> None:
+    """Give the stages of rank ``p`` faster strategies while memory lasts, most seconds saved per byte first; the given
+    ``strategy`` ``[N]`` must fit."""
     g = q.graph
     rows, ranks = g.rows, g.ranks
-    # A backward that is split holds less until its weight gradient ends; that part does not depend on the strategy
-    # chosen here by much, so it is kept as its largest.
+    duration, has_backward, has_weight = g.duration, g.has_backward, g.has_weight
+    activation, hold, capacity = q.activation, q.hold, q.capacity[p]
+    profile, place, rating, ranked = r.profile, r.place, r.rating, r.ranked
+    # place: where the stage's F, B and W stand; profile: bytes held from the start of an operation to that of the next.
     held = np.int64(0)
     for s in range(rows):
-        first[s] = -1
-        last[s] = -1
+        place[1, s] = -1
+        place[2, s] = -1
     for i in range(length):
         code = order[i]
         kind = code // rows
         s = code - kind * rows
         n = s * ranks + p
-        size = q.activation[strategy[n], n]
-        keep = q.hold[0, n]
-        for c in range(1, g.candidates):
-            keep = max(keep, q.hold[c, n])
+        c = strategy[n]
         if kind == FORWARD:
-            held += size
-            first[s] = i
-            last[s] = i
-            profile[i] = held
-            if not g.has_backward[n]:
-                held -= size
+            place[0, s] = i
+            place[1, s] = i + 1
+            place[2, s] = i + 1
+            profile[i] = held + activation[c, n]
+            if has_backward[n]:
+                held += activation[c, n]
         else:
-            profile[i] = held
             if kind == WEIGHT:
-                held -= keep
+                held -= hold[c, n]
             else:
-                last[s] = i
-                held -= size
-                if kind == BACKWARD and g.has_weight[n]:
-                    held += keep
-                    profile[i] = max(profile[i], held)
+                place[1, s] = i
+                held -= activation[c, n]
+                if kind == BACKWARD and has_weight[n]:
+                    held += hold[c, n]
+            place[2, s] = i
+            profile[i] = held
     for s in range(rows):
         n = s * ranks + p
         c = strategy[n]
-        saved = _stage_seconds(q, c, n, False) - _stage_seconds(q, 0, n, False)
-        rating[s] = -saved / max(1.0, float(q.activation[0, n] - q.activation[c, n]))
+        saved = duration[FORWARD, c, n] - duration[FORWARD, 0, n]
+        if has_backward[n]:
+            saved += duration[BACKWARD, c, n] - duration[BACKWARD, 0, n]
+            if has_weight[n]:
+                saved += duration[WEIGHT, c, n] - duration[WEIGHT, 0, n]
+        rating[s] = -saved / max(1.0, float(activation[0, n] - activation[c, n]))
         ranked[s] = s
     insertion_sort(ranked, rating)
     for k in range(rows):
         s = ranked[k]
         n = s * ranks + p
-        now = strategy[n]
-        size = q.activation[now, n]
-        room = np.int64(1) << 60
-        for i in range(first[s], last[s] + 1):
-            room = min(room, q.capacity[p] - profile[i])
-        best, best_seconds = now, _stage_seconds(q, now, n, False)
-        for c in range(g.candidates):
-            seconds = _stage_seconds(q, c, n, False)
-            if seconds < best_seconds and q.activation[c, n] - size <= room:
-                best, best_seconds = c, seconds
-        if best != now:
-            for i in range(first[s], last[s] + 1):
-                profile[i] += q.activation[best, n] - size
-            strategy[n] = best
+        now = int(strategy[n])
+        if rating[s] >= 0.0:
+            break
+        room, room_after = np.int64(1) << 60, np.int64(1) << 60
+        for i in range(place[0, s], place[1, s]):
+            room = min(room, capacity - profile[i])
+        for i in range(place[1, s], place[2, s]):
+            room_after = min(room_after, capacity - profile[i])
+        for c in range(now):
+            more, more_after = activation[c, n] - activation[now, n], hold[c, n] - hold[now, n]
+            if more <= room and more_after <= room_after:
+                for i in range(place[0, s], place[1, s]):
+                    profile[i] += more
+                for i in range(place[1, s], place[2, s]):
+                    profile[i] += more_after
+                strategy[n] = c
+                break
+
+
+@compiled
+def evaluate(q: Problem, x: Keys, w: Work, r: Refill, limit: float) -> float:
+    """Time of the list schedule of ``x`` after the memory that it leaves is filled with faster strategies; inf if it is
+    hopeless to stay under ``limit`` (seconds). Orders and strategies are left in ``w``."""
+    leaner = False
+    for p in range(q.graph.ranks):
+        leaner = leaner or q.bounded[p]
+    for n in range(len(x.base)):
+        leaner = leaner or x.base[n] > 0
+    leaner = leaner and q.graph.candidates > 1
+    time = dispatch(q, x, w, limit * r.gain[1] if leaner else limit)
+    r.gain[0] = 1.0
+    if time == np.inf or not leaner:
+        return time
+    leaner = False
+    for n in range(len(w.strategy)):
+        leaner = leaner or w.strategy[n] > 0
+    if not leaner:
+        return time
+    for p in range(q.graph.ranks):
+        fill_memory(q, p, w.orders[p], w.lengths[p], w.strategy, r)
+    filled = replay(q.graph, w.orders, w.lengths, w.strategy, r.start, r.end, r.at, r.forward_end, r.backward_end)
+    r.gain[0] = time / filled if filled > 0.0 else 1.0
+    return filled
 
 
 def solve_memory(

@@ -18,10 +18,10 @@ from ..schedule.order import Schedule
 from ..simulate.kernels import peak_memory
 from .dispatch import ALTERNATE, make_keys, make_work
 from .incumbent import Incumbent, in_threads, listed
-from .memory import solve_memory
+from .memory import make_refill, solve_memory
 from .problem import Problem
 from .random import seeded
-from .tree import back_up, depth_of, evaluate, grow, make_rollouts, make_tree, roll_out
+from .tree import back_up, depth_of, evaluate_order, grow, make_rollouts, make_tree, roll_out
 
 ROLLOUTS = 10
 TREE_NODES = 1 << 18
@@ -45,10 +45,10 @@ def search_paper(
         x = make_keys(q, split=False)
         x.base[:] = q.activation.argmin(axis=0).astype(np.int8)
         x.flags[ALTERNATE] = True
-        w, r, random = make_work(q), make_rollouts(q, items), seeded(seed, stream)
+        w, f, r, random = make_work(q), make_refill(q), make_rollouts(items), seeded(seed, stream)
         path = np.arange(items, dtype=np.int32)
         if stream == 0:  # the natural order: a valid plan at once
-            evaluate(q, item, path, x, w, r)
+            evaluate_order(q, item, path, x, w, f, r)
             incumbent.offer(listed(q, w))
             incumbent.count(1)
         while incumbent.elapsed() < until - reserve and (most is None or incumbent.evaluations < most):
@@ -56,11 +56,11 @@ def search_paper(
                 node = grow(tree, items, path, random)
                 depth = depth_of(tree, node)
             count = ROLLOUTS if most is None else min(ROLLOUTS, most - incumbent.evaluations)
-            time = roll_out(q, item, path, depth, count, x, w, r, random)
+            time = roll_out(q, item, path, depth, count, x, w, f, r, random)
             incumbent.count(count)
             if time < incumbent.time:
                 r.order[:] = r.best
-                evaluate(q, item, r.order, x, w, r)
+                evaluate_order(q, item, r.order, x, w, f, r)
                 found = listed(q, w)
                 incumbent.offer(found)
                 if most is not None or incumbent.elapsed() - programmed[0] > PROGRAM_SHARE * until:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
 from ..schedule.graph import Floats
-from .dispatch import LEAN_AT_ONCE, WAIT_WEIGHT, Keys, make_keys
+from .dispatch import ALTERNATE, LEAN_AT_ONCE, WAIT_WEIGHT, Keys, copy_keys, make_keys
 from .problem import Problem
 
 BACKWARD_FIRST = 1e6
@@ -29,21 +30,34 @@ def microbatch_orders(q: Problem) -> list[Floats]:
     return orders
 
 
-def portfolio(q: Problem, *, split: bool, reorder: bool) -> Iterator[Keys]:
-    """The starts, most promising first."""
+def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
+    """The natural order with each memory strategy as everyone's fastest, if memory matters; most generous first."""
+    matters = bool(q.bounded.any()) and q.graph.candidates > 1
+    leans = (False, True) if matters else (False,)
+    splits = (True, False) if matters and split else (split,)
+    most = q.graph.candidates - 1
+    for base in sorted({0, most // 2, (3 * most + 3) // 4, most} if matters else {0}):
+        for lean, apart in itertools.product(leans, splits):
+            for alternate in (False, True):
+                keys = make_keys(q, apart)
+                keys.base[:] = base
+                keys.flags[ALTERNATE] = alternate
+                keys.flags[LEAN_AT_ONCE] = lean
+                keys.waits[WAIT_WEIGHT] = 0.3
+                yield keys
+
+
+def variations(q: Problem, start: Keys, *, reorder: bool) -> Iterator[Keys]:
+    """``start`` with other orders of microbatches, backbone ahead or behind, forwards or backwards first."""
     orders = microbatch_orders(q)[: 5 if reorder else 1]
     ranks = q.graph.ranks
     offsets = [np.zeros(ranks), np.full(ranks, BACKWARD_FIRST), np.arange(ranks, 0.0, -1.0) / 2, np.full(ranks, -2.0)]
-    bounded = bool(q.bounded.any()) and q.graph.candidates > 1
     for shift in (0.0, 2.0, -2.0):
         for offset in offsets:
             for order in orders:
-                for lean in (False, True) if bounded else (False,):
-                    keys = make_keys(q, split)
-                    keys.order_forward[:] = order
-                    keys.order_backward[:] = order
-                    keys.shift_forward[q.backbone] = shift
-                    keys.offset[:] = offset
-                    keys.flags[LEAN_AT_ONCE] = lean
-                    keys.waits[WAIT_WEIGHT] = 0.3
-                    yield keys
+                keys = copy_keys(start)
+                keys.order_forward[:] = order
+                keys.order_backward[:] = order
+                keys.shift_forward[q.backbone] = shift
+                keys.offset[:] = offset
+                yield keys

@@ -23,7 +23,8 @@ class Problem(NamedTuple):
     ``sink_start[g + 1]``. Row s is first needed by sink ``first[s]`` and last by ``last[s]``, when sinks are worked off
     in that order. ``claim`` ``[K, P]`` is what sink k adds with the leanest strategies, ``freed`` ``[K, P]`` what its
     end gives back, ``passing`` ``[K, P]`` the largest of its stages without backward (``passing_count`` of them), which
-    hold memory only while they run.
+    hold memory only while they run. ``backbone`` ``[S]`` marks the rows of modules that feed no other;
+    ``least`` ``[P]`` is the smallest forward of a rank (0 if some hold memory only while they run).
     """
 
     graph: GraphArrays
@@ -43,6 +44,7 @@ class Problem(NamedTuple):
     passing: Longs
     passing_count: Longs
     backbone: NDArray[np.bool_]
+    least: Longs
 
 
 def make_problem(graph: StageGraph) -> Problem:
@@ -83,11 +85,12 @@ def make_problem(graph: StageGraph) -> Problem:
         passing[first[s]] = np.maximum(passing[first[s]], shown[s])
         passing_count[first[s]] += ~g.has_backward.reshape(rows, ranks)[s]
     most = np.maximum(activation, hold).max(axis=0).reshape(rows, ranks).sum(axis=0)
+    least = np.where(g.has_backward, lean, 0).reshape(rows, ranks).min(axis=0)
     ends = {u.module for u in graph.units if not u.feeds and u.module not in _feeding(graph)}
     backbone = np.array([graph.units[int(u)].module in ends for u in graph.row_unit], dtype=np.bool_)
     return Problem(
         g, per_count, activation, hold, lean, capacity, most > capacity, groups, group, sink_start, first, last, claim,
-        freed, passing, passing_count, backbone,
+        freed, passing, passing_count, backbone, least,
     )  # fmt: skip
 
 

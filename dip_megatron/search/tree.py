@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from ..schedule.graph import Floats, Ints
 from ..simulate.compiled import compiled
-from ..simulate.kernels import replay
-from .dispatch import Keys, Work, dispatch
-from .memory import fill_memory
+from .dispatch import Keys, Work
+from .memory import Refill, evaluate
 from .problem import Problem
 from .random import below
 
@@ -39,21 +38,11 @@ class Tree(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """Buffers of :func:`roll_out`: priority orders being tried and the best, and those of the simulator."""
+    """Buffers of :func:`roll_out`: the priority order being tried, the best one, and each item's place."""
 
     order: Ints
     best: Ints
     place: Floats
-    start: Floats
-    end: Floats
-    at: Ints
-    forward_end: Floats
-    backward_end: Floats
-    profile: NDArray[np.int64]
-    position: Ints
-    last: Ints
-    rating: Floats
-    ranked: Ints
 
 
 def make_tree(nodes: int) -> Tree:
@@ -68,18 +57,9 @@ def make_tree(nodes: int) -> Tree:
     return tree
 
 
-def make_rollouts(q: Problem, items: int) -> Rollouts:
+def make_rollouts(items: int) -> Rollouts:
     """Buffers for orders of ``items``."""
-    rows, ranks = q.graph.rows, q.graph.ranks
-
-    def ints(*shape: int) -> Ints:
-        return np.zeros(shape, dtype=np.int32)
-
-    return Rollouts(
-        ints(items), ints(items), np.zeros(items), np.zeros((ranks, 3 * rows)), np.zeros((ranks, 3 * rows)),
-        ints(ranks), np.zeros(rows * ranks), np.zeros(3 * rows, dtype=np.int64),
-        ints(rows), ints(rows), np.zeros(rows), ints(rows),
-    )  # fmt: skip
+    return Rollouts(np.zeros(items, dtype=np.int32), np.zeros(items, dtype=np.int32), np.zeros(items))
 
 
 @compiled
@@ -150,7 +130,7 @@ def back_up(tree: Tree, node: int, score: float) -> None:
 
 
 @compiled
-def evaluate(q: Problem, item: Ints, order: Ints, x: Keys, w: Work, r: Rollouts) -> float:
+def evaluate_order(q: Problem, item: Ints, order: Ints, x: Keys, w: Work, f: Refill, r: Rollouts) -> float:
     """Time of one priority order after phases b and c: interleaving with the leanest strategies, then memory filled
     greedily rank by rank, then the simulator. Orders and strategies are left in ``w``."""
     rows = q.graph.rows
@@ -166,17 +146,12 @@ def evaluate(q: Problem, item: Ints, order: Ints, x: Keys, w: Work, r: Rollouts)
     for s in range(rows):
         x.shift_forward[s] = r.place[item[s]] - x.order_forward[q.group[s]]
         x.shift_backward[s] = x.shift_forward[s]
-    time = dispatch(q, x, w, np.inf)
-    if time == np.inf:
-        return time
-    for p in range(q.graph.ranks):
-        fill_memory(q, p, w.orders[p], w.lengths[p], w.strategy, r.profile, r.position, r.last, r.rating, r.ranked)
-    return replay(q.graph, w.orders, w.lengths, w.strategy, r.start, r.end, r.at, r.forward_end, r.backward_end)
+    return evaluate(q, x, w, f, np.inf)
 
 
 @compiled
 def roll_out(
-    q: Problem, item: Ints, path: Ints, depth: int, count: int, x: Keys, w: Work, r: Rollouts,
+    q: Problem, item: Ints, path: Ints, depth: int, count: int, x: Keys, w: Work, f: Refill, r: Rollouts,
     random: NDArray[np.uint64],
 ) -> float:  # fmt: skip
     """Best time of ``count`` random completions of the first ``depth`` items of ``path``; the order is ``r.best``."""
@@ -187,7 +162,7 @@ def roll_out(
         for i in range(len(path) - 1, depth, -1):
             j = depth + below(random, i - depth + 1)
             r.order[i], r.order[j] = r.order[j], r.order[i]
-        time = evaluate(q, item, r.order, x, w, r)
+        time = evaluate_order(q, item, r.order, x, w, f, r)
         if time < best:
             best = time
             for i in range(len(path)):

@@ -14,7 +14,7 @@ TICKS = 1000  # per second: durations must be whole milliseconds
 
 @dataclass(frozen=True)
 class Optimum:
-    """Best time found and the proven bound (seconds); equal if ``optimal``. ``feasible`` False: proven that none fits."""
+    """Best time found and the proven bound (seconds), equal if ``optimal``; not ``feasible``: proven that none fits."""
 
     time: float
     bound: float
