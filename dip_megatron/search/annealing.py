@@ -101,9 +101,15 @@ def mutate(q: Problem, x: Keys, may: NDArray[np.bool_], random: NDArray[np.uint6
         _lean(q, x, random)
     elif kind < 0.20 and may[MAY_SPLIT]:
         _fuse(q, x, random)
-    elif kind < 0.26:
+    elif kind < 0.28:
         which = uniform(random)
-        if which < 0.1:
+        if which < 0.25 and may[MAY_LEAN]:
+            step = 1.0 if uniform(random) < 0.5 else -1.0
+            one = below(random, len(x.window)) if uniform(random) < 0.6 else -1
+            for p in range(len(x.window)):
+                if one < 0 or p == one:
+                    x.window[p] = min(max(1.0, x.window[p] + step), float(len(q.claim)))
+        elif which < 0.3:
             x.flags[ALTERNATE] = not x.flags[ALTERNATE]
         elif which < 0.5:
             x.waits[WAIT_WEIGHT] = max(0.0, 1.3 * uniform(random) - 0.1)

@@ -58,6 +58,8 @@ class Keys(NamedTuple):
     that operation's length. ``base`` ``[N]``: the fastest strategy a stage may use. ``split`` ``[N]``: whether its
     backward is split. ``flags``: ``ALTERNATE`` forwards and backwards when both can run (the paper's rule);
     ``LEAN_AT_ONCE``: use a leaner strategy whenever that admits a forward, not only when the rank would idle.
+    ``window`` ``[P]``: on a rank whose memory is limited only so many sinks, from the first unfinished one in order,
+    may be under way.
     """
 
     order_forward: Floats
@@ -69,6 +71,7 @@ class Keys(NamedTuple):
     base: NDArray[np.int8]
     split: NDArray[np.bool_]
     flags: NDArray[np.bool_]
+    window: Floats
 
 
 class Work(NamedTuple):
@@ -100,6 +103,7 @@ def make_keys(q: Problem, split: bool) -> Keys:
     return Keys(
         order, order.copy(), np.zeros(rows), np.zeros(rows), np.zeros(ranks), np.zeros(WAITS),
         np.zeros(rows * ranks, dtype=np.int8), q.graph.has_weight & split, np.zeros(FLAGS, dtype=np.bool_),
+        np.full(ranks, float(len(q.claim))),
     )  # fmt: skip
 
 
@@ -128,6 +132,7 @@ def assign_keys(target: Keys, source: Keys) -> None:
     assign(target.base, source.base)
     assign(target.split, source.split)
     assign(target.flags, source.flags)
+    assign(target.window, source.window)
 
 
 def make_work(q: Problem) -> Work:
@@ -257,7 +262,7 @@ def _begin(q: Problem, x: Keys, w: Work) -> None:
 
 
 @inlined
-def _look_ahead(rank: Records, claim: Records, p: int, least_size: int) -> None:
+def _look_ahead(rank: Records, claim: Records, p: int, least_size: int, window: float) -> None:
     """Fill ``room`` and ``ahead`` of rank ``p``'s claims; no forward is smaller than ``least_size``."""
     r = rank[p]
     sinks = claim.shape[1]
@@ -267,8 +272,8 @@ def _look_ahead(rank: Records, claim: Records, p: int, least_size: int) -> None:
     r.head = i
     coming = r.free + r.pending
     least = coming
-    r.closed = sinks
-    while i < sinks:
+    r.closed = min(sinks, i + max(1, int(window)))
+    while i < r.closed:
         a = claim[p, i]
         if least < least_size:
             # Nothing is admitted from here on, so nobody will look.
@@ -334,7 +339,7 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
         w.known_forward,
         w.known_backward,
     )
-    base, split_flags, offset = x.base, x.split, x.offset
+    base, split_flags, offset, window = x.base, x.split, x.offset, x.window
     alternate, lean_at_once = x.flags[ALTERNATE], x.flags[LEAN_AT_ONCE]
     wait_weight, wait_better, wait_lean = x.waits[WAIT_WEIGHT], x.waits[WAIT_BETTER], x.waits[WAIT_LEAN]
     words = known_forward.shape[1]
@@ -352,7 +357,7 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
         bounded = r.bounded
 
         if bounded and r.stale:
-            _look_ahead(rank, claim, p, least_size[p])
+            _look_ahead(rank, claim, p, least_size[p], window[p])
         closed = r.closed if bounded else len(position)
 
         # What could run now? `soon`: the first known arrival of anything that may run later.

@@ -11,7 +11,7 @@ from ..schedule.graph import ModalityModule, StageGraph, Unit
 from ..schedule.order import Schedule, check_complete
 from ..simulate.kernels import simulate_compiled
 from .annealing import MAY, MAY_LEAN, MAY_REORDER, MAY_SPLIT, anneal
-from .dispatch import Keys, copy_keys, make_work
+from .dispatch import ALTERNATE, Keys, copy_keys, make_work
 from .feasibility import check_fits
 from .incumbent import Improved, Incumbent, in_threads, listed
 from .memory import evaluate, make_refill
@@ -220,10 +220,10 @@ def _search_dip(
 
 
 def _apart(starts: list[tuple[float, Keys]], count: int) -> list[tuple[float, Keys]]:
-    """``count`` starts: the best of each memory strategy and way of backward, best first, then the best again."""
+    """``count`` starts: the best of each window and way of taking turns, best first, then the best again."""
     seen: dict[tuple[int, bool], tuple[float, Keys]] = {}
     for keys_time, keys in starts:
-        seen.setdefault((int(keys.base[0]), bool(keys.split.any())), (keys_time, keys))
+        seen.setdefault((int(keys.window[0]), bool(keys.flags[ALTERNATE])), (keys_time, keys))
     best = list(seen.values())[:count]
     return best + [starts[0]] * (count - len(best))
 

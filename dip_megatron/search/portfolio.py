@@ -30,21 +30,27 @@ def microbatch_orders(q: Problem) -> list[Floats]:
     return orders
 
 
+WINDOWS = (3, 4, 2, 6, 8, 1)
+
+
 def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
-    """The natural order with each memory strategy as everyone's fastest, if memory matters; most generous first."""
-    matters = bool(q.bounded.any()) and q.graph.candidates > 1
-    leans = (False, True) if matters else (False,)
-    splits = (True, False) if matters and split else (split,)
+    """The natural order, forwards and backwards by priority or in turns; where memory matters, also with few
+    microbatches under way at a time and leaner strategies as everyone's fastest."""
+    sinks = len(q.claim)
+    matters = bool(q.bounded.any())
     most = q.graph.candidates - 1
-    for base in sorted({0, most // 2, (3 * most + 3) // 4, most} if matters else {0}):
-        for lean, apart in itertools.product(leans, splits):
-            for alternate in (False, True):
-                keys = make_keys(q, apart)
-                keys.base[:] = base
-                keys.flags[ALTERNATE] = alternate
-                keys.flags[LEAN_AT_ONCE] = lean
-                keys.waits[WAIT_WEIGHT] = 0.3
-                yield keys
+    windows = [sinks, *(w for w in WINDOWS if w < sinks)] if matters else [sinks]
+    for base in dict.fromkeys((0, (3 * most + 3) // 4, most) if matters else (0,)):
+        for window, alternate, lean in itertools.product(windows, (True, False), (False, True)):
+            if lean and not (matters and most):
+                continue
+            keys = make_keys(q, split)
+            keys.base[:] = base
+            keys.window[:] = window
+            keys.flags[ALTERNATE] = alternate
+            keys.flags[LEAN_AT_ONCE] = lean
+            keys.waits[WAIT_WEIGHT] = 0.3
+            yield keys
 
 
 def variations(q: Problem, start: Keys, *, reorder: bool) -> Iterator[Keys]:
