@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -21,12 +22,13 @@ from .paper import search_paper
 from .portfolio import levels, variations
 from .problem import Problem, make_problem
 from .random import seeded
+from .sequences import begin, improve, make_sequences
 from .strategies import restrict
 
 CHAINS = 4  # of a deterministic search, whatever the number of workers
 PORTFOLIO_SHARE = 0.4  # of the budget at most
-KEYS_SHARE = 0.7
-HOT, COLD = 1e-3, 2e-5  # temperature over iteration time, at the start and at the end
+KEYS_SHARE = 0.6
+HOT, COOL, COLD = 1e-3, 1e-4, 2e-5  # temperature over iteration time: of keys and of sequences at first, at last
 SLICE_SECONDS = 0.01
 
 
@@ -76,6 +78,27 @@ class KeyChain:
         return listed(self.q, self.work)
 
 
+class SequenceChain:
+    """One walk over explicit orders, stepped in slices."""
+
+    def __init__(self, q: Problem, schedule: Schedule, seed: int, stream: int) -> None:
+        self.q, self.sequences, self.random = q, make_sequences(q, schedule), seeded(seed, CHAINS + stream)
+        self.values = np.full(2, begin(q, self.sequences, self.random))
+
+    @property
+    def time(self) -> float:
+        return float(self.values[1])
+
+    def step(self, progress: float, evaluations: int) -> None:
+        heat = self.time * COOL * (COLD / COOL) ** progress
+        improve(self.q, self.sequences, self.random, self.values, heat, evaluations)
+
+    def schedule(self) -> Schedule:
+        s = self.sequences
+        orders = tuple(s.best_orders[p, : s.lengths[p]].copy() for p in range(self.q.graph.ranks))
+        return Schedule(orders, s.best_strategy.reshape(self.q.graph.rows, self.q.graph.ranks).copy())
+
+
 def greedy(
     q: Problem, incumbent: Incumbent, options: SearchOptions, deadline: float, most: int | None
 ) -> list[tuple[float, Keys]]:
@@ -103,11 +126,13 @@ def greedy(
     return tried
 
 
-def run_timed(chain: KeyChain, incumbent: Incumbent, until: float, most: int | None, good_enough: float) -> None:
+def run_timed(
+    chain: KeyChain | SequenceChain, incumbent: Incumbent, until: float, most: int | None, good_enough: float
+) -> None:
     """Step ``chain`` until ``until`` (seconds since the start), ``most`` evaluations of the whole search, or a time of
-    at most ``good_enough``; share improvements, and start over from the best where it has fallen behind."""
+    at most ``good_enough``; share improvements, and let keys start over from the best where they have fallen behind."""
     slice_size = 8
-    began = incumbent.elapsed()
+    began, counted = incumbent.elapsed(), incumbent.evaluations
     adopted = 0
     while incumbent.time > good_enough:
         now = incumbent.elapsed()
@@ -115,19 +140,21 @@ def run_timed(chain: KeyChain, incumbent: Incumbent, until: float, most: int | N
             return
         progress = (now - began) / max(until - began, 1e-9)
         if most is not None:
-            progress = max(progress, incumbent.evaluations / most)
-            slice_size = min(slice_size, most - incumbent.evaluations)
+            progress = max(progress, (incumbent.evaluations - counted) / max(1, most - counted))
+            slice_size = max(1, min(slice_size, most - incumbent.evaluations))
         before = chain.time
         chain.step(min(progress, 1.0), slice_size)
         incumbent.count(slice_size)
-        if chain.time < before and chain.time < incumbent.keys_time:
+        if chain.time < before and chain.time < incumbent.time:
             incumbent.offer(chain.schedule())
-            incumbent.offer_keys(chain.best, chain.time)
-        elif progress > 0.5 and int(progress * 8) > adopted:
-            adopted = int(progress * 8)
-            with incumbent.lock:
-                if incumbent.keys is not None and incumbent.keys_time < chain.time:
-                    chain.adopt(incumbent.keys, incumbent.keys_time)
+        if isinstance(chain, KeyChain):
+            if chain.time < before:
+                incumbent.offer_keys(chain.best, chain.time)
+            elif progress > 0.5 and int(progress * 8) > adopted:
+                adopted = int(progress * 8)
+                with incumbent.lock:
+                    if incumbent.keys is not None and incumbent.keys_time < chain.time:
+                        chain.adopt(incumbent.keys, incumbent.keys_time)
         spent = incumbent.elapsed() - now
         slice_size = max(1, min(int(slice_size * min(2.0, SLICE_SECONDS / max(spent, 1e-6))), 10_000))
 
@@ -205,17 +232,30 @@ def _search_dip(
         incumbent.offer(order)
     bound = lower_bound(graph, split=options.split_backward)
     good_enough = bound * (1.0 + options.gap)
+    rest = (evaluations or 0) - incumbent.evaluations
+    share = KEYS_SHARE if options.sequences else 1.0
     if deterministic:
-        each = ((evaluations or 0) - incumbent.evaluations) // CHAINS
         chosen = _apart(starts, CHAINS)
-        chains = [KeyChain(q, keys, keys_time, options, seed, i) for i, (keys_time, keys) in enumerate(chosen)]
-        in_threads([_counted_run(chain, incumbent, each) for chain in chains], workers)
-        for chain in chains:
-            incumbent.offer(chain.schedule())
-    else:
-        chosen = _apart(starts, workers)
-        chains = [KeyChain(q, keys, keys_time, options, seed, i) for i, (keys_time, keys) in enumerate(chosen)]
-        in_threads([_timed_run(chain, incumbent, until, evaluations, good_enough) for chain in chains], workers)
+        walks = [KeyChain(q, keys, keys_time, options, seed, i) for i, (keys_time, keys) in enumerate(chosen)]
+        in_threads([partial(_run_counted, walk, int(rest * share) // CHAINS) for walk in walks], workers)
+        for walk in walks:
+            incumbent.offer(walk.schedule())
+        if options.sequences and incumbent.schedule is not None:
+            steps = [SequenceChain(q, incumbent.schedule, seed, i) for i in range(CHAINS)]
+            in_threads([partial(_run_counted, step, (rest - int(rest * share)) // CHAINS) for step in steps], workers)
+            for step in steps:
+                incumbent.offer(step.schedule())
+        incumbent.count(max(0, rest))
+        return bound
+    chosen = _apart(starts, workers)
+    walks = [KeyChain(q, keys, keys_time, options, seed, i) for i, (keys_time, keys) in enumerate(chosen)]
+    most = None if evaluations is None else incumbent.evaluations + int(rest * share)
+    began = incumbent.elapsed()
+    keys_until = began + share * (until - began)
+    in_threads([partial(run_timed, walk, incumbent, keys_until, most, good_enough) for walk in walks], workers)
+    if options.sequences and incumbent.schedule is not None:
+        steps = [SequenceChain(q, incumbent.schedule, seed, i) for i in range(workers)]
+        in_threads([partial(run_timed, step, incumbent, until, evaluations, good_enough) for step in steps], workers)
     return bound
 
 
@@ -228,21 +268,10 @@ def _apart(starts: list[tuple[float, Keys]], count: int) -> list[tuple[float, Ke
     return best + [starts[0]] * (count - len(best))
 
 
-def _counted_run(chain: KeyChain, incumbent: Incumbent, evaluations: int) -> Callable[[], None]:
-    def run() -> None:
-        slices = 50
-        for i in range(slices):
-            count = evaluations * (i + 1) // slices - evaluations * i // slices
-            chain.step(i / slices, count)
-            incumbent.count(count)
-
-    return run
-
-
-def _timed_run(
-    chain: KeyChain, incumbent: Incumbent, until: float, most: int | None, good_enough: float
-) -> Callable[[], None]:
-    return lambda: run_timed(chain, incumbent, until, most, good_enough)
+def _run_counted(chain: KeyChain | SequenceChain, evaluations: int) -> None:
+    slices = 50
+    for i in range(slices):
+        chain.step(i / slices, max(0, evaluations) * (i + 1) // slices - max(0, evaluations) * i // slices)
 
 
 def warm_up() -> None:
