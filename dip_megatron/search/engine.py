@@ -27,8 +27,8 @@ from .strategies import restrict
 
 CHAINS = 4  # of a deterministic search, whatever the number of workers
 PORTFOLIO_SHARE = 0.4  # of the budget at most
-KEYS_SHARE = 0.6
-HOT, COOL, COLD = 1e-3, 1e-4, 2e-5  # temperature over iteration time: of keys and of sequences at first, at last
+KEYS_SHARE = 0.4
+HOT, COOL, COLD = 1e-3, 3e-4, 2e-5  # temperature over iteration time: of keys and of sequences at first, at last
 SLICE_SECONDS = 0.01
 
 

@@ -23,7 +23,7 @@ class Sequences(NamedTuple):
     """A schedule under way, its times, and the best one. ``orders`` ``[P, L]``, ``strategy`` ``[N]``; ``place``
     ``[2, N]``: where each stage's F and B (or BW) stand; ``arcs`` ``[., 2]``: (rank, position) of operations on the
     longest path that wait for the one before them, ``arc_count`` ``[1]`` of them. ``trial``: times of the schedule
-    being tried."""
+    being tried, from position ``first`` ``[P]`` on; ``ends`` ``[2, N]``: when each stage's F and B (or BW) end."""
 
     orders: Ints
     lengths: Ints
@@ -34,9 +34,10 @@ class Sequences(NamedTuple):
     end: Floats
     trial_start: Floats
     trial_end: Floats
-    forward_end: Floats
-    backward_end: Floats
+    ends: Floats
+    trial_ends: Floats
     at: Ints
+    first: Ints
     place: Ints
     arcs: Ints
     arc_count: Ints
@@ -50,7 +51,8 @@ def make_sequences(q: Problem, schedule: Schedule) -> Sequences:
     times = [np.zeros(orders.shape) for _ in range(4)]
     return Sequences(
         orders, lengths, strategy, orders.copy(), strategy.copy(), times[0], times[1], times[2], times[3],
-        np.zeros(nodes), np.zeros(nodes), np.zeros(q.graph.ranks, dtype=np.int32), np.zeros((2, nodes), dtype=np.int32),
+        np.zeros((2, nodes)), np.zeros((2, nodes)), np.zeros(q.graph.ranks, dtype=np.int32),
+        np.zeros(q.graph.ranks, dtype=np.int32), np.zeros((2, nodes), dtype=np.int32),
         np.zeros((orders.size, 2), dtype=np.int32), np.zeros(1, dtype=np.int32),
     )  # fmt: skip
 
@@ -88,13 +90,6 @@ def trace(q: Problem, s: Sequences, random: NDArray[np.uint64]) -> None:
     rows, ranks = g.rows, g.ranks
     p, latest = 0, -1.0
     for r in range(ranks):
-        for i in range(s.lengths[r]):
-            kind = s.orders[r, i] // rows
-            n = (s.orders[r, i] - kind * rows) * ranks + r
-            if kind == FORWARD:
-                s.place[0, n] = i
-            elif kind != WEIGHT:
-                s.place[1, n] = i
         if s.lengths[r] > 0 and s.end[r, s.lengths[r] - 1] > latest:
             latest = s.end[r, s.lengths[r] - 1]
             p = r
@@ -152,11 +147,116 @@ def passes_itself(order: Ints, rows: int, source: int, target: int) -> bool:
 
 
 @compiled
+def settle(q: Problem, s: Sequences, accepted: bool) -> None:
+    """After :func:`replay_after`: make the trial's times the current ones, or forget them. The orders must be those
+    that were tried."""
+    rows, ranks = q.graph.rows, q.graph.ranks
+    for r in range(ranks):
+        for i in range(s.first[r], s.lengths[r]):
+            if accepted:
+                s.start[r, i] = s.trial_start[r, i]
+                s.end[r, i] = s.trial_end[r, i]
+            kind = s.orders[r, i] // rows
+            if kind != WEIGHT:
+                k, n = 0 if kind == FORWARD else 1, (s.orders[r, i] - kind * rows) * ranks + r
+                if accepted:
+                    s.ends[k, n] = s.trial_ends[k, n]
+                    s.place[k, n] = i
+                else:
+                    s.trial_ends[k, n] = s.ends[k, n]
+
+
+@compiled
 def begin(q: Problem, s: Sequences, random: NDArray[np.uint64]) -> float:
     """Time the schedule to start from."""
-    time = replay(q.graph, s.orders, s.lengths, s.strategy, s.start, s.end, s.at, s.forward_end, s.backward_end)
+    time = replay(q.graph, s.orders, s.lengths, s.strategy, s.start, s.end, s.at, s.ends[0], s.ends[1])
+    for r in range(q.graph.ranks):
+        s.first[r] = 0
+        for i in range(s.lengths[r]):
+            s.trial_start[r, i] = s.start[r, i]
+            s.trial_end[r, i] = s.end[r, i]
+    for m in range(s.ends.shape[1]):
+        s.trial_ends[0, m] = s.ends[0, m]
+        s.trial_ends[1, m] = s.ends[1, m]
+    settle(q, s, True)
     trace(q, s, random)
     return time
+
+
+@compiled
+def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) -> float:
+    """The time after a change to rank ``p``'s order from ``position`` on, or to the length of the operation there; nan
+    if it deadlocks, inf if it is over ``limit``. What started before that position could start is not touched."""
+    g = q.graph
+    rows, ranks = g.rows, g.ranks
+    duration = g.duration
+    since = s.end[p, position - 1] if position > 0 else 0.0
+    remaining = 0
+    for r in range(ranks):
+        low, high = 0, s.lengths[r]
+        while low < high:
+            middle = (low + high) >> 1
+            if s.start[r, middle] < since:
+                low = middle + 1
+            else:
+                high = middle
+        if r == p:
+            low = position
+        s.first[r] = low
+        s.at[r] = low
+        if low > 0:
+            s.trial_end[r, low - 1] = s.end[r, low - 1]
+        for i in range(low, s.lengths[r]):
+            kind = s.orders[r, i] // rows
+            if kind != WEIGHT:
+                s.trial_ends[0 if kind == FORWARD else 1, (s.orders[r, i] - kind * rows) * ranks + r] = np.nan
+        remaining += s.lengths[r] - low
+    while remaining > 0:
+        progressed = False
+        for r in range(ranks):
+            i = s.at[r]
+            clock = s.trial_end[r, i - 1] if i > 0 else 0.0
+            while i < s.lengths[r]:
+                code = s.orders[r, i]
+                kind = code // rows
+                n = (code - kind * rows) * ranks + r
+                ready = clock
+                if kind == FORWARD:
+                    for e in range(g.before_start[n], g.before_start[n + 1]):
+                        arrival = s.trial_ends[0, g.before[e]] + g.before_hop[e]
+                        if not arrival <= ready:
+                            ready = arrival
+                            if np.isnan(arrival):
+                                break
+                elif kind != WEIGHT:
+                    # Its own F and, for a W, its own B come earlier in this very order.
+                    for e in range(g.after_start[n], g.after_start[n + 1]):
+                        arrival = s.trial_ends[1, g.after[e]] + g.after_hop[e]
+                        if not arrival <= ready:
+                            ready = arrival
+                            if np.isnan(arrival):
+                                break
+                if np.isnan(ready):
+                    break
+                clock = ready + duration[kind, s.strategy[n], n]
+                s.trial_start[r, i] = ready
+                s.trial_end[r, i] = clock
+                if kind != WEIGHT:
+                    s.trial_ends[0 if kind == FORWARD else 1, n] = clock
+                i += 1
+                remaining -= 1
+                progressed = True
+            s.at[r] = i
+            if clock > limit:
+                return np.inf
+        if not progressed:
+            return np.nan
+    latest = 0.0
+    for r in range(ranks):
+        i = s.lengths[r] - 1
+        if i >= 0:
+            latest = max(latest, s.trial_end[r, i] if i >= s.first[r] else s.end[r, i])
+    return latest
 
 
 @compiled
@@ -194,18 +294,14 @@ def improve(
             if source == target or passes_itself(s.orders[p], rows, source, target):
                 continue
             shift(s.orders[p], source, target)
-        time = np.nan
+        accepted = False
         if fits(q, p, s.orders[p], s.lengths[p], s.strategy):
-            time = replay(
-                q.graph, s.orders, s.lengths, s.strategy, s.trial_start, s.trial_end, s.at, s.forward_end,
-                s.backward_end,
-            )  # fmt: skip
-        if time <= values[0] - heat * np.log(1.0 - uniform(random)):
+            limit = values[0] - heat * np.log(1.0 - uniform(random))
+            time = replay_after(q, s, p, s.place[0, n] if n >= 0 else min(source, target), limit)
+            accepted = time <= limit
+            settle(q, s, accepted)
+        if accepted:
             values[0] = time
-            for r in range(ranks):
-                for i in range(s.lengths[r]):
-                    s.start[r, i] = s.trial_start[r, i]
-                    s.end[r, i] = s.trial_end[r, i]
             trace(q, s, random)
             if time < values[1]:
                 values[1] = time
