@@ -82,8 +82,8 @@ class SequenceChain:
     """One walk over explicit orders, stepped in slices."""
 
     def __init__(self, q: Problem, schedule: Schedule, seed: int, stream: int) -> None:
-        self.q, self.sequences, self.random = q, make_sequences(q, schedule), seeded(seed, CHAINS + stream)
-        self.values = np.full(2, begin(q, self.sequences, self.random))
+        self.q, self.random, self.values = q, seeded(seed, CHAINS + stream), np.zeros(2)
+        self.adopt(schedule)
 
     @property
     def time(self) -> float:
@@ -92,6 +92,11 @@ class SequenceChain:
     def step(self, progress: float, evaluations: int) -> None:
         heat = self.time * COOL * (COLD / COOL) ** progress
         improve(self.q, self.sequences, self.random, self.values, heat, evaluations)
+
+    def adopt(self, schedule: Schedule) -> None:
+        """Go on from another walk's best."""
+        self.sequences = make_sequences(self.q, schedule)
+        self.values[:] = begin(self.q, self.sequences, self.random)
 
     def schedule(self) -> Schedule:
         s = self.sequences
@@ -130,7 +135,7 @@ def run_timed(
     chain: KeyChain | SequenceChain, incumbent: Incumbent, until: float, most: int | None, good_enough: float
 ) -> None:
     """Step ``chain`` until ``until`` (seconds since the start), ``most`` evaluations of the whole search, or a time of
-    at most ``good_enough``; share improvements, and let keys start over from the best where they have fallen behind."""
+    at most ``good_enough``; share improvements, and start over from the best where it has fallen behind."""
     slice_size = 8
     began, counted = incumbent.elapsed(), incumbent.evaluations
     adopted = 0
@@ -155,6 +160,10 @@ def run_timed(
                 with incumbent.lock:
                     if incumbent.keys is not None and incumbent.keys_time < chain.time:
                         chain.adopt(incumbent.keys, incumbent.keys_time)
+        elif int(progress * 8) > adopted:
+            adopted = int(progress * 8)
+            if incumbent.schedule is not None and incumbent.time < chain.time * (1.0 - 1e-4):
+                chain.adopt(incumbent.schedule)
         spent = incumbent.elapsed() - now
         slice_size = max(1, min(int(slice_size * min(2.0, SLICE_SECONDS / max(spent, 1e-6))), 10_000))
 
