@@ -41,7 +41,7 @@ from megatron.core.models.vision.vit_layer_specs import (  # noqa: E402
 )
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.spec_utils import get_submodules  # noqa: E402
-from megatron.training import get_args, pretrain, print_rank_0  # noqa: E402
+from megatron.training import get_args, pretrain, print_rank_0, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.arguments import (  # noqa: E402
     core_transformer_config_from_args,
@@ -50,6 +50,7 @@ from megatron.training.arguments import (  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from documents import LABEL_WEIGHT, VOCABULARY, PackedDigitDocuments, split_images  # noqa: E402
+from weights import draw_weights_by_name  # noqa: E402
 
 
 def add_llava_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -61,6 +62,7 @@ def add_llava_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument("--vision-num-attention-heads", type=int, default=4, help="attention heads of the ViT")
     group.add_argument("--image-side", type=int, default=24, help="pixels; the 8x8 scans are enlarged to it")
     group.add_argument("--patch-side", type=int, default=8, help="pixels")
+    group.add_argument("--weights-by-name", action="store_true", help="the same initial weights on any pipeline")
     group.add_argument("--freeze-language-model", action="store_true", help="train ViT and projector alone")
     group.add_argument("--freeze-vision-model", action="store_true", help="train projector and language model alone")
     return parser
@@ -205,10 +207,25 @@ def forward_step(
     return output, partial(loss_func, loss_mask)
 
 
+def draw_built_weights_by_name(args: argparse.Namespace) -> None:
+    """Let Megatron's ``get_model`` return models whose weights don't depend on their place in the pipeline."""
+    get_model = training.get_model
+
+    def get_model_and_draw(*arguments: Any, **keywords: Any) -> list[torch.nn.Module]:
+        models: list[torch.nn.Module] = get_model(*arguments, **keywords)
+        output_std = args.init_method_std / (2.0 * args.num_layers) ** 0.5
+        draw_weights_by_name(models, seed=args.seed, std=args.init_method_std, output_std=output_std)
+        return models
+
+    training.get_model = get_model_and_draw
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse what the data can't do, in one line."""
     if args.micro_batch_size != 1:
         sys.exit(f"--micro-batch-size {args.micro_batch_size}: must be 1, a microbatch is one packed sequence")
+    if args.weights_by_name and args.tensor_model_parallel_size > 1:
+        sys.exit("--weights-by-name: names don't tell tensor-parallel shards apart, use it with size 1")
     if args.image_side % args.patch_side:
         sys.exit(f"--image-side {args.image_side}: must be a multiple of --patch-side {args.patch_side}")
     if args.virtual_pipeline_model_parallel_size is not None:
@@ -225,6 +242,8 @@ if __name__ == "__main__":
         args_defaults={"tokenizer_type": "NullTokenizer", "vocab_size": VOCABULARY, "num_workers": 0},
     )
     check(arguments)
+    if arguments.weights_by_name:
+        draw_built_weights_by_name(arguments)
     pretrain(
         pretrain_cfg_container_from_args(arguments),
         datasets_provider,
