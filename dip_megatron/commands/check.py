@@ -1,0 +1,56 @@
+"""``dip check``: the strict verifier on plan files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..schedule import Plan
+from ..schedule.files import PlanFileError, read_plans
+from ..schedule.verify import PlanError, verify
+from ..simulate import simulate
+from .common import fail, json_option, print_json
+
+TOLERANCE = 1e-9
+
+
+@click.command()
+@click.argument("plans", type=click.Path(path_type=Path))
+@json_option
+@click.pass_context
+def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
+    """Verify every plan of PLANS (JSON lines): exit 1 and name the first fault, 2 if the file is malformed."""
+    count, fault = 0, None
+    try:
+        for count, plan in enumerate(read_plans(plans), start=1):
+            try:
+                verify(plan)
+                check_prediction(plan)
+            except ValueError as error:
+                fault = f"{plans}: plan {count}: {' '.join(str(error).split())}"
+                break
+    except PlanFileError as error:
+        fail(str(error))
+    if as_json:
+        print_json({"plans": count, "ok": fault is None, "fault": fault})
+    elif fault is not None:
+        click.echo(fault, err=True)
+    else:
+        click.echo(f"{plans}: {count} plan{'s' * (count > 1)}, no fault")
+    if fault is not None:
+        ctx.exit(1)
+
+
+def check_prediction(plan: Plan) -> None:
+    """Raise PlanError where what the plan predicts is not what simulating it gives."""
+    timeline = simulate(plan.graph, plan.schedule)
+    claims = [
+        ("iteration_time", plan.predicted.iteration_time, timeline.iteration_time),
+        ("bubble_ratio", plan.predicted.bubble_ratio, timeline.bubble_ratio),
+    ]
+    peaks = zip(plan.predicted.peak_bytes, timeline.peak_bytes.tolist(), strict=True)
+    claims += [(f"peak_bytes[{rank}]", claimed, found) for rank, (claimed, found) in enumerate(peaks)]
+    for name, claimed, found in claims:
+        if abs(claimed - found) > TOLERANCE * max(1.0, abs(found)):
+            raise PlanError(f"predicted.{name} is {claimed}, simulating the plan gives {found}")

@@ -1,0 +1,47 @@
+"""``dip partition``: choose B_i, K_i and layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..partition import choose_partition, paper_partition, write_partition
+from .common import json_option, one_line_errors, print_json, progress_bar, setting_of, setting_options
+
+
+@click.command()
+@setting_options
+@click.option("--budget", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds to search.")
+@click.option("--trials", type=click.IntRange(min=1), help="At most so many partitions tried.")
+@click.option("--paper", is_flag=True, help="The paper's rules instead of a search.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Partition YAML (default: MODEL-partition.yaml).")
+@json_option
+@one_line_errors
+def partition(budget: float, trials: int | None, paper: bool, out: Path | None, as_json: bool, **values: Any) -> None:
+    """Choose sub-microbatch sizes B_i, segments K_i and layers to chunks; write a partition YAML and say why."""
+    setting = setting_of(values)
+    if paper:
+        chosen = paper_partition(setting.model, setting.cluster, setting.batches, costs=setting.costs)
+    else:
+        with progress_bar("trying partitions", None, as_json) as advance:
+            chosen = choose_partition(
+                setting.model, setting.cluster, setting.batches, costs=setting.costs,
+                memory_limit=setting.memory_limit, budget_seconds=budget, max_trials=trials,
+                on_trial=lambda text, seconds: advance(f"{text}: {seconds:.3f} s"),
+            )  # fmt: skip
+    path = out or Path(f"{setting.model.name}-partition.yaml")
+    write_partition(path, chosen)
+    if as_json:
+        modules = {m.module: {"unit_size": m.unit_size, "layers": m.layers} for m in chosen.modules}
+        print_json({"modules": modules, "reasons": chosen.reasons, "out": str(path)})
+        return
+    for module in chosen.modules:
+        size = "whole microbatches" if module.unit_size is None else f"{module.unit_size} at a time"
+        click.echo(f"{module.module}: {size}, {module.segments} segment{'s' * (module.segments > 1)}")
+        for k, row in enumerate(module.layers):
+            click.echo(f"  segment {k}: layers per rank {' '.join(map(str, row))}")
+    for reason in chosen.reasons:
+        click.echo(reason)
+    click.echo(f"written to {path}")

@@ -1,0 +1,71 @@
+"""``dip plan``: plans for the batches of a workload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..schedule.files import write_plans
+from ..schedule.verify import verify
+from .common import (
+    fail,
+    json_option,
+    one_line_errors,
+    partition_of,
+    print_json,
+    progress_bar,
+    search_options,
+    setting_of,
+    setting_options,
+    worker_count,
+)  # fmt: skip
+from .planning import SCHEDULES, Effort, make_planner
+from .tables import entry, plan_table
+
+
+@click.command()
+@setting_options
+@click.option("--schedule", type=click.Choice(SCHEDULES), default="dip", show_default=True)
+@search_options
+@click.option("--evaluations", type=click.IntRange(min=1), help="Schedules tried an iteration, instead of a budget.")
+@click.option("--deterministic", is_flag=True, help="Depend on --seed and --evaluations alone.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the plans (JSON lines).")
+@json_option
+@one_line_errors
+def plan(
+    schedule: str, budget: float, workers: int | None, seed: int, partition: Path | None, partition_budget: float,
+    evaluations: int | None, deterministic: bool, out: Path | None, as_json: bool, **values: Any,
+) -> None:  # fmt: skip
+    """Plan every batch of a workload, verify the plans, and write them to a file."""
+    if deterministic and evaluations is None:
+        fail("--deterministic needs --evaluations: a time limit would not repeat")
+    setting = setting_of(values)
+    effort = Effort(budget, worker_count(workers), seed, evaluations, deterministic)
+    given = partition_of(partition, setting)
+    found, plans = [], []
+    with progress_bar(f"planning {setting.model.name}", None, as_json) as advance:
+        planner = make_planner(
+            schedule, setting, effort, given, partition_seconds=partition_budget, progress=lambda: advance(None)
+        )
+        for number, batch in enumerate(setting.batches):
+            planned = planner(batch.microbatches)
+            if not planned.fits:
+                over = max(p - float(m) for p, m in zip(planned.peak_bytes, planned.graph.memory_limit, strict=True))
+                fail(f"iteration {number}: {schedule} does not fit, {over:.0f} bytes over a rank's limit even with the "
+                     "leanest recompute; raise --pp or --tp, or use another --schedule")  # fmt: skip
+            if out is not None:
+                plans.append(planned.plan())
+                verify(plans[-1])
+            found.append(planned)
+            advance(f"iteration {number}: {planned.iteration_time:.3f} s")
+    if out is not None:
+        write_plans(out, plans)
+    if as_json:
+        data = [entry(p) | {"evaluations": p.statistics.evaluations} for p in found]
+        print_json({"schedule": schedule, "iterations": data, "out": str(out) if out else None})
+    else:
+        click.echo(plan_table(found))
+        if out is not None:
+            click.echo(f"{len(plans)} plan{'s' * (len(plans) > 1)} written to {out}")

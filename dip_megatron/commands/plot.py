@@ -1,0 +1,31 @@
+"""``dip plot``: a plan as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import fail, json_option, one_line_errors, print_json
+from .drawing import planned_spans
+
+
+@click.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("plan.svg"), show_default=True,
+              help=".svg, .png or .pdf")  # fmt: skip
+@click.option("--number", type=click.IntRange(min=1), default=1, show_default=True, help="Which plan of the file.")
+@json_option
+@one_line_errors
+def plot(plan: Path, out: Path, number: int, as_json: bool) -> None:
+    """Draw one plan of the file PLAN: a row per rank, time to the right."""
+    try:
+        from ..report.figure import plot_timeline
+    except ImportError:
+        fail("dip plot needs matplotlib: pip install 'dip_megatron[viz]'")
+    found, spans = planned_spans(plan, number)
+    plot_timeline(out, spans, [], lower_bound=found.predicted.lower_bound, title=found.name)
+    if as_json:
+        print_json({"out": str(out), "operations": len(spans)})
+    else:
+        click.echo(f"{len(spans)} operations drawn to {out}")
