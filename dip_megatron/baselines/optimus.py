@@ -84,7 +84,8 @@ def _fill_bubbles(graph: StageGraph, ahead: int) -> Schedule:
     depth = [module_place[graph.units[int(u)].module] for u in graph.row_unit]
     backbone = module_place[name]
     heads = set(graph.first_row)
-    reached = [_reached(line, place, heads, len(place_of)) for line in fixed]
+    # By rank 0, where the backbone starts: a later rank may wait for an encoder stage that rank 0 needs first.
+    reached = _reached(fixed[0], place, heads, len(place_of))
     others = [(place[s], module, graph.segment(s), s) for s in range(graph.rows) if (module := depth[s]) != backbone]
     forwards = [s for *_, s in sorted(others)]
     backwards = [s for *_, s in sorted(others, key=lambda key: (key[0], -key[1], -key[2], key[3]))]
@@ -100,7 +101,7 @@ def _fill_bubbles(graph: StageGraph, ahead: int) -> Schedule:
     def candidates(rank: int) -> list[tuple[float, int, int, int]]:
         """(start, preference, kind, row) of the heads of the rank's three queues."""
         found = []
-        if nf[rank] < len(forwards) and place[forwards[nf[rank]]] < reached[rank][at[rank]] + ahead:
+        if nf[rank] < len(forwards) and place[forwards[nf[rank]]] < reached[at[0]] + ahead:
             row = forwards[nf[rank]]
             found.append((start(_FORWARD, row, rank), 0, _FORWARD, row))
         if at[rank] < len(fixed[rank]):

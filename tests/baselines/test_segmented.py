@@ -16,10 +16,13 @@ from dip_megatron.baselines import (
     optimus_leads,
     segmented_static,
 )  # fmt: skip
+from dip_megatron.cost import cost_model, load_cluster, segmented_graph
+from dip_megatron.model import even_partition, load_model
 from dip_megatron.schedule import Kind, check_complete
 from dip_megatron.schedule.lower import make_plan
 from dip_megatron.schedule.verify import verify
 from dip_megatron.simulate import simulate
+from dip_megatron.workload import load_workload
 
 from ..graphs import paper_graph, random_graph
 from .mixed import mixed_graph
@@ -37,6 +40,17 @@ def test_static_orders_end_and_verify(seed):
         schedules.append(optimus_coarse(graph))
     for schedule in schedules:
         assert check_complete(graph, schedule) is None
+        verify(make_plan(graph, schedule, lower_bound=0.0))
+
+
+@pytest.mark.parametrize("segments", [{"language": 5, "diffusion": 4}, {"language": 1, "diffusion": 3}])
+def test_many_segments_around_an_interleaved_backbone_end(segments):
+    model = load_model("t2v-s")
+    (batch,) = load_workload("t2v-mix", model, iterations=1, microbatches=16)
+    graph = segmented_graph(
+        cost_model(model, load_cluster("h100")), even_partition(model, segments), batch.microbatches
+    )
+    for schedule in [*optimus_leads(graph), segmented_static(graph)]:
         verify(make_plan(graph, schedule, lower_bound=0.0))
 
 

@@ -1,0 +1,338 @@
+#!/usr/bin/env python3
+"""The planner against its bars: plan quality, baselines, latency, robustness, memory, kernels.
+
+    scripts/bench planner [--quick] [--models vlm-s,...] [--skip PART,...] [--json FILE]
+
+Models, cluster and workload mixes are those that ship with the package; ratios come from one run on one machine. The
+whole takes about half an hour on two cores, ``--quick`` (fewer models, budgets and instances) a few minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dip_megatron.baselines import BaselineError
+from dip_megatron.commands.planning import (
+    SCHEDULES,
+    DoesNotFit,
+    Effort,
+    Setting,
+    make_planner,
+    searched_partition,
+)  # fmt: skip
+from dip_megatron.commands.tables import text_table
+from dip_megatron.cost import load_cluster, segmented_graph
+from dip_megatron.model import Partition, load_model
+from dip_megatron.partition import paper_partition
+from dip_megatron.schedule import Schedule, StageGraph
+from dip_megatron.schedule.lower import make_plan
+from dip_megatron.schedule.verify import verify
+from dip_megatron.search import SearchResult, search, warm_up
+from dip_megatron.simulate import graph_arrays, simulate, simulate_compiled
+from dip_megatron.simulate.kernels import pad_orders, replay
+from dip_megatron.workload import load_workload
+from scripts.bench_search import microseconds, optimum, tight
+
+MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
+PARTS = ("quality", "baselines", "latency", "noise", "kernels", "scale", "tight", "optimum")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: a measured number and what it must be."""
+
+    name: str
+    measured: float
+    target: float
+    at_most: bool = True
+    unit: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.target if self.at_most else self.measured >= self.target
+
+    def row(self) -> list[str]:
+        sign = "<=" if self.at_most else ">="
+        return [self.name, f"{self.measured:.4g}{self.unit}", f"{sign} {self.target:g}{self.unit}",
+                "met" if self.met else "MISSED"]  # fmt: skip
+
+
+@dataclass(eq=False)
+class Case:
+    """One model with its batches, our partition and the paper's, and their graphs."""
+
+    name: str
+    setting: Setting
+    ours: Partition
+    paper: Partition
+    graphs: list[StageGraph] = field(default_factory=list)
+    paper_graphs: list[StageGraph] = field(default_factory=list)
+    best: list[SearchResult] = field(default_factory=list)
+
+
+def make_case(name: str, batches: int, microbatches: int, partition_seconds: float, pp: int | None = None) -> Case:
+    """Draw the batches and cut the model, both ways."""
+    model = load_model(name).with_parallel(pp=pp)
+    mix = "t2v-mix" if name.startswith("t2v") else "vlm-mix"
+    setting = Setting(model, load_cluster("h100"), load_workload(mix, model, batches, microbatches, 0))
+    paper = paper_partition(model, setting.cluster, setting.batches)
+    case = Case(name, setting, searched_partition(setting, partition_seconds) if partition_seconds else paper, paper)
+    for microbatch_list in setting.microbatches:
+        case.graphs.append(segmented_graph(setting.pricer, case.ours, microbatch_list))
+        case.paper_graphs.append(segmented_graph(setting.pricer, case.paper, microbatch_list))
+    return case
+
+
+def mean_over(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return float(np.mean(values))
+
+
+def quality(cases: Sequence[Case], budgets: Sequence[float], workers: int) -> list[Bar]:
+    """Time over the lower bound, and dip-paper's time over dip's at the same budget: as a whole, each on its own
+    partition, and the search alone, both on ours."""
+    rows, gaps, wholes = [], {b: [] for b in budgets}, {b: [] for b in budgets}
+    for case in cases:
+        for budget in budgets:
+            ours = [search(g, budget_seconds=budget, workers=workers) for g in case.graphs]
+            same = [search(g, schedule="dip-paper", budget_seconds=budget, workers=workers) for g in case.graphs]
+            whole = [search(g, schedule="dip-paper", budget_seconds=budget, workers=workers) for g in case.paper_graphs]
+            case.best = ours
+            gap = mean_over([r.iteration_time / r.lower_bound for r in ours])
+            ratio = mean_over([b.iteration_time / a.iteration_time for a, b in zip(ours, whole, strict=True)])
+            alone = mean_over([b.iteration_time / a.iteration_time for a, b in zip(ours, same, strict=True)])
+            gaps[budget].append(gap)
+            wholes[budget].append(ratio)
+            spent = mean_over([r.seconds for r in (*same, *whole)])
+            rows.append(
+                [case.name, f"{budget:g}", f"{mean_over([r.iteration_time for r in ours]):.4f}", f"{gap:.4f}",
+                 f"{mean_over([r.iteration_time / r.lower_bound for r in same]):.4f}", f"{alone:.3f}", f"{ratio:.3f}",
+                 f"{mean_over([r.seconds for r in ours]):.2f}", f"{spent:.2f}"]
+            )  # fmt: skip
+    head = ["model", "budget s", "dip seconds", "dip / bound", "paper's search / bound", "search alone",
+            "dip-paper / dip", "dip took s", "dip-paper took s"]  # fmt: skip
+    show("Quality over time", head, rows)
+    longest, shortest = budgets[-1], budgets[0]
+    return [
+        Bar(f"plan time over bound at {longest:g} s, mean", mean_over(gaps[longest]), 1.025),
+        Bar(f"plan time over bound at {longest:g} s, worst model", max(gaps[longest]), 1.04),
+        Bar(f"plan time over bound at {shortest:g} s, mean", mean_over(gaps[shortest]), 1.05),
+        *(Bar(f"dip-paper / dip at {b:g} s, worst model", min(wholes[b]), 1.08, False) for b in budgets),
+    ]
+
+
+def baselines(cases: Sequence[Case], budget: float, workers: int) -> list[Bar]:
+    """Every schedule on the same batches, as ``dip compare`` has it."""
+    bars, rows = [], []
+    for case in cases:
+        effort = Effort(budget, workers)
+        times: dict[str, float] = {}
+        for name in SCHEDULES:
+            try:
+                planner = make_planner(name, case.setting, effort, searched=case.ours)
+                found = [planner(m) for m in case.setting.microbatches]
+            except (BaselineError, DoesNotFit) as error:
+                rows.append([case.name, name, "-", "-", "-", "-", "-", str(error)[:30]])
+                continue
+            time_ = mean_over([p.iteration_time for p in found])
+            if all(p.fits for p in found):
+                times[name] = time_
+            rows.append(
+                [case.name, name, f"{time_:.4f}", f"{time_ / times['dip']:.3f}" if "dip" in times else "-",
+                 f"{mean_over([p.iteration_time / p.lower_bound for p in found]):.3f}",
+                 f"{mean_over([p.bubble_ratio for p in found]):.1%}",
+                 f"{max(max(p.peak_bytes) for p in found) / 1e9:.1f}" + ("" if name in times else " over"),
+                 f"{mean_over([p.recompute_fraction for p in found]):.1%}"]
+            )  # fmt: skip
+        if case.name.startswith("vlm"):
+            bars.append(
+                Bar(
+                    f"best static Megatron / dip, {case.name}", times["megatron-interleaved"] / times["dip"], 1.5, False
+                )
+            )
+        rows.append([""] * 8)
+    head = ["model", "schedule", "seconds", "x dip", "over bound", "bubble", "peak GB", "recompute"]
+    show(f"Schedules, {budget:g} s of search", head, rows[:-1])
+    return bars
+
+
+def latency(cases: Sequence[Case]) -> list[Bar]:
+    """Seconds from a batch to the first plan in a warm process: priced, scheduled, lowered, verified and pickled."""
+    rows, worst = [], 0.0
+    for case in cases:
+        steps = []
+        for _ in range(5):
+            for microbatches in case.setting.microbatches:
+                steps.append(first_plan(case, microbatches))
+        medians = np.median(np.array(steps), axis=0)
+        worst = max(worst, float(medians[1]))
+        rows.append([case.name, *(f"{1e3 * m:.1f}" for m in medians)])
+    head = ["model", "batch priced ms", "first schedule ms", "lowered ms", "verified and pickled ms"]
+    show("First plan in a warm process, median since the batch arrived", head, rows)
+    return [Bar("first valid schedule after the batch, worst model", worst, 0.1, unit=" s")]
+
+
+class _FirstFound(Exception):
+    """Ends a search at its first schedule."""
+
+
+def first_plan(case: Case, microbatches: Sequence[object]) -> list[float]:
+    """Seconds until each step of the first plan is done."""
+    start = time.perf_counter()
+    graph = segmented_graph(case.setting.pricer, case.ours, microbatches)  # type: ignore[arg-type]
+    marks = [time.perf_counter() - start]
+    first: list[Schedule] = []
+
+    def stop(schedule: Schedule, _: float) -> None:
+        first.append(schedule)
+        raise _FirstFound
+
+    with contextlib.suppress(_FirstFound):
+        search(graph, budget_seconds=1.0, on_improved=stop)
+    marks.append(time.perf_counter() - start)
+    plan = make_plan(graph, first[0], lower_bound=0.0)
+    marks.append(time.perf_counter() - start)
+    verify(plan)
+    pickle.dumps(plan)
+    marks.append(time.perf_counter() - start)
+    return marks
+
+
+def noise(cases: Sequence[Case], draws: int, share: float = 0.1) -> list[Bar]:
+    """Executed over planned time where every operation takes up to 10% more or less, its order unchanged."""
+    rows, losses = [], []
+    for case in cases:
+        graph = case.graphs[0]
+        result = case.best[0] if case.best else search(graph, budget_seconds=1.0)
+        random = np.random.default_rng(0)
+        ratios = []
+        for _ in range(draws):
+            changed = {
+                kind: getattr(graph, kind) * random.uniform(1 - share, 1 + share, graph.forward.shape)
+                for kind in ("forward", "backward", "weight", "fused")
+            }
+            noisy = dataclasses.replace(graph, **changed)
+            ratios.append(simulate_compiled(noisy, result.schedule).iteration_time / result.iteration_time)
+        losses.append(mean_over(ratios))
+        rows.append([case.name, f"{losses[-1]:.4f}", f"{np.quantile(ratios, 0.95):.4f}"])
+    show("Executed over planned time, +-10% per operation", ["model", "mean", "95th percentile"], rows)
+    return [Bar("executed over planned time with 10% noise, mean", mean_over(losses), 1.03)]
+
+
+def kernels(cases: Sequence[Case]) -> list[Bar]:
+    """One simulation of a plan, compiled and plain; both must agree to the last bit."""
+    rows, bars = [], []
+    for case in cases:
+        graph = case.graphs[0]
+        schedule = (case.best[0] if case.best else search(graph, budget_seconds=0.2)).schedule
+        arrays = graph_arrays(graph)
+        orders, lengths = pad_orders(schedule)
+        nodes = arrays.rows * arrays.ranks
+        inputs = (
+            arrays, orders, lengths, np.ascontiguousarray(schedule.strategy.reshape(-1)), np.zeros(orders.shape),
+            np.zeros(orders.shape), np.zeros(arrays.ranks, dtype=np.int32), np.zeros(nodes), np.zeros(nodes),
+        )  # fmt: skip
+        kernel = microseconds(lambda inputs=inputs: replay(*inputs), 20)
+        whole = microseconds(lambda g=graph, s=schedule, a=arrays: simulate_compiled(g, s, a), 20)
+        start = time.perf_counter()
+        plain = simulate(graph, schedule)
+        reference = 1e6 * (time.perf_counter() - start)
+        exact = plain.iteration_time == simulate_compiled(graph, schedule, arrays).iteration_time
+        rows.append([case.name, str(int(lengths.sum())), f"{kernel:.1f}", f"{whole:.1f}", f"{reference:.0f}",
+                     "yes" if exact else "NO"])  # fmt: skip
+        if case.name == "vlm-s":
+            bars.append(Bar("simulating a VLM-S plan", whole / 1e3, 1.0, unit=" ms"))
+        bars.append(Bar(f"compiled equals plain simulation, {case.name} (1: yes)", float(exact), 1.0, False))
+    head = ["model", "operations", "kernel us", "with memory us", "plain Python us", "equal"]
+    show("Simulation of one plan on one core", head, rows)
+    return bars
+
+
+def scale(budgets: tuple[float, float], workers: int) -> list[Bar]:
+    """64 microbatches on 16 pipeline ranks: what more time would find."""
+    case = make_case("vlm-l", 1, 64, 0.0, pp=16)
+    graph = case.graphs[0]
+    short, long = (search(graph, budget_seconds=b, workers=workers) for b in budgets)
+    rows = [[f"{b:g}", f"{r.iteration_time:.4f}", f"{r.iteration_time / r.lower_bound:.4f}", f"{r.seconds:.1f}"]
+            for b, r in zip(budgets, (short, long), strict=True)]  # fmt: skip
+    show("VLM-L, 64 microbatches on 16 ranks", ["budget s", "seconds", "over bound", "took s"], rows)
+    return [Bar(f"64 microbatches on PP16: {budgets[0]:g} s over {budgets[1]:g} s",
+                short.iteration_time / long.iteration_time, 1.02)]  # fmt: skip
+
+
+def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a titled table."""
+    print(f"\n{title}\n{text_table(head, rows)}", flush=True)
+
+
+def main() -> int:
+    """Run the parts, print their tables and then all bars; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few minutes: two models, one batch, fewer instances")
+    parser.add_argument("--models", help=f"comma-separated, of {', '.join(MODELS)}")
+    parser.add_argument("--skip", default="", help=f"comma-separated parts to leave out: {', '.join(PARTS)}")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="save the bars")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    names = arguments.models.split(",") if arguments.models else ["vlm-s", "t2v-s"] if quick else list(MODELS)
+    skipped = set(filter(None, arguments.skip.split(",")))
+    for given, known in ((names, MODELS), (skipped, PARTS)):
+        for name in given:
+            if name not in known:
+                parser.error(f"unknown {name!r}; choose from {', '.join(known)}")
+    workers = arguments.workers
+    load = os.getloadavg()[0]
+    print(f"{os.cpu_count()} cores, {workers} search threads, load before the run {load:.1f}")
+    warm_up()
+    cases = []
+    if not set(PARTS[:5]) <= skipped:
+        for name in names:
+            cases.append(make_case(name, 1 if quick else 2, 16, 10.0 if quick else 40.0))
+            for module in cases[-1].ours.modules:
+                print(
+                    f"{name} {module.module}: {module.segments} segments of {module.unit_size or 'whole microbatches'}"
+                )
+    budgets = (0.1, 1.0) if quick else (0.1, 1.0, 5.0)
+    parts = {
+        "quality": lambda: quality(cases, budgets, workers),
+        "baselines": lambda: baselines(cases, budgets[-1], workers),
+        "latency": lambda: latency(cases),
+        "noise": lambda: noise(cases, 20 if quick else 100),
+        "kernels": lambda: kernels(cases),
+        "scale": lambda: scale((2.0, 6.0) if quick else (5.0, 30.0), workers),
+        "tight": lambda: [invalid(300 if quick else 10_000)],
+        "optimum": lambda: [Bar("search over CP-SAT's optimum, mean", optimum(5 if quick else 30)[0], 1.01)],
+    }
+    bars: list[Bar] = []
+    for name in PARTS:
+        if name not in skipped:
+            bars += parts[name]()
+    show("Bars", ["bar", "measured", "target", ""], [bar.row() for bar in bars])
+    if arguments.json is not None:
+        data = [dataclasses.asdict(bar) | {"met": bar.met} for bar in bars]
+        arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(bar.met for bar in bars) else 1
+
+
+def invalid(count: int) -> Bar:
+    """Tight instances that end without a valid plan or a proof that there is none."""
+    return Bar(f"of {count} tight instances, without plan or proof", float(tight(count)["INVALID PLAN"]), 0.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
