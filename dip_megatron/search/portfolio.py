@@ -39,13 +39,15 @@ def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
     sinks = len(q.claim)
     matters = bool(q.bounded.any())
     most = q.graph.candidates - 1
+    # A stage's last strategy need not be its leanest: never start past the one that its claim counts on.
+    leanest = q.activation.argmin(axis=0).astype(np.int8)
     windows = [sinks, *(w for w in WINDOWS if w < sinks)] if matters else [sinks]
     for base in dict.fromkeys((0, (3 * most + 3) // 4, most) if matters else (0,)):
         for window, alternate, lean in itertools.product(windows, (True, False), (False, True)):
             if lean and not (matters and most):
                 continue
             keys = make_keys(q, split)
-            keys.base[:] = base
+            keys.base[:] = np.minimum(leanest, base)
             keys.window[:] = window
             keys.flags[ALTERNATE] = alternate
             keys.flags[LEAN_AT_ONCE] = lean
