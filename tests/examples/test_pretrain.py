@@ -1,0 +1,46 @@
+"""The example under Megatron's own loop: whole training runs in processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.llava_digits.quickstart import MEGATRON_FLAGS, SCRIPT, Run, RunFailed, train, training_flags
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
+]
+
+
+@pytest.fixture(scope="module")
+def pipelined(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return pretrain(tmp_path_factory.mktemp("pp2"), *MEGATRON_FLAGS)
+
+
+def pretrain(out: Path, *flags: str) -> Run:
+    small = ["--global-batch-size", "4", "--eval-iters", "1", "--vision-num-layers", "2"]
+    return train("run", [sys.executable, str(SCRIPT), *training_flags(6), *small, *flags], out, lambda *_: None)
+
+
+def test_the_pipeline_trains(pipelined: Run) -> None:
+    assert sorted(pipelined.losses) == [1, 2, 3, 4, 5, 6]
+    assert pipelined.losses[6] < pipelined.losses[1]
+    assert pipelined.accuracy is not None
+    assert 0.0 <= pipelined.accuracy <= 1.0
+
+
+def test_losses_are_those_of_two_data_parallel_replicas(pipelined: Run, tmp_path: Path) -> None:
+    """Two replicas of one stage see the same global batches: neither the cut of the model nor padding may matter."""
+    whole = pretrain(tmp_path, "--pipeline-model-parallel-size", "1")
+    assert whole.losses == pytest.approx(pipelined.losses, rel=1e-5)
+    assert whole.accuracy == pytest.approx(pipelined.accuracy, abs=0.05)
+
+
+def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="must be 1, a microbatch is one packed sequence"):
+        pretrain(tmp_path, "--micro-batch-size", "2")
