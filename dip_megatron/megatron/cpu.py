@@ -33,7 +33,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -164,6 +164,15 @@ def _zero(*_: Any, **__: Any) -> int:
     return 0
 
 
+def _own(value: Any) -> Any:
+    """A function of the same code: torch._dynamo has one rule for each function and refuses one under two names."""
+    if not isinstance(value, FunctionType):
+        return value
+    copy = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
+    copy.__dict__.update(value.__dict__)
+    return copy
+
+
 def _replace_cuda_functions() -> None:
     setattr(_current_device, _MARK, True)
     properties = SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count())
@@ -196,11 +205,11 @@ def _replace_cuda_functions() -> None:
         replacements[name] = _zero
     replacements["device_memory_used"] = _zero
     for name, value in replacements.items():
-        setattr(torch.cuda, name, value)
+        setattr(torch.cuda, name, _own(value))
     torch.cuda.random.get_rng_state = _get_state
     torch.cuda.random.set_rng_state = _set_state
-    torch.cuda.nvtx.range_push = _nothing
-    torch.cuda.nvtx.range_pop = _nothing
+    torch.cuda.nvtx.range_push = _own(_nothing)
+    torch.cuda.nvtx.range_pop = _own(_nothing)
     torch.cuda.nvtx.range = _no_context
 
 
@@ -270,7 +279,7 @@ def _replace_tensor_methods() -> None:
     torch.Tensor.type = type_as_on_cuda
     torch.Tensor.cuda = stay
     torch.Tensor.pin_memory = stay
-    torch.Tensor.record_stream = _nothing
+    torch.Tensor.record_stream = _own(_nothing)
     torch.nn.Module.cuda = stay
 
 

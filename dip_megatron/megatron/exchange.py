@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..runtime.groups import local_group
+
 
 class GlooExchange:
     """See :class:`dip_megatron.planner.feed.Exchange`."""
@@ -14,9 +16,7 @@ class GlooExchange:
     def __init__(self, global_ranks: list[int], timeout_seconds: float):
         """All ranks of the replica construct it at the same time; the first of ``global_ranks`` plans."""
         self._ranks = global_ranks
-        self._group = dist.new_group(
-            global_ranks, backend="gloo", timeout=timedelta(seconds=timeout_seconds), use_local_synchronization=True
-        )
+        self._group = local_group(global_ranks, "gloo", timedelta(seconds=timeout_seconds))
         self.rank = global_ranks.index(dist.get_rank())
 
     def broadcast(self, data: bytes | None) -> bytes:

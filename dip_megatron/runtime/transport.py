@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..schedule import Channel, Payload
+from .groups import local_group
 
 Tensors = dict[str, torch.Tensor]
 
@@ -103,11 +104,10 @@ class DistributedTransport:
         self._groups: dict[Channel, Any] = {}
         for channel in ring_channels(len(global_ranks)):
             if rank in (channel.source, channel.target):
-                self._groups[channel] = dist.new_group(
-                    sorted([global_ranks[channel.source], global_ranks[channel.target]]),
-                    timeout=self._timeout,
-                    backend="nccl" if device.type == "cuda" else "gloo",
-                    use_local_synchronization=True,
+                self._groups[channel] = local_group(
+                    [global_ranks[channel.source], global_ranks[channel.target]],
+                    "nccl" if device.type == "cuda" else "gloo",
+                    self._timeout,
                 )
 
     def send(self, channel: Channel, tensors: Tensors) -> Transfer:
