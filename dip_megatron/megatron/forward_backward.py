@@ -20,7 +20,7 @@ from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport
 from ..runtime.clock import Clock, MeasuredSpan
 from ..runtime.executor import Executor
-from ..runtime.stages import IterationState, ModelStages
+from ..runtime.stages import IterationState, ModelStages, StageLookAhead
 from ..runtime.watch import Watchdog
 from ..schedule import Plan
 from .gradients import GradientSynchronization
@@ -197,8 +197,9 @@ class DipForwardBackward:
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
         sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
         runner = ModelStages(
-            self._program, chunks, step, state, last_rank=graph.ranks - 1, on_chunk_done=sync.chunk_done
-        )
+            self._program, chunks, step, state, last_rank=graph.ranks - 1, look_ahead=StageLookAhead.of(plan, rank),
+            on_chunk_done=sync.chunk_done,
+        )  # fmt: skip
         if forward_only:
             with torch.no_grad():
                 self._executor.run(plan, runner, self.iterations)
@@ -215,7 +216,8 @@ class DipForwardBackward:
             return
         tokens = step.total_num_tokens
         if tokens is None:
-            tokens = torch.zeros([], dtype=torch.int, device=next(chunks[0].parameters()).device)
+            parameter = next(p for chunk in chunks for p in chunk.parameters())  # a chunk may have no layers
+            tokens = torch.zeros([], dtype=torch.int, device=parameter.device)
         # Megatron looks for the embedding on the first rank's first chunk and for the head on the last rank's last one.
         ordered = chunks
         if self._executor.position.rank == 0:

@@ -14,6 +14,7 @@ import torch
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import make_viewless_tensor, nvtx_range_pop, nvtx_range_push
 
+from ..runtime.deferred import WeightGradients
 from ..runtime.stages import ReplayIterator
 from ..runtime.transport import Tensors
 
@@ -84,6 +85,11 @@ class MegatronStep:
                 schedules.custom_backward(outputs[0], gradients[0] if gradients else None)
             else:
                 torch.autograd.backward(outputs, grad_tensors=gradients)
+
+    def weight(self, gradients: WeightGradients) -> None:
+        """The second half of a backward in two; in the log it counts with the first."""
+        with self._range("backward-weight"), self._timed("backward-compute"):
+            gradients.compute()
 
     def release(self, outputs: list[torch.Tensor]) -> None:
         """Megatron's pseudo-deallocation; its custom_backward takes one output, so only then."""

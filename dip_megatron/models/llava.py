@@ -15,8 +15,10 @@ import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 
+from ..runtime.modes import StageMode
 from ..schedule import ModalityModule, StageKey, Unit
 from ..workload import Microbatch
+from . import deferred_linear, layer_memory
 from .layout import segment_config
 from .protocol import MicrobatchInputs, Tensors
 from .shapes import LANGUAGE, VISION, LlavaShapes
@@ -141,6 +143,7 @@ class LlavaProgram:
         self._image_token = kwargs.get("image_token_index", _default("image_token_index"))
         self._micro_batch_size = micro_batch_size
         self._built_shapes: LlavaShapes | None = None
+        self.mode = StageMode()
 
     def _check(self, vision: Any, language: Any) -> None:
         for module, config in ((VISION, vision), (LANGUAGE, language)):
@@ -187,6 +190,8 @@ class LlavaProgram:
                 chunk.config.virtual_pipeline_model_parallel_size = total
                 chunk.config.pipeline_model_parallel_layout = None
                 chunk.vp_stage = len(chunks)
+                deferred_linear.install(chunk, self.mode)
+                layer_memory.install(chunk, self.mode)
                 chunks.append(chunk)
         vision, language = self.kwargs["vision_transformer_config"], self.kwargs["language_transformer_config"]
         dtype = language.pipeline_dtype or language.params_dtype

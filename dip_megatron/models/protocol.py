@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..runtime.modes import StageMode
 from ..schedule import ModalityModule, Payload, StageKey, Unit
 from ..workload import Microbatch
 
@@ -38,8 +39,17 @@ class StageProgram(Protocol):
     order (module, segment); the loss belongs to the last segment of the last module, on the last rank.
     """
 
-    modules: tuple[ModalityModule, ...]
-    shapes: Shapes
+    @property
+    def modules(self) -> tuple[ModalityModule, ...]: ...
+
+    @property
+    def shapes(self) -> Shapes: ...
+
+    @property
+    def mode(self) -> StageMode:
+        """What the chunks' layers look up while a stage runs; set by the ``install`` functions of
+        :mod:`.deferred_linear` and :mod:`.layer_memory`."""
+        ...
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """This rank's chunks, in the order (module, segment)."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 
 from ..models.protocol import MicrobatchInputs, StageProgram
-from ..schedule import Kind, StageKey, Unit
+from ..schedule import Compute, Kind, Plan, StageKey, Unit
+from .deferred import WeightGradients
+from .modes import layer_strategies
+from .offload import OffloadedActivations
 from .transport import Tensors
 
 
@@ -26,6 +30,10 @@ class StepFunctions(Protocol):
 
     def backward(self, outputs: list[torch.Tensor], gradients: list[torch.Tensor] | None) -> None:
         """Autograd's backward; ``gradients`` is None for the loss."""
+        ...
+
+    def weight(self, gradients: WeightGradients) -> None:
+        """Compute the weight gradients that a stage's B left."""
         ...
 
     def release(self, outputs: list[torch.Tensor]) -> None:
@@ -53,17 +61,42 @@ class _Saved:
 
     inputs: list[Tensors]
     outputs: Tensors
+    weights: WeightGradients | None
+    offloaded: OffloadedActivations | None
     is_loss: bool = False
 
 
 @dataclass
 class IterationState:
-    """One iteration's microbatches and saved activations."""
+    """One iteration's microbatches and saved activations. Stages are named (unit, segment); ``left`` are the weight
+    gradients of those between their B and their W, ``remaining`` counts the weight gradients of each chunk."""
 
     microbatches: list[MicrobatchInputs]
     forward_only: bool
     saved: dict[tuple[int, int], _Saved] = field(default_factory=dict)
+    left: dict[tuple[int, int], WeightGradients] = field(default_factory=dict)
     remaining: dict[tuple[str, int], int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageLookAhead:
+    """What a rank's stages must know of the plan beforehand: which stages (unit, segment) have their backward in two,
+    and the backward with offloaded layers, if it is one, that follows right after each operation."""
+
+    split: frozenset[tuple[int, int]] = frozenset()
+    offloaded_next: Mapping[StageKey, tuple[int, int]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(plan: Plan, rank: int) -> StageLookAhead:
+        """From the rank's actions."""
+        actions = [a for a in plan.actions[rank] if isinstance(a, Compute)]
+        split = frozenset((a.key.unit, a.key.segment) for a in actions if a.key.kind == Kind.W)
+        following = {
+            before.key: (after.key.unit, after.key.segment)
+            for before, after in pairwise(actions)
+            if after.key.kind in (Kind.B, Kind.BW) and "offload" in after.strategy
+        }
+        return StageLookAhead(split, following)
 
 
 class ModelStages:
@@ -77,10 +110,11 @@ class ModelStages:
         state: IterationState,
         *,
         last_rank: int,
+        look_ahead: StageLookAhead | None = None,
         on_chunk_done: Callable[[int], None] = lambda _: None,
     ):
         """``chunks`` are wrapped (DDP, Float16Module) and in the program's order; ``on_chunk_done(index)`` is called
-        after a chunk's last backward of the iteration, for each chunk counted in ``state.remaining``."""
+        after a chunk's last weight gradient of the iteration, for each chunk counted in ``state.remaining``."""
         self._program = program
         self._step = step
         self._state = state
@@ -88,10 +122,14 @@ class ModelStages:
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
         self._index = {place: i for i, place in enumerate(places)}
         self._chunks = chunks
+        self._mode = program.mode
+        self._look_ahead = look_ahead or StageLookAhead()
+        self._layers = {place: m.layers[place[1]] for m in program.modules for place in places if place[0] == m.name}
         final = program.modules[-1]
         self._final = (final.name, final.segments - 1, last_rank)
 
     def forward(self, key: StageKey, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
+        self._prefetch_after(key)
         chunk = self._chunks[self._index[key.module, key.segment]]
         microbatch = self._state.microbatches[unit.microbatch]
         train = not self._state.forward_only
@@ -99,16 +137,26 @@ class ModelStages:
             {name: t.detach().requires_grad_(train and t.is_floating_point()) for name, t in payload.items()}
             for payload in inputs
         ]
-        if (key.module, key.segment, key.rank) == self._final:
-            model = ModelStandIn(chunk, lambda *a, **k: self._program.final(chunk, leaves, self._program.bind(*a, **k)))
-            outputs = {"loss": self._step.loss(chunk, model, microbatch.items, unit.microbatch)}
-            if train:
-                self._state.saved[key.unit, key.segment] = _Saved(leaves, outputs, is_loss=True)
-            return {}
-        outputs = self._step.forward(chunk, lambda: self._program.forward(chunk, key, unit, leaves, microbatch))
+        weights = offloaded = None
+        strategies: tuple[str, ...] = ()
         if train:
-            self._state.saved[key.unit, key.segment] = _Saved(leaves, outputs)
-        return outputs
+            strategies = layer_strategies(strategy, self._layers[key.module, key.segment][key.rank])
+            if (key.unit, key.segment) in self._look_ahead.split:
+                weights = WeightGradients()
+            if "offload" in strategies:
+                offloaded = self._mode.offload()
+        is_loss = (key.module, key.segment, key.rank) == self._final
+        with self._mode.stage(weights, strategies, offloaded):
+            if is_loss:
+                model = ModelStandIn(
+                    chunk, lambda *a, **k: self._program.final(chunk, leaves, self._program.bind(*a, **k))
+                )
+                outputs = {"loss": self._step.loss(chunk, model, microbatch.items, unit.microbatch)}
+            else:
+                outputs = self._step.forward(chunk, lambda: self._program.forward(chunk, key, unit, leaves, microbatch))
+        if train:
+            self._state.saved[key.unit, key.segment] = _Saved(leaves, outputs, weights, offloaded, is_loss)
+        return {} if is_loss else outputs
 
     def sent(self, key: StageKey, unit: Unit) -> None:
         saved = self._state.saved.get((key.unit, key.segment))
@@ -117,28 +165,47 @@ class ModelStages:
 
     def backward(self, key: StageKey, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
         saved = self._state.saved.pop((key.unit, key.segment))
-        if saved.is_loss:
-            self._step.backward([saved.outputs["loss"]], None)
-        else:
-            names = [name for name, t in saved.outputs.items() if t.requires_grad]
-            if names:
-                # A stage that feeds several others gets the sum of what they send back.
-                total = [
-                    g[0] if len(g) == 1 else torch.stack(g).sum(0)
-                    for g in ([payload[name] for payload in gradients] for name in names)
-                ]
-                self._step.backward([saved.outputs[name] for name in names], total)
+        if saved.offloaded is not None:
+            saved.offloaded.prefetch()
+        self._prefetch_after(key)
+        with self._mode.stage(saved.weights):
+            self._differentiate(saved, gradients)
         results = [
             {name: t.grad if t.grad is not None else torch.zeros_like(t) for name, t in payload.items()
              if t.requires_grad}
             for payload in saved.inputs
         ]  # fmt: skip
-        if key.kind == Kind.BW:
+        if saved.weights is not None:
+            self._state.left[key.unit, key.segment] = saved.weights
+        elif key.kind == Kind.BW:
             self._chunk_progress(key)
         return results
 
+    def _differentiate(self, saved: _Saved, gradients: list[Tensors]) -> None:
+        if saved.is_loss:
+            self._step.backward([saved.outputs["loss"]], None)
+            return
+        names = [name for name, t in saved.outputs.items() if t.requires_grad]
+        if names:
+            # A stage that feeds several others gets the sum of what they send back.
+            total = [
+                g[0] if len(g) == 1 else torch.stack(g).sum(0)
+                for g in ([payload[name] for payload in gradients] for name in names)
+            ]
+            self._step.backward([saved.outputs[name] for name in names], total)
+
     def weight(self, key: StageKey, unit: Unit, strategy: str) -> None:
-        raise RuntimeError(f"{key}: this model's layers can't defer weight gradients; plan with split backward off")
+        self._prefetch_after(key)
+        self._step.weight(self._state.left.pop((key.unit, key.segment)))
+        self._chunk_progress(key)
+
+    def _prefetch_after(self, key: StageKey) -> None:
+        """Bring back the first layer of the next backward while this operation computes."""
+        following = self._look_ahead.offloaded_next.get(key)
+        if following is not None and following in self._state.saved:
+            offloaded = self._state.saved[following].offloaded
+            if offloaded is not None:
+                offloaded.prefetch()
 
     def _chunk_progress(self, key: StageKey) -> None:
         place = (key.module, key.segment)

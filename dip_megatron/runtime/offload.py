@@ -1,0 +1,138 @@
+"""Activations of single layers in host memory between a stage's forward and its backward.
+
+What autograd saves inside an offloaded layer is copied to pinned host memory on a side stream, behind the layer's
+forward, and comes back before the layer's backward: the last layer when its stage's backward is next, each other one
+when the layer after it starts its own. Without a GPU these are plain copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_LEAST_BYTES = {"cuda": 1 << 16, "cpu": 1 << 10}
+"""Smaller tensors stay: a copy of its own would cost more than they take."""
+
+
+class _Copy:
+    """One storage (or one tensor's part of a larger one) in host memory; ``uses``: saved tensors still to be read."""
+
+    __slots__ = ("device", "event", "host", "on_device", "uses")
+
+    def __init__(self, source: torch.Tensor, stream: Any):
+        self.device = source.device
+        self.event: Any = None
+        self.on_device: torch.Tensor | None = None
+        self.uses = 0
+        if stream is None:
+            self.host = source.clone()
+            return
+        self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(stream):
+            self.host.copy_(source, non_blocking=True)
+        source.record_stream(stream)  # its memory is free for others once the copy is done, without waiting here
+
+    def fetch(self, stream: Any) -> None:
+        """Begin to copy back."""
+        if self.on_device is not None:
+            return
+        if stream is None:
+            self.on_device = self.host.clone()
+            return
+        # Allocated for the computing stream; so the copy starts when that stream gets here, and not before.
+        self.on_device = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self.on_device.copy_(self.host, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        self.on_device.record_stream(stream)
+
+    def take(self, stream: Any) -> torch.Tensor:
+        """The tensor on its device, for one of its uses."""
+        self.fetch(stream)
+        tensor = self.on_device
+        assert tensor is not None
+        if self.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.event)
+        self.uses -= 1
+        if self.uses <= 0:
+            self.on_device = self.event = None
+        return tensor
+
+
+class _Saved:
+    """What autograd keeps in place of a tensor."""
+
+    __slots__ = ("copy", "layer", "offset", "shape", "strides")
+
+    def __init__(self, copy: _Copy, layer: int, shape: torch.Size, strides: tuple[int, ...], offset: int):
+        self.copy, self.layer, self.shape, self.strides, self.offset = copy, layer, shape, strides, offset
+
+
+class OffloadedActivations:
+    """The offloaded layers of one stage, from its forward to the end of its backward."""
+
+    def __init__(self, stream: Any = None):
+        """``stream``: the side stream, None without a GPU."""
+        self._stream = stream
+        self._layers: dict[int, list[_Copy]] = {}
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in host memory."""
+        return sum(c.host.untyped_storage().nbytes() for copies in self._layers.values() for c in copies)
+
+    @contextmanager
+    def layer(self, index: int, keep: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Within, what autograd saves goes to host memory; but not ``keep`` (parameters, inputs all layers share)."""
+        kept = {t.untyped_storage()._cdata for t in keep}
+        known: dict[tuple[int, ...], tuple[StorageWeakRef, _Copy]] = {}
+        copies: list[_Copy] = []
+        self._layers[index] = copies
+
+        def pack(tensor: torch.Tensor) -> Any:
+            storage = tensor.untyped_storage()
+            place, size = storage._cdata, tensor.numel() * tensor.element_size()
+            if place in kept or size < _LEAST_BYTES.get(tensor.device.type, 0) or tensor.layout != torch.strided:
+                return tensor
+            # Views that share a storage (q, k and v) go together; a small part of a large storage goes alone.
+            whole = 4 * size >= storage.nbytes() and storage.nbytes() % tensor.element_size() == 0
+            key = (place, tensor._version, tensor.element_size())
+            if not whole:
+                key = (*key, tensor.storage_offset(), *tensor.shape, *tensor.stride())
+            found = known.get(key)
+            # An address may be another tensor's by now.
+            if found is None or found[0].expired():
+                source = tensor.detach()
+                if whole:
+                    source = source.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+                found = known[key] = (StorageWeakRef(storage), _Copy(source, self._stream))
+                copies.append(found[1])
+            found[1].uses += 1
+            if whole:
+                return _Saved(found[1], index, tensor.shape, tensor.stride(), tensor.storage_offset())
+            return _Saved(found[1], index, tensor.shape, (), 0)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+            yield
+
+    def prefetch(self) -> None:
+        """Begin to bring back the last layer, whose backward comes first."""
+        if self._layers:
+            for copy in self._layers[max(self._layers)]:
+                copy.fetch(self._stream)
+
+    def _unpack(self, saved: Any) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        if self._layers.pop(saved.layer, None) is not None:
+            # The first one of this layer: the next one to be needed comes back behind it.
+            self.prefetch()
+        tensor = saved.copy.take(self._stream)
+        return tensor.as_strided(saved.shape, saved.strides, saved.offset) if saved.strides else tensor

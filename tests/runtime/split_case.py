@@ -1,0 +1,171 @@
+"""Our side of a case with drawn plans: weight gradients at any later place, memory strategies of any layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dip_megatron.cost.strategies import LAYER_STRATEGIES, format_strategy
+from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.greedy import greedy
+from dip_megatron.planner.maker import payloads
+from dip_megatron.planner.service import PlannerService
+from dip_megatron.schedule import Kind, Schedule
+from dip_megatron.schedule.lower import make_plan
+from tests.runtime.dip_case import DrawnGraphs
+from tests.runtime.llava_case import (
+    Case,
+    batches,
+    finalize_without_ddp,
+    forward_step,
+    freeze_arguments,
+    gradients,
+    initialize,
+    llava_kwargs,
+    seed_parameters,
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How plans are drawn: the share of backwards in two, the layer strategies to draw from."""
+
+    seed: int = 0
+    split: float = 0.7
+    strategies: tuple[str, ...] = ("none",)
+
+
+@dataclass(frozen=True)
+class DrawnMaker:
+    """Plans in an order given by drawn durations; see :class:`Drawn`."""
+
+    graphs: DrawnGraphs
+    shapes: Any
+    drawn: Drawn
+
+    def warm_up(self):
+        pass
+
+    def best(self, request, give):
+        return self.quick(request)
+
+    def quick(self, request):
+        graph = self.graphs.build(request.loads, request.forward_only)
+        draw = np.random.default_rng(self.drawn.seed)
+        names = tuple(
+            tuple(
+                (format_strategy(draw.choice(self.drawn.strategies, layers)),)
+                for layers in graph.module(graph.units[int(graph.row_unit[s])].module).layers[graph.segment(s)]
+            )
+            for s in range(graph.rows)
+        )
+        graph = replace(graph, strategies=names)
+        schedule = greedy(graph)
+        orders = []
+        for rank, order in enumerate(schedule.orders):
+            line: list[float] = []
+            places: list[float] = []
+            for i, code in enumerate(order.tolist()):
+                kind, row = divmod(code, graph.rows)
+                if kind == Kind.BW and draw.random() < self.drawn.split:
+                    line += [Kind.B * graph.rows + row, Kind.W * graph.rows + row]
+                    # After its B, at once or at any later place up to the very end.
+                    places += [i, draw.uniform(i, len(order) if draw.random() < 0.5 else i + 3)]
+                else:
+                    line.append(code)
+                    places.append(i)
+            assert rank < graph.ranks
+            orders.append(np.array(line, dtype=np.int32)[np.argsort(places, kind="stable")])
+        return make_plan(
+            graph, Schedule(tuple(orders), schedule.strategy), lower_bound=0.0, name="drawn",
+            payloads=payloads(graph, request.loads, self.shapes),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """How the chunks are wrapped and trained."""
+
+    ddp: bool = False
+    overlap: bool = False
+    fused: bool = False
+    dropout: float = 0.0
+
+
+def split_run(rank: int, world: int, case: Case, drawn: Drawn, wrap: Wrap | None = None) -> Any:
+    """Losses of one iteration, gradients on this rank, and how many W its plan had."""
+    wrap = wrap or Wrap()
+    initialize(world)
+    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel import layers
+
+    from dip_megatron.megatron.exchange import GlooExchange
+    from dip_megatron.megatron.forward_backward import DipForwardBackward
+    from dip_megatron.models.llava import LlavaProgram
+    from dip_megatron.runtime.clock import Clock
+    from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.transport import DistributedTransport
+
+    kwargs = llava_kwargs(case, world)
+    for name in ("language_transformer_config", "vision_transformer_config", "vision_projection_config"):
+        kwargs[name].hidden_dropout = kwargs[name].attention_dropout = wrap.dropout
+        kwargs[name].gradient_accumulation_fusion = wrap.fused
+    if wrap.fused:
+        layers._grad_accum_fusion_available, layers.fused_weight_gradient_mlp_cuda = True, FusedOnHost
+    program = LlavaProgram(
+        kwargs, {"vision": case.vision, "language": case.language}, rank=rank,
+        micro_batch_size=case.micro_batch_size, freeze=freeze_arguments(case),
+    )  # fmt: skip
+    chunks = program.build_chunks()
+    seed_parameters(chunks)
+    if wrap.ddp:
+        chunks = with_ddp(chunks, wrap.overlap)
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_without_ddp
+    tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+    torch.manual_seed(7)
+    ranks = list(range(world))
+    device = torch.device("cpu")
+    clock = Clock(device)
+    maker = DrawnMaker(DrawnGraphs(program.modules, case.unit_size, drawn.seed), program.shapes, drawn)
+    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    seen = []
+    step = DipForwardBackward(
+        program, Executor(rank, DistributedTransport(ranks, rank, device, 60.0), clock), feed, clock,
+        on_iteration=lambda report, plan, spans: seen.extend(s.key.kind for s in spans),
+    )  # fmt: skip
+    losses = step(
+        forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
+        num_microbatches=len(case.images), forward_only=False,
+    )  # fmt: skip
+    feed.close()
+    if wrap.fused:
+        layers._grad_accum_fusion_available = False
+    return [losses], gradients(chunks), seen.count(Kind.W)
+
+
+class FusedOnHost:
+    """What apex's kernels compute."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(total_input, grad_output, main_grad):
+        main_grad.add_(grad_output.t().matmul(total_input))
+
+
+def with_ddp(chunks: list[torch.nn.Module], overlap: bool) -> list[torch.nn.Module]:
+    """Chunks as Megatron's training wraps them, over one data-parallel rank."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=overlap, grad_reduce_in_fp32=True)
+    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    if overlap:
+        wrapped[0].config.no_sync_func = [c.no_sync for c in wrapped]
+    return wrapped
+
+
+STRATEGIES = LAYER_STRATEGIES
