@@ -172,18 +172,21 @@ def baselines(cases: Sequence[Case], budget: float, workers: int) -> list[Bar]:
 
 def latency(cases: Sequence[Case]) -> list[Bar]:
     """Seconds from a batch to the first plan in a warm process: priced, scheduled, lowered, verified and pickled."""
-    rows, worst = [], 0.0
+    rows, worst = [], np.zeros(4)
     for case in cases:
         steps = []
         for _ in range(5):
             for microbatches in case.setting.microbatches:
                 steps.append(first_plan(case, microbatches))
         medians = np.median(np.array(steps), axis=0)
-        worst = max(worst, float(medians[1]))
+        worst = np.maximum(worst, medians)
         rows.append([case.name, *(f"{1e3 * m:.1f}" for m in medians)])
     head = ["model", "batch priced ms", "first schedule ms", "lowered ms", "verified and pickled ms"]
     show("First plan in a warm process, median since the batch arrived", head, rows)
-    return [Bar("first valid schedule after the batch, worst model", worst, 0.1, unit=" s")]
+    return [
+        Bar("first schedule after the batch, worst model", float(worst[1]), 0.1, unit=" s"),
+        Bar("first lowered and verified plan after the batch, worst model", float(worst[3]), 0.1, unit=" s"),
+    ]
 
 
 class _FirstFound(Exception):
