@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from ..schedule import Kind
 from .spans import Span
 
-# Hues of modules in order of appearance; told apart by readers with any colour vision (Okabe and Ito, 2008).
+# Hues of modules; told apart by readers with any colour vision (Okabe and Ito, 2008).
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _LIGHTNESS = {Kind.F: 0.72, Kind.B: 0.45, Kind.W: 0.88, Kind.BW: 0.45}
 _KIND_NAMES = {Kind.F: "forward", Kind.B: "input gradient", Kind.W: "weight gradient", Kind.BW: "backward"}
@@ -66,11 +66,8 @@ def plot_timeline(
 
 
 def _colors(spans: Sequence[Span]) -> dict[tuple[str, Kind], tuple[float, float, float]]:
-    """Colour of each module and kind that occurs, modules in order of their first operation."""
-    first: dict[str, float] = {}
-    for span in spans:
-        first[span.key.module] = min(first.get(span.key.module, span.start), span.start)
-    hues = {module: _HUES[i % len(_HUES)] for i, module in enumerate(sorted(first, key=lambda m: (first[m], m)))}
+    """Colour of each module and kind that occurs; by the names' order, so that pictures of one model look alike."""
+    hues = {module: _HUES[i % len(_HUES)] for i, module in enumerate(sorted({span.key.module for span in spans}))}
     pairs = {(span.key.module, span.key.kind) for span in spans}
     return {pair: _shade(hues[pair[0]], pair[1]) for module in hues for pair in sorted(pairs) if pair[0] == module}
 

@@ -31,6 +31,7 @@ SCRIPT = HERE / "pretrain_llava_digits.py"
 ROOT = HERE.parent.parent
 RANKS = 2
 WARM_UP = 5  # iterations left out of timings: memory is allocated, and a dynamic planner starts
+EARLY = 10
 SILENCE = 300.0  # seconds without a new line until a run counts as stuck
 # What upstream offers a LLaVA: 1F1B with the ViT on the first stage. The language model's layers are split so that the
 # two stages are as even as whole layers allow on the average batch; two layers each is slower.
@@ -163,7 +164,9 @@ def compare(megatron: Run, dip: Run, planner: Sequence[dict[str, Any]]) -> Any:
     timed = [i for i in megatron.seconds if i > WARM_UP] or list(megatron.seconds)
     times = {name: statistics.median(run.seconds[i] for i in timed) for name, run in _named(megatron, dip)}
     ratio = statistics.median(megatron.seconds[i] / dip.seconds[i] for i in timed)
-    difference = max(abs(dip.losses[i] - loss) / loss for i, loss in megatron.losses.items())
+    # Sums in another order differ in the last bits, and training amplifies that: early iterations tell if they agree.
+    difference = {i: abs(dip.losses[i] - loss) / loss for i, loss in megatron.losses.items()}
+    early = max(gap for i, gap in difference.items() if i <= EARLY)
 
     def both(text: Callable[[Run], str]) -> dict[str, str]:
         return {name: text(run) for name, run in _named(megatron, dip)}
@@ -177,7 +180,8 @@ def compare(megatron: Run, dip: Run, planner: Sequence[dict[str, Any]]) -> Any:
         [
             ("loss, first iteration", both(lambda run: f"{run.losses[1]:.6f}")),
             (f"loss, iteration {last}", both(lambda run: f"{run.losses[last]:.6f}")),
-            ("largest difference of a loss", {"DIP": f"{difference:.1e}"}),
+            (f"largest relative difference, first {EARLY}", {"DIP": f"{early:.1e}"}),
+            ("largest relative difference, all", {"DIP": f"{max(difference.values()):.1e}"}),
             ("digits read, held-out images", both(lambda run: "–" if run.accuracy is None else f"{run.accuracy:.1%}")),
             ("an iteration (median)", {name: seconds(value) for name, value in times.items()}),
             ("Megatron's time over DIP's, same batches", {"DIP": f"{ratio:.2f} x"}),
