@@ -92,7 +92,8 @@ def layer_cost(
         if not operators.cluster.fused_attention:
             scores = 3.0 * e * layer.heads / tp * pair
             core, core_back = core + operators.memory(scores), core_back + operators.memory(2 * scores)
-            core_bytes = 2.0 * e * layer.heads / tp * pair
+            # The probabilities (dropout is taken to be off), and a byte for the mask.
+            core_bytes = (e * layer.heads / tp + causal) * pair
         kept = e * (2 * width * q + 2 * kv_width * kv)
         hold = e * (2 * width * q + 2 * kv_width * kv)  # the output's input, and the gradients of q, k and v
         return (
@@ -117,7 +118,8 @@ def layer_cost(
     extra = 2 if layer.adaln != "none" else 0
     forward, backward = forward + one + rope + exchange(2), backward + 2 * one + rope + exchange(2)
     weight, activation = weight + exchange(1), kept + core_bytes + (2 + extra) * local
-    hold = hold + 2 * local  # input of the projection and gradient of the output
+    # Input of the projection and gradient of the output: with sequence parallelism the latter has been gathered.
+    hold = hold + local + whole
     if layer.cross_attention:
         c_forward, c_core, c_backward, c_weight, c_kept, c_bytes, c_hold = attend(
             tokens, hidden, sizes.condition, layer.cross_attention, sizes.cross_pairs, False
@@ -125,7 +127,7 @@ def layer_cost(
         forward, backward = forward + c_forward + one + exchange(2), backward + c_backward + 2 * one + exchange(2)
         weight, core = weight + c_weight + exchange(1), core + c_core
         activation, core_bytes = activation + c_kept + c_bytes + 2 * local, core_bytes + c_bytes
-        hold = hold + c_hold + 2 * local
+        hold = hold + c_hold + local + whole
 
     up, up_weight = linear(hidden, fc1)
     down, down_weight = linear(ffn, hidden)
@@ -135,7 +137,7 @@ def layer_cost(
     weight = weight + up_weight + down_weight + exchange(1)
     mlp_bytes = e * (fc1 + ffn) * tokens
     activation = activation + mlp_bytes + (2 + extra) * local
-    hold = hold + e * (fc1 + ffn) * tokens + 2 * local
+    hold = hold + e * (fc1 + ffn) * tokens + local + whole
     if layer.adaln == "block":
         modulation, modulation_weight = linear(hidden, 6 * hidden / tp, np.minimum(tokens, 1.0))
         forward, backward, weight = forward + modulation, backward + modulation, weight + modulation_weight

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="seconds of search per plan (default: what the running iteration leaves)")  # fmt: skip
     group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")
     group.add_argument("--dip-trace-dir", type=Path, default=None,
-                       help="write iterations.jsonl, and trace.json and timeline.png of the last iteration")  # fmt: skip
+                       help="write iterations.jsonl; trace.json and timeline.png of the last iteration")  # fmt: skip
     return parser
 
 
@@ -84,8 +84,8 @@ def check_arguments(args: Any) -> None:
         f"use tensor parallelism with --sequence-parallel {_WITH_OFF}",
     )  # fmt: skip
     refuse(
-        getattr(args, "num_experts", None), "--num-experts", "expert dispatch shapes are not known before they run, and "
-        "auxiliary losses would depend on the order", f"train a dense model {_WITH_OFF}",
+        getattr(args, "num_experts", None), "--num-experts", "how many tokens an expert gets is not known "
+        "before it runs, so its time can't be planned", f"train a dense model {_WITH_OFF}",
     )  # fmt: skip
     refuse(
         getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False), "FSDP",

@@ -15,6 +15,7 @@ from ..config import DipConfig
 from ..cost import Cluster, Costs, load_cluster
 from ..model import MultimodalModel, Parallel, Partition
 from ..models.llava import LlavaProgram
+from ..partition import choose_partition
 from ..planner.feed import PlanFeed
 from ..planner.live import ModelGraphs
 from ..planner.maker import LivePlanMaker
@@ -25,6 +26,7 @@ from ..runtime.clock import Clock
 from ..runtime.executor import Executor
 from ..runtime.transport import DistributedTransport
 from ..runtime.watch import Watchdog
+from ..workload import load_workload
 from .build import ChunkList, configured_partition, record_blueprint
 from .describe import describe_llava
 from .exchange import GlooExchange
@@ -84,9 +86,7 @@ class DipSession:
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                from ..partition import choose_partition
-
-                found = [choose_partition(model, cluster, costs=costs)]
+                found = [self._choose(model, cluster, costs)]
             except Exception as error:  # told to all ranks, which would otherwise wait
                 found = [error]
         dist.broadcast_object_list(found, 0)
@@ -97,6 +97,16 @@ class DipSession:
             for m in partition.modules:
                 print(f"[dip] {m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}", flush=True)
         return partition
+
+    def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None) -> Partition:
+        """Chunks are built before the first batch is read, so the partitioner judges by interleaved documents packed
+        to the model's sequence length."""
+        args = self._args
+        count = max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1)
+        batches = load_workload("vlm-documents", model, 2, count, args.seed)
+        return choose_partition(
+            model, cluster, batches, costs=costs, memory_limit=self._config.memory_limit, budget_seconds=5.0
+        )
 
     # -- iterations ----------------------------------------------------------------------------------------------
     def forward_backward(self, *_: Any, **__: Any) -> DipForwardBackward:
@@ -118,8 +128,11 @@ class DipSession:
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         executor = Executor(rank, DistributedTransport(pipeline, rank, device, config.timeout_seconds), clock)
-        maker = LivePlanMaker(self._graphs, program.shapes, make_searcher(config), config.schedule)
         exchange = GlooExchange(replica, config.timeout_seconds)
+        if config.split_backward and b"no" in exchange.gather(b"yes" if program.supports_split else b"no"):
+            logger.warning("some layers can't defer weight gradients: plans split no backward")
+            config = config.model_copy(update={"split_backward": False})
+        maker = LivePlanMaker(self._graphs, program.shapes, make_searcher(config), config.schedule)
         service = None
         if exchange.rank == 0:
             # One worker process, whose threads search together: only one iteration is planned ahead.

@@ -69,7 +69,8 @@ class DeferredLinear(LinearWithGradAccumulationAndAsyncCommunication):
         target: _Target = ctx.target
         parameter, group = target.parameter, ctx.tp_group if ctx.sequence_parallel else None
         fused = ctx.gradient_accumulation_fusion
-        target.store.add(lambda: _weight_gradient(parameter, input_, grad_output, group, fused))
+        held = input_.detach()  # without the gradient that the input of a checkpoint would bring along
+        target.store.add(lambda: _weight_gradient(parameter, held, grad_output, group, fused))
         ctx.target = None
         return tuple(gradients)
 

@@ -117,9 +117,13 @@ def _checkpointed(layer: torch.nn.Module, forward: Callable[..., Any], args: Any
     places: list[int | str] = ["hidden_states" if "hidden_states" in kwargs else 0]
     places += [i for i, value in enumerate(args) if isinstance(value, torch.Tensor) and i not in places]
     places += [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in places]
+    tensors = [args[place] if isinstance(place, int) else kwargs[place] for place in places]
+    # The checkpoint holds its function longer than its tensors.
+    others = [None if i in places else value for i, value in enumerate(args)]
+    other = {name: value for name, value in kwargs.items() if name not in places}
 
     def run(*tensors: torch.Tensor) -> Any:
-        given, named = list(args), dict(kwargs)
+        given, named = list(others), dict(other)
         for place, tensor in zip(places, tensors, strict=True):
             if isinstance(place, int):
                 given[place] = tensor
@@ -127,7 +131,6 @@ def _checkpointed(layer: torch.nn.Module, forward: Callable[..., Any], args: Any
                 named[place] = tensor
         return forward(*given, **named)
 
-    tensors = [args[place] if isinstance(place, int) else kwargs[place] for place in places]
     return _checkpoint(layer.config, run, layer.config.distribute_saved_activations, *tensors)
 
 

@@ -144,6 +144,7 @@ class LlavaProgram:
         self._micro_batch_size = micro_batch_size
         self._built_shapes: LlavaShapes | None = None
         self.mode = StageMode()
+        self._supports_split = False
 
     def _check(self, vision: Any, language: Any) -> None:
         for module, config in ((VISION, vision), (LANGUAGE, language)):
@@ -193,6 +194,7 @@ class LlavaProgram:
                 deferred_linear.install(chunk, self.mode)
                 layer_memory.install(chunk, self.mode)
                 chunks.append(chunk)
+        self._supports_split = not any(deferred_linear.undeferrable(chunk) for chunk in chunks)
         vision, language = self.kwargs["vision_transformer_config"], self.kwargs["language_transformer_config"]
         dtype = language.pipeline_dtype or language.params_dtype
         self._built_shapes = LlavaShapes(
@@ -205,6 +207,11 @@ class LlavaProgram:
             dtype=str(dtype).removeprefix("torch."),
         )
         return chunks
+
+    @property
+    def supports_split(self) -> bool:
+        """Whether W can compute the weight gradients of this rank's chunks, once they are built."""
+        return self._supports_split
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``LLaVAModel.forward`` by name. Raises ValueError for what has no segmented form."""
@@ -253,15 +260,19 @@ class LlavaProgram:
             images = arguments["images"][unit.first : unit.first + unit.count]
             if inputs:
                 _inner(chunk).vision_model.set_input_tensor(inputs[0]["hidden"])
-            return {"hidden": chunk(images, arguments["input_ids"])}
-        self._set_language_input(chunk, stage, inputs, arguments["input_ids"])
-        output, _ = chunk(**_only_forward(arguments))
+            output = chunk(images, arguments["input_ids"])
+        else:
+            self._set_language_input(chunk, stage, inputs, arguments["input_ids"])
+            output, _ = chunk(**_only_forward(arguments))
+        _forget_input(chunk)
         return {"hidden": output}
 
     def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
         """Loss per token and the expanded loss mask, as LLaVAModel returns them."""
         _inner(chunk).language_model.set_input_tensor(inputs[0]["hidden"])
-        return chunk(**_only_forward(arguments))
+        output = chunk(**_only_forward(arguments))
+        _forget_input(chunk)
+        return output
 
     def _set_language_input(
         self, chunk: torch.nn.Module, stage: StageKey, inputs: list[Tensors], ids: torch.Tensor
@@ -294,6 +305,15 @@ def _only_forward(arguments: Mapping[str, Any]) -> dict[str, Any]:
         passed["num_image_tiles"] = torch.ones(images.shape[0], dtype=torch.int, device=passed["input_ids"].device)
     passed["images"] = None
     return passed
+
+
+def _forget_input(chunk: torch.nn.Module) -> None:
+    """Megatron's modules hold what set_input_tensor gave them until they get the next."""
+    model = _inner(chunk)
+    model.encoder_hidden_state = None
+    for part in (model.vision_model, model.language_model):
+        if part is not None:
+            part.decoder.input_tensor = None
 
 
 def _inner(chunk: torch.nn.Module) -> LLaVAModel:

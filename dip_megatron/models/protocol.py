@@ -51,6 +51,12 @@ class StageProgram(Protocol):
         :mod:`.deferred_linear` and :mod:`.layer_memory`."""
         ...
 
+    @property
+    def supports_split(self) -> bool:
+        """Whether the layers of this rank's chunks can leave their weight gradients to W. Plans split no backward
+        unless those of all ranks can; one that does would still be right, but most of W's time would pass in B."""
+        ...
+
     def build_chunks(self) -> list[torch.nn.Module]:
         """This rank's chunks, in the order (module, segment)."""
         ...

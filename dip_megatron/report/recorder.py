@@ -29,7 +29,7 @@ class Exchange(Protocol):
 
 
 class RunRecorder:
-    """Gathers every rank's measured operations on rank 0, which writes files. A full disk costs reports, no training."""
+    """Gathers every rank's measured operations on rank 0, which writes files. A full disk costs no training."""
 
     def __init__(self, folder: Path, exchange: Exchange):
         self._folder = folder

@@ -60,44 +60,60 @@ def accumulate(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
             parameter.grad.add_(gradient)
 
 
-class _Slot:
-    """The gradient of a cut output, between B and W."""
+class Slot:
+    """Where the gradient of a tensor arrives that starts a graph; the tensor itself is not held."""
 
-    __slots__ = ("gradient",)
+    __slots__ = ("_like", "gradient")
 
-    def __init__(self) -> None:
+    def __init__(self, tensor: torch.Tensor):
+        self._like = (tensor.shape, tensor.dtype, tensor.device)
         self.gradient: torch.Tensor | None = None
 
+    def take(self) -> torch.Tensor:
+        """The gradient, zeros if nothing followed from the tensor; it is held here no longer."""
+        gradient, self.gradient = self.gradient, None
+        if gradient is None:
+            shape, dtype, device = self._like
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return gradient
 
-class _After(torch.autograd.Function):
-    """What follows a cut: the same values, and B ends here with their gradient kept."""
+
+class _Start(torch.autograd.Function):
+    """Same values, a new graph; the gradient goes to a slot, and ``then`` is called."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, output: list[torch.Tensor], work: Callable[[], None],
-                slot: _Slot, store: WeightGradients) -> torch.Tensor:  # fmt: skip
-        ctx.work, ctx.slot, ctx.store = work, slot, store
-        return output[0].data
+    def forward(ctx: Any, anchor: torch.Tensor, values: list[torch.Tensor], slot: Slot,
+                then: Callable[[], None] | None) -> torch.Tensor:  # fmt: skip
+        ctx.slot, ctx.then = slot, then
+        return values[0].data
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         ctx.slot.gradient = gradient
-        ctx.store.add(ctx.work)
-        ctx.work = ctx.slot = ctx.store = None
-        return None, None, None, None, None
+        if ctx.then is not None:
+            ctx.then()
+        ctx.slot = ctx.then = None
+        return None, None, None, None
+
+
+def start(tensor: torch.Tensor) -> tuple[torch.Tensor, Slot]:
+    """``tensor`` as the start of a graph, as a detached leaf would be, and where its gradient will be. Unlike a leaf
+    it lives only as long as something that follows from it needs it."""
+    slot = Slot(tensor)
+    return _Start.apply(torch.empty(0, requires_grad=True), [tensor], slot, None), slot
 
 
 class _Before(torch.autograd.Function):
     """What precedes a cut: an empty tensor, from which W enters the graph with the kept gradient."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, slot: _Slot) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, slot: Slot) -> torch.Tensor:
         ctx.slot = slot
         return output.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor) -> Any:  # type: ignore[override]
-        gradient, ctx.slot.gradient = ctx.slot.gradient, None
-        return gradient, None
+        return ctx.slot.take(), None
 
 
 def cut(output: torch.Tensor, store: WeightGradients) -> torch.Tensor:
@@ -108,10 +124,10 @@ def cut(output: torch.Tensor, store: WeightGradients) -> torch.Tensor:
     """
     if not output.requires_grad:
         return output
-    slot = _Slot()
+    slot = Slot(output)
     entrance = _Before.apply(output, slot)
 
     def work() -> None:
         torch.autograd.backward(entrance, entrance.new_empty(0))
 
-    return _After.apply(store.anchor, [output], work, slot, store)
+    return _Start.apply(store.anchor, [output], slot, lambda: store.add(work))

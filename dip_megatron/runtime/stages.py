@@ -11,7 +11,7 @@ import torch
 
 from ..models.protocol import MicrobatchInputs, StageProgram
 from ..schedule import Compute, Kind, Plan, StageKey, Unit
-from .deferred import WeightGradients
+from .deferred import Slot, WeightGradients, start
 from .modes import layer_strategies
 from .offload import OffloadedActivations
 from .transport import Tensors
@@ -59,7 +59,7 @@ class ModelStandIn:
 class _Saved:
     """What a stage's backward needs."""
 
-    inputs: list[Tensors]
+    inputs: list[dict[str, Slot]]
     outputs: Tensors
     weights: WeightGradients | None
     offloaded: OffloadedActivations | None
@@ -133,10 +133,15 @@ class ModelStages:
         chunk = self._chunks[self._index[key.module, key.segment]]
         microbatch = self._state.microbatches[unit.microbatch]
         train = not self._state.forward_only
-        leaves = [
-            {name: t.detach().requires_grad_(train and t.is_floating_point()) for name, t in payload.items()}
-            for payload in inputs
-        ]
+        slots: list[dict[str, Slot]] = []
+        if train:
+            begun = [{name: start(t) for name, t in payload.items() if t.is_floating_point()} for payload in inputs]
+            slots = [{name: slot for name, (_, slot) in payload.items()} for payload in begun]
+            inputs = [
+                {name: own[name][0] if name in own else t for name, t in payload.items()}
+                for payload, own in zip(inputs, begun, strict=True)
+            ]
+            del begun
         weights = offloaded = None
         strategies: tuple[str, ...] = ()
         if train:
@@ -149,13 +154,13 @@ class ModelStages:
         with self._mode.stage(weights, strategies, offloaded):
             if is_loss:
                 model = ModelStandIn(
-                    chunk, lambda *a, **k: self._program.final(chunk, leaves, self._program.bind(*a, **k))
+                    chunk, lambda *a, **k: self._program.final(chunk, inputs, self._program.bind(*a, **k))
                 )
                 outputs = {"loss": self._step.loss(chunk, model, microbatch.items, unit.microbatch)}
             else:
-                outputs = self._step.forward(chunk, lambda: self._program.forward(chunk, key, unit, leaves, microbatch))
+                outputs = self._step.forward(chunk, lambda: self._program.forward(chunk, key, unit, inputs, microbatch))
         if train:
-            self._state.saved[key.unit, key.segment] = _Saved(leaves, outputs, weights, offloaded, is_loss)
+            self._state.saved[key.unit, key.segment] = _Saved(slots, outputs, weights, offloaded, is_loss)
         return {} if is_loss else outputs
 
     def sent(self, key: StageKey, unit: Unit) -> None:
@@ -170,11 +175,7 @@ class ModelStages:
         self._prefetch_after(key)
         with self._mode.stage(saved.weights):
             self._differentiate(saved, gradients)
-        results = [
-            {name: t.grad if t.grad is not None else torch.zeros_like(t) for name, t in payload.items()
-             if t.requires_grad}
-            for payload in saved.inputs
-        ]  # fmt: skip
+        results = [{name: slot.take() for name, slot in payload.items()} for payload in saved.inputs]
         if saved.weights is not None:
             self._state.left[key.unit, key.segment] = saved.weights
         elif key.kind == Kind.BW:

@@ -172,7 +172,7 @@ def gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     return out
 
 
-def reference(rank: int, world: int, case: Case) -> tuple[list[Any], dict[str, torch.Tensor]]:
+def reference(rank: int, world: int, case: Case, seed: int = 0) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Megatron's own run: PP1, or its 1F1B with the ViT on the first stage."""
     initialize(world)
     from megatron.core.enums import ModelType
@@ -190,7 +190,7 @@ def reference(rank: int, world: int, case: Case) -> tuple[list[Any], dict[str, t
     seed_parameters([model])
     longest = kwargs["language_max_sequence_length"]
     losses = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(batches(case)), model=[model],
+        forward_step_func=forward_step, data_iterator=iter(batches(case, seed)), model=[model],
         num_microbatches=len(case.images), seq_length=longest, micro_batch_size=case.micro_batch_size,
         decoder_seq_length=longest, forward_only=False,
     )  # fmt: skip
