@@ -1,0 +1,258 @@
+"""Memory that several processes map, and the order of copies in and out of it.
+
+Two kinds with one interface: buffers on a GPU that ranks share, exported by CUDA IPC and ordered by interprocess events
+on a stream of their own; and buffers in host memory, where every copy is over when its call returns.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+
+from ..schedule import Payload
+
+ALIGNMENT = 512
+"""Every tensor starts at a multiple of this many bytes of its slot; more than any copy kernel asks for."""
+
+Layout = Sequence[tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Mark(Protocol):
+    """A place in the copies' order."""
+
+    def done(self) -> bool:
+        """Whether everything before it has ended."""
+        ...
+
+
+class SharedCopies(Protocol):
+    """Allocates and maps shared buffers, and copies between them and ordinary tensors.
+
+    Copies run in the order they are given, beside the computation; ``signal`` objects order them across processes.
+    """
+
+    def allocate(self, size: int) -> tuple[torch.Tensor, bytes]:
+        """A shared buffer of ``size`` bytes (uint8), and the handle with which another process maps it."""
+        ...
+
+    def open(self, handle: bytes) -> torch.Tensor:
+        """Map another process's buffer."""
+        ...
+
+    def new_signal(self) -> tuple[Any, bytes]:
+        """Something that ``raise_signal`` sets in this process and ``await_signal`` waits for in another."""
+        ...
+
+    def open_signal(self, handle: bytes) -> Any: ...
+
+    def raise_signal(self, signal: Any) -> None:
+        """The signal stands for all copies given so far."""
+        ...
+
+    def await_signal(self, signal: Any) -> None:
+        """Later copies wait for the signal as it was last raised; the host does not."""
+        ...
+
+    def computed(self) -> Mark:
+        """What the computation has been given so far."""
+        ...
+
+    def store(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor], computed: Mark) -> Mark:
+        """Copy ``tensors`` into ``buffer`` once ``computed`` is done. They may be freed as soon as this returns."""
+        ...
+
+    def load(self, payload: Payload, buffer: torch.Tensor) -> tuple[dict[str, torch.Tensor], Mark]:
+        """Copy tensors of ``payload``'s shapes out of ``buffer`` into new ones."""
+        ...
+
+    def hand_over(self, tensors: Mapping[str, torch.Tensor], mark: Mark) -> None:
+        """The computation waits for ``mark`` and may then use ``tensors``; the host does not wait."""
+        ...
+
+
+def offsets(layout: Layout) -> tuple[list[int], int]:
+    """Where each tensor starts in a slot, and the bytes of all; both in bytes."""
+    starts, end = [], 0
+    for dtype, shape in layout:
+        starts.append(end)
+        size = dtype.itemsize
+        for n in shape:
+            size *= n
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return starts, end
+
+
+def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
+    """The layout of tensors that are there."""
+    return [(t.dtype, tuple(t.shape)) for t in tensors.values()]
+
+
+def layout_of_payload(payload: Payload) -> Layout:
+    """The layout of tensors to come."""
+    return [(getattr(torch, spec.dtype), spec.shape) for spec in payload]
+
+
+def parts(buffer: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+    """The tensors of a slot as views of its bytes."""
+    views = []
+    for (dtype, shape), start in zip(layout, offsets(layout)[0], strict=True):
+        count = 1
+        for n in shape:
+            count *= n
+        views.append(buffer[start : start + count * dtype.itemsize].view(dtype).view(shape))
+    return views
+
+
+class _Done:
+    def done(self) -> bool:
+        return True
+
+
+_DONE = _Done()
+
+
+class HostCopies:
+    """Shared host memory; a copy is over when its call returns, so that no signal is needed."""
+
+    def __init__(self) -> None:
+        self._folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        self._files: list[str] = []
+
+    def allocate(self, size: int) -> tuple[torch.Tensor, bytes]:
+        descriptor, path = tempfile.mkstemp(prefix="dip-", dir=self._folder)
+        try:
+            os.ftruncate(descriptor, size)
+        finally:
+            os.close(descriptor)
+        self._files.append(path)
+        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8), path.encode()
+
+    def open(self, handle: bytes) -> torch.Tensor:
+        path = handle.decode()
+        buffer = torch.from_file(path, shared=True, size=os.path.getsize(path), dtype=torch.uint8)
+        with suppress(FileNotFoundError):
+            os.unlink(path)  # both ends have mapped it
+        return buffer
+
+    def new_signal(self) -> tuple[Any, bytes]:
+        return None, b""
+
+    def open_signal(self, handle: bytes) -> Any:
+        return None
+
+    def raise_signal(self, signal: Any) -> None:
+        pass
+
+    def await_signal(self, signal: Any) -> None:
+        pass
+
+    def computed(self) -> Mark:
+        return _DONE
+
+    def store(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor], computed: Mark) -> Mark:
+        for view, tensor in zip(parts(buffer, layout_of(tensors)), tensors.values(), strict=True):
+            view.copy_(tensor)
+        return _DONE
+
+    def load(self, payload: Payload, buffer: torch.Tensor) -> tuple[dict[str, torch.Tensor], Mark]:
+        views = parts(buffer, layout_of_payload(payload))
+        return {spec.name: view.clone() for spec, view in zip(payload, views, strict=True)}, _DONE
+
+    def hand_over(self, tensors: Mapping[str, torch.Tensor], mark: Mark) -> None:
+        pass
+
+    def close(self) -> None:
+        """Remove what no peer has mapped."""
+        for path in self._files:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        self._files = []
+
+
+class _EventMark:
+    def __init__(self, event: Any):
+        self.event = event
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+
+class CudaCopies:
+    """Buffers on one GPU, exported by CUDA IPC; copies on a stream of their own, before the computation's kernels."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device, priority=-1)
+
+    def allocate(self, size: int) -> tuple[torch.Tensor, bytes]:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        # Freed by torch only when no other process maps it any more; written by the copy stream alone.
+        with torch.cuda.stream(self._stream):
+            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return buffer, pickle.dumps(reduce_tensor(buffer))
+
+    def open(self, handle: bytes) -> torch.Tensor:
+        rebuild, arguments = pickle.loads(handle)
+        with torch.cuda.stream(self._stream):
+            buffer: torch.Tensor = rebuild(*arguments)
+        return buffer
+
+    def new_signal(self) -> tuple[Any, bytes]:
+        event = torch.cuda.Event(enable_timing=False, interprocess=True)
+        with torch.cuda.device(self._device):
+            event.record(self._stream)  # creates it, on this device
+        return event, bytes(event.ipc_handle())
+
+    def open_signal(self, handle: bytes) -> Any:
+        return torch.cuda.Event.from_ipc_handle(self._device, handle)
+
+    def raise_signal(self, signal: Any) -> None:
+        signal.record(self._stream)
+
+    def await_signal(self, signal: Any) -> None:
+        self._stream.wait_event(signal)
+
+    def computed(self) -> Mark:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return _EventMark(event)
+
+    def store(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor], computed: Mark) -> Mark:
+        assert isinstance(computed, _EventMark)
+        self._stream.wait_event(computed.event)
+        with torch.cuda.stream(self._stream):
+            for view, tensor in zip(parts(buffer, layout_of(tensors)), tensors.values(), strict=True):
+                view.copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._stream)
+        return self._mark()
+
+    def load(self, payload: Payload, buffer: torch.Tensor) -> tuple[dict[str, torch.Tensor], Mark]:
+        # New tensors come from the copy stream's own memory pool: blocks of the computation's pool may still be in use
+        # by kernels it was given before, and waiting for those would undo the overlap.
+        with torch.cuda.stream(self._stream):
+            views = parts(buffer, layout_of_payload(payload))
+            tensors = {spec.name: view.clone() for spec, view in zip(payload, views, strict=True)}
+        return tensors, self._mark()
+
+    def hand_over(self, tensors: Mapping[str, torch.Tensor], mark: Mark) -> None:
+        assert isinstance(mark, _EventMark)
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(mark.event)
+        for tensor in tensors.values():
+            tensor.record_stream(stream)
+
+    def close(self) -> None:
+        """Wait for the last copies: peers may still read the buffers."""
+        self._stream.synchronize()
+
+    def _mark(self) -> _EventMark:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return _EventMark(event)

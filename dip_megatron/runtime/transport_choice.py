@@ -1,0 +1,83 @@
+"""Which transport serves the ranks of a pipeline, by the devices they have."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from .ipc import Exchange, IpcTransport
+from .staging import StagingTransport
+from .transport import DistributedTransport, Transport
+
+TransportKind = Literal["gloo", "nccl", "ipc", "staging"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes. ``host`` differs unless two processes see the same kernel and the same namespaces;
+    ``device`` is the GPU's unique id, empty for the CPU."""
+
+    host: str
+    device: str
+
+
+def place_of(device: torch.device) -> Place:
+    """The place of this process."""
+    identity = socket.gethostname()
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/ipc", "/proc/self/ns/mnt"):
+        try:
+            identity += "/" + (os.readlink(path) if "/ns/" in path else Path(path).read_text().strip())
+        except OSError:
+            continue
+    if device.type != "cuda":
+        return Place(identity, "")
+    return Place(identity, str(torch.cuda.get_device_properties(device).uuid))
+
+
+def transport_kind(places: Sequence[Place], nccl: bool = True) -> tuple[TransportKind, str]:
+    """The transport for a pipeline whose ranks are at ``places``, and why, in a few words."""
+    if not places[0].device:
+        return "gloo", "the ranks compute on CPUs"
+    devices = {(p.host, p.device) for p in places}
+    if len(devices) == len(places):
+        if nccl:
+            return "nccl", "every rank has a GPU of its own"
+        return "staging", "this torch has no NCCL"
+    if len(devices) == 1:
+        return "ipc", f"{len(places)} ranks share one GPU, which NCCL refuses"
+    return "staging", f"{len(places)} ranks share {len(devices)} GPUs, which NCCL refuses"
+
+
+def choose_transport(
+    global_ranks: list[int],
+    rank: int,
+    device: torch.device,
+    timeout_seconds: float,
+    exchange: Exchange,
+    kind: TransportKind | None = None,
+) -> Transport:
+    """The transport of pipeline rank ``rank``; ``global_ranks[p]`` is the global rank of pipeline rank p.
+
+    All ranks of the pipeline call it at the same time; ``exchange`` gathers among them. ``kind`` overrides the choice.
+    What isn't the usual way is said on the first rank.
+    """
+    gathered = exchange.gather(json.dumps(astuple(place_of(device))).encode())
+    chosen, reason = transport_kind([Place(*json.loads(data)) for data in gathered], dist.is_nccl_available())
+    if kind is not None:
+        chosen, reason = kind, "as asked"
+    if rank == 0 and chosen in ("ipc", "staging"):
+        way = {"ipc": "CUDA IPC" if device.type == "cuda" else "shared memory", "staging": "host memory and gloo"}
+        print(f"[dip] stages exchange tensors through {way[chosen]}: {reason}", flush=True)
+    if chosen == "ipc":
+        return IpcTransport(len(global_ranks), rank, device, exchange, timeout_seconds)
+    if chosen == "staging":
+        return StagingTransport(global_ranks, rank, device, timeout_seconds)
+    return DistributedTransport(global_ranks, rank, device, timeout_seconds)

@@ -1,0 +1,72 @@
+"""Every transport carries any traffic unharmed, in order, and never waits for ever."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dip_megatron.runtime.transport_choice import Place, place_of, transport_kind
+from tests.processes import team
+from tests.runtime.transport_case import burst, departure, silence, traffic
+
+DEVICE_KINDS = ["ipc", "staging"]
+
+
+@pytest.mark.parametrize("kind", ["gloo", "ipc", "staging"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_traffic_arrives_unharmed(kind, world):
+    # Ranks of a pair are neighbours on both sides, with one channel per direction and kind.
+    channels = 2 * world * (1 if world == 2 else 2)
+    answers = team(world).run(traffic, kind, 6, 0)
+    assert sum(answers) > channels * 6 / 2
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(seed=st.integers(1, 10_000), count=st.integers(1, 12), slots=st.integers(1, 3))
+def test_any_order_and_few_slots(seed, count, slots):
+    team(3).run(traffic, "ipc", count, seed, slots)
+
+
+def test_a_sender_never_overwrites_and_never_blocks():
+    sender, receiver = team(2).run(burst, 7, 3)
+    assert sender == [True] * 3 + [False] * 4
+    assert receiver == [True] * 7
+
+
+@pytest.mark.parametrize("kind", DEVICE_KINDS)
+def test_a_silent_peer_is_named_in_time(kind):
+    message = team(2).run(silence, kind)[0]
+    seconds, text = message.split(" ", 1)
+    assert 1.5 < float(seconds) < 20
+    assert "channel 1->0 activations" in text
+    assert "rank 1" in text
+
+
+def test_a_peer_that_has_gone_is_noticed_at_once():
+    seconds, text = team(2).run(departure)[0].split(" ", 1)
+    assert float(seconds) < 20
+    assert "has gone" in text
+
+
+@pytest.mark.parametrize(
+    ("places", "kind"),
+    [
+        ([Place("a", ""), Place("a", "")], "gloo"),
+        ([Place("a", "g0"), Place("a", "g1"), Place("b", "g0")], "nccl"),
+        ([Place("a", "g0")] * 4, "ipc"),
+        ([Place("a", "g0"), Place("a", "g0"), Place("a", "g1")], "staging"),
+        ([Place("a", "g0"), Place("b", "g0")], "nccl"),
+    ],
+)
+def test_choice(places, kind):
+    assert transport_kind(places)[0] == kind
+
+
+def test_no_nccl_in_torch():
+    assert transport_kind([Place("a", "g0"), Place("a", "g1")], nccl=False)[0] == "staging"
+
+
+def test_two_processes_of_one_host_are_at_one_place():
+    assert place_of(torch.device("cpu")) == place_of(torch.device("cpu"))
