@@ -23,6 +23,8 @@ from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
 
 from ..runtime.deferred import WeightGradients, accumulate, cut
 from ..runtime.modes import StageMode
+from . import deferred_te
+from .deferred_te import StageStore
 
 _WITHOUT_INPUT_GRADIENT = (VocabParallelEmbedding, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -131,7 +133,9 @@ def _without_input_gradient(module: torch.nn.Module, mode: StageMode) -> Callabl
 
 
 def install(chunk: torch.nn.Module, mode: StageMode) -> None:
-    """Let the layers of a chunk follow ``mode.weight_gradients``. Call it once, before the chunk is wrapped."""
+    """Let the layers of a chunk follow ``mode.weight_gradients``, Transformer Engine's too. Call it once, before the
+    chunk is wrapped."""
+    deferred_te.install(chunk, mode)
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             if _splits(module):
@@ -154,6 +158,7 @@ def undeferrable(chunk: torch.nn.Module) -> list[str]:
     handled: set[int] = set()
     for module in chunk.modules():
         linear = isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and _splits(module)
+        linear = linear or isinstance(getattr(module, "wgrad_store", None), StageStore)
         if linear or isinstance(module, (*_WITHOUT_INPUT_GRADIENT, torch.nn.Embedding)):
             handled |= {id(p) for p in module.parameters(recurse=False)}
     return [

@@ -53,4 +53,16 @@ def segment_config(config: TransformerConfig, layers: tuple[tuple[int, ...], ...
     built.account_for_embedding_in_pipeline_split = False
     built.account_for_loss_in_pipeline_split = False
     built.pipeline_model_parallel_layout = SegmentLayout(layers, rank)
+    return order_free(built)
+
+
+def order_free(config: TransformerConfig) -> TransformerConfig:
+    """A copy for layers whose backwards come in any order.
+
+    Transformer Engine lets the microbatch whose forward came first write its weight gradient instead of adding it,
+    which is right only if its backward is first too. Told to keep no FP8 copies of weights between microbatches, it
+    always adds.
+    """
+    built = copy.copy(config)
+    built.disable_parameter_transpose_cache = True
     return built

@@ -19,7 +19,7 @@ from ..runtime.modes import StageMode
 from ..schedule import ModalityModule, StageKey, Unit
 from ..workload import Microbatch
 from . import deferred_linear, layer_memory
-from .layout import segment_config
+from .layout import order_free, segment_config
 from .protocol import MicrobatchInputs, Tensors
 from .shapes import LANGUAGE, VISION, LlavaShapes
 
@@ -178,6 +178,7 @@ class LlavaProgram:
                 for name in ("vision", "language"):
                     key = f"{name}_transformer_config"
                     arguments[key] = segment_config(arguments[key], self.layers[name], self.rank)
+                arguments["vision_projection_config"] = order_free(arguments["vision_projection_config"])
                 chunk = kind(
                     segment == 0 and self.rank == 0,
                     segment == segments - 1 and self.rank == self.ranks - 1,
