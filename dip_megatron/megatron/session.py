@@ -24,7 +24,7 @@ from ..planner.service import PlannerService
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor
-from ..runtime.transport import DistributedTransport
+from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
 from ..workload import load_workload
 from .build import ChunkList, configured_partition, record_blueprint
@@ -44,6 +44,8 @@ class DipSession:
         self._config = config
         self._program: LlavaProgram | None = None
         self._graphs: ModelGraphs | None = None
+        self._exchange: GlooExchange | None = None
+        self._service: PlannerService | None = None
         self._step: DipForwardBackward | None = None
 
     # -- model ---------------------------------------------------------------------------------------------------
@@ -68,9 +70,26 @@ class DipSession:
                 rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=a.micro_batch_size,
                 freeze=blueprint.freeze,
             )  # fmt: skip
-            return ChunkList(self._program.build_chunks())
+            chunks = ChunkList(self._program.build_chunks())
+            self._start_planner(self._program, self._graphs)
+            return chunks
 
         return build
+
+    def _start_planner(self, program: LlavaProgram, graphs: ModelGraphs) -> None:
+        """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
+        config = self._config
+        replica = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+        self._exchange = GlooExchange(replica, config.timeout_seconds)
+        supported = self._exchange.gather(b"yes" if program.supports_split else b"no")
+        if config.split_backward and b"no" in supported:
+            logger.warning("some layers can't defer weight gradients: plans split no backward")
+            config = config.model_copy(update={"split_backward": False})
+        if self._exchange.rank == 0:
+            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config), config.schedule)
+            # One worker process, whose threads search together: only one iteration is planned ahead.
+            self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
+            atexit.register(self._service.close)
 
     def _cluster(self) -> Cluster:
         name = self._config.cluster
@@ -116,7 +135,7 @@ class DipSession:
         return self._step
 
     def _start(self) -> DipForwardBackward:
-        if self._program is None or self._graphs is None:
+        if self._program is None or self._exchange is None:
             raise RuntimeError(
                 "DIP found no model to schedule: it must be built through megatron.training's get_model after "
                 "dip_megatron.install(); or use --dip-schedule off"
@@ -124,24 +143,15 @@ class DipSession:
         config, program = self._config, self._program
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-        replica = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
-        executor = Executor(rank, DistributedTransport(pipeline, rank, device, config.timeout_seconds), clock)
-        exchange = GlooExchange(replica, config.timeout_seconds)
-        if config.split_backward and b"no" in exchange.gather(b"yes" if program.supports_split else b"no"):
-            logger.warning("some layers can't defer weight gradients: plans split no backward")
-            config = config.model_copy(update={"split_backward": False})
-        maker = LivePlanMaker(self._graphs, program.shapes, make_searcher(config), config.schedule)
-        service = None
-        if exchange.rank == 0:
-            # One worker process, whose threads search together: only one iteration is planned ahead.
-            service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
-        feed = PlanFeed(exchange, service)
+        exchange = GlooExchange(pipeline, config.timeout_seconds)
+        executor = Executor(rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock)
+        feed = PlanFeed(self._exchange, self._service)
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
         recorder = None
         if config.trace_dir is not None:
-            recorder = RunRecorder(config.trace_dir / _replica_folder(), GlooExchange(pipeline, config.timeout_seconds))
+            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,

@@ -82,7 +82,7 @@ class PlannerService:
 
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
         """
-        request, _ = self._asked.pop(iteration)
+        request, _ = self._asked[iteration]
         deadline = time.monotonic() + wait_seconds
         while True:
             self._collect()
@@ -92,6 +92,7 @@ class PlannerService:
             if final or not waiting or left <= 0:
                 break
             wait(waiting, left)
+        del self._asked[iteration]  # only now: plans for iterations nobody asked for are dropped on arrival
         self._arrived = {i: p for i, p in self._arrived.items() if i > iteration}
         self.statistics.plans += 1
         if plan is None:

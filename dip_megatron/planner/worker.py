@@ -17,7 +17,8 @@ Answer = tuple[int, Plan | None, bool, str | None]
 def serve(connection: Connection) -> None:
     """Answer requests until the other end closes: first the maker, then one request at a time."""
     maker: PlanMaker = pickle.loads(connection.recv_bytes())
-    maker.warm_up()
+    maker.warm_up()  # while the trainer still starts up; from then on its own threads come first
+    os.nice(15)
     connection.send_bytes(READY)
     while True:
         try:
@@ -40,5 +41,4 @@ def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> A
 
 
 if __name__ == "__main__":
-    os.nice(15)  # the trainer's own threads come first
     serve(Connection(int(sys.argv[1])))

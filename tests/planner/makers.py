@@ -1,0 +1,48 @@
+"""Plan makers that behave, and misbehave, in a planner worker."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedule import Plan, SearchStatistics
+from dip_megatron.schedule.lower import make_plan
+from tests.graphs import random_graph
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Plans a drawn graph per iteration; ``fault`` is what its worker does on iteration 1."""
+
+    fault: str = ""
+
+    def warm_up(self) -> None:
+        pass
+
+    def quick(self, request) -> Plan:
+        return self._plan(request, "greedy", 0)
+
+    def best(self, request, give) -> Plan:
+        if request.iteration == 1:
+            if self.fault == "dies":
+                os._exit(3)
+            if self.fault == "hangs":
+                time.sleep(600)
+            if self.fault == "raises":
+                raise RuntimeError("no luck")
+            if self.fault == "invalid":
+                plan = self._plan(request, "worker", 1)
+                return replace(plan, actions=plan.actions[::-1])
+            if self.fault == "late":
+                give(self._plan(request, "first", 1))
+                time.sleep(600)
+        return self._plan(request, "worker", 1)
+
+    def _plan(self, request, name: str, workers: int) -> Plan:
+        graph = random_graph(request.iteration, ranks=2, microbatches=3, candidates=1)
+        graph = replace(graph, memory_limit=np.full(2, np.inf))
+        return make_plan(graph, greedy(graph), lower_bound=0.0, name=name, search=SearchStatistics(0.0, 1, workers, 0))

@@ -1,0 +1,107 @@
+"""Planner workers on real processes: what they plan arrives, and what befalls them costs no iteration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from dip_megatron.planner.request import PlanRequest
+from dip_megatron.planner.service import PlannerService
+from dip_megatron.schedule.verify import verify
+from dip_megatron.workload import Microbatch
+from tests.planner.makers import Maker
+
+
+def request(iteration: int, budget: float = 0.1) -> PlanRequest:
+    return PlanRequest(iteration, (Microbatch(8),), budget)
+
+
+def wait_until_ready(service: PlannerService) -> None:
+    """A worker answers once it has warmed up; before, the trainer plans by itself."""
+    deadline = time.monotonic() + 120
+    iteration = 10_000
+    while time.monotonic() < deadline:
+        service.submit(request(iteration))
+        if service.take(iteration, 2.0).name == "worker":
+            return
+        iteration += 1
+    pytest.fail("no worker became ready within two minutes")
+
+
+@pytest.fixture
+def service_of():
+    services = []
+
+    def start(fault: str = "", **options) -> PlannerService:
+        services.append(PlannerService(Maker(fault), 1, **options))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.close()
+
+
+def test_plans_of_workers_arrive(service_of):
+    service = service_of()
+    wait_until_ready(service)
+    before = service.statistics.fallbacks
+    for iteration in range(20_000, 20_005):
+        service.submit(request(iteration))
+        plan = service.take(iteration, 60.0)
+        assert plan.name == "worker"
+        verify(plan)
+    assert service.statistics.fallbacks == before
+
+
+def test_without_workers_the_trainer_plans(service_of):
+    service = PlannerService(Maker(), 0)
+    service.submit(request(0))
+    assert service.take(0, 5.0).name == "greedy"
+    assert service.statistics.fallbacks == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"), [("dies", "greedy"), ("raises", "greedy"), ("invalid", "greedy"), ("late", "first")]
+)
+def test_a_faulty_worker_costs_no_iteration(service_of, fault, expected):
+    service = service_of(fault)
+    wait_until_ready(service)
+    service.submit(request(1))
+    plan = service.take(1, 3.0 if fault == "late" else 60.0)
+    assert plan.name == expected
+    verify(plan)
+    if fault != "late":
+        wait_until_ready(service)
+
+
+def test_a_hanging_worker_is_replaced(service_of):
+    service = service_of("hangs", hang_seconds=0.5)
+    wait_until_ready(service)
+    service.submit(request(1))
+    hung = service.processes[0].pid
+    time.sleep(1.0)
+    assert service.take(1, 1.0).name == "greedy"
+    assert service.processes[0].pid != hung
+    wait_until_ready(service)
+    assert service.statistics.worker_deaths == 1
+
+
+def test_a_killed_worker_is_replaced(service_of, caplog):
+    service = service_of()
+    wait_until_ready(service)
+    os.kill(service.processes[0].pid, signal.SIGKILL)
+    service.processes[0].wait()
+    service.submit(request(5))
+    assert service.take(5, 0.5).name in ("greedy", "worker")
+    assert "starting another, no step is lost" in caplog.text
+    wait_until_ready(service)
+
+
+def test_a_worker_leaves_with_its_trainer(service_of):
+    service = service_of()
+    process = service.processes[0]
+    service.close()
+    assert process.wait(20) is not None
