@@ -51,7 +51,7 @@ def content(channel: Channel, number: int, spec: TensorSpec) -> torch.Tensor:
 
 
 def traffic(rank: int, world: int, kind: str, count: int, seed: int, slots: int = 2) -> int:
-    """Send and receive ``count`` messages on every channel, begun and awaited in drawn orders; how many tensors came."""
+    """Send and receive ``count`` messages on every channel, in drawn orders; returns how many tensors came."""
     transport = make(kind, rank, world, slots=slots)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     channels = [c for c in ring_channels(world) if rank in (c.source, c.target)]
