@@ -75,7 +75,15 @@ class _Mail:
 class Executor:
     """Runs plans on one pipeline rank."""
 
-    def __init__(self, rank: int, transport: Transport, clock: Clock):
+    def __init__(
+        self,
+        rank: int,
+        transport: Transport,
+        clock: Clock,
+        payload: Callable[[Plan, Message], Payload] | None = None,
+    ):
+        """``payload`` says what a message carries; by default the plan does."""
+        self._payload = payload or payload_of
         self.position = Position(rank)
         self._rank = rank
         self._transport = transport
@@ -143,7 +151,8 @@ class Executor:
         remote = 0
         for message, tensors in payloads:
             if message.channel.target == self._rank:
-                self._mail.inbox[message] = tensors
+                # Of its own, as those that are sent: the stage may drop the storage of its outputs now.
+                self._mail.inbox[message] = {name: t.detach() for name, t in tensors.items()}
             else:
                 self._mail.outbox[message] = tensors
                 remote += 1
@@ -167,7 +176,7 @@ class Executor:
 
     def _irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         message = action.message
-        self._mail.receiving[message] = self._transport.receive(message.channel, payload_of(plan, message))
+        self._mail.receiving[message] = self._transport.receive(message.channel, self._payload(plan, message))
 
     def _wait_isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         self._wait(self._mail.sending.pop(action.message), action.message)

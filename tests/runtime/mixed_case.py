@@ -1,0 +1,100 @@
+"""Megatron's orders over static stages that mix modalities, through our executor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dip_megatron.baselines import interleaved, one_forward_one_backward, zb_h1, zb_v
+from dip_megatron.cost import LayerRun
+from dip_megatron.schedule import ModalityModule, StageGraph, Unit
+from dip_megatron.schedule.lower import make_plan
+from dip_megatron.schedule.verify import verify
+from tests.runtime.llava_case import (
+    Case,
+    batches,
+    finalize_without_ddp,
+    forward_step,
+    gradients,
+    initialize,
+    llava_kwargs,
+    seed_parameters,
+)
+
+ORDERS = {"1f1b": one_forward_one_backward, "interleaved": interleaved, "zb-h1": zb_h1, "zb-v": zb_v}
+
+
+def stages_of(cuts: list[tuple[int, int]]) -> list[list[LayerRun]]:
+    """(vision layers, language layers) of each stage; stems and heads as early and as late as they can be."""
+    vision, language = sum(c[0] for c in cuts), sum(c[1] for c in cuts)
+    stages: list[list[LayerRun]] = []
+    seen = [0, 0]
+    for v, w in cuts:
+        runs = []
+        if v:
+            runs.append(LayerRun("vision", v, stem=seen[0] == 0, head=seen[0] + v == vision))
+        if w:
+            runs.append(LayerRun("language", w, stem=seen[1] == 0, head=seen[1] + w == language))
+        seen = [seen[0] + v, seen[1] + w]
+        stages.append(runs)
+    return stages
+
+
+def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
+    ranks, rows = len(module.layers[0]), count * module.segments
+    draw = np.random.default_rng(seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
+    return StageGraph(
+        ranks, (module,), tuple(Unit(i, module.name, i) for i in range(count)), draw[0], draw[1], draw[2],
+        draw[1] + draw[2], draw[3], draw[4], np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
+    )  # fmt: skip
+
+
+def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], order: str, transport: str) -> Any:
+    """Losses (where they arise) and gradients, named as the reference names them."""
+    initialize(world)
+    from dip_megatron.megatron.exchange import GlooExchange
+    from dip_megatron.megatron.lookahead import capture_microbatch
+    from dip_megatron.megatron.step import MegatronStep
+    from dip_megatron.models.mixed_llava import MixedLlavaProgram
+    from dip_megatron.runtime.clock import Clock
+    from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
+    from dip_megatron.runtime.transport_choice import choose_transport
+
+    back = (False, True) if order == "zb-v" else ()
+    program = MixedLlavaProgram(
+        llava_kwargs(case, world), stages_of(cuts), rank=rank, ranks=world, reversed_segments=back
+    )
+    chunks = program.build_chunks()
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_without_ddp
+    seed_parameters([part for chunk in chunks for part in (chunk.vision, chunk.language) if part is not None])
+    data = iter(batches(case))
+    microbatches = [capture_microbatch(forward_step, data, chunks[-1], program) for _ in case.images]
+    loads = [program.load(m) for m in microbatches]
+    graph = drawn_graph(program.modules[0], len(loads), 3)
+    plan = make_plan(graph, ORDERS[order](graph), lower_bound=0.0, name=order)
+    verify(plan)
+    device = torch.device("cpu")
+    clock = Clock(device)
+    carrier = choose_transport(
+        list(range(world)), rank, device, 60.0, GlooExchange(list(range(world)), 60.0), transport
+    )
+    executor = Executor(rank, carrier, clock, lambda plan, message: program.payload(plan, message, loads))
+    step = MegatronStep(
+        chunks[0].config, forward_step, num_microbatches=len(loads), context_parallel_size=1,
+        collect_non_loss_data=False,
+    )  # fmt: skip
+    remaining = {("model", k): len(loads) for k in range(program.modules[0].segments)}
+    state = IterationState(microbatches, False, remaining=remaining)
+    runner = ModelStages(
+        program, chunks, step, state, last_rank=program.loss_rank, look_ahead=StageLookAhead.of(plan, rank)
+    )
+    executor.run(plan, runner)
+    torch.distributed.barrier()
+    if transport == "ipc":
+        carrier.close()
+    parts = [part for chunk in chunks for part in (chunk.vision, chunk.language) if part is not None]
+    return [step.forward_data_store], gradients(parts)
