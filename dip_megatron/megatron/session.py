@@ -63,7 +63,13 @@ class DipSession:
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
             partition = self._partition(model, cluster, costs)
             self._graphs = ModelGraphs(
-                model, cluster, partition, costs, self._config.memory_limit, self._config.recompute
+                model,
+                cluster,
+                partition,
+                costs,
+                self._config.memory_limit,
+                self._config.recompute,
+                self._config.offload,
             )
             self._program = LlavaProgram(
                 blueprint.kwargs, {m.module: m.layers for m in partition.modules},

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-import numpy as np
-
-from ..cost import Cluster, Costs, build_graph
+from ..cost import LAYER_STRATEGIES, Cluster, CostModel, Costs, segmented_graph
 from ..model import MultimodalModel, Partition
-from ..schedule import ModalityModule, StageGraph
+from ..schedule import StageGraph
 from ..workload import Microbatch
 
 
 @dataclass(frozen=True)
 class ModelGraphs:
     """Graph builder of a described model (see :class:`planner.maker.GraphBuilder`); picklable. Without ``recompute``
-    every stage has its fastest memory strategy only."""
+    every stage keeps all its activations; without ``offload`` none go to host memory."""
 
     model: MultimodalModel
     cluster: Cluster
@@ -23,21 +22,23 @@ class ModelGraphs:
     costs: Costs | None = None
     memory_limit: float | None = None
     recompute: bool = True
+    offload: bool = True
 
     def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
         """The stage graph of one iteration."""
-        graph = build_graph(
-            self.model, self.cluster, self.partition, loads, costs=self.costs, memory_limit=self.memory_limit
-        )
-        if not self.recompute and graph.candidates > 1:
-            graph = graph.project(np.zeros((graph.rows, graph.ranks), dtype=np.int8))
+        pricer = _pricer(self.model, self.cluster, self.costs, self.recompute, self.offload)
+        graph = segmented_graph(pricer, self.partition, loads, self.memory_limit)
         return without_training(graph) if forward_only else graph
+
+
+@lru_cache(maxsize=4)
+def _pricer(model: MultimodalModel, cluster: Cluster, costs: Costs | None, recompute: bool, offload: bool) -> CostModel:
+    """One cost model, and with it its caches, for all iterations."""
+    dropped = (() if recompute else ("selective", "mlp", "full")) + (() if offload else ("offload",))
+    return CostModel(model, cluster, costs, strategies=[s for s in LAYER_STRATEGIES if s not in dropped])
 
 
 def without_training(graph: StageGraph) -> StageGraph:
     """The same iteration as an evaluation: forwards only."""
-    modules = tuple(
-        replace(m, trainable=tuple((False,) * graph.ranks for _ in m.layers)) if isinstance(m, ModalityModule) else m
-        for m in graph.modules
-    )
+    modules = tuple(replace(m, trainable=tuple((False,) * graph.ranks for _ in m.layers)) for m in graph.modules)
     return replace(graph, modules=modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -22,9 +23,11 @@ def pipelined(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return pretrain(tmp_path_factory.mktemp("pp2"), *MEGATRON_FLAGS)
 
 
-def pretrain(out: Path, *flags: str) -> Run:
+def pretrain(out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> Run:
     small = ["--global-batch-size", "4", "--eval-iters", "1", "--vision-num-layers", "2"]
-    return train("run", [sys.executable, str(SCRIPT), *training_flags(6), *small, *flags], out, lambda *_: None)
+    return train(
+        "run", [sys.executable, *launcher, str(SCRIPT), *training_flags(6), *small, *flags], out, lambda *_: None
+    )
 
 
 def test_the_pipeline_trains(pipelined: Run) -> None:
@@ -44,3 +47,32 @@ def test_losses_are_those_of_two_data_parallel_replicas(pipelined: Run, tmp_path
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="must be 1, a microbatch is one packed sequence"):
         pretrain(tmp_path, "--micro-batch-size", "2")
+
+
+DIP = ("-m", "dip_megatron.cli", "run")
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_dip_trains_with_the_same_losses(pipelined: Run, tmp_path: Path, mode: str) -> None:
+    """The unedited script, started through ``dip run``: each iteration runs a plan for its own batch."""
+    trace = tmp_path / "trace"
+    run = pretrain(tmp_path, "--dip-schedule", mode, "--dip-trace-dir", str(trace), launcher=DIP)
+    assert run.losses == pytest.approx(pipelined.losses, rel=1e-5)
+    assert run.accuracy == pytest.approx(pipelined.accuracy, abs=0.05)
+    lines = [json.loads(line) for line in (trace / "iterations.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(6))
+    assert all(line["predicted_seconds"] >= line["lower_bound"] > 0 for line in lines)
+    assert json.loads((trace / "trace.json").read_text())["traceEvents"]
+    assert (trace / "timeline.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pipeline-model-parallel-size", "1"), "there is no pipeline to schedule; use at least 2"),
+        (("--dip-config", "nowhere.yaml"), "nowhere.yaml: can't be read"),
+    ],
+)
+def test_dip_refuses_what_cannot_be_in_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(RunFailed, match=message):
+        pretrain(tmp_path, "--dip-schedule", "dynamic", *flags, launcher=DIP)
