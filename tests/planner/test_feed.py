@@ -1,0 +1,91 @@
+"""One plan for all ranks of a replica, or none."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from dip_megatron.planner.feed import PlanFeed, PlanMismatchError
+from dip_megatron.planner.request import PlanRequest
+from dip_megatron.planner.service import PlannerService
+from dip_megatron.workload import Microbatch
+from tests.planner.makers import Maker
+
+
+class Shared:
+    """Collectives among threads; ``corrupt`` changes what a rank receives."""
+
+    def __init__(self, ranks: int, corrupt=None):
+        self.slots: list[bytes] = [b""] * ranks
+        self.barrier = threading.Barrier(ranks, timeout=30)
+        self.corrupt = corrupt or (lambda rank, data: data)
+
+
+class ThreadExchange:
+    def __init__(self, shared: Shared, rank: int):
+        self.rank, self._shared = rank, shared
+
+    def gather(self, data: bytes) -> list[bytes]:
+        self._shared.slots[self.rank] = data
+        self._shared.barrier.wait()
+        answer = list(self._shared.slots)
+        self._shared.barrier.wait()
+        return answer
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        return self._shared.corrupt(self.rank, self.gather(data or b"")[0])
+
+
+def feed_all(shared: Shared, ranks: int, maker: Maker):
+    def one(rank: int):
+        service = PlannerService(maker, 0) if rank == 0 else None
+        feed = PlanFeed(ThreadExchange(shared, rank), service)
+        feed.request(PlanRequest(7, (Microbatch(8),), 0.0), 0.0)
+        try:
+            return feed.take(7).plan.digest()
+        except Exception as error:
+            return error
+        finally:
+            feed.close()
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(one, range(ranks)))
+
+
+def test_all_ranks_get_the_same_plan():
+    digests = feed_all(Shared(3), 3, Maker())
+    assert len(set(digests)) == 1
+    assert len(digests[0]) == 64
+
+
+def test_a_corrupted_plan_stops_all_ranks_with_one_message():
+    def corrupt(rank: int, data: bytes) -> bytes:
+        plan = pickle.loads(data)
+        if rank != 1:
+            return data
+        return pickle.dumps(replace(plan, actions=(plan.actions[0][::-1], *plan.actions[1:])))
+
+    answers = feed_all(Shared(3, corrupt), 3, Maker())
+    assert all(isinstance(a, PlanMismatchError) for a in answers)
+    assert {str(a) for a in answers} == {str(answers[0])}
+    assert "ranks [1]" in str(answers[0])
+
+
+class Hopeless(Maker):
+    def quick(self, request):
+        raise ValueError("rank 0 lacks 12 bytes")
+
+
+def test_what_cannot_be_planned_is_told_to_all_ranks():
+    for answer in feed_all(Shared(2), 2, Hopeless()):
+        assert isinstance(answer, RuntimeError)
+        assert "rank 0 lacks 12 bytes" in str(answer)
+
+
+def test_only_rank_0_plans():
+    with pytest.raises(ValueError, match="exactly rank 0"):
+        PlanFeed(ThreadExchange(Shared(2), 1), PlannerService(Maker(), 0))
