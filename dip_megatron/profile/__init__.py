@@ -1,0 +1,1 @@
+"""Measures a device, for the cost model."""

@@ -1,0 +1,116 @@
+"""What `dip profile` measures ends up in plans."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dip_megatron.cost import Costs, build_graph, load_cluster
+from dip_megatron.model import even_partition, load_model
+from dip_megatron.profile.operators import attention_lengths, curve_of, matmul_shapes
+from dip_megatron.profile.timing import measure
+from dip_megatron.workload import Microbatch
+
+TINY = """
+name: tiny
+parallel: {tp: 1, pp: 2, dp: 1}
+packing: {max_tokens: 128, max_images: 12, image_tokens: 9}
+modules:
+  vision:
+    input: images
+    layers: 6
+    layer: {hidden: 64, ffn: 256, heads: 4, kv_groups: 4}
+    stem: {kind: patch_embedding, patch: 4}
+    head: {kind: projector, reduction: 4, inner: 96, output: 96}
+  language:
+    input: text
+    layers: 6
+    layer: {hidden: 96, ffn: 256, heads: 4, kv_groups: 4, gated: true, causal: true}
+    stem: {kind: token_embedding, vocabulary: 512}
+    head: {kind: language_head, vocabulary: 512}
+    upstream: [vision]
+"""
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e15), st.floats(1e-9, 50)), min_size=1, max_size=40))
+def test_curves_rise_in_size_and_are_efficiencies(points):
+    curve = curve_of(points)
+    sizes = [size for size, _ in curve]
+    assert sizes == sorted(set(sizes))
+    assert min(s for s, _ in points) * 0.999 <= sizes[0]
+    assert sizes[-1] <= max(s for s, _ in points) * 1.001
+    assert all(0 < efficiency <= 1.2 for _, efficiency in curve)
+
+
+def test_shapes_are_those_of_one_rank():
+    vision = load_model("vlm-s").module("vision")
+    assert matmul_shapes(vision, 4, [100]) == {
+        (100, 1792, 3 * 1792 // 4), (100, 1792 // 4, 1792), (100, 1792, 15360 // 4), (100, 15360 // 4, 1792),
+    }  # fmt: skip
+    assert attention_lengths(vision, load_model("vlm-s"), [1, 10**6]) == [2704]
+
+
+def test_each_step_is_timed_apart():
+    calls = []
+    work = torch.ones(400, 400)
+    seconds = measure(
+        [lambda: calls.append(1), lambda: [work @ work for _ in range(20)] and None], torch.device("cpu"), repeats=3
+    )
+    assert len(calls) == 5
+    assert 0 <= seconds[0] < seconds[1]
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    """One profile of a tiny model's layers, through the command."""
+    folder = tmp_path_factory.mktemp("profile")
+    (folder / "tiny.yaml").write_text(TINY)
+    done = subprocess.run(
+        [sys.executable, "-m", "dip_megatron.cli", "profile", "--model", "tiny.yaml", "--layers", "--repeats", "1",
+         "--json"],
+        cwd=folder, capture_output=True, text=True, timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout), folder / "tiny-costs.json", folder / "tiny.yaml"
+
+
+def test_every_part_is_measured(costs):
+    summary, path, _ = costs
+    loaded = Costs.load(path)
+    assert {(t.module, t.part, t.quantity) for t in loaded.tables} >= {
+        (module, part, quantity)
+        for module in ("vision", "language")
+        for part in ("stem", "layer", "head")
+        for quantity in ("forward", "backward", "weight")
+    }
+    assert summary["tables"] == len(loaded.tables)
+    assert {name for name, _ in loaded.efficiency} == {"attention", "attention_backward", "matmul", "memory"}
+    assert all(max(t.values) > 0 for t in loaded.tables)
+
+
+def test_plans_use_what_was_measured(costs):
+    _, path, model_file = costs
+    model, loaded = load_model(model_file), Costs.load(path)
+    batch = [Microbatch(128 - 4 * 9, (9,) * 4)]
+    graph = build_graph(model, load_cluster("cpu"), even_partition(model), batch, costs=loaded)
+    table = {(t.part, t.quantity): t for t in loaded.tables if t.module == "vision"}
+    stem = table["stem", "forward"].at(torch.tensor([144.0]).numpy())[0]
+    layer = table["layer", "forward"].at(torch.tensor([144.0]).numpy())[0]
+    assert graph.forward[0, 0, 0] == pytest.approx(stem + 3 * layer)
+
+
+def test_a_model_that_is_not_there_is_named_in_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dip_megatron.cli", "profile", "--model", "nothing-there"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
