@@ -9,6 +9,7 @@ import atexit
 import io
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -22,9 +23,16 @@ class ProcessFailure(AssertionError):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port to listen on, drawn below those that outgoing connections of other tests may take meanwhile."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(10_000, 30_000)
+        with socket.socket() as s:
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+            return port
 
 
 def _live(connection: Any, rank: int, world: int, port: int) -> None:
