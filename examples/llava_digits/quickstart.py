@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -108,9 +108,8 @@ def train(name: str, command: Sequence[str], out: Path, on_iteration: Callable[[
 @contextmanager
 def _processes(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[subprocess.Popen[bytes]]]:
     """One process per rank, ended with the block whatever happens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Below the ports of outgoing connections: rank 0 listens seconds from now, and one of those could be taken by then.
+    port = random.SystemRandom().randrange(10_000, 30_000)
     common = {
         "WORLD_SIZE": str(len(logs)),
         "MASTER_ADDR": "127.0.0.1",
