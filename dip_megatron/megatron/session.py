@@ -31,6 +31,7 @@ from .build import ChunkList, configured_partition, record_blueprint
 from .describe import describe_llava
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, PlanningPolicy
+from .shared_gpu import single_ranks_on_nccl
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class DipSession:
 
     def __init__(self, args: Any, config: DipConfig):
         """``args`` are Megatron's, validated; ``config`` is not ``off``."""
+        single_ranks_on_nccl(args)
         self._args = args
         self._config = config
         self._program: LlavaProgram | None = None

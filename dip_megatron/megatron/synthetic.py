@@ -12,7 +12,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..model import LanguageHead, MultimodalModel, PatchEmbedding, Projector, TransformerLayer
@@ -54,7 +53,7 @@ def llava_arguments(model: MultimodalModel, dtype: torch.dtype) -> dict[str, Any
         "vision_transformer_layer_spec": with_sdpa(get_vit_layer_with_local_spec()),
         "drop_vision_class_token": True,
         "vision_projection_config": projection,
-        "vision_projection_layer_spec": get_submodules(language_spec.submodules.mlp),
+        "vision_projection_layer_spec": _submodules(language_spec.submodules.mlp),
         "vision_projection_type": "mlp",
         "parallel_output": True,
         "share_embeddings_and_output_weights": False,
@@ -63,6 +62,11 @@ def llava_arguments(model: MultimodalModel, dtype: torch.dtype) -> dict[str, Any
         "patch_dim": vision.stem.patch,
         "pixel_shuffle": vision.head.reduction == 4,
     }
+
+
+def _submodules(spec: Any) -> Any:
+    """Of a ModuleSpec, or of the partial function that stands for one from 0.19 on."""
+    return spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
 
 
 def _config(layer: TransformerLayer, layers: int, ranks: int, dtype: torch.dtype) -> TransformerConfig:

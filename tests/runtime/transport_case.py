@@ -125,8 +125,11 @@ def burst(rank: int, world: int, count: int, slots: int) -> list[bool]:
     """Rank 0 sends more messages than there are slots before rank 1 posts its first receive."""
     transport = make("ipc", rank, world, slots=slots)
     channel, payload = Channel(0, 1, True), (TensorSpec("x", (1000,), "float32"),)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if rank == 0:
-        sends = [transport.send(channel, {"x": torch.full((1000,), float(i))}) for i in range(count)]
+        sends = [transport.send(channel, {"x": torch.full((1000,), float(i), device=device)}) for i in range(count)]
+        if device == "cuda":
+            torch.cuda.synchronize()
         done = [send.done() for send in sends]
         dist.barrier()
         for send in sends:

@@ -1,0 +1,1 @@
+"""Measuring schedules on one GPU that acts as several."""

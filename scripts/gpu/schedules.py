@@ -1,0 +1,89 @@
+"""All schedules of a benchmark, planned with the same measured costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dip_megatron.baselines import StaticChoice, parameter_balanced, static_plan, tune_static
+from dip_megatron.commands.planning import Effort, Planned, describe, make_planner
+from dip_megatron.commands.planning import Setting as Planning
+from dip_megatron.model import Partition
+from dip_megatron.partition import paper_partition
+from dip_megatron.search import SearchOptions
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule with a plan for each batch: over static mixed stages (``choice``) or over segments (``partition``).
+    ``failure`` says why there is none."""
+
+    name: str
+    planned: tuple[Planned, ...] = ()
+    choice: StaticChoice | None = None
+    partition: Partition | None = None
+    failure: str = ""
+
+    def describe(self) -> str:
+        """Where the layers are, in a line."""
+        if self.choice is not None:
+            stages = [" + ".join(f"{run.layers} {run.module}" for run in stage) for stage in self.choice.stages]
+            return f"{self.choice.segments} stages a rank: {' | '.join(stages)}"
+        if self.partition is not None:
+            return "; ".join(f"{m.module} {m.layers} units of {m.unit_size or 'all'}" for m in self.partition.modules)
+        return self.failure
+
+
+def plan_all(
+    names: Sequence[str], planning: Planning, effort: Effort, partition_seconds: float, log: Log
+) -> list[Candidate]:
+    """Plan every batch under every schedule; one that fails is reported, the others go on."""
+    found = []
+    for name in names:
+        try:
+            candidate = _plan(name, planning, effort, partition_seconds)
+        except ValueError as error:
+            candidate = Candidate(name, failure=" ".join(str(error).split()))
+        seconds = [p.iteration_time for p in candidate.planned]
+        mean = f"{sum(seconds) / len(seconds):.3f} s predicted; " if seconds else "failed: "
+        log(f"{name}: {mean}{candidate.describe()}")
+        found.append(candidate)
+    return found
+
+
+def _plan(name: str, planning: Planning, effort: Effort, partition_seconds: float) -> Candidate:
+    if not name.startswith("dip"):
+        choice = _choice(name, planning)
+        planned = []
+        for batch in planning.microbatches:
+            graph, fitted = static_plan(planning.pricer, choice, batch, planning.memory_limit)
+            planned.append(describe(graph, fitted.schedule, name, 0.0))
+        _check_fits(planned)
+        return Candidate(name, tuple(planned), choice=choice)
+    if name == "dip-paper":
+        partition = paper_partition(planning.model, planning.cluster, planning.batches, costs=planning.costs)
+    else:
+        from dip_megatron.commands.planning import searched_partition
+
+        partition = searched_partition(planning, partition_seconds)
+    planner = make_planner(name, planning, effort, partition)
+    return Candidate(name, tuple(planner(batch) for batch in planning.microbatches), partition=partition)
+
+
+def _choice(name: str, planning: Planning) -> StaticChoice:
+    if name == "megatron-1f1b-by-parameters":
+        return StaticChoice("megatron-parameter-balanced", parameter_balanced(planning.model, 1), 1)
+    return tune_static(name, planning.pricer, planning.microbatches, planning.memory_limit)  # type: ignore[arg-type]
+
+
+def _check_fits(planned: Sequence[Planned]) -> None:
+    over = [max(p.peak_bytes) for p in planned if not p.fits]
+    if over:
+        raise ValueError(f"does not fit even with everything recomputed: {max(over) / 1e9:.1f} GB on a rank")
+
+
+def effort_of(search_seconds: float, workers: int, offload: bool = False) -> Effort:
+    """What the searches may spend on one plan."""
+    return Effort(search_seconds, workers, options=SearchOptions(offload=offload))

@@ -1,0 +1,375 @@
+"""One rank of the benchmark: measures its costs with the others, then runs every schedule's plans."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import pickle
+import statistics
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dip_megatron.megatron.cpu import install_cpu_platform
+
+install_cpu_platform()  # does nothing where CUDA is available
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+
+from dip_megatron.commands.planning import Setting as Planning  # noqa: E402
+from dip_megatron.cost import Costs, load_cluster  # noqa: E402
+from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
+from dip_megatron.megatron.profile import costs_of, profile_llava  # noqa: E402
+from dip_megatron.megatron.step import MegatronStep  # noqa: E402
+from dip_megatron.megatron.synthetic import (  # noqa: E402
+    draw_batch,
+    draw_weights,
+    forward_step,
+    llava_arguments,
+    llava_parts,
+    wrap,
+)
+from dip_megatron.models.llava import LlavaProgram  # noqa: E402
+from dip_megatron.models.mixed_llava import MixedLlavaProgram  # noqa: E402
+from dip_megatron.models.protocol import MicrobatchInputs  # noqa: E402
+from dip_megatron.planner.maker import payloads  # noqa: E402
+from dip_megatron.profile.timing import measure  # noqa: E402
+from dip_megatron.report.spans import Span, spans_of  # noqa: E402
+from dip_megatron.report.trace import write_trace  # noqa: E402
+from dip_megatron.runtime.clock import Clock  # noqa: E402
+from dip_megatron.runtime.executor import Executor, payload_of  # noqa: E402
+from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead  # noqa: E402
+from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
+from dip_megatron.schedule import Channel, Plan, TensorSpec  # noqa: E402
+from dip_megatron.schedule.lower import make_plan  # noqa: E402
+from dip_megatron.schedule.verify import verify  # noqa: E402
+from dip_megatron.simulate import simulate  # noqa: E402
+from dip_megatron.workload import GlobalBatch  # noqa: E402
+
+from .report import print_table, summarize  # noqa: E402
+from .schedules import Candidate, effort_of, plan_all  # noqa: E402
+from .setting import Setting, batches_of, model_of, training_flops  # noqa: E402
+
+TIMEOUT = 120.0
+
+
+class Bench:
+    """What one rank keeps over the whole benchmark."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.rank, self.ranks = dist.get_rank(), setting.ranks
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        self.everyone = list(range(self.ranks))
+        self.exchange = GlooExchange(self.everyone, 600.0)
+        self.model = model_of(setting)
+        self.arguments = llava_arguments(self.model, self.dtype)
+        self.batches = batches_of(setting, self.model)
+        self.transport = choose_transport(
+            self.everyone, self.rank, self.device, TIMEOUT, self.exchange, setting.transport
+        )
+        self.clock = Clock(self.device)
+        self.start = time.monotonic()
+
+    def log(self, text: str) -> None:
+        """Say something, once."""
+        if self.rank == 0:
+            print(f"[{time.monotonic() - self.start:6.1f} s] {text}", flush=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, to all."""
+        return [pickle.loads(data) for data in self.exchange.gather(pickle.dumps(value))]
+
+    def synchronize(self) -> None:
+        """All ranks have done all they were given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.exchange.gather(b"")
+
+    # -- costs ---------------------------------------------------------------------------------------------------
+    def measure_costs(self) -> Costs:
+        """The model's parts, a hop, and nothing else: on all ranks at once, as in training."""
+        packing = self.model.packing
+        images = sorted({max(1, packing.max_images * n // 12) for n in (1, 2, 4, 8, 12)})
+        tokens = [packing.max_tokens * n // 4 for n in (2, 3, 4)]
+        self.synchronize()
+        samples = profile_llava(
+            self.arguments, self.model.with_parallel(pp=1), self.device, images=images, tokens=tokens
+        )
+        self.release()
+        hop = self.measure_hop()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return costs_of(self.gather(samples), f"{name}, {self.ranks} ranks", hop_seconds=hop)
+
+    def measure_hop(self, laps: int = 20) -> float:
+        """Seconds from rank to rank of one hidden state of the LLM, in a ring."""
+        hidden = self.model.module("language").layer.hidden
+        shape = (self.model.packing.max_tokens, 1, hidden)
+        payload = (TensorSpec("hidden", shape, str(self.dtype).removeprefix("torch.")),)
+        before, after = (self.rank - 1) % self.ranks, (self.rank + 1) % self.ranks
+        incoming, outgoing = Channel(before, self.rank, False), Channel(self.rank, after, False)
+        seconds = []
+        for _ in range(3):
+            self.synchronize()
+            begun = time.perf_counter()
+            tensors, sends = {"hidden": torch.ones(shape, dtype=self.dtype, device=self.device)}, []
+            for lap in range(laps):
+                if lap or self.rank:
+                    tensors = self.transport.receive(incoming, payload).wait()
+                sends.append(self.transport.send(outgoing, tensors))
+            if self.rank == 0:
+                self.transport.receive(incoming, payload).wait()
+            for send in sends:
+                send.wait()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append((time.perf_counter() - begun) / (laps * self.ranks))
+        return max(self.gather(statistics.median(seconds)))
+
+    def measure_peak(self) -> float:
+        """FLOPs a second of a large matmul, all ranks at once: the sum over them."""
+        n = 4096 if self.device.type == "cuda" else 256
+        a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
+        self.synchronize()
+        seconds = measure([lambda: [a @ b for _ in range(10)] and None], self.device)[0]
+        return sum(self.gather(10 * 2.0 * n**3 / seconds))
+
+    # -- schedules -----------------------------------------------------------------------------------------------
+    def candidates(self, costs: Costs) -> list[Candidate]:
+        """Every schedule's plans, made on the first rank."""
+        setting = self.setting
+        mine = b""
+        if self.rank == 0:
+            await_warm_up()
+            cluster = load_cluster("h100" if self.device.type == "cuda" else "cpu")
+            batches = tuple(GlobalBatch(batch) for batch in self.batches)
+            planning = Planning(self.model, cluster, batches, costs, setting.memory_gb * 1e9)
+            effort = effort_of(setting.search_seconds, setting.search_workers)
+            found = plan_all(setting.schedules, planning, effort, setting.partition_seconds, self.log)
+            mine = pickle.dumps(found)
+        candidates: list[Candidate] = pickle.loads(self.exchange.broadcast(mine if self.rank == 0 else None))
+        return candidates
+
+    def run(self, candidate: Candidate) -> dict[str, Any]:
+        """Measure one schedule. An error on one rank ends the benchmark on all."""
+        result: dict[str, Any] = {"name": candidate.name, "layout": candidate.describe(), "iterations": []}
+        if not candidate.planned:
+            return result | {"failure": candidate.failure}
+        program = self._program(candidate)
+        bare = program.build_chunks()
+        chunks = wrap(bare, self.device)
+        draw_weights(llava_parts(bare), self.setting.seed)
+        if not all(self.gather(program.supports_split)):
+            return result | {"failure": "some layers can't split their backward"}
+        optimizer = self._optimizer(chunks) if self.setting.optimizer else None
+        mixed = program if isinstance(program, MixedLlavaProgram) else None
+        last_rank = mixed.loss_rank if mixed is not None else self.ranks - 1
+        for turn in range(1 + self.setting.rounds):
+            for number, (batch, planned) in enumerate(zip(self.batches, candidate.planned, strict=True)):
+                if mixed is not None:
+                    plan = planned.plan()
+                    executor = Executor(self.rank, self.transport, self.clock, partial(mixed.payload, loads=batch))
+                else:
+                    shapes = payloads(planned.graph, batch, program.shapes)
+                    plan = make_plan(planned.graph, planned.schedule, lower_bound=planned.lower_bound,
+                                     name=candidate.name, payloads=shapes)  # fmt: skip
+                    executor = Executor(self.rank, self.transport, self.clock, payload_of)
+                verify(plan)
+                last = turn == self.setting.rounds and number == len(self.batches) - 1
+                measured = self._iterate(program, chunks, executor, plan, number, last_rank, trace=last)
+                if turn:
+                    step_seconds = self._step(optimizer)
+                    result["iterations"].append(measured | {"batch": number, "optimizer_seconds": step_seconds})
+        times = [i["seconds"] for i in result["iterations"]]
+        self.log(f"{candidate.name}: {statistics.mean(times):.3f} s an iteration, loss "
+                 f"{result['iterations'][-1]['loss']:.4f}")  # fmt: skip
+        del program, bare, chunks, optimizer, mixed
+        self.release()
+        return result
+
+    def _program(self, candidate: Candidate) -> LlavaProgram:
+        if candidate.choice is not None:
+            back = (False, True) if candidate.choice.turned else ()
+            return MixedLlavaProgram(
+                self.arguments, candidate.choice.stages, rank=self.rank, ranks=self.ranks, reversed_segments=back
+            )
+        assert candidate.partition is not None
+        return LlavaProgram(self.arguments, {m.module: m.layers for m in candidate.partition.modules}, rank=self.rank)
+
+    def _optimizer(self, chunks: list[torch.nn.Module]) -> Any:
+        bf16 = self.dtype == torch.bfloat16
+        config = OptimizerConfig(
+            optimizer="adam", lr=1e-4, weight_decay=0.0, bf16=bf16, params_dtype=self.dtype, clip_grad=0.0,
+            use_distributed_optimizer=False,
+        )  # fmt: skip
+        return get_megatron_optimizer(config, chunks)
+
+    def _step(self, optimizer: Any) -> float:
+        if optimizer is None:
+            return 0.0
+        begun = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return max(self.gather(time.perf_counter() - begun))
+
+    def _iterate(
+        self, program: LlavaProgram, chunks: list[torch.nn.Module], executor: Executor, plan: Plan, number: int,
+        last_rank: int, trace: bool,
+    ) -> dict[str, Any]:  # fmt: skip
+        setting, batch, graph = self.setting, self.batches[number], plan.graph
+        inputs = []
+        for i, load in enumerate(batch):
+            drawn = draw_batch(load, self.arguments, self.device, setting.seed + 1000 * number + i)
+            ordered = (drawn["images"], drawn["tokens"], drawn["position_ids"], None, drawn["labels"])
+            inputs.append(MicrobatchInputs(program.bind(*ordered, drawn["loss_mask"]), [drawn]))
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        step = MegatronStep(
+            chunks[0].config, forward_step, num_microbatches=len(inputs), context_parallel_size=1,
+            collect_non_loss_data=False,
+        )  # fmt: skip
+        places = [(m.name, k) for m in program.modules for k in range(m.segments)]
+        remaining = dict.fromkeys(places, 0)
+        for s in range(graph.rows):
+            remaining[graph.units[int(graph.row_unit[s])].module, graph.segment(s)] += 1
+        state = IterationState(inputs, False, remaining=remaining)
+        runner = ModelStages(
+            program, chunks, step, state, last_rank=last_rank, look_ahead=StageLookAhead.of(plan, self.rank)
+        )
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        gc.disable()
+        self.synchronize()
+        begun = time.monotonic()
+        self.clock.begin()
+        executor.run(plan, runner)
+        tokens = float(sum(m.text_tokens for m in batch))
+        for chunk in chunks:
+            chunk.scale_gradients(1.0 / tokens)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        ended = time.monotonic()
+        gc.enable()
+        return self._record(plan, number, begun, ended, step.forward_data_store, trace, chunks)
+
+    def _record(
+        self, plan: Plan, number: int, begun: float, ended: float, losses: list[Any], trace: bool,
+        chunks: list[torch.nn.Module],
+    ) -> dict[str, Any]:  # fmt: skip
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        sums = [loss["lm loss"].double().cpu() for loss in losses]
+        squares = sum(float(b.grad_data.double().square().sum()) for c in chunks for b in c.buffers)
+        mine = (begun, ended, self.clock.spans(), peak, [s.tolist() for s in sums], squares)
+        everyone = self.gather(mine)
+        first = min(line[0] for line in everyone)
+        seconds = max(line[1] for line in everyone) - first
+        measured = [
+            Span(rank, s.key, s.microbatch, s.start + line[0] - first, s.end + line[0] - first)
+            for rank, line in enumerate(everyone)
+            for s in line[2]
+        ]
+        if trace and self.rank == 0:
+            planned = spans_of(plan.graph, plan.schedule, simulate(plan.graph, plan.schedule))
+            write_trace(Path(self.setting.out) / f"trace-{plan.name}.json", planned, measured)
+        pairs = [pair for line in everyone for pair in line[4]]
+        batch = self.batches[number]
+        busy = sum(s.end - s.start for s in measured)
+        return {
+            "seconds": seconds,
+            "predicted_seconds": plan.predicted.iteration_time,
+            "lower_bound": plan.predicted.lower_bound,
+            "bubble_measured": 1.0 - busy / (seconds * self.ranks),
+            "bubble_predicted": plan.predicted.bubble_ratio,
+            "busy_seconds": [sum(s.end - s.start for s in measured if s.rank == r) for r in self.everyone],
+            "predicted_busy_seconds": busy_of(plan),
+            "tokens": sum(m.tokens for m in batch),
+            "flops": training_flops(self.model, batch),
+            "losses": [p[0] / p[1] for p in pairs],
+            "loss": sum(p[0] for p in pairs) / sum(p[1] for p in pairs),
+            "gradient_norm": sum(line[5] for line in everyone) ** 0.5,
+            "peak_bytes": [line[3] for line in everyone],
+            "predicted_peak_bytes": list(plan.predicted.peak_bytes),
+        }
+
+    def release(self) -> None:
+        """Give freed memory back, so that the next model finds it in one piece."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+
+def await_warm_up(seconds: float = 120.0) -> None:
+    """Wait until the process that compiles the search's kernels has ended."""
+    process = os.environ.get("DIP_BENCH_WARMING")
+    deadline = time.monotonic() + seconds
+    while process and time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return
+        if state == "Z":  # ended; its parent has not asked yet
+            return
+        time.sleep(0.1)
+
+
+def busy_of(plan: Plan) -> list[float]:
+    """Seconds of computing per rank, as planned."""
+    timeline = simulate(plan.graph, plan.schedule)
+    return [float((e - s).sum()) for s, e in zip(timeline.start, timeline.end, strict=True)]
+
+
+def main() -> None:
+    """``python -m gpu.worker SETTING.json`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    setting = Setting(**json.loads(Path(sys.argv[1]).read_text()))
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(0)
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=setting.ranks)
+    tensor_parallel.model_parallel_cuda_manual_seed(setting.seed + 1)
+    bench = Bench(setting)
+    out = Path(setting.out)
+    if setting.costs:
+        costs = Costs.load(setting.costs)
+    else:
+        bench.log("measuring the model's parts on all ranks at once")
+        costs = bench.measure_costs()
+        if bench.rank == 0:
+            costs.save(out / "costs.json")
+    peak = bench.measure_peak()
+    bench.log(f"a hop takes {1e6 * (costs.hop_seconds or 0):.0f} us; matmuls reach {peak / 1e12:.1f} TFLOP/s in all")
+    candidates = bench.candidates(costs)
+    results = []
+    for candidate in candidates:
+        results.append(bench.run(candidate))
+        if bench.rank == 0:  # what has been measured is kept, whatever comes
+            lines = summarize(results, peak)
+            record = {"setting": setting.record(), "device": costs.device, "peak_flops": peak, "summary": lines,
+                      "results": results}  # fmt: skip
+            (out / "results.json").write_text(json.dumps(record, indent=1))
+    if bench.rank == 0:
+        print_table(summarize(results, peak), f"{bench.model.name} on {costs.device}")
+    bench.synchronize()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # peers may wait for this process inside a collective: its end is what tells them
+    os._exit(0)  # gloo's and the transport's threads are not waited for
