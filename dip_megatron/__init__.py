@@ -17,6 +17,6 @@ def install() -> None:
     if missing:
         logging.getLogger(__name__).warning(
             "this Megatron has no %s: --dip-schedule will not work fully. Supported: Megatron-LM 0.16 to 0.19; "
-            "see docs/versions.md",
+            "see README.md",
             ", ".join(missing),
         )
