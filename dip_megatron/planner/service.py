@@ -6,12 +6,14 @@ or babbling worker is replaced with a warning, and the trainer plans by itself m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -56,9 +58,15 @@ class PlannerService:
         self._workers = [self._start() for _ in range(workers)]
         self._asked: dict[int, tuple[PlanRequest, float]] = {}
         self._arrived: dict[int, tuple[Plan, bool]] = {}
+        # An evaluation submits its batch while the feed's thread still waits for the next training batch's plan.
+        self._lock = threading.RLock()
 
     def submit(self, request: PlanRequest) -> None:
-        """Begin planning; returns at once."""
+        """Begin planning; returns at once. May be called while another thread is in :meth:`take`."""
+        with self._lock:
+            self._submit(request)
+
+    def _submit(self, request: PlanRequest) -> None:
         self._collect()
         self._asked[request.iteration] = (request, time.monotonic())
         if request.budget_seconds <= 0:
@@ -71,7 +79,7 @@ class PlannerService:
                     return
                 except OSError:
                     self._replace(worker, "has died")
-                    self.submit(request)
+                    self._submit(request)
                     return
         if any(worker.ready for worker in self._workers):
             self.statistics.late += 1
@@ -82,18 +90,20 @@ class PlannerService:
 
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
         """
-        request, _ = self._asked[iteration]
         deadline = time.monotonic() + wait_seconds
         while True:
-            self._collect()
-            plan, final = self._arrived.get(iteration, (None, False))
-            waiting = [w.connection for w in self._workers if w.busy_with == iteration]
-            left = deadline - time.monotonic()
-            if final or not waiting or left <= 0:
-                break
-            wait(waiting, left)
-        del self._asked[iteration]  # only now: plans for iterations nobody asked for are dropped on arrival
-        self._arrived = {i: p for i, p in self._arrived.items() if i > iteration}
+            with self._lock:
+                self._collect()
+                plan, final = self._arrived.get(iteration, (None, False))
+                waiting = [w.connection for w in self._workers if w.busy_with == iteration]
+                left = deadline - time.monotonic()
+                if final or not waiting or left <= 0:
+                    # Only now: plans for iterations nobody asked for are dropped on arrival.
+                    request, _ = self._asked.pop(iteration)
+                    self._arrived = {i: p for i, p in self._arrived.items() if i in self._asked}
+                    break
+            with contextlib.suppress(OSError):  # another thread has just replaced that worker
+                wait(waiting, left)
         self.statistics.plans += 1
         if plan is None:
             self.statistics.fallbacks += 1

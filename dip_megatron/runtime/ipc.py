@@ -18,6 +18,7 @@ import socket
 import struct
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -188,7 +189,7 @@ class _Receive:
         return self.tensors is not None and (self.mark is None or self.mark.done())
 
 
-class _Link:
+class _Link(ABC):
     """One end of a channel's socket: frames of a length and a pickled tuple, from a process of this very run."""
 
     def __init__(self, channel: Channel, connection: socket.socket, copies: CudaCopies | HostCopies):
@@ -224,9 +225,9 @@ class _Link:
             self.closed = True
             raise TransportError(f"channel {self.channel}: the peer has gone ({error})") from error
 
+    @abstractmethod
     def take(self, *token: Any) -> None:
         """A token has arrived."""
-        raise NotImplementedError
 
 
 @dataclass

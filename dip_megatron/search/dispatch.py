@@ -8,6 +8,8 @@ Memory: a rank starts a forward only if afterwards, taking the sinks in order of
 needs from what is free plus what those before it give back (the banker's rule, with the leanest strategy as everyone's
 claim). So the first unfinished group can always go on, on every rank, and no order of arrivals locks up. Memory that a
 split backward holds for its weight gradient counts as free, because the rank can run that at any time.
+
+One long kernel on purpose: handing its state from kernel to kernel as large tuples made it many times slower.
 """
 
 from __future__ import annotations

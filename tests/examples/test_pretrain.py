@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -23,11 +26,14 @@ def pipelined(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return pretrain(tmp_path_factory.mktemp("pp2"), *MEGATRON_FLAGS)
 
 
-def pretrain(out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> Run:
+def pretrain(
+    out: Path,
+    *flags: str,
+    launcher: tuple[str, ...] = (),
+    on_iteration: Callable[[int, Run], Any] = lambda *_: None,
+) -> Run:
     small = ["--global-batch-size", "4", "--eval-iters", "1", "--vision-num-layers", "2"]
-    return train(
-        "run", [sys.executable, *launcher, str(SCRIPT), *training_flags(6), *small, *flags], out, lambda *_: None
-    )
+    return train("run", [sys.executable, *launcher, str(SCRIPT), *training_flags(6), *small, *flags], out, on_iteration)
 
 
 def test_the_pipeline_trains(pipelined: Run) -> None:
@@ -64,6 +70,37 @@ def test_dip_trains_with_the_same_losses(pipelined: Run, tmp_path: Path, mode: s
     assert all(line["predicted_seconds"] >= line["lower_bound"] > 0 for line in lines)
     assert json.loads((trace / "trace.json").read_text())["traceEvents"]
     assert (trace / "timeline.png").stat().st_size > 10_000
+
+
+INSTALLED = (
+    "-c",
+    "import runpy, sys; from dip_megatron.megatron.cpu import install_cpu_platform; install_cpu_platform(); "
+    "import dip_megatron; dip_megatron.install(); "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
+)
+
+
+def test_installed_but_off_changes_nothing(pipelined: Run, tmp_path: Path) -> None:
+    run = pretrain(tmp_path, *MEGATRON_FLAGS, "--dip-schedule", "off", launcher=INSTALLED)
+    assert run.losses == pipelined.losses
+    assert run.accuracy == pipelined.accuracy
+
+
+def test_a_planner_worker_killed_in_training_costs_no_step(pipelined: Run, tmp_path: Path) -> None:
+    """Also shows ``install()`` from inside a script."""
+    killed = []
+
+    def kill(iteration: int, _: Run) -> None:
+        if iteration == 2:
+            for child in psutil.Process().children(recursive=True):
+                if "dip_megatron.planner.worker" in child.cmdline():
+                    child.kill()
+                    killed.append(child.pid)
+
+    run = pretrain(tmp_path, "--dip-schedule", "dynamic", launcher=INSTALLED, on_iteration=kill)
+    assert len(killed) == 1
+    assert "starting another, no step is lost" in (tmp_path / "run.rank0.log").read_text()
+    assert run.losses == pytest.approx(pipelined.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(

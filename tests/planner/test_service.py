@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -54,6 +56,32 @@ def test_plans_of_workers_arrive(service_of):
         assert plan.name == "worker"
         verify(plan)
     assert service.statistics.fallbacks == before
+
+
+def test_one_thread_submits_while_another_takes(service_of):
+    """As an evaluation does while the next training batch's plan is awaited."""
+    service = service_of()
+    wait_until_ready(service)
+    done = threading.Event()
+
+    def evaluate() -> int:
+        count = 0
+        while not done.is_set():
+            service.submit(request(50_000 + count, budget=0.0))
+            service.take(50_000 + count, 0.0)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(1) as pool:
+        evaluations = pool.submit(evaluate)
+        try:
+            for iteration in range(60_000, 60_030):
+                service.submit(request(iteration))
+                assert service.take(iteration, 60.0).name == "worker"
+        finally:
+            done.set()
+        assert evaluations.result() > 0
+    assert service.statistics.worker_deaths == 0
 
 
 def test_without_workers_the_trainer_plans(service_of):
