@@ -7,24 +7,16 @@ from those arguments, and returned as a list: ``get_model`` takes it and wraps e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.models.multimodal.llava_model import LLaVAModel
 
 from ..config import ConfigurationError, DipConfig
 from ..model import ModulePartition, MultimodalModel, Partition
 from ..model.partition import spread
-
-
-@dataclass
-class Blueprint:
-    """What a provider asked for: the constructor's keyword arguments and what it froze."""
-
-    kwargs: dict[str, Any]
-    freeze: dict[str, bool] = field(default_factory=dict)
+from ..models.family import Blueprint, ModelFamily
 
 
 class ChunkList(list[torch.nn.Module]):
@@ -40,47 +32,64 @@ class ChunkList(list[torch.nn.Module]):
             chunk.model_type = value
 
 
-def record_blueprint(provider: Callable[..., Any], *args: Any, **kwargs: Any) -> Blueprint:
-    """Call ``provider`` and return what it would have built. Raises ConfigurationError if it builds no LLaVAModel."""
-    blueprints: list[Blueprint] = []
-    with _recording(blueprints):
+def record_blueprint(
+    families: Sequence[ModelFamily], provider: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[ModelFamily, Blueprint]:
+    """Call ``provider`` and return what it would have built, with its family.
+
+    Raises ConfigurationError if it builds no model of ``families``, or several.
+    """
+    built: list[tuple[ModelFamily, Blueprint]] = []
+    with contextlib.ExitStack() as recorders:
+        for family in families:
+            recorders.enter_context(_recording(family, built))
         try:
             provider(*args, **kwargs)
         except AttributeError as error:
-            if not blueprints:
+            if not built:
                 raise
             raise ConfigurationError(
                 f"the script's model provider uses the model after building it ({error}); DIP builds it in segments "
-                "later. Move that into LLaVAModel's arguments, or use --dip-schedule off"
+                f"later. Move that into {built[0][0].model_class.__name__}'s arguments, or use --dip-schedule off"
             ) from error
-    if len(blueprints) != 1:
+    if len(built) != 1:
+        known = ", ".join(family.model_class.__name__ for family in families)
         raise ConfigurationError(
-            f"the script's model provider built {len(blueprints)} models that DIP can segment (it knows LLaVAModel), "
-            "it must be one; use --dip-schedule off for this script"
+            f"the script's model provider built {len(built)} models that DIP can segment (it knows {known}), "
+            "it must be one; add yours as docs/add-a-model.md says, or use --dip-schedule off for this script"
         )
-    return blueprints[0]
+    return built[0]
 
 
 @contextlib.contextmanager
-def _recording(blueprints: list[Blueprint]) -> Iterator[None]:
-    """Within, ``LLaVAModel(...)`` notes its arguments and builds nothing; ``freeze(...)`` is noted too."""
-    construct, freeze = LLaVAModel.__init__, LLaVAModel.freeze
+def _recording(family: ModelFamily, built: list[tuple[ModelFamily, Blueprint]]) -> Iterator[None]:
+    """Within, the family's constructor notes its arguments and builds nothing; its recorded methods likewise."""
+    cls: Any = family.model_class
+    originals = {name: getattr(cls, name) for name in ("__init__", *family.recorded_methods)}
+
+    def arguments(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+        given = dict(inspect.signature(originals[name]).bind(None, *args, **kwargs).arguments)
+        del given["self"]
+        return given | given.pop("kwargs", {})
 
     def note(self: Any, *args: Any, **kwargs: Any) -> None:
         torch.nn.Module.__init__(self)
-        names = construct.__code__.co_varnames[1 : construct.__code__.co_argcount]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        blueprints.append(Blueprint(given))
+        built.append((family, Blueprint(arguments("__init__", args, kwargs))))
 
-    def note_freeze(self: Any, *args: Any, **kwargs: Any) -> None:
-        names = freeze.__code__.co_varnames[1 : freeze.__code__.co_argcount]
-        blueprints[-1].freeze.update(dict(zip(names, args, strict=False)) | kwargs)
+    def note_call(name: str) -> Callable[..., None]:
+        def called(self: Any, *args: Any, **kwargs: Any) -> None:
+            built[-1][1].calls.setdefault(name, {}).update(arguments(name, args, kwargs))
 
-    LLaVAModel.__init__, LLaVAModel.freeze = note, note_freeze
+        return called
+
+    cls.__init__ = note
+    for name in family.recorded_methods:
+        setattr(cls, name, note_call(name))
     try:
         yield
     finally:
-        LLaVAModel.__init__, LLaVAModel.freeze = construct, freeze
+        for name, original in originals.items():
+            setattr(cls, name, original)
 
 
 def configured_partition(model: MultimodalModel, config: DipConfig) -> Partition | None:

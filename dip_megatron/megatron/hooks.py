@@ -6,11 +6,13 @@ import functools
 import importlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import ConfigurationError
+from ..models.family import ModelFamily
 from .arguments import add_arguments, check_arguments, dip_config
+from .families import known_families
 from .session import DipSession
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,23 @@ class Hooks:
 
     def __init__(self) -> None:
         self._session: DipSession | None = None
+        self._families = list(known_families())
+
+    def add_families(self, families: Sequence[ModelFamily]) -> None:
+        """Look for models of these families, too. Raises ValueError if a class has another family already."""
+        for family in families:
+            known = next((f for f in self._families if f.model_class is family.model_class), None)
+            if known is None:
+                self._families.append(family)
+            elif known is not family:
+                raise ValueError(f"{family.model_class.__name__} already belongs to the model family {known.name!r}")
+
+    @staticmethod
+    def installed() -> Hooks | None:
+        """The hooks that are in place already, if any."""
+        loaded = importlib.import_module("megatron.training.training")
+        hooks: Hooks | None = getattr(loaded.get_model, _MARK, None)
+        return hooks
 
     def install(self) -> list[str]:
         """Hook in whatever is there; returns the names of what could not be hooked."""
@@ -40,7 +59,7 @@ class Hooks:
                 missing.append(f"{module}.{attribute}")
             elif not hasattr(original, _MARK):
                 wrapped = functools.wraps(original)(wrap(original))
-                setattr(wrapped, _MARK, True)
+                setattr(wrapped, _MARK, self)
                 setattr(loaded, attribute, wrapped)
         return [m for m in missing if m != "megatron.training.initialize.validate_args"]
 
@@ -57,7 +76,7 @@ class Hooks:
                 sys.exit(f"dip: {error}")
             config = dip_config(args)
             if config.schedule != "off":
-                self._session = DipSession(args, config)
+                self._session = DipSession(args, config, self._families)
             return result
 
         return validate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from ..config import DipConfig
 from ..cost import Cluster, Costs, load_cluster
 from ..model import MultimodalModel, Parallel, Partition
-from ..models.llava import LlavaProgram
+from ..models.family import ModelFamily
+from ..models.protocol import StageProgram
 from ..partition import choose_partition
 from ..planner.feed import PlanFeed
 from ..planner.live import ModelGraphs
@@ -28,7 +29,6 @@ from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
 from ..workload import load_workload
 from .build import ChunkList, configured_partition, record_blueprint
-from .describe import describe_llava
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, PlanningPolicy
 from .shared_gpu import single_ranks_on_nccl
@@ -39,12 +39,13 @@ logger = logging.getLogger(__name__)
 class DipSession:
     """What the hooks share between building the model and running its iterations."""
 
-    def __init__(self, args: Any, config: DipConfig):
-        """``args`` are Megatron's, validated; ``config`` is not ``off``."""
+    def __init__(self, args: Any, config: DipConfig, families: Sequence[ModelFamily]):
+        """``args`` are Megatron's, validated; ``config`` is not ``off``; ``families`` are the models to look for."""
         single_ranks_on_nccl(args)
         self._args = args
         self._config = config
-        self._program: LlavaProgram | None = None
+        self._families = families
+        self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
         self._service: PlannerService | None = None
@@ -55,15 +56,15 @@ class DipSession:
         """A model provider that builds what ``provider`` would, in segments."""
 
         def build(*args: Any, **kwargs: Any) -> ChunkList:
-            blueprint = record_blueprint(provider, *args, **kwargs)
+            family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             a = self._args
             parallel = Parallel(
                 a.tensor_model_parallel_size, a.pipeline_model_parallel_size, a.data_parallel_size,
                 a.sequence_parallel, a.use_distributed_optimizer,
             )  # fmt: skip
-            model = describe_llava(blueprint.kwargs, blueprint.freeze, parallel)
+            model = family.describe(blueprint, parallel)
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
-            partition = self._partition(model, cluster, costs)
+            partition = self._partition(model, cluster, costs, family.workload)
             self._graphs = ModelGraphs(
                 model,
                 cluster,
@@ -73,10 +74,9 @@ class DipSession:
                 self._config.recompute,
                 self._config.offload,
             )
-            self._program = LlavaProgram(
-                blueprint.kwargs, {m.module: m.layers for m in partition.modules},
+            self._program = family.program(
+                blueprint, {m.module: m.layers for m in partition.modules},
                 rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=a.micro_batch_size,
-                freeze=blueprint.freeze,
             )  # fmt: skip
             chunks = ChunkList(self._program.build_chunks())
             self._start_planner(self._program, self._graphs)
@@ -84,7 +84,7 @@ class DipSession:
 
         return build
 
-    def _start_planner(self, program: LlavaProgram, graphs: ModelGraphs) -> None:
+    def _start_planner(self, program: StageProgram, graphs: ModelGraphs) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
         config = self._config
         replica = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
@@ -105,7 +105,7 @@ class DipSession:
             name = "h100" if torch.cuda.is_available() else "cpu"
         return load_cluster(name)
 
-    def _partition(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None) -> Partition:
+    def _partition(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
         """As configured, or the partitioner's choice: made on one rank, because a search may be timed."""
         chosen = configured_partition(model, self._config)
         if chosen is not None:
@@ -113,7 +113,7 @@ class DipSession:
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                found = [self._choose(model, cluster, costs)]
+                found = [self._choose(model, cluster, costs, workload)]
             except Exception as error:  # told to all ranks, which would otherwise wait
                 found = [error]
         dist.broadcast_object_list(found, 0)
@@ -125,12 +125,12 @@ class DipSession:
                 print(f"[dip] {m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}", flush=True)
         return partition
 
-    def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None) -> Partition:
-        """Chunks are built before the first batch is read, so the partitioner judges by interleaved documents packed
-        to the model's sequence length."""
+    def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
+        """Chunks are built before the first batch is read, so the partitioner judges by a published mix, packed to the
+        model's sequence length."""
         args = self._args
         count = max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1)
-        batches = load_workload("vlm-documents", model, 2, count, args.seed)
+        batches = load_workload(workload, model, 2, count, args.seed)
         return choose_partition(
             model, cluster, batches, costs=costs, memory_limit=self._config.memory_limit, budget_seconds=5.0
         )

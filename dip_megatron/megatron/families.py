@@ -1,0 +1,27 @@
+"""The model families that DIP knows without being told."""
+
+from __future__ import annotations
+
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+
+from ..model import MultimodalModel, Parallel
+from ..models.family import Blueprint, Layers, ModelFamily
+from ..models.llava import LlavaProgram
+from .describe import describe_llava
+
+
+def known_families() -> tuple[ModelFamily, ...]:
+    """Families whose classes are looked for in every script."""
+    return (
+        ModelFamily("llava", LLaVAModel, _describe_llava, _llava_program, "vlm-documents", ("freeze",)),
+    )  # fmt: skip
+
+
+def _describe_llava(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
+    return describe_llava(blueprint.kwargs, blueprint.calls.get("freeze", {}), parallel)
+
+
+def _llava_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> LlavaProgram:
+    return LlavaProgram(
+        blueprint.kwargs, layers, rank=rank, micro_batch_size=micro_batch_size, freeze=blueprint.calls.get("freeze")
+    )
