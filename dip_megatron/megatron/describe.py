@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 
 from ..model import (
     LanguageHead,
+    LatentEmbedding,
+    LatentHead,
     ModuleShape,
     MultimodalModel,
     Packing,
@@ -18,7 +21,8 @@ from ..model import (
     TokenEmbedding,
     TransformerLayer,
 )
-from ..models.shapes import LANGUAGE, VISION
+from ..models.shapes import DIFFUSION, LANGUAGE, VISION
+from ..models.t2v import with_defaults
 
 
 def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
@@ -48,6 +52,25 @@ def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parall
     )  # fmt: skip
     packing = Packing(max_tokens=kwargs["language_max_sequence_length"], image_tokens=tokens)
     return MultimodalModel("llava", (encoder, decoder), parallel, packing)
+
+
+def describe_t2v(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
+    """The text-to-video model of these TextToVideoModel arguments."""
+    kwargs = with_defaults(kwargs)
+    text, diffusion = kwargs["text_config"], kwargs["diffusion_config"]
+    hidden, channels, patch = diffusion.hidden_size, kwargs["latent_channels"], tuple(kwargs["patch"])
+    reads = not freeze.get("freeze_text_encoder")
+    encoder = ModuleShape(
+        LANGUAGE, "text", text.num_layers, _layer(text, causal=True), TokenEmbedding(kwargs["vocabulary"]),
+        Projector(hidden, hidden),
+        trainable=_trainable(stem=reads, layers=reads, head=not freeze.get("freeze_text_projection")),
+    )  # fmt: skip
+    layer = replace(_layer(diffusion, causal=False), cross_attention=hidden, adaln="single")
+    transformer = ModuleShape(
+        DIFFUSION, "clips", diffusion.num_layers, layer,
+        LatentEmbedding(channels, patch, tuple(kwargs["compression"])), LatentHead(channels, patch), (LANGUAGE,),
+    )  # fmt: skip
+    return MultimodalModel("t2v", (encoder, transformer), parallel)
 
 
 def _layer(config: Any, *, causal: bool) -> TransformerLayer:

@@ -7,14 +7,16 @@ from megatron.core.models.multimodal.llava_model import LLaVAModel
 from ..model import MultimodalModel, Parallel
 from ..models.family import Blueprint, Layers, ModelFamily
 from ..models.llava import LlavaProgram
-from .describe import describe_llava
+from ..models.t2v import T2vProgram, TextToVideoModel
+from .describe import describe_llava, describe_t2v
 
 
 def known_families() -> tuple[ModelFamily, ...]:
     """Families whose classes are looked for in every script."""
     return (
         ModelFamily("llava", LLaVAModel, _describe_llava, _llava_program, "vlm-documents", ("freeze",)),
-    )  # fmt: skip
+        ModelFamily("t2v", TextToVideoModel, _describe_t2v, _t2v_program, "t2v-mix", ("freeze",)),
+    )
 
 
 def _describe_llava(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
@@ -25,3 +27,15 @@ def _llava_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_bat
     return LlavaProgram(
         blueprint.kwargs, layers, rank=rank, micro_batch_size=micro_batch_size, freeze=blueprint.calls.get("freeze")
     )
+
+
+def _describe_t2v(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
+    return describe_t2v(blueprint.kwargs, blueprint.calls.get("freeze", {}), parallel)
+
+
+def _t2v_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> T2vProgram:
+    if micro_batch_size != 1:
+        raise ValueError(
+            f"--micro-batch-size {micro_batch_size}: must be 1, a microbatch of TextToVideoModel is one pack of clips"
+        )
+    return T2vProgram(blueprint.kwargs, layers, rank=rank, freeze=blueprint.calls.get("freeze"))

@@ -1,7 +1,8 @@
 """Megatron's own pieces of a step, called by the executor's stages.
 
-Everything about losses, scales, timers, autocast, ranges and pseudo-deallocation is Megatron's code, looked up when it
-is called; only the order of calls is ours.
+Everything about losses, scales, timers, autocast and ranges is Megatron's code, looked up when it is called; only the
+order of calls is ours. Its pseudo-deallocation of outputs isn't needed: a stage's graph is entered without them (see
+:func:`runtime.deferred.leave`), so that they are free once they are sent.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.utils import make_viewless_tensor, nvtx_range_pop, nvtx_range_push
+from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 
 from ..runtime.deferred import WeightGradients
-from ..runtime.stages import ReplayIterator
+from ..runtime.stages import LossPart, ReplayIterator
 from ..runtime.transport import Tensors
 
 
@@ -32,7 +33,7 @@ class MegatronStep:
         collect_non_loss_data: bool,
     ):
         """``config`` is ``model[0]``'s, which Megatron's train loop fills with timers and functions."""
-        self._data: dict[int, list[Any]] = {}
+        self._data: dict[int, list[tuple[LossPart, Any]]] = {}
         self.total_num_tokens: torch.Tensor | None = None
         self._config = config
         self._forward_step_func = forward_step_func
@@ -45,11 +46,7 @@ class MegatronStep:
         with self._range("forward-compute"):
             self._start_timer("forward-compute")
             with self._autocast():
-                # Pseudo-deallocation frees storage, so an output must not be a view of something else.
-                outputs = {
-                    name: make_viewless_tensor(t, requires_grad=t.requires_grad, keep_graph=True)
-                    for name, t in compute().items()
-                }
+                outputs = compute()
             # Also sets the scales of auxiliary losses (MoE, MTP), and stops the timer.
             self._calculate_loss(chunk, next(iter(outputs.values())), None, is_last_stage=False)
         return outputs
@@ -57,17 +54,32 @@ class MegatronStep:
     @property
     def forward_data_store(self) -> list[Any]:
         """What the loss functions reported, in the order of microbatches whatever order the plan ran them in."""
-        return [item for microbatch in sorted(self._data) for item in self._data[microbatch]]
+        return [item for microbatch in sorted(self._data) for item in _whole(self._data[microbatch])]
 
-    def loss(self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int) -> torch.Tensor:
+    def loss(
+        self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int, part: LossPart
+    ) -> torch.Tensor:
         """The last stage, through the script's forward_step and loss function."""
+        values = 0
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal values
+            result = loss_func(*args, **kwargs)
+            values = len(result) if isinstance(result, tuple) else 0
+            return result
+
+        store: list[Any] = []
         with self._range("forward-compute"):
             self._start_timer("forward-compute")
             with self._autocast():
                 output, loss_func = self._forward_step_func(ReplayIterator(items), model)
             output, num_tokens = self._calculate_loss(
-                chunk, output, loss_func, is_last_stage=True, store=self._data.setdefault(microbatch, [])
+                chunk, output, None if loss_func is None else observed, is_last_stage=True, store=store
             )
+        self._data.setdefault(microbatch, []).extend((part, item) for item in store)
+        if part.share != 1.0 and not (values == 3 and self._config.calculate_per_token_loss):
+            # Megatron averages over what it is given: here a part of the microbatch.
+            output = output * part.share
         if self.total_num_tokens is None:
             self.total_num_tokens = torch.zeros([], dtype=torch.int, device=output.device)
         self.total_num_tokens += num_tokens.to(self.total_num_tokens.device)
@@ -81,20 +93,12 @@ class MegatronStep:
                 outputs = [config.grad_scale_func(outputs[0])]
             if not outputs[0].requires_grad:
                 return
-            if config.deallocate_pipeline_outputs and len(outputs) == 1:
-                schedules.custom_backward(outputs[0], gradients[0] if gradients else None)
-            else:
-                torch.autograd.backward(outputs, grad_tensors=gradients)
+            torch.autograd.backward(outputs, grad_tensors=gradients)
 
     def weight(self, gradients: WeightGradients) -> None:
         """The second half of a backward in two; in the log it counts with the first."""
         with self._range("backward-weight"), self._timed("backward-compute"):
             gradients.compute()
-
-    def release(self, outputs: list[torch.Tensor]) -> None:
-        """Megatron's pseudo-deallocation; its custom_backward takes one output, so only then."""
-        if len(outputs) == 1 and outputs[0].requires_grad:
-            schedules.deallocate_output_tensor(outputs[0], self._config.deallocate_pipeline_outputs)
 
     def _calculate_loss(
         self,
@@ -136,3 +140,20 @@ class MegatronStep:
             yield
         finally:
             nvtx_range_pop(suffix=name)
+
+
+def _whole(parts: list[tuple[LossPart, Any]]) -> list[Any]:
+    """What a microbatch's loss function reported, as if it had been called once for all of it: sums with their counts
+    (two elements) add up, means (one) are weighted by their share. Raises ValueError for anything else."""
+    if len(parts) < 2 or not all(isinstance(report, dict) for _, report in parts):
+        return [report for _, report in sorted(parts, key=lambda item: item[0].first)]
+    whole = {}
+    for name, first in parts[0][1].items():
+        if not isinstance(first, torch.Tensor) or first.numel() > 2:
+            raise ValueError(
+                f"the loss function reports {name!r} as {first!r}; where a microbatch's loss is computed in parts it "
+                "must be a tensor of one element (a mean) or two (a sum and its count)"
+            )
+        mean = first.numel() == 1
+        whole[name] = sum(report[name] * part.share if mean else report[name] for part, report in parts)
+    return [whole]

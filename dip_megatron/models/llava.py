@@ -275,6 +275,10 @@ class LlavaProgram:
         _forget_input(chunk)
         return output
 
+    def loss_share(self, unit: Unit, arguments: Mapping[str, Any]) -> float:
+        """All of it: the language model works on whole microbatches."""
+        return 1.0
+
     def _set_language_input(
         self, chunk: torch.nn.Module, stage: StageKey, inputs: list[Tensors], ids: torch.Tensor
     ) -> None:

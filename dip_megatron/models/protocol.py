@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,16 @@ class MicrobatchInputs:
 
     arguments: dict[str, Any]
     items: list[Any] = field(default_factory=list)
+
+
+class Inputs(list[Tensors]):
+    """The payloads of a stage's incoming messages. ``units`` are those they come from, in the same order: the stage's
+    own where it isn't the first of its module. ``unit`` is the stage's; without one it is the whole microbatch."""
+
+    def __init__(self, payloads: Iterable[Tensors] = (), unit: Unit | None = None, units: Sequence[Unit] = ()):
+        super().__init__(payloads)
+        self.unit = unit
+        self.units = tuple(units)
 
 
 class Shapes(Protocol):
@@ -70,12 +80,19 @@ class StageProgram(Protocol):
         ...
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage's forward, for every stage but the one with the loss. ``inputs`` are the payloads of the stage's
-        incoming messages, in the order of the units that feed it (empty where nothing does)."""
+        incoming messages, in the order of the units that feed it (empty where nothing does). The result may hold
+        tensors of ``inputs`` again, for the stages after it: their gradients add up."""
         ...
 
-    def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
-        """The last stage's forward: what the script's ``model(...)`` returns to its ``forward_step``."""
+    def final(self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> Any:
+        """The last stage's forward: what the script's ``model(...)`` returns to its ``forward_step``; of the instances
+        of ``inputs.unit`` alone where the last module works on parts of a microbatch."""
+        ...
+
+    def loss_share(self, unit: Unit, arguments: Mapping[str, Any]) -> float:
+        """What part of a microbatch's mean loss a unit of the last module makes. Asked only where a microbatch has
+        several of them, for loss functions that Megatron averages over each microbatch."""
         ...

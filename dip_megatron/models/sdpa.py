@@ -11,10 +11,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from .packing import lengths_of
+
 
 class SdpaAttention(MegatronModule):
     """Core attention through ``torch.nn.functional.scaled_dot_product_attention``: never writes its score matrix on a
-    GPU. Causal or full, grouped queries; no explicit masks, packed sequences, windows or context parallelism."""
+    GPU. Causal or full, grouped queries, packed sequences one by one; no explicit masks, windows or context
+    parallelism."""
 
     def __init__(
         self,
@@ -45,10 +48,21 @@ class SdpaAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """``query`` ``[s, b, heads, width]``, ``key`` and ``value`` ``[s, b, groups, width]``; returns ``[s, b, heads *
-        width]``. Raises ValueError for packed sequences and biases."""
-        if packed_seq_params is not None or attention_bias is not None:
-            raise ValueError("torch's attention takes no packed sequences and no bias; use Transformer Engine")
+        width]``. Packed sequences have no ``b``, and the result is ``[s, heads * width]``. Raises ValueError for biases
+        and for another packing than ``thd``."""
+        if attention_bias is not None:
+            raise ValueError("torch's attention takes no bias; use Transformer Engine")
         causal = (self.attn_mask_type if attn_mask_type is None else attn_mask_type) == AttnMaskType.causal
+        if packed_seq_params is None:
+            return self._attend(query, key, value, causal)
+        if packed_seq_params.qkv_format != "thd":
+            raise ValueError(f"torch's attention takes sequences packed as thd, not {packed_seq_params.qkv_format}")
+        queries, keys = lengths_of(packed_seq_params)
+        parts = zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
+        attended = [self._attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), causal) for q, k, v in parts]
+        return torch.cat(attended).squeeze(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
         length, batch, heads, width = query.shape
         if batch == 0:  # a microbatch without images
             return query.reshape(length, batch, heads * width)
@@ -68,4 +82,6 @@ def with_sdpa(layer: ModuleSpec) -> ModuleSpec:
     """A copy of a local transformer layer's spec whose attention runs on :class:`SdpaAttention`."""
     changed = copy.deepcopy(layer)
     changed.submodules.self_attention.submodules.core_attention = SdpaAttention
+    if isinstance(changed.submodules.cross_attention, ModuleSpec):
+        changed.submodules.cross_attention.submodules.core_attention = SdpaAttention
     return changed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..schedule import Payload, TensorSpec, Unit
 from ..workload import Microbatch
 
-VISION, LANGUAGE = "vision", "language"
+VISION, LANGUAGE, DIFFUSION = "vision", "language", "diffusion"
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,35 @@ class LlavaShapes:
                 self.language_hidden,
             )
         return (TensorSpec("hidden", shape, self.dtype),)
+
+
+@dataclass(frozen=True)
+class T2vShapes:
+    """Payload shapes of text to video. Widths of the text encoder and of the DiT; ``compression`` and ``patch`` make
+    clips' latent tokens of their frames and pixels. Nothing flows back into the text encoder's hidden states unless
+    ``text_trains``, nor into the condition unless ``condition_trains``."""
+
+    text_hidden: int
+    hidden: int
+    compression: tuple[int, int, int]
+    patch: tuple[int, int, int]
+    text_trains: bool
+    condition_trains: bool
+    dtype: str
+
+    def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
+        """Hidden states within the text encoder, then the condition; within the DiT hidden states, condition and
+        timestep."""
+        clips = load.clips[unit.first : unit.first + unit.count]
+        words = sum(clip.text_tokens for clip in clips)
+        condition = TensorSpec("condition", (words, 1, self.hidden), self.dtype, self.condition_trains)
+        if unit.module == LANGUAGE:
+            hidden = TensorSpec("hidden", (words, 1, self.text_hidden), self.dtype, self.text_trains)
+            return (condition,) if leaves_module else (hidden,)
+        tokens = sum(clip.latent_tokens(self.compression, self.patch) for clip in clips)
+        return (
+            TensorSpec("hidden", (tokens, 1, self.hidden), self.dtype),
+            condition,
+            TensorSpec("timestep", (len(clips), self.hidden), self.dtype),
+            TensorSpec("modulation", (len(clips), 6 * self.hidden), self.dtype),
+        )

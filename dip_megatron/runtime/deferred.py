@@ -104,7 +104,7 @@ def start(tensor: torch.Tensor) -> tuple[torch.Tensor, Slot]:
 
 
 class _Before(torch.autograd.Function):
-    """What precedes a cut: an empty tensor, from which W enters the graph with the kept gradient."""
+    """What precedes a cut: an empty tensor, from which a backward enters the graph with the kept gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, slot: Slot) -> torch.Tensor:
@@ -116,6 +116,16 @@ class _Before(torch.autograd.Function):
         return ctx.slot.take(), None
 
 
+def leave(output: torch.Tensor) -> tuple[torch.Tensor, Slot]:
+    """Where a backward enters the graph that computed ``output``, and where to put the output's gradient before.
+
+    The entrance is empty and doesn't hold the output: its storage is free once whoever was given it has let go, unless
+    the graph itself needs it.
+    """
+    slot = Slot(output)
+    return _Before.apply(output, slot), slot
+
+
 def cut(output: torch.Tensor, store: WeightGradients) -> torch.Tensor:
     """``output``, cut off from the graph that computed it: that part's backward is left for W.
 
@@ -124,8 +134,7 @@ def cut(output: torch.Tensor, store: WeightGradients) -> torch.Tensor:
     """
     if not output.requires_grad:
         return output
-    slot = Slot(output)
-    entrance = _Before.apply(output, slot)
+    entrance, slot = leave(output)
 
     def work() -> None:
         torch.autograd.backward(entrance, entrance.new_empty(0))

@@ -31,9 +31,9 @@ class StageRunner(Protocol):
         """W: the weight gradients its B left."""
         ...
 
-    def sent(self, key: StageKey, unit: Unit) -> None:
-        """All sends of a forward's output have begun: its storage is no longer needed here."""
-        ...
+
+class PayloadError(RuntimeError):
+    """A stage gave something else than its plan says travels on; the message names both."""
 
 
 @dataclass
@@ -69,7 +69,6 @@ class _Mail:
     outbox: dict[Message, Tensors] = field(default_factory=dict)
     receiving: dict[Message, Transfer] = field(default_factory=dict)
     sending: dict[Message, Transfer] = field(default_factory=dict)
-    unsent: dict[StageKey, int] = field(default_factory=dict)
 
 
 class Executor:
@@ -119,10 +118,7 @@ class Executor:
         inputs = [self._mail.inbox.pop(m) for m in incoming(plan.graph, key)]
         with self._clock.span(key, unit):
             outputs = runner.forward(key, unit, action.strategy, inputs)
-        messages = outgoing(plan.graph, key)
-        self._deliver(key, [(m, outputs) for m in messages])
-        if not self._mail.unsent.get(key):
-            runner.sent(key, unit)
+        self._deliver(plan, [(m, outputs) for m in outgoing(plan.graph, key)])
 
     def _backward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
         key, unit = action.key, plan.graph.units[action.key.unit]
@@ -135,7 +131,7 @@ class Executor:
                    incoming(plan.graph, forward)]  # fmt: skip
         by_source = dict(zip(sources, results, strict=True))
         self._deliver(
-            key,
+            plan,
             [
                 (m, by_source[m.target.module, m.target.segment, m.target.unit, m.target.rank])
                 for m in outgoing(plan.graph, key)
@@ -147,29 +143,15 @@ class Executor:
         with self._clock.span(action.key, unit):
             runner.weight(action.key, unit, action.strategy)
 
-    def _deliver(self, key: StageKey, payloads: list[tuple[Message, Tensors]]) -> None:
-        remote = 0
+    def _deliver(self, plan: Plan, payloads: list[tuple[Message, Tensors]]) -> None:
         for message, tensors in payloads:
-            if message.channel.target == self._rank:
-                # Of its own, as those that are sent: the stage may drop the storage of its outputs now.
-                self._mail.inbox[message] = {name: t.detach() for name, t in tensors.items()}
-            else:
-                self._mail.outbox[message] = tensors
-                remote += 1
-        if key.kind == Kind.F and remote:
-            self._mail.unsent[key] = remote
+            box = self._mail.inbox if message.channel.target == self._rank else self._mail.outbox
+            box[message] = _as_planned(self._payload(plan, message), tensors, message)
 
     # -- communicate ---------------------------------------------------------------------------------------------
     def _isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         message = action.message
-        tensors = {k: t.detach() for k, t in self._mail.outbox.pop(message).items()}
-        self._mail.sending[message] = self._transport.send(message.channel, tensors)
-        source = message.source
-        if source.kind == Kind.F:
-            self._mail.unsent[source] -= 1
-            if not self._mail.unsent[source]:
-                del self._mail.unsent[source]
-                runner.sent(source, plan.graph.units[source.unit])
+        self._mail.sending[message] = self._transport.send(message.channel, self._mail.outbox.pop(message))
         # Buffers of sends that have ended go back to the allocator now, not at the end of the iteration.
         for earlier in [m for m, transfer in self._mail.sending.items() if transfer.done()]:
             self._mail.sending[earlier] = _ENDED
@@ -201,6 +183,18 @@ class _Ended:
 
 
 _ENDED = _Ended()
+
+
+def _as_planned(payload: Payload, tensors: Tensors, message: Message) -> Tensors:
+    """The tensors that travel, in the plan's order and without their graph. Raises PayloadError: the other end has
+    buffers of the planned shapes and would wait for ever, or take one tensor for another."""
+    for spec in payload:
+        given = tensors.get(spec.name)
+        found = None if given is None else (tuple(given.shape), str(given.dtype).removeprefix("torch."))
+        if found != (spec.shape, spec.dtype):
+            raise PayloadError(f"{message}: the plan says {spec.name} is {spec.shape} {spec.dtype}, the stage gave "
+                               f"{'none' if found is None else f'{found[0]} {found[1]}'}")  # fmt: skip
+    return {spec.name: tensors[spec.name].detach() for spec in payload}
 
 
 def payload_of(plan: Plan, message: Message) -> Payload:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,12 +10,21 @@ from typing import Any, Protocol
 
 import torch
 
-from ..models.protocol import MicrobatchInputs, StageProgram
+from ..models.protocol import Inputs, MicrobatchInputs, StageProgram
 from ..schedule import Compute, Kind, Plan, StageKey, Unit
-from .deferred import Slot, WeightGradients, start
+from ..schedule.lower import incoming
+from .deferred import Slot, WeightGradients, leave, start
 from .modes import layer_strategies
 from .offload import OffloadedActivations
 from .transport import Tensors
+
+
+@dataclass(frozen=True)
+class LossPart:
+    """A unit of the last module: its first instance in the microbatch, and its share of the microbatch's mean loss."""
+
+    first: int = 0
+    share: float = 1.0
 
 
 class StepFunctions(Protocol):
@@ -24,20 +34,18 @@ class StepFunctions(Protocol):
         """Run a stage that is not the last one, with Megatron's timers, autocast and loss scales around it."""
         ...
 
-    def loss(self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int) -> torch.Tensor:
-        """Run the script's forward_step with ``model`` on a microbatch's raw items; the scaled loss."""
+    def loss(
+        self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int, part: LossPart
+    ) -> torch.Tensor:
+        """Run the script's forward_step with ``model`` on a microbatch's raw items; the scaled loss of one part."""
         ...
 
     def backward(self, outputs: list[torch.Tensor], gradients: list[torch.Tensor] | None) -> None:
-        """Autograd's backward; ``gradients`` is None for the loss."""
+        """Autograd's backward from ``outputs``; ``gradients`` is None for the loss."""
         ...
 
     def weight(self, gradients: WeightGradients) -> None:
         """Compute the weight gradients that a stage's B left."""
-        ...
-
-    def release(self, outputs: list[torch.Tensor]) -> None:
-        """Drop the storage of outputs that were sent, if Megatron is told to."""
         ...
 
 
@@ -57,13 +65,14 @@ class ModelStandIn:
 
 @dataclass
 class _Saved:
-    """What a stage's backward needs."""
+    """What a stage's backward needs. ``outputs`` are entrances to its graph and where their gradients go; of the stage
+    with the loss, the loss itself."""
 
     inputs: list[dict[str, Slot]]
-    outputs: Tensors
+    outputs: dict[str, tuple[torch.Tensor, Slot]]
     weights: WeightGradients | None
     offloaded: OffloadedActivations | None
-    is_loss: bool = False
+    loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -80,11 +89,20 @@ class IterationState:
 
 @dataclass(frozen=True)
 class StageLookAhead:
-    """What a rank's stages must know of the plan beforehand: which stages (unit, segment) have their backward in two,
-    and the backward with offloaded layers, if it is one, that follows right after each operation."""
+    """What a rank's stages (unit, segment) must know of the plan beforehand.
+
+    ``split`` have their backward in two, ``forward_only`` have none (nothing before them trains). ``offloaded_next`` is
+    the backward with offloaded layers, if it is one, that follows right after each operation. ``sources`` are the units
+    whose payloads a stage gets, where they aren't its own; ``constant`` the names of those of their tensors that get no
+    gradient. ``parts`` are the units that share a microbatch with another of the last module.
+    """
 
     split: frozenset[tuple[int, int]] = frozenset()
     offloaded_next: Mapping[StageKey, tuple[int, int]] = field(default_factory=dict)
+    forward_only: frozenset[tuple[int, int]] = frozenset()
+    sources: Mapping[tuple[int, int], tuple[Unit, ...]] = field(default_factory=dict)
+    constant: Mapping[tuple[int, int], frozenset[str]] = field(default_factory=dict)
+    parts: frozenset[int] = frozenset()
 
     @staticmethod
     def of(plan: Plan, rank: int) -> StageLookAhead:
@@ -96,7 +114,21 @@ class StageLookAhead:
             for before, after in pairwise(actions)
             if after.key.kind in (Kind.B, Kind.BW) and "offload" in after.strategy
         }
-        return StageLookAhead(split, following)
+        backward = {(a.key.unit, a.key.segment) for a in actions if a.key.kind in (Kind.B, Kind.BW)}
+        sources, constant = {}, {}
+        graph = plan.graph
+        for key in (a.key for a in actions if a.key.kind == Kind.F):
+            messages = incoming(graph, key)
+            rows = [(graph.row_of(m.source), graph.row_of(m.target)) for m in messages]
+            specs = [spec for row in rows for spec in plan.payloads.get(row, ())]
+            sources[key.unit, key.segment] = tuple(graph.units[m.source.unit] for m in messages)
+            constant[key.unit, key.segment] = frozenset(s.name for s in specs if not s.differentiable)
+        last = [u for u in graph.units if u.module == graph.modules[-1].name]
+        several = Counter(u.microbatch for u in last)
+        return StageLookAhead(
+            split, following, frozenset(sources) - backward, sources, constant,
+            frozenset(u.id for u in last if several[u.microbatch] > 1),
+        )  # fmt: skip
 
 
 class ModelStages:
@@ -132,10 +164,15 @@ class ModelStages:
         self._prefetch_after(key)
         chunk = self._chunks[self._index[key.module, key.segment]]
         microbatch = self._state.microbatches[unit.microbatch]
-        train = not self._state.forward_only
+        place = (key.unit, key.segment)
+        train = not self._state.forward_only and place not in self._look_ahead.forward_only
         slots: list[dict[str, Slot]] = []
         if train:
-            begun = [{name: start(t) for name, t in payload.items() if t.is_floating_point()} for payload in inputs]
+            constant = self._look_ahead.constant.get(place, frozenset())
+            begun = [
+                {name: start(t) for name, t in payload.items() if t.is_floating_point() and name not in constant}
+                for payload in inputs
+            ]
             slots = [{name: slot for name, (_, slot) in payload.items()} for payload in begun]
             inputs = [
                 {name: own[name][0] if name in own else t for name, t in payload.items()}
@@ -146,27 +183,30 @@ class ModelStages:
         strategies: tuple[str, ...] = ()
         if train:
             strategies = layer_strategies(strategy, self._layers[key.module, key.segment][key.rank])
-            if (key.unit, key.segment) in self._look_ahead.split:
+            if place in self._look_ahead.split:
                 weights = WeightGradients()
             if "offload" in strategies:
                 offloaded = self._mode.offload()
         is_loss = (key.module, key.segment, key.rank) == self._final
-        with self._mode.stage(weights, strategies, offloaded):
+        given = Inputs(inputs, unit, self._look_ahead.sources.get(place, ()))
+        del inputs
+        outputs: Tensors = {}
+        loss = None
+        with self._mode.stage(weights, strategies, offloaded), torch.set_grad_enabled(train):
             if is_loss:
                 model = ModelStandIn(
-                    chunk, lambda *a, **k: self._program.final(chunk, inputs, self._program.bind(*a, **k))
+                    chunk, lambda *a, **k: self._program.final(chunk, given, self._program.bind(*a, **k))
                 )
-                outputs = {"loss": self._step.loss(chunk, model, microbatch.items, unit.microbatch)}
+                part = LossPart()
+                if unit.id in self._look_ahead.parts:
+                    part = LossPart(unit.first, self._program.loss_share(unit, microbatch.arguments))
+                loss = self._step.loss(chunk, model, microbatch.items, unit.microbatch, part)
             else:
-                outputs = self._step.forward(chunk, lambda: self._program.forward(chunk, key, unit, inputs, microbatch))
+                outputs = self._step.forward(chunk, lambda: self._program.forward(chunk, key, unit, given, microbatch))
         if train:
-            self._state.saved[key.unit, key.segment] = _Saved(slots, outputs, weights, offloaded, is_loss)
-        return {} if is_loss else outputs
-
-    def sent(self, key: StageKey, unit: Unit) -> None:
-        saved = self._state.saved.get((key.unit, key.segment))
-        if saved is not None and not saved.is_loss:
-            self._step.release(list(saved.outputs.values()))
+            left = {name: leave(t) for name, t in outputs.items() if t.requires_grad}
+            self._state.saved[place] = _Saved(slots, left, weights, offloaded, loss)
+        return outputs
 
     def backward(self, key: StageKey, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
         saved = self._state.saved.pop((key.unit, key.segment))
@@ -183,17 +223,17 @@ class ModelStages:
         return results
 
     def _differentiate(self, saved: _Saved, gradients: list[Tensors]) -> None:
-        if saved.is_loss:
-            self._step.backward([saved.outputs["loss"]], None)
+        if saved.loss is not None:
+            self._step.backward([saved.loss], None)
             return
-        names = [name for name, t in saved.outputs.items() if t.requires_grad]
-        if names:
+        for name, (_, slot) in saved.outputs.items():
             # A stage that feeds several others gets the sum of what they send back.
-            total = [
-                g[0] if len(g) == 1 else torch.stack(g).sum(0)
-                for g in ([payload[name] for payload in gradients] for name in names)
-            ]
-            self._step.backward([saved.outputs[name] for name in names], total)
+            sent = [payload[name] for payload in gradients if name in payload]
+            if sent:
+                slot.gradient = sent[0] if len(sent) == 1 else torch.stack(sent).sum(0)
+        entrances = [entrance for entrance, _ in saved.outputs.values()]
+        if entrances:
+            self._step.backward(entrances, [torch.empty_like(entrance) for entrance in entrances])
 
     def weight(self, key: StageKey, unit: Unit, strategy: str) -> None:
         self._prefetch_after(key)

@@ -156,7 +156,6 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
             outputs = stages.forward(key, unit, strategy, received(payloads))
             before -= _bytes(payloads)
             payloads = received([outputs]) if outputs else []
-            stages.sent(key, unit)
             del outputs
             offloaded = state.saved[unit.id, place[1]].offloaded
             host = 0 if offloaded is None else offloaded.host_bytes

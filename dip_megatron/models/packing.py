@@ -1,0 +1,46 @@
+"""Sequences of different lengths one after the other in one tensor, each attending to itself alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass
+class PackedLengths(PackedSeqParams):
+    """Megatron's parameters of packed sequences (``thd``), with the lengths also on the host, so that a loop over them
+    waits for no device. ``cross`` packs the same queries with what a second attention reads."""
+
+    lengths_q: tuple[int, ...] = ()
+    lengths_kv: tuple[int, ...] = ()
+    cross: PackedLengths | None = None
+
+
+def pack(lengths: Sequence[int], device: torch.device, condition: Sequence[int] | None = None) -> PackedLengths:
+    """Sequences of these lengths; with ``condition`` also its lengths, sequence by sequence, for cross attention."""
+    packed = _packed(tuple(lengths), tuple(lengths), device)
+    if condition is not None:
+        packed.cross = _packed(tuple(lengths), tuple(condition), device)
+    return packed
+
+
+def _packed(queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> PackedLengths:
+    ends = [torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (queries, keys)]
+    return PackedLengths(
+        qkv_format="thd", cu_seqlens_q=ends[0], cu_seqlens_kv=ends[1], max_seqlen_q=max(queries),
+        max_seqlen_kv=max(keys), lengths_q=queries, lengths_kv=keys,
+    )  # fmt: skip
+
+
+def lengths_of(packed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths of the packed queries, and of the keys and values that each sees."""
+    if isinstance(packed, PackedLengths):
+        return packed.lengths_q, packed.lengths_kv
+    ends = packed.cu_seqlens_q, packed.cu_seqlens_kv
+    queries, keys = (tuple((e[1:] - e[:-1]).tolist()) for e in ends)
+    return queries, keys

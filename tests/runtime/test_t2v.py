@@ -1,0 +1,96 @@
+"""Text to video: losses and gradients of Megatron's own run, whatever the plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from dip_megatron.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.schedule import Kind
+from tests.processes import ProcessFailure, team
+from tests.runtime.split_case import Drawn
+from tests.runtime.t2v_case import LONG, LOSSES, SHORT, TALL, WIDE, T2vCase, dip_run, reference
+from tests.runtime.test_equality import TOLERANCE, merged
+
+MIXED = ((SHORT, LONG, WIDE), (TALL,), (WIDE, SHORT, TALL, LONG, SHORT))
+
+
+def check(case: T2vCase, world: int, drawn: Drawn | None = None):
+    """Equality with Megatron's PP1 run; what each rank ran."""
+    answers = team(world).run(dip_run, case, drawn or Drawn())
+    losses, grads = merged([a[:2] for a in answers])
+    their_losses, their_grads = team(1).run(reference, case)[0]
+    assert len(losses[0]) == len(their_losses) == len(case.clips)
+    for ours, theirs in zip(losses[0], their_losses, strict=True):
+        torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-6, atol=1e-6)
+    assert set(grads) == set(their_grads)
+    for name, grad in their_grads.items():
+        error = ((grads[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)).item()
+        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+    return [a[2] for a in answers]
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
+@given(
+    clips=st.lists(
+        st.lists(st.sampled_from([SHORT, LONG, WIDE, TALL]), min_size=1, max_size=5).map(tuple), min_size=1, max_size=3
+    ).map(tuple),
+    sizes=st.tuples(st.sampled_from([None, 1, 2, 3]), st.sampled_from([None, 1, 2])),
+    segments=st.booleans(),
+    freeze=st.sampled_from([(), (), ("text_encoder",), ("text_encoder", "text_projection")]),
+    strategies=st.sets(st.sampled_from(LAYER_STRATEGIES), min_size=1).map(sorted).map(tuple),
+    recompute=st.booleans(),
+    loss=st.sampled_from(LOSSES),
+    seed=st.integers(0, 1000),
+)
+def test_two_ranks_equal_one(clips, sizes, segments, freeze, strategies, recompute, loss, seed):
+    language, diffusion = (((1, 1), (1, 0)), ((1, 1), (2, 1))) if segments else (((1, 2),), ((2, 1),))
+    case = T2vCase(
+        clips, language, diffusion, dict(zip(("language", "diffusion"), sizes, strict=True)), freeze, recompute, loss
+    )
+    check(case, 2, Drawn(seed, 0.6, ("none",) if recompute else strategies))
+
+
+def test_four_ranks_equal_one():
+    case = T2vCase(MIXED, ((1, 0, 1, 1),), ((1, 1, 1, 1), (1, 0, 1, 1)), {"language": 2, "diffusion": 2})
+    check(case, 4, Drawn(5, 0.6, LAYER_STRATEGIES))
+
+
+def test_a_frozen_text_encoder_has_no_backward():
+    case = T2vCase(MIXED, freeze=("text_encoder", "text_projection"))
+    for rank in check(case, 2, Drawn(1, 1.0)):
+        assert {kind for module, kind in rank if module == "language"} == {Kind.F}
+        assert {kind for module, kind in rank if module == "diffusion"} == {Kind.F, Kind.B, Kind.W}
+
+
+def test_a_projector_alone_trains():
+    case = T2vCase(MIXED, freeze=("text_encoder",))
+    first, last = check(case, 2, Drawn(1, 1.0))
+    assert {kind for module, kind in first if module == "language"} == {Kind.F}
+    assert {kind for module, kind in last if module == "language"} == {Kind.F, Kind.B, Kind.W}
+
+
+def test_evaluation():
+    case = T2vCase(MIXED)
+    losses = team(2).run(dip_run, case, Drawn(), True)[-1][0][0]
+    for ours, theirs in zip(losses, team(1).run(reference, case)[0][0], strict=True):
+        torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-6, atol=1e-6)
+
+
+def with_pipeline(rank, world):
+    from dip_megatron.models.t2v import TextToVideoModel
+    from tests.runtime.llava_case import initialize
+    from tests.runtime.t2v_case import arguments
+
+    initialize(world)
+    TextToVideoModel(**arguments(T2vCase(MIXED), 2))
+
+
+def test_a_pipeline_without_dip_is_refused():
+    with pytest.raises(ProcessFailure, match=r"has no pipeline of its own: .* run it through DIP"):
+        team(1).run(with_pipeline)
