@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ..model import LanguageHead, MultimodalModel, PatchEmbedding, Projector, TransformerLayer
 from ..models.sdpa import with_sdpa
 from ..models.shapes import LANGUAGE, VISION
+from ..models.weights import draw_by_name
 from ..workload import Microbatch
 
 IMAGE = -200
@@ -99,26 +99,15 @@ def wrap(chunks: Sequence[torch.nn.Module], device: torch.device) -> list[torch.
 def draw_weights(parts: Sequence[torch.nn.Module], seed: int) -> None:
     """The same weights however the model is cut: each drawn from its name in the whole model, on its own device.
     ``parts`` are LLaVAModel pieces."""
+
+    def deviation(name: str, _: torch.nn.Parameter) -> float | None:
+        return None if name.endswith("bias") or "norm" in name or "ln_" in name else 0.02
+
+    draw_by_name(parts, seed, deviation)
     for part in parts:
         for name, parameter in part.named_parameters():
-            digest = hashlib.sha256(f"{seed}:{_global_name(part, name)}".encode()).digest()
-            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            with torch.no_grad():
-                if name.endswith("bias"):
-                    parameter.zero_()
-                elif "norm" in name or "ln_" in name:
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(0.0, 0.02, generator=generator)
-
-
-def _global_name(part: torch.nn.Module, name: str) -> str:
-    names = name.split(".")
-    if "layers" in names:
-        at = names.index("layers") + 1
-        block: Any = part.get_submodule(".".join(names[:at]))
-        names[at] = str(block[int(names[at])].layer_number - 1)
-    return ".".join(names)
+            if deviation(name, parameter) is None:
+                torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
 
 def draw_batch(

@@ -32,8 +32,8 @@ class VideoBatch:
     """Clips of one microbatch, or some of them.
 
     ``tokens`` are their prompts one after the other, each of its ``prompt_lengths``; ``latents`` ``[channels, frames,
-    height, width]`` a clip, and as much ``noise`` (None: ``latents`` are noisy already); ``timesteps`` ``[clips]`` from 0
-    (noise) to 1 (data)."""
+    height, width]`` a clip and as much ``noise`` (None: ``latents`` are noisy already); ``timesteps`` ``[clips]`` from
+    0 (noise) to 1 (data)."""
 
     tokens: torch.Tensor
     prompt_lengths: tuple[int, ...]

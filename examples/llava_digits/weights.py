@@ -1,27 +1,13 @@
-"""Initial weights that don't depend on how a model is spread over ranks, so that runs can be compared.
-
-Megatron draws weights in the order a rank builds them, from a seed that differs by pipeline stage.
-"""
+"""Initial weights that don't depend on how a model is spread over ranks, so that runs can be compared."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 import torch
 
-
-def global_name(model: torch.nn.Module, name: str) -> str:
-    """A parameter's name with its layer counted over the whole model, and without the names of wrappers."""
-    parts = name.split(".")
-    if "layers" in parts:
-        place = parts.index("layers") + 1
-        layers = model.get_submodule(".".join(parts[:place]))
-        parts[place] = str(layers[int(parts[place])].layer_number - 1)  # type: ignore[index]
-    while parts[0] == "module":
-        parts.pop(0)
-    return ".".join(parts)
+from dip_megatron.models.weights import draw_by_name
 
 
 def draw_weights_by_name(models: Sequence[torch.nn.Module], *, seed: int, std: float, output_std: float) -> None:
@@ -30,19 +16,16 @@ def draw_weights_by_name(models: Sequence[torch.nn.Module], *, seed: int, std: f
     Normally distributed as Megatron does it: ``output_std`` for the matrices that write into the residual stream,
     ``std`` for all others, and PyTorch's own deviations for the ViT's patch and position embeddings.
     """
-    for model in models:
-        for local_name, parameter in model.named_parameters():
-            name = global_name(model, local_name)
-            if "norm" in name or "ln_" in name or name.endswith("bias"):
-                continue
-            deviation = std
-            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-                deviation = output_std
-            elif name.endswith("conv1.weight"):
-                deviation = 1.0 / math.sqrt(3 * parameter[0].numel())
-            elif name.startswith("vision_model.") and name.endswith(("position_embeddings.weight", "class_token")):
-                deviation = 1.0
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+
+    def deviation(name: str, parameter: torch.nn.Parameter) -> float | None:
+        if "norm" in name or "ln_" in name or name.endswith("bias"):
+            return None
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            return output_std
+        if name.endswith("conv1.weight"):
+            return 1.0 / math.sqrt(3 * parameter[0].numel())
+        if name.startswith("vision_model.") and name.endswith(("position_embeddings.weight", "class_token")):
+            return 1.0
+        return std
+
+    draw_by_name(models, seed, deviation)

@@ -1,0 +1,52 @@
+"""Weights by their names in the whole model, however it is cut: to draw them, and to bring them together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Deviation = Callable[[str, torch.nn.Parameter], float | None]
+
+
+def global_name(model: torch.nn.Module, name: str) -> str:
+    """A parameter's name with its layer counted over the whole model, and without the names of Megatron's wrappers."""
+    parts = name.split(".")
+    if "layers" in parts:
+        place = parts.index("layers") + 1
+        layers: Any = model.get_submodule(".".join(parts[:place]))
+        parts[place] = str(layers[int(parts[place])].layer_number - 1)
+    while parts[0] == "module":
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def draw_by_name(models: Iterable[torch.nn.Module], seed: int, deviation: Deviation) -> None:
+    """Draw weights anew, from ``seed`` and their global names, normally distributed.
+
+    Megatron draws them in the order in which a rank builds them. ``deviation(name, parameter)`` is None for what stays
+    as it is. Tensor-parallel shards have one name, and would get the same numbers.
+    """
+    for model in models:
+        for local, parameter in model.named_parameters():
+            name = global_name(model, local)
+            std = deviation(name, parameter)
+            if std is None:
+                continue
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device=parameter.device) * std)
+
+
+def gather_weights(models: Sequence[torch.nn.Module], group: Any) -> dict[str, torch.Tensor] | None:
+    """The weights of all chunks of a pipeline by global name, on the host of its first rank; None on the others. Every
+    rank of ``group``, a pipeline without tensor parallelism, must call it."""
+    own = {global_name(m, name): p.detach().cpu() for m in models for name, p in m.named_parameters()}
+    ranks = dist.get_process_group_ranks(group)
+    gathered: list[Any] | None = [None] * len(ranks) if dist.get_rank() == ranks[0] else None
+    dist.gather_object(own, gathered, dst=ranks[0], group=group)
+    return None if gathered is None else {name: weight for part in gathered for name, weight in part.items()}

@@ -1,0 +1,1 @@
+"""Text to video on two CPU cores: moving handwritten digits."""

@@ -1,0 +1,87 @@
+"""Text to video under Megatron's own loop: whole training runs in processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.utils import Split
+
+from scripts.t2v.digits import CANVASES, FRAMES, MOVES, VOCABULARY, WORDS, PackedClips, Scans, to_frames, to_latent
+from tests.processes import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "pretrain_t2v.py"
+CONFIG = ROOT / "configs" / "train" / "t2v_tiny_cpu.yaml"
+DIP = ("-m", "dip_megatron.cli", "run")
+
+needs_training = pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("megatron.training") is None,
+    reason="needs megatron.training, and is laid out for CPU ranks",
+)
+
+
+def pretrain(out: Path, ranks: int, launcher: tuple[str, ...], *flags: str) -> tuple[list[float], str]:
+    """Losses by iteration, and all that was printed."""
+    small = ("--train-iters", "4", "--log-interval", "1", "--eval-iters", "0", "--sample-steps", "2")
+    elastic = (f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    command = [sys.executable, "-m", "torch.distributed.run", *elastic, *launcher, str(SCRIPT), *small]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [*command, "--picture", str(out / "samples.png"), *flags], env=environment, capture_output=True, text=True,
+        cwd=out, timeout=240,
+    )  # fmt: skip
+    text = run.stdout + run.stderr
+    if run.returncode:
+        raise AssertionError(text[-5000:])
+    return [float(loss) for loss in re.findall(r"flow loss: ([\d.E+-]+)", run.stdout)], text
+
+
+@needs_training
+@pytest.mark.parametrize("frozen", [(), ("--freeze-text-encoder",)], ids=["trained", "frozen text encoder"])
+def test_dip_trains_with_megatrons_losses(tmp_path, frozen):
+    ours, text = pretrain(tmp_path, 2, DIP, "--dip-config", str(CONFIG), *frozen)
+    assert "can't defer weight gradients" not in text
+    assert (tmp_path / "samples.png").stat().st_size > 5000
+    theirs, _ = pretrain(tmp_path, 1, (), "--pipeline-model-parallel-size", "1", *frozen)
+    assert len(theirs) == 4
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def scans():
+    random = np.random.default_rng(0)
+    return Scans(random.uniform(-1, 1, (5, 8, 8)).astype(np.float32), np.arange(5))
+
+
+def test_clips_are_of_all_sizes_and_show_whole_digits():
+    data, seen = PackedClips(scans(), Split.train, 40, seed=1), set()
+    for item in (data[i] for i in range(40)):
+        assert 1 <= len(item["latents"]) == len(item["prompt_lengths"]) == len(item["timesteps"]) <= 8
+        assert sum(item["prompt_lengths"]) == len(item["tokens"])
+        for latent, noise in zip(item["latents"], item["noise"], strict=True):
+            assert noise.shape == latent.shape
+            frames = to_frames(latent)
+            seen.add(frames.shape)
+            for frame in frames:
+                assert any(np.isclose(frame[frame > -1].sum(), scan.sum(), atol=1e-3) for scan in scans().pixels)
+    assert seen == {(count, *canvas) for count in FRAMES for canvas in CANVASES}
+    assert len(WORDS) < VOCABULARY
+    assert set(MOVES) < set(WORDS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), st.integers(0, 99))
+def test_latents_are_pixels_in_another_order(grid, seed):
+    frames = np.random.default_rng(seed).normal(size=tuple(2 * n for n in grid)).astype(np.float32)
+    latent = to_latent(frames)
+    assert latent.shape == (8, *grid)
+    np.testing.assert_array_equal(to_frames(latent), frames)
