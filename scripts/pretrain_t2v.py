@@ -8,7 +8,7 @@ transformer) from flags and hands it to ``megatron.training.pretrain``. ``t2v/ti
 that learns on two CPU cores; they come first, so that flags of the command line override them. Without a pipeline
 (``--pipeline-model-parallel-size 1``) it runs under Megatron's own schedule.
 
-One microbatch is one to eight clips of several sizes, lengths and prompts. ``flow loss`` is the mean squared error of
+One microbatch is two to sixteen clips of several sizes, lengths and prompts. ``flow loss`` is the mean squared error of
 the velocity. At the end ten clips are sampled, one of every digit, and saved as one picture.
 """
 

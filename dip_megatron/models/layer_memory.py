@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ..runtime.deferred import AtOnce
@@ -35,6 +36,8 @@ def install(chunk: torch.nn.Module, mode: StageMode) -> None:
 def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[..., Any]:
     megatrons = layer.forward
     mlp = _SwitchedMLP(layer)
+    # A layer without cross attention has a placeholder there.
+    attentions: list[Any] = [a for a in (layer.self_attention, layer.cross_attention) if isinstance(a, Attention)]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not mode.strategies or not torch.is_grad_enabled():
@@ -46,13 +49,16 @@ def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[.
             return _offloaded(layer, index, mode, megatrons, args, kwargs)
         if strategy == "full":
             return _checkpointed(layer, megatrons, args, kwargs)
-        switch, name = (mlp, "recomputes") if strategy == "mlp" else (layer.self_attention, "checkpoint_core_attention")
-        before = getattr(switch, name)
-        setattr(switch, name, True)
+        name = "recomputes" if strategy == "mlp" else "checkpoint_core_attention"
+        switches = [mlp] if strategy == "mlp" else attentions
+        before = [getattr(switch, name) for switch in switches]
+        for switch in switches:
+            setattr(switch, name, True)
         try:
             return megatrons(*args, **kwargs)
         finally:
-            setattr(switch, name, before)
+            for switch, value in zip(switches, before, strict=True):
+                setattr(switch, name, value)
 
     return forward
 

@@ -1,8 +1,8 @@
 """Short clips of handwritten digits that move, with captions, packed into microbatches.
 
 The digits are scikit-learn's copy of the UCI handwritten digits (scans of 8x8 pixels, by 43 writers). A clip shows one
-of them on a canvas of one of three sizes for 4, 6 or 8 frames, standing still or moving a pixel a frame and turning at
-the edges; its caption says what it shows in one to eight words. So clips of a microbatch differ in size, length and
+of them for 4, 6 or 8 frames, standing still or moving a pixel a frame, up and down a tall canvas or to and fro on a
+wide one; its caption says what it shows in one to eight words. So clips of a microbatch differ in size, length and
 prompt, and microbatches in how many clips they hold.
 
 Latents are pixels in blocks: 2 frames of 2x2 pixels are the 8 channels of one latent. There is no autoencoder.
@@ -24,12 +24,16 @@ BLOCK = (2, 2, 2)
 """Frames, rows and columns of pixels in a latent."""
 CHANNELS = 8
 PATCH = (1, 2, 2)
-CANVASES = ((12, 12), (12, 16), (16, 12))
+SMALL, WIDE, TALL = (8, 8), (8, 12), (12, 8)
+"""Rows and columns of canvases."""
 FRAMES = (4, 6, 8)
-MOST_CLIPS = 8
+CLIPS = (2, 16)
+"""Fewest and most of a microbatch."""
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOVES = {"still": (0, 0), "up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+CANVASES = {"still": (SMALL, WIDE, TALL), "up": (TALL,), "down": (TALL,), "left": (WIDE,), "right": (WIDE,)}
+"""Where there is room for each of the moves."""
 WORDS = ("nothing", "a", "handwritten", "digit", "that", "is", "moving", *DIGITS, *MOVES)
 VOCABULARY = 32
 WITHOUT_CAPTION = 0.1
@@ -96,12 +100,12 @@ def moving(scan: NDArray[np.float32], canvas: tuple[int, int], count: int, start
 
 
 def _bounced(place: int, most: int) -> int:
-    place %= 2 * most
-    return place if place <= most else 2 * most - place
+    place %= max(2 * most, 1)
+    return min(place, 2 * most - place)
 
 
 class PackedClips(torch.utils.data.Dataset[dict[str, object]]):
-    """``size`` microbatches of one to eight clips; item ``index`` depends on ``seed``, ``split`` and ``index`` alone.
+    """``size`` microbatches of two to sixteen clips; item ``index`` depends on ``seed``, ``split`` and ``index`` alone.
 
     An item holds the arguments of a TextToVideoModel: ``tokens``, ``prompt_lengths``, ``latents``, ``timesteps`` and
     ``noise``.
@@ -118,7 +122,7 @@ class PackedClips(torch.utils.data.Dataset[dict[str, object]]):
         random = np.random.default_rng((self._seed, self.split.value, index))
         draw = torch.Generator().manual_seed(int(random.integers(2**62)))
         prompts, latents = [], []
-        for _ in range(int(random.integers(1, MOST_CLIPS + 1))):
+        for _ in range(int(random.integers(*CLIPS, endpoint=True))):
             words, frames = self._clip(random)
             prompts.append(tokens(words))
             latents.append(to_latent(frames))
@@ -134,8 +138,8 @@ class PackedClips(torch.utils.data.Dataset[dict[str, object]]):
 
     def _clip(self, random: np.random.Generator) -> tuple[list[str], NDArray[np.float32]]:
         which = int(random.integers(len(self._scans.digits)))
-        canvas = CANVASES[int(random.integers(len(CANVASES)))]
         move = list(MOVES)[int(random.integers(len(MOVES)))]
+        canvas = CANVASES[move][int(random.integers(len(CANVASES[move])))]
         start = (int(random.integers(canvas[0] - SIDE + 1)), int(random.integers(canvas[1] - SIDE + 1)))
         frames = moving(
             self._scans.pixels[which], canvas, FRAMES[int(random.integers(len(FRAMES)))], start, MOVES[move]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .digits import BLOCK, CHANNELS, DIGITS, caption, to_frames, tokens
+from .digits import BLOCK, CANVASES, CHANNELS, DIGITS, FRAMES, caption, to_frames, tokens
 
 
 @torch.no_grad()
@@ -45,8 +45,9 @@ def sample(
 def draw_digits(model: torch.nn.Module, path: Path, **options: Any) -> None:
     """Save a picture of one sampled clip of every digit: a column each, its frames from top to bottom."""
     moves = ("right", "down", "left", "up", "still")
-    captions = [caption(digit, moves[digit % len(moves)]) for digit in range(10)]
-    clips = sample(model, captions, [(8, 12, 12)] * 10, **options)
+    captions = [caption(digit, moves[digit % len(moves)], length=1) for digit in range(10)]
+    sizes = [(FRAMES[-1], *CANVASES[words[-1]][0]) for words in captions]
+    clips = sample(model, captions, sizes, **options)
     save_grid(clips, [f"{DIGITS[i]}\n{words[-1]}" for i, words in enumerate(captions)], path)
 
 

@@ -16,7 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.utils import Split
 
-from scripts.t2v.digits import CANVASES, FRAMES, MOVES, VOCABULARY, WORDS, PackedClips, Scans, to_frames, to_latent
+from scripts.t2v.digits import (
+    CLIPS,
+    FRAMES,
+    MOVES,
+    SMALL,
+    TALL,
+    VOCABULARY,
+    WIDE,
+    WORDS,
+    PackedClips,
+    Scans,
+    to_frames,
+    to_latent,
+)  # fmt: skip
 from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +78,7 @@ def scans():
 def test_clips_are_of_all_sizes_and_show_whole_digits():
     data, seen = PackedClips(scans(), Split.train, 40, seed=1), set()
     for item in (data[i] for i in range(40)):
-        assert 1 <= len(item["latents"]) == len(item["prompt_lengths"]) == len(item["timesteps"]) <= 8
+        assert CLIPS[0] <= len(item["latents"]) == len(item["prompt_lengths"]) == len(item["timesteps"]) <= CLIPS[1]
         assert sum(item["prompt_lengths"]) == len(item["tokens"])
         for latent, noise in zip(item["latents"], item["noise"], strict=True):
             assert noise.shape == latent.shape
@@ -73,7 +86,7 @@ def test_clips_are_of_all_sizes_and_show_whole_digits():
             seen.add(frames.shape)
             for frame in frames:
                 assert any(np.isclose(frame[frame > -1].sum(), scan.sum(), atol=1e-3) for scan in scans().pixels)
-    assert seen == {(count, *canvas) for count in FRAMES for canvas in CANVASES}
+    assert seen == {(count, *canvas) for count in FRAMES for canvas in (SMALL, WIDE, TALL)}
     assert len(WORDS) < VOCABULARY
     assert set(MOVES) < set(WORDS)
 

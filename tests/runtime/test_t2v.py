@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dip_megatron.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.model import Parallel
 from dip_megatron.schedule import Kind
 from tests.processes import ProcessFailure, team
 from tests.runtime.split_case import Drawn
@@ -80,6 +81,41 @@ def test_evaluation():
     losses = team(2).run(dip_run, case, Drawn(), True)[-1][0][0]
     for ours, theirs in zip(losses, team(1).run(reference, case)[0][0], strict=True):
         torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-6, atol=1e-6)
+
+
+def described(rank, world):
+    """Parameters of the planner's view and of the model, and the same for the patches of each clip."""
+    from dip_megatron.megatron.describe import describe_t2v
+    from dip_megatron.models.protocol import MicrobatchInputs
+    from dip_megatron.models.t2v import T2vProgram, TextToVideoModel
+    from tests.runtime.llava_case import initialize
+    from tests.runtime.t2v_case import arguments, batches
+
+    initialize(world)
+    case = T2vCase(MIXED)
+    view = describe_t2v(arguments(case, 1), {}, Parallel(1, 1, 1, False, False))
+    left_out = ("bias", "final_layernorm.weight")  # and position tables
+    real = sum(
+        p.numel()
+        for name, p in TextToVideoModel(**arguments(case, 1)).named_parameters()
+        if not name.endswith(left_out) and "positions" not in name
+    )
+    lines = {"language": ((2,),), "diffusion": ((2,),)}
+    program, stem = T2vProgram(arguments(case, 1), lines, rank=0), view.module("diffusion").stem
+    counted, patches = [], []
+    for item in batches(case):
+        counted += [
+            (clip.text_tokens, clip.latent_tokens(stem.compression, stem.patch))
+            for clip in program.load(MicrobatchInputs(program.bind(**item))).clips
+        ]
+        patches += [(n, x[0].numel() // 4) for n, x in zip(item["prompt_lengths"], item["latents"], strict=True)]
+    return view.parameters, real, counted, patches
+
+
+def test_the_planner_sees_the_model_as_it_is():
+    said, real, counted, patches = team(1).run(described)[0]
+    assert said == real
+    assert counted == patches
 
 
 def with_pipeline(rank, world):
