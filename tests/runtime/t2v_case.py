@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule import Kind, ModalityModule, StageGraph
 from dip_megatron.workload import Microbatch, make_units
-from tests.runtime.llava_case import finalize_without_ddp, gradients, initialize, seed_parameters
+from tests.runtime.llava_case import finalize_without_ddp, global_name, gradients, initialize
 from tests.runtime.split_case import Drawn, DrawnMaker
 
 VOCABULARY = 64
@@ -111,7 +112,7 @@ def forward_step(kind: str, data_iterator: Any, model: Any) -> Any:
 
 
 def reference(rank: int, world: int, case: T2vCase) -> Any:
-    """Losses and gradients of the whole model under Megatron's schedule without a pipeline."""
+    """Losses and gradients of the whole model under Megatron's schedule without a pipeline, and how they are split."""
     initialize(1, case.tensor_parallel)
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -127,17 +128,34 @@ def reference(rank: int, world: int, case: T2vCase) -> Any:
         forward_step_func=partial(forward_step, case.loss), data_iterator=iter(batches(case)), model=[model],
         num_microbatches=len(case.clips), seq_length=1, micro_batch_size=1, forward_only=False,
     )  # fmt: skip
-    return losses, gradients([model])
+    splits = {name: split_dimension(p) for name, p in model.named_parameters()}
+    return losses, gradients([model]), splits
+
+
+def split_dimension(parameter: torch.nn.Parameter) -> int | None:
+    """Along which dimension tensor parallelism splits it."""
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
 def seed(models: list[torch.nn.Module]) -> None:
-    """The same weights whatever the partition, large enough for attention to tell tokens apart: where it hardly does,
-    the gradients of queries are differences of nearly equal numbers, and say nothing about equality."""
-    seed_parameters(models)
+    """The same weights whatever the partition, each rank its shards of them.
+
+    They are large enough for attention to tell tokens apart: where it hardly does, the gradients of queries are
+    differences of nearly equal numbers, and say nothing about equality.
+    """
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for model in models:
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.data.mul_(4.0)
+        for local, parameter in model.named_parameters():
+            name, shape, split = global_name(model, local), list(parameter.shape), split_dimension(parameter)
+            if split is not None:
+                shape[split] *= size
+            drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+            weight = torch.randn(shape, generator=torch.Generator().manual_seed(drawn))
+            weight *= 0.2 if parameter.dim() > 1 else 0.05
+            weight += 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.data.copy_(weight if split is None else weight.chunk(size, split)[rank])
 
 
 @dataclass(frozen=True)

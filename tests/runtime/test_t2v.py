@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from dip_megatron.cost.strategies import LAYER_STRATEGIES
 from dip_megatron.model import Parallel
 from dip_megatron.schedule import Kind
-from tests.processes import ProcessFailure, team
+from tests.processes import ProcessFailure, Team, team
 from tests.runtime.split_case import Drawn
 from tests.runtime.t2v_case import LONG, LOSSES, SHORT, TALL, WIDE, T2vCase, dip_run, reference
 from tests.runtime.test_equality import TOLERANCE, merged
@@ -22,15 +24,19 @@ def check(case: T2vCase, world: int, drawn: Drawn | None = None):
     """Equality with Megatron's PP1 run; what each rank ran."""
     answers = team(world).run(dip_run, case, drawn or Drawn())
     losses, grads = merged([a[:2] for a in answers])
-    their_losses, their_grads = team(1).run(reference, case)[0]
-    assert len(losses[0]) == len(their_losses) == len(case.clips)
-    for ours, theirs in zip(losses[0], their_losses, strict=True):
-        torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-6, atol=1e-6)
+    assert_equal(case, team(1).run(reference, case)[0], losses[0], grads)
+    return [a[2] for a in answers]
+
+
+def assert_equal(case, theirs, losses, grads):
+    their_losses, their_grads, _ = theirs
+    assert len(losses) == len(their_losses) == len(case.clips)
+    for a, b in zip(losses, their_losses, strict=True):
+        torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-6, atol=1e-6)
     assert set(grads) == set(their_grads)
     for name, grad in their_grads.items():
         error = ((grads[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)).item()
         assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
-    return [a[2] for a in answers]
 
 
 @settings(
@@ -74,6 +80,22 @@ def test_a_projector_alone_trains():
     first, last = check(case, 2, Drawn(1, 1.0))
     assert {kind for module, kind in first if module == "language"} == {Kind.F}
     assert {kind for module, kind in last if module == "language"} == {Kind.F, Kind.B, Kind.W}
+
+
+def test_tensor_parallel_ranks_equal_one():
+    """Each of two ranks has its shards of the weights, and their gradients."""
+    case, pair = T2vCase(MIXED), Team(2)
+    try:
+        (losses, grads, splits), (_, others, _) = pair.run(reference, replace(case, tensor_parallel=2))
+    finally:
+        pair.close()
+    assert any(split is not None for split in splits.values())
+    for name, split in splits.items():
+        if split is None:
+            torch.testing.assert_close(grads[name], others[name], rtol=0, atol=1e-6 * float(grads[name].abs().max()))
+        else:
+            grads[name] = torch.cat([grads[name], others[name]], dim=split)
+    assert_equal(case, team(1).run(reference, case)[0], losses, grads)
 
 
 def test_evaluation():
