@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -106,12 +107,10 @@ class _Part(MegatronModule):
         self.pre_process, self.post_process = first and LANGUAGE in modules, last and DIFFUSION in modules
         self.share_embeddings_and_output_weights = False
         self.text_encoder = self.text_projection = self.diffusion = None
+        self.pg_collection = kwargs.get("pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
         placed: dict[str, Any] = {
-            "first": first,
-            "last": last,
-            "vp_stage": vp_stage,
-            "pg_collection": kwargs.get("pg_collection"),
-        }
+            "first": first, "last": last, "vp_stage": vp_stage, "pg_collection": self.pg_collection
+        }  # fmt: skip
         if LANGUAGE in modules:
             text: TransformerConfig = kwargs["text_config"]
             self.text_encoder = TextEncoder(
