@@ -1,7 +1,8 @@
 """The paper's dual-queue greedy (section 4.2) in plain Python: what is left when no planner worker answers.
 
-It needs neither numba nor a process, takes milliseconds to tens of milliseconds, and always ends: admission of forwards
-follows the banker's rule, so that the microbatch at the head of the line can always finish.
+It needs neither a process nor compiled kernels, takes milliseconds to tens of milliseconds, and always ends: admission
+of forwards follows the banker's rule of :mod:`..search.dispatch`, so that the work at the head of the line can always
+finish.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from math import inf
 import numpy as np
 
 from ..schedule import Kind, Schedule, StageGraph
-
-
-class NothingFitsError(ValueError):
-    """A microbatch alone is over a rank's memory limit even with the leanest strategy; the message says how far."""
+from ..search.feasibility import check_fits
+from ..search.problem import Problem, make_problem
 
 
 def leanest(graph: StageGraph) -> np.ndarray:
@@ -29,7 +28,7 @@ def greedy(graph: StageGraph) -> Schedule:
 
     The rank that can start earliest goes next; where a forward and a backward can start at the same time, the kind that
     did not run last (1F1B). Stages use the fastest strategy if everything fits at once, else the leanest. Raises
-    NothingFitsError.
+    DoesNotFitError if not even that fits.
     """
     rows, ranks = graph.rows, graph.ranks
     room = graph.memory_limit - graph.static_bytes
@@ -39,10 +38,10 @@ def greedy(graph: StageGraph) -> Schedule:
     unlimited = bool(np.all(np.where(graph.has_backward, graph.activation[0], 0.0).sum(axis=0) + passing <= room))
     strategy = fast if unlimited else leanest(graph)
     chosen = graph.project(strategy)
-    passing = np.where(graph.has_backward, 0.0, chosen.activation[0]).max(axis=0)
-    lines = [_Rank(chosen, p, None if unlimited else float(room[p])) for p in range(ranks)]
+    problem = make_problem(chosen)
     if not unlimited:
-        _check_fits(np.maximum(np.array([line.need for line in lines]).T, passing), room)
+        check_fits(chosen, problem)
+    lines = [_Rank(chosen, problem, p, unlimited) for p in range(ranks)]
     edges = graph.edges
     source, target, hop = edges.source.tolist(), edges.target.tolist(), edges.hop.tolist()
     into, out_of = edges.before_start.tolist(), edges.after_start.tolist()
@@ -68,7 +67,7 @@ def greedy(graph: StageGraph) -> Schedule:
         p = min(range(ranks), key=lambda r: lines[r].next()[0])
         start, backward, row = lines[p].next()
         if start == inf:
-            raise NothingFitsError("no operation may run: the memory limit leaves no way to finish a microbatch")
+            raise RuntimeError("no operation may run: the banker's rule has locked up, which it must not")
         end = lines[p].run(start, backward, row)
         n = row * ranks + p
         if backward:
@@ -83,25 +82,20 @@ def greedy(graph: StageGraph) -> Schedule:
 
 
 class _Rank:
-    """One rank's queues, clock and memory; ``need[m]`` are the bytes that microbatch m holds in all."""
+    """One rank's queues, clock and memory. Per sink (:class:`..search.problem.Problem`) ``need`` is what it will still
+    take, ``give`` what its end gives back, both in the problem's counts."""
 
-    def __init__(self, graph: StageGraph, rank: int, room: float | None):
+    def __init__(self, graph: StageGraph, q: Problem, rank: int, unlimited: bool):
         self._rows = graph.rows
         self._forward, self._backward = graph.forward[0, :, rank].tolist(), graph.backward[0, :, rank].tolist()
-        self._fused, self._bytes = graph.fused[0, :, rank].tolist(), graph.activation[0, :, rank].tolist()
+        self._fused, self._size = graph.fused[0, :, rank].tolist(), q.activation[0, rank :: graph.ranks].tolist()
         self._has_backward = graph.has_backward[:, rank].tolist()
         self._has_weight = graph.has_weight[:, rank].tolist()
-        self._microbatch = [graph.units[int(u)].microbatch for u in graph.row_unit]
-        count = max(self._microbatch) + 1
-        self.need, self._held, self._left = [0.0] * count, [0.0] * count, [0] * count
-        self._passing: list[list[float]] = [[] for _ in range(count)]
-        for s, m in enumerate(self._microbatch):
-            if self._has_backward[s]:
-                self.need[m] += self._bytes[s]
-                self._left[m] += 1
-            else:
-                self._passing[m].append(self._bytes[s])
-        self._room = room
+        self._first, self._last = q.first.tolist(), q.last.tolist()
+        self._need, self._give = q.claim[:, rank].tolist(), q.freed[:, rank].tolist()
+        self._passing, self._passing_count = q.passing[:, rank].tolist(), q.passing_count[:, rank].tolist()
+        self._free = int(q.capacity[rank])
+        self._unlimited = unlimited
         self._clock = 0.0
         self._was_forward = False
         # Rows that can run now, in their order; and (arrival, row) of those that come later. Forwards, backwards.
@@ -118,19 +112,19 @@ class _Rank:
     def next(self) -> tuple[float, bool, int]:
         """(start, whether a backward, row) of what it would run next; start is inf if nothing can."""
         if self._next is None:
-            options = [(*self._first(backward), backward) for backward in (False, True)]
+            options = [(*self._earliest(backward), backward) for backward in (False, True)]
             start, _, row, backward = min((t, b != self._was_forward, row, b) for t, row, b in options)
             self._next = (start, backward, row)
         return self._next
 
-    def _first(self, backward: bool) -> tuple[float, int]:
+    def _earliest(self, backward: bool) -> tuple[float, int]:
         here, coming = self._here[backward], self._coming[backward]
         while coming and coming[0][0] <= self._clock:
             insort(here, heappop(coming)[1])
         for row in here:
             if backward or self._admitted(row):
                 return self._clock, row
-        if backward or self._room is None:
+        if backward or self._unlimited:
             return coming[0] if coming else (inf, -1)
         return min((x for x in coming if self._admitted(x[1])), default=(inf, -1))
 
@@ -142,47 +136,35 @@ class _Rank:
         else:
             self._coming[backward].remove((start, row))
             heapify(self._coming[backward])
-        m = self._microbatch[row]
+        size = self._size[row]
         if backward:
             fused = self._has_weight[row]
             self._clock = start + (self._fused[row] if fused else self._backward[row])
             self.order.append(int(Kind.BW if fused else Kind.B) * self._rows + row)
-            self._held[m] -= self._bytes[row]
-            self._left[m] -= 1
+            self._free += size
+            self._give[self._last[row]] -= size
         else:
             self._clock = start + self._forward[row]
             self.order.append(int(Kind.F) * self._rows + row)
             if self._has_backward[row]:
-                self._held[m] += self._bytes[row]
+                self._free -= size
+                self._need[self._first[row]] -= size
             else:
-                self._passing[m].remove(self._bytes[row])
+                self._passing_count[self._first[row]] -= 1
         self._was_forward = not backward
         self._next = None
         return self._clock
 
     def _admitted(self, row: int) -> bool:
-        """Banker's rule: after this forward its microbatch and every earlier one can still finish in turn."""
-        if self._room is None:
+        """Banker's rule: after this forward its sink and every earlier one can still finish in turn."""
+        if self._unlimited:
             return True
-        m, size = self._microbatch[row], self._bytes[row]
-        # The verifier's tolerance: sums of floats must not lock a tight plan up.
-        free = self._room * (1 + 1e-9) - sum(self._held) - size
-        if free < 0 or not self._has_backward[row]:
-            return free >= 0
-        for i in range(m + 1):
-            own = size if i == m else 0.0
-            missing = self.need[i] - self._held[i] - own if self._left[i] else 0.0
-            if free < max(missing, max(self._passing[i], default=0.0)):
-                return False
-            free += self._held[i]
-        return True
-
-
-def _check_fits(need: np.ndarray, room: np.ndarray) -> None:
-    over = need - room[None, :]
-    if np.any(over > 0):
-        m, p = np.unravel_index(int(over.argmax()), over.shape)
-        raise NothingFitsError(
-            f"microbatch {m} alone needs {over[m, p]:.0f} bytes more than rank {p} has left beside its weights; "
-            "raise --dip-memory-limit, use smaller microbatches, more pipeline ranks or tensor parallelism"
-        )
+        size, sink = self._size[row], self._first[row]
+        if not self._has_backward[row]:
+            return size <= self._free
+        room = coming = self._free
+        for i in range(sink):
+            wanted = max(self._need[i], self._passing[i]) if self._passing_count[i] else self._need[i]
+            room = min(room, coming - wanted)
+            coming += self._give[i] - self._need[i]
+        return bool(size <= room and (not self._passing_count[sink] or size <= coming - self._passing[sink]))
