@@ -41,7 +41,7 @@ from megatron.training.arguments import (  # noqa: E402
 from dip_megatron.models.diffusion import diffusion_layer_spec  # noqa: E402
 from dip_megatron.models.t2v import TextToVideoModel  # noqa: E402
 from dip_megatron.models.text_encoder import text_layer_spec  # noqa: E402
-from dip_megatron.models.weights import draw_by_name, gather_weights  # noqa: E402
+from dip_megatron.models.weights import draw_by_name, gather_weights, load_weights  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -166,7 +166,7 @@ def draw_samples(args: argparse.Namespace, models: list[torch.nn.Module]) -> Non
     text = core_transformer_config_from_args(args)
     text.pipeline_model_parallel_size = 1
     model = TextToVideoModel(**model_arguments(args, text))
-    model.load_state_dict(weights)
+    load_weights(model, weights)
     draw_digits(model.eval(), args.picture, steps=args.sample_steps, guidance=args.guidance, seed=args.seed)
     print(f"samples of every digit: {args.picture}", flush=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,3 +50,10 @@ def gather_weights(models: Sequence[torch.nn.Module], group: Any) -> dict[str, t
     gathered: list[Any] | None = [None] * len(ranks) if dist.get_rank() == ranks[0] else None
     dist.gather_object(own, gathered, dst=ranks[0], group=group)
     return None if gathered is None else {name: weight for part in gathered for name, weight in part.items()}
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a whole model the weights that :func:`gather_weights` brought together."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[global_name(model, name)])
