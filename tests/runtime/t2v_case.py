@@ -52,7 +52,7 @@ def config(case: T2vCase, layers: int, hidden: int, pp: int, **more: Any) -> Any
     return TransformerConfig(
         num_layers=layers, hidden_size=hidden, num_attention_heads=4, use_cpu_initialization=True,
         pipeline_model_parallel_size=pp, tensor_model_parallel_size=case.tensor_parallel,
-        pipeline_dtype=torch.float32, hidden_dropout=0.0, attention_dropout=0.0,
+        params_dtype=torch.float64, pipeline_dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0,
         calculate_per_token_loss=case.loss == "per token", deallocate_pipeline_outputs=True,
         masked_softmax_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
         persist_layer_norm=False, gradient_accumulation_fusion=False, apply_rope_fusion=False, **more,
@@ -140,19 +140,20 @@ def split_dimension(parameter: torch.nn.Parameter) -> int | None:
 def seed(models: list[torch.nn.Module]) -> None:
     """The same weights whatever the partition, each rank its shards of them.
 
-    They are large enough for attention to tell tokens apart: where it hardly does, the gradients of queries are
-    differences of nearly equal numbers, and say nothing about equality.
+    In double precision: in single, sums over parts of a microbatch differ from those over the whole by a few millionths
+    where gradients are small sums of large terms, and an error as small could hide there.
     """
     from megatron.core import parallel_state
 
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for model in models:
+        model.double()  # Megatron's norms are built in single precision
         for local, parameter in model.named_parameters():
             name, shape, split = global_name(model, local), list(parameter.shape), split_dimension(parameter)
             if split is not None:
                 shape[split] *= size
             drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-            weight = torch.randn(shape, generator=torch.Generator().manual_seed(drawn))
+            weight = torch.randn(shape, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64)
             weight *= 0.2 if parameter.dim() > 1 else 0.05
             weight += 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.data.copy_(weight if split is None else weight.chunk(size, split)[rank])
