@@ -190,3 +190,29 @@ def with_ddp(chunks: list[torch.nn.Module], overlap: bool) -> list[torch.nn.Modu
 
 
 STRATEGIES = LAYER_STRATEGIES
+
+
+def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple[str, int]]:
+    """What happened on this rank, in order: ``("gradient", segment)`` for each weight gradient, ``("reduce", segment)``
+    where a chunk's gradient reduction starts."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    from dip_megatron.runtime.stages import ModelStages
+
+    events: list[tuple[str, int]] = []
+    start, progress = DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress
+
+    def started(self: Any, *arguments: Any) -> Any:
+        events.append(("reduce", self.module.vp_stage))
+        return start(self, *arguments)
+
+    def progressed(self: Any, key: Any) -> None:
+        events.append(("gradient", key.segment))
+        progress(self, key)
+
+    DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress = started, progressed
+    try:
+        split_run(rank, world, case, drawn, Wrap(ddp=True, overlap=True))
+    finally:
+        DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress = start, progress
+    return events
