@@ -22,7 +22,7 @@ BATCH = tuple(Microbatch(4000, (169,) * n) for n in (8, 0, 12))
 def graph_of(config: DipConfig):
     """As DipSession makes it, with a limit that not all activations fit."""
     graphs = ModelGraphs(
-        MODEL, replace(load_cluster("h100"), host_bandwidth=900e9), even_partition(MODEL), None, None,
+        MODEL, replace(load_cluster("h100"), host_bandwidth=100e9), even_partition(MODEL), None, None,
         config.recompute, config.offload,
     )  # fmt: skip
     graph = graphs.build(BATCH, forward_only=False)

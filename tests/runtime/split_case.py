@@ -63,25 +63,30 @@ class DrawnMaker:
         )
         graph = replace(graph, strategies=names)
         schedule = greedy(graph)
-        orders = []
-        for rank, order in enumerate(schedule.orders):
-            line: list[float] = []
-            places: list[float] = []
-            for i, code in enumerate(order.tolist()):
-                kind, row = divmod(code, graph.rows)
-                if kind == Kind.BW and draw.random() < self.drawn.split:
-                    line += [Kind.B * graph.rows + row, Kind.W * graph.rows + row]
-                    # After its B, at once or at any later place up to the very end.
-                    places += [i, draw.uniform(i, len(order) if draw.random() < 0.5 else i + 3)]
-                else:
-                    line.append(code)
-                    places.append(i)
-            assert rank < graph.ranks
-            orders.append(np.array(line, dtype=np.int32)[np.argsort(places, kind="stable")])
+        orders = split_orders(schedule, graph.rows, self.drawn.split, draw)
         return make_plan(
-            graph, Schedule(tuple(orders), schedule.strategy), lower_bound=0.0, name="drawn",
+            graph, Schedule(orders, schedule.strategy), lower_bound=0.0, name="drawn",
             payloads=payloads(graph, request.loads, self.shapes),
         )  # fmt: skip
+
+
+def split_orders(schedule: Schedule, rows: int, share: float, draw: np.random.Generator) -> tuple[Any, ...]:
+    """Orders with a ``share`` of the backwards in two, each W after its B, at once or at any later place up to the very
+    end."""
+    orders = []
+    for order in schedule.orders:
+        line: list[float] = []
+        places: list[float] = []
+        for i, code in enumerate(order.tolist()):
+            kind, row = divmod(code, rows)
+            if kind == Kind.BW and draw.random() < share:
+                line += [Kind.B * rows + row, Kind.W * rows + row]
+                places += [i, draw.uniform(i, len(order) if draw.random() < 0.5 else i + 3)]
+            else:
+                line.append(code)
+                places.append(i)
+        orders.append(np.array(line, dtype=np.int32)[np.argsort(places, kind="stable")])
+    return tuple(orders)
 
 
 @dataclass(frozen=True)
