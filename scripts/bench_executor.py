@@ -48,7 +48,7 @@ def main(
     if layers % 4 or microbatches % 2:
         raise click.UsageError("--layers must be a multiple of 4 and --microbatches even: two ranks of two chunks each")
     if quick:
-        hidden, tokens, layers, rounds = 128, 64, 4, 4
+        hidden, tokens, layers, rounds = 128, 64, 4, min(rounds, 4)
     setting = {
         "hidden": hidden, "tokens": tokens, "vocabulary": 1024, "layers": layers, "segments": 2,
         "microbatches": microbatches, "bubble_microbatches": bubble_microbatches, "rounds": rounds, "seed": seed,
