@@ -229,8 +229,8 @@ class Iteration:
 
 def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     """Bytes beside the static ones at this rank's peak: as the plan predicts, and of live tensors after any of its
-    operations, messages left out: the static bytes have room for those under way, and gloo doesn't tell when it has sent
-    one."""
+    operations. Messages are left out: static bytes have room for those under way, and gloo doesn't tell when it has
+    sent one."""
     initialize(world)
     from dip_megatron.cost import CostModel, load_cluster, segmented_graph
     from dip_megatron.megatron.describe import describe_gpt
