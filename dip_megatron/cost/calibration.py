@@ -152,7 +152,7 @@ class _Strict(BaseModel):
 class _Measured(_Strict):
     module: str
     part: Part
-    strategy: Literal["none", "selective", "mlp", "full", "offload"] = "none"
+    strategy: str = "none"
     tokens: Annotated[list[PositiveFloat], Field(min_length=1)]
     forward: list[NonNegativeFloat] | None = None
     backward: list[NonNegativeFloat] | None = None
@@ -164,6 +164,8 @@ class _Measured(_Strict):
     def _aligned(self) -> _Measured:
         if any(b <= a for a, b in pairwise(self.tokens)):
             raise ValueError(f"tokens must rise, got {self.tokens}")
+        if self.strategy not in LAYER_STRATEGIES:
+            raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(LAYER_STRATEGIES)}")
         if self.strategy != "none" and self.part != "layer":
             raise ValueError(f"strategy: a {self.part} has none, only a layer has")
         for q in QUANTITIES:

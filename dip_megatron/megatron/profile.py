@@ -100,7 +100,7 @@ def profile_llava(
                 steps = [stage.forward, stage.backward, stage.weight]
                 seconds = [s / share for s in measure(steps, device, repeats=repeats)]
                 held = [None if b is None else b / share for b in stage.bytes_held()]
-                samples.append(PartSample(module, part, float(size), *seconds, *held, strategy))
+                samples.append(PartSample(module, part, float(size), *seconds, *held, strategy=strategy))
     return samples
 
 

@@ -268,7 +268,7 @@ def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
     """Each strategy's seconds and bytes are its own table's where there is one, also after a round trip and a scale."""
     sizes = _images(4)
     tokens = float(sizes.tokens[0])
-    measured = {"selective": 3.0, "mlp": 4.0, "full": 5.0, "offload": 6.0}
+    measured = {"activation": 2.0, "selective": 3.0, "mlp": 4.0, "full": 5.0, "offload": 6.0}
     tables = tuple(
         Table("vision", "layer", quantity, (tokens / 2, tokens * 2), (value / 2, value * 2), strategy)
         for strategy, value in measured.items()
@@ -292,7 +292,11 @@ def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("entry", "complaint"),
-    [({"part": "head", "strategy": "full"}, "only a layer"), ({"strategy": "full", "weight": [1.0]}, "weight")],
+    [
+        ({"part": "head", "strategy": "full"}, "only a layer"),
+        ({"strategy": "fool"}, "'fool' is not one of"),
+        ({"strategy": "full", "weight": [1.0]}, "weight"),
+    ],
 )
 def test_strategies_that_cannot_be_measured_are_refused(tmp_path: Path, entry: dict, complaint: str) -> None:
     path = tmp_path / "costs.json"

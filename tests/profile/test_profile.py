@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.cost import LAYER_STRATEGIES, Costs, build_graph, load_cluster
+from dip_megatron.cost import LAYER_STRATEGIES, Costs, build_graph, load_cluster, parse_strategy
 from dip_megatron.model import even_partition, load_model
 from dip_megatron.profile.operators import attention_lengths, curve_of, matmul_shapes
 from dip_megatron.profile.timing import measure
@@ -110,16 +110,11 @@ def test_plans_use_what_was_measured(costs):
     table = {(t.part, t.quantity, t.strategy): t for t in loaded.tables if t.module == "vision"}
     tokens = torch.tensor([144.0]).numpy()
 
-    def stem_and_layers(strategy, quantity):
-        stem, layer = table["stem", quantity, "none"], table["layer", quantity, strategy]
-        return stem.at(tokens)[0] + 3 * layer.at(tokens)[0]
-
-    for strategy, text in (("none", "none"), ("full", "full:3")):
-        if text in graph.strategies[0][0]:
-            c = graph.strategies[0][0].index(text)
-            assert graph.forward[c, 0, 0] == pytest.approx(stem_and_layers(strategy, "forward"))
-            assert graph.backward[c, 0, 0] == pytest.approx(stem_and_layers(strategy, "backward"))
-    assert "none" in graph.strategies[0][0]
+    for c, text in enumerate(graph.strategies[0][0]):
+        for quantity in ("forward", "backward"):
+            layers = sum(table["layer", quantity, name].at(tokens)[0] for name in parse_strategy(text, 3))
+            expected = table["stem", quantity, "none"].at(tokens)[0] + layers
+            assert getattr(graph, quantity)[c, 0, 0] == pytest.approx(expected), text
 
 
 def test_a_model_that_is_not_there_is_named_in_one_line(tmp_path):

@@ -193,6 +193,14 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
     return {place: Held(activation[place], hold[place]) for place in PLACES}, left
 
 
+def _offloaded(state: Any) -> int:
+    """Bytes in host memory, and of layers that are on their way back."""
+    places = [saved.offloaded for saved in state.saved.values() if saved.offloaded is not None]
+    copies = [copy for place in places for layer in place._layers.values() for copy in layer]
+    back = sum(copy.on_device.untyped_storage().nbytes() for copy in copies if copy.on_device is not None)
+    return back + sum(place.host_bytes for place in places)
+
+
 def _under_way(executor: Any) -> int:
     mail = executor._mail
     transfers = [t.tensors for t in [*mail.receiving.values(), *mail.sending.values()] if hasattr(t, "tensors")]
@@ -232,8 +240,8 @@ class Iteration:
 
 def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     """Bytes beside the static ones at this rank's peak: as the plan predicts, and of live tensors after any of its
-    operations. Messages are left out: static bytes have room for those under way, and gloo doesn't tell when it has
-    sent one."""
+    operations. Left out is what static bytes have room for: the layer that is being prefetched, and messages under way,
+    of which gloo doesn't tell when it has sent one."""
     initialize(world)
     from dip_megatron.cost import CostModel, load_cluster, segmented_graph
     from dip_megatron.megatron.describe import describe_gpt
@@ -292,9 +300,8 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
                 def run(*arguments: Any) -> Any:
                     nonlocal most
                     result = getattr(stages, name)(*arguments)
-                    host = sum(s.offloaded.host_bytes for s in state.saved.values() if s.offloaded is not None)
                     if name != "forward" or not result:
-                        most = max(most, live.now() - host - _under_way(executor))
+                        most = max(most, live.now() - _offloaded(state) - _under_way(executor))
                     return result
 
                 return run
