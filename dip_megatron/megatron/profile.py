@@ -98,9 +98,11 @@ def profile_llava(
                     strategies=() if strategy == "none" else (strategy,) * layers,
                 )  # fmt: skip
                 steps = [stage.forward, stage.backward, stage.weight]
-                seconds = [s / share for s in measure(steps, device, repeats=repeats)]
-                held = [None if b is None else b / share for b in stage.bytes_held()]
-                samples.append(PartSample(module, part, float(size), *seconds, *held, strategy=strategy))
+                forward, backward, weight = (s / share for s in measure(steps, device, repeats=repeats))
+                activation, hold = (None if b is None else b / share for b in stage.bytes_held())
+                samples.append(
+                    PartSample(module, part, float(size), forward, backward, weight, activation, hold, strategy)
+                )
     return samples
 
 
