@@ -18,10 +18,11 @@ Tensors = dict[str, torch.Tensor]
 @dataclass
 class MicrobatchInputs:
     """One microbatch as the pretrain script hands it to its model: the arguments of ``model(...)`` by name, and the raw
-    items its ``forward_step`` took from the data iterator (to be replayed where the loss is computed)."""
+    items its ``forward_step`` took from the data iterator (to be replayed where the loss is computed; None on a rank
+    without an iterator, which gets its data from another tensor-parallel rank)."""
 
     arguments: dict[str, Any]
-    items: list[Any] = field(default_factory=list)
+    items: list[Any] | None = field(default_factory=list)
 
 
 class Shapes(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,7 +25,7 @@ class StepFunctions(Protocol):
         """Run a stage that is not the last one, with Megatron's timers, autocast and loss scales around it."""
         ...
 
-    def loss(self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int) -> torch.Tensor:
+    def loss(self, chunk: torch.nn.Module, model: Any, items: list[Any] | None, microbatch: int) -> torch.Tensor:
         """Run the script's forward_step with ``model`` on a microbatch's raw items; the scaled loss."""
         ...
 
@@ -225,4 +226,4 @@ class ReplayIterator:
         return self
 
     def __next__(self) -> Any:
-        return next(self._items)
+        return copy.copy(next(self._items))  # scripts may take a batch's dict apart
