@@ -3,7 +3,8 @@
 ``DIP_TEST`` holds JSON: ``folder`` for ``samples.rankR.jsonl``, one line per loss in the order in which they were
 computed; ``limit``: the number of items of the training set; ``broadcast``: read on one tensor-parallel rank only and
 broadcast, as upstream's scripts do; ``reject``: the validated loss (counted from 0) that Megatron's rerun state machine
-is told to reject once, on the last rank, and ``fatal``; ``cut``: image-text sequences of varying lengths.
+is told to reject once, on the last rank, and ``fatal``; ``node``: the host's name; ``cut``: sequences of varying
+lengths; ``signal``: the iteration in which the last rank gets a SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ import documents  # noqa: E402
 
 OPTIONS = json.loads(os.environ["DIP_TEST"])
 RANK = int(os.environ["RANK"])
+LAST = int(os.environ["WORLD_SIZE"]) - 1
 validated = 0
 
 
@@ -51,6 +54,8 @@ def record(index: int, train: bool) -> None:
     with (Path(OPTIONS["folder"]) / f"samples.rank{RANK}.jsonl").open("a") as lines:
         iteration = megatron.training.get_args().curr_iteration + 1 if train else None
         lines.write(json.dumps({"index": index, "train": train, "iteration": iteration}) + "\n")
+    if train and iteration == OPTIONS.get("signal") and RANK == LAST:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def reject_once(loss: torch.Tensor) -> None:
@@ -59,10 +64,10 @@ def reject_once(loss: torch.Tensor) -> None:
     machine = get_rerun_state_machine()
 
     def rejected(_: Any) -> bool:
-        return validated == OPTIONS["reject"] and RANK == int(os.environ["WORLD_SIZE"]) - 1
+        return validated == OPTIONS["reject"] and RANK == LAST
 
     machine.validate_result(
-        result=loss.detach(), rejection_func=rejected, message="a loss the test rejects", fatal=OPTIONS["fatal"]
+        result=loss.detach().clone(), rejection_func=rejected, message="a loss the test rejects", fatal=OPTIONS["fatal"]
     )
     validated += 1
 
@@ -108,12 +113,21 @@ def indexed(get: Any) -> Any:
 
 def pretrain(config: Any, datasets_provider: Any, model_type: Any, forward_step: Any, *rest: Any, **kwargs: Any) -> Any:
     def provider(sizes: Any) -> Any:
-        return datasets_provider((OPTIONS.get("limit") or sizes[0], *sizes[1:]))
+        return datasets_provider((OPTIONS.get("limit") or sizes[0], *(max(size, 1) for size in sizes[1:])))
 
     provider.is_distributed = not OPTIONS.get("broadcast")  # type: ignore[attr-defined]
     return original(config, provider, model_type, recording(forward_step), *rest, **kwargs)
 
 
+if "--sequence-parallel" in sys.argv:
+    # LLaVAModel wants Transformer Engine's attention there; the local one does on the host.
+    from megatron.core.models.multimodal import llava_model
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    llava_model.HAVE_TE, llava_model.TEDotProductAttention = True, DotProductAttention
+if "node" in OPTIONS:
+    known = os.uname()
+    os.uname = lambda: os.uname_result((known.sysname, OPTIONS["node"], *known[2:]))  # type: ignore[assignment]
 original = megatron.training.pretrain
 megatron.training.pretrain = pretrain
 documents.PackedDigitDocuments.__getitem__ = indexed(documents.PackedDigitDocuments.__getitem__)

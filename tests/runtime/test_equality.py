@@ -81,6 +81,11 @@ def test_frozen_modules(freeze):
     check(Case((2, 0, 3), freeze=freeze), 2)
 
 
+def test_packed_sequences():
+    """packed_seq_params reach every stage of the language model, and its samples the planner."""
+    check(Case((2, 0, 3), language=((1, 1), (1, 1)), packed=True), 2)
+
+
 def test_outputs_that_stay_allocated():
     check(Case((2, 1, 0), deallocate=False), 2)
 
