@@ -1,8 +1,8 @@
 """Megatron's rerun state machine under a plan.
 
-It repeats an iteration whose losses or gradients look wrong, to tell a faulty GPU from a faulty model: at once, and again
-after a restart on other hardware. Its data iterators are rewound for that, but what they would replay is the batch that
-was read ahead. So the iteration's own microbatches and plan are kept here, and used again.
+It repeats an iteration whose losses or gradients look wrong, to tell a faulty GPU from a faulty model: at once, and
+again after a restart on other hardware. Its data iterators are rewound for that, but what they would replay is the
+batch that was read ahead. So the iteration's own microbatches and plan are kept here, and used again.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ def add_llava_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument("--vision-num-attention-heads", type=int, default=4, help="attention heads of the ViT")
     group.add_argument("--image-side", type=int, default=24, help="pixels; the 8x8 scans are enlarged to it")
     group.add_argument("--patch-side", type=int, default=8, help="pixels")
-    group.add_argument("--weights-by-name", action="store_true", help="the same initial weights however they are spread")
+    group.add_argument(
+        "--weights-by-name", action="store_true", help="the same initial weights however they are spread"
+    )
     group.add_argument("--freeze-language-model", action="store_true", help="train ViT and projector alone")
     group.add_argument("--freeze-vision-model", action="store_true", help="train projector and language model alone")
     return parser

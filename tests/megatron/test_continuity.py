@@ -31,7 +31,16 @@ def test_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path: Path) -> 
     repeated by Megatron's rerun state machine, and a signal ends the fourth; a second run resumes there."""
     config = tmp_path / "dip.yaml"
     config.write_text(PARTITION)
-    dip = (*GROWING, "--dip-config", str(config), "--save", str(tmp_path / "saved"), "--exit-signal-handler")
+    dip = (
+        *GROWING,
+        "--dip-config",
+        str(config),
+        "--save",
+        str(tmp_path / "saved"),
+        "--save-interval",
+        "1000",
+        "--exit-signal-handler",
+    )
     whole = run(tmp_path / "whole", *GROWING, without=WITHOUT, dip=False)
     options = {"reject": 3, "fatal": False, "signal": 4}
     first = run(tmp_path / "first", *dip, without=WITHOUT, options=options)
@@ -56,7 +65,16 @@ def test_a_suspicious_result_is_examined_after_a_restart(tmp_path: Path) -> None
     found there, although the plan is another."""
     config = tmp_path / "dip.yaml"
     config.write_text(PARTITION)
-    saved = ("--dip-config", str(config), "--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved"))
+    saved = (
+        "--dip-config",
+        str(config),
+        "--save",
+        str(tmp_path / "saved"),
+        "--save-interval",
+        "1000",
+        "--load",
+        str(tmp_path / "saved"),
+    )
     options = {"reject": 6, "fatal": True}
     with pytest.raises(RunFailed, match="ended with code 16"):
         run(tmp_path / "first", *saved, options=options | {"node": "here"})

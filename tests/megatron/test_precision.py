@@ -29,8 +29,8 @@ def test_fp16_with_a_loss_scale_that_is_searched_for(tmp_path: Path) -> None:
 
 
 def test_bf16_with_main_gradients_in_fp32(tmp_path: Path) -> None:
-    """Two replicas with a distributed optimizer whose communication overlaps. Megatron's own pipeline ends with an error
-    there when the last microbatch has no images, so it runs without overlap."""
+    """Two replicas with a distributed optimizer whose communication overlaps. Megatron's own pipeline ends with an
+    error there when the last microbatch has no images, so it runs without overlap."""
     flags = ("--bf16", "--use-distributed-optimizer")
     megatrons = run(tmp_path / "megatron", *flags, dip=False)
     ours = run(tmp_path / "dip", *flags, "--overlap-grad-reduce", "--overlap-param-gather", ranks=4)

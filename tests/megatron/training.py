@@ -73,7 +73,11 @@ def read(folder: Path, ranks: int) -> Log:
     texts = [(folder / f"run.rank{rank}.log").read_text() for rank in range(ranks)]
     lines = texts[-1].splitlines()
     numbers = {
-        name: {int(at[1]): float(of[1]) for line in lines if (at := _ITERATION.search(line)) and (of := expression.search(line))}
+        name: {
+            int(at[1]): float(of[1])
+            for line in lines
+            if (at := _ITERATION.search(line)) and (of := expression.search(line))
+        }
         for name, expression in _NUMBERS.items()
     }
     evaluations = [found for line in lines if (found := _VALIDATION.search(line))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class PackedAttention(SdpaAttention):
         bounds = kwargs["packed_seq_params"].cu_seqlens_q.tolist()
         assert bounds[-1] == query.shape[0]
         outputs = []
-        for first, end in zip(bounds, bounds[1:], strict=False):
+        for first, end in pairwise(bounds):
             parts = [t[first:end].transpose(0, 1) for t in (query, key, value)]  # [heads, sample, width]
             sample = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, scale=self.softmax_scale)
             outputs.append(sample.transpose(0, 1).reshape(end - first, -1))

@@ -76,7 +76,10 @@ def test_four_ranks_equal_one(case):
     check(case, 4)
 
 
-@pytest.mark.parametrize("freeze", [("vision_model",), ("language_model",), ("vision_model", "language_model")])
+@pytest.mark.parametrize(
+    "freeze",
+    [("vision_model",), ("language_model",), ("vision_model", "language_model"), ("vision_model", "vision_projection")],
+)
 def test_frozen_modules(freeze):
     check(Case((2, 0, 3), freeze=freeze), 2)
 
