@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..models.protocol import MicrobatchInputs, StageProgram
+from ..models.protocol import MicrobatchInputs, RunnableStages
 from ..schedule import Compute, Kind, Plan, StageKey, Unit
 from .deferred import Slot, WeightGradients, start
 from .modes import layer_strategies
@@ -105,7 +105,7 @@ class ModelStages:
 
     def __init__(
         self,
-        program: StageProgram,
+        program: RunnableStages,
         chunks: list[torch.nn.Module],
         step: StepFunctions,
         state: IterationState,
