@@ -6,7 +6,6 @@ projector and loss are Megatron's, in whatever version is installed.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -16,12 +15,11 @@ from megatron.core.models.multimodal.llava_model import IGNORE_INDEX, LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from torch.nn.functional import pad
 
-from ..runtime.modes import StageMode
 from ..schedule import ModalityModule, StageKey, Unit
 from ..workload import Microbatch
-from . import deferred_linear, layer_memory
 from .layout import order_free, segment_config
 from .protocol import MicrobatchInputs, Tensors
+from .segmented import SegmentedProgram, dtype_name, unwrapped
 from .shapes import LANGUAGE, VISION, LlavaShapes
 
 _SIGNATURE = inspect.signature(LLaVAModel.forward)
@@ -113,7 +111,7 @@ class LanguageChunk(LLaVAModel):
         )
 
 
-class LlavaProgram:
+class LlavaProgram(SegmentedProgram):
     """Stage program of a LLaVA described by the keyword arguments of Megatron's ``LLaVAModel``.
 
     ``layers`` gives ``{"vision": layers[segment][rank], "language": ...}``; ``freeze`` the arguments of
@@ -129,11 +127,9 @@ class LlavaProgram:
         micro_batch_size: int = 1,
         freeze: Mapping[str, bool] | None = None,
     ):
+        super().__init__(layers, rank)
         self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
         self.freeze = dict(freeze or {})
-        self.layers = dict(layers)
-        self.rank = rank
-        self.ranks = len(layers[VISION][0])
         vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
         self._check(vision, language)
         frozen = [self.freeze.get(f"freeze_{name}", False) for name in ("vision_model", "language_model")]
@@ -159,16 +155,10 @@ class LlavaProgram:
         self._image_token = kwargs.get("image_token_index", _default("image_token_index"))
         self._micro_batch_size = micro_batch_size
         self._built_shapes: LlavaShapes | None = None
-        self.mode = StageMode()
-        self._supports_split = False
 
     def _check(self, vision: Any, language: Any) -> None:
-        for module, config in ((VISION, vision), (LANGUAGE, language)):
-            total = sum(sum(line) for line in self.layers[module])
-            if total != config.num_layers:
-                raise ValueError(f"partition gives {module} {total} layers, the model has {config.num_layers}")
-            if any(len(line) != self.ranks for line in self.layers[module]):
-                raise ValueError(f"partition of {module} must list {self.ranks} ranks per segment")
+        self._check_layers(VISION, vision.num_layers)
+        self._check_layers(LANGUAGE, language.num_layers)
         if getattr(language, "language_model_type", "").startswith("nemotron"):
             raise ValueError("DIP can't segment hybrid (Mamba) language models; use --dip-schedule off")
         if self.kwargs.get("tile_tags"):
@@ -186,7 +176,6 @@ class LlavaProgram:
     def build_chunks(self) -> list[torch.nn.Module]:
         """Vision chunks, then language chunks."""
         chunks: list[LLaVAModel] = []
-        total = sum(len(v) for v in self.layers.values())
         for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
             segments = len(self.layers[module])
             for segment in range(segments):
@@ -203,17 +192,8 @@ class LlavaProgram:
                 )
                 chunk.freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
                                 "freeze_vision_projection": False, **self.freeze})  # fmt: skip
-                # Megatron's wrappers look at the chunk's place among all of them, its inner model at its segment.
-                chunk.config = copy.copy(arguments["language_transformer_config"])
-                chunk.config.virtual_pipeline_model_parallel_size = total
-                chunk.config.pipeline_model_parallel_layout = None
-                chunk.vp_stage = len(chunks)
-                deferred_linear.install(chunk, self.mode)
-                layer_memory.install(chunk, self.mode)
                 chunks.append(chunk)
-        self._supports_split = not any(deferred_linear.undeferrable(chunk) for chunk in chunks)
         vision, language = self.kwargs["vision_transformer_config"], self.kwargs["language_transformer_config"]
-        dtype = language.pipeline_dtype or language.params_dtype
         self._built_shapes = LlavaShapes(
             vision_tokens=chunks[0].vision_model.seq_length,
             vision_hidden=vision.hidden_size,
@@ -221,14 +201,9 @@ class LlavaProgram:
             language_hidden=language.hidden_size,
             micro_batch_size=self._micro_batch_size,
             sequence_parallel_size=self._sequence_parallel,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(language),
         )
-        return chunks
-
-    @property
-    def supports_split(self) -> bool:
-        """Whether W can compute the weight gradients of this rank's chunks, once they are built."""
-        return self._supports_split
+        return self._finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``LLaVAModel.forward`` by name. Raises ValueError for what has no segmented form."""
@@ -348,6 +323,4 @@ def _forget_input(chunk: torch.nn.Module) -> None:
 
 
 def _inner(chunk: torch.nn.Module) -> LLaVAModel:
-    while not isinstance(chunk, LLaVAModel):
-        chunk = chunk.module
-    return chunk
+    return unwrapped(chunk, LLaVAModel)

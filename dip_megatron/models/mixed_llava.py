@@ -19,6 +19,7 @@ from . import deferred_linear, layer_memory
 from .layout import SegmentLayout, order_free, segment_config
 from .llava import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
 from .protocol import MicrobatchInputs, Tensors
+from .segmented import dtype_name, unwrapped
 from .shapes import LANGUAGE, VISION, LlavaShapes
 
 MODEL = "model"
@@ -144,7 +145,7 @@ class MixedLlavaProgram(LlavaProgram):
             language_hidden=language.hidden_size,
             micro_batch_size=self._micro_batch_size,
             sequence_parallel_size=self._sequence_parallel,
-            dtype=str(language.pipeline_dtype or language.params_dtype).removeprefix("torch."),
+            dtype=dtype_name(language),
         )  # fmt: skip
 
     def forward(
@@ -208,6 +209,4 @@ class MixedLlavaProgram(LlavaProgram):
 
 
 def _inner(chunk: torch.nn.Module) -> MixedChunk:
-    while not isinstance(chunk, MixedChunk):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
+    return unwrapped(chunk, MixedChunk)

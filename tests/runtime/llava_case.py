@@ -117,12 +117,19 @@ def seed_parameters(chunks: list[torch.nn.Module]) -> None:
     """The same weights whatever the partition: drawn from each parameter's global name."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            seed = int.from_bytes(hashlib.sha256(global_name(chunk, name).encode()).digest()[:4], "little")
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                noise = torch.randn(parameter.shape, generator=generator) * 0.05
-                is_norm = "norm" in name or "ln_" in name
-                parameter.copy_(noise + (1.0 if is_norm and name.endswith("weight") else 0.0))
+            seed_parameter(parameter, global_name(chunk, name))
+
+
+seed_chunks = seed_parameters
+
+
+def seed_parameter(parameter: torch.nn.Parameter, name: str) -> None:
+    """Weights drawn from a name."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    with torch.no_grad():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+        is_norm = "norm" in name or "ln_" in name
+        parameter.copy_(noise + (1.0 if is_norm and name.endswith("weight") else 0.0))
 
 
 def batch(index: int, images: int, micro_batch_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
