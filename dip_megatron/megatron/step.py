@@ -72,7 +72,9 @@ class MegatronStep:
                     chunk, output, loss_func, is_last_stage=True, store=self._data.setdefault(microbatch, [])
                 )
         if self.total_num_tokens is None:
-            self.total_num_tokens = torch.zeros([], dtype=torch.int, device=output.device)
+            # A loss function may return a plain number where nothing is to be trained.
+            device = output.device if isinstance(output, torch.Tensor) else num_tokens.device
+            self.total_num_tokens = torch.zeros([], dtype=torch.int, device=device)
         self.total_num_tokens += num_tokens.to(self.total_num_tokens.device)
         return output
 

@@ -21,7 +21,7 @@ class Chunk(torch.nn.Module):
     def __init__(self, stage: int, config: Any):
         super().__init__()
         self.stage, self.config, self.given = stage, config, None
-        self.vp_stage = stage // RANKS
+        self.vp_stage, self.model_type = stage // RANKS, "chunk"  # Megatron's schedules read them
         self.layer = torch.nn.Linear(HIDDEN, HIDDEN)
         generator = torch.Generator().manual_seed(stage)
         with torch.no_grad():
