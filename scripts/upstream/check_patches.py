@@ -93,8 +93,8 @@ def hides_no_error(tree: Path) -> None:
         (broken / "__init__.py").write_text("import a_package_that_is_missing\n")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(tree)])}
         done = subprocess.run(
-            [sys.executable, "-c", "import megatron.training"], env=environment, capture_output=True, text=True,
-            check=False,
+            [sys.executable, "-c", "import megatron.training"], env=environment, cwd=folder, capture_output=True,
+            text=True, check=False,
         )  # fmt: skip
     if done.returncode == 0 or "a_package_that_is_missing" not in done.stderr:
         raise CheckFailed("the patch hides an error of dip_megatron's own")
