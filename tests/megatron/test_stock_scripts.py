@@ -1,4 +1,4 @@
-"""Megatron-LM's own pretrain scripts, unedited, under ``dip run``. They are in no wheel: name a checkout to run this."""
+"""Megatron-LM's own pretrain scripts, unedited, under ``dip run``. They are in no wheel: a checkout must be named."""
 
 from __future__ import annotations
 
