@@ -6,6 +6,7 @@ import importlib.util
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,6 +117,8 @@ def check(checkouts: list[Path]) -> None:
 
 
 if __name__ == "__main__":
+    # As an exception, so that the patch is taken back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("scripts/check_patches: ended by SIGTERM"))
     try:
         check([Path(argument).resolve() for argument in sys.argv[1:]])
     except (CheckFailed, RunFailed) as failure:
