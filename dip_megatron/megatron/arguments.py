@@ -83,6 +83,15 @@ def check_arguments(args: Any) -> None:
         "payload shapes in plans don't know sequence shards of context parallelism",
         f"use tensor parallelism with --sequence-parallel {_WITH_OFF}",
     )  # fmt: skip
+    evaluated = getattr(args, "eval_micro_batch_size", None)
+    refuse(
+        evaluated not in (None, args.micro_batch_size), f"--eval-micro-batch-size {evaluated}",
+        "payload shapes in plans are those of --micro-batch-size", f"leave it out {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        getattr(args, "perform_rl_step", False), "--perform-rl-step",
+        "its batches are made while it trains and can't be read ahead", _WITH_OFF.removeprefix("or "),
+    )  # fmt: skip
     refuse(
         getattr(args, "num_experts", None), "--num-experts", "how many tokens an expert gets is not known "
         "before it runs, so its time can't be planned", f"train a dense model {_WITH_OFF}",

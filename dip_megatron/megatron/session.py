@@ -163,9 +163,21 @@ class DipSession:
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
-            policy=PlanningPolicy(config.search_budget), watchdog=watchdog,
+            policy=PlanningPolicy(config.search_budget, self._another_follows), watchdog=watchdog,
             on_iteration=None if recorder is None else recorder.record,
+            tensor_parallel=self._tensor_parallel_exchange(),
         )  # fmt: skip
+
+    def _another_follows(self) -> bool:
+        """Whether the running iteration is followed by one that trains: data sets may hold no more than is trained on,
+        and iterations to skip are read by Megatron itself."""
+        following = int(self._args.curr_iteration) + 1
+        skipped = self._args.iterations_to_skip or []  # counted from 0 in releases before 0.17
+        return following < self._args.train_iters and not {following, following + 1} & set(skipped)
+
+    def _tensor_parallel_exchange(self) -> GlooExchange | None:
+        ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+        return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
 
     @staticmethod
     def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:

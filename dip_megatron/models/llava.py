@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.multimodal.llava_model import IGNORE_INDEX, LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from torch.nn.functional import pad
 
 from ..schedule import ModalityModule, StageKey, Unit
 from ..workload import Microbatch
@@ -93,6 +94,21 @@ class LanguageChunk(LLaVAModel):
         super().__init__(add_encoder=False, add_decoder=True, pre_process=first, post_process=last, **kwargs)
         # Shapes travel in the plan, so nothing needs Megatron's padding to the longest possible sequence.
         self._language_is_pipeline_parallel = False
+
+    def _process_embedding_token_parallel(
+        self, combined_embeddings: Any, new_labels: Any, new_loss_mask: Any, packed_seq_params: Any
+    ) -> Any:
+        # Sequence parallelism wants lengths that divide. Upstream refuses others, or pads on the first stage only.
+        if self.sequence_parallel_lm:
+            size = self.tensor_model_parallel_size_lm
+            if combined_embeddings is not None:  # [s, b, h]
+                combined_embeddings = pad(combined_embeddings, (0, 0, 0, 0, 0, -combined_embeddings.shape[0] % size))
+            if new_labels is not None:
+                new_labels = pad(new_labels, (0, -new_labels.shape[1] % size), value=IGNORE_INDEX)
+                new_loss_mask = pad(new_loss_mask, (0, -new_loss_mask.shape[1] % size))
+        return super()._process_embedding_token_parallel(
+            combined_embeddings, new_labels, new_loss_mask, packed_seq_params
+        )
 
 
 class LlavaProgram(SegmentedProgram):
@@ -224,7 +240,8 @@ class LlavaProgram(SegmentedProgram):
                 f"{count} image tiles of {self.shapes.image_tokens} tokens don't fit the language model's "
                 f"{self.kwargs['language_max_sequence_length']} positions; pack fewer images or raise --seq-length"
             )
-        sequences = (padded,) * len(per_sample)
+        packed = inputs.arguments.get("packed_seq_params")
+        sequences = (padded,) * len(per_sample) if packed is None else packed_sequences(packed, padded)
         return Microbatch(total - seen, (self.shapes.image_tokens,) * count, sequences=sequences)
 
     def forward(
@@ -264,6 +281,19 @@ class LlavaProgram(SegmentedProgram):
             model.encoder_hidden_state = torch.empty(
                 0, 0, hidden, dtype=getattr(torch, self.shapes.dtype), device=ids.device
             )
+
+
+def packed_sequences(parameters: Any, total: int) -> tuple[int, ...]:
+    """Lengths of the samples packed into one sequence of ``total`` positions, padding between and after them included.
+
+    Raises ValueError if ``parameters`` (Megatron's PackedSeqParams) say otherwise.
+    """
+    bounds = parameters.cu_seqlens_q_padded if parameters.cu_seqlens_q_padded is not None else parameters.cu_seqlens_q
+    lengths = [int(n) for n in bounds.diff() if n > 0]
+    rest = total - sum(lengths)
+    if rest < 0:
+        raise ValueError(f"packed_seq_params end at position {sum(lengths)}, the packed sequence has {total} positions")
+    return (*lengths, rest) if rest else tuple(lengths)
 
 
 _PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")

@@ -203,7 +203,8 @@ class MixedLlavaProgram(LlavaProgram):
         key = message.target if message.channel.gradient else message.source
         load = loads[plan.graph.units[key.unit].microbatch]
         run = self._stages[self._stage(key.segment, key.rank, self.ranks)][-1]
-        shape = self._after(run.module, run.head, len(load.images), max(load.sequences or (load.tokens,)))
+        tokens = sum(load.sequences or (load.tokens,)) // self.shapes.micro_batch_size
+        shape = self._after(run.module, run.head, len(load.images), tokens)
         return (TensorSpec("hidden", shape, self.shapes.dtype),)
 
 

@@ -33,7 +33,7 @@ class LlavaShapes:
             shape = (self.vision_tokens, unit.count, self.vision_hidden)
         else:
             shape = (
-                max(load.sequences) // self.sequence_parallel_size,
+                sum(load.sequences) // self.micro_batch_size // self.sequence_parallel_size,
                 self.micro_batch_size,
                 self.language_hidden,
             )

@@ -30,6 +30,7 @@ class Case:
     per_token_loss: bool = False
     deallocate: bool = True
     freeze: tuple[str, ...] = ()
+    packed: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,6 +79,10 @@ def llava_kwargs(case: Case, pp: int) -> dict[str, Any]:
     vision.vision_model_type = "clip"
     projection = config(case, 1, 1)
     spec = decoder_model_with_local_default_spec(None, False)
+    if case.packed:
+        from tests.runtime.packed_attention import with_packed_attention
+
+        spec = with_packed_attention(spec)
     mlp = spec.submodules.mlp
     mlp_modules = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
     return {
@@ -145,15 +150,39 @@ def batch(index: int, images: int, micro_batch_size: int, seed: int = 0) -> dict
 
 
 def batches(case: Case, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    return [batch(i, n, case.micro_batch_size, seed) for i, n in enumerate(case.images)]
+    items = [batch(i, n, case.micro_batch_size, seed) for i, n in enumerate(case.images)]
+    if case.packed:
+        for item, images in zip(items, case.images, strict=True):
+            item["bounds"] = sample_bounds(images)
+    return items
+
+
+def sample_bounds(images: int) -> torch.Tensor:
+    """Where samples begin and end in a packed sequence: three, across text and image embeddings alike."""
+    total = TEXT + 4 * images
+    return torch.tensor([0, 5, 5 + total // 3, total], dtype=torch.int32)
+
+
+def packed_parameters(item: dict[str, torch.Tensor]) -> Any:
+    """As scripts make them for Transformer Engine's attention; None for one sample a sequence."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds = item.get("bounds")
+    if bounds is None:
+        return None
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def forward_step(data_iterator: Any, model: Any) -> Any:
     """In the manner of upstream's pretrain_vlm.py."""
     item = next(data_iterator)
     output, loss_mask = model(
-        item["images"], item["tokens"], item["position_ids"], None, item["labels"], item["loss_mask"]
-    )
+        item["images"], item["tokens"], item["position_ids"], None, item["labels"], item["loss_mask"],
+        packed_seq_params=packed_parameters(item),
+    )  # fmt: skip
 
     def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
         total = (losses.float() * mask.float()).sum()
