@@ -32,21 +32,17 @@ def test_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path: Path) -> 
     config = tmp_path / "dip.yaml"
     config.write_text(PARTITION)
     dip = (
-        *GROWING,
-        "--dip-config",
-        str(config),
-        "--save",
-        str(tmp_path / "saved"),
-        "--save-interval",
-        "1000",
-        "--exit-signal-handler",
-    )
+        *GROWING, "--dip-config", str(config), "--save", str(tmp_path / "saved"), "--save-interval", "1000",
+        "--ckpt-format", "torch", "--exit-signal-handler",
+    )  # fmt: skip
     whole = run(tmp_path / "whole", *GROWING, without=WITHOUT, dip=False)
     options = {"reject": 3, "fatal": False, "signal": 4}
     first = run(tmp_path / "first", *dip, without=WITHOUT, options=options)
     second = run(tmp_path / "second", *dip, "--load", str(tmp_path / "saved"), without=WITHOUT)
 
     assert (list(first.losses), list(second.losses)) == ([1, 2, 3, 4], [5, 6])
+    # Megatron's log takes a run's first iteration into the mean loss of the second, too.
+    second.losses[6] = 2 * second.losses[6] - second.losses[5]
     assert first.losses | second.losses == pytest.approx(whole.losses, rel=1e-5)
     assert first.norms | second.norms == pytest.approx(whole.norms, abs=2e-3)
     assert first.evaluations | second.evaluations == pytest.approx(whole.evaluations, rel=1e-5)

@@ -34,5 +34,5 @@ def test_bf16_with_main_gradients_in_fp32(tmp_path: Path) -> None:
     flags = ("--bf16", "--use-distributed-optimizer")
     megatrons = run(tmp_path / "megatron", *flags, dip=False)
     ours = run(tmp_path / "dip", *flags, "--overlap-grad-reduce", "--overlap-param-gather", ranks=4)
-    assert ours.losses == pytest.approx(megatrons.losses, rel=3e-3)
-    assert ours.norms == pytest.approx(megatrons.norms, rel=2e-2)
+    assert ours.losses == pytest.approx(megatrons.losses, rel=3e-4)
+    assert ours.norms == pytest.approx(megatrons.norms, rel=3e-3)
