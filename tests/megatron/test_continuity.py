@@ -62,15 +62,9 @@ def test_a_suspicious_result_is_examined_after_a_restart(tmp_path: Path) -> None
     config = tmp_path / "dip.yaml"
     config.write_text(PARTITION)
     saved = (
-        "--dip-config",
-        str(config),
-        "--save",
-        str(tmp_path / "saved"),
-        "--save-interval",
-        "1000",
-        "--load",
-        str(tmp_path / "saved"),
-    )
+        "--dip-config", str(config), "--save", str(tmp_path / "saved"), "--save-interval", "1000",
+        "--load", str(tmp_path / "saved"),
+    )  # fmt: skip
     options = {"reject": 6, "fatal": True}
     with pytest.raises(RunFailed, match="ended with code 16"):
         run(tmp_path / "first", *saved, options=options | {"node": "here"})
