@@ -129,9 +129,11 @@ class DipForwardBackward:
         config = get_model_config(chunks[0])
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-        microbatches, fed = (None if forward_only else self._repetition.again()) or self._read(
-            iterator, forward_step_func, chunks, num_microbatches, forward_only
-        )
+        repeated = None if forward_only else self._repetition.again()
+        if repeated is not None:
+            self.iterations -= 1
+            self._clock.begin()
+        microbatches, fed = repeated or self._read(iterator, forward_step_func, chunks, num_microbatches, forward_only)
         step = MegatronStep(
             config, forward_step_func, num_microbatches=num_microbatches,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
@@ -190,10 +192,7 @@ class DipForwardBackward:
         # The iterator itself is kept, so that its id can't be another's.
         if known is None or known[0] is not iterator:
             items = None if iterator is None else RawItems(iterator)
-            gather = None
-            if self._tensor_parallel is not None:
-                with_data = self._tensor_parallel.gather(b"" if items is None else b"data")
-                gather = self._tensor_parallel.gather if len(set(with_data)) > 1 else None
+            gather = None if self._tensor_parallel is None else self._tensor_parallel.gather
             read = lambda: capture_microbatch(forward_step_func, items, chunks[-1], self._program)  # noqa: E731
             known = (iterator, LookAhead(read, items, gather))
             self._look_ahead[key] = known

@@ -99,9 +99,9 @@ class LookAhead:
     ):
         """``read`` reads one microbatch, from ``items`` if there are any, raising StopIteration at the end of the data.
 
-        ``gather`` is given where ``read`` is a collective of several ranks of which only some have the data (Megatron
-        reads on one tensor-parallel rank and broadcasts): it returns everyone's bytes. At the end of the data the
-        others would wait for a broadcast that never comes, so the ranks first agree on what there is to read.
+        ``gather`` is given where ``read`` may be a collective of several ranks (Megatron's scripts read on one
+        tensor-parallel rank and broadcast): it returns everyone's bytes. At the end of the data the others would wait
+        for a broadcast that never comes, so the ranks first agree on what there is to read.
         """
         self._read = read
         self._items = items

@@ -9,6 +9,7 @@ lengths; ``signal``: the iteration in which the last rank gets a SIGTERM.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import runpy
@@ -120,10 +121,23 @@ def pretrain(config: Any, datasets_provider: Any, model_type: Any, forward_step:
 
 
 if "--sequence-parallel" in sys.argv:
-    # LLaVAModel wants Transformer Engine's attention there; the local one does on the host.
+    # Upstream wants Transformer Engine's attention and norms there; on the host the local ones do, if Megatron is told
+    # to sum the norms' gradients over tensor-parallel ranks.
     from megatron.core.models.multimodal import llava_model
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    local_norm = WrappedTorchNorm.__new__
+
+    def marked_norm(cls: Any, config: Any, *arguments: Any, **keywords: Any) -> Any:
+        local = copy.copy(config)
+        local.sequence_parallel = False
+        norm = local_norm(cls, local, *arguments, **keywords)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = marked_norm  # type: ignore[method-assign]
     llava_model.HAVE_TE, llava_model.TEDotProductAttention = True, DotProductAttention
 if "node" in OPTIONS:
     known = os.uname()

@@ -18,7 +18,7 @@ pytestmark = [
 
 def test_fp16_with_a_loss_scale_that_is_searched_for(tmp_path: Path) -> None:
     """Too high a scale overflows: the iteration is skipped, the scale halved. It is the same iterations for both."""
-    flags = ("--fp16", "--initial-loss-scale", str(2**22), "--hysteresis", "1", "--loss-scale-window", "2")
+    flags = ("--fp16", "--initial-loss-scale", str(2**13), "--hysteresis", "1", "--loss-scale-window", "2")
     megatrons = run(tmp_path / "megatron", *flags, dip=False, iterations=6)
     ours = run(tmp_path / "dip", *flags, iterations=6)
     assert len(set(megatrons.scales.values())) > 1
@@ -34,5 +34,5 @@ def test_bf16_with_main_gradients_in_fp32(tmp_path: Path) -> None:
     flags = ("--bf16", "--use-distributed-optimizer")
     megatrons = run(tmp_path / "megatron", *flags, dip=False)
     ours = run(tmp_path / "dip", *flags, "--overlap-grad-reduce", "--overlap-param-gather", ranks=4)
-    assert ours.losses == pytest.approx(megatrons.losses, rel=3e-3)
-    assert ours.norms == pytest.approx(megatrons.norms, rel=2e-2)
+    assert ours.losses == pytest.approx(megatrons.losses, rel=3e-4)
+    assert ours.norms == pytest.approx(megatrons.norms, rel=3e-3)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ SCRIPT = Path(__file__).with_name("recording_digits.py")
 SMALL = {
     "--vision-num-layers": "2", "--hidden-size": "48", "--vision-hidden-size": "48", "--eval-iters": "0",
     "--vision-num-attention-heads": "4", "--global-batch-size": "4", "--lr-warmup-iters": "1",
+    "--num-workers": "0",
 }  # fmt: skip
 MEGATRON = ("--decoder-first-pipeline-num-layers", "2")
 _ITERATION = re.compile(r"iteration +(\d+)/ *\d+ \|")
@@ -58,7 +60,8 @@ def run(
     for name in without:
         while name in usual:
             place = usual.index(name)
-            del usual[place : place + 2]
+            values = takewhile(lambda word: not word.startswith("--"), usual[place + 1 :])
+            del usual[place : place + 1 + len(list(values))]
     os.environ["DIP_TEST"] = json.dumps({"folder": str(folder)} | (options or {}))
     command = [sys.executable, *launcher, str(SCRIPT), *usual, *schedule, *flags]
     try:
