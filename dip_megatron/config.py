@@ -39,6 +39,7 @@ class DipConfig(BaseModel):
     planner_workers: NonNegativeInt = Field(1, description="planner processes per replica; 0: plan in the trainer")
     search_budget: NonNegativeFloat | None = Field(None, description="seconds; null: what the running iteration leaves")
     search_seed: int = 0
+    recalibrate: bool = Field(True, description="correct the cost model by what the stages of earlier iterations took")
     split_backward: bool = Field(True, description="let plans defer weight gradients (W) where the layers can")
     recompute: bool = Field(True, description="let plans recompute activations, layer by layer")
     offload: bool = Field(False, description="let plans move activations to host memory")
