@@ -28,6 +28,9 @@ from .gradients import GradientSynchronization
 from .lookahead import LookAhead, capture_microbatch
 from .step import MegatronStep
 
+IterationConsumer = Callable[[IterationReport, Plan, list[MeasuredSpan]], object]
+"""Is told of every training iteration, on all ranks."""
+
 
 @dataclass
 class PlanningPolicy:
@@ -55,7 +58,7 @@ class DipForwardBackward:
         *,
         policy: PlanningPolicy | None = None,
         watchdog: Watchdog | None = None,
-        on_iteration: Callable[[IterationReport, Plan, list[MeasuredSpan]], None] | None = None,
+        on_iteration: IterationConsumer | None = None,
     ):
         self._program = program
         self._executor = executor

@@ -38,8 +38,8 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True)
 class FedPlan:
-    """A plan ready to run. ``iteration``: the request's number. ``stall_seconds``: how long the trainer waited for it. ``statistics``: the service's, when
-    the plan was sent."""
+    """A plan ready to run. ``iteration``: the request's number. ``stall_seconds``: how long the trainer waited for it.
+    ``statistics``: the service's, when the plan was sent."""
 
     iteration: int
     plan: Plan

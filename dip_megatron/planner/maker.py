@@ -49,12 +49,13 @@ class Searcher(Protocol):
 
 @dataclass(frozen=True)
 class LivePlanMaker:
-    """Plan maker of a training run; picklable. ``search`` None: the quick greedy is all there is."""
+    """Plan maker of a training run; picklable. ``search`` None: ``order``, which needs no search, is all there is."""
 
     builder: GraphBuilder
     shapes: PayloadShapes
     search: Searcher | None = None
     name: str = "dip"
+    order: Callable[[StageGraph], Schedule] = greedy
 
     def warm_up(self) -> None:
         """See :class:`planner.request.PlanMaker`."""
@@ -62,12 +63,12 @@ class LivePlanMaker:
             self.search.warm_up()
 
     def quick(self, request: PlanRequest) -> Plan:
-        """Dual-queue greedy, without compiled code."""
+        """By default the dual-queue greedy, which needs neither a search nor a worker."""
         start = time.perf_counter()
         graph = request.corrections.apply(self.builder.build(request.loads, request.forward_only))
-        schedule = greedy(graph)
+        schedule = self.order(graph)
         statistics = SearchStatistics(time.perf_counter() - start, 1, 0, 0)
-        return self._plan(graph, schedule, request, statistics, "greedy")
+        return self._plan(graph, schedule, request, statistics, "greedy" if self.order is greedy else self.name)
 
     def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
         """Search within the request's budget; the first valid schedule is given at once."""

@@ -13,8 +13,8 @@ from ..cost.corrections import KINDS, Corrections, Line, seconds_of
 from ..schedule import Kind, Plan
 from ..schedule.graph import Floats
 
-MEMORY = 0.8  # weight of all iterations before, against 1 for the newest
-OUTLIER = 2.0  # times the median ratio; what is further off is a hiccup of the machine
+MEMORY = 0.8  # what an iteration's weight shrinks to with each that follows
+OUTLIER = 2.0  # times the usual ratio; what is further off is a hiccup of the machine
 PRIOR = 0.1  # spread of sizes (standard deviation over mean) at which the line's slope counts as much as the ratio
 LEAST, MOST = 0.02, 50.0  # bounds on measured over predicted
 _HEAD = struct.Struct("<ii")
@@ -50,11 +50,13 @@ class Measurement:
     def unpack(data: bytes) -> Measurement:
         """Inverse of :meth:`pack`."""
         seconds = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float64)
-        return Measurement(*_HEAD.unpack_from(data), seconds.reshape(-1, 2))
+        iteration, rank = _HEAD.unpack_from(data)
+        return Measurement(iteration, rank, seconds.reshape(-1, 2))
 
 
 class Recalibration:
-    """Fits, for every kind of operation of every chunk, measured seconds as a line over the cost model's.
+    """Fits, for every kind of operation of every chunk, measured seconds as a line over the cost model's; the first
+    iteration is left out.
 
     Weighted least squares with older iterations forgotten exponentially and the slope drawn towards the plain ratio
     (a chunk whose units are all of one size has no slope of its own). A rank's overhead between operations counts as
@@ -63,6 +65,7 @@ class Recalibration:
 
     def __init__(self) -> None:
         self._places: list[tuple[str, int]] = []
+        self._warm = False
         self._sums = np.zeros((5, 0, 0, 0))  # weight, x, y, xx, xy; [sum, kind, place, rank]
 
     def observe(self, plan: Plan, used: Corrections, measurements: Sequence[Measurement]) -> None:
@@ -86,8 +89,12 @@ class Recalibration:
             x = planned[kind, row, rank]
             y = np.mean([_durations(seconds) for seconds in here], axis=0)
             known = (x > 0) & (y > 0)
-            _add(fresh[:, :, :, rank], kind[known], row_place[row[known]], x[known], y[known])
-        self._sums *= MEMORY
+            so_far = self._sums[:3, :, :, rank].reshape(3, -1)
+            _add(fresh[:, :, :, rank], kind[known], row_place[row[known]], x[known], y[known], so_far)
+        if not self._warm:
+            self._warm = True  # the first iteration also allocates, compiles and fills caches
+            return
+        self._sums *= np.where(fresh[0] > 0, MEMORY, 1.0)
         self._sums += fresh
 
     def corrections(self) -> Corrections:
@@ -131,7 +138,7 @@ class Recalibration:
                     total[:, mine] = values[:, mine].sum(axis=(1, *axes), keepdims=True)
             candidates.append((pooled[0], pooled[1]))
         candidates.append((np.full_like(x, x.sum()), np.full_like(y, y.sum())))
-        ratio = np.zeros_like(x)
+        ratio: Floats = np.zeros_like(x)
         for sum_x, sum_y in reversed(candidates):
             ratio = np.where(sum_x > 0, sum_y / np.where(sum_x > 0, sum_x, 1.0), ratio)
         return ratio
@@ -139,7 +146,7 @@ class Recalibration:
 
 def _durations(seconds: Floats) -> Floats:
     """Seconds of a rank's operations, with what passes between two of them when nothing has to be waited for."""
-    durations = seconds[:, 1] - seconds[:, 0]
+    durations: Floats = seconds[:, 1] - seconds[:, 0]
     gaps = seconds[1:, 0] - seconds[:-1, 1]
     if not len(gaps):
         return durations
@@ -150,7 +157,7 @@ def _model_seconds(
     plan: Plan, used: Corrections, kind: int, row_place: np.ndarray, places: list[tuple[str, int]]
 ) -> Floats:
     """The cost model's own seconds ``[S, P]`` of the plan's stages."""
-    seconds = seconds_of(plan.graph, KINDS[kind])[0].copy()
+    seconds: Floats = seconds_of(plan.graph, KINDS[kind])[0].copy()
     for line in used.lines:
         if line.kind == KINDS[kind] and (line.module, line.segment) in places:
             here = row_place == places.index((line.module, line.segment))
@@ -161,8 +168,9 @@ def _model_seconds(
     return seconds
 
 
-def _add(sums: Floats, kind: np.ndarray, place: np.ndarray, x: Floats, y: Floats) -> None:
-    """Add operations to ``sums`` ``[sum, kind, place]``, each group with weight 1 and hiccups cut off."""
+def _add(sums: Floats, kind: np.ndarray, place: np.ndarray, x: Floats, y: Floats, so_far: Floats) -> None:
+    """Add operations to ``sums`` ``[sum, kind, place]``, each group with weight 1 and hiccups cut off: what is far from
+    the group's median, and medians far from what was known ``so_far`` (sums of weight, x and y ``[3, group]``)."""
     group = kind * sums.shape[2] + place
     count = np.bincount(group, minlength=sums.shape[1] * sums.shape[2])
     order = np.lexsort((y / x, group))
@@ -172,6 +180,9 @@ def _add(sums: Floats, kind: np.ndarray, place: np.ndarray, x: Floats, y: Floats
     sorted_ratio = (y / x)[order]
     middle = (sorted_ratio[(first + (count - 1) // 2)[some]] + sorted_ratio[(first + count // 2)[some]]) / 2
     median[some] = middle
+    known = so_far[0] > 0
+    ratio = so_far[2][known] / so_far[1][known]
+    median[known] = np.clip(median[known], ratio / OUTLIER, ratio * OUTLIER)
     usual = median[group] * x
     y = np.clip(y, usual / OUTLIER, usual * OUTLIER)
     share = 1.0 / count[group]

@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..baselines import segmented_static
 from ..config import DipConfig
 from ..schedule import Schedule, SearchStatistics, StageGraph
+from ..simulate import simulate_compiled
+from .greedy import greedy, leanest
 from .maker import Searcher
 
 
@@ -24,8 +28,19 @@ class StaticSearcher:
     ) -> tuple[Schedule, SearchStatistics]:
         """See :class:`planner.maker.Searcher`."""
         start = time.perf_counter()
-        schedule = segmented_static(graph)
+        schedule = static_order(graph)
         return schedule, SearchStatistics(time.perf_counter() - start, 1, 0, 0)
+
+
+def static_order(graph: StageGraph) -> Schedule:
+    """The modality-segmented static order, with the fastest memory strategy or else the leanest. Where neither fits,
+    the greedy's order: it admits no microbatch that does not. Raises NothingFitsError if that can't fit, either."""
+    orders = segmented_static(graph).orders
+    for strategy in (np.zeros((graph.rows, graph.ranks), dtype=np.int8), leanest(graph)):
+        schedule = Schedule(orders, strategy)
+        if np.all(simulate_compiled(graph, schedule).peak_bytes <= graph.memory_limit):
+            return schedule
+    return greedy(graph)
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,13 @@ class PlannerService:
     quick one made in this process.
     """
 
-    def __init__(self, maker: PlanMaker, workers: int = 1, hang_seconds: float = 60.0):
-        """``workers`` 0 plans in this process only. A worker that is ``hang_seconds`` late is killed and replaced."""
+    def __init__(self, maker: PlanMaker, workers: int = 1, hang_seconds: float = 60.0, silent_seconds: int = 5):
+        """``workers`` 0 plans in this process only. A worker that is ``hang_seconds`` late, or silent for
+        ``silent_seconds`` in the middle of a message, is killed and replaced."""
         self.statistics = PlannerStatistics()
         self._maker = maker
         self._hang_seconds = hang_seconds
+        self._silent_seconds = silent_seconds
         self._workers = [self._start() for _ in range(workers)]
         self._asked: dict[int, _Asked] = {}
         self._arrived: dict[int, _Arrived] = {}
@@ -170,7 +172,7 @@ class PlannerService:
             connection.send_bytes(pickle.dumps(self._maker))
             # From here on no worker can hold up the trainer with half a message, or by never reading.
             for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", _SILENT_SECONDS, 0))
+                ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", self._silent_seconds, 0))
         return _Worker(process, connection)
 
     def _replace(self, worker: _Worker, reason: str) -> None:
@@ -191,7 +193,7 @@ class PlannerService:
                 while worker.connection.poll():
                     self._receive(worker, worker.connection.recv_bytes(_LARGEST_MESSAGE))
             except BlockingIOError:
-                self._replace(worker, f"fell silent in the middle of a message for {_SILENT_SECONDS} s")
+                self._replace(worker, f"fell silent in the middle of a message for {self._silent_seconds} s")
                 continue
             except (EOFError, OSError) as error:
                 self._replace(worker, f"has died (exit code {worker.process.poll()}; {type(error).__name__} {error})")
@@ -231,7 +233,6 @@ class PlannerService:
 
 
 _QUEUE = 2  # requests at a time: a worker that is late for one iteration may begin with the next as soon as it can
-_SILENT_SECONDS = 5
 _LARGEST_MESSAGE = 1 << 28
 _WORKER_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",

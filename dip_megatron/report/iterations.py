@@ -61,7 +61,7 @@ class IterationReport:
             plan_seconds=plan.search.seconds,
             stall_seconds=fed.stall_seconds,
             evaluations=plan.search.evaluations,
-            fallback=plan.search.workers == 0,
+            fallback=plan.name == "greedy",
             uncorrected_seconds=plan.predicted.uncorrected_time,
             latency_seconds=statistics.latency_seconds,
             fallbacks=statistics.fallbacks,

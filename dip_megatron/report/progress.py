@@ -64,9 +64,7 @@ class RunProgress:
         self._reports, self._times = [], b""
 
 
-def _scalars(
-    reports: Sequence[IterationReport], everyone: Sequence[Sequence[tuple[float, ...]]]
-) -> dict[str, float]:
+def _scalars(reports: Sequence[IterationReport], everyone: Sequence[Sequence[tuple[float, ...]]]) -> dict[str, float]:
     """``everyone[rank][iteration]``: first start, last end and busy seconds."""
     measured = busy = 0.0
     for ranks in zip(*everyone, strict=True):

@@ -14,7 +14,7 @@ from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule.verify import verify
 from dip_megatron.workload import Microbatch
-from tests.planner.makers import Maker
+from tests.planner.makers import GARBAGE, Maker
 
 
 def request(iteration: int, budget: float = 0.1) -> PlanRequest:
@@ -103,6 +103,31 @@ def test_a_faulty_worker_costs_no_iteration(service_of, fault, expected):
     verify(plan)
     if fault != "late":
         wait_until_ready(service)
+
+
+@pytest.mark.parametrize("fault", GARBAGE)
+def test_a_babbling_worker_is_replaced(service_of, fault, caplog):
+    service = service_of(fault, silent_seconds=1)
+    wait_until_ready(service)
+    babbling = service.processes[0].pid
+    service.submit(request(1))
+    assert service.take(1, 60.0).name == "greedy"
+    assert service.processes[0].pid != babbling
+    assert service.statistics.worker_deaths == 1
+    assert "starting another, no step is lost" in caplog.text
+
+
+def test_a_late_worker_goes_on_with_the_next_iteration(service_of):
+    service = service_of("slow")
+    wait_until_ready(service)
+    before = service.statistics.fallbacks
+    service.submit(request(1))
+    assert service.take(1, 0.0).name == "greedy"
+    service.submit(request(2))
+    assert service.take(2, 60.0).name == "worker"
+    assert service.statistics.fallbacks == before + 1
+    assert service.statistics.worker_deaths == 0
+    assert service.statistics.latency_seconds > 0
 
 
 def test_a_hanging_worker_is_replaced(service_of):
