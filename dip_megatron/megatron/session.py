@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,8 +98,9 @@ class DipSession:
             logger.warning("some layers can't defer weight gradients: plans split no backward")
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
+            planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
             order = static_order if config.schedule == "static" else greedy
-            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config), config.schedule, order)
+            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config, planners_here), config.schedule, order)
             # One worker process, whose threads search together: only one iteration is planned ahead.
             self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
             atexit.register(self._service.close)

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dip_megatron.planner.maker import PlanMaker
-from dip_megatron.planner.request import PlanRequest
+from dip_megatron.planner.request import PlanMaker, PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule import Plan
 
