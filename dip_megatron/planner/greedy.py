@@ -161,7 +161,7 @@ class _Rank:
             return True
         size, sink = self._size[row], self._first[row]
         if not self._has_backward[row]:
-            return size <= self._free
+            return bool(size <= self._free)
         room = coming = self._free
         for i in range(sink):
             wanted = max(self._need[i], self._passing[i]) if self._passing_count[i] else self._need[i]
