@@ -68,6 +68,8 @@ class PlanFeed:
         """Begin to plan and to broadcast; every rank calls it for the same iterations in the same order (only rank 0's
         loads matter). ``wait_seconds``: how long to wait for a worker's final plan."""
         if self._service is not None:
+            # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
+            request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
             if self._recalibration is not None:
                 request = replace(request, corrections=self._recalibration.corrections())
                 self._corrections[request.iteration] = request.corrections
