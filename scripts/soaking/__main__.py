@@ -19,7 +19,7 @@ from scripts.soaking.checks import faults, growth, quarters, read_log
 # Smaller than the quickstart, and learning so slowly that differences in the last bits stay there.
 TINY = shlex.split(
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --vision-num-layers 2 --vision-hidden-size 32 "
-    "--seq-length 96 --max-position-embeddings 96 --global-batch-size 4 --num-workers 0 --eval-iters 0 "
+    "--seq-length 96 --max-position-embeddings 96 --global-batch-size 4 --num-workers 0 --eval-iters 1 "
     "--lr 1e-5 --min-lr 1e-5 --lr-decay-style constant --lr-warmup-iters 0"
 )
 
