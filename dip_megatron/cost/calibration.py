@@ -105,8 +105,7 @@ class Costs:
         return replace(cost, **values)
 
     def scaled(self, factor: float, module: str = "*", part: str = "*", quantity: str = "*") -> Costs:
-        """These costs with one more factor, such as the ratio of measured to predicted seconds of the last
-        iteration."""
+        """These costs with one more factor."""
         return Costs(
             self.efficiency, self.tables, (*self.scales, Scale(module, part, quantity, factor)),
             self.hop_seconds, self.static_bytes, self.memory_limit, self.device,

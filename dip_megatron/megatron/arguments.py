@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="off (default): Megatron's own schedule; static: one order of modality segments for every "
                        "batch; dynamic: a plan for each batch")  # fmt: skip
     group.add_argument("--dip-config", type=Path, default=None, help="YAML file; flags override it")
-    group.add_argument("--dip-planner-workers", type=int, default=None, help="planner processes per replica (1)")
+    group.add_argument("--dip-planner-workers", type=int, default=None, help="searching threads per replica (1)")
     group.add_argument("--dip-search-budget", type=float, default=None,
                        help="seconds of search per plan (default: what the running iteration leaves)")  # fmt: skip
     group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")

@@ -16,6 +16,7 @@ from megatron.core.utils import get_model_config
 
 from ..models.protocol import MicrobatchInputs, StageProgram
 from ..planner.feed import Exchange, FedPlan, PlanFeed
+from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport
 from ..runtime.clock import Clock, MeasuredSpan
@@ -28,6 +29,9 @@ from .lookahead import LookAhead, RawItems, capture_microbatch
 from .parameters import ParameterSynchronization
 from .rerun import Repetition
 from .step import MegatronStep
+
+IterationConsumer = Callable[[IterationReport, Plan, list[MeasuredSpan]], object]
+"""Is told of every training iteration, on all ranks."""
 
 
 @dataclass
@@ -57,7 +61,7 @@ class DipForwardBackward:
         *,
         policy: PlanningPolicy | None = None,
         watchdog: Watchdog | None = None,
-        on_iteration: Callable[[IterationReport, Plan, list[MeasuredSpan]], None] | None = None,
+        on_iteration: IterationConsumer | None = None,
         tensor_parallel: Exchange | None = None,
     ):
         """``tensor_parallel`` is among the ranks that read the data together, if they are several."""
@@ -148,12 +152,12 @@ class DipForwardBackward:
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
             self._last_seconds = seconds
+            self._feed.measured(Measurement.of(fed.iteration, self._executor.position.rank, spans))
             self._finalize(chunks, step, config, pg_collection, force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
-            report = IterationReport.of(self.iterations, fed.plan, spans, fed.stall_seconds)
-            self._on_iteration(report, fed.plan, spans)
+            self._on_iteration(IterationReport.of(self.iterations, fed, spans), fed.plan, spans)
         if not forward_only:
             self.iterations += 1
         return step.forward_data_store
