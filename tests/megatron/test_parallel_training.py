@@ -46,7 +46,7 @@ def test_replicas_with_plans_of_their_own(megatron: Log, tmp_path: Path) -> None
     assert_equal(log, megatron)
     assert trained([log]) == list(range(ITERATIONS * BATCH))
     text = "\n".join(log.text)
-    for timer in ("forward-backward", "forward-compute", "backward-compute", "params-all-gather", "optimizer"):
+    for timer in ("forward-backward", "forward-compute", "backward-compute", "optimizer"):
         assert timer in text, timer
     assert "has already been dispatched" not in text
     plans = [(trace / folder / "iterations.jsonl").read_text().splitlines() for folder in (".", "dp1_tp0")]
