@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def run(budget: Budget, out: Path) -> Result:
         comparisons=_comparisons(ours, free, uniform, natural),
         bars=[
             Bar(f"ablation: {before} over {after}", ours[before] / ours[after], 1.0, why=_why_order(after, ours, free))
-            for before, after in zip(ROWS, ROWS[1:], strict=False)
+            for before, after in itertools.pairwise(ROWS)
         ],
         notes=["The number of microbatches behind the paper's seconds is not published: compare speeds, not seconds."],
         figure=draw.steps(out / "ablation.png", ROWS, [first / ours[r] for r in ROWS],
@@ -71,8 +72,8 @@ def phases(setting: Setting, budget: Budget) -> tuple[dict[str, float], dict[str
 
     Row 1: Megatron's interleaved order on parameter-balanced stages. Row 2: the paper's partition under a static order
     with the least uniform recompute that fits. Row 3: dual-queue interleaving, microbatches in natural order (the first
-    schedule that ``dip-paper`` tries). Row 4: the tree search over orders. Row 5: memory strategies stage by stage, all of
-    ``dip-paper``.
+    schedule that ``dip-paper`` tries). Row 4: the tree search over orders. Row 5: memory strategies stage by stage, all
+    of ``dip-paper``.
     """
     times: dict[str, list[float]] = {row: [] for row in ROWS[1:]}
     recompute, over = [], []
@@ -134,15 +135,20 @@ def _comparisons(
     """Speeds over the first row, and the reasons that the checks give."""
     lean = natural["recompute_share"]
     reasons = {
-        ROWS[1]: f"memory: without a limit the static order of segments is {free[ROWS[0]] / free[ROWS[1]]:.2f} times as fast "
+        ROWS[
+            1
+        ]: f"memory: without a limit the static order of segments is {free[ROWS[0]] / free[ROWS[1]]:.2f} times as fast "
         "as Megatron, with one it needs more recompute to fit in 80 GB",
-        ROWS[2]: f"{lean:.0%} of this row's compute time is recompute, as every stage uses its leanest strategy; the paper "
+        ROWS[
+            2
+        ]: f"{lean:.0%} of this row's compute time is recompute, as every stage uses its leanest strategy; the paper "
         "doesn't say what its stages use before '+ memory'",
         ROWS[3]: f"as in the row before; this step alone gives {ours[ROWS[2]] / ours[ROWS[3]]:.3f} (paper "
         f"{quoted.ABLATION[ROWS[2]] / quoted.ABLATION[ROWS[3]]:.3f}), and the natural order is at "
         f"{natural['over_bound']:.3f} times the lower bound already",
         ROWS[4]: f"this step alone gives {ours[ROWS[3]] / ours[ROWS[4]]:.3f} (paper "
-        f"{quoted.ABLATION[ROWS[3]] / quoted.ABLATION[ROWS[4]]:.3f}): it takes back the recompute of the rows before; over the "
+        f"{quoted.ABLATION[ROWS[3]] / quoted.ABLATION[ROWS[4]]:.3f}): it takes back the recompute of the rows "
+        f"before; over the "
         f"best uniform strategy it gives {uniform / ours[ROWS[4]]:.3f}",
     }
     first = ours[ROWS[0]]
@@ -156,7 +162,8 @@ def _comparisons(
 def _why_order(after: str, ours: dict[str, float], free: dict[str, float]) -> str:
     if after == ROWS[1]:
         return (
-            f"memory: the static order of segments holds more and fits only with more recompute; without a memory limit the "
+            f"memory: the static order of segments holds more and fits only with more recompute; without a "
+            f"memory limit the "
             f"ratio is {free[ROWS[0]] / free[ROWS[1]]:.3f}"
         )
     return f"not explained: {ours[after]:.3f} s after the phase was switched on as in the paper"

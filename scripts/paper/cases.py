@@ -75,21 +75,30 @@ def papers_partition(setting: Setting) -> Partition:
 
 
 def tuned_on(setting: Setting, count: int) -> Setting:
-    """The setting with ``count`` of its batches, evenly spread: what a static schedule is tuned on before a long run."""
+    """The setting with ``count`` of its batches, evenly spread: what a static schedule is tuned on before a run."""
     every = max(1, len(setting.batches) // count)
     return replace(setting, batches=setting.batches[::every])
 
 
 def plan_all(
-    name: str, setting: Setting, budget: Budget, *, tuned: Setting | None = None, seconds: float | None = None
+    name: str,
+    setting: Setting,
+    budget: Budget,
+    *,
+    tuned: Setting | None = None,
+    seconds: float | None = None,
+    given: Partition | None = None,
 ) -> list[Planned] | None:
     """Every batch of the setting planned under schedule ``name``; None if the schedule can't run them or does not fit.
 
-    ``tuned``: choose what is chosen before training on these batches, instead of on the ones that are planned.
+    ``tuned``: choose what is chosen before training on these batches, instead of on the ones that are planned. ``given``: the
+    partition of all segmented schedules.
     """
-    partition = our_partition(tuned or setting, budget.partition) if name in ("dip", *_EITHER) else None
+    searched = None
+    if given is None and name in ("dip", *_EITHER):
+        searched = our_partition(tuned or setting, budget.partition)
     try:
-        planner = make_planner(name, tuned or setting, budget.effort(seconds), searched=partition)
+        planner = make_planner(name, tuned or setting, budget.effort(seconds), given, searched=searched)
         found = [planner(batch.microbatches) for batch in setting.batches]
     except (BaselineError, DoesNotFit):
         return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+import numpy as np
+
 from dip_megatron.schedule import StageGraph
 
 
@@ -34,29 +36,36 @@ def solve_orders(graph: StageGraph, tick: float, limit: float, workers: int = 2)
     def ticks(seconds: float) -> int:
         return round(seconds / tick)
 
-    horizon = sum(ticks(float(x)) for array in (graph.forward[0], graph.fused[0]) for x in array.ravel())
+    backward = np.where(graph.has_weight, graph.fused[0], np.where(graph.has_backward, graph.backward[0], 0.0))
+    horizon = sum(ticks(float(x)) for x in (*graph.forward[0].ravel(), *backward.ravel()))
     horizon += 2 * graph.ranks * sum(ticks(float(h)) for h in graph.hop)
     last = model.new_int_var(0, horizon, "end")
     begin, end = {}, {}
     for p in range(graph.ranks):
         machine = []
         for s in range(graph.rows):
-            for kind, seconds in (("F", graph.forward[0, s, p]), ("B", graph.fused[0, s, p])):
+            operations = [("F", graph.forward[0, s, p])] + [("B", backward[s, p])] * bool(graph.has_backward[s, p])
+            for kind, seconds in operations:
                 at = model.new_int_var(0, horizon, "")
                 machine.append(model.new_fixed_size_interval_var(at, ticks(float(seconds)), ""))
                 begin[kind, s, p], end[kind, s, p] = at, at + ticks(float(seconds))
                 model.add(end[kind, s, p] <= last)
-            model.add(begin["B", s, p] >= end["F", s, p])
+            if graph.has_backward[s, p]:
+                model.add(begin["B", s, p] >= end["F", s, p])
         model.add_no_overlap(machine)
+
+    def link(s: int, p: int, t: int, q: int, hop: float) -> None:
+        """Forward from stage (s, p) to (t, q), and backward the other way where both have one."""
+        model.add(begin["F", t, q] >= end["F", s, p] + ticks(hop))
+        if graph.has_backward[s, p] and graph.has_backward[t, q]:
+            model.add(begin["B", s, p] >= end["B", t, q] + ticks(hop))
+
     for s in range(graph.rows):
-        hop = ticks(float(graph.hop[s]))
         for p in range(1, graph.ranks):
-            model.add(begin["F", s, p] >= end["F", s, p - 1] + hop)
-            model.add(begin["B", s, p - 1] >= end["B", s, p] + hop)
-        for before in graph.previous_rows[s]:
-            link = ticks(graph.link_hop(before, s))
-            model.add(begin["F", s, 0] >= end["F", before, graph.ranks - 1] + link)
-            model.add(begin["B", before, graph.ranks - 1] >= end["B", s, 0] + link)
+            before, after = (p, p - 1) if graph.row_reversed[s] else (p - 1, p)
+            link(s, before, s, after, float(graph.hop[s]))
+        for t in graph.previous_rows[s]:
+            link(t, graph.exit_rank(t), s, graph.entry_rank(s), graph.link_hop(t, s))
     model.minimize(last)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = limit

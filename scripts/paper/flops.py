@@ -28,7 +28,9 @@ def model_flops(model: MultimodalModel, microbatches: Sequence[Microbatch]) -> f
         own = layer.hidden * (2 * width + 2 * layer.kv_width) + layer.hidden * layer.ffn * (3 if layer.gated else 2)
         per_layer = 6 * own * tokens
         if layer.cross_attention:
-            per_layer += 6 * (2 * layer.hidden * width * tokens + 2 * layer.cross_attention * layer.kv_width * condition)
+            per_layer += 6 * (
+                2 * layer.hidden * width * tokens + 2 * layer.cross_attention * layer.kv_width * condition
+            )
             per_layer += 3 * 4 * width * float(sizes.cross_pairs.sum())
         total += module.layers * per_layer
         if isinstance(module.head, Projector):

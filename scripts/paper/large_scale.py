@@ -48,7 +48,8 @@ def run(budget: Budget, out: Path, settings: tuple[tuple[str, int, int], ...] = 
         ]
     return Result(
         title="Large models",
-        setting="Simulated, one replica (replicas run the same schedule; the gradient exchange between them is left out). "
+        setting="Simulated, one replica (replicas run the same schedule; the gradient exchange between them is "
+        "left out). "
         + " ".join(texts),
         tables=[Table("MFU and gain over parameter-balanced Megatron",
                       ["model", "schedule", "seconds (simulated)", "MFU (simulated)", "gain (simulated)"], rows)],
@@ -80,7 +81,8 @@ def _comparisons(
         if found:
             label = max(found, key=lambda k: found[k])
             reason = (
-                f"without bubbles and recompute the kernels of our cost model would reach {ideal[label]:.2f} on these batches; "
+                f"without bubbles and recompute the kernels of our cost model would reach {ideal[label]:.2f} on "
+                f"these batches; "
                 "the rest is the schedule's"
             )
             out.append(Comparison(f"{label}: best MFU, dip-paper", paper, found[label], reason))
@@ -88,9 +90,11 @@ def _comparisons(
     if won:
         label = max(won, key=lambda k: won[k])
         reason = (
-            "parameter-balanced Megatron chooses its number of segments in hindsight here (see the throughput part); dip "
+            "parameter-balanced Megatron chooses its number of segments in hindsight here (see the throughput "
+            "part); dip "
             f"gains {seconds[label][WEAK] / seconds[label]['dip']:.2f} on the same batch"
-            if "dip" in seconds[label] else "dip found no plan that fits"
+            if "dip" in seconds[label]
+            else "dip found no plan that fits"
         )
         out.append(Comparison(f"{label}: greatest gain of dip-paper over Megatron", 1 + quoted.LARGE_GAIN, won[label],
                               reason, "x"))  # fmt: skip

@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run_parts(names: list[str], budget: Budget, out: Path) -> int:
     """Run the parts one after the other; 0 if all their bars are met."""
     print(
-        "Numbers are quoted (from the paper, arXiv 2504.14145), simulated (our cost model and simulator: no GPU ran) or "
+        "Numbers are quoted (from the paper, arXiv 2504.14145), simulated (our cost model and simulator: no GPU "
+        "ran) or "
         f"measured (this machine: {os.cpu_count()} cores). Effort: {budget.name}."
     )
     results: dict[str, Result] = {}

@@ -1,7 +1,7 @@
 """What a part of the reproduction gives: a table, comparisons with the paper, bars, and every number as data.
 
-A number is *quoted* (printed in the paper), *simulated* (our cost model and simulator; no GPU ran) or *measured* (seconds
-of this machine's CPU). Heads of columns say which; in the data the numbers stand under one of the three words.
+A number is *quoted* (printed in the paper), *simulated* (our cost model and simulator; no GPU ran) or *measured*
+(seconds of this machine's CPU). Heads of columns say which; in the data the numbers stand under one of the three words.
 """
 
 from __future__ import annotations

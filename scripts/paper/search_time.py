@@ -37,11 +37,13 @@ def run(budget: Budget, out: Path) -> Result:
     return Result(
         title="Search: progress over time, and scalability",
         setting=f"Simulated plans, measured search seconds ({budget.workers} thread; the paper: 64 cores). Progress: "
-        f"{describe(setting, mix_of(MODEL))} Scalability: VLM-S, one memory strategy and fused backwards, so that CP-SAT "
+        f"{describe(setting, mix_of(MODEL))} Scalability: VLM-S, one memory strategy and fused backwards, so "
+        f"that CP-SAT "
         f"(OR-tools, in place of Z3 and Gurobi; {budget.solver:g} s an instance) has orders alone to find.",
         tables=[
             Table(f"Seconds of search until within {NEAR:.0%} of the best of {budget.progress:g} s",
-                  ["schedule", "seconds (measured)", "first plan s (measured)", "first s (simulated)", "best s (simulated)",
+                  ["schedule", "seconds (measured)", "first plan s (measured)", "first s (simulated)", "best s "
+                  "(simulated)",
                    "best over bound"],
                   [[s, f"{near[s]:.2f}", f"{r.history[0][0]:.3f}", f"{r.history[0][1]:.3f}", f"{r.iteration_time:.3f}",
                     f"{r.iteration_time / r.lower_bound:.3f}"] for s, r in progress.items()]),
@@ -61,21 +63,28 @@ def run(budget: Budget, out: Path) -> Result:
             "quoted": {"search_seconds": quoted.SEARCH_SECONDS},
         },
         comparisons=_optimal(scales),
-        bars=[Bar(f"{MODEL}: seconds of dip-paper's search until near its best", near["dip-paper"], quoted.SEARCH_SECONDS,
-                  at_most=True, why=f"{budget.workers} thread here, 64 cores in the paper"),
+        bars=[Bar(f"{MODEL}: seconds of dip-paper's search until near its best", near["dip-paper"],
+                  quoted.SEARCH_SECONDS, at_most=True, why=f"{budget.workers} thread here, 64 cores in the paper"),
               Bar(f"{MODEL}: seconds of dip's search until near its best", near["dip"], quoted.SEARCH_SECONDS,
                   at_most=True, why="the local search still improves late"),
               Bar(f"{SMALL}, {max(budget.scales)} microbatches: seconds of dip's search until near its best", large,
                   quoted.SEARCH_SECONDS, at_most=True, why="the local search still improves late")],
         figure=draw.panels(
             out / "search.png",
-            [({s: [*((max(t, 1e-3), y / r.lower_bound) for t, y in r.history), (r.seconds, r.iteration_time / r.lower_bound)]
-               for s, r in progress.items()}, "seconds of search (measured)", "time over lower bound (simulated)", "x"),
+            [({s: _curve(r) for s, r in progress.items()}, "seconds of search (measured)",
+              "time over lower bound (simulated)", "x"),
              ({"search": [(s.microbatches, s.found / s.floor) for s in scales],
-               f"CP-SAT, {budget.solver:g} s": [(s.microbatches, s.solved.time / s.floor) for s in scales if s.solved.found]},
+               f"CP-SAT, {budget.solver:g} s": [(s.microbatches, s.solved.time / s.floor) for s in scales
+                                                if s.solved.found]},
               "microbatches", "time over the better bound (simulated)", "x")],
             "Search progress (VLM-L) and scalability (VLM-S)"),
     )  # fmt: skip
+
+
+def _curve(result: SearchResult) -> list[tuple[float, float]]:
+    """(seconds of search, time over lower bound) of each improvement, and of the end."""
+    points = [*result.history, (result.seconds, result.iteration_time)]
+    return [(max(t, 1e-3), y / result.lower_bound) for t, y in points]
 
 
 def seconds_to_near(result: SearchResult) -> float:
@@ -115,6 +124,7 @@ def _scale(microbatches: int, budget: Budget) -> _Scale:
 
 def in_ticks(graph: StageGraph) -> StageGraph:
     """The graph with durations rounded up to whole ticks, for both search and solver."""
+
     def rounded(array):  # type: ignore[no-untyped-def]
         return np.ceil(array / TICK - 1e-9) * TICK
 
@@ -125,5 +135,6 @@ def in_ticks(graph: StageGraph) -> StageGraph:
 def _optimal(scales: list[_Scale]) -> list[Comparison]:
     proved = [s for s in scales if s.solved.optimal]
     return [Comparison(f"{s.microbatches} microbatches: search over the optimum", 1.0, s.found / s.solved.time,
-                       "the tree search stops short of the optimum; `dip`'s local search is measured in scripts/bench", "x")
+                       "the tree search stops short of the optimum; `dip`'s local search is measured in "
+                       "scripts/bench", "x")
             for s in proved]  # fmt: skip

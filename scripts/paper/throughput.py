@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from dip_megatron.baselines import BaselineError, StaticChoice, parameter_balanc
 from dip_megatron.commands.planning import Setting
 
 from . import draw, quoted
-from .cases import FIVE, Budget, describe, load_case, mean_time, mix_of, plan_all
+from .cases import FIVE, Budget, describe, load_case, mean_time, mix_of, our_partition, plan_all
 from .record import Bar, Comparison, Result, Table
 
 WEAK = "megatron-parameter-balanced"
@@ -45,11 +46,13 @@ def run(budget: Budget, out: Path, models: tuple[str, ...] = FIVE) -> Result:
     return Result(
         title="Throughput of five models",
         setting=f"Simulated on H100s, models at the paper's parallel sizes, the paper's data mix (seed 0). "
-        f"{describe(setting, mix_of(models[0]))} Search {budget.search:g} s a plan, {budget.partition:g} s a partition.",
+        f"{describe(setting, mix_of(models[0]))} Search {budget.search:g} s a plan, {budget.partition:g} s a "
+        f"partition.",
         tables=[
             Table("Seconds an iteration (simulated); in brackets: times dip's", ["schedule", *models], rows),
             Table(
-                "dip's gain over parameter-balanced Megatron (simulated), by Megatron's segments a rank; above it has the best",
+                "dip's gain over parameter-balanced Megatron (simulated), by Megatron's segments a rank; above "
+                "it has the best",
                 ["segments", *models],
                 [[str(v), *(f"{segments[m][v] / times[m]['dip']:.2f}" if v in segments[m] else "-" for m in models)]
                  for v in VIRTUAL],
@@ -71,7 +74,8 @@ def run(budget: Budget, out: Path, models: tuple[str, ...] = FIVE) -> Result:
         bars=bars,
         notes=[
             "Static schedules are tuned on the very batches they are judged on, with the least recompute that fits.",
-            "nnScaler* (the paper's star, too): a static plan for the mean batch. FSDP is not simulated: it has no pipeline.",
+            "nnScaler* (the paper's star, too): a static plan for the mean batch. FSDP is not simulated: it has "
+            "no pipeline.",
         ],
         figure=draw.bars(out / "throughput.png", times, SCHEDULES, "Iteration time over dip's (simulated, H100)"),
     )  # fmt: skip
@@ -80,7 +84,9 @@ def run(budget: Budget, out: Path, models: tuple[str, ...] = FIVE) -> Result:
 H20_RATIO = quoted.H20["Megatron-LM"] / quoted.H20["DIP"]
 
 
-def _times(name: str, budget: Budget, cluster: str = CLUSTER, schedules: tuple[str, ...] = SCHEDULES) -> dict[str, float]:
+def _times(
+    name: str, budget: Budget, cluster: str = CLUSTER, schedules: tuple[str, ...] = SCHEDULES
+) -> dict[str, float]:
     setting = load_case(name, cluster, budget.batches, budget.microbatches)
     found = {schedule: plan_all(schedule, setting, budget) for schedule in schedules}
     return {schedule: mean_time(plans) for schedule, plans in found.items() if plans is not None}
@@ -91,9 +97,12 @@ def _h20(budget: Budget) -> dict[str, float]:
 
 
 def _large_clips(budget: Budget) -> dict[str, float]:
-    """T2V-S on clips of 768 pixels, MovieGen's final resolution, where prompts weigh next to nothing."""
+    """T2V-S on clips of 768 pixels, MovieGen's final resolution, where prompts weigh next to nothing; in whole
+    microbatches, on the layers chosen for the ordinary mix."""
     setting = load_case("t2v-s", CLUSTER, budget.batches, budget.microbatches, "t2v-768")
-    found = {schedule: plan_all(schedule, setting, budget) for schedule in ("dip", "dip-paper", WEAK)}
+    own = our_partition(load_case("t2v-s", CLUSTER, budget.batches, budget.microbatches), budget.partition)
+    whole = replace(own, modules=tuple(replace(m, unit_size=None) for m in own.modules))
+    found = {schedule: plan_all(schedule, setting, budget, given=whole) for schedule in ("dip", "dip-paper", WEAK)}
     return {schedule: mean_time(plans) for schedule, plans in found.items() if plans is not None}
 
 
@@ -146,7 +155,8 @@ def _why(
     own = times[model][schedule]
     parts = [f"{v} segment{'s' * (v > 1)}: {t / own:.2f}" for v, t in segments[model].items() if v <= 3]
     text = (
-        "parameter-balanced Megatron has the best of 1 to 8 segments in hindsight here, and the paper doesn't say how many its "
+        "parameter-balanced Megatron has the best of 1 to 8 segments in hindsight here, and the paper doesn't "
+        "say how many its "
         f"own had; against fewer the gain on {model} would be {', '.join(parts)}"
     )
     if {WEAK, schedule} <= set(large):
