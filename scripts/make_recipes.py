@@ -69,10 +69,16 @@ def main() -> None:
     parser.add_argument("--search", type=float, default=2.0, help="seconds to search a plan")
     parser.add_argument("--keep", action="store_true", help="keep the partitions that are there")
     arguments = parser.parse_args()
+    failed = []
     for name in arguments.names or recipe_names():
         if name not in recipe_names():
             parser.error(f"unknown recipe {name!r}; choose from {', '.join(recipe_names())}")
-        make(name, arguments.budget, arguments.search, not arguments.keep)
+        try:
+            make(name, arguments.budget, arguments.search, not arguments.keep)
+        except (ValueError, RuntimeError) as error:
+            failed.append(f"{name}: {error}")
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

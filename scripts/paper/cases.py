@@ -91,8 +91,8 @@ def plan_all(
 ) -> list[Planned] | None:
     """Every batch of the setting planned under schedule ``name``; None if the schedule can't run them or does not fit.
 
-    ``tuned``: choose what is chosen before training on these batches, instead of on the ones that are planned. ``given``: the
-    partition of all segmented schedules.
+    ``tuned``: choose what is chosen before training on these batches, instead of on the ones that are planned.
+    ``given``: the partition of all segmented schedules.
     """
     searched = None
     if given is None and name in ("dip", *_EITHER):
