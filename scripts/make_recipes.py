@@ -21,10 +21,12 @@ from dip_megatron.commands.planning import Effort, Setting, make_planner, search
 from dip_megatron.cost import load_cluster
 from dip_megatron.model import load_model
 from dip_megatron.partition import read_partition, write_partition
-from dip_megatron.recipes import FOLDER, dip_settings, megatron_flags, recipe_names
+from dip_megatron.recipes import FOLDER, dip_settings, load_recipe, megatron_flags, recipe_names
 from dip_megatron.workload import load_workload
 
 BATCHES = 2
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
+BEGIN, END = "<!-- table: made by scripts/make_recipes.py -->", "<!-- end of table -->"
 MARK = "# From here on made by scripts/make_recipes.py; simulated, not measured.\n"
 
 
@@ -61,6 +63,33 @@ def make(name: str, budget: float, search: float, again: bool) -> None:
     print(f"{name}: {planned}", flush=True)
 
 
+def write_table() -> None:
+    """Put the table of all recipes into the page that lists them."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+
+
+def table() -> str:
+    """All recipes as Markdown."""
+    head = ["recipe", "GPUs", "data mix", "s/iteration", "bound", "GB/rank of limit", "parts"]
+    rows = [head, ["---"] * len(head)]
+    for recipe in map(load_recipe, recipe_names()):
+        p, planned = recipe.model.parallel, recipe.planned
+        rows.append(
+            [
+                f"`{recipe.name}`",
+                f"{p.gpus} {recipe.cluster.name.upper()} ({p.tp} x {p.pp} x {p.dp})",
+                f"{recipe.workload}, {recipe.microbatches} microbatches",
+                f"{planned.iteration_seconds:.2f}",
+                f"{planned.lower_bound_seconds:.2f}",
+                f"{max(planned.memory_gb):.1f} of {recipe.cluster.usable_bytes / 1e9:.0f}",
+                "some lacking" if recipe.lacks else "all there",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main() -> None:
     """Make the recipes named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,6 +106,8 @@ def main() -> None:
             make(name, arguments.budget, arguments.search, not arguments.keep)
         except (ValueError, RuntimeError) as error:
             failed.append(f"{name}: {error}")
+    if set(recipe_names()) == set(arguments.names or recipe_names()):
+        write_table()
     if failed:
         sys.exit("\n".join(failed))
 

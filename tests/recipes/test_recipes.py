@@ -16,6 +16,7 @@ from dip_megatron.schedule.lower import make_plan
 from dip_megatron.schedule.verify import verify
 from dip_megatron.search import search
 from dip_megatron.workload import load_workload
+from scripts import make_recipes
 
 EXAMPLES = {"vision-audio-llm"}  # described for planning, without a recipe
 
@@ -79,3 +80,8 @@ def test_files_that_disagree_are_named(tmp_path, monkeypatch, file, old, new, me
 def test_an_unknown_recipe_names_those_there_are():
     with pytest.raises(ConfigError, match="vlm-s"):
         load_recipe("vlm-zz")
+
+
+def test_the_page_lists_every_recipe_as_it_is():
+    page = make_recipes.PAGE.read_text(encoding="utf-8")
+    assert make_recipes.table() in page
