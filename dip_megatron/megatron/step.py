@@ -18,6 +18,7 @@ from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from ..runtime.deferred import WeightGradients
 from ..runtime.stages import LossPart, ReplayIterator
 from ..runtime.transport import Tensors
+from .rerun import counted_as
 
 
 class MegatronStep:
@@ -57,7 +58,7 @@ class MegatronStep:
         return [item for microbatch in sorted(self._data) for item in _whole(self._data[microbatch])]
 
     def loss(
-        self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int, part: LossPart
+        self, chunk: torch.nn.Module, model: Any, items: list[Any] | None, microbatch: int, part: LossPart
     ) -> torch.Tensor:
         """The last stage, through the script's forward_step and loss function."""
         values = 0
@@ -71,17 +72,21 @@ class MegatronStep:
         store: list[Any] = []
         with self._range("forward-compute"):
             self._start_timer("forward-compute")
+            iterator = None if items is None else ReplayIterator(items)
             with self._autocast():
-                output, loss_func = self._forward_step_func(ReplayIterator(items), model)
-            output, num_tokens = self._calculate_loss(
-                chunk, output, None if loss_func is None else observed, is_last_stage=True, store=store
-            )
+                output, loss_func = self._forward_step_func(iterator, model)
+            with counted_as(microbatch, self._num_microbatches):
+                output, num_tokens = self._calculate_loss(
+                    chunk, output, None if loss_func is None else observed, is_last_stage=True, store=store
+                )
         self._data.setdefault(microbatch, []).extend((part, item) for item in store)
         if part.share != 1.0 and not (values == 3 and self._config.calculate_per_token_loss):
             # Megatron averages over what it is given: here a part of the microbatch.
             output = output * part.share
         if self.total_num_tokens is None:
-            self.total_num_tokens = torch.zeros([], dtype=torch.int, device=output.device)
+            # A loss function may return a plain number where nothing is to be trained.
+            device = output.device if isinstance(output, torch.Tensor) else num_tokens.device
+            self.total_num_tokens = torch.zeros([], dtype=torch.int, device=device)
         self.total_num_tokens += num_tokens.to(self.total_num_tokens.device)
         return output
 

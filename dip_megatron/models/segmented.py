@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..runtime.modes import StageMode
+from ..schedule import Unit
 from . import deferred_linear, layer_memory
 
 Chunk = TypeVar("Chunk", bound=torch.nn.Module)
@@ -28,6 +29,10 @@ class SegmentedProgram:
     def supports_split(self) -> bool:
         """Whether W can compute the weight gradients of this rank's chunks, once they are built."""
         return self._supports_split
+
+    def loss_share(self, unit: Unit, arguments: Mapping[str, Any]) -> float:
+        """All of it: a last module that doesn't say otherwise works on whole microbatches."""
+        return 1.0
 
     def _check_layers(self, module: str, count: int) -> None:
         """Raises ValueError unless the partition gives ``module`` its ``count`` layers, on all ranks' chunks."""

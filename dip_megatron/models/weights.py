@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 Deviation = Callable[[str, torch.nn.Parameter], float | None]
 
@@ -21,6 +22,8 @@ def global_name(model: torch.nn.Module, name: str) -> str:
         parts[place] = str(layers[int(parts[place])].layer_number - 1)
     while parts[0] == "module":
         parts.pop(0)
+    if parts[-2:] == ["output_layer", "weight"] and model.get_parameter(name).__dict__.get("shared_embedding"):
+        parts[-2:] = ["embedding", "word_embeddings", "weight"]  # the last stage's copy of a tied embedding
     return ".".join(parts)
 
 
@@ -28,18 +31,26 @@ def draw_by_name(models: Iterable[torch.nn.Module], seed: int, deviation: Deviat
     """Draw weights anew, from ``seed`` and their global names, normally distributed.
 
     Megatron draws them in the order in which a rank builds them. ``deviation(name, parameter)`` is None for what stays
-    as it is. Tensor-parallel shards have one name, and would get the same numbers.
+    as it is. Tensor-parallel ranks get their shards of the same weights.
     """
+    rank, shards = 0, 1
+    if parallel_state.model_parallel_is_initialized():
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        shards = parallel_state.get_tensor_model_parallel_world_size()
     for model in models:
         for local, parameter in model.named_parameters():
             name = global_name(model, local)
             std = deviation(name, parameter)
             if std is None:
                 continue
+            shape, split = list(parameter.shape), getattr(parameter, "partition_dim", -1) if shards > 1 else -1
+            if split >= 0:
+                shape[split] *= shards
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            drawn = torch.randn(shape, generator=generator, device=parameter.device) * std
             with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, device=parameter.device) * std)
+                parameter.copy_(drawn.chunk(shards, split)[rank] if split >= 0 else drawn)
 
 
 def gather_weights(models: Sequence[torch.nn.Module], group: Any) -> dict[str, torch.Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..models.protocol import Inputs, MicrobatchInputs, StageProgram
+from ..models.protocol import Inputs, MicrobatchInputs, RunnableStages
 from ..schedule import Compute, Kind, Plan, StageKey, Unit
 from ..schedule.lower import incoming
 from .deferred import Slot, WeightGradients, leave, start
@@ -35,7 +36,7 @@ class StepFunctions(Protocol):
         ...
 
     def loss(
-        self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int, part: LossPart
+        self, chunk: torch.nn.Module, model: Any, items: list[Any] | None, microbatch: int, part: LossPart
     ) -> torch.Tensor:
         """Run the script's forward_step with ``model`` on a microbatch's raw items; the scaled loss of one part."""
         ...
@@ -136,7 +137,7 @@ class ModelStages:
 
     def __init__(
         self,
-        program: StageProgram,
+        program: RunnableStages,
         chunks: list[torch.nn.Module],
         step: StepFunctions,
         state: IterationState,
@@ -265,4 +266,4 @@ class ReplayIterator:
         return self
 
     def __next__(self) -> Any:
-        return next(self._items)
+        return copy.copy(next(self._items))  # scripts may take a batch's dict apart
