@@ -119,3 +119,8 @@ def check_arguments(args: Any) -> None:
         "local checkpoints hold layers by their place on a rank, which DIP's partition changes",
         f"use --non-persistent-ckpt-type global {_WITH_OFF}",
     )  # fmt: skip
+    refuse(
+        getattr(args, "dataloader_save", None), "--dataloader-save",
+        "the data loader's state is past the samples that are read ahead, so resuming would lose them",
+        f"leave it out {_WITH_OFF}",
+    )  # fmt: skip
