@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ..config import ConfigurationError
@@ -115,6 +116,40 @@ def warn_of_bound_state(args: Any) -> str | None:
         f"checkpoints of this run can go on with their optimizer state under this very partition only; add "
         f"{_RESHARDABLE} to be free of it"
     )
+
+
+def share_step(state: dict[str, Any]) -> None:
+    """Put the optimizers' step into every rank's state, ``state`` being what Megatron is about to save.
+
+    Megatron saves what is not sharded as the first rank has it, and takes the step from that rank's parameters. Under
+    DIP the first rank may have none to train: with everything but the projector frozen, which stands on the last one.
+    Call it on all ranks.
+    """
+    optimizer = state.get("optimizer", {})
+    several = [part for key, part in optimizer.items() if isinstance(key, int)]
+    inner = [part.get("optimizer", part) for part in several or [optimizer]]
+    known = [_step(part) for part in inner]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, known)
+    for index, part in enumerate(inner):
+        found = [steps[index] for steps in everyone if index < len(steps) and steps[index] is not None]
+        if not found or known[index] is not None:
+            continue
+        in_groups, step = found[0]
+        if in_groups:
+            for group in part["param_groups"]:
+                group["step"] = step
+        else:
+            part["state"]["common_step"] = step
+
+
+def _step(optimizer: Mapping[str, Any]) -> tuple[bool, Any] | None:
+    """Where an optimizer's state has its step (in its parameter groups, or apart), and the step."""
+    if "common_step" in optimizer.get("state", {}):
+        return False, optimizer["state"]["common_step"]
+    groups = optimizer.get("param_groups", [])
+    steps = [group["step"] for group in groups if group.get("step") is not None] if isinstance(groups, list) else []
+    return (True, steps[0]) if steps else None
 
 
 def _recorded(entry: Mapping[str, Any] | None) -> Partition | None:

@@ -1,4 +1,4 @@
-"""The hooks in Megatron's training loop: four attributes, all looked up when they are called."""
+"""The hooks in Megatron's training loop: five attributes, all looked up when they are called."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from ..config import ConfigurationError
 from ..models.family import ModelFamily
 from .arguments import add_arguments, check_arguments, dip_config
+from .checkpoints import share_step
 from .families import known_families
 from .session import DipSession
 
@@ -52,6 +53,7 @@ class Hooks:
             ("megatron.training.initialize", "validate_args", self._validated),
             ("megatron.training.training", "get_model", self._get_model),
             ("megatron.training.training", "get_forward_backward_func", self._forward_backward),
+            ("megatron.training.checkpointing", "generate_state_dict", self._state_dict),
         ):
             loaded = importlib.import_module(module)
             original = getattr(loaded, attribute, None)
@@ -99,3 +101,13 @@ class Hooks:
             return self._session.forward_backward()
 
         return get_forward_backward_func
+
+    def _state_dict(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
+            state = original(*args, **kwargs)
+            loading = (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False)
+            if self._session is not None and not loading:
+                share_step(state)
+            return state
+
+        return generate_state_dict
