@@ -93,7 +93,7 @@ def make_case(name: str, batches: int, microbatches: int, partition_seconds: flo
     case = Case(name, setting, searched_partition(setting, partition_seconds) if partition_seconds else paper, paper)
     for microbatch_list in setting.microbatches:
         case.graphs.append(segmented_graph(setting.pricer, case.ours, microbatch_list))
-        case.paper_graphs.append(segmented_graph(setting.pricer, case.paper, microbatch_list))
+        case.paper_graphs.append(segmented_graph(setting.paper_pricer, case.paper, microbatch_list))
     return case
 
 

@@ -20,7 +20,7 @@ from ..baselines import (
     static_plan,
     tune_static,
 )
-from ..cost import Cluster, CostModel, Costs, cost_model, segmented_graph
+from ..cost import Cluster, CostModel, Costs, cost_model, paper_cost_model, segmented_graph
 from ..model import MultimodalModel, Partition
 from ..partition import choose_partition, paper_partition
 from ..schedule import Kind, Plan, Schedule, SearchStatistics, StageGraph
@@ -52,6 +52,11 @@ class Setting:
     @property
     def pricer(self) -> CostModel:
         return cost_model(self.model, self.cluster, self.costs)
+
+    @property
+    def paper_pricer(self) -> CostModel:
+        """For ``dip-paper``."""
+        return paper_cost_model(self.model, self.cluster, self.costs)
 
     @property
     def microbatches(self) -> list[Sequence[Microbatch]]:
@@ -135,7 +140,8 @@ def _searched(
     name: str, setting: Setting, partition: Partition, microbatches: Sequence[Microbatch], effort: Effort
 ) -> Planned:
     start = time.perf_counter()
-    graph = segmented_graph(setting.pricer, partition, microbatches, setting.memory_limit)
+    pricer = setting.paper_pricer if name == "dip-paper" else setting.pricer
+    graph = segmented_graph(pricer, partition, microbatches, setting.memory_limit)
     try:
         found = search(
             graph, schedule=name, budget_seconds=effort.budget_seconds, seed=effort.seed, workers=effort.workers,

@@ -2,7 +2,7 @@
 
 from .calibration import Costs, Scale, Table
 from .chunks import Chunk, ChunkCost, CostModel, LayerRun
-from .graph import build_graph, build_mixed_graph, cost_model, mixed_graph, segmented_graph
+from .graph import build_graph, build_mixed_graph, cost_model, mixed_graph, paper_cost_model, segmented_graph
 from .hardware import Cluster, load_cluster
 from .operators import Operators
 from .parts import LayerCost, PartCost
@@ -32,6 +32,7 @@ __all__ = [
     "format_strategy",
     "load_cluster",
     "mixed_graph",
+    "paper_cost_model",
     "parse_strategy",
     "segmented_graph",
     "unit_sizes",

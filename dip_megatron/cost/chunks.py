@@ -20,7 +20,7 @@ from .strategies import LAYER_STRATEGIES, Counts, combine, format_strategy, pick
 
 _LEAST_SAVED = 0.01
 _FULL = LAYER_STRATEGIES.index("full")
-_PLACING = ("full", "mlp", "selective", "offload", "none")
+_PLACING = ("full", "mlp", "selective", "activation", "offload", "none")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class _Candidates:
 class CostModel:
     """The costs of one model on one cluster. Holds caches of what depends on chunks and rounded sizes only, so that one
     object should live as long as the model does. ``strategies`` are the layer strategies that may be chosen (``none``
-    always may), ``candidates`` how many of their mixes a chunk gets at most (S in section 2c of the paper)."""
+    always may), ``candidates`` how many of their mixes a chunk gets at most (S in section 2c of the paper), chosen with
+    or without ``corners`` (:func:`.strategies.pick`)."""
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class CostModel:
         *,
         strategies: Sequence[str] = LAYER_STRATEGIES,
         candidates: int = 10,
+        corners: bool = True,
     ) -> None:
         unknown = set(strategies) - set(LAYER_STRATEGIES)
         if unknown:
@@ -85,7 +87,7 @@ class CostModel:
         self.costs = costs or Costs()
         self.cluster = self.costs.calibrate(cluster)
         self.operators = Operators(self.cluster, model.parallel.tp)
-        self.candidates = candidates
+        self.candidates, self.corners = candidates, corners
         self._allowed = np.array([s == "none" or s in strategies for s in LAYER_STRATEGIES])
         self._reached = _reached(model)
         self._cache: dict[tuple[Chunk, tuple[tuple[float, ...], ...]], _Candidates] = {}
@@ -227,7 +229,7 @@ class CostModel:
             offered.append(np.flatnonzero(usable))
             parts.append((place.count(k), seconds[usable], size[usable]))
         found, seconds, size = combine(parts)
-        chosen = pick(seconds, size, self.candidates)
+        chosen = pick(seconds, size, self.candidates, corners=self.corners)
         counts = np.zeros((len(chosen), len(kinds), len(LAYER_STRATEGIES)), dtype=np.int64)
         for k, table in enumerate(found):
             counts[:, k, offered[k]] = table[chosen]

@@ -17,7 +17,7 @@ from .chunks import Chunk, ChunkCost, CostModel, LayerRun
 from .hardware import Cluster
 from .parts import LayerCost
 from .sizes import unit_sizes
-from .strategies import Counts
+from .strategies import LAYER_STRATEGIES, Counts
 
 _FIELDS = ("forward", "backward", "weight", "activation", "hold")
 
@@ -26,6 +26,13 @@ _FIELDS = ("forward", "backward", "weight", "activation", "hold")
 def cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = None) -> CostModel:
     """The cost model for these arguments; equal ones share one, and with it the caches."""
     return CostModel(model, cluster, costs)
+
+
+@lru_cache(maxsize=8)
+def paper_cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = None) -> CostModel:
+    """The same with the memory strategies and the choice of candidates that the paper describes."""
+    strategies = [s for s in LAYER_STRATEGIES if s != "activation"]
+    return CostModel(model, cluster, costs, strategies=strategies, corners=False)
 
 
 def build_graph(

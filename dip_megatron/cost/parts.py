@@ -61,7 +61,8 @@ def layer_cost(
     layer: TransformerLayer, parallel: Parallel, operators: Operators, sizes: Sizes, full_attention: bool = True
 ) -> tuple[PartCost, Floats, Floats, Floats]:
     """One layer that keeps all its activations; beside it, per part that can be recomputed, its forward seconds and the
-    bytes dropped: attention core and MLP, ``[2, U]`` each, and the bytes of the layer's input ``[U]``."""
+    bytes dropped: activation function, attention core and MLP, ``[3, U]`` each; the bytes of the layer's input ``[U]``.
+    """
     e, tp = operators.cluster.element_bytes, parallel.tp
     shard = tp if parallel.sequence_parallel else 1
     tokens, pairs = sizes.tokens, sizes.pairs if full_attention else sizes.window_pairs
@@ -142,7 +143,8 @@ def layer_cost(
         modulation, modulation_weight = linear(hidden, 6 * hidden / tp, np.minimum(tokens, 1.0))
         forward, backward, weight = forward + modulation, backward + modulation, weight + modulation_weight
     cost = PartCost(forward, backward, weight, activation, hold)
-    return cost, np.stack([core, mlp]), np.stack([core_bytes, mlp_bytes]), local
+    activated = e * ffn * tokens  # what the second linear keeps, if nothing is recomputed
+    return cost, np.stack([act, core, mlp]), np.stack([activated, core_bytes, mlp_bytes]), local
 
 
 def with_strategies(
@@ -158,14 +160,16 @@ def with_strategies(
     traffic = cost.activation / operators.cluster.memory_bandwidth
     forward = {"offload": np.maximum(cost.forward, copy) + traffic}
     backward = {
-        "selective": cost.backward + recompute[0],
-        "mlp": cost.backward + recompute[1],
+        "activation": cost.backward + recompute[0],
+        "selective": cost.backward + recompute[1],
+        "mlp": cost.backward + recompute[2],
         "full": cost.backward + cost.forward,
         "offload": np.maximum(cost.backward, copy) + traffic,
     }
     activation = {
-        "selective": cost.activation - dropped[0],
-        "mlp": cost.activation - dropped[1],
+        "activation": cost.activation - dropped[0],
+        "selective": cost.activation - dropped[1],
+        "mlp": cost.activation - dropped[2],
         "full": np.minimum(layer_input, cost.activation),
         "offload": np.zeros_like(cost.activation),
     }

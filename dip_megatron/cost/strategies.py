@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from ..schedule.graph import Floats
 
 Counts = NDArray[np.int64]
-LAYER_STRATEGIES = ("none", "selective", "mlp", "full", "offload")
-"""``none`` keeps all activations; ``selective`` recomputes the attention core, ``mlp`` the MLP, ``full`` the whole
-layer (Megatron-Core's recompute modules core_attn and mlp, and its full granularity); ``offload`` moves all to host
-memory."""
+LAYER_STRATEGIES = ("none", "activation", "selective", "mlp", "full", "offload")
+"""``none`` keeps all activations; ``activation`` recomputes the MLP's activation function (as Megatron-Core's module
+moe_act does in experts), ``selective`` the attention core, ``mlp`` the MLP, ``full`` the whole layer (Megatron-Core's
+modules core_attn and mlp, and its full granularity); ``offload`` moves all to host memory."""
 
 _RUN = re.compile(r"([a-z_]+):([1-9]\d*)")
 
@@ -127,19 +127,43 @@ def combine(
     return total, seconds, size
 
 
-def pick(seconds: Floats, size: Floats, limit: int) -> Counts:
+def pick(seconds: Floats, size: Floats, limit: int, *, corners: bool = False) -> Counts:
     """At most ``limit`` of a frontier (fastest first): the fastest, the leanest, and the fastest other one of each of
-    limit - 2 equal memory buckets between them (section 2c of the paper). Indices, fastest first."""
+    limit - 2 equal memory buckets between them (section 2c of the paper). Indices, fastest first.
+
+    Buckets pass over corners of the frontier, where a little time saves many bytes. With ``corners`` those of its lower
+    convex hull come first, the sharpest first, and buckets share what is left of ``limit``.
+    """
     count = len(seconds)
     if count <= max(limit, 1):
         return np.arange(count)
     if limit == 1:
         return np.array([0])
     chosen = {0, count - 1}
+    if corners:
+        chosen.update(_corners(seconds, size)[: limit - 2])
     between = np.arange(1, count - 1)
-    edges = np.linspace(size[-1], size[0], limit - 1)
+    buckets = limit - len(chosen)
+    edges = np.linspace(size[-1], size[0], buckets + 1)
     for low, high in pairwise(edges):
-        inside = between[(size[between] >= low) & (size[between] < high)]
-        if len(inside):
-            chosen.add(int(inside[0]))
+        inside = [i for i in between[(size[between] >= low) & (size[between] < high)].tolist() if i not in chosen]
+        if inside:
+            chosen.add(inside[0])
     return np.array(sorted(chosen))
+
+
+def _corners(seconds: Floats, size: Floats) -> list[int]:
+    """Corners of the lower convex hull of a frontier (fastest first), without its ends; those that stand out most from
+    the line between their neighbours first."""
+    hull: list[int] = []
+
+    def above(a: int, b: int, c: int) -> float:
+        """How far point b lies over the line from a to c, times that line's length in bytes."""
+        return float((seconds[b] - seconds[a]) * (size[a] - size[c]) - (seconds[c] - seconds[a]) * (size[a] - size[b]))
+
+    for i in range(len(seconds)):
+        while len(hull) > 1 and above(hull[-2], hull[-1], i) >= 0:
+            hull.pop()
+        hull.append(i)
+    triples = zip(hull, hull[1:], hull[2:], strict=False)
+    return [b for _, b in sorted((above(a, b, c), b) for a, b, c in triples)]

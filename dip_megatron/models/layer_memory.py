@@ -5,16 +5,21 @@ Each transformer layer of a chunk gets a ``forward`` that looks up its strategy 
 ``--recompute-granularity full`` does to a layer. ``selective`` sets, for the call, the layer's own flag that
 ``--recompute-modules core_attn`` sets for good. ``mlp`` doesn't use Megatron's flag for it: that returns the MLP's bias
 from inside the checkpoint, which makes the parameter itself a result of the checkpoint, and a later backward through it
-never ends (megatron-core 0.16 and 0.19).
+never ends (megatron-core 0.16 and 0.19). ``activation`` does to a dense MLP what ``--recompute-modules moe_act`` does
+to experts, with the same Megatron class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ..runtime.deferred import AtOnce
@@ -46,13 +51,16 @@ def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[.
             return _offloaded(layer, index, mode, megatrons, args, kwargs)
         if strategy == "full":
             return _checkpointed(layer, megatrons, args, kwargs)
-        switch, name = (mlp, "recomputes") if strategy == "mlp" else (layer.self_attention, "checkpoint_core_attention")
-        before = getattr(switch, name)
-        setattr(switch, name, True)
+        switch: tuple[Any, str, Any] = (layer.self_attention, "checkpoint_core_attention", True)
+        if strategy in ("mlp", "activation"):
+            switch = (mlp, "recomputed", strategy)
+        owner, name, value = switch
+        before = getattr(owner, name)
+        setattr(owner, name, value)
         try:
             return megatrons(*args, **kwargs)
         finally:
-            setattr(switch, name, before)
+            setattr(owner, name, before)
 
     return forward
 
@@ -74,17 +82,22 @@ def _offloaded(
 
 
 class _SwitchedMLP:
-    """The ``forward`` of a layer's MLP, under a checkpoint where ``recomputes`` is set."""
+    """The ``forward`` of a layer's MLP, all of it (``mlp``) or its activation function (``activation``) under a
+    checkpoint, as ``recomputed`` says."""
 
     def __init__(self, layer: torch.nn.Module):
-        self.recomputes = False
+        self.recomputed: str | None = None
         self._layer = layer
+        self._mlp = layer.mlp
         self._megatrons = layer.mlp.forward
         layer.mlp.forward = self.forward
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.recomputes or not hidden_states.requires_grad:
+        if self.recomputed is None or not hidden_states.requires_grad:
             return self._megatrons(hidden_states, *args, **kwargs)
+        # Fused MLPs have no activation function of their own: those are recomputed as a whole.
+        if self.recomputed == "activation" and type(self._mlp).forward is MLP.forward:
+            return self._without_activation(hidden_states, args, kwargs)
 
         def run(hidden: torch.Tensor) -> Any:
             output = self._megatrons(hidden, *args, **kwargs)
@@ -94,6 +107,40 @@ class _SwitchedMLP:
             return tuple(t.clone() if isinstance(t, torch.nn.Parameter) else t for t in output)
 
         return _checkpoint(self._layer.config, run, False, hidden_states)
+
+    def _without_activation(
+        self, hidden_states: torch.Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Megatron's MLP, whose second linear's input is dropped and made again when the backward comes to it."""
+        intermediate, bias = self._mlp.linear_fc1(hidden_states)
+        checkpoint = CheckpointWithoutOutput(fp8=self._layer.config.fp8 or None)
+        activated = checkpoint.checkpoint(partial(self._activate, args, kwargs), intermediate, bias)
+        output, output_bias = self._mlp.linear_fc2(activated)
+        checkpoint.discard_output_and_register_recompute(output)
+        return output, output_bias
+
+    def _activate(
+        self, args: Any, kwargs: dict[str, Any], intermediate: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What Megatron's MLP does between its linears: its own forward, while these pass on what they are given."""
+        given = _forward_of(self._mlp.linear_fc1, lambda _: (intermediate, bias))
+        taken = _forward_of(self._mlp.linear_fc2, lambda activated: (activated, None))
+        with given, taken:
+            activated: torch.Tensor = self._megatrons(intermediate, *args, **kwargs)[0]
+        return activated
+
+
+@contextlib.contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, ``module`` computes ``forward``."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _checkpoint(config: Any, run: Callable[..., Any], distribute: bool, *tensors: torch.Tensor) -> Any:

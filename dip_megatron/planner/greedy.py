@@ -1,20 +1,21 @@
 """The paper's dual-queue greedy (section 4.2) in plain Python: what is left when no planner worker answers.
 
-It needs neither numba nor a process, takes milliseconds to tens of milliseconds, and always ends: admission of forwards
-follows the banker's rule, so that the microbatch at the head of the line can always finish.
+It needs neither a process nor compiled kernels, takes milliseconds to tens of milliseconds, and always ends: admission
+of forwards follows the banker's rule of :mod:`..search.dispatch`, so that the work at the head of the line can always
+finish.
 """
 
 from __future__ import annotations
 
+from bisect import insort
+from heapq import heapify, heappop, heappush
+from math import inf
+
 import numpy as np
 
 from ..schedule import Kind, Schedule, StageGraph
-
-MISSING = -1.0
-
-
-class NothingFitsError(ValueError):
-    """A microbatch alone is over a rank's memory limit even with the leanest strategy; the message says how far."""
+from ..search.feasibility import check_fits
+from ..search.problem import Problem, make_problem
 
 
 def leanest(graph: StageGraph) -> np.ndarray:
@@ -25,111 +26,145 @@ def leanest(graph: StageGraph) -> np.ndarray:
 def greedy(graph: StageGraph) -> Schedule:
     """List-schedule forwards and (unsplit) backwards in the order of microbatches.
 
-    Per rank the earliest ready operation runs next; where a forward and a backward are ready, the kind that did not run
-    last (1F1B). Stages use the fastest strategy if everything fits at once, else the leanest. Raises NothingFitsError.
+    The rank that can start earliest goes next; where a forward and a backward can start at the same time, the kind that
+    did not run last (1F1B). Stages use the fastest strategy if everything fits at once, else the leanest. Raises
+    DoesNotFitError if not even that fits.
     """
     rows, ranks = graph.rows, graph.ranks
     room = graph.memory_limit - graph.static_bytes
     fast = np.zeros((rows, ranks), dtype=np.int8)
-    strategy = fast if np.all(graph.activation[0].sum(axis=0) <= room) else leanest(graph)
+    # A stage without backward holds its bytes only while it runs.
+    passing = np.where(graph.has_backward, 0.0, graph.activation[0]).max(axis=0)
+    unlimited = bool(np.all(np.where(graph.has_backward, graph.activation[0], 0.0).sum(axis=0) + passing <= room))
+    strategy = fast if unlimited else leanest(graph)
     chosen = graph.project(strategy)
-    forward, fused, weightless = chosen.forward[0], chosen.fused[0], chosen.backward[0]
-    bytes_held = chosen.activation[0]
-    microbatch = np.array([graph.units[int(u)].microbatch for u in graph.row_unit])
-    count = int(microbatch.max()) + 1
-    need = np.zeros((count, ranks))
-    np.add.at(need, microbatch, bytes_held)
-    _check_fits(need, room)
+    problem = make_problem(chosen)
+    if not unlimited:
+        check_fits(chosen, problem)
+    lines = [_Rank(chosen, problem, p, unlimited) for p in range(ranks)]
+    edges = graph.edges
+    source, target, hop = edges.source.tolist(), edges.target.tolist(), edges.hop.tolist()
+    into, out_of = edges.before_start.tolist(), edges.after_start.tolist()
+    after = edges.after.tolist()
+    nodes = rows * ranks
+    arrival = [[0.0] * nodes, [0.0] * nodes]  # of forwards, of backwards: the latest input known so far
+    waits = [[into[n + 1] - into[n] for n in range(nodes)], [1 + out_of[n + 1] - out_of[n] for n in range(nodes)]]
+    trains = graph.has_backward.reshape(-1).tolist()
 
-    held = np.zeros((count, ranks))
-    orders: list[list[int]] = [[] for _ in range(ranks)]
-    clock = np.zeros(ranks)
-    last_was_forward = [False] * ranks
-    f_end = np.full((rows, ranks), MISSING)
-    b_end = np.full((rows, ranks), MISSING)
-    todo_f = [list(range(rows)) for _ in range(ranks)]
-    todo_b = [[s for s in range(rows) if graph.has_backward[s, p]] for p in range(ranks)]
-    left_b = np.zeros((count, ranks), dtype=np.int64)
-    for p in range(ranks):
-        for s in todo_b[p]:
-            left_b[microbatch[s], p] += 1
+    def known(backward: bool, n: int, at: float) -> None:
+        """One more input of a stage's operation will be there at a known time."""
+        arrival[backward][n] = max(arrival[backward][n], at)
+        waits[backward][n] -= 1
+        if not waits[backward][n] and (not backward or trains[n]):
+            row, p = divmod(n, ranks)
+            lines[p].arrives(backward, row, arrival[backward][n])
 
-    def arrival(s: int, p: int, backward: bool) -> float:
-        step = -1 if graph.row_reversed[s] else 1
-        if not backward:
-            if p != graph.entry_rank(s):
-                before = f_end[s, p - step]
-                return MISSING if before < 0 else float(before + graph.hop[s])
-            ends = [f_end[q, graph.exit_rank(q)] + graph.hop[q] * (graph.ranks > 1) if
-                    f_end[q, graph.exit_rank(q)] >= 0 else MISSING for q in graph.previous_rows[s]]  # fmt: skip
-        else:
-            if f_end[s, p] < 0:
-                return MISSING
-            if p != graph.exit_rank(s):
-                after = b_end[s, p + step]
-                return MISSING if after < 0 else float(max(after + graph.hop[s], f_end[s, p]))
-            ends = [float(f_end[s, p])]
-            ends += [b_end[n, graph.entry_rank(n)] + graph.hop[s] if b_end[n, graph.entry_rank(n)] >= 0 else MISSING
-                     for n in graph.next_rows[s]]  # fmt: skip
-        return MISSING if any(e < 0 for e in ends) else float(max(ends, default=0.0))
-
-    def admitted(s: int, p: int) -> bool:
-        """Banker's rule, per rank: after this forward every earlier microbatch can still finish in turn."""
-        m = microbatch[s]
-        free = room[p] - held[:, p].sum() - bytes_held[s, p]
-        if free < 0:
-            return False
-        returned = 0.0
-        for earlier in range(count):
-            if earlier != m and left_b[earlier, p] and free + returned < need[earlier, p] - held[earlier, p]:
-                return False
-            returned += held[earlier, p] + (bytes_held[s, p] if earlier == m else 0.0)
-            if earlier >= m:
-                return True
-        return True
-
-    remaining = sum(map(len, todo_f)) + sum(map(len, todo_b))
+    for n in range(nodes):
+        if not waits[0][n]:
+            lines[n % ranks].arrives(False, n // ranks, 0.0)
+    remaining = nodes + sum(trains)
     while remaining:
-        best: tuple[float, bool, int, int, bool] | None = None
-        for p in range(ranks):
-            for backward, queue in ((True, todo_b[p]), (False, todo_f[p])):
-                for s in queue:
-                    ready = arrival(s, p, backward)
-                    if ready < 0 or (not backward and graph.has_backward[s, p] and not admitted(s, p)):
-                        continue
-                    start = max(float(clock[p]), ready)
-                    same_kind_again = last_was_forward[p] != backward
-                    if best is None or (start, same_kind_again) < best[:2]:
-                        best = (start, same_kind_again, s, p, backward)
-                    if start <= clock[p]:
-                        break
-        if best is None:
-            raise NothingFitsError("no operation may run: the memory limit leaves no way to finish a microbatch")
-        start, _, s, p, backward = best
-        m = microbatch[s]
+        p = min(range(ranks), key=lambda r: lines[r].next()[0])
+        start, backward, row = lines[p].next()
+        if start == inf:
+            raise RuntimeError("no operation may run: the banker's rule has locked up, which it must not")
+        end = lines[p].run(start, backward, row)
+        n = row * ranks + p
         if backward:
-            kind = Kind.BW if graph.has_weight[s, p] else Kind.B
-            b_end[s, p] = clock[p] = start + (fused[s, p] if kind == Kind.BW else weightless[s, p])
-            held[m, p] -= bytes_held[s, p]
-            left_b[m, p] -= 1
-            todo_b[p].remove(s)
+            for e in range(into[n], into[n + 1]):
+                known(True, source[e], end + hop[e])
         else:
-            kind = Kind.F
-            f_end[s, p] = clock[p] = start + forward[s, p]
-            if graph.has_backward[s, p]:
-                held[m, p] += bytes_held[s, p]
-            todo_f[p].remove(s)
-        last_was_forward[p] = not backward
-        orders[p].append(int(kind) * rows + s)
+            known(True, n, end)
+            for i in range(out_of[n], out_of[n + 1]):
+                known(False, target[after[i]], end + hop[after[i]])
         remaining -= 1
-    return Schedule(tuple(np.array(o, dtype=np.int32) for o in orders), strategy)
+    return Schedule(tuple(np.array(line.order, dtype=np.int32) for line in lines), strategy)
 
 
-def _check_fits(need: np.ndarray, room: np.ndarray) -> None:
-    over = need - room[None, :]
-    if np.any(over > 0):
-        m, p = np.unravel_index(int(over.argmax()), over.shape)
-        raise NothingFitsError(
-            f"microbatch {m} alone needs {over[m, p]:.0f} bytes more than rank {p} has left beside its weights; "
-            "raise --dip-memory-limit, use smaller microbatches, more pipeline ranks or tensor parallelism"
-        )
+class _Rank:
+    """One rank's queues, clock and memory. Per sink (:class:`..search.problem.Problem`) ``need`` is what it will still
+    take, ``give`` what its end gives back, both in the problem's counts."""
+
+    def __init__(self, graph: StageGraph, q: Problem, rank: int, unlimited: bool):
+        self._rows = graph.rows
+        self._forward, self._backward = graph.forward[0, :, rank].tolist(), graph.backward[0, :, rank].tolist()
+        self._fused, self._size = graph.fused[0, :, rank].tolist(), q.activation[0, rank :: graph.ranks].tolist()
+        self._has_backward = graph.has_backward[:, rank].tolist()
+        self._has_weight = graph.has_weight[:, rank].tolist()
+        self._first, self._last = q.first.tolist(), q.last.tolist()
+        self._need, self._give = q.claim[:, rank].tolist(), q.freed[:, rank].tolist()
+        self._passing, self._passing_count = q.passing[:, rank].tolist(), q.passing_count[:, rank].tolist()
+        self._free = int(q.capacity[rank])
+        self._unlimited = unlimited
+        self._clock = 0.0
+        self._was_forward = False
+        # Rows that can run now, in their order; and (arrival, row) of those that come later. Forwards, backwards.
+        self._here: tuple[list[int], list[int]] = ([], [])
+        self._coming: tuple[list[tuple[float, int]], list[tuple[float, int]]] = ([], [])
+        self._next: tuple[float, bool, int] | None = None
+        self.order: list[int] = []
+
+    def arrives(self, backward: bool, row: int, at: float) -> None:
+        """The inputs of an operation are there at ``at`` seconds."""
+        heappush(self._coming[backward], (at, row))
+        self._next = None
+
+    def next(self) -> tuple[float, bool, int]:
+        """(start, whether a backward, row) of what it would run next; start is inf if nothing can."""
+        if self._next is None:
+            options = [(*self._earliest(backward), backward) for backward in (False, True)]
+            start, _, row, backward = min((t, b != self._was_forward, row, b) for t, row, b in options)
+            self._next = (start, backward, row)
+        return self._next
+
+    def _earliest(self, backward: bool) -> tuple[float, int]:
+        here, coming = self._here[backward], self._coming[backward]
+        while coming and coming[0][0] <= self._clock:
+            insort(here, heappop(coming)[1])
+        for row in here:
+            if backward or self._admitted(row):
+                return self._clock, row
+        if backward or self._unlimited:
+            return coming[0] if coming else (inf, -1)
+        return min((x for x in coming if self._admitted(x[1])), default=(inf, -1))
+
+    def run(self, start: float, backward: bool, row: int) -> float:
+        """Append an operation; returns its end."""
+        here = self._here[backward]
+        if row in here:
+            here.remove(row)
+        else:
+            self._coming[backward].remove((start, row))
+            heapify(self._coming[backward])
+        size = self._size[row]
+        if backward:
+            fused = self._has_weight[row]
+            self._clock = start + (self._fused[row] if fused else self._backward[row])
+            self.order.append(int(Kind.BW if fused else Kind.B) * self._rows + row)
+            self._free += size
+            self._give[self._last[row]] -= size
+        else:
+            self._clock = start + self._forward[row]
+            self.order.append(int(Kind.F) * self._rows + row)
+            if self._has_backward[row]:
+                self._free -= size
+                self._need[self._first[row]] -= size
+            else:
+                self._passing_count[self._first[row]] -= 1
+        self._was_forward = not backward
+        self._next = None
+        return self._clock
+
+    def _admitted(self, row: int) -> bool:
+        """Banker's rule: after this forward its sink and every earlier one can still finish in turn."""
+        if self._unlimited:
+            return True
+        size, sink = self._size[row], self._first[row]
+        if not self._has_backward[row]:
+            return bool(size <= self._free)
+        room = coming = self._free
+        for i in range(sink):
+            wanted = max(self._need[i], self._passing[i]) if self._passing_count[i] else self._need[i]
+            room = min(room, coming - wanted)
+            coming += self._give[i] - self._need[i]
+        return bool(size <= room and (not self._passing_count[sink] or size <= coming - self._passing[sink]))

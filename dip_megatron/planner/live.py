@@ -34,7 +34,7 @@ class ModelGraphs:
 @lru_cache(maxsize=4)
 def _pricer(model: MultimodalModel, cluster: Cluster, costs: Costs | None, recompute: bool, offload: bool) -> CostModel:
     """One cost model, and with it its caches, for all iterations."""
-    dropped = (() if recompute else ("selective", "mlp", "full")) + (() if offload else ("offload",))
+    dropped = (() if recompute else ("activation", "selective", "mlp", "full")) + (() if offload else ("offload",))
     return CostModel(model, cluster, costs, strategies=[s for s in LAYER_STRATEGIES if s not in dropped])
 
 

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from ..schedule import Plan
 from ..schedule.verify import PlanError, verify
 from .request import READY, PlanMaker, PlanRequest
+from .warm import warm_up_plans
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class PlannerService:
         self._arrived: dict[int, tuple[Plan, bool]] = {}
         # An evaluation submits its batch while the feed's thread still waits for the next training batch's plan.
         self._lock = threading.RLock()
+        # Plans are verified here: loaded while the model is built.
+        threading.Thread(target=warm_up_plans, name="dip-warm-up", daemon=True).start()
 
     def submit(self, request: PlanRequest) -> None:
         """Begin planning; returns at once. May be called while another thread is in :meth:`take`."""

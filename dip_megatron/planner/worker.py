@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 from ..schedule import Plan
 from .request import READY, PlanMaker, PlanRequest
+from .warm import warm_up_plans
 
 Answer = tuple[int, Plan | None, bool, str | None]
 """(iteration, plan, whether it is the final one, error)"""
@@ -17,6 +18,7 @@ Answer = tuple[int, Plan | None, bool, str | None]
 def serve(connection: Connection) -> None:
     """Answer requests until the other end closes: first the maker, then one request at a time."""
     maker: PlanMaker = pickle.loads(connection.recv_bytes())
+    warm_up_plans()
     maker.warm_up()  # while the trainer still starts up; from then on its own threads come first
     os.nice(15)
     connection.send_bytes(READY)

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from .actions import Compute, parse_action
+from .codes import encode
 from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord
 from .graph import Floats, GraphError, ModalityModule, StageGraph, Unit
 from .keys import StageKey
@@ -157,10 +158,16 @@ def parse_plan(line: str) -> Plan:
         tuple(_action(f"actions[{rank}][{i}]", text) for i, text in enumerate(line))
         for rank, line in enumerate(record.actions)
     )
+    graph = _with_strategies(graph, actions)
+    schedule = _schedule(graph, actions)
+    try:
+        codes = encode(graph, actions)
+    except GraphError as error:
+        raise PlanFileError(f"actions: {error}") from error
     return Plan(
-        _with_strategies(graph, actions),
-        _schedule(graph, actions),
-        actions,
+        graph,
+        schedule,
+        codes,
         Predicted(
             record.predicted.iteration_time, record.predicted.lower_bound, record.predicted.bubble_ratio,
             tuple(record.predicted.peak_bytes),

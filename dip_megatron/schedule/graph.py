@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,22 @@ from .keys import Kind, StageKey
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
+
+
+class Edges(NamedTuple):
+    """The dependencies of forwards, as arrays. A *node* is a stage, ``row * P + rank``; edge e leads from node
+    ``source[e]`` to node ``target[e]``, ``hop[e]`` seconds away; backwards go the other way.
+
+    Edges into node n are ``before[before_start[n]:before_start[n + 1]]`` (consecutive numbers), those out of it
+    ``after[after_start[n]:after_start[n + 1]]``, in the order of the rows at their other ends.
+    """
+
+    source: Ints
+    target: Ints
+    hop: Floats
+    before_start: Ints
+    after_start: Ints
+    after: Ints
 
 
 class GraphError(ValueError):
@@ -221,6 +238,32 @@ class StageGraph:
         return tuple(tuple(n) for n in following)
 
     @cached_property
+    def edges(self) -> Edges:
+        """All of :meth:`predecessors`' edges between forwards."""
+        ranks, hop = self.ranks, self.hop.tolist()
+        into: list[list[tuple[int, float]]] = [[] for _ in range(self.rows * ranks)]
+        for s in range(self.rows):
+            entry, step = self.entry_rank(s), -1 if self.row_reversed[s] else 1
+            into[s * ranks + entry] += [
+                (q * ranks + self.exit_rank(q), self.link_hop(q, s)) for q in self.previous_rows[s]
+            ]
+            for p in range(ranks):
+                if p != entry:
+                    into[s * ranks + p].append((s * ranks + p - step, hop[s]))
+        counts = [len(edges) for edges in into]
+        source = np.array([n for edges in into for n, _ in edges], dtype=np.int32)
+        target = np.repeat(np.arange(len(into), dtype=np.int32), counts)
+        after = np.argsort(source, kind="stable").astype(np.int32)
+        return Edges(
+            source,
+            target,
+            np.array([seconds for edges in into for _, seconds in edges], dtype=np.float64),
+            np.cumsum([0, *counts]).astype(np.int32),
+            np.cumsum([0, *np.bincount(source, minlength=len(into))]).astype(np.int32),
+            after,
+        )
+
+    @cached_property
     def has_weight(self) -> NDArray[np.bool_]:
         """``[S, P]``: the stage's chunk is trainable."""
         out = np.zeros((self.rows, self.ranks), dtype=np.bool_)
@@ -290,8 +333,10 @@ class StageGraph:
         names = tuple(
             tuple((self.strategy_name(int(strategy[s, p]), s, p),) for p in range(self.ranks)) for s in range(self.rows)
         )
-        return StageGraph(
+        projected = StageGraph(
             self.ranks, self.modules, self.units, pick(self.forward), pick(self.backward), pick(self.weight),
             pick(self.fused), pick(self.activation), pick(self.hold), self.hop, self.static_bytes, self.memory_limit,
             names,
         )  # fmt: skip
+        projected.__dict__["edges"] = self.edges  # the structure is the same: not to be worked out again
+        return projected

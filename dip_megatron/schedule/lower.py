@@ -7,15 +7,15 @@ than the operation that needs it.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
 
-from ..simulate.reference import Timeline, simulate
-from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message
-from .graph import StageGraph
+from ..simulate.kernels import pad_orders, simulate_compiled
+from ..simulate.reference import Timeline
+from .actions import Message
+from .graph import Ints, StageGraph
+from .kernels import lower_codes, messages_of
 from .keys import Kind, StageKey
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics
@@ -51,54 +51,28 @@ def incoming(graph: StageGraph, key: StageKey) -> tuple[Message, ...]:
     return tuple(Message(source, target) for source in sources)
 
 
-def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = None) -> tuple[tuple[Action, ...], ...]:
-    """Actions of every rank. ``timeline`` (simulated if not given) only decides how early receives are posted."""
-    timeline = timeline or simulate(graph, schedule)
-    keys = [schedule.operations(graph, rank) for rank in range(graph.ranks)]
-    sends: dict[Channel, list[tuple[Message, float]]] = defaultdict(list)
-    needed_at: list[dict[Message, int]] = [{} for _ in range(graph.ranks)]
-    for rank, line in enumerate(keys):
-        for i, key in enumerate(line):
-            for message in incoming(graph, key):
-                if message.channel.source != rank:
-                    needed_at[rank][message] = i
-            for message in outgoing(graph, key):
-                if message.channel.target != rank:
-                    sends[message.channel].append((message, float(timeline.start[rank][i])))
+def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = None) -> tuple[Ints, ...]:
+    """Action codes of every rank. ``timeline`` (simulated if not given) only decides how early receives are posted."""
+    timeline = timeline or simulate_compiled(graph, schedule)
+    g = messages_of(graph)
+    orders, lengths = pad_orders(schedule)
+    start, end = np.zeros(orders.shape), np.zeros(orders.shape)
+    for rank in range(graph.ranks):
+        start[rank, : lengths[rank]] = timeline.start[rank]
+        end[rank, : lengths[rank]] = timeline.end[rank]
+    messages = 2 * g.edges
+    codes = np.zeros((graph.ranks, orders.shape[1] + 2 * messages), dtype=np.int32)
+    counts = np.zeros(graph.ranks, dtype=np.int32)
 
-    receives: list[dict[int, list[Message]]] = [defaultdict(list) for _ in range(graph.ranks)]
-    for channel in sorted(sends):
-        messages = sends[channel]
-        target = channel.target
-        ends: list[float] = timeline.end[target].tolist()
-        latest = len(keys[target])
-        places = []
-        for message, begun in reversed(messages):
-            latest = min(latest, needed_at[target][message], bisect_right(ends, begun))
-            places.append(latest)
-        for (message, _), place in zip(messages, reversed(places), strict=True):
-            receives[target][place].append(message)
+    def ints(size: int) -> Ints:
+        return np.zeros(size, dtype=np.int32)
 
-    lowered = []
-    for rank, line in enumerate(keys):
-        actions: list[Action] = []
-        sent: list[Message] = []
-        for i, key in enumerate(line):
-            actions += [Communicate(CommunicationKind.IRECV, m) for m in receives[rank].get(i, ())]
-            actions += [
-                Communicate(CommunicationKind.WAIT_IRECV, m)
-                for m in incoming(graph, key)
-                if m.channel.source != rank
-            ]  # fmt: skip
-            s = graph.row_of(key)
-            actions.append(Compute(key, graph.strategy_name(int(schedule.strategy[s, rank]), s, rank)))
-            for message in outgoing(graph, key):
-                if message.channel.target != rank:
-                    actions.append(Communicate(CommunicationKind.ISEND, message))
-                    sent.append(message)
-        actions += [Communicate(CommunicationKind.WAIT_ISEND, m) for m in sent]
-        lowered.append(tuple(actions))
-    return tuple(lowered)
+    lower_codes(
+        g, orders, lengths, start, end, ints(messages + 1), ints(messages), ints(messages), np.zeros(messages),
+        ints(2 * graph.ranks**2 + 1), ints(messages), ints(graph.ranks * (orders.shape[1] + 1)), ints(messages),
+        codes, counts,
+    )  # fmt: skip
+    return tuple(codes[rank, : counts[rank]].copy() for rank in range(graph.ranks))
 
 
 def make_plan(
@@ -113,7 +87,7 @@ def make_plan(
     """Project the graph on the chosen strategies, simulate, lower. Raises DeadlockError if the orders can't end."""
     projected = graph.project(schedule.strategy)
     single = Schedule(schedule.orders, np.zeros((graph.rows, graph.ranks), dtype=np.int8))
-    timeline = simulate(projected, single)
+    timeline = simulate_compiled(projected, single)
     predicted = Predicted(
         timeline.iteration_time, lower_bound, timeline.bubble_ratio, tuple(float(b) for b in timeline.peak_bytes)
     )

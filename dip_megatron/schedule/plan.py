@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from .actions import Action
-from .graph import StageGraph
+from .codes import RankActions
+from .graph import Ints, StageGraph
 from .order import Schedule
 
 
@@ -52,18 +53,27 @@ class SearchStatistics:
 class Plan:
     """One iteration's plan.
 
-    ``graph`` has one candidate per stage (the chosen memory strategy). ``payloads[(row, next_row)]`` says what travels
-    from the last rank of a row to rank 0 of the next; ``payloads[(row, row)]`` what travels between the ranks of a row.
+    ``graph`` has one candidate per stage (the chosen memory strategy). ``codes[rank]`` are the rank's actions as
+    numbers (:mod:`.codes`), ``actions[rank]`` the same as objects. ``payloads[(row, next_row)]`` says what travels from
+    the last rank of a row to rank 0 of the next; ``payloads[(row, row)]`` what travels between the ranks of a row.
     Planning without a model to run leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``.
     """
 
     graph: StageGraph
     schedule: Schedule
-    actions: tuple[tuple[Action, ...], ...]
+    codes: tuple[Ints, ...]
     predicted: Predicted
     name: str = "dip"
     payloads: Mapping[tuple[int, int], Payload] = field(default_factory=dict)
     search: SearchStatistics = SearchStatistics()
+
+    @cached_property
+    def actions(self) -> RankActions:
+        """What each rank does, in order."""
+        return RankActions(self.graph, self.codes)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "actions"}
 
     def digest(self) -> str:
         """SHA-256 over all that decides what ranks do and exchange: units, actions of all ranks, payload shapes."""
@@ -73,9 +83,11 @@ class Plan:
             (key, [(t.name, t.shape, t.dtype, t.differentiable) for t in payload])
             for key, payload in self.payloads.items()
         )
-        actions = [[str(a) for a in line] for line in self.actions]
-        text = json.dumps([modules, units, payloads, actions])
-        return hashlib.sha256(text.encode()).hexdigest()
+        text = json.dumps([modules, units, payloads, self.graph.strategies, [len(line) for line in self.codes]])
+        digest = hashlib.sha256(text.encode())
+        for line in self.codes:
+            digest.update(np.ascontiguousarray(line, dtype="<i4").tobytes())
+        return digest.hexdigest()
 
 
 def used_strategies(plan: Plan) -> dict[str, int]:

@@ -6,12 +6,13 @@ channel, in order, as NCCL matches them (it ignores tags).
 
 from __future__ import annotations
 
-from collections import defaultdict
+import numpy as np
 
-from ..simulate.reference import simulate
-from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message
-from .graph import StageGraph
-from .lower import incoming, outgoing
+from ..simulate.kernels import pad_orders, simulate_compiled
+from . import kernels
+from .actions import Channel
+from .codes import Decoder, code_count
+from .graph import Ints, StageGraph
 from .order import check_complete
 from .plan import Plan
 
@@ -26,12 +27,12 @@ def verify(plan: Plan) -> None:
     fault = check_complete(graph, plan.schedule)
     if fault:
         raise PlanError(fault)
-    if len(plan.actions) != graph.ranks:
-        raise PlanError(f"{len(plan.actions)} ranks have actions, the graph has {graph.ranks}")
-    for rank, actions in enumerate(plan.actions):
-        _check_rank(plan, rank, actions)
-    replay(graph, plan.actions)
-    for rank, peak in enumerate(simulate(graph, plan.schedule).peak_bytes):
+    if len(plan.codes) != graph.ranks:
+        raise PlanError(f"{len(plan.codes)} ranks have actions, the graph has {graph.ranks}")
+    codes, counts = _padded(graph, plan.codes)
+    _check_actions(plan, codes, counts)
+    _replay(plan, codes, counts)
+    for rank, peak in enumerate(simulate_compiled(graph, plan.schedule).peak_bytes):
         limit = graph.memory_limit[rank]
         if peak > limit * (1 + 1e-9):
             raise PlanError(f"rank {rank}: needs {peak:.0f} bytes, {peak - limit:.0f} over its limit of {limit:.0f}")
@@ -47,94 +48,78 @@ def verify(plan: Plan) -> None:
                     raise PlanError(f"no payload for row {pair[0]} to row {pair[1]}")
 
 
-def _check_rank(plan: Plan, rank: int, actions: tuple[Action, ...]) -> None:
-    """The rank's actions are its order's operations, and each has begun and awaited just the messages it must."""
+def _padded(graph: StageGraph, lines: tuple[Ints, ...]) -> tuple[Ints, Ints]:
+    """All ranks' codes as one array, and their counts; every code is one of the graph's."""
+    counts = np.array([len(line) for line in lines], dtype=np.int32)
+    codes = np.zeros((len(lines), max(1, int(counts.max(initial=0)))), dtype=np.int32)
+    for rank, line in enumerate(lines):
+        outside = np.flatnonzero((line < 0) | (line >= code_count(graph)))
+        if len(outside):
+            raise PlanError(f"rank {rank}, action {outside[0]}: {line[outside[0]]} is not the code of an action")
+        codes[rank, : len(line)] = line
+    return codes, counts
+
+
+_FAULTS = {
+    kernels.OTHER_RANK: "is another rank's",
+    kernels.BAD_SEND: "sends what is not there, or sends it twice",
+    kernels.BAD_RECEIVE: "receives it twice, or what nobody sends",
+    kernels.BAD_WAIT_RECEIVE: "waits for a receive that is not posted, or waits twice",
+    kernels.BAD_WAIT_SEND: "waits for a send that has not begun, or waits twice",
+    kernels.NEVER_SENT: "never sends",
+    kernels.NEVER_AWAITED: "never awaits",
+    kernels.NEVER_SETTLED: "never awaits its send",
+}
+
+
+def _check_actions(plan: Plan, codes: Ints, counts: Ints) -> None:
     graph = plan.graph
-    computed = [a.key for a in actions if isinstance(a, Compute)]
-    if computed != plan.schedule.operations(graph, rank):
+    orders, lengths = pad_orders(plan.schedule)
+    messages = 2 * len(graph.edges.source)
+    fault = np.zeros(4, dtype=np.int32)
+    kernels.check_codes(
+        kernels.messages_of(graph), orders, lengths, codes, counts, np.zeros(messages + 1, dtype=np.int32),
+        np.zeros(messages, dtype=np.uint8), fault,
+    )  # fmt: skip
+    what, rank, i, message = fault.tolist()
+    if what == kernels.NO_FAULT:
+        return
+    if what == kernels.WRONG_ORDER:
         raise PlanError(f"rank {rank}: its actions are not in the order of its operations")
-    posted: set[Message] = set()
-    waited: set[Message] = set()
-    sent: set[Message] = set()
-    settled: set[Message] = set()
-    due: set[Message] = set()
-    for i, action in enumerate(actions):
-        place = f"rank {rank}, action {i} ({action})"
-        if isinstance(action, Compute):
-            s = graph.row_of(action.key)
-            if action.strategy != graph.strategy_name(0, s, rank):
-                raise PlanError(f"{place}: strategy differs from the graph's {graph.strategy_name(0, s, rank)!r}")
-            for message in incoming(graph, action.key):
-                if message.channel.source != rank and message not in waited:
-                    raise PlanError(f"{place}: runs before it has awaited {message}")
-            due.update(m for m in outgoing(graph, action.key) if m.channel.target != rank)
-            continue
-        message, kind = action.message, action.kind
-        own = message.channel.source if kind in _SENDING else message.channel.target
-        if own != rank:
-            raise PlanError(f"{place}: is another rank's")
-        if kind == CommunicationKind.ISEND:
-            if message not in due or message in sent:
-                raise PlanError(f"{place}: sends what is not there, or sends it twice")
-            sent.add(message)
-        elif kind == CommunicationKind.IRECV:
-            if message in posted:
-                raise PlanError(f"{place}: receives it twice")
-            posted.add(message)
-        elif kind == CommunicationKind.WAIT_IRECV:
-            if message not in posted:
-                raise PlanError(f"{place}: waits for a receive that is not posted")
-            waited.add(message)
-        else:
-            if message not in sent:
-                raise PlanError(f"{place}: waits for a send that has not begun")
-            settled.add(message)
-    for message in sorted(due - sent):
-        raise PlanError(f"rank {rank}: never sends {message}")
-    for message in sorted(posted - waited):
-        raise PlanError(f"rank {rank}: never awaits {message}")
-    for message in sorted(sent - settled):
-        raise PlanError(f"rank {rank}: never awaits its send {message}")
+    decoder = Decoder(graph)
+    if i < 0:
+        raise PlanError(f"rank {rank}: {_FAULTS[what]} {decoder.message(message)}")
+    place = f"rank {rank}, action {i} ({decoder.action(int(codes[rank, i]), rank)})"
+    if what == kernels.EARLY_COMPUTE:
+        raise PlanError(f"{place}: runs before it has awaited {decoder.message(message)}")
+    raise PlanError(f"{place}: {_FAULTS[what]}")
 
 
-_SENDING = (CommunicationKind.ISEND, CommunicationKind.WAIT_ISEND)
-
-
-def replay(graph: StageGraph, actions: tuple[tuple[Action, ...], ...]) -> None:
-    """Run the actions of all ranks under rendezvous semantics. Raises PlanError if they don't end or don't match."""
-    sends: dict[Channel, list[Message]] = defaultdict(list)
-    receives: dict[Channel, list[Message]] = defaultdict(list)
-    matched: set[Message] = set()
-    place = [0] * graph.ranks
-
-    def match(channel: Channel, i: int) -> None:
-        if i < min(len(sends[channel]), len(receives[channel])):
-            sent, received = sends[channel][i], receives[channel][i]
-            if sent != received:
-                raise PlanError(f"channel {channel}: {sent} is sent where {received} is received")
-            matched.add(sent)
-
-    progressed = True
-    while progressed:
-        progressed = False
-        for rank, line in enumerate(actions):
-            while place[rank] < len(line):
-                action = line[place[rank]]
-                if isinstance(action, Communicate):
-                    channel = action.message.channel
-                    if action.kind == CommunicationKind.ISEND:
-                        sends[channel].append(action.message)
-                        match(channel, len(sends[channel]) - 1)
-                    elif action.kind == CommunicationKind.IRECV:
-                        receives[channel].append(action.message)
-                        match(channel, len(receives[channel]) - 1)
-                    elif action.message not in matched:
-                        break
-                place[rank] += 1
-                progressed = True
-    stuck = [f"rank {r} at action {i} ({actions[r][i]})" for r, i in enumerate(place) if i < len(actions[r])]
-    if stuck:
+def _replay(plan: Plan, codes: Ints, counts: Ints) -> None:
+    graph = plan.graph
+    g = kernels.messages_of(graph)
+    channels = 2 * graph.ranks**2
+    most = 1 + int(np.bincount((g.source * graph.ranks + g.target) * 2, minlength=1).max(initial=0))
+    place, fault = np.zeros(graph.ranks, dtype=np.int32), np.zeros(4, dtype=np.int32)
+    kernels.replay_codes(
+        g, codes, counts, place, np.zeros((channels, most), dtype=np.int32), np.zeros((channels, most), dtype=np.int32),
+        np.zeros(channels, dtype=np.int32), np.zeros(channels, dtype=np.int32),
+        np.zeros(2 * g.edges, dtype=np.bool_), fault,
+    )  # fmt: skip
+    what, where, first, second = fault.tolist()
+    if what == kernels.NO_FAULT:
+        return
+    decoder = Decoder(graph)
+    if what == kernels.DEADLOCK:
+        stuck = [
+            f"rank {r} at action {i} ({decoder.action(int(codes[r, i]), r)})"
+            for r, i in enumerate(place.tolist())
+            if i < counts[r]
+        ]
         raise PlanError("the plan deadlocks: " + "; ".join(stuck))
-    for channel in sorted(set(sends) | set(receives)):
-        if len(sends[channel]) != len(receives[channel]):
-            raise PlanError(f"channel {channel}: {len(sends[channel])} sends for {len(receives[channel])} receives")
+    pair, gradient = divmod(where, 2)
+    channel = Channel(*divmod(pair, graph.ranks), bool(gradient))
+    if what == kernels.MISMATCH:
+        sent, received = decoder.message(first), decoder.message(second)
+        raise PlanError(f"channel {channel}: {sent} is sent where {received} is received")
+    raise PlanError(f"channel {channel}: {first} sends for {second} receives")

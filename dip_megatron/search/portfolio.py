@@ -42,11 +42,13 @@ def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
     # A stage's last strategy need not be its leanest: never start past the one that its claim counts on.
     leanest = q.activation.argmin(axis=0).astype(np.int8)
     windows = [sinks, *(w for w in WINDOWS if w < sinks)] if matters else [sinks]
-    for base in dict.fromkeys((0, (3 * most + 3) // 4, most) if matters else (0,)):
-        for window, alternate, lean in itertools.product(windows, (True, False), (False, True)):
+    # What split backwards hold for W is memory too: where that is short, fused ones may be better.
+    splits = (True, False) if split and matters else (split,)
+    for base in dict.fromkeys((0, 1, (3 * most + 3) // 4, most) if matters and most else (0,)):
+        for window, alternate, lean, halves in itertools.product(windows, (True, False), (False, True), splits):
             if lean and not (matters and most):
                 continue
-            keys = make_keys(q, split)
+            keys = make_keys(q, halves)
             keys.base[:] = np.minimum(leanest, base)
             keys.window[:] = window
             keys.flags[ALTERNATE] = alternate

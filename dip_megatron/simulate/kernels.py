@@ -43,30 +43,8 @@ class GraphArrays(NamedTuple):
 
 def graph_arrays(graph: StageGraph) -> GraphArrays:
     """Lay out ``graph`` for the kernels."""
-    rows, ranks = graph.rows, graph.ranks
+    rows, ranks, edges = graph.rows, graph.ranks, graph.edges
     nodes = rows * ranks
-    before: list[list[tuple[int, float]]] = [[] for _ in range(nodes)]
-    after: list[list[tuple[int, float]]] = [[] for _ in range(nodes)]
-    hop = graph.hop.tolist()
-    for s in range(rows):
-        entry, step = graph.entry_rank(s), -1 if graph.row_reversed[s] else 1
-        links = [
-            (q * ranks + graph.exit_rank(q), s * ranks + entry, graph.link_hop(q, s)) for q in graph.previous_rows[s]
-        ]
-        links += [(s * ranks + p - step, s * ranks + p, hop[s]) for p in range(ranks) if p != entry]
-        for a, b, seconds in links:
-            before[b].append((a, seconds))
-            after[a].append((b, seconds))
-
-    def flat(lists: list[list[tuple[int, float]]]) -> tuple[Ints, Ints, Floats]:
-        start = np.cumsum([0, *map(len, lists)]).astype(np.int32)
-        joined = [x for line in lists for x in line]
-        return (
-            start,
-            np.array([x[0] for x in joined], dtype=np.int32),
-            np.array([x[1] for x in joined], dtype=np.float64),
-        )
-
     c = graph.candidates
 
     def nodewise(array: Floats) -> Floats:
@@ -76,7 +54,9 @@ def graph_arrays(graph: StageGraph) -> GraphArrays:
         np.stack([nodewise(x) for x in (graph.forward, graph.backward, graph.weight, graph.fused)])
     )
     return GraphArrays(
-        rows, ranks, c, duration, nodewise(graph.activation), nodewise(graph.hold), *flat(before), *flat(after),
+        rows, ranks, c, duration, nodewise(graph.activation), nodewise(graph.hold),
+        edges.before_start, edges.source, edges.hop,
+        edges.after_start, edges.target[edges.after], edges.hop[edges.after],
         np.ascontiguousarray(graph.has_backward.reshape(nodes)), np.ascontiguousarray(graph.has_weight.reshape(nodes)),
         graph.static_bytes.astype(np.float64),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dip_megatron.cost import LAYER_STRATEGIES, StrategyError, format_strategy, parse_strategy
-from dip_megatron.cost.strategies import combine, frontier, pick
+from dip_megatron.cost.strategies import combine, frontier, pareto, pick
 
 names = st.lists(st.sampled_from(LAYER_STRATEGIES), max_size=12)
 costs = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=4)
@@ -81,3 +81,19 @@ def test_the_papers_rule_keeps_fastest_leanest_and_bucket_winners(points: list, 
         for low, high in pairwise(edges):
             inside = [i for i in range(1, len(size) - 1) if low <= size[i] < high]
             assert not inside or inside[0] in chosen
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 9), st.floats(0, 9)), min_size=3, max_size=60, unique=True), st.integers(3, 12)
+)
+def test_corners_come_before_buckets(points: list, limit: int) -> None:
+    seconds, size = (np.array(x) for x in zip(*points, strict=True))
+    keep = pareto(seconds, size)
+    seconds, size = seconds[keep], size[keep]
+    chosen = pick(seconds, size, limit, corners=True)
+    assert len(chosen) <= max(limit, 2)
+    assert {0, len(seconds) - 1} <= set(chosen.tolist())
+    # For any price of a byte, one of the choices is best among all, if every corner found a place.
+    if len(chosen) < limit:
+        for price in (0.0, 0.1, 0.5, 1.0, 3.0):
+            assert (seconds + price * size)[chosen].min() <= (seconds + price * size).min() + 1e-9

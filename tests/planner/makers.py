@@ -36,7 +36,7 @@ class Maker:
                 raise RuntimeError("no luck")
             if self.fault == "invalid":
                 plan = self._plan(request, "worker", 1)
-                return replace(plan, actions=plan.actions[::-1])
+                return replace(plan, codes=plan.codes[::-1])
             if self.fault == "late":
                 give(self._plan(request, "first", 1))
                 time.sleep(600)

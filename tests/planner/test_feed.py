@@ -67,7 +67,7 @@ def test_a_corrupted_plan_stops_all_ranks_with_one_message():
         plan = pickle.loads(data)
         if rank != 1:
             return data
-        return pickle.dumps(replace(plan, actions=(plan.actions[0][::-1], *plan.actions[1:])))
+        return pickle.dumps(replace(plan, codes=(plan.codes[0][::-1], *plan.codes[1:])))
 
     answers = feed_all(Shared(3, corrupt), 3, Maker())
     assert all(isinstance(a, PlanMismatchError) for a in answers)

@@ -75,7 +75,7 @@ def test_one_thread_submits_while_another_takes(service_of):
     with ThreadPoolExecutor(1) as pool:
         evaluations = pool.submit(evaluate)
         try:
-            for iteration in range(60_000, 60_030):
+            for iteration in range(10_000_000, 10_000_030):
                 service.submit(request(iteration))
                 assert service.take(iteration, 60.0).name == "worker"
         finally:

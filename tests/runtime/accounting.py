@@ -29,7 +29,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._known: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
@@ -38,14 +38,17 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 place = storage._cdata
-                if place not in given and (place not in self._known or self._known[place][0].expired()):
-                    self._known[place] = (StorageWeakRef(storage), storage.nbytes())
+                if place not in given and (place not in self._known or self._known[place].expired()):
+                    self._known[place] = StorageWeakRef(storage)
         return result
 
     def now(self) -> int:
         """Bytes live at this moment."""
-        self._known = {place: entry for place, entry in self._known.items() if not entry[0].expired()}
-        return sum(size for _, size in self._known.values())
+        self._known = {place: reference for place, reference in self._known.items() if not reference.expired()}
+        # As large as they are now, and each address once: a checkpoint may have emptied a storage that the graph holds,
+        # or let it share what was computed again.
+        storages = [torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in self._known.values()]
+        return sum({s.data_ptr(): s.nbytes() for s in storages if s is not None and s.nbytes()}.values())
 
 
 @dataclass(frozen=True)

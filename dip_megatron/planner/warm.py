@@ -1,0 +1,21 @@
+"""Loading what planning needs before the first batch is there."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..schedule import Kind, ModalityModule, Schedule, StageGraph, Unit
+from ..schedule.lower import make_plan
+from ..schedule.verify import verify
+
+
+def warm_up_plans() -> None:
+    """Load, or compile after an installation, the kernels that lower and verify plans: seconds once, then less than
+    one."""
+    one = np.ones((1, 1, 2))
+    graph = StageGraph(
+        2, (ModalityModule("warm", ((1, 1),)),), (Unit(0, "warm", 0),), one, one, one, 2 * one, one, one, np.zeros(1),
+        np.zeros(2), np.full(2, np.inf),
+    )  # fmt: skip
+    order = np.array([int(Kind.F), int(Kind.BW)], dtype=np.int32)
+    verify(make_plan(graph, Schedule((order, order.copy()), np.zeros((1, 2), dtype=np.int8)), lower_bound=0.0))
