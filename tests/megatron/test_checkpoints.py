@@ -20,10 +20,10 @@ if importlib.util.find_spec("megatron.training") is None:
 
 from dip_megatron.megatron.checkpoints import Checkpoint
 
-from .training_runs import RunFailed, train
+from .training_runs import RunFailed, Trained, train
 
 SMALL = (
-    "--vision-num-layers", "4", "--global-batch-size", "4", "--train-iters", "4", "--lr-warmup-iters", "1",
+    "--vision-num-layers", "4", "--global-batch-size", "4", "--train-iters", "5", "--lr-warmup-iters", "1",
     "--eval-iters", "1", "--weights-by-name", "--num-workers", "0",
 )  # fmt: skip
 SHARDED_OPTIMIZER = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
@@ -49,7 +49,7 @@ def saved(folder: Path) -> tuple[str, ...]:
 
 
 def resumed(folder: Path) -> tuple[str, ...]:
-    """From the second of four iterations."""
+    """From the second of five iterations."""
     return ("--load", str(folder), "--ckpt-step", "2")
 
 
@@ -60,68 +60,67 @@ def tensors(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def written_by_dip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
-    """A checkpoint of two ranks with two segments of each module, and the losses of the run that wrote it."""
+def written_by_dip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+    """A checkpoint of two ranks with two segments of each module, and what the run that wrote it did."""
     folder = tmp_path_factory.mktemp("dip")
     run = train(folder, "dip", 2, *SMALL, *pipeline(2), *dip(folder, TWO_SEGMENTS, "static"), *saved(folder / "saved"))
-    assert sorted(run.losses) == [1, 2, 3, 4]
-    return folder / "saved", run.losses
+    assert sorted(run.norms) == [1, 2, 3, 4, 5]
+    return folder / "saved", run
 
 
 @pytest.fixture(scope="module")
-def written_by_megatron(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+def written_by_megatron(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
     """A checkpoint of Megatron's own pipeline of two ranks, with distributed optimizer."""
     folder = tmp_path_factory.mktemp("megatron")
     run = train(
         folder, "megatron", 2, *SMALL, *pipeline(2), *SHARDED_OPTIMIZER, *saved(folder / "saved"), hooks=False
     )  # fmt: skip
-    assert sorted(run.losses) == [1, 2, 3, 4]
-    return folder / "saved", run.losses
+    assert sorted(run.norms) == [1, 2, 3, 4, 5]
+    return folder / "saved", run
 
 
-def last_two(losses: dict[int, float]) -> Any:
-    return pytest.approx({3: losses[3], 4: losses[4]}, rel=1e-5)
+def assert_same_from_the_third(resumed: Trained, whole: Trained) -> None:
+    """A wrong optimizer state, step or learning rate shows in the third iteration's update, so from the fourth on."""
+    assert resumed.losses == pytest.approx({i: whole.losses[i] for i in (3, 5)}, rel=1e-5)
+    assert resumed.norms == pytest.approx({i: whole.norms[i] for i in (3, 4, 5)}, abs=2e-3)
 
 
-def test_megatron_goes_on_on_one_rank(written_by_dip: tuple[Path, dict[int, float]], tmp_path: Path) -> None:
+def test_megatron_goes_on_on_one_rank(written_by_dip: tuple[Path, Trained], tmp_path: Path) -> None:
     """Without the hooks, as in an environment that has no DIP."""
-    checkpoint, losses = written_by_dip
-    assert train(tmp_path, "whole", 1, *SMALL, *resumed(checkpoint), hooks=False).losses == last_two(losses)
+    checkpoint, whole = written_by_dip
+    assert_same_from_the_third(train(tmp_path, "one", 1, *SMALL, *resumed(checkpoint), hooks=False), whole)
 
 
 def test_dip_goes_on_under_another_partition_of_four_ranks(
-    written_by_dip: tuple[Path, dict[int, float]], tmp_path: Path
+    written_by_dip: tuple[Path, Trained], tmp_path: Path
 ) -> None:
-    checkpoint, losses = written_by_dip
+    checkpoint, whole = written_by_dip
     run = train(tmp_path, "four", 4, *SMALL, *pipeline(4), *dip(tmp_path, FOUR_RANKS), *resumed(checkpoint))
-    assert run.losses == last_two(losses)
+    assert_same_from_the_third(run, whole)
     log = (tmp_path / "four.rank0.log").read_text()
     assert "was written with vision layers [[1, 1], [1, 1]]" in log
     assert "this run has vision layers [[1, 1, 1, 1]]" in log
 
 
-def test_dip_keeps_the_partition_of_the_checkpoint(
-    written_by_dip: tuple[Path, dict[int, float]], tmp_path: Path
-) -> None:
+def test_dip_keeps_the_partition_of_the_checkpoint(written_by_dip: tuple[Path, Trained], tmp_path: Path) -> None:
     """Without a configured partition; the order of work is the same then, and so are the losses to the last digit."""
-    checkpoint, losses = written_by_dip
+    checkpoint, whole = written_by_dip
     run = train(tmp_path, "same", 2, *SMALL, *pipeline(2), *dip(tmp_path, None, "static"), *resumed(checkpoint))
-    assert run.losses == {3: losses[3], 4: losses[4]}
+    assert run.losses == {i: whole.losses[i] for i in (3, 5)}
+    assert run.norms == {i: whole.norms[i] for i in (3, 4, 5)}
     assert "going on with the checkpoint's partition" in (tmp_path / "same.rank0.log").read_text()
 
 
-def test_dip_goes_on_from_megatrons_pipeline(
-    written_by_megatron: tuple[Path, dict[int, float]], tmp_path: Path
-) -> None:
-    checkpoint, losses = written_by_megatron
+def test_dip_goes_on_from_megatrons_pipeline(written_by_megatron: tuple[Path, Trained], tmp_path: Path) -> None:
+    checkpoint, whole = written_by_megatron
     run = train(
         tmp_path, "dip", 2, *SMALL, *pipeline(2), *SHARDED_OPTIMIZER, *dip(tmp_path, UNEVEN), *resumed(checkpoint)
     )
-    assert run.losses == last_two(losses)
+    assert_same_from_the_third(run, whole)
 
 
 def test_checkpoints_hold_the_same_tensors(
-    written_by_dip: tuple[Path, dict[int, float]], written_by_megatron: tuple[Path, dict[int, float]]
+    written_by_dip: tuple[Path, Trained], written_by_megatron: tuple[Path, Trained]
 ) -> None:
     """Names and shapes tell nothing of chunks; layers are one dimension of their tensors."""
     ours, theirs = tensors(written_by_dip[0]), tensors(written_by_megatron[0])
@@ -144,8 +143,7 @@ def test_frozen_vision_has_no_optimizer_state(tmp_path: Path) -> None:
     assert any(n.startswith("vision_model.") for n in names)
     assert any("vision_projection" in n for n in states)
     assert not any("vision_model." in n for n in states)
-    whole = train(tmp_path, "whole", 1, *frozen, *resumed(tmp_path / "saved"), hooks=False)
-    assert whole.losses == last_two(run.losses)
+    assert_same_from_the_third(train(tmp_path, "one", 1, *frozen, *resumed(tmp_path / "saved"), hooks=False), run)
 
 
 def test_checkpoints_by_rank_are_refused(tmp_path: Path) -> None:

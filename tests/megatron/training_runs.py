@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,25 @@ TINY = shlex.split((SCRIPT.parent / "tiny.args").read_text(), comments=True)
 _IMPORTS = ["tests.megatron.imported"]
 
 
+_NORM = re.compile(r" iteration +(\d+)/.* grad norm: ([\d.]+) \|")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Loss and norm of the gradients by iteration.
+
+    The second iteration of a run has no loss here: Megatron's line for it says the mean of the first two.
+    """
+
+    losses: dict[int, float]
+    norms: dict[int, float]
+
+
 class RunFailed(AssertionError):
     """A rank ended with an error; the message has the end of its log."""
 
 
-def train(folder: Path, name: str, ranks: int, *flags: str, hooks: bool = True, seconds: float = 200.0) -> Run:
+def train(folder: Path, name: str, ranks: int, *flags: str, hooks: bool = True, seconds: float = 200.0) -> Trained:
     """Train on ``ranks`` processes, logging to ``folder/NAME.rankR.log``; ``hooks`` as ``dip run`` installs them.
 
     Returns what the last rank logged. Raises RunFailed.
@@ -52,10 +68,13 @@ def train(folder: Path, name: str, ranks: int, *flags: str, hooks: bool = True, 
             first = min(failed, key=lambda rank: processes[rank].exitcode is None)
             words = logs[first].read_text(errors="replace")[-3000:]
             raise RunFailed(f"{name}: rank {first} ended with {processes[first].exitcode}\n{words}")
-    run = Run()
+    run, norms = Run(), {}
     for line in logs[-1].read_text(errors="replace").splitlines():
         run.read(line)
-    return run
+        if found := _NORM.search(line):
+            norms[int(found[1])] = float(found[2])
+    second = min(run.losses, default=0) + 1
+    return Trained({iteration: loss for iteration, loss in run.losses.items() if iteration != second}, norms)
 
 
 def _context() -> ForkServerContext:
