@@ -18,9 +18,7 @@ def install(families: Sequence[ModelFamily] = ()) -> None:
     (docs/add-a-model.md); calling it again only adds families. Raises ImportError if ``megatron.training`` can't be
     imported, ValueError if a model class has a family already.
     """
-    import logging
-
-    from .megatron.hooks import Hooks
+    from .megatron.hooks import Hooks, warn_of_version
 
     hooks = Hooks.installed()
     if hooks is not None:
@@ -28,10 +26,4 @@ def install(families: Sequence[ModelFamily] = ()) -> None:
         return
     hooks = Hooks()
     hooks.add_families(families)
-    missing = hooks.install()
-    if missing:
-        logging.getLogger(__name__).warning(
-            "this Megatron has no %s: --dip-schedule will not work fully. Supported: Megatron-LM 0.16 to 0.19; "
-            "see README.md",
-            ", ".join(missing),
-        )
+    warn_of_version(hooks.install())

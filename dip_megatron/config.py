@@ -36,9 +36,11 @@ class DipConfig(BaseModel):
     cluster: str = Field("auto", description="cost model's hardware: a name (h100, h800, h20, cpu) or a YAML file; "
                          "auto: by the device")  # fmt: skip
     costs: Path | None = Field(None, description="measured costs of `dip profile`")
-    planner_workers: NonNegativeInt = Field(1, description="planner processes per replica; 0: plan in the trainer")
+    planner_workers: NonNegativeInt = Field(1, description="searching threads per replica, in one planner process, at "
+                                             "most half the cores; 0: plan in the trainer")  # fmt: skip
     search_budget: NonNegativeFloat | None = Field(None, description="seconds; null: what the running iteration leaves")
     search_seed: int = 0
+    recalibrate: bool = Field(True, description="correct the cost model by what the stages of earlier iterations took")
     split_backward: bool = Field(True, description="let plans defer weight gradients (W) where the layers can")
     recompute: bool = Field(True, description="let plans recompute activations, layer by layer")
     offload: bool = Field(False, description="let plans move activations to host memory")

@@ -2,6 +2,7 @@
 
 from .calibration import Costs, Scale, Table
 from .chunks import Chunk, ChunkCost, CostModel, LayerRun
+from .corrections import Corrections, Line
 from .graph import build_graph, build_mixed_graph, cost_model, mixed_graph, paper_cost_model, segmented_graph
 from .hardware import Cluster, load_cluster
 from .operators import Operators
@@ -15,10 +16,12 @@ __all__ = [
     "Chunk",
     "ChunkCost",
     "Cluster",
+    "Corrections",
     "CostModel",
     "Costs",
     "LayerCost",
     "LayerRun",
+    "Line",
     "Operators",
     "PartCost",
     "Scale",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,22 +14,27 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from ..configs import ConfigError, validate
 from ..schedule.graph import Floats
 from .hardware import Cluster, Curve, Operator, check_curve
-from .parts import PartCost
+from .parts import LayerCost, PartCost
 from .sizes import Sizes
+from .strategies import LAYER_STRATEGIES
 
 Part = Literal["stem", "layer", "head"]
 QUANTITIES = ("forward", "backward", "weight", "activation", "hold")
+STRATEGY_QUANTITIES = ("forward", "backward", "activation")
+"""What a layer's memory strategy changes; its W needs the same inputs and does the same products under all."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Measured points of one part of one module: values (seconds, or bytes) at rising numbers of tokens, per rank."""
+    """Measured points of one part of one module: values (seconds, or bytes) at rising numbers of tokens, per rank;
+    those of a layer under one memory strategy."""
 
     module: str
     part: Part
     quantity: str
     tokens: tuple[float, ...]
     values: tuple[float, ...]
+    strategy: str = "none"
 
     def at(self, tokens: Floats) -> Floats:
         """Linear between the points, in proportion to tokens beyond them; nothing for no tokens."""
@@ -78,7 +83,7 @@ class Costs:
             return cost
         values = {q: getattr(cost, q) for q in QUANTITIES}
         for table in self.tables:
-            if (table.module, table.part) == (module, part):
+            if (table.module, table.part, table.strategy) == (module, part, "none"):
                 values[table.quantity] = table.at(sizes.tokens)
         for scale in self.scales:
             for q in QUANTITIES:
@@ -86,9 +91,21 @@ class Costs:
                     values[q] = values[q] * scale.factor
         return PartCost(**values)
 
+    def adjust_strategies(self, module: str, cost: LayerCost, sizes: Sizes) -> LayerCost:
+        """A layer's ``cost`` with what was measured under its memory strategies in place of what follows from the layer
+        that keeps everything, times the factors."""
+        measured = [t for t in self.tables if t.part == "layer" and t.module == module and t.strategy != "none"]
+        if not measured:
+            return cost
+        values = {q: getattr(cost, q).copy() for q in STRATEGY_QUANTITIES}
+        for table in measured:
+            factors = [s.factor for s in self.scales if s.concerns(module, "layer", table.quantity)]
+            row = LAYER_STRATEGIES.index(table.strategy)
+            values[table.quantity][row] = table.at(sizes.tokens) * np.prod(factors)
+        return replace(cost, **values)
+
     def scaled(self, factor: float, module: str = "*", part: str = "*", quantity: str = "*") -> Costs:
-        """These costs with one more factor, such as the ratio of measured to predicted seconds of the last
-        iteration."""
+        """These costs with one more factor."""
         return Costs(
             self.efficiency, self.tables, (*self.scales, Scale(module, part, quantity, factor)),
             self.hop_seconds, self.static_bytes, self.memory_limit, self.device,
@@ -107,10 +124,11 @@ class Costs:
 
     def save(self, path: str | Path) -> None:
         """Write a costs file that :meth:`load` gives back equal."""
-        measured: dict[tuple[str, str, tuple[float, ...]], dict[str, object]] = {}
+        measured: dict[tuple[str, str, str, tuple[float, ...]], dict[str, object]] = {}
         for t in self.tables:
             entry = measured.setdefault(
-                (t.module, t.part, t.tokens), {"module": t.module, "part": t.part, "tokens": list(t.tokens)}
+                (t.module, t.part, t.strategy, t.tokens),
+                {"module": t.module, "part": t.part, "strategy": t.strategy, "tokens": list(t.tokens)},
             )
             entry[t.quantity] = list(t.values)
         data = {
@@ -133,6 +151,7 @@ class _Strict(BaseModel):
 class _Measured(_Strict):
     module: str
     part: Part
+    strategy: str = "none"
     tokens: Annotated[list[PositiveFloat], Field(min_length=1)]
     forward: list[NonNegativeFloat] | None = None
     backward: list[NonNegativeFloat] | None = None
@@ -144,8 +163,14 @@ class _Measured(_Strict):
     def _aligned(self) -> _Measured:
         if any(b <= a for a, b in pairwise(self.tokens)):
             raise ValueError(f"tokens must rise, got {self.tokens}")
+        if self.strategy not in LAYER_STRATEGIES:
+            raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(LAYER_STRATEGIES)}")
+        if self.strategy != "none" and self.part != "layer":
+            raise ValueError(f"strategy: a {self.part} has none, only a layer has")
         for q in QUANTITIES:
             values = getattr(self, q)
+            if values is not None and self.strategy != "none" and q not in STRATEGY_QUANTITIES:
+                raise ValueError(f"{q}: is the same under every strategy, measure it under none")
             if values is not None and len(values) != len(self.tokens):
                 raise ValueError(f"{q} has {len(values)} values for {len(self.tokens)} sizes")
         return self
@@ -179,7 +204,7 @@ class _File(_Strict):
 
 def _to_costs(data: _File) -> Costs:
     tables = tuple(
-        Table(m.module, m.part, q, tuple(m.tokens), tuple(getattr(m, q)))
+        Table(m.module, m.part, q, tuple(m.tokens), tuple(getattr(m, q)), m.strategy)
         for m in data.measured
         for q in QUANTITIES
         if getattr(m, q) is not None

@@ -136,7 +136,8 @@ class CostModel:
             count = len(LAYER_STRATEGIES)
             zero = np.zeros((count, len(sizes)))
             return LayerCost(np.repeat(cost.forward[None], count, axis=0), zero, zero[0], zero, zero[0])
-        return with_strategies(self.operators, cost, recompute, dropped, layer_input)
+        derived = with_strategies(self.operators, cost, recompute, dropped, layer_input)
+        return self.costs.adjust_strategies(module, derived, sizes)
 
     # -- chunks --------------------------------------------------------------------------------------------------
     def chunk_cost(self, chunk: Chunk, sizes: Mapping[str, Sizes]) -> ChunkCost:

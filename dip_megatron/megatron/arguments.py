@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="off (default): Megatron's own schedule; static: one order of modality segments for every "
                        "batch; dynamic: a plan for each batch")  # fmt: skip
     group.add_argument("--dip-config", type=Path, default=None, help="YAML file; flags override it")
-    group.add_argument("--dip-planner-workers", type=int, default=None, help="planner processes per replica (1)")
+    group.add_argument("--dip-planner-workers", type=int, default=None, help="searching threads per replica (1)")
     group.add_argument("--dip-search-budget", type=float, default=None,
                        help="seconds of search per plan (default: what the running iteration leaves)")  # fmt: skip
     group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")
@@ -82,6 +82,15 @@ def check_arguments(args: Any) -> None:
         args.context_parallel_size > 1, f"--context-parallel-size {args.context_parallel_size}",
         "payload shapes in plans don't know sequence shards of context parallelism",
         f"use tensor parallelism with --sequence-parallel {_WITH_OFF}",
+    )  # fmt: skip
+    evaluated = getattr(args, "eval_micro_batch_size", None)
+    refuse(
+        evaluated not in (None, args.micro_batch_size), f"--eval-micro-batch-size {evaluated}",
+        "payload shapes in plans are those of --micro-batch-size", f"leave it out {_WITH_OFF}",
+    )  # fmt: skip
+    refuse(
+        getattr(args, "perform_rl_step", False), "--perform-rl-step",
+        "its batches are made while it trains and can't be read ahead", _WITH_OFF.removeprefix("or "),
     )  # fmt: skip
     refuse(
         getattr(args, "num_experts", None), "--num-experts", "how many tokens an expert gets is not known "

@@ -73,6 +73,11 @@ def _recording(family: ModelFamily, built: list[tuple[ModelFamily, Blueprint]]) 
         return given | given.pop("kwargs", {})
 
     def note(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is not cls:
+            raise ConfigurationError(
+                f"the script builds a {type(self).__name__}, which DIP would take for the {cls.__name__} it extends; "
+                "add it as a family of its own as docs/add-a-model.md says, or use --dip-schedule off"
+            )
         torch.nn.Module.__init__(self)
         built.append((family, Blueprint(arguments("__init__", args, kwargs))))
 

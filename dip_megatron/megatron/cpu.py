@@ -14,7 +14,7 @@ What is replaced, for megatron-core 0.16 to 0.19:
    ``Tensor.type()`` answers as CUDA tensors do, because Megatron's optimizers compare that string.
 3. ``torch.compile`` (Megatron's ``jit_fuser``) runs eagerly: there may be no C++ compiler, and tiny models don't gain.
 4. In Megatron: the state functions of the RNG tracker, the default of ``initialize_megatron(allow_no_cuda=...)``, the
-   compilation of dataset helpers, and the norm of a ``CLIPViTModel`` built without Transformer Engine (it would be a
+   compilation of fused kernels, and the norm of a ``CLIPViTModel`` built without Transformer Engine (it would be a
    ``torch.nn.LayerNorm``, which doesn't take the arguments Megatron passes).
 
 Flags a script needs beside this: ``--distributed-backend gloo --transformer-impl local --attention-backend unfused
@@ -319,4 +319,15 @@ def _adapt_training() -> None:
         True if name == "allow_no_cuda" else default
         for name, default in zip(names[-len(function.__defaults__) :], function.__defaults__, strict=True)
     )
-    initialize._compile_dependencies = _nothing
+    initialize._compile_dependencies = _dataset_helpers
+
+
+def _dataset_helpers() -> None:
+    """Of what Megatron compiles at its start, what it needs here: the dataset helpers, missing in a fresh checkout."""
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        from megatron.core.datasets.utils import compile_helpers
+
+        if torch.distributed.get_rank() == 0:
+            compile_helpers()
+        torch.distributed.barrier()
+        importlib.invalidate_caches()

@@ -50,6 +50,16 @@ def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parall
     return MultimodalModel("llava", (encoder, decoder), parallel, packing)
 
 
+def describe_gpt(kwargs: Mapping[str, Any], parallel: Parallel) -> MultimodalModel:
+    """The GPT of these GPTModel arguments."""
+    config, vocabulary = kwargs["config"], kwargs["vocab_size"]
+    module = ModuleShape(
+        LANGUAGE, "text", config.num_layers, _layer(config, causal=True), TokenEmbedding(vocabulary),
+        LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)),
+    )  # fmt: skip
+    return MultimodalModel("gpt", (module,), parallel, Packing(max_tokens=kwargs["max_sequence_length"]))
+
+
 def _layer(config: Any, *, causal: bool) -> TransformerLayer:
     return TransformerLayer(
         hidden=config.hidden_size,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 
 from ..model import MultimodalModel, Parallel
 from ..models.family import Blueprint, Layers, ModelFamily
+from ..models.gpt import GptProgram
 from ..models.llava import LlavaProgram
-from .describe import describe_llava
+from .describe import describe_gpt, describe_llava
 
 
 def known_families() -> tuple[ModelFamily, ...]:
     """Families whose classes are looked for in every script."""
     return (
         ModelFamily("llava", LLaVAModel, _describe_llava, _llava_program, "vlm-documents", ("freeze",)),
-    )  # fmt: skip
+        ModelFamily("gpt", GPTModel, _describe_gpt, _gpt_program, "text-packed"),
+    )
 
 
 def _describe_llava(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
@@ -25,3 +28,11 @@ def _llava_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_bat
     return LlavaProgram(
         blueprint.kwargs, layers, rank=rank, micro_batch_size=micro_batch_size, freeze=blueprint.calls.get("freeze")
     )
+
+
+def _describe_gpt(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
+    return describe_gpt(blueprint.kwargs, parallel)
+
+
+def _gpt_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> GptProgram:
+    return GptProgram(blueprint.kwargs, layers, rank=rank, micro_batch_size=micro_batch_size)

@@ -15,7 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from ..models.protocol import MicrobatchInputs, StageProgram
-from ..planner.feed import PlanFeed
+from ..planner.feed import Exchange, FedPlan, PlanFeed
+from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport
 from ..runtime.clock import Clock, MeasuredSpan
@@ -24,8 +25,13 @@ from ..runtime.stages import IterationState, ModelStages, StageLookAhead
 from ..runtime.watch import Watchdog
 from ..schedule import Plan
 from .gradients import GradientSynchronization
-from .lookahead import LookAhead, capture_microbatch
+from .lookahead import LookAhead, RawItems, capture_microbatch
+from .parameters import ParameterSynchronization
+from .rerun import Repetition
 from .step import MegatronStep
+
+IterationConsumer = Callable[[IterationReport, Plan, list[MeasuredSpan]], object]
+"""Is told of every training iteration, on all ranks."""
 
 
 @dataclass
@@ -33,7 +39,8 @@ class PlanningPolicy:
     """How long to plan. ``budget_seconds`` None: as long as the running iteration leaves."""
 
     budget_seconds: float | None = None
-    look_ahead: bool = True
+    look_ahead: Callable[[], bool] = lambda: True
+    """Whether the training iteration that is about to run is followed by another."""
 
     def budget(self, last_iteration_seconds: float) -> float:
         """Seconds of search for the next plan; the rest of the iteration is for lowering, checking and broadcasting."""
@@ -54,8 +61,10 @@ class DipForwardBackward:
         *,
         policy: PlanningPolicy | None = None,
         watchdog: Watchdog | None = None,
-        on_iteration: Callable[[IterationReport, Plan, list[MeasuredSpan]], None] | None = None,
+        on_iteration: IterationConsumer | None = None,
+        tensor_parallel: Exchange | None = None,
     ):
+        """``tensor_parallel`` is among the ranks that read the data together, if they are several."""
         self._program = program
         self._executor = executor
         self._feed = feed
@@ -64,9 +73,11 @@ class DipForwardBackward:
         self._watchdog = watchdog
         self._on_iteration = on_iteration
         self._ticket = 0
-        self._planned: dict[int, list[MicrobatchInputs]] = {}
-        self._look_ahead: dict[int, tuple[Any, LookAhead]] = {}
-        self._next_ticket: dict[int, int] = {}
+        self._tensor_parallel = tensor_parallel
+        # By iterator and by forward_only: ranks without data have None for the iterators of training and evaluation.
+        self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
+        self._next_ticket: dict[tuple[int, bool], tuple[int, int]] = {}
+        self._repetition = Repetition()
         self._last_seconds = 0.0
         self.iterations = 0
 
@@ -122,25 +133,11 @@ class DipForwardBackward:
         config = get_model_config(chunks[0])
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-        source = self._source(iterator, forward_step_func, chunks)
-        ticket = self._next_ticket.pop(id(iterator), None)
-        if ticket is not None and len(self._planned[ticket]) != num_microbatches:
-            self._feed.take(ticket)  # planned for another number of microbatches: all ranks drop it alike
-            del self._planned[ticket]
-            ticket = None
-        microbatches = source.take(num_microbatches)
-        if ticket is None:
-            ticket = self._request(microbatches, forward_only, budget=0.0, wait=0.0)
-        else:
-            del self._planned[ticket]
-        fed = self._feed.take(ticket)
-        self._clock.begin()
-        if self._policy.look_ahead and not forward_only:
-            coming = source.peek(num_microbatches)
-            if len(coming) == num_microbatches:
-                budget = self._policy.budget(self._last_seconds)
-                self._next_ticket[id(iterator)] = self._request(coming, False, budget, wait=1.3 * budget + 0.1)
-
+        repeated = None if forward_only else self._repetition.again()
+        if repeated is not None:
+            self.iterations -= 1
+            self._clock.begin()
+        microbatches, fed = repeated or self._read(iterator, forward_step_func, chunks, num_microbatches, forward_only)
         step = MegatronStep(
             config, forward_step_func, num_microbatches=num_microbatches,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
@@ -155,31 +152,59 @@ class DipForwardBackward:
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
             self._last_seconds = seconds
+            self._feed.measured(Measurement.of(fed.iteration, self._executor.position.rank, spans))
             self._finalize(chunks, step, config, pg_collection, force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
-            report = IterationReport.of(self.iterations, fed.plan, spans, fed.stall_seconds)
-            self._on_iteration(report, fed.plan, spans)
+            self._on_iteration(IterationReport.of(self.iterations, fed, spans), fed.plan, spans)
         if not forward_only:
             self.iterations += 1
         return step.forward_data_store
 
+    def _read(
+        self, iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any], chunks: list[torch.nn.Module],
+        num_microbatches: int, forward_only: bool,
+    ) -> tuple[list[MicrobatchInputs], FedPlan]:  # fmt: skip
+        """This iteration's microbatches and plan; what the next one needs is read, and its plan requested."""
+        key = (id(iterator), forward_only)
+        source = self._source(key, iterator, forward_step_func, chunks)
+        ticket, planned = self._next_ticket.pop(key, (None, num_microbatches))
+        if ticket is not None and planned != num_microbatches:
+            self._feed.take(ticket)  # planned for another number of microbatches: all ranks drop it alike
+            ticket = None
+        microbatches = source.take(num_microbatches)
+        if ticket is None:
+            ticket = self._request(microbatches, forward_only, budget=0.0, wait=0.0)
+        fed = self._feed.take(ticket)
+        self._clock.begin()
+        if not forward_only:
+            if self._policy.look_ahead():
+                coming = source.peek(num_microbatches)
+                if len(coming) == num_microbatches:
+                    budget = self._policy.budget(self._last_seconds)
+                    coming_ticket = self._request(coming, False, budget, wait=1.3 * budget + 0.1)
+                    self._next_ticket[key] = (coming_ticket, num_microbatches)
+            self._repetition.keep(microbatches, fed)
+        return microbatches, fed
+
     def _source(
-        self, iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any], chunks: list[torch.nn.Module]
-    ) -> LookAhead:
-        known = self._look_ahead.get(id(iterator))
+        self, key: tuple[int, bool], iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any],
+        chunks: list[torch.nn.Module],
+    ) -> LookAhead:  # fmt: skip
+        known = self._look_ahead.get(key)
         # The iterator itself is kept, so that its id can't be another's.
         if known is None or known[0] is not iterator:
-            read = lambda: capture_microbatch(forward_step_func, iterator, chunks[-1], self._program)  # noqa: E731
-            known = (iterator, LookAhead(read))
-            self._look_ahead[id(iterator)] = known
+            items = None if iterator is None else RawItems(iterator)
+            gather = None if self._tensor_parallel is None else self._tensor_parallel.gather
+            read = lambda: capture_microbatch(forward_step_func, items, chunks[-1], self._program)  # noqa: E731
+            known = (iterator, LookAhead(read, items, gather))
+            self._look_ahead[key] = known
         return known[1]
 
     def _request(self, microbatches: list[MicrobatchInputs], forward_only: bool, budget: float, wait: float) -> int:
         self._ticket += 1
         loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
-        self._planned[self._ticket] = microbatches
         self._feed.request(PlanRequest(self._ticket, loads, budget, forward_only), wait)
         return self._ticket
 
@@ -204,9 +229,12 @@ class DipForwardBackward:
             with torch.no_grad():
                 self._executor.run(plan, runner, self.iterations)
             return
+        parameters = ParameterSynchronization(chunks)
+        parameters.begin()
         sync.begin({i for i, place in enumerate(places) if not remaining[place]})
         self._executor.run(plan, runner, self.iterations)
         sync.end()
+        parameters.end()
 
     def _finalize(
         self, chunks: list[torch.nn.Module], step: MegatronStep, config: Any, pg_collection: Any,

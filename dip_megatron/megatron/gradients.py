@@ -43,8 +43,8 @@ class GradientSynchronization:
         self._done.add(index)
         while self._overlaps and self._started < len(self._order) and self._order[self._started] in self._done:
             chunk = self._chunks[self._order[self._started]]
-            if hasattr(chunk, "start_grad_sync"):
-                chunk.start_grad_sync()
+            for bucket in [*getattr(chunk, "bucket_groups", ()), *getattr(chunk, "expert_parallel_bucket_groups", ())]:
+                bucket.start_grad_sync(force_all_reduce=getattr(chunk, "force_all_reduce", False))
             self._started += 1
 
     def end(self) -> None:

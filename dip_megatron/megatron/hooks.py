@@ -1,13 +1,16 @@
-"""The hooks in Megatron's training loop: five attributes, all looked up when they are called."""
+"""The hooks in Megatron's training loop: attributes of its modules, all looked up when they are called."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from megatron.core.package_info import __version__ as megatron_version
 
 from ..config import ConfigurationError
 from ..models.family import ModelFamily
@@ -16,8 +19,30 @@ from .checkpoints import share_step
 from .families import known_families
 from .session import DipSession
 
-logger = logging.getLogger(__name__)
 _MARK = "dip_megatron_hook"
+TESTED = ((0, 16), (0, 19))
+"""The oldest and the newest minor release that the tests cover; README.md lists them."""
+_BUILDERS = "models that Megatron's builders build, as for pretrain_gpt.py"
+
+
+def version_numbers() -> tuple[int, int]:
+    """Major and minor number of the installed Megatron-Core."""
+    major, minor = megatron_version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def warn_of_version(missing: Sequence[str]) -> None:
+    """Say once what could not be hooked, or that this Megatron is not a tested one. ``missing`` is from install()."""
+    untested = not TESTED[0] <= version_numbers() <= TESTED[1]
+    if os.environ.get("RANK", "0") != "0" or not (missing or untested):
+        return
+    tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)
+    found = "has all it hooks into"
+    if missing:
+        found = f"has no {', no '.join(missing)}: --dip-schedule will not work fully"
+    logging.getLogger(__name__).warning(
+        "dip: Megatron-Core %s %s. DIP is tested with %s (README.md, Versions)", megatron_version, found, tested
+    )
 
 
 class Hooks:
@@ -40,30 +65,40 @@ class Hooks:
     def installed() -> Hooks | None:
         """The hooks that are in place already, if any."""
         loaded = importlib.import_module("megatron.training.training")
-        hooks: Hooks | None = getattr(loaded.get_model, _MARK, None)
+        hooks: Hooks | None = getattr(getattr(loaded, "get_model", None), _MARK, None)
         return hooks
 
     def install(self) -> list[str]:
-        """Hook in whatever is there; returns the names of what could not be hooked."""
+        """Hook in whatever is there; returns the names of what could not be hooked, with what it is for."""
         missing = []
-        for module, attribute, wrap in (
-            ("megatron.training.arguments", "add_megatron_arguments", self._arguments),
-            ("megatron.training.arguments", "validate_args", self._validated),
+        for module, attribute, wrap, purpose in (
+            ("arguments", "add_megatron_arguments", self._arguments, "the --dip- flags"),
+            ("arguments", "validate_args", self._validated, "checking flags, starting DIP"),
             # initialize.py imported it by name in releases before 0.17.
-            ("megatron.training.initialize", "validate_args", self._validated),
-            ("megatron.training.training", "get_model", self._get_model),
-            ("megatron.training.training", "get_forward_backward_func", self._forward_backward),
-            ("megatron.training.checkpointing", "generate_state_dict", self._state_dict),
+            ("initialize", "validate_args", self._validated, ""),
+            ("training", "get_model", self._get_model, "models of a script's provider"),
+            ("training", "get_forward_backward_func", self._forward_backward, "the schedule"),
+            ("checkpointing", "generate_state_dict", self._state_dict, "the optimizer's step in checkpoints"),
+            # From 0.19 on scripts may give a model's config instead of a provider.
+            ("models.dist_utils", "build_virtual_pipeline_stages", self._stages, _BUILDERS),
+            ("models.dist_utils", "prepare_existing_model_chunks_for_distributed_training", self._prepared, _BUILDERS),
         ):
-            loaded = importlib.import_module(module)
+            name = f"megatron.training.{module}"
+            try:
+                loaded = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name is None or not name.startswith(error.name):
+                    raise
+                loaded = None
             original = getattr(loaded, attribute, None)
             if original is None:
-                missing.append(f"{module}.{attribute}")
+                if purpose and not (purpose == _BUILDERS and version_numbers() < (0, 19)):
+                    missing.append(f"{name}.{attribute} ({purpose})")
             elif not hasattr(original, _MARK):
                 wrapped = functools.wraps(original)(wrap(original))
                 setattr(wrapped, _MARK, self)
                 setattr(loaded, attribute, wrapped)
-        return [m for m in missing if m != "megatron.training.initialize.validate_args"]
+        return missing
 
     def _arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda parser: add_arguments(original(parser))
@@ -93,6 +128,25 @@ class Hooks:
                 sys.exit(f"dip: {error}")
 
         return get_model
+
+    def _stages(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def build_virtual_pipeline_stages(build: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+            if self._session is None:
+                return original(build, *rest, **kwargs)
+            try:
+                # One stage as Megatron asks for it, which is all chunks of this rank.
+                return original(self._session.segmented(build), *rest, **kwargs)[0]
+            except ConfigurationError as error:
+                sys.exit(f"dip: {error}")
+
+        return build_virtual_pipeline_stages
+
+    def _prepared(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(chunks: list[Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
+            # Wrappers for mixed precision must know how many chunks there are: the whole model's config doesn't.
+            return original(chunks, config if self._session is None else chunks[0].config, *rest, **kwargs)
+
+        return prepare
 
     def _forward_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:

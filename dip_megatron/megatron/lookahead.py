@@ -6,6 +6,7 @@ over tensor-parallel ranks and the batch's layout are the script's business and 
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,29 @@ class _Captured(Exception):
     """Leaves the script's forward_step at its call of the model."""
 
 
+class RawItems:
+    """A data iterator whose coming items can be counted before they are taken."""
+
+    def __init__(self, iterator: Iterator[Any]):
+        self._iterator = iterator
+        self._ready: deque[Any] = deque()
+
+    def at_hand(self, count: int) -> int:
+        """Read until ``count`` items are waiting; how many there are, fewer at the end of the data."""
+        try:
+            while len(self._ready) < count:
+                self._ready.append(next(self._iterator))
+        except StopIteration:
+            pass
+        return len(self._ready)
+
+    def __iter__(self) -> RawItems:
+        return self
+
+    def __next__(self) -> Any:
+        return self._ready.popleft() if self._ready else next(self._iterator)
+
+
 class _Recorder:
     """Passes on a data iterator's items and remembers them."""
 
@@ -32,7 +56,7 @@ class _Recorder:
 
     def __next__(self) -> Any:
         item = next(self._iterator)
-        self.items.append(item)
+        self.items.append(copy.copy(item))  # scripts may take a batch's dict apart
         return item
 
 
@@ -53,7 +77,7 @@ def capture_microbatch(
     try:
         forward_step_func(recorder, ModelStandIn(chunk, call))
     except _Captured:
-        return MicrobatchInputs(captured, [] if recorder is None else recorder.items)
+        return MicrobatchInputs(captured, None if recorder is None else recorder.items)
     raise ValueError(
         "the script's forward_step returned without calling its model; DIP needs exactly one call of model(...) per "
         "microbatch. Use --dip-schedule off for this script"
@@ -67,28 +91,56 @@ class LookAhead:
     next. Saved checkpoints count consumed samples, not read ones, so that resuming reads the look-ahead again.
     """
 
-    def __init__(self, read: Callable[[], MicrobatchInputs]):
-        """``read`` reads one microbatch, raising StopIteration at the end of the data."""
+    def __init__(
+        self,
+        read: Callable[[], MicrobatchInputs],
+        items: RawItems | None = None,
+        gather: Callable[[bytes], list[bytes]] | None = None,
+    ):
+        """``read`` reads one microbatch, from ``items`` if there are any, raising StopIteration at the end of the data.
+
+        ``gather`` is given where ``read`` may be a collective of several ranks (Megatron's scripts read on one
+        tensor-parallel rank and broadcast): it returns everyone's bytes. At the end of the data the others would wait
+        for a broadcast that never comes, so the ranks first agree on what there is to read.
+        """
         self._read = read
+        self._items = items
+        self._gather = gather
+        self._items_each = 1
         self._buffer: deque[MicrobatchInputs] = deque()
         self.exhausted = False
 
     def take(self, count: int) -> list[MicrobatchInputs]:
         """The next ``count`` microbatches. Raises StopIteration if the data ends before."""
         if not self.fill(count):
-            raise StopIteration
+            raise StopIteration(f"the data has ended: {len(self._buffer)} of {count} microbatches are left")
         return [self._buffer.popleft() for _ in range(count)]
 
     def fill(self, count: int) -> bool:
         """Read until ``count`` microbatches are at hand; False if the data has ended before."""
-        while len(self._buffer) < count and not self.exhausted:
+        missing = count - len(self._buffer)
+        if missing > 0 and not self.exhausted:
+            readable = self._readable(missing)
             try:
-                self._buffer.append(self._read())
+                for _ in range(readable):
+                    self._buffer.append(self._read())
+                    if self._buffer[-1].items:
+                        self._items_each = max(self._items_each, len(self._buffer[-1].items))
             except StopIteration:
-                self.exhausted = True
+                readable = 0
+            self.exhausted = readable < missing
         return len(self._buffer) >= count
 
     def peek(self, count: int) -> list[MicrobatchInputs]:
         """The next ``count`` microbatches (fewer at the end of the data), without taking them."""
         self.fill(count)
         return list(self._buffer)[:count]
+
+    def _readable(self, missing: int) -> int:
+        """How many of ``missing`` microbatches every rank that has data has."""
+        if self._gather is None:
+            return missing
+        here = missing
+        if self._items is not None:
+            here = min(missing, self._items.at_hand(missing * self._items_each) // self._items_each)
+        return min(int.from_bytes(count, "big") for count in self._gather(here.to_bytes(4, "big")))

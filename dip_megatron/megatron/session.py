@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,12 @@ from ..models.family import ModelFamily
 from ..models.protocol import StageProgram
 from ..partition import choose_partition
 from ..planner.feed import PlanFeed
+from ..planner.greedy import greedy
 from ..planner.live import ModelGraphs
 from ..planner.maker import LivePlanMaker
-from ..planner.searchers import make_searcher
+from ..planner.searchers import make_searcher, static_order
 from ..planner.service import PlannerService
+from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor
@@ -31,7 +34,8 @@ from ..workload import load_workload
 from .build import ChunkList, configured_partition, record_blueprint
 from .checkpoints import Checkpoint, find_checkpoint, record, warn_of_bound_state
 from .exchange import GlooExchange
-from .forward_backward import DipForwardBackward, PlanningPolicy
+from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
+from .scalars import write_scalars
 from .shared_gpu import single_ranks_on_nccl
 
 logger = logging.getLogger(__name__)
@@ -100,7 +104,9 @@ class DipSession:
             logger.warning("some layers can't defer weight gradients: plans split no backward")
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
-            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config), config.schedule)
+            planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
+            order = static_order if config.schedule == "static" else greedy
+            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config, planners_here), config.schedule, order)
             # One worker process, whose threads search together: only one iteration is planned ahead.
             self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
             atexit.register(self._service.close)
@@ -168,17 +174,42 @@ class DipSession:
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = Executor(rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock)
-        feed = PlanFeed(self._exchange, self._service)
+        feed = PlanFeed(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
         recorder = None
+        progress = self._progress(exchange)
+        consumers: list[IterationConsumer] = [progress.record]
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
+            consumers.append(recorder.record)
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
-            policy=PlanningPolicy(config.search_budget), watchdog=watchdog,
-            on_iteration=None if recorder is None else recorder.record,
+            policy=PlanningPolicy(config.search_budget, self._another_follows), watchdog=watchdog,
+            on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
+            tensor_parallel=self._tensor_parallel_exchange(),
         )  # fmt: skip
+
+    def _another_follows(self) -> bool:
+        """Whether the running iteration is followed by one that trains: data sets may hold no more than is trained on,
+        and iterations to skip are read by Megatron itself."""
+        following = int(self._args.curr_iteration) + 1
+        skipped = self._args.iterations_to_skip or []  # counted from 0 in releases before 0.17
+        return following < self._args.train_iters and not {following, following + 1} & set(skipped)
+
+    def _tensor_parallel_exchange(self) -> GlooExchange | None:
+        ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+        return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
+
+    def _progress(self, exchange: GlooExchange) -> RunProgress:
+        """Megatron writes its log, and everything else, on the last rank."""
+        args, last = self._args, dist.get_rank() == dist.get_world_size() - 1
+
+        def say(line: str) -> None:
+            if last:
+                print(line, flush=True)
+
+        return RunProgress(exchange, args.log_interval, lambda: int(args.curr_iteration) + 1, say, write_scalars)
 
     @staticmethod
     def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:

@@ -17,6 +17,7 @@ from megatron.core.utils import make_viewless_tensor, nvtx_range_pop, nvtx_range
 from ..runtime.deferred import WeightGradients
 from ..runtime.stages import ReplayIterator
 from ..runtime.transport import Tensors
+from .rerun import counted_as
 
 
 class MegatronStep:
@@ -59,17 +60,21 @@ class MegatronStep:
         """What the loss functions reported, in the order of microbatches whatever order the plan ran them in."""
         return [item for microbatch in sorted(self._data) for item in self._data[microbatch]]
 
-    def loss(self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int) -> torch.Tensor:
+    def loss(self, chunk: torch.nn.Module, model: Any, items: list[Any] | None, microbatch: int) -> torch.Tensor:
         """The last stage, through the script's forward_step and loss function."""
         with self._range("forward-compute"):
             self._start_timer("forward-compute")
+            iterator = None if items is None else ReplayIterator(items)
             with self._autocast():
-                output, loss_func = self._forward_step_func(ReplayIterator(items), model)
-            output, num_tokens = self._calculate_loss(
-                chunk, output, loss_func, is_last_stage=True, store=self._data.setdefault(microbatch, [])
-            )
+                output, loss_func = self._forward_step_func(iterator, model)
+            with counted_as(microbatch, self._num_microbatches):
+                output, num_tokens = self._calculate_loss(
+                    chunk, output, loss_func, is_last_stage=True, store=self._data.setdefault(microbatch, [])
+                )
         if self.total_num_tokens is None:
-            self.total_num_tokens = torch.zeros([], dtype=torch.int, device=output.device)
+            # A loss function may return a plain number where nothing is to be trained.
+            device = output.device if isinstance(output, torch.Tensor) else num_tokens.device
+            self.total_num_tokens = torch.zeros([], dtype=torch.int, device=device)
         self.total_num_tokens += num_tokens.to(self.total_num_tokens.device)
         return output
 

@@ -1,4 +1,5 @@
-"""A LLaVA of any described size with batches to match, to be measured rather than used: drawn weights, drawn tokens."""
+"""A LLaVA or a GPT of any described size with batches to match, to be measured rather than used: drawn weights, drawn
+tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,6 +63,23 @@ def llava_arguments(model: MultimodalModel, dtype: torch.dtype) -> dict[str, Any
         "img_w": side,
         "patch_dim": vision.stem.patch,
         "pixel_shuffle": vision.head.reduction == 4,
+    }
+
+
+def gpt_arguments(model: MultimodalModel, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of Megatron's GPTModel for a described text-only model, with local layers and torch's flash
+    attention. Raises ValueError for what GPTModel is not."""
+    language = model.modules[-1]
+    if len(model.modules) != 1 or not isinstance(language.head, LanguageHead) or model.parallel.tp != 1:
+        raise ValueError(f"{model.name}: must be one module with a language head and tp 1 to be built as a GPT")
+    return {
+        "config": _config(language.layer, language.layers, model.parallel.pp, dtype),
+        "transformer_layer_spec": with_sdpa(get_gpt_layer_local_spec()),
+        "vocab_size": language.head.vocabulary,
+        "max_sequence_length": model.packing.max_tokens,
+        "position_embedding_type": "rope",
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": False,
     }
 
 
@@ -155,6 +174,23 @@ def _loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:
     total = (losses.float() * mask.float()).sum()
     tokens = mask.sum().to(torch.int)
     return total, tokens, {"lm loss": torch.stack([total.detach().clone(), tokens.float()])}
+
+
+def draw_text(tokens: int, arguments: dict[str, Any], device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    """A GPT's inputs: one sequence."""
+    ids = torch.randint(0, arguments["vocab_size"], (1, tokens + 1), generator=torch.Generator().manual_seed(seed))
+    batch = {
+        "tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "loss_mask": torch.ones(1, tokens),
+        "position_ids": torch.arange(tokens).unsqueeze(0),
+    }  # fmt: skip
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def gpt_forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
+    """:func:`forward_step` of a GPT."""
+    item = next(data_iterator)
+    output = model(item["tokens"], item["position_ids"], None, labels=item["labels"], loss_mask=item["loss_mask"])
+    return output, partial(_loss, item["loss_mask"])
 
 
 def llava_parts(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -6,21 +6,20 @@ projector and loss are Megatron's, in whatever version is installed.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.multimodal.llava_model import IGNORE_INDEX, LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from torch.nn.functional import pad
 
-from ..runtime.modes import StageMode
 from ..schedule import ModalityModule, StageKey, Unit
 from ..workload import Microbatch
-from . import deferred_linear, layer_memory
 from .layout import order_free, segment_config
 from .protocol import MicrobatchInputs, Tensors
+from .segmented import SegmentedProgram, dtype_name, unwrapped
 from .shapes import LANGUAGE, VISION, LlavaShapes
 
 _SIGNATURE = inspect.signature(LLaVAModel.forward)
@@ -96,8 +95,23 @@ class LanguageChunk(LLaVAModel):
         # Shapes travel in the plan, so nothing needs Megatron's padding to the longest possible sequence.
         self._language_is_pipeline_parallel = False
 
+    def _process_embedding_token_parallel(
+        self, combined_embeddings: Any, new_labels: Any, new_loss_mask: Any, packed_seq_params: Any
+    ) -> Any:
+        # Sequence parallelism wants lengths that divide. Upstream refuses others, or pads on the first stage only.
+        if self.sequence_parallel_lm:
+            size = self.tensor_model_parallel_size_lm
+            if combined_embeddings is not None:  # [s, b, h]
+                combined_embeddings = pad(combined_embeddings, (0, 0, 0, 0, 0, -combined_embeddings.shape[0] % size))
+            if new_labels is not None:
+                new_labels = pad(new_labels, (0, -new_labels.shape[1] % size), value=IGNORE_INDEX)
+                new_loss_mask = pad(new_loss_mask, (0, -new_loss_mask.shape[1] % size))
+        return super()._process_embedding_token_parallel(
+            combined_embeddings, new_labels, new_loss_mask, packed_seq_params
+        )
 
-class LlavaProgram:
+
+class LlavaProgram(SegmentedProgram):
     """Stage program of a LLaVA described by the keyword arguments of Megatron's ``LLaVAModel``.
 
     ``layers`` gives ``{"vision": layers[segment][rank], "language": ...}``; ``freeze`` the arguments of
@@ -113,11 +127,9 @@ class LlavaProgram:
         micro_batch_size: int = 1,
         freeze: Mapping[str, bool] | None = None,
     ):
+        super().__init__(layers, rank)
         self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
         self.freeze = dict(freeze or {})
-        self.layers = dict(layers)
-        self.rank = rank
-        self.ranks = len(layers[VISION][0])
         vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
         self._check(vision, language)
         frozen = [self.freeze.get(f"freeze_{name}", False) for name in ("vision_model", "language_model")]
@@ -143,16 +155,10 @@ class LlavaProgram:
         self._image_token = kwargs.get("image_token_index", _default("image_token_index"))
         self._micro_batch_size = micro_batch_size
         self._built_shapes: LlavaShapes | None = None
-        self.mode = StageMode()
-        self._supports_split = False
 
     def _check(self, vision: Any, language: Any) -> None:
-        for module, config in ((VISION, vision), (LANGUAGE, language)):
-            total = sum(sum(line) for line in self.layers[module])
-            if total != config.num_layers:
-                raise ValueError(f"partition gives {module} {total} layers, the model has {config.num_layers}")
-            if any(len(line) != self.ranks for line in self.layers[module]):
-                raise ValueError(f"partition of {module} must list {self.ranks} ranks per segment")
+        self._check_layers(VISION, vision.num_layers)
+        self._check_layers(LANGUAGE, language.num_layers)
         if getattr(language, "language_model_type", "").startswith("nemotron"):
             raise ValueError("DIP can't segment hybrid (Mamba) language models; use --dip-schedule off")
         if self.kwargs.get("tile_tags"):
@@ -170,7 +176,6 @@ class LlavaProgram:
     def build_chunks(self) -> list[torch.nn.Module]:
         """Vision chunks, then language chunks."""
         chunks: list[LLaVAModel] = []
-        total = sum(len(v) for v in self.layers.values())
         for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
             segments = len(self.layers[module])
             for segment in range(segments):
@@ -187,17 +192,8 @@ class LlavaProgram:
                 )
                 chunk.freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
                                 "freeze_vision_projection": False, **self.freeze})  # fmt: skip
-                # Megatron's wrappers look at the chunk's place among all of them, its inner model at its segment.
-                chunk.config = copy.copy(arguments["language_transformer_config"])
-                chunk.config.virtual_pipeline_model_parallel_size = total
-                chunk.config.pipeline_model_parallel_layout = None
-                chunk.vp_stage = len(chunks)
-                deferred_linear.install(chunk, self.mode)
-                layer_memory.install(chunk, self.mode)
                 chunks.append(chunk)
-        self._supports_split = not any(deferred_linear.undeferrable(chunk) for chunk in chunks)
         vision, language = self.kwargs["vision_transformer_config"], self.kwargs["language_transformer_config"]
-        dtype = language.pipeline_dtype or language.params_dtype
         self._built_shapes = LlavaShapes(
             vision_tokens=chunks[0].vision_model.seq_length,
             vision_hidden=vision.hidden_size,
@@ -205,14 +201,9 @@ class LlavaProgram:
             language_hidden=language.hidden_size,
             micro_batch_size=self._micro_batch_size,
             sequence_parallel_size=self._sequence_parallel,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(language),
         )
-        return chunks
-
-    @property
-    def supports_split(self) -> bool:
-        """Whether W can compute the weight gradients of this rank's chunks, once they are built."""
-        return self._supports_split
+        return self._finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``LLaVAModel.forward`` by name. Raises ValueError for what has no segmented form."""
@@ -249,7 +240,8 @@ class LlavaProgram:
                 f"{count} image tiles of {self.shapes.image_tokens} tokens don't fit the language model's "
                 f"{self.kwargs['language_max_sequence_length']} positions; pack fewer images or raise --seq-length"
             )
-        sequences = (padded,) * len(per_sample)
+        packed = inputs.arguments.get("packed_seq_params")
+        sequences = (padded,) * len(per_sample) if packed is None else packed_sequences(packed, padded)
         return Microbatch(total - seen, (self.shapes.image_tokens,) * count, sequences=sequences)
 
     def forward(
@@ -291,6 +283,19 @@ class LlavaProgram:
             )
 
 
+def packed_sequences(parameters: Any, total: int) -> tuple[int, ...]:
+    """Lengths of the samples packed into one sequence of ``total`` positions, padding between and after them included.
+
+    Raises ValueError if ``parameters`` (Megatron's PackedSeqParams) say otherwise.
+    """
+    bounds = parameters.cu_seqlens_q_padded if parameters.cu_seqlens_q_padded is not None else parameters.cu_seqlens_q
+    lengths = [int(n) for n in bounds.diff() if n > 0]
+    rest = total - sum(lengths)
+    if rest < 0:
+        raise ValueError(f"packed_seq_params end at position {sum(lengths)}, the packed sequence has {total} positions")
+    return (*lengths, rest) if rest else tuple(lengths)
+
+
 _PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")
 
 
@@ -318,6 +323,4 @@ def _forget_input(chunk: torch.nn.Module) -> None:
 
 
 def _inner(chunk: torch.nn.Module) -> LLaVAModel:
-    while not isinstance(chunk, LLaVAModel):
-        chunk = chunk.module
-    return chunk
+    return unwrapped(chunk, LLaVAModel)

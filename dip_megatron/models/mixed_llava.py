@@ -19,6 +19,7 @@ from . import deferred_linear, layer_memory
 from .layout import SegmentLayout, order_free, segment_config
 from .llava import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
 from .protocol import MicrobatchInputs, Tensors
+from .segmented import dtype_name, unwrapped
 from .shapes import LANGUAGE, VISION, LlavaShapes
 
 MODEL = "model"
@@ -144,7 +145,7 @@ class MixedLlavaProgram(LlavaProgram):
             language_hidden=language.hidden_size,
             micro_batch_size=self._micro_batch_size,
             sequence_parallel_size=self._sequence_parallel,
-            dtype=str(language.pipeline_dtype or language.params_dtype).removeprefix("torch."),
+            dtype=dtype_name(language),
         )  # fmt: skip
 
     def forward(
@@ -202,11 +203,10 @@ class MixedLlavaProgram(LlavaProgram):
         key = message.target if message.channel.gradient else message.source
         load = loads[plan.graph.units[key.unit].microbatch]
         run = self._stages[self._stage(key.segment, key.rank, self.ranks)][-1]
-        shape = self._after(run.module, run.head, len(load.images), max(load.sequences or (load.tokens,)))
+        tokens = sum(load.sequences or (load.tokens,)) // self.shapes.micro_batch_size
+        shape = self._after(run.module, run.head, len(load.images), tokens)
         return (TensorSpec("hidden", shape, self.shapes.dtype),)
 
 
 def _inner(chunk: torch.nn.Module) -> MixedChunk:
-    while not isinstance(chunk, MixedChunk):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
+    return unwrapped(chunk, MixedChunk)

@@ -18,10 +18,11 @@ Tensors = dict[str, torch.Tensor]
 @dataclass
 class MicrobatchInputs:
     """One microbatch as the pretrain script hands it to its model: the arguments of ``model(...)`` by name, and the raw
-    items its ``forward_step`` took from the data iterator (to be replayed where the loss is computed)."""
+    items its ``forward_step`` took from the data iterator (to be replayed where the loss is computed; None on a rank
+    without an iterator, which gets its data from another tensor-parallel rank)."""
 
     arguments: dict[str, Any]
-    items: list[Any] = field(default_factory=list)
+    items: list[Any] | None = field(default_factory=list)
 
 
 class Shapes(Protocol):
@@ -32,18 +33,13 @@ class Shapes(Protocol):
         ...
 
 
-class StageProgram(Protocol):
-    """A model cut into chunks: how to build them, what a batch holds, and how to run one stage.
-
-    ``modules`` come in an order in which every module stands after its upstream ones. ``chunks`` of a rank are in the
-    order (module, segment); the loss belongs to the last segment of the last module, on the last rank.
+class RunnableStages(Protocol):
+    """A rank's chunks as the executor runs them. ``modules`` come in an order in which every module stands after its
+    upstream ones. Chunks are in the order (module, segment); the loss belongs to the last segment of the last module.
     """
 
     @property
     def modules(self) -> tuple[ModalityModule, ...]: ...
-
-    @property
-    def shapes(self) -> Shapes: ...
 
     @property
     def mode(self) -> StageMode:
@@ -51,22 +47,8 @@ class StageProgram(Protocol):
         :mod:`.deferred_linear` and :mod:`.layer_memory`."""
         ...
 
-    @property
-    def supports_split(self) -> bool:
-        """Whether the layers of this rank's chunks can leave their weight gradients to W. Plans split no backward
-        unless those of all ranks can; one that does would still be right, but most of W's time would pass in B."""
-        ...
-
-    def build_chunks(self) -> list[torch.nn.Module]:
-        """This rank's chunks, in the order (module, segment)."""
-        ...
-
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of the script's ``model(...)`` call, by name."""
-        ...
-
-    def load(self, inputs: MicrobatchInputs) -> Microbatch:
-        """What it holds, for the planner. Raises ValueError for a batch the model can't take."""
         ...
 
     def forward(
@@ -78,4 +60,26 @@ class StageProgram(Protocol):
 
     def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
         """The last stage's forward: what the script's ``model(...)`` returns to its ``forward_step``."""
+        ...
+
+
+class StageProgram(RunnableStages, Protocol):
+    """A model cut into chunks: how to build them, what a batch holds, and how to run one stage. The loss belongs to the
+    last rank."""
+
+    @property
+    def shapes(self) -> Shapes: ...
+
+    @property
+    def supports_split(self) -> bool:
+        """Whether the layers of this rank's chunks can leave their weight gradients to W. Plans split no backward
+        unless those of all ranks can; one that does would still be right, but most of W's time would pass in B."""
+        ...
+
+    def build_chunks(self) -> list[torch.nn.Module]:
+        """This rank's chunks, in the order (module, segment)."""
+        ...
+
+    def load(self, inputs: MicrobatchInputs) -> Microbatch:
+        """What it holds, for the planner. Raises ValueError for a batch the model can't take."""
         ...

@@ -33,8 +33,23 @@ class LlavaShapes:
             shape = (self.vision_tokens, unit.count, self.vision_hidden)
         else:
             shape = (
-                max(load.sequences) // self.sequence_parallel_size,
+                sum(load.sequences) // self.micro_batch_size // self.sequence_parallel_size,
                 self.micro_batch_size,
                 self.language_hidden,
             )
+        return (TensorSpec("hidden", shape, self.dtype),)
+
+
+@dataclass(frozen=True)
+class GptShapes:
+    """Payload shapes of a text-only GPT."""
+
+    hidden: int
+    micro_batch_size: int
+    sequence_parallel_size: int
+    dtype: str
+
+    def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
+        """One tensor of hidden states, ``[s, b, h]``."""
+        shape = (max(load.sequences) // self.sequence_parallel_size, self.micro_batch_size, self.hidden)
         return (TensorSpec("hidden", shape, self.dtype),)

@@ -6,12 +6,16 @@ import hashlib
 import pickle
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from ..cost import Corrections
 from ..schedule import Plan
+from .recalibration import Measurement, Recalibration
 from .request import PlanRequest
-from .service import PlannerService
+from .service import PlannerService, PlannerStatistics
+
+_HASH = hashlib.sha256().digest_size
 
 
 class PlanMismatchError(RuntimeError):
@@ -34,27 +38,41 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True)
 class FedPlan:
-    """A plan ready to run. ``stall_seconds``: how long the trainer waited for it."""
+    """A plan ready to run. ``iteration``: the request's number. ``stall_seconds``: how long the trainer waited for it.
+    ``statistics``: the service's, when the plan was sent."""
 
+    iteration: int
     plan: Plan
     stall_seconds: float
+    statistics: PlannerStatistics
 
 
 class PlanFeed:
-    """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service."""
+    """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service, and learns
+    from what all ranks measured."""
 
-    def __init__(self, exchange: Exchange, service: PlannerService | None):
+    def __init__(self, exchange: Exchange, service: PlannerService | None, recalibrate: bool = False):
+        """``recalibrate`` (the same on all ranks): plan with costs corrected by measurements."""
         if (exchange.rank == 0) != (service is not None):
             raise ValueError("exactly rank 0 of the exchange has a planner service")
         self._exchange = exchange
         self._service = service
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-feed")
         self._coming: dict[int, Future[bytes]] = {}
+        self._recalibration = Recalibration() if recalibrate else None
+        self._measured: Measurement | None = None
+        self._corrections: dict[int, Corrections] = {}
+        self._running: tuple[int, Plan, Corrections] | None = None
 
     def request(self, request: PlanRequest, wait_seconds: float) -> None:
         """Begin to plan and to broadcast; every rank calls it for the same iterations in the same order (only rank 0's
         loads matter). ``wait_seconds``: how long to wait for a worker's final plan."""
         if self._service is not None:
+            # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
+            request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
+            if self._recalibration is not None:
+                request = replace(request, corrections=self._recalibration.corrections())
+                self._corrections[request.iteration] = request.corrections
             self._service.submit(request)
         self._coming[request.iteration] = self._thread.submit(self._deliver, request.iteration, wait_seconds)
 
@@ -62,6 +80,11 @@ class PlanFeed:
     def plans_here(self) -> bool:
         """Whether this rank's requests are the ones that count."""
         return self._service is not None
+
+    def measured(self, measurement: Measurement) -> None:
+        """What this rank measured in a training iteration that was taken here; sent along with the next ``take``."""
+        if self._recalibration is not None:
+            self._measured = measurement
 
     def take(self, iteration: int) -> FedPlan:
         """The plan, once all ranks have shown to hold the same. Raises PlanMismatchError on all ranks alike."""
@@ -71,15 +94,26 @@ class PlanFeed:
         answer = pickle.loads(data)
         if isinstance(answer, str):
             raise RuntimeError(f"no plan for iteration {iteration}: {answer}")
-        plan: Plan = answer
-        hashes = self._exchange.gather(hashlib.sha256(f"{iteration} {plan.digest()}".encode()).digest())
+        plan: Plan = answer[0]
+        digest = hashlib.sha256(f"{iteration} {plan.digest()}".encode()).digest()
+        everyone = self._exchange.gather(digest + (b"" if self._measured is None else self._measured.pack()))
+        hashes = [data[:_HASH] for data in everyone]
         odd = [rank for rank, h in enumerate(hashes) if h != hashes[0]]
         if odd:
             raise PlanMismatchError(
                 f"iteration {iteration}: ranks {odd} of the replica hold another plan than rank 0; stopping all before "
                 "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
             )
-        return FedPlan(plan, stall)
+        self._learn([Measurement.unpack(data[_HASH:]) for data in everyone if len(data) > _HASH])
+        self._measured = None
+        self._running = (iteration, plan, self._corrections.pop(iteration, Corrections()))
+        return FedPlan(iteration, plan, stall, answer[1])
+
+    def _learn(self, measurements: list[Measurement]) -> None:
+        if self._recalibration is None or self._service is None or self._running is None:
+            return
+        iteration, plan, used = self._running
+        self._recalibration.observe(plan, used, [m for m in measurements if m.iteration == iteration])
 
     def close(self) -> None:
         """End the thread and the planner's workers."""
@@ -92,7 +126,8 @@ class PlanFeed:
             return self._exchange.broadcast(None)
         answer: Any
         try:
-            answer = self._service.take(iteration, wait_seconds)
+            plan = self._service.take(iteration, wait_seconds)
+            answer = plan, replace(self._service.statistics)
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))

@@ -88,7 +88,8 @@ class _Rank:
     def __init__(self, graph: StageGraph, q: Problem, rank: int, unlimited: bool):
         self._rows = graph.rows
         self._forward, self._backward = graph.forward[0, :, rank].tolist(), graph.backward[0, :, rank].tolist()
-        self._fused, self._size = graph.fused[0, :, rank].tolist(), q.activation[0, rank :: graph.ranks].tolist()
+        self._fused = graph.fused[0, :, rank].tolist()
+        self._size, self._lean = (a[rank :: graph.ranks].tolist() for a in (q.activation[0], q.lean))
         self._has_backward = graph.has_backward[:, rank].tolist()
         self._has_weight = graph.has_weight[:, rank].tolist()
         self._first, self._last = q.first.tolist(), q.last.tolist()
@@ -148,7 +149,8 @@ class _Rank:
             self.order.append(int(Kind.F) * self._rows + row)
             if self._has_backward[row]:
                 self._free -= size
-                self._need[self._first[row]] -= size
+                self._need[self._first[row]] -= self._lean[row]
+                self._give[self._last[row]] += size - self._lean[row]
             else:
                 self._passing_count[self._first[row]] -= 1
         self._was_forward = not backward

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from ..schedule import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
 from ..schedule.lower import make_plan
+from ..simulate import simulate_compiled
 from ..workload import Microbatch
 from .greedy import greedy
 from .request import PlanRequest
@@ -48,12 +49,13 @@ class Searcher(Protocol):
 
 @dataclass(frozen=True)
 class LivePlanMaker:
-    """Plan maker of a training run; picklable. ``search`` None: the quick greedy is all there is."""
+    """Plan maker of a training run; picklable. ``search`` None: ``order``, which needs no search, is all there is."""
 
     builder: GraphBuilder
     shapes: PayloadShapes
     search: Searcher | None = None
     name: str = "dip"
+    order: Callable[[StageGraph], Schedule] = greedy
 
     def warm_up(self) -> None:
         """See :class:`planner.request.PlanMaker`."""
@@ -61,24 +63,29 @@ class LivePlanMaker:
             self.search.warm_up()
 
     def quick(self, request: PlanRequest) -> Plan:
-        """Dual-queue greedy, without compiled code."""
+        """By default the dual-queue greedy, which needs neither a search nor a worker."""
         start = time.perf_counter()
-        graph = self.builder.build(request.loads, request.forward_only)
-        schedule = greedy(graph)
+        graph = request.corrections.apply(self.builder.build(request.loads, request.forward_only))
+        schedule = self.order(graph)
         statistics = SearchStatistics(time.perf_counter() - start, 1, 0, 0)
-        return self._plan(graph, schedule, request, statistics, "greedy")
+        return self._plan(graph, schedule, request, statistics, "greedy" if self.order is greedy else self.name)
 
     def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
         """Search within the request's budget; the first valid schedule is given at once."""
         if self.search is None:
             return self.quick(request)
-        graph = self.builder.build(request.loads, request.forward_only)
+        built = self.builder.build(request.loads, request.forward_only)
+        graph = request.corrections.apply(built)
 
         def first(schedule: Schedule) -> None:
             give(self._plan(graph, schedule, request, SearchStatistics(workers=1), self.name))
 
-        schedule, statistics = self.search(graph, request.budget_seconds, first)
-        return self._plan(graph, schedule, request, statistics, self.name)
+        schedule, statistics = self.search(graph, request.seconds_left(), first)
+        plan = self._plan(graph, schedule, request, statistics, self.name)
+        if graph is built:
+            return plan
+        plain = simulate_compiled(built.project(schedule.strategy), plan.schedule).iteration_time
+        return replace(plan, predicted=replace(plan.predicted, uncorrected_time=plain))
 
     def _plan(
         self, graph: StageGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str

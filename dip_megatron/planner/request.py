@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..cost import Corrections
 from ..schedule import Plan
 from ..workload import Microbatch
 
@@ -15,12 +18,20 @@ READY = b"ready"
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One iteration to plan, by what its microbatches hold. ``budget_seconds`` is for the search alone."""
+    """One iteration to plan, by what its microbatches hold. ``budget_seconds`` is for the search alone; ``corrections``
+    are what earlier iterations taught about the cost model's seconds. The search ends at ``deadline`` (seconds of this
+    host's monotonic clock) if that comes first."""
 
     iteration: int
     loads: tuple[Microbatch, ...]
     budget_seconds: float
     forward_only: bool = False
+    corrections: Corrections = field(default_factory=Corrections)
+    deadline: float = math.inf
+
+    def seconds_left(self) -> float:
+        """For the search, as of now; never negative."""
+        return max(min(self.budget_seconds, self.deadline - time.monotonic()), 0.0)
 
 
 class PlanMaker(Protocol):

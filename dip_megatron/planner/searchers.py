@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..baselines import segmented_static
 from ..config import DipConfig
 from ..schedule import Schedule, SearchStatistics, StageGraph
+from ..simulate import simulate_compiled
+from .greedy import greedy, leanest
 from .maker import Searcher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,8 +32,19 @@ class StaticSearcher:
     ) -> tuple[Schedule, SearchStatistics]:
         """See :class:`planner.maker.Searcher`."""
         start = time.perf_counter()
-        schedule = segmented_static(graph)
+        schedule = static_order(graph)
         return schedule, SearchStatistics(time.perf_counter() - start, 1, 0, 0)
+
+
+def static_order(graph: StageGraph) -> Schedule:
+    """The modality-segmented static order, with the fastest memory strategy or else the leanest. Where neither fits,
+    the greedy's order: it admits no microbatch that does not. Raises NothingFitsError if that can't fit, either."""
+    orders = segmented_static(graph).orders
+    for strategy in (np.zeros((graph.rows, graph.ranks), dtype=np.int8), leanest(graph)):
+        schedule = Schedule(orders, strategy)
+        if np.all(simulate_compiled(graph, schedule).peak_bytes <= graph.memory_limit):
+            return schedule
+    return greedy(graph)
 
 
 @dataclass(frozen=True)
@@ -66,10 +85,13 @@ class DipSearcher:
         return result.schedule, SearchStatistics(result.seconds, result.evaluations, result.workers, self.seed)
 
 
-def make_searcher(config: DipConfig) -> Searcher:
-    """The searcher a configuration asks for."""
+def make_searcher(config: DipConfig, planners_here: int = 1) -> Searcher:
+    """The searcher a configuration asks for, on a host where ``planners_here`` replicas plan. All of them together use
+    at most half of the cores: the others feed the devices."""
     if config.schedule == "static":
         return StaticSearcher()
-    return DipSearcher(
-        config.split_backward, config.recompute, config.offload, config.search_seed, max(config.planner_workers, 1)
-    )
+    asked = max(config.planner_workers, 1)
+    most = max(len(os.sched_getaffinity(0)) // 2 // max(planners_here, 1), 1)
+    if asked > most:
+        logger.warning("%d planner workers a replica would take over half of this host's cores: using %d", asked, most)
+    return DipSearcher(config.split_backward, config.recompute, config.offload, config.search_seed, min(asked, most))

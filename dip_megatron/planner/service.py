@@ -11,11 +11,13 @@ import logging
 import os
 import pickle
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from ..schedule import Plan
@@ -28,37 +30,58 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PlannerStatistics:
-    """Counts and seconds since the start of training."""
+    """Counts since the start of training: ``plans`` taken; ``late`` ones, whose search was not over when they were
+    needed; ``fallbacks``, made in the trainer because no worker's plan was there; ``worker_deaths``, replaced workers.
+    ``latency_seconds``: from the request of the last plan taken to its arrival."""
 
     plans: int = 0
     fallbacks: int = 0
     worker_deaths: int = 0
     late: int = 0
+    latency_seconds: float = 0.0
+
+
+@dataclass
+class _Asked:
+    request: PlanRequest
+    at: float
+
+
+@dataclass
+class _Arrived:
+    plan: Plan
+    final: bool
+    at: float
 
 
 @dataclass
 class _Worker:
+    """``busy_with``: the iterations it was asked for and has not answered, oldest first."""
+
     process: subprocess.Popen[bytes]
     connection: Connection
     ready: bool = False
-    busy_with: int | None = None
+    busy_with: deque[int] = field(default_factory=deque)
+    busy_since: float = 0.0
 
 
 class PlannerService:
     """Plans requests in worker processes.
 
-    Requests go to idle workers in turn. ``take`` returns the best plan that has arrived, verified; or a quick one made
-    in this process.
+    A request goes to the worker with the least to do. ``take`` returns the best plan that has arrived, verified; or a
+    quick one made in this process.
     """
 
-    def __init__(self, maker: PlanMaker, workers: int = 1, hang_seconds: float = 60.0):
-        """``workers`` 0 plans in this process only. A worker that is ``hang_seconds`` late is killed and replaced."""
+    def __init__(self, maker: PlanMaker, workers: int = 1, hang_seconds: float = 60.0, silent_seconds: int = 5):
+        """``workers`` 0 plans in this process only. A worker that is ``hang_seconds`` late, or silent for
+        ``silent_seconds`` in the middle of a message, is killed and replaced."""
         self.statistics = PlannerStatistics()
         self._maker = maker
         self._hang_seconds = hang_seconds
+        self._silent_seconds = silent_seconds
         self._workers = [self._start() for _ in range(workers)]
-        self._asked: dict[int, tuple[PlanRequest, float]] = {}
-        self._arrived: dict[int, tuple[Plan, bool]] = {}
+        self._asked: dict[int, _Asked] = {}
+        self._arrived: dict[int, _Arrived] = {}
         # An evaluation submits its batch while the feed's thread still waits for the next training batch's plan.
         self._lock = threading.RLock()
         # Plans are verified here: loaded while the model is built.
@@ -71,21 +94,21 @@ class PlannerService:
 
     def _submit(self, request: PlanRequest) -> None:
         self._collect()
-        self._asked[request.iteration] = (request, time.monotonic())
+        self._asked[request.iteration] = _Asked(request, time.monotonic())
         if request.budget_seconds <= 0:
             return  # needed now: made in this process when it is taken
-        for worker in self._workers:
-            if worker.ready and worker.busy_with is None:
-                try:
-                    worker.connection.send_bytes(pickle.dumps(request))
-                    worker.busy_with = request.iteration
-                    return
-                except OSError:
-                    self._replace(worker, "has died")
-                    self._submit(request)
-                    return
+        free = [w for w in self._workers if w.ready and len(w.busy_with) < _QUEUE]
+        for worker in sorted(free, key=lambda w: len(w.busy_with)):
+            try:
+                worker.connection.send_bytes(pickle.dumps(request))
+            except OSError:
+                self._replace(worker, "has died")
+                continue
+            if not worker.busy_with:
+                worker.busy_since = time.monotonic()
+            worker.busy_with.append(request.iteration)
+            return
         if any(worker.ready for worker in self._workers):
-            self.statistics.late += 1
             logger.info("all planner workers are busy; iteration %d is planned in the trainer", request.iteration)
 
     def take(self, iteration: int, wait_seconds: float) -> Plan:
@@ -97,24 +120,28 @@ class PlannerService:
         while True:
             with self._lock:
                 self._collect()
-                plan, final = self._arrived.get(iteration, (None, False))
-                waiting = [w.connection for w in self._workers if w.busy_with == iteration]
+                arrived = self._arrived.get(iteration)
+                waiting = [w.connection for w in self._workers if iteration in w.busy_with]
                 left = deadline - time.monotonic()
-                if final or not waiting or left <= 0:
+                if (arrived is not None and arrived.final) or not waiting or left <= 0:
                     # Only now: plans for iterations nobody asked for are dropped on arrival.
-                    request, _ = self._asked.pop(iteration)
+                    asked = self._asked.pop(iteration)
                     self._arrived = {i: p for i, p in self._arrived.items() if i in self._asked}
                     break
             with contextlib.suppress(OSError):  # another thread has just replaced that worker
                 wait(waiting, left)
-        self.statistics.plans += 1
-        if plan is None:
-            self.statistics.fallbacks += 1
-            plan = self._maker.quick(request)
+        statistics = self.statistics
+        statistics.plans += 1
+        if arrived is None:
+            # What is needed at once (a first batch, an evaluation) is no worker's business and no failure of one.
+            statistics.fallbacks += asked.request.budget_seconds > 0
+            plan = self._maker.quick(asked.request)
             verify(plan)
-        elif not final:
-            self.statistics.late += 1
-        return plan
+            statistics.latency_seconds = time.monotonic() - asked.at
+            return plan
+        statistics.late += not arrived.final
+        statistics.latency_seconds = arrived.at - asked.at
+        return arrived.plan
 
     def close(self) -> None:
         """End all workers."""
@@ -143,8 +170,12 @@ class PlannerService:
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 env={**os.environ, **_WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )  # fmt: skip
-        connection = Connection(ours.detach())
-        connection.send_bytes(pickle.dumps(self._maker))
+        with ours:
+            connection = Connection(os.dup(ours.fileno()))
+            connection.send_bytes(pickle.dumps(self._maker))
+            # From here on no worker can hold up the trainer with half a message, or by never reading.
+            for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", self._silent_seconds, 0))
         return _Worker(process, connection)
 
     def _replace(self, worker: _Worker, reason: str) -> None:
@@ -154,7 +185,8 @@ class PlannerService:
         if worker.process.poll() is None:
             worker.process.kill()
         fresh = self._start()
-        worker.process, worker.connection, worker.ready, worker.busy_with = fresh.process, fresh.connection, False, None
+        worker.process, worker.connection, worker.ready = fresh.process, fresh.connection, False
+        worker.busy_with.clear()
 
     def _collect(self) -> None:
         """Take in what workers have sent; replace the broken ones."""
@@ -162,27 +194,25 @@ class PlannerService:
         for worker in self._workers:
             try:
                 while worker.connection.poll():
-                    self._receive(worker, worker.connection.recv_bytes())
-            except (EOFError, OSError):
-                self._replace(worker, f"has died (exit code {worker.process.poll()})")
+                    self._receive(worker, worker.connection.recv_bytes(_LARGEST_MESSAGE))
+            except BlockingIOError:
+                self._replace(worker, f"fell silent in the middle of a message for {self._silent_seconds} s")
+                continue
+            except (EOFError, OSError) as error:
+                self._replace(worker, f"has died (exit code {worker.process.poll()}; {type(error).__name__} {error})")
                 continue
             except Exception as error:  # whatever garbage a broken worker may send
                 self._replace(worker, f"sent something unreadable ({type(error).__name__}: {error})")
                 continue
             if worker.process.poll() is not None:
                 self._replace(worker, f"has died (exit code {worker.process.poll()})")
-            elif worker.busy_with is not None:
-                asked = self._asked.get(worker.busy_with)
-                if asked and now - asked[1] > asked[0].budget_seconds + self._hang_seconds:
-                    self._replace(worker, f"is {self._hang_seconds:.0f} s late")
-                elif asked is None and worker.busy_with not in self._arrived:
-                    # Its iteration was taken without it; it hangs if the next ones pass too.
-                    self._check_overdue(worker)
+            elif worker.busy_with and now - worker.busy_since > self._patience(worker.busy_with[0]):
+                self._replace(worker, f"has not answered about iteration {worker.busy_with[0]} in time")
 
-    def _check_overdue(self, worker: _Worker) -> None:
-        newest = max(self._asked, default=worker.busy_with or 0)
-        if worker.busy_with is not None and newest - worker.busy_with > 3:
-            self._replace(worker, f"still plans iteration {worker.busy_with} at {newest}")
+    def _patience(self, iteration: int) -> float:
+        """Seconds after which a worker that still plans ``iteration`` counts as hung."""
+        asked = self._asked.get(iteration)
+        return self._hang_seconds + (0.0 if asked is None else asked.request.budget_seconds)
 
     def _receive(self, worker: _Worker, message: bytes) -> None:
         if message == READY:
@@ -190,19 +220,23 @@ class PlannerService:
             return
         iteration, plan, final, error = pickle.loads(message)
         if final:
-            worker.busy_with = None
+            worker.busy_with.remove(iteration)
+            worker.busy_since = time.monotonic()
         if error is not None:
             logger.warning("planner worker failed on iteration %s: %s", iteration, error)
+            return
+        if iteration not in self._asked:
             return
         try:
             verify(plan)
         except PlanError as fault:
             logger.warning("planner worker made an invalid plan for iteration %s (%s); not used", iteration, fault)
             return
-        if iteration in self._asked:
-            self._arrived[iteration] = (plan, final)
+        self._arrived[iteration] = _Arrived(plan, final, time.monotonic())
 
 
+_QUEUE = 2  # requests at a time: a worker that is late for one iteration may begin with the next as soon as it can
+_LARGEST_MESSAGE = 1 << 28
 _WORKER_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from ..schedule import Plan
+from ..planner.feed import FedPlan
 
 
 class _Timed(Protocol):
@@ -19,7 +19,13 @@ class _Timed(Protocol):
 
 @dataclass(frozen=True)
 class IterationReport:
-    """Seconds unless it says otherwise. Measured values are of one rank; bubbles are idle shares of the iteration."""
+    """Seconds unless it says otherwise. Measured values are of one rank; bubbles are idle shares of the iteration.
+
+    ``uncorrected_seconds``: what the cost model alone predicts for the plan, where measurements have corrected it.
+    ``plan_seconds`` is the search, ``latency_seconds`` all from asking for the plan to its arrival, ``stall_seconds``
+    what training waited for it. The last three count since the start of training: plans made in the trainer because no
+    worker's had come, plans whose search was not over, planner workers replaced.
+    """
 
     iteration: int
     schedule: str
@@ -32,10 +38,16 @@ class IterationReport:
     stall_seconds: float
     evaluations: int
     fallback: bool
+    uncorrected_seconds: float | None = None
+    latency_seconds: float = 0.0
+    fallbacks: int = 0
+    late_plans: int = 0
+    worker_deaths: int = 0
 
     @staticmethod
-    def of(iteration: int, plan: Plan, spans: Sequence[_Timed], stall_seconds: float) -> IterationReport:
+    def of(iteration: int, fed: FedPlan, spans: Sequence[_Timed]) -> IterationReport:
         """Report of a rank that executed ``spans``."""
+        plan, statistics = fed.plan, fed.statistics
         seconds = max((s.end for s in spans), default=0.0)
         busy = sum(s.end - s.start for s in spans)
         return IterationReport(
@@ -47,9 +59,14 @@ class IterationReport:
             bubble_ratio_planned=plan.predicted.bubble_ratio,
             bubble_ratio_measured=1.0 - busy / seconds if seconds > 0 else 0.0,
             plan_seconds=plan.search.seconds,
-            stall_seconds=stall_seconds,
+            stall_seconds=fed.stall_seconds,
             evaluations=plan.search.evaluations,
-            fallback=plan.search.workers == 0,
+            fallback=plan.name == "greedy",
+            uncorrected_seconds=plan.predicted.uncorrected_time,
+            latency_seconds=statistics.latency_seconds,
+            fallbacks=statistics.fallbacks,
+            late_plans=statistics.late,
+            worker_deaths=statistics.worker_deaths,
         )
 
     def as_dict(self) -> dict[str, Any]:

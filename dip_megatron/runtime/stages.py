@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..models.protocol import MicrobatchInputs, StageProgram
+from ..models.protocol import MicrobatchInputs, RunnableStages
 from ..schedule import Compute, Kind, Plan, StageKey, Unit
 from .deferred import Slot, WeightGradients, start
 from .modes import layer_strategies
@@ -24,7 +25,7 @@ class StepFunctions(Protocol):
         """Run a stage that is not the last one, with Megatron's timers, autocast and loss scales around it."""
         ...
 
-    def loss(self, chunk: torch.nn.Module, model: Any, items: list[Any], microbatch: int) -> torch.Tensor:
+    def loss(self, chunk: torch.nn.Module, model: Any, items: list[Any] | None, microbatch: int) -> torch.Tensor:
         """Run the script's forward_step with ``model`` on a microbatch's raw items; the scaled loss."""
         ...
 
@@ -104,7 +105,7 @@ class ModelStages:
 
     def __init__(
         self,
-        program: StageProgram,
+        program: RunnableStages,
         chunks: list[torch.nn.Module],
         step: StepFunctions,
         state: IterationState,
@@ -225,4 +226,4 @@ class ReplayIterator:
         return self
 
     def __next__(self) -> Any:
-        return next(self._items)
+        return copy.copy(next(self._items))  # scripts may take a batch's dict apart

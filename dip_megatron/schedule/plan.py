@@ -31,12 +31,14 @@ Payload = tuple[TensorSpec, ...]
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the simulator expects: seconds, idle share of all ranks' time, peak bytes per rank (static included)."""
+    """What the simulator expects: seconds, idle share of all ranks' time, peak bytes per rank (static included).
+    ``uncorrected_time``: seconds of the iteration by the cost model alone, where measurements have corrected it."""
 
     iteration_time: float
     lower_bound: float
     bubble_ratio: float
     peak_bytes: tuple[float, ...]
+    uncorrected_time: float | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .natural import megatron_orders
 from .options import SearchOptions, SearchResult
 from .paper import search_paper
 from .portfolio import levels, variations
+from .prices import refine_strategies
 from .problem import Problem, make_problem
 from .random import seeded
 from .sequences import begin, improve, make_sequences
@@ -162,6 +163,7 @@ def run_timed(
                         chain.adopt(incumbent.keys, incumbent.keys_time)
         elif int(progress * 8) > adopted:
             adopted = int(progress * 8)
+            _refine(chain.q, incumbent)
             if incumbent.schedule is not None and incumbent.time < chain.time * (1.0 - 1e-4):
                 chain.adopt(incumbent.schedule)
         spent = incumbent.elapsed() - now
@@ -239,6 +241,7 @@ def _search_dip(
     starts = greedy(q, incumbent, options, until * PORTFOLIO_SHARE, evaluations)
     for _, order in megatron_orders(graph, q.graph):
         incumbent.offer(order)
+    _refine(q, incumbent)
     bound = lower_bound(graph, split=options.split_backward)
     good_enough = bound * (1.0 + options.gap)
     rest = (evaluations or 0) - incumbent.evaluations
@@ -249,6 +252,7 @@ def _search_dip(
         in_threads([partial(_run_counted, walk, int(rest * share) // CHAINS) for walk in walks], workers)
         for walk in walks:
             incumbent.offer(walk.schedule())
+        _refine(q, incumbent)
         if options.sequences and incumbent.schedule is not None:
             steps = [SequenceChain(q, incumbent.schedule, seed, i) for i in range(CHAINS)]
             in_threads([partial(_run_counted, step, (rest - int(rest * share)) // CHAINS) for step in steps], workers)
@@ -262,10 +266,18 @@ def _search_dip(
     began = incumbent.elapsed()
     keys_until = began + share * (until - began)
     in_threads([partial(run_timed, walk, incumbent, keys_until, most, good_enough) for walk in walks], workers)
+    _refine(q, incumbent)
     if options.sequences and incumbent.schedule is not None:
         steps = [SequenceChain(q, incumbent.schedule, seed, i) for i in range(workers)]
         in_threads([partial(run_timed, step, incumbent, until, evaluations, good_enough) for step in steps], workers)
     return bound
+
+
+def _refine(q: Problem, incumbent: Incumbent) -> None:
+    """Choose the best schedule's memory strategies again, if memory costs it anything."""
+    best = incumbent.schedule
+    if best is not None and best.strategy.any():
+        incumbent.offer(refine_strategies(q, best))
 
 
 def _apart(starts: list[tuple[float, Keys]], count: int) -> list[tuple[float, Keys]]:

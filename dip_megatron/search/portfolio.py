@@ -30,7 +30,7 @@ def microbatch_orders(q: Problem) -> list[Floats]:
     return orders
 
 
-WINDOWS = (3, 4, 2, 6, 8, 1)
+WINDOWS = (8, 4, 3, 6, 2, 1)
 
 
 def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
@@ -44,17 +44,16 @@ def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
     windows = [sinks, *(w for w in WINDOWS if w < sinks)] if matters else [sinks]
     # What split backwards hold for W is memory too: where that is short, fused ones may be better.
     splits = (True, False) if split and matters else (split,)
-    for base in dict.fromkeys((0, 1, (3 * most + 3) // 4, most) if matters and most else (0,)):
-        for window, alternate, lean, halves in itertools.product(windows, (True, False), (False, True), splits):
-            if lean and not (matters and most):
-                continue
-            keys = make_keys(q, halves)
-            keys.base[:] = np.minimum(leanest, base)
-            keys.window[:] = window
-            keys.flags[ALTERNATE] = alternate
-            keys.flags[LEAN_AT_ONCE] = lean
-            keys.waits[WAIT_WEIGHT] = 0.3
-            yield keys
+    bases = dict.fromkeys((0, (3 * most + 3) // 4, most, 1) if matters and most else (0,))
+    leans = (True, False) if matters and most else (False,)
+    for window, base, alternate, halves, lean in itertools.product(windows, bases, (True, False), splits, leans):
+        keys = make_keys(q, halves)
+        keys.base[:] = np.minimum(leanest, base)
+        keys.window[:] = window
+        keys.flags[ALTERNATE] = alternate
+        keys.flags[LEAN_AT_ONCE] = lean
+        keys.waits[WAIT_WEIGHT] = 0.3
+        yield keys
 
 
 def variations(q: Problem, start: Keys, *, reorder: bool) -> Iterator[Keys]:

@@ -53,6 +53,9 @@ def make_problem(graph: StageGraph) -> Problem:
     rows, ranks = g.rows, g.ranks
     per_count, activation, hold, capacity = _counted(graph, g)
     lean = activation.min(axis=0)
+    # A stage that can hold nothing (all of it offloaded) still claims a count until its forward has run: a sink without
+    # claims is one that has ended.
+    lean = np.where(g.has_backward, np.maximum(lean, 1), lean)
     group_of_unit, sinks = _groups(graph)
     groups = max(group_of_unit) + 1
     group = np.array([group_of_unit[int(u)] for u in graph.row_unit], dtype=np.int32)

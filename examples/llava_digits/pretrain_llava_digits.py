@@ -62,7 +62,9 @@ def add_llava_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument("--vision-num-attention-heads", type=int, default=4, help="attention heads of the ViT")
     group.add_argument("--image-side", type=int, default=24, help="pixels; the 8x8 scans are enlarged to it")
     group.add_argument("--patch-side", type=int, default=8, help="pixels")
-    group.add_argument("--weights-by-name", action="store_true", help="the same initial weights on any pipeline")
+    group.add_argument(
+        "--weights-by-name", action="store_true", help="the same initial weights however they are spread"
+    )
     group.add_argument("--freeze-language-model", action="store_true", help="train ViT and projector alone")
     group.add_argument("--freeze-vision-model", action="store_true", help="train projector and language model alone")
     return parser
@@ -224,8 +226,6 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what the data can't do, in one line."""
     if args.micro_batch_size != 1:
         sys.exit(f"--micro-batch-size {args.micro_batch_size}: must be 1, a microbatch is one packed sequence")
-    if args.weights_by_name and args.tensor_model_parallel_size > 1:
-        sys.exit("--weights-by-name: names don't tell tensor-parallel shards apart, use it with size 1")
     if args.image_side % args.patch_side:
         sys.exit(f"--image-side {args.image_side}: must be a multiple of --patch-side {args.patch_side}")
     if args.virtual_pipeline_model_parallel_size is not None:

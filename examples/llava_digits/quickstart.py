@@ -77,13 +77,15 @@ def training_flags(iterations: int) -> list[str]:
     ]  # fmt: skip
 
 
-def train(name: str, command: Sequence[str], out: Path, on_iteration: Callable[[int, Run], Any]) -> Run:
+def train(
+    name: str, command: Sequence[str], out: Path, on_iteration: Callable[[int, Run], Any], ranks: int = RANKS
+) -> Run:
     """Run ``command`` on every rank, logging to ``out/NAME.rankR.log``.
 
     Raises RunFailed when a rank fails or the run falls silent.
     """
     run, text = Run(), ""
-    logs = [out / f"{name}.rank{rank}.log" for rank in range(RANKS)]
+    logs = [out / f"{name}.rank{rank}.log" for rank in range(ranks)]
     with _processes(command, logs) as processes, logs[-1].open() as lines:
         heard = time.monotonic()
         while True:

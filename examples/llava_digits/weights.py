@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from megatron.core import parallel_state
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:
@@ -21,6 +22,8 @@ def global_name(model: torch.nn.Module, name: str) -> str:
         parts[place] = str(layers[int(parts[place])].layer_number - 1)  # type: ignore[index]
     while parts[0] == "module":
         parts.pop(0)
+    if parts[-2:] == ["output_layer", "weight"] and model.get_parameter(name).__dict__.get("shared_embedding"):
+        parts[-2:] = ["embedding", "word_embeddings", "weight"]  # the last stage's copy of a tied embedding
     return ".".join(parts)
 
 
@@ -42,7 +45,15 @@ def draw_weights_by_name(models: Sequence[torch.nn.Module], *, seed: int, std: f
                 deviation = 1.0 / math.sqrt(3 * parameter[0].numel())
             elif name.startswith("vision_model.") and name.endswith(("position_embeddings.weight", "class_token")):
                 deviation = 1.0
+            shape = list(parameter.shape)
+            shards = parallel_state.get_tensor_model_parallel_world_size()
+            split = getattr(parameter, "partition_dim", -1) if shards > 1 else -1
+            if split >= 0:
+                shape[split] *= shards
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            drawn = torch.randn(shape, generator=generator) * deviation
+            if split >= 0:
+                drawn = drawn.chunk(shards, split)[parallel_state.get_tensor_model_parallel_rank()]
             with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+                parameter.copy_(drawn)

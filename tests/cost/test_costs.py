@@ -262,3 +262,45 @@ def test_the_documented_file_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
     path.write_text(text.split("```json\n")[1].split("```")[0])
     assert {t.quantity for t in Costs.load(path).tables} == {"forward", "backward", "weight", "activation", "hold"}
+
+
+def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
+    """Each strategy's seconds and bytes are its own table's where there is one, also after a round trip and a scale."""
+    sizes = _images(4)
+    tokens = float(sizes.tokens[0])
+    measured = {"activation": 2.0, "selective": 3.0, "mlp": 4.0, "full": 5.0, "offload": 6.0}
+    tables = tuple(
+        Table("vision", "layer", quantity, (tokens / 2, tokens * 2), (value / 2, value * 2), strategy)
+        for strategy, value in measured.items()
+        for quantity in ("forward", "backward", "activation")
+        if (strategy, quantity) != ("mlp", "activation")
+    )
+    Costs(tables=tables).scaled(2.0, quantity="backward").save(tmp_path / "costs.json")
+    loaded = Costs.load(tmp_path / "costs.json")
+    assert loaded.tables == tables
+    plain, priced = CostModel(VLM, H100).layer("vision", sizes), CostModel(VLM, H100, loaded).layer("vision", sizes)
+    for row, strategy in enumerate(LAYER_STRATEGIES):
+        value = measured.get(strategy)
+        assert priced.forward[row, 0] == pytest.approx(plain.forward[row, 0] if value is None else value)
+        assert priced.backward[row, 0] == pytest.approx(2 * (plain.backward[row, 0] if value is None else value))
+    assert priced.activation[LAYER_STRATEGIES.index("mlp"), 0] == plain.activation[LAYER_STRATEGIES.index("mlp"), 0]
+    assert priced.activation[LAYER_STRATEGIES.index("full"), 0] == pytest.approx(5.0)
+    assert priced.weight == pytest.approx(plain.weight)
+    assert (CostModel(VLM, H100, loaded).layer("language", _images(4)).forward == PRICERS["vlm"].layer(
+        "language", _images(4)).forward).all()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"part": "head", "strategy": "full"}, "only a layer"),
+        ({"strategy": "fool"}, "'fool' is not one of"),
+        ({"strategy": "full", "weight": [1.0]}, "weight"),
+    ],
+)
+def test_strategies_that_cannot_be_measured_are_refused(tmp_path: Path, entry: dict, complaint: str) -> None:
+    path = tmp_path / "costs.json"
+    line = {"module": "vision", "part": "layer", "tokens": [100.0], "forward": [1.0]} | entry
+    path.write_text(json.dumps({"version": 1, "measured": [line]}))
+    with pytest.raises(ConfigError, match=complaint):
+        Costs.load(path)

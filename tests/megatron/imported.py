@@ -35,9 +35,9 @@ def set_main_param_and_optimizer_states(self: Any, parameter: Any, tensors: dict
     _set_state(self, parameter, {"step": None, **tensors})
 
 
-# Without Transformer Engine and Apex, no run of Megatron 0.19 resumes with a distributed optimizer: it asks torch's Adam
-# for its step before it has one, looks for a step beside every parameter's moments, and lets all parameters count on
-# one tensor.
+# Without Transformer Engine and Apex, no run of Megatron 0.19 resumes with a distributed optimizer: it asks torch's
+# Adam for its step before it has one, looks for a step beside every parameter's moments, and lets all parameters count
+# on one tensor.
 if not distrib_optimizer.HAVE_APEX_OR_TE:
     _Optimizer.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
     _Optimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states  # type: ignore[method-assign]

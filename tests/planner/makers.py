@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
+import struct
+import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -12,6 +15,23 @@ from dip_megatron.planner.greedy import greedy
 from dip_megatron.schedule import Plan, SearchStatistics
 from dip_megatron.schedule.lower import make_plan
 from tests.graphs import random_graph
+
+
+def message(data: bytes) -> bytes:
+    """As multiprocessing's connections frame it."""
+    return struct.pack("!i", len(data)) + data
+
+
+GARBAGE = {
+    "noise": bytes(range(97, 123)) * 4,
+    "endless": struct.pack("!i", -1) + struct.pack("!Q", 1 << 62),
+    "half a message": message(bytes(1000))[:500],
+    "no pickle": message(b"no pickle"),
+    "no answer": message(pickle.dumps("an answer")),
+    "no plan": message(pickle.dumps((1, "a plan", True, None))),
+    "another's plan": message(pickle.dumps((-1, None, True, None))),
+}
+"""What a worker may send that is no plan, by name."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +52,11 @@ class Maker:
                 os._exit(3)
             if self.fault == "hangs":
                 time.sleep(600)
+            if self.fault in GARBAGE:
+                os.write(int(sys.argv[1]), GARBAGE[self.fault])
+                time.sleep(600)
+            if self.fault == "slow":
+                time.sleep(1.5)
             if self.fault == "raises":
                 raise RuntimeError("no luck")
             if self.fault == "invalid":

@@ -14,7 +14,7 @@ from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule.verify import verify
 from dip_megatron.workload import Microbatch
-from tests.planner.makers import Maker
+from tests.planner.makers import GARBAGE, Maker
 
 
 def request(iteration: int, budget: float = 0.1) -> PlanRequest:
@@ -70,12 +70,13 @@ def test_one_thread_submits_while_another_takes(service_of):
             service.submit(request(50_000 + count, budget=0.0))
             service.take(50_000 + count, 0.0)
             count += 1
+            time.sleep(0.01)  # as much as the least iteration
         return count
 
     with ThreadPoolExecutor(1) as pool:
         evaluations = pool.submit(evaluate)
         try:
-            for iteration in range(10_000_000, 10_000_030):
+            for iteration in range(10_000_000, 10_000_010):
                 service.submit(request(iteration))
                 assert service.take(iteration, 60.0).name == "worker"
         finally:
@@ -105,16 +106,41 @@ def test_a_faulty_worker_costs_no_iteration(service_of, fault, expected):
         wait_until_ready(service)
 
 
+@pytest.mark.parametrize("fault", GARBAGE)
+def test_a_babbling_worker_is_replaced(service_of, fault, caplog):
+    service = service_of(fault, silent_seconds=1)
+    wait_until_ready(service)
+    babbling = service.processes[0].pid
+    service.submit(request(1))
+    assert service.take(1, 60.0).name == "greedy"
+    assert service.processes[0].pid != babbling
+    assert service.statistics.worker_deaths == 1
+    assert "starting another, no step is lost" in caplog.text
+
+
+def test_a_late_worker_goes_on_with_the_next_iteration(service_of):
+    service = service_of("slow")
+    wait_until_ready(service)
+    before = service.statistics.fallbacks
+    service.submit(request(1))
+    assert service.take(1, 0.0).name == "greedy"
+    service.submit(request(2))
+    assert service.take(2, 60.0).name == "worker"
+    assert service.statistics.fallbacks == before + 1
+    assert service.statistics.worker_deaths == 0
+    assert service.statistics.latency_seconds > 0
+
+
 def test_a_hanging_worker_is_replaced(service_of):
-    service = service_of("hangs", hang_seconds=0.5)
+    service = service_of("hangs", hang_seconds=3.0)
     wait_until_ready(service)
     service.submit(request(1))
     hung = service.processes[0].pid
-    time.sleep(1.0)
+    time.sleep(4.0)
     assert service.take(1, 1.0).name == "greedy"
     assert service.processes[0].pid != hung
     wait_until_ready(service)
-    assert service.statistics.worker_deaths == 1
+    assert service.statistics.worker_deaths >= 1
 
 
 def test_a_killed_worker_is_replaced(service_of, caplog):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.cost import Costs, build_graph, load_cluster
+from dip_megatron.cost import LAYER_STRATEGIES, Costs, build_graph, load_cluster, parse_strategy
 from dip_megatron.model import even_partition, load_model
 from dip_megatron.profile.operators import attention_lengths, curve_of, matmul_shapes
 from dip_megatron.profile.timing import measure
@@ -91,6 +91,12 @@ def test_every_part_is_measured(costs):
         for part in ("stem", "layer", "head")
         for quantity in ("forward", "backward", "weight")
     }
+    assert {(t.module, t.strategy, t.quantity) for t in loaded.tables if t.strategy != "none"} >= {
+        (module, strategy, quantity)
+        for module in ("vision", "language")
+        for strategy in LAYER_STRATEGIES[1:]
+        for quantity in ("forward", "backward")
+    }
     assert summary["tables"] == len(loaded.tables)
     assert {name for name, _ in loaded.efficiency} == {"attention", "attention_backward", "matmul", "memory"}
     assert all(max(t.values) > 0 for t in loaded.tables)
@@ -101,10 +107,14 @@ def test_plans_use_what_was_measured(costs):
     model, loaded = load_model(model_file), Costs.load(path)
     batch = [Microbatch(128 - 4 * 9, (9,) * 4)]
     graph = build_graph(model, load_cluster("cpu"), even_partition(model), batch, costs=loaded)
-    table = {(t.part, t.quantity): t for t in loaded.tables if t.module == "vision"}
-    stem = table["stem", "forward"].at(torch.tensor([144.0]).numpy())[0]
-    layer = table["layer", "forward"].at(torch.tensor([144.0]).numpy())[0]
-    assert graph.forward[0, 0, 0] == pytest.approx(stem + 3 * layer)
+    table = {(t.part, t.quantity, t.strategy): t for t in loaded.tables if t.module == "vision"}
+    tokens = torch.tensor([144.0]).numpy()
+
+    for c, text in enumerate(graph.strategies[0][0]):
+        for quantity in ("forward", "backward"):
+            layers = sum(table["layer", quantity, name].at(tokens)[0] for name in parse_strategy(text, 3))
+            expected = table["stem", quantity, "none"].at(tokens)[0] + layers
+            assert getattr(graph, quantity)[c, 0, 0] == pytest.approx(expected), text
 
 
 def test_a_model_that_is_not_there_is_named_in_one_line(tmp_path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.runtime import gpt_case
 from tests.runtime.llava_case import (
     IMAGE,
     VOCABULARY,
@@ -20,7 +22,7 @@ from tests.runtime.llava_case import (
     llava_kwargs,
     seed_parameters,
 )
-from tests.runtime.split_case import with_ddp
+from tests.runtime.split_case import split_orders, with_ddp
 
 
 class LiveBytes(TorchDispatchMode):
@@ -105,9 +107,19 @@ def batch_of(sizes: Sizes) -> dict[str, torch.Tensor]:
 PLACES = [("vision", 0), ("vision", 1), ("language", 0), ("language", 1)]
 
 
+@dataclass(frozen=True)
+class Left:
+    """After a strategy's run: bytes that something still holds; matrices with a gradient before any W, and all those
+    with one after the last."""
+
+    bytes: int
+    early: set[str]
+    late: set[str]
+
+
 def measure(rank: int, world: int, sizes: Sizes, strategies: list[str]) -> Any:
-    """One microbatch on one process, once with each strategy for all its stages: what the microbatch holds, and
-    ``Held`` by (strategy, module, segment); beside it the bytes left at the end, which should be none."""
+    """One microbatch on one process, once with each strategy for all its stages: what the microbatch holds, ``Held`` by
+    (strategy, module, segment), and ``Left`` by strategy."""
     initialize(world)
     from dip_megatron.megatron.step import MegatronStep
     from dip_megatron.models.llava import LlavaProgram
@@ -129,6 +141,8 @@ def measure(rank: int, world: int, sizes: Sizes, strategies: list[str]) -> Any:
     left = {}
     # First once for the buffers that Megatron keeps for good.
     for strategy in [strategies[0], *strategies]:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
         step = MegatronStep(
             chunks[0].config, forward_step, num_microbatches=1, context_parallel_size=1, collect_non_loss_data=False
         )
@@ -168,15 +182,130 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
         for place in reversed(PLACES):
             gradients = received(stages.backward(keys[place][1], units[place[0]], strategy, gradients))
         gradients = []
+        early = matrices_with_gradients(chunks)
         for place in PLACES:
             before = live.now()
             stages.weight(keys[place][2], units[place[0]], strategy)
             hold[place] = before - live.now()
         losses = step.forward_data_store
         assert len(losses) == 1
-        left = live.now()
+        left = Left(live.now(), early, matrices_with_gradients(chunks))
     return {place: Held(activation[place], hold[place]) for place in PLACES}, left
+
+
+def _offloaded(state: Any) -> int:
+    """Bytes in host memory, and of layers that are on their way back."""
+    places = [saved.offloaded for saved in state.saved.values() if saved.offloaded is not None]
+    copies = [copy for place in places for layer in place._layers.values() for copy in layer]
+    back = sum(copy.on_device.untyped_storage().nbytes() for copy in copies if copy.on_device is not None)
+    return back + sum(place.host_bytes for place in places)
+
+
+def _under_way(executor: Any) -> int:
+    mail = executor._mail
+    transfers = [t.tensors for t in [*mail.receiving.values(), *mail.sending.values()] if hasattr(t, "tensors")]
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for payload in [*transfers, *mail.inbox.values()]
+        for t in payload.values()
+    }
+    return sum(storages.values())
+
+
+def matrices_with_gradients(chunks: Any) -> set[str]:
+    """Names of parameters with two dimensions or more whose gradient isn't zero."""
+    return {
+        name
+        for chunk in chunks
+        for name, p in chunk.named_parameters()
+        if p.dim() > 1 and p.shape[0] > 1 and p.main_grad.any()
+    }
 
 
 def _bytes(payloads: list[dict[str, torch.Tensor]]) -> int:
     return sum(t.untyped_storage().nbytes() for payload in payloads for t in payload.values())
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """A GPT's iteration to be run whole, in a drawn order with drawn strategies."""
+
+    microbatches: int = 4
+    tokens: int = 200
+    hidden: int = 64
+    layers: int = 3
+    segments: int = 2
+    seed: int = 0
+
+
+def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
+    """Bytes beside the static ones at this rank's peak: as the plan predicts, and of live tensors after any of its
+    operations. Left out is what static bytes have room for: the layer that is being prefetched, and messages under way,
+    of which gloo doesn't tell when it has sent one."""
+    initialize(world)
+    from dip_megatron.cost import CostModel, load_cluster, segmented_graph
+    from dip_megatron.megatron.describe import describe_gpt
+    from dip_megatron.megatron.step import MegatronStep
+    from dip_megatron.model import ModulePartition, Parallel, Partition
+    from dip_megatron.models.gpt import GptProgram
+    from dip_megatron.models.protocol import MicrobatchInputs
+    from dip_megatron.planner.greedy import greedy
+    from dip_megatron.planner.maker import payloads
+    from dip_megatron.runtime.clock import Clock
+    from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
+    from dip_megatron.runtime.transport import DistributedTransport
+    from dip_megatron.schedule import Schedule
+    from dip_megatron.schedule.lower import make_plan
+
+    layers = ((what.layers,) * world,) * what.segments
+    kwargs = gpt_case.gpt_kwargs(gpt_case.GptCase(what.microbatches, layers), world)
+    config = kwargs["config"]
+    config.hidden_size, config.ffn_hidden_size, config.kv_channels = what.hidden, 160, what.hidden // 4
+    kwargs["max_sequence_length"] = what.tokens
+    program = GptProgram(kwargs, {"language": layers}, rank=rank)
+    chunks = program.build_chunks()
+    gpt_case.seed_chunks(chunks)
+    chunks = with_ddp(chunks, overlap=False)
+    ids = torch.arange(what.tokens)[None]
+    item = {"tokens": ids % VOCABULARY, "labels": ids % 7, "loss_mask": torch.ones(ids.shape), "position_ids": ids}
+    arguments = program.bind(item["tokens"], ids, None, labels=item["labels"], loss_mask=item["loss_mask"])
+    inputs = [MicrobatchInputs(arguments, [item]) for _ in range(what.microbatches)]
+    loads = tuple(program.load(m) for m in inputs)
+
+    pricer = CostModel(describe_gpt(kwargs, Parallel(1, world, 1, False, False)), load_cluster("cpu"))
+    graph = segmented_graph(pricer, Partition((ModulePartition("language", layers),)), loads)
+    draw = np.random.default_rng(what.seed)
+    choice = draw.integers(0, graph.forward.shape[0], (graph.rows, graph.ranks)).astype(np.int8)
+    orders = split_orders(greedy(graph), graph.rows, 0.7, draw)
+    plan = make_plan(graph, Schedule(orders, choice), lower_bound=0.0,
+                     payloads=payloads(graph, loads, program.shapes))  # fmt: skip
+    step = MegatronStep(
+        chunks[0].config, gpt_case.forward_step, num_microbatches=what.microbatches, context_parallel_size=1,
+        collect_non_loss_data=False,
+    )  # fmt: skip
+    state = IterationState(inputs, False, remaining={("language", k): what.microbatches for k in range(what.segments)})
+    stages = ModelStages(
+        program, chunks, step, state, last_rank=world - 1, look_ahead=StageLookAhead.of(plan, rank)
+    )  # fmt: skip
+    transport = DistributedTransport(list(range(world)), rank, torch.device("cpu"), 60.0)
+    executor = Executor(rank, transport, Clock(torch.device("cpu")))
+    most = 0
+    with LiveBytes() as live:
+
+        class Probe:
+            """Looks after every operation, when its output is on its way."""
+
+            def __getattr__(self, name: str) -> Any:
+                def run(*arguments: Any) -> Any:
+                    nonlocal most
+                    result = getattr(stages, name)(*arguments)
+                    if name != "forward" or not result:
+                        most = max(most, live.now() - _offloaded(state) - _under_way(executor))
+                    return result
+
+                return run
+
+        executor.run(plan, Probe())
+    torch.distributed.barrier()
+    return float(plan.predicted.peak_bytes[rank] - graph.static_bytes[rank]), most

@@ -30,6 +30,7 @@ class Case:
     per_token_loss: bool = False
     deallocate: bool = True
     freeze: tuple[str, ...] = ()
+    packed: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,6 +79,10 @@ def llava_kwargs(case: Case, pp: int) -> dict[str, Any]:
     vision.vision_model_type = "clip"
     projection = config(case, 1, 1)
     spec = decoder_model_with_local_default_spec(None, False)
+    if case.packed:
+        from tests.runtime.packed_attention import with_packed_attention
+
+        spec = with_packed_attention(spec)
     mlp = spec.submodules.mlp
     mlp_modules = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
     return {
@@ -112,12 +117,19 @@ def seed_parameters(chunks: list[torch.nn.Module]) -> None:
     """The same weights whatever the partition: drawn from each parameter's global name."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            seed = int.from_bytes(hashlib.sha256(global_name(chunk, name).encode()).digest()[:4], "little")
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                noise = torch.randn(parameter.shape, generator=generator) * 0.05
-                is_norm = "norm" in name or "ln_" in name
-                parameter.copy_(noise + (1.0 if is_norm and name.endswith("weight") else 0.0))
+            seed_parameter(parameter, global_name(chunk, name))
+
+
+seed_chunks = seed_parameters
+
+
+def seed_parameter(parameter: torch.nn.Parameter, name: str) -> None:
+    """Weights drawn from a name."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    with torch.no_grad():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+        is_norm = "norm" in name or "ln_" in name
+        parameter.copy_(noise + (1.0 if is_norm and name.endswith("weight") else 0.0))
 
 
 def batch(index: int, images: int, micro_batch_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -138,15 +150,39 @@ def batch(index: int, images: int, micro_batch_size: int, seed: int = 0) -> dict
 
 
 def batches(case: Case, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    return [batch(i, n, case.micro_batch_size, seed) for i, n in enumerate(case.images)]
+    items = [batch(i, n, case.micro_batch_size, seed) for i, n in enumerate(case.images)]
+    if case.packed:
+        for item, images in zip(items, case.images, strict=True):
+            item["bounds"] = sample_bounds(images)
+    return items
+
+
+def sample_bounds(images: int) -> torch.Tensor:
+    """Where samples begin and end in a packed sequence: three, across text and image embeddings alike."""
+    total = TEXT + 4 * images
+    return torch.tensor([0, 5, 5 + total // 3, total], dtype=torch.int32)
+
+
+def packed_parameters(item: dict[str, torch.Tensor]) -> Any:
+    """As scripts make them for Transformer Engine's attention; None for one sample a sequence."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds = item.get("bounds")
+    if bounds is None:
+        return None
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def forward_step(data_iterator: Any, model: Any) -> Any:
     """In the manner of upstream's pretrain_vlm.py."""
     item = next(data_iterator)
     output, loss_mask = model(
-        item["images"], item["tokens"], item["position_ids"], None, item["labels"], item["loss_mask"]
-    )
+        item["images"], item["tokens"], item["position_ids"], None, item["labels"], item["loss_mask"],
+        packed_seq_params=packed_parameters(item),
+    )  # fmt: skip
 
     def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
         total = (losses.float() * mask.float()).sum()

@@ -15,17 +15,16 @@ from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule import Kind, Schedule
 from dip_megatron.schedule.lower import make_plan
+from tests.runtime import gpt_case, llava_case
 from tests.runtime.dip_case import DrawnGraphs
+from tests.runtime.gpt_case import GptCase
 from tests.runtime.llava_case import (
     Case,
-    batches,
     finalize_without_ddp,
-    forward_step,
     freeze_arguments,
     gradients,
     initialize,
     llava_kwargs,
-    seed_parameters,
 )
 
 
@@ -64,25 +63,30 @@ class DrawnMaker:
         )
         graph = replace(graph, strategies=names)
         schedule = greedy(graph)
-        orders = []
-        for rank, order in enumerate(schedule.orders):
-            line: list[float] = []
-            places: list[float] = []
-            for i, code in enumerate(order.tolist()):
-                kind, row = divmod(code, graph.rows)
-                if kind == Kind.BW and draw.random() < self.drawn.split:
-                    line += [Kind.B * graph.rows + row, Kind.W * graph.rows + row]
-                    # After its B, at once or at any later place up to the very end.
-                    places += [i, draw.uniform(i, len(order) if draw.random() < 0.5 else i + 3)]
-                else:
-                    line.append(code)
-                    places.append(i)
-            assert rank < graph.ranks
-            orders.append(np.array(line, dtype=np.int32)[np.argsort(places, kind="stable")])
+        orders = split_orders(schedule, graph.rows, self.drawn.split, draw)
         return make_plan(
-            graph, Schedule(tuple(orders), schedule.strategy), lower_bound=0.0, name="drawn",
+            graph, Schedule(orders, schedule.strategy), lower_bound=0.0, name="drawn",
             payloads=payloads(graph, request.loads, self.shapes),
         )  # fmt: skip
+
+
+def split_orders(schedule: Schedule, rows: int, share: float, draw: np.random.Generator) -> tuple[Any, ...]:
+    """Orders with a ``share`` of the backwards in two, each W after its B, at once or at any later place up to the very
+    end."""
+    orders = []
+    for order in schedule.orders:
+        line: list[float] = []
+        places: list[float] = []
+        for i, code in enumerate(order.tolist()):
+            kind, row = divmod(code, rows)
+            if kind == Kind.BW and draw.random() < share:
+                line += [Kind.B * rows + row, Kind.W * rows + row]
+                places += [i, draw.uniform(i, len(order) if draw.random() < 0.5 else i + 3)]
+            else:
+                line.append(code)
+                places.append(i)
+        orders.append(np.array(line, dtype=np.int32)[np.argsort(places, kind="stable")])
+    return tuple(orders)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Wrap:
     dropout: float = 0.0
 
 
-def split_run(rank: int, world: int, case: Case, drawn: Drawn, wrap: Wrap | None = None) -> Any:
+def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: Wrap | None = None) -> Any:
     """Losses of one iteration, gradients on this rank, and how many W its plan had."""
     wrap = wrap or Wrap()
     initialize(world)
@@ -104,33 +108,30 @@ def split_run(rank: int, world: int, case: Case, drawn: Drawn, wrap: Wrap | None
 
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
-    from dip_megatron.models.llava import LlavaProgram
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
     from dip_megatron.runtime.transport import DistributedTransport
 
-    kwargs = llava_kwargs(case, world)
-    for name in ("language_transformer_config", "vision_transformer_config", "vision_projection_config"):
-        kwargs[name].hidden_dropout = kwargs[name].attention_dropout = wrap.dropout
-        kwargs[name].gradient_accumulation_fusion = wrap.fused
     if wrap.fused:
         layers._grad_accum_fusion_available, layers.fused_weight_gradient_mlp_cuda = True, FusedOnHost
-    program = LlavaProgram(
-        kwargs, {"vision": case.vision, "language": case.language}, rank=rank,
-        micro_batch_size=case.micro_batch_size, freeze=freeze_arguments(case),
-    )  # fmt: skip
+    program = _gpt(rank, world, case, wrap) if isinstance(case, GptCase) else _llava(rank, world, case, wrap)
+    of = gpt_case if isinstance(case, GptCase) else llava_case
     chunks = program.build_chunks()
-    seed_parameters(chunks)
+    of.seed_chunks(chunks)
     if wrap.ddp:
         chunks = with_ddp(chunks, wrap.overlap)
-    for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize_without_ddp
+    if wrap.ddp and isinstance(case, GptCase):
+        gpt_case.finalize(chunks)
+    else:
+        for chunk in chunks:
+            chunk.config.finalize_model_grads_func = finalize_without_ddp
+    data = of.batches(case)
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     torch.manual_seed(7)
     ranks = list(range(world))
     device = torch.device("cpu")
     clock = Clock(device)
-    maker = DrawnMaker(DrawnGraphs(program.modules, case.unit_size, drawn.seed), program.shapes, drawn)
+    maker = DrawnMaker(DrawnGraphs(program.modules, getattr(case, "unit_size", 1), drawn.seed), program.shapes, drawn)
     feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
     seen = []
     step = DipForwardBackward(
@@ -138,13 +139,38 @@ def split_run(rank: int, world: int, case: Case, drawn: Drawn, wrap: Wrap | None
         on_iteration=lambda report, plan, spans: seen.extend(s.key.kind for s in spans),
     )  # fmt: skip
     losses = step(
-        forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
-        num_microbatches=len(case.images), forward_only=False,
+        forward_step_func=of.forward_step, data_iterator=iter(data), model=chunks,
+        num_microbatches=len(data), forward_only=False,
     )  # fmt: skip
     feed.close()
     if wrap.fused:
         layers._grad_accum_fusion_available = False
     return [losses], gradients(chunks), seen.count(Kind.W)
+
+
+def _llava(rank: int, world: int, case: Case, wrap: Wrap) -> Any:
+    from dip_megatron.models.llava import LlavaProgram
+
+    kwargs = llava_kwargs(case, world)
+    for name in ("language_transformer_config", "vision_transformer_config", "vision_projection_config"):
+        _adapt(kwargs[name], wrap)
+    return LlavaProgram(
+        kwargs, {"vision": case.vision, "language": case.language}, rank=rank,
+        micro_batch_size=case.micro_batch_size, freeze=freeze_arguments(case),
+    )  # fmt: skip
+
+
+def _gpt(rank: int, world: int, case: GptCase, wrap: Wrap) -> Any:
+    from dip_megatron.models.gpt import GptProgram
+
+    kwargs = gpt_case.gpt_kwargs(case, world)
+    _adapt(kwargs["config"], wrap)
+    return GptProgram(kwargs, {"language": case.layers}, rank=rank, micro_batch_size=case.micro_batch_size)
+
+
+def _adapt(config: Any, wrap: Wrap) -> None:
+    config.hidden_dropout = config.attention_dropout = wrap.dropout
+    config.gradient_accumulation_fusion = wrap.fused
 
 
 class FusedOnHost:
@@ -169,3 +195,29 @@ def with_ddp(chunks: list[torch.nn.Module], overlap: bool) -> list[torch.nn.Modu
 
 
 STRATEGIES = LAYER_STRATEGIES
+
+
+def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple[str, int]]:
+    """What happened on this rank, in order: ``("gradient", segment)`` for each weight gradient, ``("reduce", segment)``
+    where a chunk's gradient reduction starts."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    from dip_megatron.runtime.stages import ModelStages
+
+    events: list[tuple[str, int]] = []
+    start, progress = DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress
+
+    def started(self: Any, *arguments: Any) -> Any:
+        events.append(("reduce", self.module.vp_stage))
+        return start(self, *arguments)
+
+    def progressed(self: Any, key: Any) -> None:
+        events.append(("gradient", key.segment))
+        progress(self, key)
+
+    DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress = started, progressed
+    try:
+        split_run(rank, world, case, drawn, Wrap(ddp=True, overlap=True))
+    finally:
+        DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress = start, progress
+    return events

@@ -76,9 +76,17 @@ def test_four_ranks_equal_one(case):
     check(case, 4)
 
 
-@pytest.mark.parametrize("freeze", [("vision_model",), ("language_model",), ("vision_model", "language_model")])
+@pytest.mark.parametrize(
+    "freeze",
+    [("vision_model",), ("language_model",), ("vision_model", "language_model"), ("vision_model", "vision_projection")],
+)
 def test_frozen_modules(freeze):
     check(Case((2, 0, 3), freeze=freeze), 2)
+
+
+def test_packed_sequences():
+    """packed_seq_params reach every stage of the language model, and its samples the planner."""
+    check(Case((2, 0, 3), language=((1, 1), (1, 1)), packed=True), 2)
 
 
 def test_outputs_that_stay_allocated():

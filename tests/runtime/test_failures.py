@@ -73,3 +73,5 @@ def test_everyone_leaves_and_says_where_it_stood(fault):
     for rank, text in enumerate(outputs[:-1]):
         assert f"pipeline rank {rank}" in text, text
         assert "action" in text or "ended its plan" in text, text
+        # Both other ranks are neighbours of the one that is gone, the ring being of three.
+        assert fault == "raises" or f"rank {world - 1}" in text, text

@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dip_megatron.baselines import BaselineError, segmented_static
+from dip_megatron.cost import build_graph, load_cluster
+from dip_megatron.model import ModulePartition, Partition, load_model
+from dip_megatron.planner.greedy import greedy
 from dip_megatron.schedule import Kind, Schedule, StageGraph, check_complete
 from dip_megatron.schedule.bounds import lower_bound
+from dip_megatron.schedule.lower import make_plan
+from dip_megatron.schedule.verify import verify
 from dip_megatron.search import DoesNotFitError, SearchOptions, SearchResult, search
 from dip_megatron.simulate import simulate
+from dip_megatron.workload import load_workload
 from tests.graphs import paper_graph, random_graph, small_graphs, with_memory
 
 
@@ -152,3 +158,15 @@ def test_bad_arguments_are_named() -> None:
     empty = Schedule(tuple(np.zeros(0, dtype=np.int32) for _ in range(graph.ranks)), np.zeros((1, 1), dtype=np.int8))
     with pytest.raises(ValueError, match="warm start is no schedule of this graph"):
         search(graph, budget_seconds=1, warm_start=empty)
+
+
+def test_stages_that_may_hold_nothing_keep_their_place_in_line():
+    """Offloading leaves no bytes; a sink that claims none must not count as ended before its forwards have run."""
+    model = load_model("t2v-s")
+    parts = (ModulePartition("language", ((7, 9, 9, 7),), None), ModulePartition("diffusion", ((7, 7, 7, 7),), 1))
+    batch = load_workload("t2v-768", model, 1, 16, 0)[0]
+    graph = build_graph(model, load_cluster("h100"), Partition(parts), batch.microbatches)
+    assert (graph.activation == 0.0).any()
+    result = search(graph, budget_seconds=60.0, evaluations=230, deterministic=True)
+    verify(make_plan(graph, result.schedule, lower_bound=result.lower_bound))
+    verify(make_plan(graph, greedy(graph), lower_bound=0.0))

@@ -1,0 +1,190 @@
+"""Measured seconds, back into the cost model: straight lines fitted to what stages took, iteration after iteration."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..cost.corrections import KINDS, Corrections, Line, seconds_of
+from ..schedule import Kind, Plan
+from ..schedule.graph import Floats
+
+MEMORY = 0.8  # what an iteration's weight shrinks to with each that follows
+OUTLIER = 2.0  # times the usual ratio; what is further off is a hiccup of the machine
+PRIOR = 0.1  # spread of sizes (standard deviation over mean) at which the line's slope counts as much as the ratio
+LEAST, MOST = 0.02, 50.0  # bounds on measured over predicted
+_HEAD = struct.Struct("<ii")
+_BACKWARD = (KINDS.index(Kind.B), KINDS.index(Kind.W), KINDS.index(Kind.BW))
+
+
+class _Timed(Protocol):
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def end(self) -> float: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One rank's iteration: ``seconds`` ``[operations, 2]``, start and end of each in the order of its plan."""
+
+    iteration: int
+    rank: int
+    seconds: Floats
+
+    @staticmethod
+    def of(iteration: int, rank: int, spans: Sequence[_Timed]) -> Measurement:
+        """``iteration`` is the plan request's number, ``rank`` the pipeline rank."""
+        return Measurement(iteration, rank, np.array([(s.start, s.end) for s in spans]).reshape(-1, 2))
+
+    def pack(self) -> bytes:
+        """Some bytes an operation."""
+        return _HEAD.pack(self.iteration, self.rank) + self.seconds.astype("<f4").tobytes()
+
+    @staticmethod
+    def unpack(data: bytes) -> Measurement:
+        """Inverse of :meth:`pack`."""
+        seconds = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float64)
+        iteration, rank = _HEAD.unpack_from(data)
+        return Measurement(iteration, rank, seconds.reshape(-1, 2))
+
+
+class Recalibration:
+    """Fits, for every kind of operation of every chunk, measured seconds as a line over the cost model's; the first
+    iteration is left out.
+
+    Weighted least squares with older iterations forgotten exponentially and the slope drawn towards the plain ratio
+    (a chunk whose units are all of one size has no slope of its own). A rank's overhead between operations counts as
+    part of them. What was never run (a B where all backwards were whole) borrows the ratio of its kin.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[tuple[str, int]] = []
+        self._warm = False
+        self._sums = np.zeros((5, 0, 0, 0))  # weight, x, y, xx, xy; [sum, kind, place, rank]
+
+    def observe(self, plan: Plan, used: Corrections, measurements: Sequence[Measurement]) -> None:
+        """Take in an iteration: its plan, the corrections the plan was made with, and what each rank measured (ranks
+        that run the same stages, tensor-parallel ones, count as one)."""
+        graph = plan.graph
+        places = [(m.name, k) for m in graph.modules for k in range(m.segments)]
+        if places != self._places or self._sums.shape[3] != graph.ranks:
+            self._places, self._sums = places, np.zeros((5, len(KINDS), len(places), graph.ranks))
+        number = {place: i for i, place in enumerate(places)}
+        row_place = np.array([number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)])
+        planned = np.stack([_model_seconds(plan, used, i, row_place, places) for i in range(len(KINDS))])
+        code_kind = np.array([KINDS.index(Kind(k)) for k in range(len(KINDS))])
+        fresh = np.zeros_like(self._sums)
+        for rank in range(graph.ranks):
+            here = [m.seconds for m in measurements if m.rank == rank]
+            order = plan.schedule.orders[rank]
+            if not here or any(len(seconds) != len(order) for seconds in here):
+                continue
+            kind, row = code_kind[order // graph.rows], order % graph.rows
+            x = planned[kind, row, rank]
+            y = np.mean([_durations(seconds) for seconds in here], axis=0)
+            known = (x > 0) & (y > 0)
+            so_far = self._sums[:3, :, :, rank].reshape(3, -1)
+            _add(fresh[:, :, :, rank], kind[known], row_place[row[known]], x[known], y[known], so_far)
+        if not self._warm:
+            self._warm = True  # the first iteration also allocates, compiles and fills caches
+            return
+        self._sums *= np.where(fresh[0] > 0, MEMORY, 1.0)
+        self._sums += fresh
+
+    def corrections(self) -> Corrections:
+        """What is known by now; empty before the first observation."""
+        weight, x, y, xx, xy = self._sums
+        if not np.any(weight):
+            return Corrections()
+        ratio = np.clip(self._ratios(), LEAST, MOST)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean_x, mean_y = x / weight, y / weight
+            spread = xx / weight - mean_x**2
+            prior = (PRIOR * mean_x) ** 2
+            slope = (xy / weight - mean_x * mean_y + prior * ratio) / (spread + prior)
+            slope = np.clip(slope, 0.0, MOST)
+            fixed = mean_y - slope * mean_x
+        seen = weight > 0
+        slope, fixed = np.where(seen, slope, ratio), np.where(seen, fixed, 0.0)
+        return Corrections(
+            tuple(
+                Line(module, segment, kind, tuple(fixed[i, j].tolist()), tuple(slope[i, j].tolist()))
+                for j, (module, segment) in enumerate(self._places)
+                for i, kind in enumerate(KINDS)
+            )
+        )
+
+    def _ratios(self) -> Floats:
+        """Measured over predicted, ``[kind, place, rank]``: of the operation's own kind and chunk, else of the chunk's
+        other backwards, of the module's other chunks, of the rank, of all."""
+        x, y = self._sums[1], self._sums[2]
+        modules = np.array([module for module, _ in self._places])
+        candidates = [(x, y)]
+        back = [np.zeros_like(x), np.zeros_like(x)]
+        for values, total in zip((x, y), back, strict=True):
+            total[list(_BACKWARD)] = values[list(_BACKWARD)].sum(axis=0)
+        candidates.append((back[0], back[1]))
+        for axes in ((2,), (0, 2)):
+            pooled = [np.zeros_like(x), np.zeros_like(x)]
+            for values, total in zip((x, y), pooled, strict=True):
+                for module in dict.fromkeys(modules.tolist()):
+                    mine = modules == module
+                    total[:, mine] = values[:, mine].sum(axis=(1, *axes), keepdims=True)
+            candidates.append((pooled[0], pooled[1]))
+        candidates.append((np.full_like(x, x.sum()), np.full_like(y, y.sum())))
+        ratio: Floats = np.zeros_like(x)
+        for sum_x, sum_y in reversed(candidates):
+            ratio = np.where(sum_x > 0, sum_y / np.where(sum_x > 0, sum_x, 1.0), ratio)
+        return ratio
+
+
+def _durations(seconds: Floats) -> Floats:
+    """Seconds of a rank's operations, with what passes between two of them when nothing has to be waited for."""
+    durations: Floats = seconds[:, 1] - seconds[:, 0]
+    gaps = seconds[1:, 0] - seconds[:-1, 1]
+    if not len(gaps):
+        return durations
+    return durations + float(np.clip(np.quantile(gaps, 0.25), 0.0, np.median(durations)))
+
+
+def _model_seconds(
+    plan: Plan, used: Corrections, kind: int, row_place: np.ndarray, places: list[tuple[str, int]]
+) -> Floats:
+    """The cost model's own seconds ``[S, P]`` of the plan's stages."""
+    seconds: Floats = seconds_of(plan.graph, KINDS[kind])[0].copy()
+    for line in used.lines:
+        if line.kind == KINDS[kind] and (line.module, line.segment) in places:
+            here = row_place == places.index((line.module, line.segment))
+            fixed, factor = np.array(line.fixed), np.array(line.factor)
+            usable = (seconds[here] > 0) & (factor > 0)
+            plain = (seconds[here] - fixed) / np.where(factor > 0, factor, 1.0)
+            seconds[here] = np.where(usable, np.maximum(plain, 0.0), 0.0)
+    return seconds
+
+
+def _add(sums: Floats, kind: np.ndarray, place: np.ndarray, x: Floats, y: Floats, so_far: Floats) -> None:
+    """Add operations to ``sums`` ``[sum, kind, place]``, each group with weight 1 and hiccups cut off: what is far from
+    the group's median, and medians far from what was known ``so_far`` (sums of weight, x and y ``[3, group]``)."""
+    group = kind * sums.shape[2] + place
+    count = np.bincount(group, minlength=sums.shape[1] * sums.shape[2])
+    order = np.lexsort((y / x, group))
+    first = np.cumsum(count) - count
+    some = count > 0
+    median = np.zeros(len(count))
+    sorted_ratio = (y / x)[order]
+    middle = (sorted_ratio[(first + (count - 1) // 2)[some]] + sorted_ratio[(first + count // 2)[some]]) / 2
+    median[some] = middle
+    known = so_far[0] > 0
+    ratio = so_far[2][known] / so_far[1][known]
+    median[known] = np.clip(median[known], ratio / OUTLIER, ratio * OUTLIER)
+    usual = median[group] * x
+    y = np.clip(y, usual / OUTLIER, usual * OUTLIER)
+    share = 1.0 / count[group]
+    for i, values in enumerate((np.ones_like(x), x, y, x * x, x * y)):
+        sums[i] += np.bincount(group, share * values, minlength=len(count)).reshape(sums.shape[1:])

@@ -1,0 +1,95 @@
+"""A line in the log and scalars every so many iterations: how training goes under its plans."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ..schedule import Plan
+from .iterations import IterationReport
+from .tables import seconds
+
+_ITERATION = struct.Struct("<3d")  # first start, last end, busy seconds of one rank
+
+
+class _Timed(Protocol):
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def end(self) -> float: ...
+
+
+class Exchange(Protocol):
+    """Gathers bytes among the ranks of one pipeline."""
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Everyone's bytes, to all."""
+        ...
+
+
+class RunProgress:
+    """Means over the iterations since the last line. Ranks exchange some bytes once a line, and nothing in between."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        every: int,
+        iteration: Callable[[], int],
+        say: Callable[[str], None],
+        write: Callable[[dict[str, float], int], None],
+    ):
+        """``every``: iterations a line. ``iteration()`` is the number of the one that has just run; ``say`` takes a
+        line, ``write`` scalars by name and the iteration."""
+        self._exchange = exchange
+        self._every = max(every, 1)
+        self._iteration = iteration
+        self._say = say
+        self._write = write
+        self._reports: list[IterationReport] = []
+        self._times = b""
+
+    def record(self, report: IterationReport, plan: Plan, spans: Sequence[_Timed]) -> None:
+        """Call on all ranks of the pipeline after each iteration."""
+        first, last = min((s.start for s in spans), default=0.0), max((s.end for s in spans), default=0.0)
+        self._times += _ITERATION.pack(first, last, sum(s.end - s.start for s in spans))
+        self._reports.append(report)
+        if self._iteration() % self._every:
+            return
+        everyone = [list(_ITERATION.iter_unpack(data)) for data in self._exchange.gather(self._times)]
+        scalars = _scalars(self._reports, everyone)
+        self._write(scalars, self._iteration())
+        self._say(_line(scalars, self._iteration(), report))
+        self._reports, self._times = [], b""
+
+
+def _scalars(reports: Sequence[IterationReport], everyone: Sequence[Sequence[tuple[float, ...]]]) -> dict[str, float]:
+    """``everyone[rank][iteration]``: first start, last end and busy seconds."""
+    measured = busy = 0.0
+    for ranks in zip(*everyone, strict=True):
+        measured += max(last for _, last, _ in ranks) - min(first for first, _, _ in ranks)
+        busy += sum(b for _, _, b in ranks) / len(ranks)
+    count = len(reports)
+    return {
+        "dip/measured_seconds": measured / count,
+        "dip/predicted_seconds": sum(r.predicted_seconds for r in reports) / count,
+        "dip/bubble_ratio": 1.0 - busy / measured if measured > 0 else 0.0,
+        "dip/planned_bubble_ratio": sum(r.bubble_ratio_planned for r in reports) / count,
+        "dip/plan_seconds": sum(r.latency_seconds for r in reports) / count,
+        "dip/search_evaluations": sum(r.evaluations for r in reports) / count,
+        "dip/stall_seconds": sum(r.stall_seconds for r in reports) / count,
+        "dip/fallbacks": reports[-1].fallbacks,
+        "dip/late_plans": reports[-1].late_plans,
+        "dip/worker_deaths": reports[-1].worker_deaths,
+    }
+
+
+def _line(scalars: dict[str, float], iteration: int, last: IterationReport) -> str:
+    return (
+        f"[dip] iteration {iteration}: measured {seconds(scalars['dip/measured_seconds'])}, "
+        f"predicted {seconds(scalars['dip/predicted_seconds'])} | bubbles {scalars['dip/bubble_ratio']:.1%}, "
+        f"planned {scalars['dip/planned_bubble_ratio']:.1%} | plan after {seconds(scalars['dip/plan_seconds'])}, "
+        f"{scalars['dip/search_evaluations']:.0f} schedules tried, waited {seconds(scalars['dip/stall_seconds'])} | "
+        f"since start: {last.fallbacks} fallbacks, {last.late_plans} late plans, {last.worker_deaths} workers replaced"
+    )

@@ -1,0 +1,1 @@
+"""Ranks of scripts/bench executor."""

@@ -1,0 +1,376 @@
+"""One rank of the benchmark: Megatron's schedules and DIP's executor in turns, on one process group and one batch."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import logging
+import os
+import pickle
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dip_megatron.megatron.cpu import install_cpu_platform
+
+install_cpu_platform()  # does nothing where CUDA is available
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.pipeline_parallel import schedules  # noqa: E402
+
+from dip_megatron.baselines import interleaved, one_forward_one_backward, zb_h1  # noqa: E402
+from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
+from dip_megatron.megatron.forward_backward import DipForwardBackward  # noqa: E402
+from dip_megatron.megatron.profile import StageSeconds, profile_stage  # noqa: E402
+from dip_megatron.megatron.synthetic import (  # noqa: E402
+    draw_text,
+    draw_weights,
+    gpt_arguments,
+    gpt_forward_step,
+    wrap,
+)
+from dip_megatron.model import (  # noqa: E402
+    LanguageHead,
+    ModuleShape,
+    MultimodalModel,
+    Packing,
+    Parallel,
+    TokenEmbedding,
+    TransformerLayer,
+)
+from dip_megatron.models.gpt import GptProgram  # noqa: E402
+from dip_megatron.models.protocol import MicrobatchInputs  # noqa: E402
+from dip_megatron.models.shapes import LANGUAGE  # noqa: E402
+from dip_megatron.planner.feed import PlanFeed  # noqa: E402
+from dip_megatron.planner.maker import payloads  # noqa: E402
+from dip_megatron.planner.request import PlanRequest  # noqa: E402
+from dip_megatron.planner.service import PlannerService  # noqa: E402
+from dip_megatron.runtime.clock import Clock  # noqa: E402
+from dip_megatron.runtime.executor import Executor  # noqa: E402
+from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
+from dip_megatron.schedule import Kind, ModalityModule, Plan, Schedule, StageGraph, StageKey, Unit  # noqa: E402
+from dip_megatron.schedule.lower import make_plan  # noqa: E402
+from dip_megatron.simulate import simulate  # noqa: E402
+from dip_megatron.workload import Microbatch  # noqa: E402
+
+TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to measure. ``layers`` are those of the whole model, in even chunks."""
+
+    hidden: int
+    tokens: int
+    vocabulary: int
+    layers: int
+    segments: int
+    microbatches: int
+    bubble_microbatches: int
+    rounds: int
+    seed: int
+    ranks: int = 2
+
+    def model(self) -> MultimodalModel:
+        """A GPT of equal layers, whose vocabulary is small so that its ends weigh little."""
+        layer = TransformerLayer(self.hidden, 4 * self.hidden, max(1, self.hidden // 64), max(1, self.hidden // 64),
+                                 causal=True)  # fmt: skip
+        module = ModuleShape(
+            LANGUAGE, "text", self.layers, layer, TokenEmbedding(self.vocabulary), LanguageHead(self.vocabulary)
+        )
+        parallel = Parallel(1, self.ranks, 1, False, False)
+        return MultimodalModel("gpt", (module,), parallel, Packing(max_tokens=self.tokens))
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """Makes the one plan that is measured; see ``planner.request.PlanMaker``."""
+
+    plan: Plan
+
+    def warm_up(self) -> None:
+        """Nothing to compile."""
+
+    def quick(self, request: PlanRequest) -> Plan:
+        return self.plan
+
+    def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
+        return self.plan
+
+
+class Bench:
+    """What one rank keeps over the whole benchmark."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.rank, self.ranks = dist.get_rank(), setting.ranks
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device(
+            "cpu"
+        )  # fmt: skip
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        everyone = list(range(self.ranks))
+        self.exchange = GlooExchange(everyone, TIMEOUT)
+        self.transport = choose_transport(everyone, self.rank, self.device, TIMEOUT, self.exchange)
+        self.model = setting.model()
+        self.text = draw_text(setting.tokens, self._arguments(), self.device, setting.seed)
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments = gpt_arguments(self.model, self.dtype)
+        # Megatron's interleaved schedule on two ranks needs overlapped sends, and releases before 0.18 free what these
+        # still need; so nobody frees outputs.
+        arguments["config"].deallocate_pipeline_outputs = False
+        return arguments
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, to all."""
+        return [pickle.loads(data) for data in self.exchange.gather(pickle.dumps(value))]
+
+    # -- the two sides -------------------------------------------------------------------------------------------
+    def megatrons(self, segments: int, microbatches: int) -> Callable[[], list[Any]]:
+        """One iteration under Megatron's own schedule: 1F1B, or interleaved with several segments."""
+        arguments, virtual = self._arguments(), segments > 1
+        config = arguments["config"]
+        config.virtual_pipeline_model_parallel_size = segments if virtual else None
+        config.overlap_p2p_comm, config.batch_p2p_comm = virtual, not virtual
+
+        def virtually(function: Callable[[], Any]) -> Any:
+            if virtual:
+                parallel_state.set_virtual_pipeline_model_parallel_world_size(segments)
+            try:
+                return function()
+            finally:
+                parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+
+        def build() -> list[torch.nn.Module]:
+            return [
+                GPTModel(
+                    **arguments, vp_stage=k if virtual else None, pre_process=self.rank == 0 and k == 0,
+                    post_process=self.rank == self.ranks - 1 and k == segments - 1,
+                )
+                for k in range(segments)
+            ]  # fmt: skip
+
+        chunks = self._wrapped(virtually(build))
+        data = [itertools.repeat(self.text) for _ in chunks]
+
+        def iterate() -> list[Any]:
+            losses: list[Any] = schedules.get_forward_backward_func()(
+                forward_step_func=gpt_forward_step, data_iterator=data if virtual else data[0], model=chunks,
+                num_microbatches=microbatches, seq_length=self.setting.tokens, micro_batch_size=1,
+                decoder_seq_length=self.setting.tokens, forward_only=False,
+            )  # fmt: skip
+            return losses
+
+        return self._cleared(chunks, lambda: virtually(iterate))
+
+    def dips(
+        self, segments: int, microbatches: int, order: Callable[[StageGraph], Schedule]
+    ) -> tuple[Callable[[], list[Any]], GptProgram, list[torch.nn.Module], list[Any]]:
+        """One iteration under DIP's, in ``order``; the program and its chunks; its measured reports, once it runs."""
+        even = self.setting.layers // (segments * self.ranks)
+        program = GptProgram(self._arguments(), {LANGUAGE: ((even,) * self.ranks,) * segments}, rank=self.rank)
+        chunks = self._wrapped(program.build_chunks())
+        loads = [Microbatch(self.setting.tokens, sequences=(self.setting.tokens,))] * microbatches
+        graph = self.graph(program.modules[0], microbatches, self.measure_stages(program, chunks))
+        plan = make_plan(graph, order(graph), lower_bound=0.0, payloads=payloads(graph, loads, program.shapes))
+        service = PlannerService(FixedPlan(plan), workers=0) if self.rank == 0 else None
+        clock, reports = Clock(self.device), []
+        step = DipForwardBackward(
+            program, Executor(self.rank, self.transport, clock), PlanFeed(self.exchange, service), clock,
+            on_iteration=lambda report, plan, spans: reports.append((report, spans)),
+        )  # fmt: skip
+        data = itertools.repeat(self.text)
+
+        def iterate() -> list[Any]:
+            return step(
+                forward_step_func=gpt_forward_step, data_iterator=data, model=chunks, num_microbatches=microbatches
+            )
+
+        return self._cleared(chunks, iterate), program, chunks, reports
+
+    def _wrapped(self, bare: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        draw_weights(bare, self.setting.seed)
+        chunks = wrap(bare, self.device)
+        for chunk in chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+        return chunks
+
+    @staticmethod
+    def _cleared(chunks: list[torch.nn.Module], iterate: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+        def run() -> list[Any]:
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            return iterate()
+
+        run.chunks = chunks  # type: ignore[attr-defined]
+        return run
+
+    # -- costs ---------------------------------------------------------------------------------------------------
+    def measure_stages(self, program: GptProgram, chunks: list[torch.nn.Module]) -> list[list[StageSeconds]]:
+        """Seconds of each stage, ``[segment][rank]``, measured on all ranks at once, as they compute in training."""
+        arguments = dict(program.bind(self.text["tokens"], self.text["position_ids"], None, labels=self.text["labels"]))
+        last = program.modules[0].segments - 1
+        unit, load = Unit(0, LANGUAGE, 0), Microbatch(self.setting.tokens, sequences=(self.setting.tokens,))
+        mine = []
+        for k, chunk in enumerate(chunks):
+            payload = program.shapes.payload(unit, load, leaves_module=False) if k or self.rank else ()
+            self.gather(None)
+            mine.append(
+                profile_stage(
+                    program,
+                    chunk,
+                    StageKey(Kind.F, LANGUAGE, k, 0, self.rank),
+                    MicrobatchInputs(arguments),
+                    payload,
+                    self.device,
+                    final=k == last and self.rank == self.ranks - 1,
+                    repeats=max(5, self.setting.rounds // 2),
+                )
+            )
+        return [list(line) for line in zip(*self.gather(mine), strict=True)]
+
+    def graph(self, module: ModalityModule, count: int, stages: list[list[StageSeconds]]) -> StageGraph:
+        """The stages of one iteration at these costs."""
+
+        def seconds(name: str) -> np.ndarray:
+            return np.array([[[getattr(s, name) for s in line] for line in stages] * count])
+
+        rows, zeros = count * module.segments, np.zeros(self.ranks)
+        return StageGraph(
+            self.ranks, (module,), tuple(Unit(i, module.name, i) for i in range(count)),
+            seconds("forward"), seconds("backward"), seconds("weight"), seconds("fused"),
+            np.zeros((1, rows, self.ranks)), np.zeros((1, rows, self.ranks)), np.zeros(rows), zeros, zeros + np.inf,
+        )  # fmt: skip
+
+    # -- pairs ---------------------------------------------------------------------------------------------------
+    def pairs(self, ours: Callable[[], Any], theirs: Callable[[], Any]) -> list[tuple[float, float]]:
+        """Seconds of ours and of theirs, in turns; each the time from a common start to the last rank's end."""
+        found: list[tuple[float, float]] = []
+        for turn in range(self.setting.rounds + 2):
+            line = {}
+            for side in ("ours", "theirs") if turn % 2 else ("theirs", "ours"):
+                line[side] = self.timed(ours if side == "ours" else theirs)
+            found.append((line["ours"], line["theirs"]))
+        return found[2:]
+
+    def timed(self, iterate: Callable[[], Any]) -> float:
+        gc.collect()
+        gc.disable()
+        self.synchronize()
+        begun = time.perf_counter()
+        iterate()
+        self.synchronize()
+        seconds = time.perf_counter() - begun
+        gc.enable()
+        return float(max(self.gather(seconds)))
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.exchange.gather(b"")
+
+    def check_equal(self, ours: Any, theirs: Any) -> float:
+        """Largest difference of losses and gradient norms, relative; both sides compute the same thing or the
+        comparison means nothing."""
+        values = []
+        for side in (ours, theirs):
+            losses = [float(item["lm loss"][0]) for item in side()]
+            norm = sum(float(b.grad_data.double().square().sum()) for c in side.chunks for b in c.buffers)
+            values.append((sum(losses), norm))
+        gathered = self.gather(values)
+        sums = [[sum(rank[side][i] for rank in gathered) for i in (0, 1)] for side in (0, 1)]
+        worst = max(abs(a - b) / abs(b) for a, b in zip(*sums, strict=True))
+        if worst > 1e-4:
+            raise RuntimeError(f"DIP and Megatron disagree by {worst:.1e}: they don't train the same model")
+        return worst
+
+
+def interleaved_case(bench: Bench) -> dict[str, Any]:
+    """DIP's executor against Megatron's interleaved schedule, the same order of the same stages."""
+    setting = bench.setting
+    theirs = bench.megatrons(setting.segments, setting.microbatches)
+    ours, *_, reports = bench.dips(setting.segments, setting.microbatches, interleaved)
+    difference = bench.check_equal(ours, theirs)
+    pairs = bench.pairs(ours, theirs)
+    measured = reports[-setting.rounds :]
+    busy = [sum(s.end - s.start for s in spans) for _, spans in measured]
+    return {
+        "ours": statistics.median(a for a, _ in pairs),
+        "theirs": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "ratios": [a / b for a, b in pairs],
+        "busy": bench.gather(statistics.median(busy)),
+        "difference": difference,
+    }
+
+
+def split_case(bench: Bench) -> dict[str, Any]:
+    """DIP with its backward in two against Megatron's 1F1B, with few microbatches; measured and simulated."""
+    setting = bench.setting
+    theirs = bench.megatrons(1, setting.bubble_microbatches)
+    ours, program, chunks, _ = bench.dips(1, setting.bubble_microbatches, zb_h1)
+    difference = bench.check_equal(ours, theirs)
+    before = bench.measure_stages(program, chunks)
+    pairs = bench.pairs(ours, theirs)
+    after = bench.measure_stages(program, chunks)
+    predictions = []
+    for stages in (before, after):
+        graph = bench.graph(program.modules[0], setting.bubble_microbatches, stages)
+        predictions.append([simulate(graph, make(graph)).iteration_time for make in (zb_h1, one_forward_one_backward)])
+    predicted = statistics.mean(a / b for a, b in predictions)
+    ratio = statistics.median(a / b for a, b in pairs)
+    return {
+        "ours": statistics.median(a for a, _ in pairs),
+        "theirs": statistics.median(b for _, b in pairs),
+        "ratio": ratio,
+        "ratios": [a / b for a, b in pairs],
+        "predicted": predicted,
+        "predicted_ours": statistics.mean(a for a, _ in predictions),
+        "predicted_theirs": statistics.mean(b for _, b in predictions),
+        "stages": [[vars(s) for s in line] for line in after],
+        "difference": difference,
+    }
+
+
+CASES = {"interleaved": interleaved_case, "split": split_case}
+
+
+def main() -> None:
+    """``python -m executor.worker SETTING.json OUT.json CASE,...`` as one of the ranks."""
+    setting = Setting(**json.loads(Path(sys.argv[1]).read_text()))
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["RANK"]) % torch.cuda.device_count())
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=setting.ranks)
+    tensor_parallel.model_parallel_cuda_manual_seed(setting.seed + 1)
+    bench = Bench(setting)
+    results = {}
+    for name in sys.argv[3].split(","):
+        results[name] = CASES[name](bench)
+        gc.collect()
+        if bench.rank == 0:  # what has been measured is kept, whatever comes
+            Path(sys.argv[2]).write_text(json.dumps(results))
+    bench.synchronize()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # peers may wait for this process inside a collective: its end is what tells them
+    os._exit(0)  # gloo's threads are not waited for

@@ -1,0 +1,7 @@
+"""``python -m scripts.paper``."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,45 @@
+"""Floating-point operations a model needs: what model FLOPs utilisation is counted by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dip_megatron.cost import whole_sizes
+from dip_megatron.model import LanguageHead, LatentHead, MultimodalModel, Projector
+from dip_megatron.workload import Microbatch
+
+
+def model_flops(model: MultimodalModel, microbatches: Sequence[Microbatch]) -> float:
+    """Forward and backward of all microbatches on one replica, nothing recomputed, causal attention counted half.
+
+    Matmuls: 2 FLOPs forward and 4 backward per weight and token. Attention: 4 forward and 8 backward per pair and
+    channel. Embedding look-ups, norms and activation functions are left out, as is usual.
+    """
+    total = 0.0
+    for module in model.modules:
+        layer = module.layer
+        sizes = whole_sizes(module, microbatches)
+        tokens = float(sizes.tokens.sum())
+        width = layer.query_width
+        condition = float(sizes.condition.sum())
+        for number in range(module.layers):
+            pairs = sizes.pairs if module.full_attention(number) else sizes.window_pairs
+            total += 3 * 4 * width * float(pairs.sum()) * (0.5 if layer.causal else 1.0)
+        own = layer.hidden * (2 * width + 2 * layer.kv_width) + layer.hidden * layer.ffn * (3 if layer.gated else 2)
+        per_layer = 6 * own * tokens
+        if layer.cross_attention:
+            per_layer += 6 * (
+                2 * layer.hidden * width * tokens + 2 * layer.cross_attention * layer.kv_width * condition
+            )
+            per_layer += 3 * 4 * width * float(sizes.cross_pairs.sum())
+        total += module.layers * per_layer
+        if isinstance(module.head, Projector):
+            total += 6 * module.head.parameters(layer.hidden) * float(sizes.outputs.sum())
+        elif isinstance(module.head, LanguageHead | LatentHead):
+            total += 6 * module.head.parameters(layer.hidden) * tokens
+    return total
+
+
+def utilisation(model: MultimodalModel, microbatches: Sequence[Microbatch], seconds: float, peak: float) -> float:
+    """MFU: model FLOPs over what a replica's GPUs (``peak`` FLOPs a second each) could do in ``seconds``."""
+    return model_flops(model, microbatches) / (seconds * peak * model.parallel.tp * model.parallel.pp)

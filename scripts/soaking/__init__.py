@@ -1,0 +1,1 @@
+"""The soak: long training with faults. ``scripts/soak`` runs it."""

@@ -1,0 +1,85 @@
+"""Start a Megatron script of any release in one of the ways a user can, on GPU or CPU, with weights drawn by name.
+
+    launch.py WAY SCRIPT ARGUMENTS...
+
+WAY is ``run`` (through ``dip run``), ``tree`` (as ``python SCRIPT``: whatever the Megatron tree itself does) or
+``absent`` (likewise, and ``dip_megatron`` can't be imported). Weights are drawn from their names, so that runs of the
+same script at other pipeline sizes and partitions start alike; nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class _Absent:
+    """Finds no ``dip_megatron``, wherever it is installed."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == "dip_megatron":
+            raise ModuleNotFoundError("No module named 'dip_megatron'", name="dip_megatron")
+
+
+def _load(path: Path) -> ModuleType:
+    """A file as a module of its own, so that ``dip_megatron`` need not be there."""
+    spec = importlib.util.spec_from_file_location(f"launch_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw_weights_before_the_optimizer() -> None:
+    """Let Megatron's training loop draw the model's weights by name, right before it builds the optimizer."""
+    weights = _load(ROOT / "examples" / "llava_digits" / "weights.py")
+    training = importlib.import_module("megatron.training.training")
+    build = training.get_megatron_optimizer
+
+    def build_from_drawn(config: Any, chunks: Any, *rest: Any, **kwargs: Any) -> Any:
+        weights.draw_weights_by_name(chunks, seed=7, std=0.05, output_std=0.02)
+        return build(config, chunks, *rest, **kwargs)
+
+    training.get_megatron_optimizer = build_from_drawn
+
+
+def _main() -> None:
+    way, script, *arguments = sys.argv[1:]
+    sys.path[0] = str(ROOT)  # not this folder
+    if way == "run":
+        import dip_megatron
+        from dip_megatron.commands.run import run
+
+        install = dip_megatron.install
+
+        def install_and_draw(*families: Any) -> None:
+            install(*families)
+            draw_weights_before_the_optimizer()
+
+        dip_megatron.install = install_and_draw
+        run([script, *arguments])
+        return
+    if way == "absent":
+        sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    if not _load(ROOT / "dip_megatron" / "megatron" / "cpu.py").install_cpu_platform():
+        import torch
+
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    draw_weights_before_the_optimizer()
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    _main()

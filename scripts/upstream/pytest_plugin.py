@@ -1,0 +1,70 @@
+"""Points Megatron-LM's unit tests of pipeline schedules at DIP's forward-backward function.
+
+Loaded into pytest by ``scripts/upstream_tests``, on every rank. Without a GPU, Megatron runs on the CPU platform, and
+the tests' process groups are gloo's instead of NCCL's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dip_megatron.megatron.cpu import install_cpu_platform
+
+ON_CPU = install_cpu_platform()
+if ON_CPU:
+    _init_process_group = torch.distributed.init_process_group
+
+    def _over_gloo(backend: str | None = None, **kwargs: Any) -> None:
+        _init_process_group("gloo" if backend == "nccl" else backend, **kwargs)
+
+    torch.distributed.init_process_group = _over_gloo
+
+from megatron.core.pipeline_parallel import schedules  # noqa: E402  (after the platform)
+
+from dip_megatron.megatron.plain import PlainForwardBackward  # noqa: E402
+
+FUNCTION = PlainForwardBackward(timeout_seconds=120.0)
+CALLS = 0
+
+
+def _counted(**kwargs: Any) -> Any:
+    global CALLS
+    CALLS += 1
+    return FUNCTION(**kwargs)
+
+
+schedules.forward_backward_pipelining_with_interleaving = _counted
+schedules.forward_backward_pipelining_without_interleaving = _counted
+
+_CALLS_BEFORE = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """Count the calls of DIP's function."""
+    before = CALLS
+    try:
+        return (yield)
+    finally:
+        item.stash[_CALLS_BEFORE] = CALLS - before
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """One line a test on the first rank's file of results."""
+    if os.environ.get("RANK", "0") == "0" and (report.when == "call" or report.outcome != "passed"):
+        calls = dict(report.user_properties).get("calls", 0)
+        with Path(os.environ["DIP_UPSTREAM_RESULTS"]).open("a") as results:
+            results.write(f"{report.outcome}\t{calls}\t{report.nodeid.rpartition('::')[2]}\n")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Put them into the report."""
+    report = yield
+    report.user_properties.append(("calls", item.stash.get(_CALLS_BEFORE, 0)))
+    return report

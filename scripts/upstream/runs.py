@@ -1,0 +1,48 @@
+"""Training runs of Megatron's own scripts, as the checks of patches and the tests start them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dip_megatron.megatron.cpu import CPU_FLAGS
+from examples.llava_digits.quickstart import Run, train
+
+HERE = Path(__file__).resolve().parent
+
+
+def script_flags(kind: str) -> list[str]:
+    """The flags of a tiny model of ``kind`` (``gpt`` or ``vlm``) on CPU ranks and mock data."""
+    flags = [*(HERE / f"{kind}.args").read_text().split(), *(HERE / "common.args").read_text().split(), *CPU_FLAGS]
+    return [*flags, "--mock-data"] if kind == "gpt" else flags
+
+
+def run_script(
+    way: str, script: Path, out: Path, *flags: str, ranks: int, tree: Path | None = None, name: str = "run"
+) -> Run:
+    """Train ``script`` in one of :mod:`launch`'s ways on a pipeline of ``ranks`` ranks, logging below ``out``.
+
+    ``tree`` holds the ``megatron`` to use, if it isn't the script's folder or what is installed. Raises RunFailed.
+    """
+    kind = "vlm" if "vlm" in script.name else "gpt"
+    command = [sys.executable, str(HERE / "launch.py"), way, str(script), *script_flags(kind), *flags]
+    out.mkdir(parents=True, exist_ok=True)
+    with _path(() if tree is None else (str(tree),)):
+        return train(name, [*command, "--pipeline-model-parallel-size", str(ranks)], out, lambda *_: None, ranks=ranks)
+
+
+@contextlib.contextmanager
+def _path(entries: Sequence[str]) -> Iterator[None]:
+    """Put entries on processes' import path."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*entries, *([before] if before else [])])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before

@@ -1,0 +1,149 @@
+"""The example's script, writing down which samples were trained on and evaluated; some things about it can be changed.
+
+``DIP_TEST`` holds JSON: ``folder`` for ``samples.rankR.jsonl``, one line per loss in the order in which they were
+computed; ``limit``: the number of items of the training set; ``broadcast``: read on one tensor-parallel rank only and
+broadcast, as upstream's scripts do; ``reject``: the validated loss (counted from 0) that Megatron's rerun state machine
+is told to reject once, on the last rank, and ``fatal``; ``node``: the host's name; ``cut``: sequences of varying
+lengths; ``signal``: the iteration in which the last rank gets a SIGTERM.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from dip_megatron.megatron.cpu import install_cpu_platform
+
+install_cpu_platform()
+
+import megatron.training  # noqa: E402
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "llava_digits"
+sys.path.insert(0, str(EXAMPLE))
+import documents  # noqa: E402
+
+OPTIONS = json.loads(os.environ["DIP_TEST"])
+RANK = int(os.environ["RANK"])
+LAST = int(os.environ["WORLD_SIZE"]) - 1
+validated = 0
+
+
+class Tap:
+    """Passes on items; remembers the last."""
+
+    def __init__(self, iterator: Any):
+        self.iterator, self.last = iterator, None
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        self.last = next(self.iterator)
+        return self.last
+
+
+def record(index: int, train: bool) -> None:
+    with (Path(OPTIONS["folder"]) / f"samples.rank{RANK}.jsonl").open("a") as lines:
+        iteration = megatron.training.get_args().curr_iteration + 1 if train else None
+        lines.write(json.dumps({"index": index, "train": train, "iteration": iteration}) + "\n")
+    if train and iteration == OPTIONS.get("signal") and RANK == LAST:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def reject_once(loss: torch.Tensor) -> None:
+    """As pretrain_gpt's loss function validates its result."""
+    global validated
+    machine = get_rerun_state_machine()
+
+    def rejected(_: Any) -> bool:
+        return validated == OPTIONS["reject"] and RANK == LAST
+
+    machine.validate_result(
+        result=loss.detach().clone(), rejection_func=rejected, message="a loss the test rejects", fatal=OPTIONS["fatal"]
+    )
+    validated += 1
+
+
+def from_one_rank(iterator: Any) -> Any:
+    group = parallel_state.get_tensor_model_parallel_group()
+    while True:
+        item = [None if iterator is None else next(iterator)]
+        torch.distributed.broadcast_object_list(item, parallel_state.get_tensor_model_parallel_src_rank(), group)
+        yield item[0]
+
+
+def recording(forward_step: Any) -> Any:
+    def step(data_iterator: Any, model: Any) -> Any:
+        tap = Tap(from_one_rank(data_iterator) if OPTIONS.get("broadcast") else data_iterator)
+        output, loss_func = forward_step(tap, model)
+
+        def loss(*arguments: Any) -> Any:
+            train = torch.is_grad_enabled()
+            record(int(tap.last["index"]), train)
+            result = loss_func(*arguments)
+            if train and OPTIONS.get("reject") is not None:
+                reject_once(result[0])
+            return result
+
+        return output, loss
+
+    return step
+
+
+def indexed(get: Any) -> Any:
+    def get_item(self: Any, index: int) -> Any:
+        item = get(self, index) | {"index": index}
+        if OPTIONS.get("cut"):
+            for name in ("tokens", "labels", "position_ids", "loss_mask"):
+                item[name] = item[name][: len(item[name]) - 3 * (index % 4)]
+            images = int((item["tokens"] == documents.IMAGE).sum())
+            item["images"] = item["images"][:images]
+        return item
+
+    return get_item
+
+
+def pretrain(config: Any, datasets_provider: Any, model_type: Any, forward_step: Any, *rest: Any, **kwargs: Any) -> Any:
+    def provider(sizes: Any) -> Any:
+        return datasets_provider((OPTIONS.get("limit") or sizes[0], *(max(size, 1) for size in sizes[1:])))
+
+    provider.is_distributed = not OPTIONS.get("broadcast")  # type: ignore[attr-defined]
+    return original(config, provider, model_type, recording(forward_step), *rest, **kwargs)
+
+
+if "--sequence-parallel" in sys.argv:
+    # Upstream wants Transformer Engine's attention and norms there; on the host the local ones do, if Megatron is told
+    # to sum the norms' gradients over tensor-parallel ranks.
+    from megatron.core.models.multimodal import llava_model
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    local_norm = WrappedTorchNorm.__new__
+
+    def marked_norm(cls: Any, config: Any, *arguments: Any, **keywords: Any) -> Any:
+        local = copy.copy(config)
+        local.sequence_parallel = False
+        norm = local_norm(cls, local, *arguments, **keywords)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = marked_norm  # type: ignore[method-assign]
+    llava_model.HAVE_TE, llava_model.TEDotProductAttention = True, DotProductAttention
+if "node" in OPTIONS:
+    known = os.uname()
+    os.uname = lambda: os.uname_result((known.sysname, OPTIONS["node"], *known[2:]))  # type: ignore[assignment]
+original = megatron.training.pretrain
+megatron.training.pretrain = pretrain
+documents.PackedDigitDocuments.__getitem__ = indexed(documents.PackedDigitDocuments.__getitem__)
+sys.argv[0] = str(EXAMPLE / "pretrain_llava_digits.py")
+runpy.run_path(sys.argv[0], run_name="__main__")

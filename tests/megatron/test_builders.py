@@ -1,0 +1,35 @@
+"""A model that Megatron's own builder builds from a config (0.19 and newer), with only what its wheel brings."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.llava_digits.quickstart import Run
+from scripts.upstream.runs import HERE, run_script
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
+]
+SCRIPT = HERE / "pretrain_tiny_gpt.py"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_script("absent", SCRIPT, tmp_path_factory.mktemp("whole"), "--bf16", ranks=1)
+
+
+@pytest.mark.parametrize("layers", ["[[2, 2]]", "[[1, 1], [1, 1]]"])
+def test_a_built_model_trains_in_segments(whole: Run, tmp_path: Path, layers: str) -> None:
+    """In bf16, because the wrapper for mixed precision has to know how many chunks there are."""
+    config = tmp_path / "dip.yaml"
+    config.write_text(f"modules:\n  language:\n    layers: {layers}\n")
+    flags = ("--bf16", "--dip-schedule", "dynamic", "--dip-config", str(config))
+    run = run_script("run", SCRIPT, tmp_path, *flags, ranks=2)
+    assert sorted(run.losses) == [1, 2, 3, 4]
+    assert run.losses == pytest.approx(whole.losses, rel=2e-3)
+    assert run.losses[1] == pytest.approx(whole.losses[1], rel=1e-5)

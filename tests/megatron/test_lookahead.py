@@ -1,0 +1,77 @@
+"""Reading ahead where several ranks read together and only one of them sees the end of the data."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from dip_megatron.megatron.lookahead import LookAhead, RawItems
+from dip_megatron.models.protocol import MicrobatchInputs
+
+
+class Ranks:
+    """An exchange between threads."""
+
+    def __init__(self, count: int):
+        self.barrier = threading.Barrier(count, timeout=10.0)
+        self.given: dict[int, bytes] = {}
+
+    def gather(self, rank: int) -> Callable[[bytes], list[bytes]]:
+        def gather(data: bytes) -> list[bytes]:
+            self.given[rank] = data
+            self.barrier.wait()
+            everyone = [self.given[r] for r in sorted(self.given)]
+            self.barrier.wait()
+            return everyone
+
+        return gather
+
+
+def read_together(items_each: int, items: int, takes: list[int]) -> list[list[object]]:
+    """What two ranks get; the second has no data and would wait for a broadcast of the first for ten seconds."""
+    ranks, broadcast = Ranks(2), threading.Barrier(2, timeout=10.0)
+    results: list[list[object]] = [[], []]
+
+    def work(rank: int) -> None:
+        source = RawItems(iter(range(items))) if rank == 0 else None
+
+        def read() -> MicrobatchInputs:
+            taken = None if source is None else [next(source) for _ in range(items_each)]
+            broadcast.wait()
+            return MicrobatchInputs({}, taken)
+
+        ahead = LookAhead(read, source, ranks.gather(rank))
+        for count in takes:
+            try:
+                results[rank].append([m.items for m in ahead.take(count)])
+                results[rank].append(len(ahead.peek(count)))
+            except StopIteration as end:
+                results[rank].append(str(end))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30.0)
+    return results
+
+
+@pytest.mark.parametrize("items_each", [1, 2])
+def test_all_ranks_stop_at_the_end_of_the_data(items_each: int) -> None:
+    with_data, without = read_together(items_each, items=5 * items_each, takes=[2, 2, 2])
+    batch = [list(range(i * items_each, (i + 1) * items_each)) for i in range(5)]
+    ended = "the data has ended: 1 of 2 microbatches are left"
+    assert with_data == [batch[:2], 2, batch[2:4], 1, ended]
+    assert without == [[None, None], 2, [None, None], 1, ended]
+
+
+def test_a_growing_batch_takes_what_was_read_before() -> None:
+    source = RawItems(iter(range(6)))
+    ahead = LookAhead(lambda: MicrobatchInputs({}, [next(source)]))
+    seen = [m.items for m in ahead.take(1)] + [m.items for m in ahead.peek(1)]
+    seen += [m.items for m in ahead.take(3)] + [m.items for m in ahead.take(2)]
+    assert seen == [[0], [1], [1], [2], [3], [4], [5]]
+    with pytest.raises(StopIteration, match="0 of 1"):
+        ahead.take(1)

@@ -1,0 +1,67 @@
+"""Tensor and data parallelism under the real training loop: every number as in Megatron's own pipeline."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.megatron.training import Log, run, trained
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
+]
+ITERATIONS, BATCH = 3, 4
+TIED = ("--untie-embeddings-and-output-weights",)
+"""Left out: embedding and head share their weights, of which the first and the last stage each hold a copy."""
+CUT = {"cut": True}
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    """1F1B on two stages, ViT on the first."""
+    log = run(tmp_path_factory.mktemp("megatron"), dip=False, without=TIED, options=CUT, iterations=ITERATIONS)
+    assert sorted(log.losses) == [1, 2, 3]
+    assert len(set(log.norms.values())) == 3
+    return log
+
+
+def assert_equal(ours: Log, megatrons: Log, tolerance: float = 1e-5) -> None:
+    assert ours.losses == pytest.approx(megatrons.losses, rel=tolerance)
+    assert ours.norms == pytest.approx(megatrons.norms, abs=2e-3)  # printed with three digits
+
+
+def test_replicas_with_plans_of_their_own(megatron: Log, tmp_path: Path) -> None:
+    """Distributed optimizer, reductions and gathers overlapped with the pipeline; Megatron's timers at their finest."""
+    trace = tmp_path / "trace"
+    log = run(
+        tmp_path / "run", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
+        "--timing-log-level", "2", "--dip-trace-dir", str(trace),
+        ranks=4, without=TIED, options=CUT, iterations=ITERATIONS,
+    )  # fmt: skip
+    assert_equal(log, megatron)
+    assert trained([log]) == list(range(ITERATIONS * BATCH))
+    text = "\n".join(log.text)
+    for timer in ("forward-backward", "forward-compute", "backward-compute", "optimizer"):
+        assert timer in text, timer
+    assert "has already been dispatched" not in text
+    plans = [(trace / folder / "iterations.jsonl").read_text().splitlines() for folder in (".", "dp1_tp0")]
+    assert [len(lines) for lines in plans] == [ITERATIONS, ITERATIONS]
+    predicted = [[json.loads(line)["predicted_seconds"] for line in lines] for lines in plans]
+    assert predicted[0] != predicted[1]
+
+
+def test_tensor_parallel_stages_fed_by_one_rank(megatron: Log, tmp_path: Path) -> None:
+    """Sequence parallel, sequences of lengths that don't divide, batches read on one rank of a stage and broadcast, and
+    a data set that ends with the training."""
+    log = run(
+        tmp_path, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--make-vocab-size-divisible-by", "16",
+        ranks=4, without=TIED, options=CUT | {"broadcast": True, "limit": ITERATIONS * BATCH}, iterations=ITERATIONS,
+    )  # fmt: skip
+    assert_equal(log, megatron)
+    # Both tensor-parallel ranks of the last stage compute the loss.
+    assert trained([log]) == sorted(2 * list(range(ITERATIONS * BATCH)))

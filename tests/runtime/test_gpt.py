@@ -1,0 +1,126 @@
+"""A text-only GPT in segments: equality with Megatron's own runs of it, its interleaved schedule among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dip_megatron.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.models.protocol import MicrobatchInputs
+from tests.processes import team
+from tests.runtime.gpt_case import GptCase, gpt_kwargs, megatrons
+from tests.runtime.split_case import Drawn, Wrap, split_run
+from tests.runtime.test_equality import TOLERANCE
+
+DDP = Wrap(ddp=True)
+
+
+def merged(answers, case):
+    """Losses of the last rank; gradients of all ranks, whose copies of a tied table must agree."""
+    grads = {}
+    for _, own in answers:
+        for name, grad in own.items():
+            tied = case.tied and name == "output_layer.weight"
+            key = "embedding.word_embeddings.weight" if tied else name
+            if key in grads:
+                torch.testing.assert_close(grad, grads[key], rtol=0, atol=0)
+            grads[key] = grad
+    return answers[-1][0], grads
+
+
+def assert_equal(theirs, ours, count):
+    (their_losses, their_grads), (our_losses, our_grads) = theirs, ours
+    assert len(their_losses) == len(our_losses) == count
+    for a, b in zip(their_losses, our_losses, strict=True):
+        torch.testing.assert_close(b["lm loss"], a["lm loss"], rtol=1e-6, atol=1e-6)
+    assert set(our_grads) == set(their_grads)
+    for name, grad in their_grads.items():
+        assert grad.abs().max() > 0 or "linear_qkv.bias" in name
+        scale = grad.abs().max().clamp(min=1e-6)
+        error = ((our_grads[name] - grad).abs().max() / scale).item()
+        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+
+
+def reference(case, world=1, virtual=False):
+    return merged(team(world).run(megatrons, case, virtual), case)
+
+
+def ours(case, world, drawn, wrap=DDP):
+    return merged([(losses[0], grads) for losses, grads, _ in team(world).run(split_run, case, drawn, wrap)], case)
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
+)  # fmt: skip
+@given(
+    case=st.builds(
+        GptCase,
+        microbatches=st.integers(1, 5),
+        layers=st.sampled_from([((1, 2),), ((2, 0), (1, 1)), ((1, 1), (1, 1), (1, 1))]),
+        micro_batch_size=st.integers(1, 2),
+        tied=st.booleans(),
+        rotary=st.booleans(),
+        recompute=st.booleans(),
+        per_token_loss=st.booleans(),
+    ),
+    strategies=st.sets(st.sampled_from(LAYER_STRATEGIES), min_size=1).map(sorted).map(tuple),
+    wrap=st.sampled_from([DDP, Wrap(ddp=True, overlap=True), Wrap(ddp=True, overlap=True, fused=True)]),
+    seed=st.integers(0, 1000),
+)
+def test_two_ranks_equal_one(case, strategies, wrap, seed):
+    """Any order, any backwards in two, any memory strategies of any layers."""
+    assert_equal(reference(case), ours(case, 2, Drawn(seed, 0.6, strategies), wrap), case.microbatches)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_equals_megatrons_interleaved_schedule(tied):
+    case = GptCase(4, ((1, 1), (1, 1)), tied=tied)
+    theirs = reference(case, 2, virtual=True)
+    assert_equal(theirs, ours(case, 2, Drawn(3, 0.6, ("none", "full"))), 4)
+    assert_equal(theirs, reference(case), 4)
+
+
+def test_equals_megatrons_1f1b():
+    case = GptCase(3, ((2, 1),), tied=True, rotary=True)
+    even = GptCase(3, ((2, 2),), tied=True, rotary=True)
+    assert_equal(reference(even, 2), ours(GptCase(3, ((1, 1), (1, 1)), tied=True, rotary=True), 2, Drawn(1, 1.0)), 3)
+    assert_equal(reference(case), ours(case, 2, Drawn(1, 1.0)), 3)
+
+
+def test_four_ranks_equal_one():
+    case = GptCase(3, ((1, 0, 1, 1), (1, 1, 1, 0)), tied=True)
+    assert_equal(reference(case), ours(case, 4, Drawn(2, 0.6, LAYER_STRATEGIES)), 3)
+
+
+def refusals(rank, world):
+    """What GptProgram says to models and calls that it can't run."""
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from dip_megatron.models.gpt import GptProgram
+
+    def said(make):
+        try:
+            make()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    kwargs, layers = gpt_kwargs(GptCase(1), 2), {"language": ((1, 1),)}
+    program = GptProgram(kwargs, layers, rank=0)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    return [
+        said(lambda: GptProgram(kwargs, {"language": ((1, 2),)}, rank=0)),
+        said(lambda: GptProgram(kwargs | {"transformer_layer_spec": TransformerBlockSubmodules()}, layers, rank=0)),
+        said(lambda: GptProgram(kwargs | {"mtp_block_spec": object()}, layers, rank=0)),
+        said(lambda: program.bind(ids, ids, None, packed_seq_params=object())),
+        said(lambda: program.load(MicrobatchInputs(program.bind(ids, ids, None)))),
+        said(lambda: program.load(MicrobatchInputs(program.bind(None, None, None)))),
+    ]
+
+
+def test_what_it_cannot_run_is_refused_with_a_reason():
+    reasons = ["3 layers", "layers differ", "multi-token", "packed", "2 samples", "no tokens"]
+    for reason, text in zip(reasons, team(1).run(refusals)[0], strict=True):
+        assert reason in text

@@ -1,0 +1,75 @@
+"""The soak finds what it is there to find; and a short one passes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from scripts.soaking.checks import faults, read_log
+
+LINE = (
+    " [2026-01-01 00:00:00.000000] iteration {i:8d}/     400 | consumed samples: 96 | elapsed time per iteration (ms): "
+    "30.0 | learning rate: 1.0E-05 | global batch size:     4 | lm loss: {loss:.6E} | digit accuracy: 1.2E-01 | "
+    "loss scale: 1.0 | grad norm: {norm:.3f} | number of skipped iterations:   0 |"
+)
+ITERATIONS = 400
+
+
+def log(**changed: float) -> dict[int, tuple[float, float]]:
+    """A run's log, ``loss_7=...`` and ``norm_7=...`` being what iteration 7 reports."""
+    lines = [
+        LINE.format(i=i, loss=changed.get(f"loss_{i}", 3.0), norm=changed.get(f"norm_{i}", 1.5))
+        for i in range(1, ITERATIONS + 1)
+    ]
+    return read_log("\n".join(lines))
+
+
+def diary(**more: Any) -> list[dict[str, Any]]:
+    """Flat memory; ``more`` are functions of the iteration."""
+    flat = {"trainer_bytes": 8e8, "planner_bytes": 2e8, "stall_seconds": 0.001}
+    return [flat | {name: value(i) for name, value in more.items()} for i in range(ITERATIONS)]
+
+
+def test_a_good_run_has_no_faults() -> None:
+    assert log()[7] == (3.0, 1.5)
+    assert faults(log(), log(), [diary(), diary()], ITERATIONS) == []
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "second_diary", "message"),
+    [
+        ({"loss_7": 3.001}, {}, "iteration 7: loss 3.001"),
+        ({"loss_7": float("nan")}, {}, "reports no iteration 7"),
+        ({"norm_9": 1.51}, {}, "iteration 9: gradient norm 1.51"),
+        ({}, {"trainer_bytes": lambda i: 8e8 + 1e5 * i}, "rank 1: the trainer grew"),
+        ({}, {"planner_bytes": lambda i: 2e8 + 1e5 * i}, "rank 1: the planner grew"),
+        ({}, {"stall_seconds": lambda i: 1e-3 * i}, "rank 1: training waited"),
+    ],
+)
+def test_what_must_not_be_is_found(disturbed: dict, second_diary: dict, message: str) -> None:
+    found = faults(log(**disturbed), log(), [diary(), diary(**second_diary)], ITERATIONS)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_planners_that_start_again_are_no_growth() -> None:
+    restarts = diary(planner_bytes=lambda i: 0 if i % 40 == 0 else 2e8)
+    assert faults(log(), log(), [restarts], ITERATIONS) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
+@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+def test_a_short_soak_passes(tmp_path: Path) -> None:
+    from scripts.soaking.__main__ import soak
+
+    assert soak(20, 4, tmp_path, Console(quiet=True)) == []
+    lines = [json.loads(line) for line in (tmp_path / "diary.rank0.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(20))
+    # At least one worker got far enough to plan, and fail.
+    assert lines[-1]["worker_deaths"] + lines[-1]["late_plans"] + lines[-1]["fallbacks"] > 0
