@@ -15,6 +15,7 @@ from megatron.core.package_info import __version__ as megatron_version
 from ..config import ConfigurationError
 from ..models.family import ModelFamily
 from .arguments import add_arguments, check_arguments, dip_config
+from .checkpoints import share_step
 from .families import known_families
 from .session import DipSession
 
@@ -77,6 +78,7 @@ class Hooks:
             ("initialize", "validate_args", self._validated, ""),
             ("training", "get_model", self._get_model, "models of a script's provider"),
             ("training", "get_forward_backward_func", self._forward_backward, "the schedule"),
+            ("checkpointing", "generate_state_dict", self._state_dict, "the optimizer's step in checkpoints"),
             # From 0.19 on scripts may give a model's config instead of a provider.
             ("models.dist_utils", "build_virtual_pipeline_stages", self._stages, _BUILDERS),
             ("models.dist_utils", "prepare_existing_model_chunks_for_distributed_training", self._prepared, _BUILDERS),
@@ -153,3 +155,13 @@ class Hooks:
             return self._session.forward_backward()
 
         return get_forward_backward_func
+
+    def _state_dict(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
+            state = original(*args, **kwargs)
+            loading = (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False)
+            if self._session is not None and not loading:
+                share_step(state)
+            return state
+
+        return generate_state_dict

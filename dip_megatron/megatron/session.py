@@ -32,6 +32,7 @@ from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
 from ..workload import load_workload
 from .build import ChunkList, configured_partition, record_blueprint
+from .checkpoints import Checkpoint, find_checkpoint, record, warn_of_bound_state
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .scalars import write_scalars
@@ -68,7 +69,12 @@ class DipSession:
             )  # fmt: skip
             model = family.describe(blueprint, parallel)
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
-            partition = self._partition(model, cluster, costs, family.workload)
+            checkpoint = find_checkpoint(a)
+            partition = self._partition(model, cluster, costs, family.workload, checkpoint)
+            record(a, partition)
+            for sentence in (checkpoint and checkpoint.compare(partition), warn_of_bound_state(a)):
+                if sentence:
+                    _tell(sentence)
             self._graphs = ModelGraphs(
                 model,
                 cluster,
@@ -111,10 +117,18 @@ class DipSession:
             name = "h100" if torch.cuda.is_available() else "cpu"
         return load_cluster(name)
 
-    def _partition(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
-        """As configured, or the partitioner's choice: made on one rank, because a search may be timed."""
+    def _partition(
+        self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str,
+        checkpoint: Checkpoint | None,
+    ) -> Partition:  # fmt: skip
+        """As configured, or that of the checkpoint to go on from, or the partitioner's choice: made on one rank,
+        because a search may be timed."""
         chosen = configured_partition(model, self._config)
         if chosen is not None:
+            return chosen
+        chosen = None if checkpoint is None else checkpoint.partition_for(model)
+        if chosen is not None:
+            _tell(f"going on with the checkpoint's partition:\n{chosen.explain()}")
             return chosen
         found: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -126,9 +140,8 @@ class DipSession:
         if isinstance(found[0], Exception):
             raise found[0]
         partition: Partition = found[0]
-        if dist.get_rank() == 0:
-            for m in partition.modules:
-                print(f"[dip] {m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}", flush=True)
+        for m in partition.modules:
+            _tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
         return partition
 
     def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
@@ -204,6 +217,12 @@ class DipSession:
         feed.close()
         if recorder is not None:
             recorder.close()
+
+
+def _tell(sentence: str) -> None:
+    """Print on one rank."""
+    if dist.get_rank() == 0:
+        print(f"[dip] {sentence}", flush=True)
 
 
 def _shared_store() -> Any:

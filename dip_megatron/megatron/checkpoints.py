@@ -1,0 +1,171 @@
+"""Checkpoints under DIP: Megatron's own, so that any schedule, partition and pipeline size loads them.
+
+Chunks have Megatron's parameter names and global layer numbers, so their sharded state dicts need nothing from us. What
+is added here: the partition travels in the saved arguments, a run that resumes keeps it, and state that only the very
+same chunks could read is refused before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from ..config import ConfigurationError
+from ..model import ModelError, ModulePartition, MultimodalModel, Partition
+
+_RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of the checkpoint at ``path`` before a model is built from it.
+
+    ``partition`` is the one it was written under, None if that was not DIP's. ``resumes``: the run goes on with its
+    optimizer. ``bound``: optimizer state is stored by place in the buffers of the chunks that wrote it.
+    """
+
+    path: str
+    partition: Partition | None
+    resumes: bool
+    bound: bool
+
+    def partition_for(self, model: MultimodalModel) -> Partition | None:
+        """The partition to go on with; None if there is none, or it doesn't cut ``model`` over this many ranks."""
+        if self.partition is None or not self.resumes:
+            return None
+        try:
+            self.partition.check(model)
+        except ModelError:
+            return None
+        return self.partition
+
+    def compare(self, partition: Partition) -> str | None:
+        """What the chosen partition means for loading, in a sentence; None if there is nothing to say.
+
+        Raises ConfigurationError if the optimizer's state can't be loaded into other chunks.
+        """
+        if not self.resumes or (self.partition is not None and _layers(self.partition) == _layers(partition)):
+            return None
+        written = "without DIP" if self.partition is None else f"with {_in_words(self.partition)}"
+        if self.bound:
+            raise ConfigurationError(
+                f"the checkpoint in {self.path} was written {written}, this run has {_in_words(partition)}, and its "
+                f"distributed optimizer's state can only be loaded into the chunks that wrote it; write it with "
+                f"{_RESHARDABLE}, or give the same layers in --dip-config, or use --no-load-optim"
+            )
+        if self.partition is None:
+            return None
+        return f"the checkpoint in {self.path} was written {written}; this run has {_in_words(partition)}"
+
+
+def find_checkpoint(args: Any) -> Checkpoint | None:
+    """The checkpoint that Megatron is going to load, if any. Call it on all ranks, with torch.distributed initialized.
+
+    Raises ConfigurationError for a checkpoint that isn't a distributed one.
+    """
+    from megatron.training import checkpointing
+
+    folder, finetune = args.load, args.finetune
+    pretrained = getattr(args, "pretrained_checkpoint", None)
+    if pretrained is not None and not checkpointing.checkpoint_exists(folder):
+        folder, finetune = pretrained, True
+    if folder is None:
+        return None
+    state, path, release, kind = checkpointing._load_base_checkpoint(folder, args, rank0=True)
+    if state is None:
+        return None
+    if kind is not checkpointing.CheckpointType.GLOBAL:
+        raise ConfigurationError(
+            f"{path or folder} is no distributed checkpoint: its files hold layers by their place on a rank, which "
+            "DIP's partition changes; save it with --ckpt-format torch_dist first, or use --dip-schedule off"
+        )
+    saved = state.get("args")
+    metadata = state.get("content_metadata") or {}
+    sharding = metadata.get("distrib_optim_sharding_type")
+    resumes = not (finetune or release)
+    loads_optimizer = resumes and not args.no_load_optim and not getattr(saved, "no_save_optim", False)
+    return Checkpoint(
+        str(folder),
+        _recorded(getattr(saved, "dip_partition", None)),
+        resumes,
+        bound=loads_optimizer
+        and args.use_distributed_optimizer
+        and sharding is not None
+        and sharding not in DistributedOptimizer.checkpoint_fully_reshardable_formats,
+    )
+
+
+def record(args: Any, partition: Partition) -> None:
+    """Have every checkpoint of the run carry its partition, as plain data: Megatron saves ``args``."""
+    args.dip_partition = {
+        m.module: {"layers": [list(line) for line in m.layers], "unit_size": m.unit_size} for m in partition.modules
+    }
+
+
+def warn_of_bound_state(args: Any) -> str | None:
+    """A sentence if this run saves optimizer state that no other partition can load."""
+    if args.save is None or not args.use_distributed_optimizer or getattr(args, "no_save_optim", False):
+        return None
+    if getattr(args, "dist_ckpt_optim_fully_reshardable", False):
+        return None
+    return (
+        f"checkpoints of this run can go on with their optimizer state under this very partition only; add "
+        f"{_RESHARDABLE} to be free of it"
+    )
+
+
+def share_step(state: dict[str, Any]) -> None:
+    """Put the optimizers' step into every rank's state, ``state`` being what Megatron is about to save.
+
+    Megatron saves what is not sharded as the first rank has it, and takes the step from that rank's parameters. Under
+    DIP the first rank may have none to train: with everything but the projector frozen, which stands on the last one.
+    Call it on all ranks.
+    """
+    optimizer = state.get("optimizer", {})
+    several = [part for key, part in optimizer.items() if isinstance(key, int)]
+    inner = [part.get("optimizer", part) for part in several or [optimizer]]
+    known = [_step(part) for part in inner]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, known)
+    for index, part in enumerate(inner):
+        found = [steps[index] for steps in everyone if index < len(steps) and steps[index] is not None]
+        if not found or known[index] is not None:
+            continue
+        in_groups, step = found[0]
+        if in_groups:
+            for group in part["param_groups"]:
+                group["step"] = step
+        else:
+            part["state"]["common_step"] = step
+
+
+def _step(optimizer: Mapping[str, Any]) -> tuple[bool, Any] | None:
+    """Where an optimizer's state has its step (in its parameter groups, or apart), and the step."""
+    if "common_step" in optimizer.get("state", {}):
+        return False, optimizer["state"]["common_step"]
+    groups = optimizer.get("param_groups", [])
+    steps = [group["step"] for group in groups if group.get("step") is not None] if isinstance(groups, list) else []
+    return (True, steps[0]) if steps else None
+
+
+def _recorded(entry: Mapping[str, Any] | None) -> Partition | None:
+    if not entry:
+        return None
+    return Partition(
+        tuple(
+            ModulePartition(name, tuple(tuple(line) for line in m["layers"]), m["unit_size"])
+            for name, m in entry.items()
+        )
+    )
+
+
+def _layers(partition: Partition) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {m.module: m.layers for m in partition.modules}
+
+
+def _in_words(partition: Partition) -> str:
+    return ", ".join(f"{m.module} layers {[list(line) for line in m.layers]}" for m in partition.modules)

@@ -1,0 +1,43 @@
+"""What every rank of a training run imports, so that ranks are forked with it instead of importing it each."""
+
+from typing import Any
+
+import torch
+
+from dip_megatron.megatron.cpu import install_cpu_platform
+
+install_cpu_platform()
+torch.set_num_threads(1)
+
+import megatron.core.models.multimodal.llava_spec  # noqa: E402
+import megatron.training.checkpointing  # noqa: E402, F401
+import sklearn.datasets  # noqa: E402, F401
+from megatron.core.optimizer import distrib_optimizer  # noqa: E402
+
+import dip_megatron.megatron.hooks  # noqa: E402, F401
+
+_Optimizer = distrib_optimizer.DistributedOptimizer
+_sharded_state_dict, _set_state = _Optimizer.sharded_state_dict, _Optimizer._set_main_param_and_optimizer_states
+
+
+def sharded_state_dict(self: Any, model: Any, is_loading: bool = False, **rest: Any) -> Any:
+    """Megatron's, after a step that gives the optimizer a state to load into."""
+    if is_loading and not self.optimizer.state:
+        self._init_optimizer_states_with_dummy_values()
+    return _sharded_state_dict(self, model, is_loading, **rest)
+
+
+def set_main_param_and_optimizer_states(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+    """Megatron's, with a step of each parameter's own, which the checkpoint has in its parameter groups."""
+    group, index = self.model_param_group_index_map[parameter]
+    state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+    state["step"] = state["step"].clone()
+    _set_state(self, parameter, {"step": None, **tensors})
+
+
+# Without Transformer Engine and Apex, no run of Megatron 0.19 resumes with a distributed optimizer: it asks torch's
+# Adam for its step before it has one, looks for a step beside every parameter's moments, and lets all parameters count
+# on one tensor.
+if not distrib_optimizer.HAVE_APEX_OR_TE:
+    _Optimizer.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
+    _Optimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states  # type: ignore[method-assign]
