@@ -200,24 +200,34 @@ STRATEGIES = LAYER_STRATEGIES
 def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple[str, int]]:
     """What happened on this rank, in order: ``("gradient", segment)`` for each weight gradient, ``("reduce", segment)``
     where a chunk's gradient reduction starts."""
-    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
+    from dip_megatron.megatron.gradients import GradientSynchronization
     from dip_megatron.runtime.stages import ModelStages
 
     events: list[tuple[str, int]] = []
-    start, progress = DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress
+    owner: dict[int, int] = {}
+    begin, start = GradientSynchronization.begin, _ParamAndGradBucketGroup.start_grad_sync
+    progress = ModelStages._chunk_progress
 
-    def started(self: Any, *arguments: Any) -> Any:
-        events.append(("reduce", self.module.vp_stage))
-        return start(self, *arguments)
+    def begun(self: Any, *arguments: Any) -> None:
+        for index, chunk in enumerate(self._chunks):
+            owner.update((id(p), index) for p in chunk.parameters())
+        begin(self, *arguments)
+
+    def started(self: Any, *arguments: Any, **options: Any) -> Any:
+        events.append(("reduce", owner[id(next(iter(self.params)))]))
+        return start(self, *arguments, **options)
 
     def progressed(self: Any, key: Any) -> None:
         events.append(("gradient", key.segment))
         progress(self, key)
 
-    DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress = started, progressed
+    GradientSynchronization.begin, _ParamAndGradBucketGroup.start_grad_sync = begun, started
+    ModelStages._chunk_progress = progressed
     try:
         split_run(rank, world, case, drawn, Wrap(ddp=True, overlap=True))
     finally:
-        DistributedDataParallel.start_grad_sync, ModelStages._chunk_progress = start, progress
+        GradientSynchronization.begin, _ParamAndGradBucketGroup.start_grad_sync = begin, start
+        ModelStages._chunk_progress = progress
     return events
