@@ -40,12 +40,14 @@ class Case:
 
 def initialize(pp: int, tp: int = 1) -> None:
     """torch.distributed and Megatron's groups on this process."""
-    if torch.distributed.is_initialized():
-        return
     install_cpu_platform()
     from megatron.core import parallel_state, tensor_parallel
 
-    torch.distributed.init_process_group("gloo")
+    if parallel_state.model_parallel_is_initialized():
+        return
+    # Another test of these processes may have begun without Megatron.
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
