@@ -45,7 +45,18 @@ needs_training = pytest.mark.skipif(
 
 def pretrain(out: Path, ranks: int, launcher: tuple[str, ...], *flags: str) -> tuple[list[float], str]:
     """Losses by iteration, and all that was printed."""
-    small = ("--train-iters", "4", "--log-interval", "1", "--eval-iters", "0", "--sample-steps", "2")
+    small = (
+        "--train-iters",
+        "4",
+        "--lr-warmup-iters",
+        "1",
+        "--log-interval",
+        "1",
+        "--eval-iters",
+        "1",
+        "--sample-steps",
+        "2",
+    )
     elastic = (f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
     command = [sys.executable, "-m", "torch.distributed.run", *elastic, *launcher, str(SCRIPT), *small]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
