@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import io
-import multiprocessing
 import os
 import random
 import socket
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from tests.forked import context
 
 
 class ProcessFailure(AssertionError):
@@ -99,11 +100,11 @@ class Team:
         self.processes, self._connections = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        processes = context()
         port = free_port()
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_live, args=(theirs, rank, self.world, port))
+            ours, theirs = processes.Pipe()
+            process = processes.Process(target=_live, args=(theirs, rank, self.world, port))
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -15,10 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 from rich.console import Console
@@ -77,8 +77,64 @@ def training_flags(iterations: int) -> list[str]:
     ]  # fmt: skip
 
 
+class Process(Protocol):
+    """What is asked of a rank's process: methods of subprocess.Popen."""
+
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def environment(ranks: int) -> list[dict[str, str]]:
+    """Environment variables of each of ``ranks`` processes on this machine."""
+    # Below the ports of outgoing connections: rank 0 listens seconds from now, and one of those could be taken by then.
+    port = random.SystemRandom().randrange(10_000, 30_000)
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    return [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def end(processes: Sequence[Process]) -> None:
+    """End whatever of them still runs."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def started(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One process per rank and log, ended with the block whatever happens."""
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for log, place in zip(logs, environment(len(logs)), strict=True):
+            with log.open("wb") as file:
+                processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=place))
+        yield processes
+    finally:
+        end(processes)
+
+
 def train(
-    name: str, command: Sequence[str], out: Path, on_iteration: Callable[[int, Run], Any], ranks: int = RANKS
+    name: str,
+    command: Sequence[str],
+    out: Path,
+    on_iteration: Callable[[int, Run], Any],
+    ranks: int = RANKS,
+    start: Callable[[Sequence[str], Sequence[Path]], AbstractContextManager[Sequence[Process]]] = started,
 ) -> Run:
     """Run ``command`` on every rank, logging to ``out/NAME.rankR.log``.
 
@@ -86,7 +142,7 @@ def train(
     """
     run, text = Run(), ""
     logs = [out / f"{name}.rank{rank}.log" for rank in range(ranks)]
-    with _processes(command, logs) as processes, logs[-1].open() as lines:
+    with start(command, logs) as processes, logs[-1].open() as lines:
         heard = time.monotonic()
         while True:
             codes = [process.poll() for process in processes]
@@ -105,43 +161,6 @@ def train(
             if time.monotonic() - heard > SILENCE:
                 raise RunFailed(f"{name}: no sign of life for {SILENCE:.0f} s; look into {logs[0]} and {logs[-1]}")
             time.sleep(0.1)
-
-
-@contextmanager
-def _processes(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """One process per rank, ended with the block whatever happens."""
-    # Below the ports of outgoing connections: rank 0 listens seconds from now, and one of those could be taken by then.
-    port = random.SystemRandom().randrange(10_000, 30_000)
-    common = {
-        "WORLD_SIZE": str(len(logs)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank, log in enumerate(logs):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("wb") as file:
-                processes.append(
-                    subprocess.Popen(
-                        command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **common, **place}
-                    )
-                )
-        yield processes
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def _last_words(log: Path) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from examples.llava_digits.quickstart import MEGATRON_FLAGS, SCRIPT, Run, RunFailed, train, training_flags
+from tests.forked import forked
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
@@ -33,7 +34,8 @@ def pretrain(
     on_iteration: Callable[[int, Run], Any] = lambda *_: None,
 ) -> Run:
     small = ["--global-batch-size", "4", "--eval-iters", "1", "--vision-num-layers", "2"]
-    return train("run", [sys.executable, *launcher, str(SCRIPT), *training_flags(6), *small, *flags], out, on_iteration)
+    command = [sys.executable, *launcher, str(SCRIPT), *training_flags(6), *small, *flags]
+    return train("run", command, out, on_iteration, start=forked)
 
 
 def test_the_pipeline_trains(pipelined: Run) -> None:
@@ -72,12 +74,7 @@ def test_dip_trains_with_the_same_losses(pipelined: Run, tmp_path: Path, mode: s
     assert (trace / "timeline.png").stat().st_size > 10_000
 
 
-INSTALLED = (
-    "-c",
-    "import runpy, sys; from dip_megatron.megatron.cpu import install_cpu_platform; install_cpu_platform(); "
-    "import dip_megatron; dip_megatron.install(); "
-    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
-)
+INSTALLED = ("-m", "tests.examples.installed")
 
 
 def test_installed_but_off_changes_nothing(pipelined: Run, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def test_stage_two_goes_on_from_stage_one(tmp_path: Path) -> None:
     for name, runs in logs.items():
         saved, folder = str(tmp_path / name / "saved"), tmp_path / name
         for stage, flags in (
-            ("one", ["--save", saved, "--save-interval", "1000", "--ckpt-format", "torch"]),
-            ("two", ["--load", saved, "--ckpt-format", "torch"]),
+            ("one", ["--save", saved, "--save-interval", "1000"]),
+            ("two", ["--load", saved]),
         ):
             trace = ["--dip-trace-dir", str(folder / stage / "trace")] if name == "dip" else []
             runs.append(run(folder / stage, *flags_of(f"stage-{stage}.args"), *flags, *trace, dip=name == "dip"))

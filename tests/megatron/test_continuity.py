@@ -33,7 +33,7 @@ def test_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path: Path) -> 
     config.write_text(PARTITION)
     dip = (
         *GROWING, "--dip-config", str(config), "--save", str(tmp_path / "saved"), "--save-interval", "1000",
-        "--ckpt-format", "torch", "--exit-signal-handler",
+        "--exit-signal-handler",
     )  # fmt: skip
     whole = run(tmp_path / "whole", *GROWING, without=WITHOUT, dip=False)
     options = {"reject": 3, "fatal": False, "signal": 4}

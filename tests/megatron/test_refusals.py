@@ -13,7 +13,7 @@ from dip_megatron.megatron.arguments import check_arguments
 FINE: dict[str, Any] = {
     "dip_schedule": "dynamic", "dip_config": None, "dip_planner_workers": None, "dip_search_budget": None,
     "dip_memory_limit": None, "dip_trace_dir": None, "pipeline_model_parallel_size": 2, "context_parallel_size": 1,
-    "micro_batch_size": 1,
+    "micro_batch_size": 1, "save": None, "load": None, "ckpt_format": "torch_dist",
 }  # fmt: skip
 
 

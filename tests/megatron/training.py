@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.llava_digits.quickstart import Run, train, training_flags
+from tests.forked import forked
 
 SCRIPT = Path(__file__).with_name("recording_digits.py")
 SMALL = {
@@ -65,15 +66,15 @@ def run(
     os.environ["DIP_TEST"] = json.dumps({"folder": str(folder)} | (options or {}))
     command = [sys.executable, *launcher, str(SCRIPT), *usual, *schedule, *flags]
     try:
-        train("run", command, folder, on_iteration, ranks)
+        train("run", command, folder, on_iteration, ranks, forked)
     finally:
         del os.environ["DIP_TEST"]
     return read(folder, ranks)
 
 
-def read(folder: Path, ranks: int) -> Log:
+def read(folder: Path, ranks: int, name: str = "run") -> Log:
     """The run's results."""
-    texts = [(folder / f"run.rank{rank}.log").read_text() for rank in range(ranks)]
+    texts = [(folder / f"{name}.rank{rank}.log").read_text() for rank in range(ranks)]
     lines = texts[-1].splitlines()
     numbers = {
         name: {

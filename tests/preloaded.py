@@ -1,20 +1,27 @@
-"""What every rank of a training run imports, so that ranks are forked with it instead of importing it each."""
+"""What ranks of tests import, so that they are forked with it instead of importing it each."""
 
+import importlib.util
+import os
 from typing import Any
 
 import torch
 
 from dip_megatron.megatron.cpu import install_cpu_platform
 
+# A CUDA driver that has been asked for its devices can't be used in a fork: ask the management library instead.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 install_cpu_platform()
+del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 torch.set_num_threads(1)
 
-import megatron.core.models.multimodal.llava_spec  # noqa: E402
-import megatron.training.checkpointing  # noqa: E402, F401
+import megatron.core.models.multimodal.llava_spec  # noqa: E402, F401
 import sklearn.datasets  # noqa: E402, F401
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 
 import dip_megatron.megatron.hooks  # noqa: E402, F401
+
+if importlib.util.find_spec("megatron.training") is not None:
+    import megatron.training.checkpointing  # noqa: F401
 
 _Optimizer = distrib_optimizer.DistributedOptimizer
 _sharded_state_dict, _set_state = _Optimizer.sharded_state_dict, _Optimizer._set_main_param_and_optimizer_states

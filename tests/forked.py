@@ -1,0 +1,85 @@
+"""Python processes forked from one that has imported Megatron already: importing it takes longer than most tests."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+from examples.llava_digits.quickstart import end, environment
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def context() -> ForkServerContext:
+    """Where processes come from; the server starts at the first of them."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.preloaded"])
+    return found
+
+
+class Forked:
+    """A process with the methods of subprocess.Popen that matter."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path):
+        self._process: Any = context().Process(target=_run, args=(list(command[1:]), dict(env), str(log)))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired("forked", timeout)
+        return self._process.exitcode
+
+
+@contextmanager
+def forked(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[Forked]]:
+    """As ``examples.llava_digits.quickstart.started``, for commands ``[python, (-m MODULE | SCRIPT), ARGUMENTS...]``."""
+    processes: list[Forked] = []
+    try:
+        for log, place in zip(logs, environment(len(logs)), strict=True):
+            log.write_bytes(b"")
+            processes.append(Forked(command, place, log))
+        yield processes
+    finally:
+        end(processes)
+
+
+def _run(command: list[str], env: dict[str, str], log: str) -> None:
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that wasn't forked; loaders of data use it
+    try:
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            sys.path.insert(0, str(Path(command[0]).resolve().parent))
+            runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
