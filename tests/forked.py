@@ -53,7 +53,7 @@ class Forked:
 
 @contextmanager
 def forked(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[Forked]]:
-    """As ``examples.llava_digits.quickstart.started``, for commands ``[python, (-m MODULE | SCRIPT), ARGUMENTS...]``."""
+    """As ``quickstart.started``, for commands ``[python, (-m MODULE | SCRIPT), ARGUMENTS...]``."""
     processes: list[Forked] = []
     try:
         for log, place in zip(logs, environment(len(logs)), strict=True):

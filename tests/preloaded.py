@@ -14,7 +14,7 @@ install_cpu_platform()
 del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 torch.set_num_threads(1)
 
-import megatron.core.models.multimodal.llava_spec  # noqa: E402, F401
+import megatron.core.models.multimodal.llava_spec  # noqa: E402
 import sklearn.datasets  # noqa: E402, F401
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 

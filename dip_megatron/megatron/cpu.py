@@ -65,11 +65,11 @@ def install_cpu_platform() -> bool:
     """
     if torch.cuda.is_available():
         return False
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # demanded of CUDA devices with tensor parallelism
     if getattr(torch.cuda.current_device, _MARK, False):
         return True
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # demanded of CUDA devices with tensor parallelism
     _silence()
     # Megatron and the compiler first: torch._dynamo builds tables of torch's own functions when it is imported.
     _adapt_core()

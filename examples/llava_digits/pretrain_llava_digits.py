@@ -48,9 +48,11 @@ from megatron.training.arguments import (  # noqa: E402
     parse_and_validate_args,
 )
 
+from dip_megatron.models.weights import draw_by_name  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from documents import LABEL_WEIGHT, VOCABULARY, PackedDigitDocuments, split_images  # noqa: E402
-from weights import draw_weights_by_name  # noqa: E402
+from weights import deviations  # noqa: E402
 
 
 def add_llava_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -216,7 +218,7 @@ def draw_built_weights_by_name(args: argparse.Namespace) -> None:
     def get_model_and_draw(*arguments: Any, **keywords: Any) -> list[torch.nn.Module]:
         models: list[torch.nn.Module] = get_model(*arguments, **keywords)
         output_std = args.init_method_std / (2.0 * args.num_layers) ** 0.5
-        draw_weights_by_name(models, seed=args.seed, std=args.init_method_std, output_std=output_std)
+        draw_by_name(models, args.seed, deviations(args.init_method_std, output_std))
         return models
 
     training.get_model = get_model_and_draw

@@ -1,20 +1,18 @@
-"""Initial weights that don't depend on how a model is spread over ranks, so that runs can be compared."""
+"""How widely a LLaVA's initial weights are spread, by name, so that runs that cut the model differently start alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
-from dip_megatron.models.weights import draw_by_name
 
+def deviations(std: float, output_std: float) -> Callable[[str, torch.nn.Parameter], float | None]:
+    """The standard deviation of each weight by name and parameter; None for biases and norms, which are constants.
 
-def draw_weights_by_name(models: Sequence[torch.nn.Module], *, seed: int, std: float, output_std: float) -> None:
-    """Draw every weight anew, from ``seed`` and its name; biases and norms keep their constants.
-
-    Normally distributed as Megatron does it: ``output_std`` for the matrices that write into the residual stream,
-    ``std`` for all others, and PyTorch's own deviations for the ViT's patch and position embeddings.
+    As Megatron does it: ``output_std`` for the matrices that write into the residual stream, ``std`` for all others,
+    and PyTorch's own deviations for the ViT's patch and position embeddings.
     """
 
     def deviation(name: str, parameter: torch.nn.Parameter) -> float | None:
@@ -28,4 +26,4 @@ def draw_weights_by_name(models: Sequence[torch.nn.Module], *, seed: int, std: f
             return 1.0
         return std
 
-    draw_by_name(models, seed, deviation)
+    return deviation

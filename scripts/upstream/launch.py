@@ -42,12 +42,14 @@ def _load(path: Path) -> ModuleType:
 
 def draw_weights_before_the_optimizer() -> None:
     """Let Megatron's training loop draw the model's weights by name, right before it builds the optimizer."""
-    weights = _load(ROOT / "examples" / "llava_digits" / "weights.py")
+    # The drawing is a file of dip_megatron that imports nothing of it, and must work where it can't be imported.
+    draw_by_name = _load(ROOT / "dip_megatron" / "models" / "weights.py").draw_by_name
+    deviations = _load(ROOT / "examples" / "llava_digits" / "weights.py").deviations
     training = importlib.import_module("megatron.training.training")
     build = training.get_megatron_optimizer
 
     def build_from_drawn(config: Any, chunks: Any, *rest: Any, **kwargs: Any) -> Any:
-        weights.draw_weights_by_name(chunks, seed=7, std=0.05, output_std=0.02)
+        draw_by_name(chunks, 7, deviations(0.05, 0.02))
         return build(config, chunks, *rest, **kwargs)
 
     training.get_megatron_optimizer = build_from_drawn

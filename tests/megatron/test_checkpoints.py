@@ -45,7 +45,7 @@ def train(folder: Path, name: str, ranks: int, *flags: str, hooks: bool = True) 
     The second iteration has no loss here: Megatron's line for it says the mean of the run's first two.
     """
     launcher = ["-m", "dip_megatron.cli", "run"] if hooks else []
-    command = [sys.executable, *launcher, str(SCRIPT), *flags]
+    command = [sys.executable, *launcher, str(SCRIPT), *SMALL, *flags]
     quickstart.train(name, command, folder, lambda *_: None, ranks, forked)
     log = read(folder, ranks, name)
     second = min(log.losses) + 1
@@ -111,9 +111,7 @@ def test_megatron_goes_on_on_one_rank(written_by_dip: tuple[Path, Log], tmp_path
     assert_same_from_the_third(train(tmp_path, "one", 1, *resumed(checkpoint), hooks=False), whole)
 
 
-def test_dip_goes_on_under_another_partition_of_four_ranks(
-    written_by_dip: tuple[Path, Log], tmp_path: Path
-) -> None:
+def test_dip_goes_on_under_another_partition_of_four_ranks(written_by_dip: tuple[Path, Log], tmp_path: Path) -> None:
     checkpoint, whole = written_by_dip
     run = train(tmp_path, "four", 4, *pipeline(4), *dip(tmp_path, FOUR_RANKS), *resumed(checkpoint))
     assert_same_from_the_third(run, whole)
@@ -133,9 +131,7 @@ def test_dip_keeps_the_partition_of_the_checkpoint(written_by_dip: tuple[Path, L
 
 def test_dip_goes_on_from_megatrons_pipeline(written_by_megatron: tuple[Path, Log], tmp_path: Path) -> None:
     checkpoint, whole = written_by_megatron
-    run = train(
-        tmp_path, "dip", 2, *pipeline(2), *SHARDED_OPTIMIZER, *dip(tmp_path, UNEVEN), *resumed(checkpoint)
-    )
+    run = train(tmp_path, "dip", 2, *pipeline(2), *SHARDED_OPTIMIZER, *dip(tmp_path, UNEVEN), *resumed(checkpoint))
     assert_same_from_the_third(run, whole)
 
 

@@ -293,15 +293,19 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     with LiveBytes() as live:
 
         class Probe:
-            """Looks after every operation, when its output is on its way."""
+            """Looks before and after every operation; after one with an output, that isn't on its way yet."""
 
             def __getattr__(self, name: str) -> Any:
                 def run(*arguments: Any) -> Any:
-                    nonlocal most
+                    look()
                     result = getattr(stages, name)(*arguments)
                     if name != "forward" or not result:
-                        most = max(most, live.now() - _offloaded(state) - _under_way(executor))
+                        look()
                     return result
+
+                def look() -> None:
+                    nonlocal most
+                    most = max(most, live.now() - _offloaded(state) - _under_way(executor))
 
                 return run
 

@@ -81,9 +81,8 @@ def test_matrices_wait_for_their_w():
             assert any(part in name for name in found.late), part
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(8))
 def test_peak_of_an_iteration(seed):
     """Drawn orders, backwards in two and strategies on two ranks: what the simulator says each rank holds at most."""
     for expected, measured in team(2).run(peak, Iteration(seed=seed)):
-        # With megatron-core 0.16 some stay 7% under the prediction; never over it by more than 5%.
-        assert 0.92 * expected <= measured <= 1.05 * expected
+        assert 0.95 * expected <= measured <= 1.05 * expected
