@@ -60,7 +60,9 @@ def run(rank: int, world: int, schedule: str, segments: int, microbatches: int, 
         virtual_pipeline_model_parallel_size=segments if segments > 1 else None,
         overlap_p2p_comm=segments > 1, batch_p2p_comm=False, deallocate_pipeline_outputs=False,
     )  # fmt: skip
-    config.hidden_size, config.calculate_per_token_loss = HIDDEN, True  # Megatron's schedules read them
+    # Megatron's schedules read them, whatever the kind of config.
+    config.hidden_size, config.calculate_per_token_loss = HIDDEN, True
+    config.fine_grained_activation_offloading = False
     config.finalize_model_grads_func = lambda model, tokens, **_: finalized.append(int(tokens))
     parallel_state.set_virtual_pipeline_model_parallel_world_size(segments if segments > 1 else None)
     chunks = [Chunk(v * world + rank, config) for v in range(segments)]
