@@ -1,8 +1,8 @@
 """Static baselines: a partition and an order chosen once, before training, and applied to every batch.
 
 What is chosen once is chosen well: over the number of segments, several balanced partitions and microbatch group
-sizes, each simulated with the least uniform recompute that fits. All but nnScaler* are even chosen in hindsight, on the
-batches they are then measured on; nnScaler* sees the mean batch alone, as the paper has it.
+sizes, each simulated with the least uniform recompute that fits, on batches that are known before training; nnScaler*
+sees their mean alone, as the paper has it. On every batch each still recomputes just as much as that one needs.
 """
 
 from __future__ import annotations

@@ -87,8 +87,9 @@ def setting_of(values: dict[str, Any]) -> Setting:
     """The setting that the options of :func:`setting_options` name; takes them out of ``values``."""
     given = {name: values.pop(name) for name in SETTING_NAMES}
     model = load_model(given["model"]).with_parallel(tp=given["tp"], pp=given["pp"], dp=given["dp"])
-    batches = load_workload(
-        given["workload"], model, given["iterations"], given["microbatches"], given["workload_seed"]
+    batches, earlier = (
+        load_workload(given["workload"], model, given["iterations"], given["microbatches"], seed)
+        for seed in (given["workload_seed"], given["workload_seed"] + 1)
     )
     return Setting(
         model,
@@ -96,6 +97,7 @@ def setting_of(values: dict[str, Any]) -> Setting:
         batches,
         Costs.load(given["costs"]) if given["costs"] else None,
         given["memory_gb"] * 1e9 if given["memory_gb"] else None,
+        earlier,
     )
 
 

@@ -41,13 +41,21 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """A model on a cluster with batches to plan. ``memory_limit`` bytes per rank (None: what the GPUs can use)."""
+    """A model on a cluster with batches to plan. ``memory_limit`` bytes per rank (None: what the GPUs can use);
+    ``earlier``: the batches on which partitions and static plans are chosen, which training keeps (none: they are
+    chosen in hindsight, on the batches that are planned)."""
 
     model: MultimodalModel
     cluster: Cluster
     batches: tuple[GlobalBatch, ...]
     costs: Costs | None = None
     memory_limit: float | None = None
+    earlier: tuple[GlobalBatch, ...] = ()
+
+    @property
+    def known(self) -> tuple[GlobalBatch, ...]:
+        """The batches that are known before training."""
+        return self.earlier or self.batches
 
     @property
     def pricer(self) -> CostModel:
@@ -114,7 +122,8 @@ def make_planner(
     better of the two. Raises ValueError for an unknown name, and what the partitioner and the baselines raise.
     """
     if name in get_args(StaticName):
-        choice = tune_static(name, setting.pricer, setting.microbatches, setting.memory_limit, progress)  # type: ignore[arg-type]
+        known = [batch.microbatches for batch in setting.known]
+        choice = tune_static(name, setting.pricer, known, setting.memory_limit, progress)  # type: ignore[arg-type]
         return lambda microbatches: _static(setting, choice, microbatches)
     if name not in (*SEARCHED, *SEGMENTED):
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
@@ -122,7 +131,7 @@ def make_planner(
     if given is None and name != "dip-paper":
         partitions.append(searched or searched_partition(setting, partition_seconds))
     if given is None and name != "dip":
-        partitions.append(paper_partition(setting.model, setting.cluster, setting.batches, costs=setting.costs))
+        partitions.append(paper_partition(setting.model, setting.cluster, setting.known, costs=setting.costs))
     if name in SEGMENTED:
         return _segmented(name, setting, partitions)
     return lambda microbatches: _searched(name, setting, partitions[0], microbatches, effort)
@@ -131,7 +140,7 @@ def make_planner(
 def searched_partition(setting: Setting, seconds: float) -> Partition:
     """:func:`choose_partition` for a setting."""
     return choose_partition(
-        setting.model, setting.cluster, setting.batches, costs=setting.costs, memory_limit=setting.memory_limit,
+        setting.model, setting.cluster, setting.known, costs=setting.costs, memory_limit=setting.memory_limit,
         budget_seconds=seconds,
     )  # fmt: skip
 
@@ -169,7 +178,7 @@ def _segmented(name: str, setting: Setting, partitions: Sequence[Partition]) -> 
         return graph, least_recompute(graph, build)
 
     def worth(partition: Partition) -> tuple[bool, float]:
-        fitted = [apply(partition, microbatches)[1] for microbatches in setting.microbatches]
+        fitted = [apply(partition, batch.microbatches)[1] for batch in setting.known]
         return not all(f.fits for f in fitted), sum(f.timeline.iteration_time for f in fitted)
 
     best = min(partitions, key=worth) if len(partitions) > 1 else partitions[0]
