@@ -1,7 +1,7 @@
 """The schedules DIP is measured against, as plans through the same simulator and verifier."""
 
 from .common import BaselineError
-from .fit import Fitted, least_recompute
+from .fit import Fitted, least_recompute, least_recompute_by_module
 from .mean import mean_graph
 from .megatron import interleaved, legal_group, one_forward_one_backward
 from .optimus import optimus_coarse, optimus_leads
@@ -30,6 +30,7 @@ __all__ = [
     "latency_balanced",
     "least_maximum",
     "least_recompute",
+    "least_recompute_by_module",
     "legal_group",
     "mean_graph",
     "one_forward_one_backward",

@@ -1,7 +1,8 @@
-"""The least uniform recompute with which a static schedule fits its memory limit."""
+"""The least recompute with which a static schedule fits its memory limit: one strategy for all, or one a module."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ from ..simulate import Timeline, graph_arrays, simulate_compiled
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A baseline's schedule with its timeline. ``strategy`` is the memory strategy that all its stages use; ``fits``
-    says whether every rank stays under its limit (if no strategy does, it is the leanest one)."""
+    """A baseline's schedule with its timeline. ``strategy`` is the memory strategy that all its stages use (the leanest
+    of any module's, where they differ); ``fits`` says whether every rank stays under its limit (if no strategy does, it
+    is the leanest one)."""
 
     schedule: Schedule
     timeline: Timeline
@@ -44,6 +46,27 @@ def least_recompute(graph: StageGraph, build: Callable[[StageGraph], Sequence[Sc
             return best
     if best is None:
         raise ValueError("the baseline offers no schedule")
+    return best
+
+
+def least_recompute_by_module(graph: StageGraph, build: Callable[[StageGraph], Schedule]) -> Fitted:
+    """One memory strategy for all stages of a module, as Megatron's separate settings for ViT and language model allow;
+    the fastest choice that fits.
+
+    ``build`` gives the order, which must not depend on times. Raises what it raises.
+    """
+    orders = build(graph).orders
+    modules = sorted({u.module for u in graph.units})
+    module = np.array([modules.index(graph.units[int(u)].module) for u in graph.row_unit])
+    best: Fitted | None = None
+    for strategies in itertools.product(range(graph.candidates), repeat=len(modules)):
+        choice = np.repeat(np.array(strategies, dtype=np.int8)[module][:, None], graph.ranks, axis=1)
+        timeline = simulate_compiled(graph, Schedule(orders, choice))
+        fits = bool(np.all(timeline.peak_bytes <= graph.memory_limit))
+        fitted = Fitted(Schedule(orders, choice), timeline, max(strategies), fits)
+        if best is None or _rank(fitted, graph) < _rank(best, graph):
+            best = fitted
+    assert best is not None
     return best
 
 

@@ -15,6 +15,7 @@ from ..baselines import (
     StaticChoice,
     StaticName,
     least_recompute,
+    least_recompute_by_module,
     optimus_leads,
     segmented_static,
     static_plan,
@@ -170,12 +171,11 @@ def _static(setting: Setting, choice: StaticChoice, microbatches: Sequence[Micro
 
 
 def _segmented(name: str, setting: Setting, partitions: Sequence[Partition]) -> Planner:
-    def build(graph: StageGraph) -> Sequence[Schedule]:
-        return optimus_leads(graph) if name == "optimus" else [segmented_static(graph)]
-
     def apply(partition: Partition, microbatches: Sequence[Microbatch]) -> tuple[StageGraph, Fitted]:
         graph = segmented_graph(setting.pricer, partition, microbatches, setting.memory_limit)
-        return graph, least_recompute(graph, build)
+        if name == "optimus":
+            return graph, least_recompute(graph, optimus_leads)
+        return graph, least_recompute_by_module(graph, segmented_static)
 
     def worth(partition: Partition) -> tuple[bool, float]:
         fitted = [apply(partition, batch.microbatches)[1] for batch in setting.known]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from dip_megatron.baselines import (
     BaselineError,
     interleaved,
     least_recompute,
+    least_recompute_by_module,
     one_forward_one_backward,
     optimus_coarse,
     optimus_leads,
@@ -95,3 +98,24 @@ def test_least_recompute_takes_the_first_strategy_that_fits():
     assert np.all(tight.timeline.peak_bytes <= 3.5)
     graph = mixed_graph(4, 8, recompute=0.5, limit=3.5)
     assert simulate(graph, tight.schedule).iteration_time == tight.timeline.iteration_time
+
+
+def test_each_module_may_recompute_by_itself():
+    graph = paper_graph("vlm-s")
+    free = simulate(graph, segmented_static(graph)).peak_bytes
+    gains = []
+    for share in (0.5, 0.7, 0.9):
+        limit = graph.static_bytes + share * (free - graph.static_bytes)
+        tight = dataclasses.replace(graph, memory_limit=limit)
+        uniform = least_recompute(tight, lambda g: [segmented_static(g)])
+        fitted = least_recompute_by_module(tight, segmented_static)
+        assert fitted.fits
+        assert np.all(fitted.timeline.peak_bytes <= limit)
+        assert simulate(tight, fitted.schedule).iteration_time == fitted.timeline.iteration_time
+        chosen: dict[str, set[int]] = {}
+        for row, strategies in enumerate(fitted.schedule.strategy):
+            chosen.setdefault(tight.units[int(tight.row_unit[row])].module, set()).update(strategies.tolist())
+        assert [len(strategies) for strategies in chosen.values()] == [1, 1]
+        gains.append(uniform.timeline.iteration_time / fitted.timeline.iteration_time)
+    assert min(gains) >= 1.0
+    assert max(gains) > 1.01
