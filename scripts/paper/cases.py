@@ -56,10 +56,10 @@ def load_case(
     name: str, cluster: str, batches: int, microbatches: int, workload: str | None = None, pp: int | None = None,
     dp: int | None = None,
 ) -> Setting:  # fmt: skip
-    """A shipped model on a shipped cluster with drawn batches (seed 0)."""
+    """A shipped model on a shipped cluster with drawn batches (seed 0), and those drawn before (seed 1)."""
     model = load_model(name).with_parallel(pp=pp, dp=dp)
-    drawn = load_workload(workload or mix_of(name), model, batches, microbatches, 0)
-    return Setting(model, load_cluster(cluster), drawn)
+    drawn, earlier = (load_workload(workload or mix_of(name), model, batches, microbatches, seed) for seed in (0, 1))
+    return Setting(model, load_cluster(cluster), drawn, earlier=earlier)
 
 
 @lru_cache(maxsize=32)
@@ -71,13 +71,13 @@ def our_partition(setting: Setting, seconds: float) -> Partition:
 @lru_cache(maxsize=32)
 def papers_partition(setting: Setting) -> Partition:
     """The paper's rules."""
-    return paper_partition(setting.model, setting.cluster, setting.batches)
+    return paper_partition(setting.model, setting.cluster, setting.known)
 
 
 def tuned_on(setting: Setting, count: int) -> Setting:
-    """The setting with ``count`` of its batches, evenly spread: what a static schedule is tuned on before a run."""
+    """The setting with ``count`` of its batches, evenly spread, as those that are known before the run."""
     every = max(1, len(setting.batches) // count)
-    return replace(setting, batches=setting.batches[::every])
+    return replace(setting, earlier=setting.batches[::every])
 
 
 def plan_all(
@@ -85,20 +85,18 @@ def plan_all(
     setting: Setting,
     budget: Budget,
     *,
-    tuned: Setting | None = None,
     seconds: float | None = None,
     given: Partition | None = None,
 ) -> list[Planned] | None:
     """Every batch of the setting planned under schedule ``name``; None if the schedule can't run them or does not fit.
 
-    ``tuned``: choose what is chosen before training on these batches, instead of on the ones that are planned.
     ``given``: the partition of all segmented schedules.
     """
     searched = None
     if given is None and name in ("dip", *_EITHER):
-        searched = our_partition(tuned or setting, budget.partition)
+        searched = our_partition(setting, budget.partition)
     try:
-        planner = make_planner(name, tuned or setting, budget.effort(seconds), given, searched=searched)
+        planner = make_planner(name, setting, budget.effort(seconds), given, searched=searched)
         found = [planner(batch.microbatches) for batch in setting.batches]
     except (BaselineError, DoesNotFit):
         return None

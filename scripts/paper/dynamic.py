@@ -21,11 +21,10 @@ NAMED_ITERATION = 6
 
 def run(budget: Budget, out: Path) -> Result:
     """Every iteration under five schedules; static ones are tuned on a spread of the same batches."""
-    setting = load_case(MODEL, CLUSTER, budget.iterations, budget.microbatches, WORKLOAD)
-    tuned = tuned_on(setting, 5)
+    setting = tuned_on(load_case(MODEL, CLUSTER, budget.iterations, budget.microbatches, WORKLOAD), 5)
     found = {}
     for schedule in SCHEDULES:
-        plans = plan_all(schedule, setting, budget, tuned=tuned, seconds=budget.search / 2)
+        plans = plan_all(schedule, setting, budget, seconds=budget.search / 2)
         if plans is not None:
             found[schedule] = plans
     images = [[len(m.images) for m in batch.microbatches] for batch in setting.batches]

@@ -90,7 +90,7 @@ def _comparisons(
     if won:
         label = max(won, key=lambda k: won[k])
         reason = (
-            "parameter-balanced Megatron chooses its number of segments in hindsight here (see the throughput "
+            "parameter-balanced Megatron chooses the best number of segments here (see the throughput "
             "part); dip "
             f"gains {seconds[label][WEAK] / seconds[label]['dip']:.2f} on the same batch"
             if "dip" in seconds[label]

@@ -73,7 +73,8 @@ def run(budget: Budget, out: Path, models: tuple[str, ...] = FIVE) -> Result:
         comparisons=[*_gains(times, segments, large), _h20_comparison(h20, times)],
         bars=bars,
         notes=[
-            "Static schedules are tuned on the very batches they are judged on, with the least recompute that fits.",
+            "Partitions and static schedules are chosen on other batches of the same mix; each batch has the least "
+            "recompute that fits.",
             "nnScaler* (the paper's star, too): a static plan for the mean batch. FSDP is not simulated: it has "
             "no pipeline.",
         ],
@@ -108,7 +109,7 @@ def _large_clips(budget: Budget) -> dict[str, float]:
 
 def by_segments(setting: Setting) -> dict[int, float]:
     """Mean seconds of parameter-balanced Megatron with each number of segments that fits: the paper doesn't say which
-    its baseline has, ours has the best in hindsight."""
+    its baseline has, ours has the best of batches before."""
     out = {}
     for count in VIRTUAL:
         choice = StaticChoice(WEAK, parameter_balanced(setting.model, count), count)
@@ -155,7 +156,7 @@ def _why(
     own = times[model][schedule]
     parts = [f"{v} segment{'s' * (v > 1)}: {t / own:.2f}" for v, t in segments[model].items() if v <= 3]
     text = (
-        "parameter-balanced Megatron has the best of 1 to 8 segments in hindsight here, and the paper doesn't "
+        "parameter-balanced Megatron has the best of 1 to 8 segments here, and the paper doesn't "
         "say how many its "
         f"own had; against fewer the gain on {model} would be {', '.join(parts)}"
     )
