@@ -139,7 +139,7 @@ def quality(cases: Sequence[Case], budgets: Sequence[float], workers: int) -> li
 def baselines(cases: Sequence[Case], budget: float, workers: int) -> list[Bar]:
     """Every schedule on the same batches, as ``dip compare`` has it; partitions and static plans are chosen on batches
     drawn before. Last, what no schedule can be faster than: the least work of all stages, spread evenly over ranks."""
-    bars, rows = [], []
+    bars, rows, limits = [], [], []
     for case in cases:
         effort = Effort(budget, workers)
         times: dict[str, float] = {}
@@ -167,10 +167,14 @@ def baselines(cases: Sequence[Case], budget: float, workers: int) -> list[Bar]:
         if case.name.startswith("vlm"):
             static = times["megatron-interleaved"]
             bars.append(Bar(f"best static Megatron / dip, {case.name}", static / times["dip"], 1.5, False))
-            print(f"{case.name}: no schedule is more than {static / work:.3f} times as fast as megatron-interleaved")
+        for name in ("megatron-interleaved", "dip-paper"):
+            if name in times:
+                limits.append([case.name, name, f"{times[name] / times['dip']:.3f}", f"{times[name] / work:.3f}"])
         rows.append([""] * 8)
     head = ["model", "schedule", "seconds", "x dip", "over bound", "bubble", "peak GB", "recompute"]
     show(f"Schedules, {budget:g} s of search", head, rows[:-1])
+    show("How much faster dip is, and how much faster any schedule of the model could be",
+         ["model", "than", "dip", "at most"], limits)  # fmt: skip
     return bars
 
 

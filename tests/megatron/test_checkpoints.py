@@ -135,6 +135,14 @@ def test_dip_goes_on_from_megatrons_pipeline(written_by_megatron: tuple[Path, Lo
     assert_same_from_the_third(run, whole)
 
 
+def test_the_comparison_sees_a_lost_optimizer_state(written_by_dip: tuple[Path, Log], tmp_path: Path) -> None:
+    """The very same run but for Adam's moments: what the tests above compare must differ."""
+    checkpoint, whole = written_by_dip
+    lost = train(tmp_path, "lost", 2, *pipeline(2), *dip(tmp_path, None), *resumed(checkpoint), "--no-load-optim")
+    assert lost.losses[3] == pytest.approx(whole.losses[3], rel=1e-5)
+    assert lost.losses[5] != pytest.approx(whole.losses[5], rel=1e-3)
+
+
 def test_checkpoints_hold_the_same_tensors(
     written_by_dip: tuple[Path, Log], written_by_megatron: tuple[Path, Log]
 ) -> None:

@@ -16,6 +16,10 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
 ]
 ITERATIONS, BATCH = 3, 4
+SHARDED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+TENSOR_PARALLEL = (
+    "--tensor-model-parallel-size", "2", "--sequence-parallel", "--make-vocab-size-divisible-by", "16",
+)  # fmt: skip
 TIED = ("--untie-embeddings-and-output-weights",)
 """Left out: embedding and head share their weights, of which the first and the last stage each hold a copy."""
 CUT = {"cut": True}
@@ -39,8 +43,7 @@ def test_replicas_with_plans_of_their_own(megatron: Log, tmp_path: Path) -> None
     """Distributed optimizer, reductions and gathers overlapped with the pipeline; Megatron's timers at their finest."""
     trace = tmp_path / "trace"
     log = run(
-        tmp_path / "run", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
-        "--timing-log-level", "2", "--dip-trace-dir", str(trace),
+        tmp_path / "run", *SHARDED, "--timing-log-level", "2", "--dip-trace-dir", str(trace),
         ranks=4, without=TIED, options=CUT, iterations=ITERATIONS,
     )  # fmt: skip
     assert_equal(log, megatron)
@@ -59,9 +62,29 @@ def test_tensor_parallel_stages_fed_by_one_rank(megatron: Log, tmp_path: Path) -
     """Sequence parallel, sequences of lengths that don't divide, batches read on one rank of a stage and broadcast, and
     a data set that ends with the training."""
     log = run(
-        tmp_path, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--make-vocab-size-divisible-by", "16",
-        ranks=4, without=TIED, options=CUT | {"broadcast": True, "limit": ITERATIONS * BATCH}, iterations=ITERATIONS,
+        tmp_path, *TENSOR_PARALLEL, ranks=4, without=TIED,
+        options=CUT | {"broadcast": True, "limit": ITERATIONS * BATCH}, iterations=ITERATIONS,
     )  # fmt: skip
     assert_equal(log, megatron)
     # Both tensor-parallel ranks of the last stage compute the loss.
     assert trained([log]) == sorted(2 * list(range(ITERATIONS * BATCH)))
+
+
+def test_tensor_pipeline_and_data_parallel_together(megatron: Log, tmp_path: Path) -> None:
+    """Eight ranks, two of each kind, with a distributed optimizer."""
+    log = run(tmp_path, *TENSOR_PARALLEL, *SHARDED, ranks=8, without=TIED, options=CUT, iterations=ITERATIONS)
+    assert_equal(log, megatron)
+    assert trained([log]) == sorted(2 * list(range(ITERATIONS * BATCH)))
+
+
+def test_scalars_reach_tensorboard(tmp_path: Path) -> None:
+    """Beside Megatron's own, one of each kind an iteration."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = tmp_path / "board"
+    run(tmp_path / "run", "--tensorboard-dir", str(board), "--tensorboard-log-interval", "1", iterations=ITERATIONS)
+    events = accumulator.EventAccumulator(str(board))
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    assert "lm loss" in names
+    for name in ("measured_seconds", "predicted_seconds", "bubble_ratio", "plan_seconds", "stall_seconds", "fallbacks"):
+        assert [event.step for event in events.Scalars(f"dip/{name}")] == [1, 2, 3], name
