@@ -7,6 +7,7 @@ do exactly what Megatron does unless the stage that runs is split (:class:`runti
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,15 @@ from ..runtime.modes import StageMode
 from . import deferred_te
 from .deferred_te import StageStore
 
+_ARGUMENTS = tuple(inspect.signature(LinearWithGradAccumulationAndAsyncCommunication.forward).parameters)[1:]
+"""What Megatron's linear takes; releases add to it at the end."""
+_DEFAULTS: dict[str, Any] = {
+    "grad_output_buffer": None, "wgrad_deferral_limit": None, "gtp_remat_size": 1, "output_dtype": None,
+}  # fmt: skip
+_KNOWN = {
+    *_DEFAULTS, "input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel",
+    "tp_group",
+}  # fmt: skip
 _WITHOUT_INPUT_GRADIENT = (VocabParallelEmbedding, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
@@ -53,6 +63,7 @@ class DeferredLinear(LinearWithGradAccumulationAndAsyncCommunication):
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         """Input gradient, and that of the bias; the weight's goes to the store."""
         input_, weight = ctx.saved_tensors
+        grad_output = grad_output.to(input_.dtype)  # a head may put out float32 (after 0.19)
         arguments = len(ctx.needs_input_grad)
         gradients: list[Any] = [None] * arguments
         if ctx.needs_input_grad[2]:
@@ -108,13 +119,8 @@ def _linear(module: torch.nn.Module, mode: StageMode) -> Callable[..., torch.Ten
         if store is None or not weight.requires_grad or not torch.is_grad_enabled():
             return megatrons(input=input, weight=weight, bias=bias, **options)
         group = layers.get_tensor_model_parallel_group_if_none(options.get("tp_group"))
-        arguments = [
-            input, weight.detach(), bias, options["gradient_accumulation_fusion"], options["allreduce_dgrad"],
-            options["sequence_parallel"], None, None, group,
-        ]  # fmt: skip
-        if "gtp_remat_size" in options:
-            arguments.append(1)
-        return DeferredLinear.apply(store.anchor, _Target(weight, store), *arguments)
+        known = _DEFAULTS | options | {"input": input, "weight": weight.detach(), "bias": bias, "tp_group": group}
+        return DeferredLinear.apply(store.anchor, _Target(weight, store), *(known[name] for name in _ARGUMENTS))
 
     return forward
 
@@ -145,8 +151,9 @@ def install(chunk: torch.nn.Module, mode: StageMode) -> None:
 
 
 def _splits(linear: torch.nn.Module) -> bool:
-    # Weights that are themselves gathered for each product (0.19's GTP) have a backward of their own.
-    return getattr(linear, "gtp_remat_size", 1) == 1
+    # Weights that are themselves gathered for each product (0.19's GTP) have a backward of their own, and a linear that
+    # takes something unheard of may do something unheard of with it.
+    return getattr(linear, "gtp_remat_size", 1) == 1 and set(_ARGUMENTS) <= _KNOWN
 
 
 def undeferrable(chunk: torch.nn.Module) -> list[str]:
