@@ -30,6 +30,7 @@ from scripts.t2v.digits import (
     to_frames,
     to_latent,
 )  # fmt: skip
+from tests.forked import forked
 from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,40 +44,52 @@ needs_training = pytest.mark.skipif(
 )
 
 
-def pretrain(out: Path, ranks: int, launcher: tuple[str, ...], *flags: str) -> tuple[list[float], str]:
-    """Losses by iteration, and all that was printed."""
-    small = (
-        "--train-iters",
-        "4",
-        "--lr-warmup-iters",
-        "1",
-        "--log-interval",
-        "1",
-        "--eval-iters",
-        "1",
-        "--sample-steps",
-        "2",
-    )
-    elastic = (f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
-    command = [sys.executable, "-m", "torch.distributed.run", *elastic, *launcher, str(SCRIPT), *small]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [*command, "--picture", str(out / "samples.png"), *flags], env=environment, capture_output=True, text=True,
-        cwd=out, timeout=240,
-    )  # fmt: skip
-    text = run.stdout + run.stderr
-    if run.returncode:
-        raise AssertionError(text[-5000:])
-    return [float(loss) for loss in re.findall(r"flow loss: ([\d.E+-]+)", run.stdout)], text
+SMALL_RUN = (
+    "--train-iters", "4", "--lr-warmup-iters", "1", "--log-interval", "1", "--eval-iters", "1", "--sample-steps", "2",
+)  # fmt: skip
+
+
+def losses(text: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"flow loss: ([\d.E+-]+)", text)]
+
+
+def pretrain(out: Path, ranks: int, launcher: tuple[str, ...], *flags: str) -> str:
+    """All that the last rank prints."""
+    out.mkdir(parents=True, exist_ok=True)
+    logs = [out / f"rank{rank}.log" for rank in range(ranks)]
+    command = [sys.executable, *launcher, str(SCRIPT), *SMALL_RUN, "--picture", str(out / "samples.png"), *flags]
+    with forked(command, logs) as processes:
+        codes = [process.wait(timeout=240) for process in processes]
+    text = logs[-1].read_text()
+    assert codes == [0] * ranks, text[-5000:]
+    return text
+
+
+@pytest.fixture(scope="module")
+def megatrons(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(pretrain(tmp_path_factory.mktemp("megatron"), 1, (), "--pipeline-model-parallel-size", "1"))
 
 
 @needs_training
-@pytest.mark.parametrize("frozen", [(), ("--freeze-text-encoder",)], ids=["trained", "frozen text encoder"])
-def test_dip_trains_with_megatrons_losses(tmp_path, frozen):
-    ours, text = pretrain(tmp_path, 2, DIP, "--dip-config", str(CONFIG), *frozen)
-    assert "can't defer weight gradients" not in text
-    assert (tmp_path / "samples.png").stat().st_size > 5000
-    theirs, _ = pretrain(tmp_path, 1, (), "--pipeline-model-parallel-size", "1", *frozen)
+def test_the_documented_command_trains_with_megatrons_losses(megatrons, tmp_path):
+    elastic = ("--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    command = [sys.executable, "-m", "torch.distributed.run", *elastic, *DIP, str(SCRIPT), "--dip-config", str(CONFIG)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [*command, *SMALL_RUN], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
+    assert "can't defer weight gradients" not in run.stdout + run.stderr
+    assert (tmp_path / "out" / "t2v" / "samples.png").stat().st_size > 5000
+    assert len(megatrons) == 4
+    assert losses(run.stdout) == pytest.approx(megatrons, rel=1e-5)
+
+
+@needs_training
+def test_a_frozen_text_encoder_changes_no_losses(tmp_path):
+    frozen = ("--freeze-text-encoder",)
+    ours = losses(pretrain(tmp_path / "dip", 2, DIP, "--dip-config", str(CONFIG), *frozen))
+    theirs = losses(pretrain(tmp_path / "megatron", 1, (), "--pipeline-model-parallel-size", "1", *frozen))
     assert len(theirs) == 4
     assert ours == pytest.approx(theirs, rel=1e-5)
 
