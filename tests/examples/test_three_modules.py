@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from dip_megatron.cost.strategies import LAYER_STRATEGIES
 from dip_megatron.model import Parallel
 from dip_megatron.schedule import Kind
+from examples.llava_digits.quickstart import train
 from tests.examples.three_modules_case import (
     LONG,
     SHORT,
@@ -26,6 +30,7 @@ from tests.examples.three_modules_case import (
     dip_run,
     reference,
 )
+from tests.forked import forked
 from tests.processes import ProcessFailure, team
 from tests.runtime.llava_case import initialize
 from tests.runtime.split_case import Drawn
@@ -132,6 +137,29 @@ def test_the_planner_sees_the_model_and_its_batches_as_they_are():
     assert [load.text_tokens for load in loads] == [5, 5, 5, 17]
 
 
+def partitioned(rank, world):
+    """Layers of each module in the partitioner's choice for two ranks, judged by the family's workload."""
+    initialize(world)
+    from dip_megatron.cost import load_cluster
+    from dip_megatron.partition import choose_partition
+    from dip_megatron.workload import load_workload
+
+    family, asked = blueprint(ThreeModuleCase(MIXED), 2)
+    view = family.describe(asked, Parallel(1, 2, 1, False, False))
+    batches = load_workload(family.workload, view, 1, 2)
+    partition = choose_partition(view, load_cluster("cpu"), batches, budget_seconds=0.2)
+    return {part.module: part.total for part in partition.modules}
+
+
+def test_the_partitioner_can_cut_it():
+    assert team(1).run(partitioned)[0] == {"vision": 2, "audio": 2, "language": 2}
+
+
+def test_planner_workers_know_it_without_torch():
+    command = "import sys, three_modules.shapes; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=EXAMPLE.parent).returncode == 0
+
+
 def refused(rank, world, what):
     initialize(world)
     from dip_megatron.models.protocol import MicrobatchInputs
@@ -162,6 +190,28 @@ def refused(rank, world, what):
 def test_what_cannot_be_is_refused(what, message):
     with pytest.raises(ProcessFailure, match=message):
         team(1).run(refused, what)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("megatron.training") is None,
+    reason="needs megatron.training, and is laid out for CPU ranks",
+)
+def test_dip_trains_with_megatrons_losses(tmp_path):
+    """The pretrain script under Megatron's own loop: two ranks through ``dip run``, and one without a pipeline."""
+
+    def pretrain(ranks: int, *flags: str):
+        launcher = ["-m", "dip_megatron.cli", "run"] if ranks > 1 else []
+        small = ["--train-iters", "4", "--lr-warmup-iters", "1", "--eval-iters", "1", *flags]
+        command = [sys.executable, *launcher, str(EXAMPLE / "pretrain.py"), *small]
+        return train(f"pp{ranks}", command, tmp_path, lambda *_: None, ranks, forked).losses
+
+    ours = pretrain(2, "--dip-config", str(EXAMPLE / "dip.yaml"))
+    theirs = pretrain(1, "--pipeline-model-parallel-size", "1")
+    assert sorted(ours) == [1, 2, 3, 4]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    log = (tmp_path / "pp2.rank1.log").read_text()
+    assert "[dip] iteration 4" in log
+    assert "can't defer weight gradients" not in log
 
 
 def test_the_walkthrough_quotes_the_example():
