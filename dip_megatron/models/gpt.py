@@ -47,7 +47,7 @@ class GptProgram(SegmentedProgram):
         super().__init__(layers, rank)
         self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
         config = kwargs["config"]
-        self._check_layers(LANGUAGE, config.num_layers)
+        self.check_layers(LANGUAGE, config.num_layers)
         if isinstance(kwargs["transformer_layer_spec"], TransformerBlockSubmodules):
             raise ValueError(
                 "DIP can't segment a GPT whose layers differ (its spec lists each of them); use --dip-schedule off"
@@ -71,9 +71,9 @@ class GptProgram(SegmentedProgram):
         config = segment_config(self.kwargs["config"], self.layers[LANGUAGE], self.rank)
         chunks = [
             GPTModel(**(self.kwargs | {"config": config}), pre_process=first, post_process=last, vp_stage=segment)
-            for segment, first, last in self._places(LANGUAGE)
+            for segment, first, last in self.places(LANGUAGE)
         ]
-        return self._finish(chunks, config)
+        return self.finish(chunks, config)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``GPTModel.forward`` by name. Raises ValueError for what has no segmented form."""

@@ -136,10 +136,10 @@ class LlavaProgram(SegmentedProgram):
         projector = not self.freeze.get("freeze_vision_projection", False)
         self.modules = (
             ModalityModule(
-                VISION, layers[VISION], trainable=self._trainable(VISION, body=not frozen[0], head=projector)
+                VISION, layers[VISION], trainable=self.trainable(VISION, body=not frozen[0], head=projector)
             ),
             ModalityModule(
-                LANGUAGE, layers[LANGUAGE], (VISION,), self._trainable(LANGUAGE, body=not frozen[1], head=False)
+                LANGUAGE, layers[LANGUAGE], (VISION,), self.trainable(LANGUAGE, body=not frozen[1], head=False)
             ),
         )
         self._tensor_parallel = language.tensor_model_parallel_size
@@ -149,8 +149,8 @@ class LlavaProgram(SegmentedProgram):
         self._built_shapes: LlavaShapes | None = None
 
     def _check(self, vision: Any, language: Any) -> None:
-        self._check_layers(VISION, vision.num_layers)
-        self._check_layers(LANGUAGE, language.num_layers)
+        self.check_layers(VISION, vision.num_layers)
+        self.check_layers(LANGUAGE, language.num_layers)
         if getattr(language, "language_model_type", "").startswith("nemotron"):
             raise ValueError("DIP can't segment hybrid (Mamba) language models; use --dip-schedule off")
         if self.kwargs.get("tile_tags"):
@@ -169,7 +169,7 @@ class LlavaProgram(SegmentedProgram):
         """Vision chunks, then language chunks."""
         chunks: list[LLaVAModel] = []
         for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
-            for segment, first, last in self._places(module):
+            for segment, first, last in self.places(module):
                 arguments = dict(self.kwargs)
                 for name in ("vision", "language"):
                     key = f"{name}_transformer_config"
@@ -189,7 +189,7 @@ class LlavaProgram(SegmentedProgram):
             sequence_parallel_size=self._sequence_parallel,
             dtype=dtype_name(language),
         )
-        return self._finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
+        return self.finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``LLaVAModel.forward`` by name. Raises ValueError for what has no segmented form."""

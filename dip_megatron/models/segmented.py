@@ -60,7 +60,7 @@ class SegmentedProgram:
         """All of it: a last module that doesn't say otherwise works on whole microbatches."""
         return 1.0
 
-    def _check_layers(self, module: str, count: int) -> None:
+    def check_layers(self, module: str, count: int) -> None:
         """Raises ValueError unless the partition gives ``module`` its ``count`` layers, on all ranks' chunks."""
         total = sum(sum(line) for line in self.layers[module])
         if total != count:
@@ -68,13 +68,13 @@ class SegmentedProgram:
         if any(len(line) != self.ranks for line in self.layers[module]):
             raise ValueError(f"partition of {module} must list {self.ranks} ranks per segment")
 
-    def _places(self, module: str) -> Iterator[tuple[int, bool, bool]]:
+    def places(self, module: str) -> Iterator[tuple[int, bool, bool]]:
         """This rank's chunks of ``module``: the segment of each, and whether the module begins and ends with it."""
         last = (len(self.layers[module]) - 1, self.ranks - 1)
         for segment in range(last[0] + 1):
             yield segment, segment == self.rank == 0, (segment, self.rank) == last
 
-    def _trainable(self, module: str, *, body: bool, head: bool) -> tuple[tuple[bool, ...], ...]:
+    def trainable(self, module: str, *, body: bool, head: bool) -> tuple[tuple[bool, ...], ...]:
         """Which chunks of ``module`` have weights to train, ``[segment][rank]``, if its stem and layers (``body``) or
         what follows them on the last chunk (``head``) do; empty: all."""
         if body:
@@ -83,7 +83,7 @@ class SegmentedProgram:
         flags[-1][-1] = head
         return tuple(map(tuple, flags))
 
-    def _finish(self, chunks: list[Chunk], config: Any) -> list[torch.nn.Module]:
+    def finish(self, chunks: list[Chunk], config: Any) -> list[torch.nn.Module]:
         """Let the rank's chunks, in their order, follow the mode and stand where Megatron's wrappers look.
 
         ``config`` is that of the module with the loss.

@@ -262,12 +262,12 @@ class T2vProgram(SegmentedProgram):
         self.freeze = dict(freeze or {})
         _check_configs(self.kwargs)
         text, diffusion = self.kwargs["text_config"], self.kwargs["diffusion_config"]
-        self._check_layers(LANGUAGE, text.num_layers)
-        self._check_layers(DIFFUSION, diffusion.num_layers)
+        self.check_layers(LANGUAGE, text.num_layers)
+        self.check_layers(DIFFUSION, diffusion.num_layers)
         reads = not self.freeze.get("freeze_text_encoder", False)
         projects = not self.freeze.get("freeze_text_projection", False)
         self.modules = (
-            ModalityModule(LANGUAGE, layers[LANGUAGE], trainable=self._trainable(LANGUAGE, body=reads, head=projects)),
+            ModalityModule(LANGUAGE, layers[LANGUAGE], trainable=self.trainable(LANGUAGE, body=reads, head=projects)),
             ModalityModule(DIFFUSION, layers[DIFFUSION], (LANGUAGE,)),
         )
         self.patch: Grid = tuple(self.kwargs["patch"])
@@ -286,11 +286,11 @@ class T2vProgram(SegmentedProgram):
         chunks = []
         for module, name in ((LANGUAGE, "text_config"), (DIFFUSION, "diffusion_config")):
             config = segment_config(self.kwargs[name], self.layers[module], self.rank)
-            for segment, first, last in self._places(module):
+            for segment, first, last in self.places(module):
                 chunk = _Part(self.kwargs | {name: config}, (module,), first, last, vp_stage=segment)
                 chunk.freeze(**self.freeze)
                 chunks.append(chunk)
-        return self._finish(chunks, segment_config(self.kwargs["diffusion_config"], self.layers[DIFFUSION], self.rank))
+        return self.finish(chunks, segment_config(self.kwargs["diffusion_config"], self.layers[DIFFUSION], self.rank))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The clips of a ``model(...)`` call. Raises ValueError for a batch that contradicts itself."""

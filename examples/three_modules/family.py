@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dip_megatron.megatron.describe import layer_shape
 from dip_megatron.model import (
+    EVERY_PART,
     LanguageHead,
     ModuleShape,
     MultimodalModel,
@@ -40,24 +41,23 @@ INSTANCES = {VISION: "images", AUDIO: "clips"}
 def describe(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
     """The planner's view: shapes of layers, stems and heads, and which module waits for which."""
     settings: Settings = blueprint.kwargs["settings"]
-    width, frozen = settings.configs[LANGUAGE].hidden_size, _frozen(blueprint)
-    modules = [
-        ModuleShape(
-            name, counted, settings.configs[name].num_layers, layer_shape(settings.configs[name], causal=False),
-            PatchEmbedding(patch=1, channels=settings.inputs[name].values),
-            Projector(width, width, settings.inputs[name].reduction),
-            trainable=("head",) if name in frozen else ("stem", "layers", "head"),
-        )
-        for name, counted in ((VISION, "images"), (AUDIO, "audios"))
-    ]  # fmt: skip
-    language = settings.configs[LANGUAGE]
-    modules.append(
-        ModuleShape(
-            LANGUAGE, "text", language.num_layers, layer_shape(language, causal=True),
-            TokenEmbedding(settings.vocabulary), LanguageHead(settings.vocabulary), upstream=(VISION, AUDIO),
-        )
+    language, frozen = settings.configs[LANGUAGE], _frozen(blueprint)
+
+    def encoder(name: str, counted: Literal["images", "audios"]) -> ModuleShape:
+        config, read = settings.configs[name], settings.inputs[name]
+        return ModuleShape(
+            name, counted, config.num_layers, layer_shape(config, causal=False),
+            stem=PatchEmbedding(patch=1, channels=read.values),
+            head=Projector(language.hidden_size, language.hidden_size, read.reduction),
+            trainable=("head",) if name in frozen else EVERY_PART,
+        )  # fmt: skip
+
+    decoder = ModuleShape(
+        LANGUAGE, "text", language.num_layers, layer_shape(language, causal=True),
+        stem=TokenEmbedding(settings.vocabulary), head=LanguageHead(settings.vocabulary), upstream=(VISION, AUDIO),
     )  # fmt: skip
-    return MultimodalModel("three-modules", tuple(modules), parallel, Packing(max_tokens=settings.sequence_length))
+    modules = encoder(VISION, "images"), encoder(AUDIO, "audios"), decoder
+    return MultimodalModel("three-modules", modules, parallel, Packing(max_tokens=settings.sequence_length))
 
 
 class ThreeModuleProgram(SegmentedProgram):
@@ -70,9 +70,9 @@ class ThreeModuleProgram(SegmentedProgram):
         settings.check()
         self.settings, self.frozen = settings, frozen
         for name, config in settings.configs.items():
-            self._check_layers(name, config.num_layers)
+            self.check_layers(name, config.num_layers)
         encoders = [
-            ModalityModule(name, layers[name], trainable=self._trainable(name, body=name not in frozen, head=True))
+            ModalityModule(name, layers[name], trainable=self.trainable(name, body=name not in frozen, head=True))
             for name in (VISION, AUDIO)
         ]
         self.modules = (*encoders, ModalityModule(LANGUAGE, layers[LANGUAGE], upstream=(VISION, AUDIO)))
@@ -91,11 +91,11 @@ class ThreeModuleProgram(SegmentedProgram):
         chunks = [
             Part(settings, (module.name,), first=first, last=last, vp_stage=segment)
             for module in self.modules
-            for segment, first, last in self._places(module.name)
+            for segment, first, last in self.places(module.name)
         ]
         for chunk in chunks:
             chunk.freeze(self.frozen)
-        return self._finish(chunks, configs[LANGUAGE])
+        return self.finish(chunks, configs[LANGUAGE])
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``ThreeModuleModel.forward`` by name."""
@@ -103,7 +103,8 @@ class ThreeModuleProgram(SegmentedProgram):
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
         """Counts of a microbatch: the tokens of each image and clip, and of the text around them."""
-        tokens, counts = inputs.arguments["tokens"], {}
+        tokens: torch.Tensor = inputs.arguments["tokens"]
+        counts: dict[str, tuple[int, ...]] = {}
         for name, read in self.settings.inputs.items():
             counts[name] = tuple(read.tokens(instance) for instance in inputs.arguments[INSTANCES[name]])
             places = int((tokens == PLACEHOLDER[name]).sum())

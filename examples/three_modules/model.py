@@ -46,14 +46,18 @@ class EncoderInput:
 
     def tokens(self, instance: torch.Tensor) -> int:
         """Tokens of the language model that an instance becomes. Raises ValueError if its size doesn't divide."""
-        (rows, columns), shape = self.patch, tuple(instance.shape)
-        patches = math.prod(shape[1:]) // math.prod(self.patch)
-        if shape[0] != self.channels or shape[1] % rows or shape[2] % columns or patches % self.reduction:
+        patches, (channels, height, width) = math.prod(self.grid(instance)), instance.shape
+        whole = height % self.patch[0] == width % self.patch[1] == patches % self.reduction == 0
+        if channels != self.channels or not whole:
             raise ValueError(
-                f"an instance of shape {shape}, expected [{self.channels}, height, width] in patches of {self.patch}, "
-                f"{self.reduction} to a token"
+                f"an instance of shape {tuple(instance.shape)}, expected [{self.channels}, height, width] in patches "
+                f"of {self.patch}, {self.reduction} to a token"
             )
         return patches // self.reduction
+
+    def grid(self, instance: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of its patches."""
+        return instance.shape[1] // self.patch[0], instance.shape[2] // self.patch[1]
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Encoder(MegatronModule):
         The first chunk begins with their patches, others with ``hidden`` ``[patches, 1, h]``, which all return but the
         last: that one returns embeddings ``[tokens, 1, hidden size of the language model]``.
         """
-        grids = [tuple(n // p for n, p in zip(x.shape[1:], self.input.patch, strict=True)) for x in instances]
+        grids = [self.input.grid(instance) for instance in instances]
         if self.stem is not None:
             patches = torch.cat([patchify(x.unsqueeze(1), (1, *self.input.patch)) for x in instances])
             places = torch.cat([positions(*grid, self.config.hidden_size, patches.device) for grid in grids])

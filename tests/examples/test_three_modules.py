@@ -197,19 +197,24 @@ def test_what_cannot_be_is_refused(what, message):
     reason="needs megatron.training, and is laid out for CPU ranks",
 )
 def test_dip_trains_with_megatrons_losses(tmp_path):
-    """The pretrain script under Megatron's own loop: two ranks through ``dip run``, and one without a pipeline."""
+    """The pretrain script under Megatron's loop: two ranks through ``dip run``, one without a pipeline, and one that
+    goes on from where the two stopped."""
 
-    def pretrain(ranks: int, *flags: str):
+    def pretrain(name: str, ranks: int, *flags: str):
         launcher = ["-m", "dip_megatron.cli", "run"] if ranks > 1 else []
-        small = ["--train-iters", "4", "--lr-warmup-iters", "1", "--eval-iters", "1", *flags]
-        command = [sys.executable, *launcher, str(EXAMPLE / "pretrain.py"), *small]
-        return train(f"pp{ranks}", command, tmp_path, lambda *_: None, ranks, forked).losses
+        small = {"--train-iters": 5, "--lr-warmup-iters": 1, "--eval-iters": 1, "--pipeline-model-parallel-size": ranks}
+        flags = (*(str(word) for pair in small.items() for word in pair), *flags)
+        command = [sys.executable, *launcher, str(EXAMPLE / "pretrain.py"), *flags]
+        return train(name, command, tmp_path, lambda *_: None, ranks, forked).losses
 
-    ours = pretrain(2, "--dip-config", str(EXAMPLE / "dip.yaml"))
-    theirs = pretrain(1, "--pipeline-model-parallel-size", "1")
+    saved = str(tmp_path / "saved")
+    stop = ("--save", saved, "--save-interval", "4", "--exit-interval", "4")
+    ours = pretrain("dip", 2, "--dip-config", str(EXAMPLE / "dip.yaml"), *stop)
+    theirs = pretrain("whole", 1)
     assert sorted(ours) == [1, 2, 3, 4]
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    log = (tmp_path / "pp2.rank1.log").read_text()
+    assert ours | {5: theirs[5]} == pytest.approx(theirs, rel=1e-5)
+    assert pretrain("resumed", 1, "--load", saved) == pytest.approx({5: theirs[5]}, rel=1e-5)
+    log = (tmp_path / "dip.rank1.log").read_text()
     assert "[dip] iteration 4" in log
     assert "can't defer weight gradients" not in log
 
