@@ -35,7 +35,7 @@ def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parall
         drop, 1, kwargs.get("pixel_shuffle", False),
     )  # fmt: skip
     encoder = ModuleShape(
-        VISION, "images", vision.num_layers, _layer(vision, causal=False),
+        VISION, "images", vision.num_layers, layer_shape(vision, causal=False),
         PatchEmbedding(kwargs.get("patch_dim", 14)),
         Projector(language.hidden_size, projection.ffn_hidden_size, 4 if kwargs.get("pixel_shuffle") else 1),
         trainable=_trainable(
@@ -46,7 +46,7 @@ def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parall
     vocabulary = kwargs["language_vocab_size"]
     trained = not freeze.get("freeze_language_model")
     decoder = ModuleShape(
-        LANGUAGE, "text", language.num_layers, _layer(language, causal=True), TokenEmbedding(vocabulary),
+        LANGUAGE, "text", language.num_layers, layer_shape(language, causal=True), TokenEmbedding(vocabulary),
         LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)), (VISION,),
         _trainable(stem=trained, layers=trained, head=trained),
     )  # fmt: skip
@@ -58,7 +58,7 @@ def describe_gpt(kwargs: Mapping[str, Any], parallel: Parallel) -> MultimodalMod
     """The GPT of these GPTModel arguments."""
     config, vocabulary = kwargs["config"], kwargs["vocab_size"]
     module = ModuleShape(
-        LANGUAGE, "text", config.num_layers, _layer(config, causal=True), TokenEmbedding(vocabulary),
+        LANGUAGE, "text", config.num_layers, layer_shape(config, causal=True), TokenEmbedding(vocabulary),
         LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)),
     )  # fmt: skip
     return MultimodalModel("gpt", (module,), parallel, Packing(max_tokens=kwargs["max_sequence_length"]))
@@ -71,11 +71,11 @@ def describe_t2v(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel
     hidden, channels, patch = diffusion.hidden_size, kwargs["latent_channels"], tuple(kwargs["patch"])
     reads = not freeze.get("freeze_text_encoder")
     encoder = ModuleShape(
-        LANGUAGE, "text", text.num_layers, _layer(text, causal=True), TokenEmbedding(kwargs["vocabulary"]),
+        LANGUAGE, "text", text.num_layers, layer_shape(text, causal=True), TokenEmbedding(kwargs["vocabulary"]),
         Projector(hidden, hidden),
         trainable=_trainable(stem=reads, layers=reads, head=not freeze.get("freeze_text_projection")),
     )  # fmt: skip
-    layer = replace(_layer(diffusion, causal=False), cross_attention=hidden, adaln="single")
+    layer = replace(layer_shape(diffusion, causal=False), cross_attention=hidden, adaln="single")
     transformer = ModuleShape(
         DIFFUSION, "clips", diffusion.num_layers, layer,
         LatentEmbedding(channels, patch, tuple(kwargs["compression"])), LatentHead(channels, patch), (LANGUAGE,),
@@ -83,7 +83,8 @@ def describe_t2v(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel
     return MultimodalModel("t2v", (encoder, transformer), parallel)
 
 
-def _layer(config: Any, *, causal: bool) -> TransformerLayer:
+def layer_shape(config: Any, *, causal: bool) -> TransformerLayer:
+    """A transformer layer of this TransformerConfig."""
     return TransformerLayer(
         hidden=config.hidden_size,
         ffn=config.ffn_hidden_size,

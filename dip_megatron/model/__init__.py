@@ -1,6 +1,7 @@
 """Descriptions of large multimodal models: modality modules, their graph, and how they are cut."""
 
 from .modules import (
+    EVERY_PART,
     AudioEmbedding,
     Head,
     LanguageHead,
@@ -22,6 +23,7 @@ from .partition import ModulePartition, Partition, even_partition, spread
 from .schema import load_model
 
 __all__ = [
+    "EVERY_PART",
     "AudioEmbedding",
     "Head",
     "LanguageHead",

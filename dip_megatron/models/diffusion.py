@@ -19,7 +19,7 @@ from megatron.core.models.T5.t5_spec import (
     decoder_model_with_local_spec,
     decoder_model_with_transformer_engine_default_spec,
 )
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from .packing import PackedLengths, pack
+from .parts import applied, linear
 from .protocol import Tensors
 from .sdpa import with_sdpa
 
@@ -149,20 +150,20 @@ class DiffusionTransformer(MegatronModule):
         self.patch, self.largest, self.first, self.last = patch, largest, first, last
         hidden, values = config.hidden_size, channels * math.prod(patch)
         if first:
-            self.patch_embedding = _linear(config, values, hidden, config.init_method)
+            self.patch_embedding = linear(config, values, hidden, config.init_method)
             self.positions = torch.nn.ModuleList(_table(config, count) for count in largest)
-            self.timestep_fc1 = _linear(config, FREQUENCIES, hidden, config.init_method, gather=False)
+            self.timestep_fc1 = linear(config, FREQUENCIES, hidden, config.init_method, gather=False)
             self.timestep_fc2 = RowParallelLinear(
                 hidden, hidden, config=config, init_method=config.init_method, bias=True, input_is_parallel=True,
                 skip_bias_add=False,
             )  # fmt: skip
-            self.modulation = _linear(config, hidden, 6 * hidden, torch.nn.init.zeros_)
+            self.modulation = linear(config, hidden, 6 * hidden, torch.nn.init.zeros_)
         self.decoder = TransformerBlock(
             config, layer_spec, pre_process=True, post_process=last, vp_stage=vp_stage, pg_collection=pg_collection
         )
         if last:
-            self.last_modulation = _linear(config, hidden, 2 * hidden, torch.nn.init.zeros_)
-            self.output = _linear(config, hidden, values, torch.nn.init.zeros_)
+            self.last_modulation = linear(config, hidden, 2 * hidden, torch.nn.init.zeros_)
+            self.output = linear(config, hidden, values, torch.nn.init.zeros_)
 
     def forward(
         self,
@@ -188,15 +189,15 @@ class DiffusionTransformer(MegatronModule):
         )  # fmt: skip
         if not self.last:
             return state | {"hidden": hidden}
-        shift, scale = _apply(self.last_modulation, torch.nn.functional.silu(state["timestep"])).chunk(2, dim=-1)
-        return _apply(self.output, modulate(hidden, shift, scale, lengths)).squeeze(1).float()
+        shift, scale = applied(self.last_modulation, torch.nn.functional.silu(state["timestep"])).chunk(2, dim=-1)
+        return applied(self.output, modulate(hidden, shift, scale, lengths)).squeeze(1).float()
 
     def _embed(self, grids: Sequence[Grid], patches: torch.Tensor, timesteps: torch.Tensor) -> Tensors:
         dtype = self.config.params_dtype
-        hidden = _apply(self.patch_embedding, patches.to(dtype)) + self._positions(grids, patches.device)
-        embedded = _apply(self.timestep_fc1, sinusoid(timesteps).to(dtype))
-        embedded = _apply(self.timestep_fc2, torch.nn.functional.silu(embedded))
-        modulation = _apply(self.modulation, torch.nn.functional.silu(embedded))
+        hidden = applied(self.patch_embedding, patches.to(dtype)) + self._positions(grids, patches.device)
+        embedded = applied(self.timestep_fc1, sinusoid(timesteps).to(dtype))
+        embedded = applied(self.timestep_fc2, torch.nn.functional.silu(embedded))
+        modulation = applied(self.modulation, torch.nn.functional.silu(embedded))
         return {"hidden": hidden.unsqueeze(1), "timestep": embedded, "modulation": modulation}
 
     def _positions(self, grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
@@ -233,17 +234,6 @@ def unpatchify(patches: torch.Tensor, grid: Grid, patch: Grid) -> torch.Tensor:
     (f, h, w), (a, b, d) = grid, patch
     split = patches.reshape(f, h, w, -1, a, b, d).permute(3, 0, 4, 1, 5, 2, 6)
     return split.reshape(-1, f * a, h * b, w * d)
-
-
-def _linear(config: TransformerConfig, inputs: int, outputs: int, init: Any, gather: bool = True) -> torch.nn.Module:
-    return ColumnParallelLinear(
-        inputs, outputs, config=config, init_method=init, bias=True, gather_output=gather, skip_bias_add=False
-    )
-
-
-def _apply(linear: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    output: torch.Tensor = linear(x)[0]
-    return output
 
 
 def _table(config: TransformerConfig, count: int) -> torch.nn.Embedding:

@@ -14,7 +14,7 @@ from ..schedule import ModalityModule, StageKey, Unit
 from ..workload import Microbatch
 from .layout import segment_config
 from .protocol import MicrobatchInputs, Tensors
-from .segmented import SegmentedProgram, dtype_name, unwrapped
+from .segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from .shapes import LANGUAGE, GptShapes
 
 _SIGNATURE = inspect.signature(GPTModel.forward)
@@ -47,7 +47,7 @@ class GptProgram(SegmentedProgram):
         super().__init__(layers, rank)
         self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
         config = kwargs["config"]
-        self._check_layers(LANGUAGE, config.num_layers)
+        self.check_layers(LANGUAGE, config.num_layers)
         if isinstance(kwargs["transformer_layer_spec"], TransformerBlockSubmodules):
             raise ValueError(
                 "DIP can't segment a GPT whose layers differ (its spec lists each of them); use --dip-schedule off"
@@ -68,27 +68,16 @@ class GptProgram(SegmentedProgram):
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """One chunk per segment."""
-        lines = self.layers[LANGUAGE]
-        config = segment_config(self.kwargs["config"], lines, self.rank)
+        config = segment_config(self.kwargs["config"], self.layers[LANGUAGE], self.rank)
         chunks = [
-            GPTModel(
-                **(self.kwargs | {"config": config}),
-                pre_process=segment == 0 and self.rank == 0,
-                post_process=segment == len(lines) - 1 and self.rank == self.ranks - 1,
-                vp_stage=segment,
-            )
-            for segment in range(len(lines))
+            GPTModel(**(self.kwargs | {"config": config}), pre_process=first, post_process=last, vp_stage=segment)
+            for segment, first, last in self.places(LANGUAGE)
         ]
-        return self._finish(chunks, config)
+        return self.finish(chunks, config)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``GPTModel.forward`` by name. Raises ValueError for what has no segmented form."""
-        arguments = dict(_SIGNATURE.bind(None, *args, **kwargs).arguments)
-        del arguments["self"]
-        for name, what in _UNSUPPORTED.items():
-            if arguments.get(name) is not None:
-                raise ValueError(f"DIP can't run {what} ({name} is set); use --dip-schedule off")
-        return arguments
+        return bound(_SIGNATURE, args, kwargs, _UNSUPPORTED)
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
         """One sequence per sample; only the first rank, which plans, needs to have the tokens."""

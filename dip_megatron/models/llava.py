@@ -19,7 +19,7 @@ from ..schedule import ModalityModule, StageKey, Unit
 from ..workload import Microbatch
 from .layout import order_free, segment_config
 from .protocol import MicrobatchInputs, Tensors
-from .segmented import SegmentedProgram, dtype_name, unwrapped
+from .segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from .shapes import LANGUAGE, VISION, LlavaShapes
 
 _SIGNATURE = inspect.signature(LLaVAModel.forward)
@@ -134,20 +134,12 @@ class LlavaProgram(SegmentedProgram):
         self._check(vision, language)
         frozen = [self.freeze.get(f"freeze_{name}", False) for name in ("vision_model", "language_model")]
         projector = not self.freeze.get("freeze_vision_projection", False)
-        trainable = tuple(
-            tuple(
-                (not frozen[0]) or (projector and k == len(layers[VISION]) - 1 and r == self.ranks - 1)
-                for r in range(self.ranks)
-            )
-            for k in range(len(layers[VISION]))
-        )
         self.modules = (
-            ModalityModule(VISION, layers[VISION], trainable=trainable),
             ModalityModule(
-                LANGUAGE,
-                layers[LANGUAGE],
-                (VISION,),
-                tuple((not frozen[1],) * self.ranks for _ in layers[LANGUAGE]) if frozen[1] else (),
+                VISION, layers[VISION], trainable=self.trainable(VISION, body=not frozen[0], head=projector)
+            ),
+            ModalityModule(
+                LANGUAGE, layers[LANGUAGE], (VISION,), self.trainable(LANGUAGE, body=not frozen[1], head=False)
             ),
         )
         self._tensor_parallel = language.tensor_model_parallel_size
@@ -157,8 +149,8 @@ class LlavaProgram(SegmentedProgram):
         self._built_shapes: LlavaShapes | None = None
 
     def _check(self, vision: Any, language: Any) -> None:
-        self._check_layers(VISION, vision.num_layers)
-        self._check_layers(LANGUAGE, language.num_layers)
+        self.check_layers(VISION, vision.num_layers)
+        self.check_layers(LANGUAGE, language.num_layers)
         if getattr(language, "language_model_type", "").startswith("nemotron"):
             raise ValueError("DIP can't segment hybrid (Mamba) language models; use --dip-schedule off")
         if self.kwargs.get("tile_tags"):
@@ -177,19 +169,13 @@ class LlavaProgram(SegmentedProgram):
         """Vision chunks, then language chunks."""
         chunks: list[LLaVAModel] = []
         for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
-            segments = len(self.layers[module])
-            for segment in range(segments):
+            for segment, first, last in self.places(module):
                 arguments = dict(self.kwargs)
                 for name in ("vision", "language"):
                     key = f"{name}_transformer_config"
                     arguments[key] = segment_config(arguments[key], self.layers[name], self.rank)
                 arguments["vision_projection_config"] = order_free(arguments["vision_projection_config"])
-                chunk = kind(
-                    segment == 0 and self.rank == 0,
-                    segment == segments - 1 and self.rank == self.ranks - 1,
-                    vp_stage=segment,
-                    **arguments,
-                )
+                chunk = kind(first, last, vp_stage=segment, **arguments)
                 chunk.freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
                                 "freeze_vision_projection": False, **self.freeze})  # fmt: skip
                 chunks.append(chunk)
@@ -203,16 +189,11 @@ class LlavaProgram(SegmentedProgram):
             sequence_parallel_size=self._sequence_parallel,
             dtype=dtype_name(language),
         )
-        return self._finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
+        return self.finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``LLaVAModel.forward`` by name. Raises ValueError for what has no segmented form."""
-        arguments = dict(_SIGNATURE.bind(None, *args, **kwargs).arguments)
-        del arguments["self"]
-        for name, what in _UNSUPPORTED.items():
-            if arguments.get(name) is not None:
-                raise ValueError(f"DIP can't run {what} ({name} is set); use --dip-schedule off")
-        return arguments
+        return bound(_SIGNATURE, args, kwargs, _UNSUPPORTED)
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
         """Images, and the lengths of the combined sequences (padded to the longest, as Megatron pads them)."""

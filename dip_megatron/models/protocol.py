@@ -34,6 +34,14 @@ class Inputs(list[Tensors]):
         self.unit = unit
         self.units = tuple(units)
 
+    def of(self, module: str, name: str) -> torch.Tensor | None:
+        """The tensors called ``name`` that come from units of ``module``, one after the other along their first
+        dimension; None if there are none."""
+        found = [payload[name] for payload, unit in zip(self, self.units, strict=True) if unit.module == module]
+        if len(found) < 2:
+            return found[0] if found else None
+        return torch.cat(found)
+
 
 class Shapes(Protocol):
     """Payload shapes by content, without the model: a small picklable object, used in planner workers."""

@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 
 from ..runtime.modes import StageMode
 from ..schedule import Unit
 from . import deferred_linear, layer_memory
 
 Chunk = TypeVar("Chunk", bound=torch.nn.Module)
+
+
+class ModelPart(MegatronModule):
+    """A model, or what of it one chunk holds, with the attributes that Megatron reads of every stage of a pipeline."""
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+        pg_collection: Any = None,
+    ):
+        """``pre_process``: the part begins the module with the loss; ``post_process``: it computes the loss.
+        ``vp_stage`` is the chunk's segment."""
+        super().__init__(config=config)
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = False
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Part of Megatron's interface of pipeline stages; inputs come as arguments here."""
 
 
 class SegmentedProgram:
@@ -34,7 +60,7 @@ class SegmentedProgram:
         """All of it: a last module that doesn't say otherwise works on whole microbatches."""
         return 1.0
 
-    def _check_layers(self, module: str, count: int) -> None:
+    def check_layers(self, module: str, count: int) -> None:
         """Raises ValueError unless the partition gives ``module`` its ``count`` layers, on all ranks' chunks."""
         total = sum(sum(line) for line in self.layers[module])
         if total != count:
@@ -42,7 +68,22 @@ class SegmentedProgram:
         if any(len(line) != self.ranks for line in self.layers[module]):
             raise ValueError(f"partition of {module} must list {self.ranks} ranks per segment")
 
-    def _finish(self, chunks: list[Chunk], config: Any) -> list[torch.nn.Module]:
+    def places(self, module: str) -> Iterator[tuple[int, bool, bool]]:
+        """This rank's chunks of ``module``: the segment of each, and whether the module begins and ends with it."""
+        last = (len(self.layers[module]) - 1, self.ranks - 1)
+        for segment in range(last[0] + 1):
+            yield segment, segment == self.rank == 0, (segment, self.rank) == last
+
+    def trainable(self, module: str, *, body: bool, head: bool) -> tuple[tuple[bool, ...], ...]:
+        """Which chunks of ``module`` have weights to train, ``[segment][rank]``, if its stem and layers (``body``) or
+        what follows them on the last chunk (``head``) do; empty: all."""
+        if body:
+            return ()
+        flags = [[False] * self.ranks for _ in self.layers[module]]
+        flags[-1][-1] = head
+        return tuple(map(tuple, flags))
+
+    def finish(self, chunks: list[Chunk], config: Any) -> list[torch.nn.Module]:
         """Let the rank's chunks, in their order, follow the mode and stand where Megatron's wrappers look.
 
         ``config`` is that of the module with the loss.
@@ -57,6 +98,21 @@ class SegmentedProgram:
             layer_memory.install(chunk, self.mode)
         self._supports_split = not any(deferred_linear.undeferrable(chunk) for chunk in chunks)
         return list(chunks)
+
+
+def bound(
+    signature: inspect.Signature, args: Any, kwargs: Any, unsupported: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Arguments of a method of this ``signature`` by name, without ``self`` and those left out.
+
+    Raises ValueError if one of ``unsupported`` (name: what it is) is set.
+    """
+    arguments = dict(signature.bind(None, *args, **kwargs).arguments)
+    del arguments["self"]
+    for name, what in (unsupported or {}).items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"DIP can't run {what} ({name} is set); use --dip-schedule off")
+    return arguments
 
 
 def unwrapped(chunk: torch.nn.Module, kind: type[Chunk]) -> Chunk:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -22,10 +20,11 @@ from ..schedule import ModalityModule, StageKey, Unit
 from ..workload import Clip, Microbatch
 from .diffusion import DiffusionTransformer, Grid, patchify, unpatchify
 from .layout import segment_config
+from .parts import projector
 from .protocol import Inputs, MicrobatchInputs, Tensors
-from .segmented import SegmentedProgram, dtype_name, unwrapped
+from .segmented import ModelPart, SegmentedProgram, bound, dtype_name, unwrapped
 from .shapes import DIFFUSION, LANGUAGE, T2vShapes
-from .text_encoder import TextEncoder, text_projector
+from .text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class VideoBatch:
         return torch.cat([patchify(way, patch) for way in ways])
 
 
-class _Part(MegatronModule):
+class _Part(ModelPart):
     """A text encoder, a diffusion transformer, or both: all of them or what a chunk holds. ``kwargs`` are those of
     :class:`TextToVideoModel`."""
 
@@ -100,14 +99,13 @@ class _Part(MegatronModule):
         self, kwargs: Mapping[str, Any], modules: Sequence[str], first: bool, last: bool, vp_stage: int | None
     ):
         config: TransformerConfig = kwargs["diffusion_config"]
-        super().__init__(config=config)
+        super().__init__(
+            config, pre_process=first and LANGUAGE in modules, post_process=last and DIFFUSION in modules,
+            vp_stage=vp_stage, pg_collection=kwargs.get("pg_collection"),
+        )  # fmt: skip
         self.patch = tuple(kwargs["patch"])
         self.channels = kwargs["latent_channels"]
-        self.vp_stage = vp_stage
-        self.pre_process, self.post_process = first and LANGUAGE in modules, last and DIFFUSION in modules
-        self.share_embeddings_and_output_weights = False
         self.text_encoder = self.text_projection = self.diffusion = None
-        self.pg_collection = kwargs.get("pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
         placed: dict[str, Any] = {
             "first": first, "last": last, "vp_stage": vp_stage, "pg_collection": self.pg_collection
         }  # fmt: skip
@@ -118,15 +116,12 @@ class _Part(MegatronModule):
                 rotary_base=kwargs["text_rotary_base"], **placed,
             )  # fmt: skip
             if last:
-                self.text_projection = text_projector(text.hidden_size, config)
+                self.text_projection = projector(text.hidden_size, config)
         if DIFFUSION in modules:
             self.diffusion = DiffusionTransformer(
                 config, kwargs["diffusion_layer_spec"], channels=self.channels, patch=self.patch,
                 largest=tuple(kwargs["largest_grid"]), **placed,
             )  # fmt: skip
-
-    def set_input_tensor(self, input_tensor: Any) -> None:
-        """Part of Megatron's interface of pipeline stages; inputs come as arguments here."""
 
     def freeze(self, freeze_text_encoder: bool = False, freeze_text_projection: bool = False) -> None:
         """Keep the LLM, or its projector, as they are."""
@@ -267,14 +262,12 @@ class T2vProgram(SegmentedProgram):
         self.freeze = dict(freeze or {})
         _check_configs(self.kwargs)
         text, diffusion = self.kwargs["text_config"], self.kwargs["diffusion_config"]
-        self._check_layers(LANGUAGE, text.num_layers)
-        self._check_layers(DIFFUSION, diffusion.num_layers)
+        self.check_layers(LANGUAGE, text.num_layers)
+        self.check_layers(DIFFUSION, diffusion.num_layers)
         reads = not self.freeze.get("freeze_text_encoder", False)
         projects = not self.freeze.get("freeze_text_projection", False)
-        chunks = [[(k, r) for r in range(self.ranks)] for k in range(len(layers[LANGUAGE]))]
-        trains = tuple(tuple(reads or (projects and place == chunks[-1][-1]) for place in line) for line in chunks)
         self.modules = (
-            ModalityModule(LANGUAGE, layers[LANGUAGE], trainable=trains),
+            ModalityModule(LANGUAGE, layers[LANGUAGE], trainable=self.trainable(LANGUAGE, body=reads, head=projects)),
             ModalityModule(DIFFUSION, layers[DIFFUSION], (LANGUAGE,)),
         )
         self.patch: Grid = tuple(self.kwargs["patch"])
@@ -292,18 +285,16 @@ class T2vProgram(SegmentedProgram):
         """Chunks of the text encoder, then of the diffusion transformer."""
         chunks = []
         for module, name in ((LANGUAGE, "text_config"), (DIFFUSION, "diffusion_config")):
-            segments = len(self.layers[module])
             config = segment_config(self.kwargs[name], self.layers[module], self.rank)
-            for segment in range(segments):
-                first, last = segment == self.rank == 0, (segment, self.rank) == (segments - 1, self.ranks - 1)
+            for segment, first, last in self.places(module):
                 chunk = _Part(self.kwargs | {name: config}, (module,), first, last, vp_stage=segment)
                 chunk.freeze(**self.freeze)
                 chunks.append(chunk)
-        return self._finish(chunks, segment_config(self.kwargs["diffusion_config"], self.layers[DIFFUSION], self.rank))
+        return self.finish(chunks, segment_config(self.kwargs["diffusion_config"], self.layers[DIFFUSION], self.rank))
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The clips of a ``model(...)`` call. Raises ValueError for a batch that contradicts itself."""
-        arguments = dict(_SIGNATURE.bind(None, *args, **kwargs).arguments)
+        arguments = bound(_SIGNATURE, args, kwargs)
         return {"batch": _batch(self.patch, self.kwargs["latent_channels"], arguments)}
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:

@@ -1,8 +1,7 @@
-"""An LLM as text encoder: GPT layers over packed prompts, and a projector to the width of the module that reads it."""
+"""An LLM as text encoder: GPT layers over packed prompts."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -73,14 +69,3 @@ class TextEncoder(MegatronModule):
         return self.decoder(
             hidden, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(max(lengths)), packed_seq_params=packed
         )
-
-
-def text_projector(text_width: int, config: TransformerConfig) -> MultimodalProjector:
-    """Megatron's projector from the LLM's width to that of ``config``, its inner width too."""
-    own = copy.copy(config)
-    own.ffn_hidden_size = config.hidden_size
-    own.gated_linear_unit = False
-    own.activation_func = torch.nn.functional.gelu
-    return MultimodalProjector(
-        own, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), "mlp", text_width
-    )

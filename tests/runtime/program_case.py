@@ -1,0 +1,139 @@
+"""Any stage program on real processes beside the plain model: Megatron's own run without a pipeline, and ours, on the
+same weights and batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dip_megatron.model import MultimodalModel
+from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.live import without_training
+from dip_megatron.planner.service import PlannerService
+from dip_megatron.schedule import Kind, ModalityModule, StageGraph
+from dip_megatron.workload import Microbatch, make_units
+from tests.runtime.llava_case import finalize_without_ddp, global_name, gradients
+from tests.runtime.split_case import Drawn, DrawnMaker
+
+
+def tiny_config(layers: int, hidden: int, pp: int, **more: Any) -> Any:
+    """A TransformerConfig in double precision (see :func:`seed`), without dropout or fused kernels."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=layers, hidden_size=hidden, num_attention_heads=4, use_cpu_initialization=True,
+        pipeline_model_parallel_size=pp, params_dtype=torch.float64, pipeline_dtype=torch.float64, hidden_dropout=0.0,
+        attention_dropout=0.0, deallocate_pipeline_outputs=True, masked_softmax_fusion=False,
+        bias_activation_fusion=False, bias_dropout_fusion=False, persist_layer_norm=False,
+        gradient_accumulation_fusion=False, apply_rope_fusion=False, **more,
+    )  # fmt: skip
+
+
+def split_dimension(parameter: torch.nn.Parameter) -> int | None:
+    """Along which dimension tensor parallelism splits it."""
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+
+
+def seed(models: list[torch.nn.Module]) -> None:
+    """The same weights whatever the partition, each rank its shards of them.
+
+    In double precision: in single, sums over parts of a microbatch differ from those over the whole by a few millionths
+    where gradients are small sums of large terms, and an error as small could hide there.
+    """
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    for model in models:
+        model.double()  # Megatron's norms are built in single precision
+        for local, parameter in model.named_parameters():
+            name, shape, split = global_name(model, local), list(parameter.shape), split_dimension(parameter)
+            if split is not None:
+                shape[split] *= size
+            drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+            weight = torch.randn(shape, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64)
+            weight *= 0.2 if parameter.dim() > 1 else 0.05
+            weight += 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.data.copy_(weight if split is None else weight.chunk(size, split)[rank])
+
+
+def plain_run(model: Any, forward_step: Callable[..., Any], batches: Sequence[Any]) -> Any:
+    """Losses and gradients of a whole model under Megatron's schedule without a pipeline."""
+    from megatron.core.enums import ModelType
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    model.model_type = ModelType.encoder_or_decoder
+    model.config.finalize_model_grads_func = finalize_without_ddp
+    seed([model])
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter(batches), model=[model], num_microbatches=len(batches),
+        seq_length=1, micro_batch_size=1, forward_only=False,
+    )  # fmt: skip
+    return losses, gradients([model])
+
+
+@dataclass(frozen=True)
+class DrawnUnitGraphs:
+    """Graphs with drawn durations, so that plans come in orders no cost model would think of."""
+
+    model: MultimodalModel
+    modules: tuple[ModalityModule, ...]
+    unit_size: dict[str, int | None]
+    seed: int = 0
+
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
+        units = make_units(self.model, loads, self.unit_size)
+        ranks, segments = len(self.modules[0].layers[0]), {m.name: m.segments for m in self.modules}
+        rows = sum(segments[u.module] for u in units)
+        draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
+        graph = StageGraph(
+            ranks, self.modules, units, draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
+            np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
+        )  # fmt: skip
+        return without_training(graph) if forward_only else graph
+
+
+def drawn_run(
+    rank: int,
+    world: int,
+    program: Any,
+    model: MultimodalModel,
+    unit_size: dict[str, int | None],
+    drawn: Drawn,
+    forward_step: Callable[..., Any],
+    batches: Sequence[Any],
+    forward_only: bool = False,
+) -> Any:
+    """Losses of one iteration of ``program`` under a drawn plan, gradients on this rank, and the kinds of operations
+    that it ran, by module. ``model`` is the planner's view."""
+    from dip_megatron.megatron.exchange import GlooExchange
+    from dip_megatron.megatron.forward_backward import DipForwardBackward
+    from dip_megatron.runtime.clock import Clock
+    from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.transport import DistributedTransport
+
+    chunks = program.build_chunks()
+    assert program.supports_split
+    seed(chunks)
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_without_ddp
+    ranks = list(range(world))
+    clock = Clock(torch.device("cpu"))
+    maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, unit_size, drawn.seed), program.shapes, drawn)
+    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    transport = DistributedTransport(ranks, rank, torch.device("cpu"), 60.0)
+    ran: list[tuple[str, Kind]] = []
+    step = DipForwardBackward(
+        program, Executor(rank, transport, clock), feed, clock,
+        on_iteration=lambda report, plan, spans: ran.extend((s.key.module, s.key.kind) for s in spans),
+    )  # fmt: skip
+    losses = step(
+        forward_step_func=forward_step, data_iterator=iter(batches), model=chunks, num_microbatches=len(batches),
+        forward_only=forward_only,
+    )  # fmt: skip
+    feed.close()
+    return [losses], gradients(chunks), ran
