@@ -1,11 +1,12 @@
 """The forward-backward function that Megatron's train loop gets instead of its own schedule.
 
-Per iteration: take the microbatches read ahead and their plan (made meanwhile, equal on all ranks), read and submit the
-next iteration's, run the plan, finalize gradients. The keyword arguments are those of Megatron's schedules.
+Per iteration: take the microbatches read ahead and their plan (made meanwhile, equal on all ranks), run the plan and in
+its gaps read and submit the next iteration's, finalize gradients. Keyword arguments are those of Megatron's schedules.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +43,12 @@ class PlanningPolicy:
     look_ahead: Callable[[], bool] = lambda: True
     """Whether the training iteration that is about to run is followed by another."""
 
-    def budget(self, last_iteration_seconds: float) -> float:
-        """Seconds of search for the next plan; the rest of the iteration is for lowering, checking and broadcasting."""
+    def budget(self, seconds_left: float) -> float:
+        """Seconds of search for the next plan, so many before this iteration is expected to end; the rest is for
+        lowering, checking and broadcasting, which take tens of milliseconds."""
         if self.budget_seconds is not None:
             return self.budget_seconds
-        return max(0.05, 0.6 * last_iteration_seconds)
+        return max(0.02, 0.6 * (seconds_left - 0.03))
 
 
 class DipForwardBackward:
@@ -134,10 +136,19 @@ class DipForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
         repeated = None if forward_only else self._repetition.again()
+        following: Iterator[None] = iter(())
         if repeated is not None:
             self.iterations -= 1
-            self._clock.begin()
-        microbatches, fed = repeated or self._read(iterator, forward_step_func, chunks, num_microbatches, forward_only)
+            microbatches, fed = repeated
+        else:
+            key = (id(iterator), forward_only)
+            source = self._source(key, iterator, forward_step_func, chunks)
+            microbatches, fed = self._read(key, source, num_microbatches)
+            if not forward_only:
+                self._repetition.keep(microbatches, fed)
+                if self._policy.look_ahead():
+                    following = self._read_ahead(key, source, num_microbatches)
+        self._clock.begin()
         step = MegatronStep(
             config, forward_step_func, num_microbatches=num_microbatches,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
@@ -147,7 +158,7 @@ class DipForwardBackward:
             for chunk in chunks:
                 if hasattr(chunk, "set_is_first_microbatch"):
                     chunk.set_is_first_microbatch()
-        self._run(fed.plan, chunks, microbatches, step, config, forward_only)
+        self._run(fed.plan, chunks, microbatches, step, config, forward_only, following)
         spans = self._clock.spans()
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
@@ -162,31 +173,30 @@ class DipForwardBackward:
             self.iterations += 1
         return step.forward_data_store
 
-    def _read(
-        self, iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any], chunks: list[torch.nn.Module],
-        num_microbatches: int, forward_only: bool,
-    ) -> tuple[list[MicrobatchInputs], FedPlan]:  # fmt: skip
-        """This iteration's microbatches and plan; what the next one needs is read, and its plan requested."""
-        key = (id(iterator), forward_only)
-        source = self._source(key, iterator, forward_step_func, chunks)
-        ticket, planned = self._next_ticket.pop(key, (None, num_microbatches))
-        if ticket is not None and planned != num_microbatches:
+    def _read(self, key: tuple[int, bool], source: LookAhead, count: int) -> tuple[list[MicrobatchInputs], FedPlan]:
+        """This iteration's microbatches and plan."""
+        ticket, planned = self._next_ticket.pop(key, (None, count))
+        if ticket is not None and planned != count:
             self._feed.take(ticket)  # planned for another number of microbatches: all ranks drop it alike
             ticket = None
-        microbatches = source.take(num_microbatches)
+        microbatches = source.take(count)
         if ticket is None:
-            ticket = self._request(microbatches, forward_only, budget=0.0, wait=0.0)
-        fed = self._feed.take(ticket)
-        self._clock.begin()
-        if not forward_only:
-            if self._policy.look_ahead():
-                coming = source.peek(num_microbatches)
-                if len(coming) == num_microbatches:
-                    budget = self._policy.budget(self._last_seconds)
-                    coming_ticket = self._request(coming, False, budget, wait=1.3 * budget + 0.1)
-                    self._next_ticket[key] = (coming_ticket, num_microbatches)
-            self._repetition.keep(microbatches, fed)
-        return microbatches, fed
+            ticket = self._request(microbatches, key[1], budget=0.0, wait=0.0)
+        return microbatches, self._feed.take(ticket)
+
+    def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int) -> Iterator[None]:
+        """Read the next iteration's microbatches step by step, then request its plan. The first pipeline rank, on which
+        plans are made, waits less often than the others and takes larger steps."""
+        began = time.perf_counter()
+        each = 2 if self._executor.position.rank == 0 else 1
+        for ready in range(each, count + each, each):
+            source.fill(min(ready, count))
+            yield
+        coming = source.peek(count)
+        if len(coming) == count:
+            budget = self._policy.budget(self._last_seconds - (time.perf_counter() - began))
+            ticket = self._request(coming, False, budget, wait=1.3 * budget + 0.1)
+            self._next_ticket[key] = (ticket, count)
 
     def _source(
         self, key: tuple[int, bool], iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any],
@@ -210,7 +220,7 @@ class DipForwardBackward:
 
     def _run(
         self, plan: Plan, chunks: list[torch.nn.Module], microbatches: list[MicrobatchInputs], step: MegatronStep,
-        config: Any, forward_only: bool,
+        config: Any, forward_only: bool, following: Iterator[None],
     ) -> None:  # fmt: skip
         graph, rank = plan.graph, self._executor.position.rank
         places = [(m.name, k) for m in self._program.modules for k in range(m.segments)]
@@ -232,7 +242,7 @@ class DipForwardBackward:
         parameters = ParameterSynchronization(chunks)
         parameters.begin()
         sync.begin({i for i, place in enumerate(places) if not remaining[place]})
-        self._executor.run(plan, runner, self.iterations)
+        self._executor.run(plan, runner, self.iterations, following)
         sync.end()
         parameters.end()
 

@@ -6,7 +6,7 @@ iteration lives in :class:`Position` and the executor's mailboxes, and is gone a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -88,6 +88,7 @@ class Executor:
         self._transport = transport
         self._clock = clock
         self._mail = _Mail()
+        self._meanwhile: Iterator[None] = iter(())
         self._handlers: dict[Kind | CommunicationKind, Callable[..., None]] = {}
         for kind in (Kind.F, Kind.B, Kind.BW, Kind.W):
             self.register(kind, {Kind.F: self._forward, Kind.W: self._weight}.get(kind, self._backward))
@@ -100,9 +101,14 @@ class Executor:
         """Let ``handler(plan, runner, action)`` run all actions of a kind."""
         self._handlers[kind] = handler
 
-    def run(self, plan: Plan, runner: StageRunner, iteration: int = 0) -> None:
-        """Execute the rank's actions in order. The plan must have passed :func:`schedule.verify.verify`."""
+    def run(self, plan: Plan, runner: StageRunner, iteration: int = 0, meanwhile: Iterator[None] | None = None) -> None:
+        """Execute the rank's actions in order. The plan must have passed :func:`schedule.verify.verify`.
+
+        ``meanwhile`` is work for the gaps: one step of it is done before each wait for a message, the rest at the end.
+        Ranks with the same actions (a stage's tensor-parallel ones) do the same step at the same place.
+        """
         self._mail = _Mail()
+        self._meanwhile = iter(()) if meanwhile is None else meanwhile
         position = self.position
         position.plan, position.iteration, position.index = plan, iteration, 0
         for index, action in enumerate(plan.actions[self._rank]):
@@ -110,6 +116,8 @@ class Executor:
             kind: Kind | CommunicationKind = action.key.kind if isinstance(action, Compute) else action.kind
             self._handlers[kind](plan, runner, action)
         position.index = len(plan.actions[self._rank])
+        for _ in self._meanwhile:
+            pass
         position.plan = None
 
     # -- compute -------------------------------------------------------------------------------------------------
@@ -165,6 +173,7 @@ class Executor:
 
     def _wait_irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         message = action.message
+        next(self._meanwhile, None)
         self._mail.inbox[message] = self._wait(self._mail.receiving.pop(message), message)
 
     def _wait(self, transfer: Transfer, message: Message) -> Tensors:
