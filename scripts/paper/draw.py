@@ -81,7 +81,7 @@ def panels(path: Path, parts: Sequence[tuple[Mapping[str, Points], str, str, str
 
 def _finish(figure: Figure, axis, path: Path, title: str, columns: int = 2) -> Path:  # type: ignore[no-untyped-def]
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axis.legend(fontsize=8, frameon=False, ncols=columns)
+    figure.legend(fontsize=8, frameon=False, ncols=columns, loc="outside lower center")  # never over what is drawn
     _bare(axis)
     figure.savefig(path, dpi=130)
     return path
