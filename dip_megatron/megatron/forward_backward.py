@@ -147,7 +147,7 @@ class DipForwardBackward:
             if not forward_only:
                 self._repetition.keep(microbatches, fed)
                 if self._policy.look_ahead():
-                    following = self._read_ahead(key, source, num_microbatches)
+                    following = self._read_ahead(key, source, num_microbatches, time.perf_counter())
         self._clock.begin()
         step = MegatronStep(
             config, forward_step_func, num_microbatches=num_microbatches,
@@ -184,10 +184,9 @@ class DipForwardBackward:
             ticket = self._request(microbatches, key[1], budget=0.0, wait=0.0)
         return microbatches, self._feed.take(ticket)
 
-    def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int) -> Iterator[None]:
-        """Read the next iteration's microbatches step by step, then request its plan. The first pipeline rank, on which
-        plans are made, waits less often than the others and takes larger steps."""
-        began = time.perf_counter()
+    def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
+        """Read the next iteration's microbatches step by step, then request its plan; this one ``began`` at that time.
+        The first pipeline rank, on which plans are made, waits less often than the others and takes larger steps."""
         each = 2 if self._executor.position.rank == 0 else 1
         for ready in range(each, count + each, each):
             source.fill(min(ready, count))
