@@ -52,7 +52,8 @@ class PlanFeed:
     from what all ranks measured."""
 
     def __init__(self, exchange: Exchange, service: PlannerService | None, recalibrate: bool = False):
-        """``recalibrate`` (the same on all ranks): plan with costs corrected by measurements."""
+        """``exchange`` is the feed's alone: a thread broadcasts over it at any time. ``recalibrate`` (the same on all
+        ranks): plan with costs corrected by measurements."""
         if (exchange.rank == 0) != (service is not None):
             raise ValueError("exactly rank 0 of the exchange has a planner service")
         self._exchange = exchange

@@ -187,7 +187,8 @@ class Bench:
         service = PlannerService(FixedPlan(plan), workers=0) if self.rank == 0 else None
         clock, reports = Clock(self.device), []
         step = DipForwardBackward(
-            program, Executor(self.rank, self.transport, clock), PlanFeed(self.exchange, service), clock,
+            program, Executor(self.rank, self.transport, clock),
+            PlanFeed(GlooExchange(list(range(self.ranks)), TIMEOUT), service), clock,
             on_iteration=lambda report, plan, spans: reports.append((report, spans)),
         )  # fmt: skip
         data = itertools.repeat(self.text)
