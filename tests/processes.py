@@ -6,6 +6,7 @@ Processes of a :class:`Team` stay up between calls, because importing Megatron t
 from __future__ import annotations
 
 import atexit
+import functools
 import io
 import os
 import random
@@ -109,6 +110,15 @@ class Team:
             theirs.close()
             self.processes.append(process)
             self._connections.append(ours)
+
+
+@functools.cache
+def transport(world: int, rank: int) -> Any:
+    """This process's transport between all ranks of a pipeline. Of each there is one: a channel of gloo's is a process
+    group, whose threads wake a hundred times a second for as long as the process lives."""
+    from dip_megatron.runtime.transport import DistributedTransport
+
+    return DistributedTransport(list(range(world)), rank, torch.device("cpu"), 60.0)
 
 
 _TEAMS: dict[int, Team] = {}

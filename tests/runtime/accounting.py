@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.processes import transport
 from tests.runtime import gpt_case
 from tests.runtime.llava_case import (
     IMAGE,
@@ -253,7 +254,6 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
     from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
-    from dip_megatron.runtime.transport import DistributedTransport
     from dip_megatron.schedule import Schedule
     from dip_megatron.schedule.lower import make_plan
 
@@ -287,8 +287,7 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     stages = ModelStages(
         program, chunks, step, state, last_rank=world - 1, look_ahead=StageLookAhead.of(plan, rank)
     )  # fmt: skip
-    transport = DistributedTransport(list(range(world)), rank, torch.device("cpu"), 60.0)
-    executor = Executor(rank, transport, Clock(torch.device("cpu")))
+    executor = Executor(rank, transport(world, rank), Clock(torch.device("cpu")))
     most = 0
     with LiveBytes() as live:
 

@@ -14,6 +14,7 @@ from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule import ModalityModule, StageGraph, Unit
 from dip_megatron.workload import Microbatch
 from dip_megatron.workload.units import even_slices
+from tests.processes import transport
 from tests.runtime.llava_case import (
     Case,
     batches,
@@ -71,7 +72,6 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
     from dip_megatron.models.llava import LlavaProgram
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
-    from dip_megatron.runtime.transport import DistributedTransport
 
     program = LlavaProgram(
         llava_kwargs(case, world), {"vision": case.vision, "language": case.language}, rank=rank,
@@ -86,9 +86,7 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
     clock = Clock(device)
     maker = LivePlanMaker(DrawnGraphs(program.modules, case.unit_size, seed), program.shapes)
     feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
-    step = DipForwardBackward(
-        program, Executor(rank, DistributedTransport(ranks, rank, device, 60.0), clock), feed, clock
-    )
+    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), feed, clock)
     losses = []
     data = iter([b for i in range(iterations) for b in batches(case, seed=i)])
     for _ in range(iterations):

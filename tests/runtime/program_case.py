@@ -17,6 +17,7 @@ from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule import Kind, ModalityModule, StageGraph
 from dip_megatron.workload import Microbatch, make_units
+from tests.processes import transport
 from tests.runtime.llava_case import finalize_without_ddp, global_name, gradients
 from tests.runtime.split_case import Drawn, DrawnMaker
 
@@ -114,7 +115,6 @@ def drawn_run(
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
-    from dip_megatron.runtime.transport import DistributedTransport
 
     chunks = program.build_chunks()
     assert program.supports_split
@@ -125,10 +125,9 @@ def drawn_run(
     clock = Clock(torch.device("cpu"))
     maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, unit_size, drawn.seed), program.shapes, drawn)
     feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
-    transport = DistributedTransport(ranks, rank, torch.device("cpu"), 60.0)
     ran: list[tuple[str, Kind]] = []
     step = DipForwardBackward(
-        program, Executor(rank, transport, clock), feed, clock,
+        program, Executor(rank, transport(world, rank), clock), feed, clock,
         on_iteration=lambda report, plan, spans: ran.extend((s.key.module, s.key.kind) for s in spans),
     )  # fmt: skip
     losses = step(

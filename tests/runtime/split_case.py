@@ -15,6 +15,7 @@ from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedule import Kind, Schedule
 from dip_megatron.schedule.lower import make_plan
+from tests.processes import transport
 from tests.runtime import gpt_case, llava_case
 from tests.runtime.dip_case import DrawnGraphs
 from tests.runtime.gpt_case import GptCase
@@ -110,7 +111,6 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
-    from dip_megatron.runtime.transport import DistributedTransport
 
     if wrap.fused:
         layers._grad_accum_fusion_available, layers.fused_weight_gradient_mlp_cuda = True, FusedOnHost
@@ -135,7 +135,7 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
     feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
     seen = []
     step = DipForwardBackward(
-        program, Executor(rank, DistributedTransport(ranks, rank, device, 60.0), clock), feed, clock,
+        program, Executor(rank, transport(world, rank), clock), feed, clock,
         on_iteration=lambda report, plan, spans: seen.extend(s.key.kind for s in spans),
     )  # fmt: skip
     losses = step(
