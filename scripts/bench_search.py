@@ -25,10 +25,11 @@ from dip_megatron.schedule import check_complete
 from dip_megatron.schedule.bounds import lower_bound
 from dip_megatron.search import DoesNotFitError, search, warm_up
 from dip_megatron.search.annealing import MAY, anneal
-from dip_megatron.search.dispatch import copy_keys, make_keys, make_work
+from dip_megatron.search.keys import copy_keys, make_keys
 from dip_megatron.search.memory import make_refill
 from dip_megatron.search.problem import make_problem
 from dip_megatron.search.random import seeded
+from dip_megatron.search.work import make_work
 from dip_megatron.simulate import graph_arrays, simulate, simulate_compiled
 from dip_megatron.simulate.kernels import pad_orders, replay
 from tests.graphs import PAPER_MODELS, paper_graph, random_graph

@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from ..schedule.graph import Floats
 from ..simulate.compiled import compiled
-from .dispatch import ALTERNATE, LEAN_AT_ONCE, WAIT_BETTER, WAIT_LEAN, WAIT_WEIGHT, Keys, Work, assign_keys
+from .keys import ALTERNATE, LEAN_AT_ONCE, WAIT_BETTER, WAIT_LEAN, WAIT_WEIGHT, Keys, assign_keys
 from .memory import Refill, evaluate
 from .problem import Problem
 from .random import below, uniform
+from .work import Work
 
 MAY_REORDER, MAY_SPLIT, MAY_LEAN, MAY = 0, 1, 2, 3
 

@@ -14,145 +14,17 @@ One long kernel on purpose: handing its state from kernel to kernel as large tup
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
-from numpy.typing import NDArray
 
 from ..schedule.graph import Floats, Ints
 from ..simulate.compiled import compiled, inlined
 from ..simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT
+from .keys import ALTERNATE, LEAN_AT_ONCE, WAIT_BETTER, WAIT_LEAN, WAIT_WEIGHT, Keys
 from .problem import Problem
+from .work import Records, Words, Work
 
-ALTERNATE, LEAN_AT_ONCE, FLAGS = 0, 1, 2
-WAIT_WEIGHT, WAIT_BETTER, WAIT_LEAN, WAITS = 0, 1, 2, 3
 _WAIT, _RUN_FORWARD, _RUN_BACKWARD, _RUN_WEIGHT = 0, 1, 2, 3
-
-Records = NDArray[np.void]
-Words = NDArray[np.uint64]
-
-# Operations still to be known: how many inputs are outstanding, and when the last of the others arrives.
-NODE = np.dtype(
-    [("arrives_forward", "f8"), ("arrives_backward", "f8"), ("waits_forward", "i4"), ("waits_backward", "i4")]
-)
-ROW = np.dtype([("key_forward", "f8"), ("key_backward", "f8"), ("place_forward", "i4"), ("place_backward", "i4")])
-# attention: when the rank should look at its queues again; pending: what split backwards hold for weight gradients.
-RANK = np.dtype(
-    [
-        ("clock", "f8"), ("attention", "f8"), ("remaining_time", "f8"), ("free", "i8"), ("pending", "i8"),
-        ("remaining", "i4"), ("length", "i4"), ("queue_head", "i4"), ("queue_tail", "i4"), ("head", "i4"),
-        ("closed", "i4"), ("stale", "?"), ("was_forward", "?"), ("bounded", "?"),
-    ],
-    align=True,
-)  # fmt: skip
-# closed: the first sink in order for which not even the smallest forward is admitted, nor for any later one.
-# A rank's view of one sink; room: the most that may be taken from those before it; ahead: what it finds once they end.
-CLAIM = np.dtype([(x, "i8") for x in ("need", "give", "passing", "passing_count", "room", "ahead")])
-
-
-class Keys(NamedTuple):
-    """Everything that a list schedule depends on beside the graph; what the search changes.
-
-    ``order_forward``, ``order_backward`` ``[G]`` and ``shift_forward``, ``shift_backward`` ``[S]`` are in units of one
-    microbatch; ``offset`` ``[P]``, large: backwards first. ``waits``: how long a rank idles for a known arrival rather
-    than start a weight gradient, a less urgent operation, or a forward with a leaner strategy, each as a multiple of
-    that operation's length. ``base`` ``[N]``: the fastest strategy a stage may use. ``split`` ``[N]``: whether its
-    backward is split. ``flags``: ``ALTERNATE`` forwards and backwards when both can run (the paper's rule);
-    ``LEAN_AT_ONCE``: use a leaner strategy whenever that admits a forward, not only when the rank would idle.
-    ``window`` ``[P]``: on a rank whose memory is limited only so many sinks, from the first unfinished one in order,
-    may be under way.
-    """
-
-    order_forward: Floats
-    order_backward: Floats
-    shift_forward: Floats
-    shift_backward: Floats
-    offset: Floats
-    waits: Floats
-    base: NDArray[np.int8]
-    split: NDArray[np.bool_]
-    flags: NDArray[np.bool_]
-    window: Floats
-
-
-class Work(NamedTuple):
-    """Buffers of the list scheduler, and its results: ``orders`` ``[P, 3S]``, ``lengths`` ``[P]``, ``strategy``
-    ``[N]``."""
-
-    orders: Ints
-    lengths: Ints
-    strategy: NDArray[np.int8]
-    node: Records
-    row: Records
-    rank: Records
-    claim: Records
-    by_forward: Ints
-    by_backward: Ints
-    group_order: Ints
-    position: Ints
-    earliest: Ints
-    known_forward: Words
-    known_backward: Words
-    queue: Ints
-    keys: Floats
-
-
-def make_keys(q: Problem, split: bool) -> Keys:
-    """Natural order of microbatches, fastest strategies, no waiting."""
-    rows, ranks = q.graph.rows, q.graph.ranks
-    order = np.arange(q.groups, dtype=np.float64)
-    return Keys(
-        order, order.copy(), np.zeros(rows), np.zeros(rows), np.zeros(ranks), np.zeros(WAITS),
-        np.zeros(rows * ranks, dtype=np.int8), q.graph.has_weight & split, np.zeros(FLAGS, dtype=np.bool_),
-        np.full(ranks, float(len(q.claim))),
-    )  # fmt: skip
-
-
-def copy_keys(keys: Keys) -> Keys:
-    """A copy that shares no memory."""
-    copies: list[Any] = [a.copy() for a in keys]
-    return Keys(*copies)
-
-
-@compiled
-def assign(target: NDArray[Any], source: NDArray[Any]) -> None:
-    """Overwrite a vector (slices would allocate)."""
-    for i in range(len(target)):
-        target[i] = source[i]
-
-
-@compiled
-def assign_keys(target: Keys, source: Keys) -> None:
-    """Overwrite ``target`` with ``source``."""
-    assign(target.order_forward, source.order_forward)
-    assign(target.order_backward, source.order_backward)
-    assign(target.shift_forward, source.shift_forward)
-    assign(target.shift_backward, source.shift_backward)
-    assign(target.offset, source.offset)
-    assign(target.waits, source.waits)
-    assign(target.base, source.base)
-    assign(target.split, source.split)
-    assign(target.flags, source.flags)
-    assign(target.window, source.window)
-
-
-def make_work(q: Problem) -> Work:
-    """Buffers for :func:`dispatch` on ``q``."""
-    rows, ranks, sinks = q.graph.rows, q.graph.ranks, len(q.claim)
-    words = (rows + 63) // 64
-
-    def numbers(count: int) -> Ints:
-        return np.arange(count, dtype=np.int32)
-
-    return Work(
-        np.zeros((ranks, 3 * rows), dtype=np.int32), np.zeros(ranks, dtype=np.int32),
-        np.zeros(rows * ranks, dtype=np.int8), np.zeros(rows * ranks, dtype=NODE), np.zeros(rows, dtype=ROW),
-        np.zeros(ranks, dtype=RANK), np.zeros((ranks, sinks), dtype=CLAIM), numbers(rows), numbers(rows),
-        numbers(q.groups), numbers(sinks), numbers(rows), np.zeros((ranks, words), dtype=np.uint64),
-        np.zeros((ranks, words), dtype=np.uint64), np.zeros((ranks, rows), dtype=np.int32),
-        np.zeros(max(rows, q.groups)),
-    )  # fmt: skip
 
 
 @compiled

@@ -12,9 +12,9 @@ from ..schedule.graph import ModalityModule, StageGraph, Unit
 from ..schedule.order import Schedule, check_complete
 from ..simulate.kernels import simulate_compiled
 from .annealing import MAY, MAY_LEAN, MAY_REORDER, MAY_SPLIT, anneal
-from .dispatch import ALTERNATE, Keys, copy_keys, make_work
 from .feasibility import check_fits
 from .incumbent import Improved, Incumbent, in_threads, listed
+from .keys import ALTERNATE, Keys, copy_keys
 from .memory import evaluate, make_refill
 from .natural import megatron_orders
 from .options import SearchOptions, SearchResult
@@ -25,6 +25,7 @@ from .problem import Problem, make_problem
 from .random import seeded
 from .sequences import begin, improve, make_sequences
 from .strategies import restrict
+from .work import make_work
 
 CHAINS = 4  # of a deterministic search, whatever the number of workers
 PORTFOLIO_SHARE = 0.4  # of the budget at most

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from ..schedule.graph import StageGraph
 from ..schedule.order import Schedule
 from ..simulate.kernels import GraphArrays, simulate_compiled
-from .dispatch import Keys, Work, copy_keys
+from .keys import Keys, copy_keys
 from .problem import Problem
 from .strategies import restore
+from .work import Work
 
 Improved = Callable[[Schedule, float], None]
 

@@ -16,8 +16,10 @@ from scipy.sparse import coo_array
 from ..schedule.graph import Floats, Ints
 from ..simulate.compiled import compiled
 from ..simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT, replay
-from .dispatch import Keys, Work, dispatch, insertion_sort
+from .dispatch import dispatch, insertion_sort
+from .keys import Keys
 from .problem import Problem
+from .work import Work
 
 
 class Refill(NamedTuple):

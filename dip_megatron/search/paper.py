@@ -16,12 +16,13 @@ import numpy as np
 from ..schedule.graph import Ints, StageGraph
 from ..schedule.order import Schedule
 from ..simulate.kernels import peak_memory
-from .dispatch import ALTERNATE, make_keys, make_work
 from .incumbent import Incumbent, in_threads, listed
+from .keys import ALTERNATE, make_keys
 from .memory import make_refill, solve_memory
 from .problem import Problem
 from .random import seeded
 from .tree import back_up, depth_of, evaluate_order, grow, make_rollouts, make_tree, roll_out
+from .work import make_work
 
 ROLLOUTS = 10
 TREE_NODES = 1 << 18

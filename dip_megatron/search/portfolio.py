@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..schedule.graph import Floats
-from .dispatch import ALTERNATE, LEAN_AT_ONCE, WAIT_WEIGHT, Keys, copy_keys, make_keys
+from .keys import ALTERNATE, LEAN_AT_ONCE, WAIT_WEIGHT, Keys, copy_keys, make_keys
 from .problem import Problem
 
 BACKWARD_FIRST = 1e6

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from ..schedule.graph import Floats, Ints
 from ..simulate.compiled import compiled
-from .dispatch import Keys, Work
+from .keys import Keys
 from .memory import Refill, evaluate
 from .problem import Problem
 from .random import below
+from .work import Work
 
 ALPHA, BETA = 20.0, 0.05
 

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dip_megatron.schedule import Schedule, StageGraph
-from dip_megatron.search.dispatch import dispatch, make_keys, make_work
+from dip_megatron.search.dispatch import dispatch
 from dip_megatron.search.incumbent import listed
+from dip_megatron.search.keys import make_keys
 from dip_megatron.search.problem import make_problem
+from dip_megatron.search.work import make_work
 from dip_megatron.simulate import DeadlockError, Timeline, simulate, simulate_compiled
 from tests.graphs import random_graph, small_graphs
 
