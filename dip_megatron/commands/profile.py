@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from ..cost import Costs, load_cluster
-from ..model import MultimodalModel, load_model
+from ..describe.cost import Costs, load_cluster
+from ..describe.model import MultimodalModel, load_model
 from .common import json_option, one_line_errors, print_json, progress_bar
 
 
@@ -59,8 +59,8 @@ def _measure_layers(model: MultimodalModel, device: Any, repeats: int, progress:
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
-    from ..megatron.profile import costs_of, profile_llava
-    from ..megatron.synthetic import llava_arguments
+    from ..profile.stages import costs_of, profile_llava
+    from ..testing.synthetic import llava_arguments
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
     alone = model.with_parallel(pp=1, dp=1)

@@ -15,16 +15,16 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from ..models.protocol import MicrobatchInputs, StageProgram
+from ..core import Plan
 from ..planner.feed import Exchange, FedPlan, PlanFeed
 from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport
 from ..runtime.clock import Clock, MeasuredSpan
 from ..runtime.executor import Executor
+from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.stages import IterationState, ModelStages, StageLookAhead
 from ..runtime.watch import Watchdog
-from ..schedule import Plan
 from .gradients import GradientSynchronization
 from .lookahead import LookAhead, RawItems, capture_microbatch
 from .parameters import ParameterSynchronization

@@ -25,11 +25,27 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
 from dip_megatron.commands.planning import Setting as Planning  # noqa: E402
-from dip_megatron.cost import Costs, load_cluster  # noqa: E402
+from dip_megatron.core import Channel, Plan, TensorSpec  # noqa: E402
+from dip_megatron.core.lower import make_plan  # noqa: E402
+from dip_megatron.core.simulate import simulate  # noqa: E402
+from dip_megatron.core.verify import verify  # noqa: E402
+from dip_megatron.describe.cost import Costs, load_cluster  # noqa: E402
+from dip_megatron.describe.workload import GlobalBatch  # noqa: E402
+from dip_megatron.families.llava.program import LlavaProgram  # noqa: E402
 from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
-from dip_megatron.megatron.profile import costs_of, profile_llava  # noqa: E402
 from dip_megatron.megatron.step import MegatronStep  # noqa: E402
-from dip_megatron.megatron.synthetic import (  # noqa: E402
+from dip_megatron.planner.maker import payloads  # noqa: E402
+from dip_megatron.profile.stages import costs_of, profile_llava  # noqa: E402
+from dip_megatron.profile.timing import measure  # noqa: E402
+from dip_megatron.report.spans import Span, spans_of  # noqa: E402
+from dip_megatron.report.trace import write_trace  # noqa: E402
+from dip_megatron.runtime.clock import Clock  # noqa: E402
+from dip_megatron.runtime.executor import Executor, payload_of  # noqa: E402
+from dip_megatron.runtime.protocol import MicrobatchInputs  # noqa: E402
+from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead  # noqa: E402
+from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
+from dip_megatron.testing.mixed_llava import MixedLlavaProgram  # noqa: E402
+from dip_megatron.testing.synthetic import (  # noqa: E402
     draw_batch,
     draw_weights,
     forward_step,
@@ -37,22 +53,6 @@ from dip_megatron.megatron.synthetic import (  # noqa: E402
     llava_parts,
     wrap,
 )
-from dip_megatron.models.llava import LlavaProgram  # noqa: E402
-from dip_megatron.models.mixed_llava import MixedLlavaProgram  # noqa: E402
-from dip_megatron.models.protocol import MicrobatchInputs  # noqa: E402
-from dip_megatron.planner.maker import payloads  # noqa: E402
-from dip_megatron.profile.timing import measure  # noqa: E402
-from dip_megatron.report.spans import Span, spans_of  # noqa: E402
-from dip_megatron.report.trace import write_trace  # noqa: E402
-from dip_megatron.runtime.clock import Clock  # noqa: E402
-from dip_megatron.runtime.executor import Executor, payload_of  # noqa: E402
-from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead  # noqa: E402
-from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
-from dip_megatron.schedule import Channel, Plan, TensorSpec  # noqa: E402
-from dip_megatron.schedule.lower import make_plan  # noqa: E402
-from dip_megatron.schedule.verify import verify  # noqa: E402
-from dip_megatron.simulate import simulate  # noqa: E402
-from dip_megatron.workload import GlobalBatch  # noqa: E402
 
 from .report import print_table, summarize  # noqa: E402
 from .schedules import Candidate, effort_of, plan_all  # noqa: E402

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dip_megatron.baselines import interleaved, one_forward_one_backward, zb_h1, zb_v
-from dip_megatron.cost import LayerRun
-from dip_megatron.schedule import ModalityModule, StageGraph, Unit
-from dip_megatron.schedule.lower import make_plan
-from dip_megatron.schedule.verify import verify
+from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.core.lower import make_plan
+from dip_megatron.core.verify import verify
+from dip_megatron.describe.cost import LayerRun
+from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1, zb_v
 from tests.runtime.llava_case import (
     Case,
     batches,
@@ -57,11 +57,11 @@ def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], or
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.lookahead import capture_microbatch
     from dip_megatron.megatron.step import MegatronStep
-    from dip_megatron.models.mixed_llava import MixedLlavaProgram
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
     from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
     from dip_megatron.runtime.transport_choice import choose_transport
+    from dip_megatron.testing.mixed_llava import MixedLlavaProgram
 
     back = (False, True) if order == "zb-v" else ()
     program = MixedLlavaProgram(
