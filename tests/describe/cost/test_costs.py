@@ -258,7 +258,7 @@ def test_faults_in_costs_files_are_named(tmp_path: Path, data: dict, place: str,
 
 
 def test_the_documented_file_can_be_read(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "cost-model.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "cost-model.md").read_text(encoding="utf-8")
     path = tmp_path / "costs.json"
     path.write_text(text.split("```json\n")[1].split("```")[0])
     assert {t.quantity for t in Costs.load(path).tables} == {"forward", "backward", "weight", "activation", "hold"}
