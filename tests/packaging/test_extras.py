@@ -14,6 +14,8 @@ HOMES = {
     "import-linter": "https://import-linter.readthedocs.io",
     "matplotlib": "https://matplotlib.org",
     "megatron-core": "https://github.com/NVIDIA/Megatron-LM",
+    "mkdocs": "https://www.mkdocs.org",
+    "mkdocs-material": "https://squidfunk.github.io/mkdocs-material",
     "mypy": "https://www.mypy-lang.org",
     "numba": "https://numba.pydata.org",
     "numpy": "https://numpy.org",
