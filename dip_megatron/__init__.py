@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .models.family import ModelFamily
+    from .families.family import ModelFamily
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
 
+from .describe.files import ConfigurationError
+
 ScheduleMode = Literal["off", "static", "dynamic"]
-
-
-class ConfigurationError(ValueError):
-    """Flags or a YAML file that can't be; the message names the place, the reason and the way out, in one line."""
 
 
 class ModuleConfig(BaseModel):

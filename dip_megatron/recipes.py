@@ -14,10 +14,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from .config import DipConfig
-from .configs import ConfigError, read_yaml
-from .cost import Cluster, load_cluster
-from .model import ModuleShape, MultimodalModel, Partition, load_model
-from .partition import read_partition
+from .describe.cost import Cluster, load_cluster
+from .describe.files import ConfigurationError, read_yaml
+from .describe.model import ModuleShape, MultimodalModel, Partition, load_model
+from .describe.partition import read_partition
 
 FOLDER = Path(__file__).parent / "configs" / "train"
 
@@ -73,31 +73,31 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A provided recipe by name. Raises ConfigError (file, place, reason) where its files are wrong or disagree."""
+    """A provided recipe by name. Raises ConfigurationError (file, place, reason) where files are wrong or disagree."""
     folder = FOLDER / name
     path = folder / "recipe.yaml"
     if not path.is_file():
-        raise ConfigError(f"{name}: no such recipe; there are {', '.join(recipe_names())}")
+        raise ConfigurationError(f"{name}: no such recipe; there are {', '.join(recipe_names())}")
     data = read_yaml(path, _File)
     model, cluster = load_model(data.model), load_cluster(data.cluster)
     if data.planned is None:
-        raise ConfigError(f"{path}: planned: missing; make it with scripts/make_recipes.py {name}")
+        raise ConfigurationError(f"{path}: planned: missing; make it with scripts/make_recipes.py {name}")
     if model.parallel.gpus != data.nodes * cluster.gpus_per_node:
-        raise ConfigError(
+        raise ConfigurationError(
             f"{path}: nodes: {data.nodes} of {cluster.gpus_per_node} GPUs, {model.name} is laid out for "
             f"{model.parallel.gpus}"
         )
     if len(data.planned.memory_gb) != model.parallel.pp:
-        raise ConfigError(
+        raise ConfigurationError(
             f"{path}: planned.memory_gb: {len(data.planned.memory_gb)} ranks, the model has {model.parallel.pp}"
         )
     partition = read_partition(folder / "partition.yaml", model)
     config = DipConfig.load(folder / "dip.yaml", {})
     if config != DipConfig(**dip_settings(data.cluster, partition)):
-        raise ConfigError(f"{folder / 'dip.yaml'}: modules: not what partition.yaml says")
+        raise ConfigurationError(f"{folder / 'dip.yaml'}: modules: not what partition.yaml says")
     flags = read_flags(folder / "megatron.args")
     if flags != megatron_flags(model, data.microbatches):
-        raise ConfigError(
+        raise ConfigurationError(
             f"{folder / 'megatron.args'}: not the flags of {model.name}; run scripts/make_recipes.py {name}"
         )
     return Recipe(
@@ -118,11 +118,11 @@ def dip_settings(cluster: str, partition: Partition) -> dict[str, Any]:
 
 
 def read_flags(path: Path) -> tuple[str, ...]:
-    """The flags of an args file, one flag with its value a line. Raises ConfigError if it can't be read."""
+    """The flags of an args file, one flag with its value a line. Raises ConfigurationError if it can't be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"{path}: file: {error}") from error
+        raise ConfigurationError(f"{path}: file: {error}") from error
     return tuple(line.strip() for line in lines if line.strip())
 
 

@@ -25,7 +25,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.baselines import BaselineError
 from dip_megatron.commands.planning import (
     SCHEDULES,
     DoesNotFit,
@@ -35,16 +34,17 @@ from dip_megatron.commands.planning import (
     searched_partition,
 )  # fmt: skip
 from dip_megatron.commands.tables import text_table
-from dip_megatron.cost import load_cluster, segmented_graph
-from dip_megatron.model import Partition, load_model
-from dip_megatron.partition import paper_partition
-from dip_megatron.schedule import Schedule, StageGraph
-from dip_megatron.schedule.lower import make_plan
-from dip_megatron.schedule.verify import verify
-from dip_megatron.search import SearchResult, search, warm_up
-from dip_megatron.simulate import graph_arrays, simulate, simulate_compiled
-from dip_megatron.simulate.kernels import pad_orders, replay
-from dip_megatron.workload import load_workload
+from dip_megatron.core import Schedule, StageGraph
+from dip_megatron.core.lower import make_plan
+from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
+from dip_megatron.core.simulate.kernels import pad_orders, replay
+from dip_megatron.core.verify import verify
+from dip_megatron.describe.cost import load_cluster, segmented_graph
+from dip_megatron.describe.model import Partition, load_model
+from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.partitioning import paper_partition
+from dip_megatron.schedulers import BaselineError
+from dip_megatron.schedulers.dip import SearchResult, search, warm_up
 from scripts.bench_search import microseconds, optimum, tight
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")

@@ -21,17 +21,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.schedule import check_complete
-from dip_megatron.schedule.bounds import lower_bound
-from dip_megatron.search import DoesNotFitError, search, warm_up
-from dip_megatron.search.annealing import MAY, anneal
-from dip_megatron.search.keys import copy_keys, make_keys
-from dip_megatron.search.memory import make_refill
-from dip_megatron.search.problem import make_problem
-from dip_megatron.search.random import seeded
-from dip_megatron.search.work import make_work
-from dip_megatron.simulate import graph_arrays, simulate, simulate_compiled
-from dip_megatron.simulate.kernels import pad_orders, replay
+from dip_megatron.core import check_complete
+from dip_megatron.core.bounds import lower_bound
+from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
+from dip_megatron.core.simulate.kernels import pad_orders, replay
+from dip_megatron.schedulers.dip import DoesNotFitError, search, warm_up
+from dip_megatron.schedulers.dip.annealing import MAY, anneal
+from dip_megatron.schedulers.dip.keys import copy_keys, make_keys
+from dip_megatron.schedulers.dip.memory import make_refill
+from dip_megatron.schedulers.dip.problem import make_problem
+from dip_megatron.schedulers.dip.random import seeded
+from dip_megatron.schedulers.dip.work import make_work
 from tests.graphs import PAPER_MODELS, paper_graph, random_graph
 
 SOLVED_QUICKLY = (8, 11, 22, 24, 25, 29, 32, 34, 36, 42, 43, 44, 47, 48, 54, 59, 65, 70, 71, 83, 85, 86, 92, 94, 102)
@@ -68,7 +68,7 @@ def gap(budgets: tuple[float, ...], workers: int, seeds: int = 2) -> None:
 
 def optimum(count: int, seconds: float = 20.0) -> tuple[float, float]:
     """Distance of one second of search to CP-SAT's proven optimum: mean and greatest time over the optimum."""
-    from tests.search.cpsat import solve
+    from tests.schedulers.dip.cpsat import solve
 
     gaps, bounds, skipped, limited = [], [], 0, 0
     for seed in (*SOLVED_QUICKLY, *range(103, 100_000)):

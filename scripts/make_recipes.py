@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the files of training recipes: scripts/make_recipes.py [NAME...] [--budget SECONDS].
 
-For each recipe of ``dip_megatron/configs/train`` (default: all) reads what ``recipe.yaml`` is for, searches a partition
+For each recipe of ``configs/train`` (default: all) reads what ``recipe.yaml`` is for, searches a partition
 on the CPU, writes ``partition.yaml``, ``dip.yaml`` and ``megatron.args``, plans some batches, and puts the numbers
 of the plans back into ``recipe.yaml``. Needs no GPU.
 """
@@ -18,11 +18,11 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dip_megatron.commands.planning import Effort, Setting, make_planner, searched_partition
-from dip_megatron.cost import load_cluster
-from dip_megatron.model import load_model
-from dip_megatron.partition import read_partition, write_partition
+from dip_megatron.describe.cost import load_cluster
+from dip_megatron.describe.model import load_model
+from dip_megatron.describe.partition import read_partition, write_partition
+from dip_megatron.describe.workload import load_workload
 from dip_megatron.recipes import FOLDER, dip_settings, load_recipe, megatron_flags, recipe_names
-from dip_megatron.workload import load_workload
 
 BATCHES = 2
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"

@@ -38,10 +38,10 @@ from megatron.training.arguments import (  # noqa: E402
     parse_and_validate_args,
 )
 
-from dip_megatron.models.diffusion import diffusion_layer_spec  # noqa: E402
-from dip_megatron.models.t2v import TextToVideoModel  # noqa: E402
-from dip_megatron.models.text_encoder import text_layer_spec  # noqa: E402
-from dip_megatron.models.weights import draw_by_name, gather_weights, load_weights  # noqa: E402
+from dip_megatron.families.shared.weights import draw_by_name, gather_weights, load_weights  # noqa: E402
+from dip_megatron.families.t2v.diffusion import diffusion_layer_spec  # noqa: E402
+from dip_megatron.families.t2v.program import TextToVideoModel  # noqa: E402
+from dip_megatron.families.t2v.text_encoder import text_layer_spec  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))

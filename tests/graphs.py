@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from dip_megatron.schedule import ModalityModule, StageGraph, Unit
+from dip_megatron.core import ModalityModule, StageGraph, Unit
 
 GIB = float(2**30)
 

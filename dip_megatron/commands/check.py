@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from ..schedule import Plan
-from ..schedule.files import PlanFileError, read_plans
-from ..schedule.verify import PlanError, verify
-from ..simulate import simulate
+from ..core import Plan
+from ..core.files import PlanFileError, read_plans
+from ..core.simulate import simulate
+from ..core.verify import PlanError, verify
 from .common import fail, json_option, print_json
 
 TOLERANCE = 1e-9

@@ -13,10 +13,10 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
 
-from ..cost import Costs, load_cluster
-from ..model import Partition, load_model
-from ..partition import read_partition
-from ..workload import load_workload
+from ..describe.cost import Costs, load_cluster
+from ..describe.model import Partition, load_model
+from ..describe.partition import read_partition
+from ..describe.workload import load_workload
 from .planning import Setting
 
 Arguments = ParamSpec("Arguments")

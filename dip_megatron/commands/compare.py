@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ..baselines import BaselineError
-from ..model import Partition
+from ..describe.model import Partition
+from ..schedulers import BaselineError
 from .common import (
     fail,
     json_option,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+from ..core import Plan
+from ..core.files import read_plans
+from ..core.simulate import simulate
 from ..report.spans import Span, spans_of
-from ..schedule import Plan
-from ..schedule.files import read_plans
-from ..simulate import simulate
 
 
 def planned_spans(path: Path, number: int) -> tuple[Plan, list[Span]]:

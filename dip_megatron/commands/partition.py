@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ..partition import choose_partition, paper_partition, write_partition
+from ..describe.partition import write_partition
+from ..planner.partitioning import choose_partition, paper_partition
 from .common import json_option, one_line_errors, print_json, progress_bar, setting_of, setting_options
 
 

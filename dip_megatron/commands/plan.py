@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ..schedule.files import write_plans
-from ..schedule.verify import verify
+from ..core.files import write_plans
+from ..core.verify import verify
 from .common import (
     fail,
     json_option,

@@ -9,7 +9,15 @@ from typing import get_args
 
 import numpy as np
 
-from ..baselines import (
+from ..core import Kind, Plan, Schedule, SearchStatistics, StageGraph
+from ..core.bounds import lower_bound
+from ..core.lower import make_plan
+from ..core.simulate import simulate_compiled
+from ..describe.cost import Cluster, CostModel, Costs, cost_model, paper_cost_model, segmented_graph
+from ..describe.model import MultimodalModel, Partition
+from ..describe.workload import GlobalBatch, Microbatch
+from ..planner.partitioning import choose_partition, paper_partition
+from ..schedulers import (
     STATIC_BASELINES,
     Fitted,
     StaticChoice,
@@ -21,15 +29,7 @@ from ..baselines import (
     static_plan,
     tune_static,
 )
-from ..cost import Cluster, CostModel, Costs, cost_model, paper_cost_model, segmented_graph
-from ..model import MultimodalModel, Partition
-from ..partition import choose_partition, paper_partition
-from ..schedule import Kind, Plan, Schedule, SearchStatistics, StageGraph
-from ..schedule.bounds import lower_bound
-from ..schedule.lower import make_plan
-from ..search import DoesNotFitError, SearchOptions, search
-from ..simulate import simulate_compiled
-from ..workload import GlobalBatch, Microbatch
+from ..schedulers.dip import DoesNotFitError, SearchOptions, search
 
 SEARCHED = ("dip", "dip-paper")
 SEGMENTED = ("optimus", "segmented-static")

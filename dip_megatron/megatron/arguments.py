@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigurationError, DipConfig
+from ..config import DipConfig
+from ..describe.files import ConfigurationError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ..config import ConfigurationError, DipConfig
-from ..model import ModulePartition, MultimodalModel, Partition
-from ..model.partition import spread
-from ..models.family import Blueprint, ModelFamily
+from ..config import DipConfig
+from ..describe.files import ConfigurationError
+from ..describe.model import ModulePartition, MultimodalModel, Partition
+from ..describe.model.partition import spread
+from ..families.family import Blueprint, ModelFamily
 
 
 class ChunkList(list[torch.nn.Module]):

@@ -14,8 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from ..config import ConfigurationError
-from ..model import ModelError, ModulePartition, MultimodalModel, Partition
+from ..describe.files import ConfigurationError
+from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
 
 _RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 

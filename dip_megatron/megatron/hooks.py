@@ -12,11 +12,11 @@ from typing import Any
 
 from megatron.core.package_info import __version__ as megatron_version
 
-from ..config import ConfigurationError
-from ..models.family import ModelFamily
+from ..describe.files import ConfigurationError
+from ..families.family import ModelFamily
+from ..families.known import known_families
 from .arguments import add_arguments, check_arguments, dip_config
 from .checkpoints import share_step
-from .families import known_families
 from .session import DipSession
 
 _MARK = "dip_megatron_hook"

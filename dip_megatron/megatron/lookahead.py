@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.protocol import MicrobatchInputs, StageProgram
+from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.stages import ModelStandIn
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_state_machine
 
-from ..models.protocol import MicrobatchInputs
 from ..planner.feed import FedPlan
+from ..runtime.protocol import MicrobatchInputs
 
 
 class Repetition:

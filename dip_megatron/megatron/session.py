@@ -13,24 +13,24 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ..config import DipConfig
-from ..cost import Cluster, Costs, load_cluster
-from ..model import MultimodalModel, Parallel, Partition
-from ..models.family import ModelFamily
-from ..models.protocol import StageProgram
-from ..partition import choose_partition
+from ..describe.cost import Cluster, Costs, load_cluster
+from ..describe.model import MultimodalModel, Parallel, Partition
+from ..describe.workload import load_workload
+from ..families.family import ModelFamily
 from ..planner.feed import PlanFeed
 from ..planner.greedy import greedy
 from ..planner.live import ModelGraphs
 from ..planner.maker import LivePlanMaker
+from ..planner.partitioning import choose_partition
 from ..planner.searchers import make_searcher, static_order
 from ..planner.service import PlannerService
 from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor
+from ..runtime.protocol import StageProgram
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
-from ..workload import load_workload
 from .build import ChunkList, configured_partition, record_blueprint
 from .checkpoints import Checkpoint, find_checkpoint, record, warn_of_bound_state
 from .exchange import GlooExchange

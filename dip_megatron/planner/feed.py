@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ..cost import Corrections
-from ..schedule import Plan
+from ..core import Plan
+from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
 from .request import PlanRequest
 from .service import PlannerService, PlannerStatistics

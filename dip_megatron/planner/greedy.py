@@ -13,9 +13,9 @@ from math import inf
 
 import numpy as np
 
-from ..schedule import Kind, Schedule, StageGraph
-from ..search.feasibility import check_fits
-from ..search.problem import Problem, make_problem
+from ..core import Kind, Schedule, StageGraph
+from ..schedulers.dip.feasibility import check_fits
+from ..schedulers.dip.problem import Problem, make_problem
 
 
 def leanest(graph: StageGraph) -> np.ndarray:

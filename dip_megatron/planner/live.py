@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..cost import LAYER_STRATEGIES, Cluster, CostModel, Costs, segmented_graph
-from ..model import MultimodalModel, Partition
-from ..schedule import StageGraph
-from ..workload import Microbatch
+from ..core import StageGraph
+from ..describe.cost import LAYER_STRATEGIES, Cluster, CostModel, Costs, segmented_graph
+from ..describe.model import MultimodalModel, Partition
+from ..describe.workload import Microbatch
 
 
 @dataclass(frozen=True)

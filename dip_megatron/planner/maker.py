@@ -9,10 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ..schedule import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
-from ..schedule.lower import make_plan
-from ..simulate import simulate_compiled
-from ..workload import Microbatch
+from ..core import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
+from ..core.lower import make_plan
+from ..core.simulate import simulate_compiled
+from ..describe.workload import Microbatch
 from .greedy import greedy
 from .request import PlanRequest
 
@@ -26,7 +26,7 @@ class GraphBuilder(Protocol):
 
 
 class PayloadShapes(Protocol):
-    """What travels between stages; picklable. See :class:`dip_megatron.models.protocol.Shapes`."""
+    """What travels between stages; picklable. See :class:`dip_megatron.runtime.protocol.Shapes`."""
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """Shapes sent on by one stage of ``unit``."""

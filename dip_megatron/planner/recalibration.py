@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ..cost.corrections import KINDS, Corrections, Line, seconds_of
-from ..schedule import Kind, Plan
-from ..schedule.graph import Floats
+from ..core import Kind, Plan
+from ..core.graph import Floats
+from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
 
 MEMORY = 0.8  # what an iteration's weight shrinks to with each that follows
 OUTLIER = 2.0  # times the usual ratio; what is further off is a hiccup of the machine

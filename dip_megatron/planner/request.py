@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..cost import Corrections
-from ..schedule import Plan
-from ..workload import Microbatch
+from ..core import Plan
+from ..describe.cost import Corrections
+from ..describe.workload import Microbatch
 
 READY = b"ready"
 """What a worker sends when it can plan."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..baselines import segmented_static
 from ..config import DipConfig
-from ..schedule import Schedule, SearchStatistics, StageGraph
-from ..simulate import simulate_compiled
+from ..core import Schedule, SearchStatistics, StageGraph
+from ..core.simulate import simulate_compiled
+from ..schedulers import segmented_static
 from .greedy import greedy, leanest
 from .maker import Searcher
 
@@ -59,7 +59,7 @@ class DipSearcher:
 
     def warm_up(self) -> None:
         """Compile the search's kernels, or load them from numba's cache."""
-        from ..search import warm_up
+        from ..schedulers.dip import warm_up
 
         warm_up()
 
@@ -67,7 +67,7 @@ class DipSearcher:
         self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]
     ) -> tuple[Schedule, SearchStatistics]:
         """See :class:`planner.maker.Searcher`."""
-        from ..search import SearchOptions, search
+        from ..schedulers.dip import SearchOptions, search
 
         given = False
 

@@ -20,8 +20,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
-from ..schedule import Plan
-from ..schedule.verify import PlanError, verify
+from ..core import Plan
+from ..core.verify import PlanError, verify
 from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..schedule import Kind, ModalityModule, Schedule, StageGraph, Unit
-from ..schedule.lower import make_plan
-from ..schedule.verify import verify
+from ..core import Kind, ModalityModule, Schedule, StageGraph, Unit
+from ..core.lower import make_plan
+from ..core.verify import verify
 
 
 def warm_up_plans() -> None:

@@ -7,7 +7,7 @@ import pickle
 import sys
 from multiprocessing.connection import Connection
 
-from ..schedule import Plan
+from ..core import Plan
 from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 
-from ..cost import Cluster, Costs
-from ..model import ModuleShape, MultimodalModel
+from ..describe.cost import Cluster, Costs
+from ..describe.model import ModuleShape, MultimodalModel
 from .timing import measure
 
 Point = tuple[float, float]

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..schedule import Kind
+from ..core import Kind
 from .spans import Span
 
 # Hues of modules; told apart by readers with any colour vision (Okabe and Ito, 2008).

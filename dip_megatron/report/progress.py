@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..schedule import Plan
+from ..core import Plan
 from .iterations import IterationReport
 from .tables import seconds
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ..core import Plan
+from ..core.simulate import simulate
 from ..runtime.clock import MeasuredSpan
-from ..schedule import Plan
-from ..simulate import simulate
 from .iterations import IterationReport
 from .spans import Span, spans_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..schedule import Schedule, StageGraph, StageKey
-from ..simulate import Timeline
+from ..core import Schedule, StageGraph, StageKey
+from ..core.simulate import Timeline
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..schedule import Kind
+from ..core import Kind
 from .spans import Span
 
 _LANES = ("planned", "measured")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..schedule import StageKey, Unit
+from ..core import StageKey, Unit
 
 
 @dataclass(frozen=True)

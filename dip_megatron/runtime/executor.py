@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..schedule import Action, Communicate, CommunicationKind, Compute, Kind, Message, Payload, Plan, StageKey, Unit
-from ..schedule.lower import incoming, outgoing
+from ..core import Action, Communicate, CommunicationKind, Compute, Kind, Message, Payload, Plan, StageKey, Unit
+from ..core.lower import incoming, outgoing
 from .clock import Clock
 from .transport import Tensors, Transfer, Transport
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..schedule import Channel, Payload
+from ..core import Channel, Payload
 from .sharing import CudaCopies, HostCopies, Mark, layout_of, layout_of_payload, offsets
 from .transport import Tensors, Transfer, TransportError, ring_channels
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..cost.strategies import parse_strategy
+from ..describe.cost.strategies import parse_strategy
 from .deferred import WeightGradients
 from .offload import OffloadedActivations
 

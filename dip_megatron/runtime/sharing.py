@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..schedule import Payload
+from ..core import Payload
 
 ALIGNMENT = 512
 """Every tensor starts at a multiple of this many bytes of its slot; more than any copy kernel asks for."""

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ..models.protocol import Inputs, MicrobatchInputs, RunnableStages
-from ..schedule import Compute, Kind, Plan, StageKey, Unit
-from ..schedule.lower import incoming
+from ..core import Compute, Kind, Plan, StageKey, Unit
+from ..core.lower import incoming
 from .deferred import Slot, WeightGradients, leave, start
 from .modes import layer_strategies
 from .offload import OffloadedActivations
+from .protocol import Inputs, MicrobatchInputs, RunnableStages
 from .transport import Tensors
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..schedule import Channel, Payload
+from ..core import Channel, Payload
 from .groups import local_group
 from .transport import Tensors, Transfer, TransportError, ring_channels
 

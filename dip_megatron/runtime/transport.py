@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ..schedule import Channel, Payload
+from ..core import Channel, Payload
 from .groups import local_group
 
 Tensors = dict[str, torch.Tensor]

@@ -48,7 +48,7 @@ from megatron.training.arguments import (  # noqa: E402
     parse_and_validate_args,
 )
 
-from dip_megatron.models.weights import draw_by_name  # noqa: E402
+from dip_megatron.families.shared.weights import draw_by_name  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from documents import LABEL_WEIGHT, VOCABULARY, PackedDigitDocuments, split_images  # noqa: E402

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from dip_megatron.megatron.describe import layer_shape
-from dip_megatron.model import (
+from dip_megatron.core import ModalityModule, StageKey, Unit
+from dip_megatron.describe.model import (
     EVERY_PART,
     LanguageHead,
     ModuleShape,
@@ -24,12 +24,12 @@ from dip_megatron.model import (
     Projector,
     TokenEmbedding,
 )
-from dip_megatron.models.family import Blueprint, Layers, ModelFamily
-from dip_megatron.models.layout import segment_config
-from dip_megatron.models.protocol import Inputs, MicrobatchInputs, Tensors
-from dip_megatron.models.segmented import SegmentedProgram, bound, dtype_name
-from dip_megatron.schedule import ModalityModule, StageKey, Unit
-from dip_megatron.workload import Microbatch
+from dip_megatron.describe.workload import Microbatch
+from dip_megatron.families.describe import layer_shape
+from dip_megatron.families.family import Blueprint, Layers, ModelFamily
+from dip_megatron.families.shared.layout import segment_config
+from dip_megatron.families.shared.segmented import SegmentedProgram, bound, dtype_name
+from dip_megatron.runtime.protocol import Inputs, MicrobatchInputs, Tensors
 
 from .model import PLACEHOLDER, Part, Settings, ThreeModuleModel
 from .shapes import AUDIO, LANGUAGE, VISION, ThreeModuleShapes

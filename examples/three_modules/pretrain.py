@@ -35,7 +35,7 @@ from megatron.training.arguments import (  # noqa: E402
 )
 
 import dip_megatron  # noqa: E402
-from dip_megatron.models.weights import draw_by_name  # noqa: E402
+from dip_megatron.families.shared.weights import draw_by_name  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dip_megatron.schedule import Payload, TensorSpec, Unit
-from dip_megatron.workload import Microbatch
+from dip_megatron.core import Payload, TensorSpec, Unit
+from dip_megatron.describe.workload import Microbatch
 
 VISION, AUDIO, LANGUAGE = "vision", "audio", "language"
 

@@ -29,18 +29,10 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 
-from dip_megatron.baselines import interleaved, one_forward_one_backward, zb_h1  # noqa: E402
-from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
-from dip_megatron.megatron.forward_backward import DipForwardBackward  # noqa: E402
-from dip_megatron.megatron.profile import StageSeconds, profile_stage  # noqa: E402
-from dip_megatron.megatron.synthetic import (  # noqa: E402
-    draw_text,
-    draw_weights,
-    gpt_arguments,
-    gpt_forward_step,
-    wrap,
-)
-from dip_megatron.model import (  # noqa: E402
+from dip_megatron.core import Kind, ModalityModule, Plan, Schedule, StageGraph, StageKey, Unit  # noqa: E402
+from dip_megatron.core.lower import make_plan  # noqa: E402
+from dip_megatron.core.simulate import simulate  # noqa: E402
+from dip_megatron.describe.model import (  # noqa: E402
     LanguageHead,
     ModuleShape,
     MultimodalModel,
@@ -49,20 +41,28 @@ from dip_megatron.model import (  # noqa: E402
     TokenEmbedding,
     TransformerLayer,
 )
-from dip_megatron.models.gpt import GptProgram  # noqa: E402
-from dip_megatron.models.protocol import MicrobatchInputs  # noqa: E402
-from dip_megatron.models.shapes import LANGUAGE  # noqa: E402
+from dip_megatron.describe.workload import Microbatch  # noqa: E402
+from dip_megatron.families.gpt.program import GptProgram  # noqa: E402
+from dip_megatron.families.shared.shapes import LANGUAGE  # noqa: E402
+from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
+from dip_megatron.megatron.forward_backward import DipForwardBackward  # noqa: E402
 from dip_megatron.planner.feed import PlanFeed  # noqa: E402
 from dip_megatron.planner.maker import payloads  # noqa: E402
 from dip_megatron.planner.request import PlanRequest  # noqa: E402
 from dip_megatron.planner.service import PlannerService  # noqa: E402
+from dip_megatron.profile.stages import StageSeconds, profile_stage  # noqa: E402
 from dip_megatron.runtime.clock import Clock  # noqa: E402
 from dip_megatron.runtime.executor import Executor  # noqa: E402
+from dip_megatron.runtime.protocol import MicrobatchInputs  # noqa: E402
 from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
-from dip_megatron.schedule import Kind, ModalityModule, Plan, Schedule, StageGraph, StageKey, Unit  # noqa: E402
-from dip_megatron.schedule.lower import make_plan  # noqa: E402
-from dip_megatron.simulate import simulate  # noqa: E402
-from dip_megatron.workload import Microbatch  # noqa: E402
+from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1  # noqa: E402
+from dip_megatron.testing.synthetic import (  # noqa: E402
+    draw_text,
+    draw_weights,
+    gpt_arguments,
+    gpt_forward_step,
+    wrap,
+)
 
 TIMEOUT = 300.0
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dip_megatron.baselines import StaticChoice, parameter_balanced, static_plan, tune_static
 from dip_megatron.commands.planning import Effort, Planned, describe, make_planner
 from dip_megatron.commands.planning import Setting as Planning
-from dip_megatron.model import Partition
-from dip_megatron.partition import paper_partition
-from dip_megatron.search import SearchOptions
+from dip_megatron.describe.model import Partition
+from dip_megatron.planner.partitioning import paper_partition
+from dip_megatron.schedulers import StaticChoice, parameter_balanced, static_plan, tune_static
+from dip_megatron.schedulers.dip import SearchOptions
 
 Log = Callable[[str], None]
 

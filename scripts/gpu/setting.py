@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from dip_megatron.model import (
+from dip_megatron.describe.model import (
     LanguageHead,
     ModuleShape,
     MultimodalModel,
@@ -15,7 +15,7 @@ from dip_megatron.model import (
     TokenEmbedding,
     TransformerLayer,
 )
-from dip_megatron.workload import Microbatch, load_workload
+from dip_megatron.describe.workload import Microbatch, load_workload
 
 SCHEDULES = (
     "megatron-1f1b-by-parameters", "megatron-1f1b", "megatron-interleaved", "zb-h1", "zb-v", "dip-paper", "dip",

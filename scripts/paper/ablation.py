@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.baselines import least_recompute_by_module, segmented_static
 from dip_megatron.commands.planning import Setting
-from dip_megatron.cost import segmented_graph
-from dip_megatron.schedule import StageGraph
-from dip_megatron.search import DoesNotFitError, search
+from dip_megatron.core import StageGraph
+from dip_megatron.describe.cost import segmented_graph
+from dip_megatron.schedulers import least_recompute_by_module, segmented_static
+from dip_megatron.schedulers.dip import DoesNotFitError, search
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mean_time, mix_of, papers_partition, plan_all

@@ -8,12 +8,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from dip_megatron.baselines import BaselineError
 from dip_megatron.commands.planning import DoesNotFit, Effort, Planned, Setting, make_planner, searched_partition
-from dip_megatron.cost import load_cluster
-from dip_megatron.model import Partition, load_model
-from dip_megatron.partition import paper_partition
-from dip_megatron.workload import load_workload
+from dip_megatron.describe.cost import load_cluster
+from dip_megatron.describe.model import Partition, load_model
+from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.partitioning import paper_partition
+from dip_megatron.schedulers import BaselineError
 
 FIVE = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
 

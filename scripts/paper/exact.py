@@ -7,7 +7,7 @@ from math import inf
 
 import numpy as np
 
-from dip_megatron.schedule import StageGraph
+from dip_megatron.core import StageGraph
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dip_megatron.cost import whole_sizes
-from dip_megatron.model import LanguageHead, LatentHead, MultimodalModel, Projector
-from dip_megatron.workload import Microbatch
+from dip_megatron.describe.cost import whole_sizes
+from dip_megatron.describe.model import LanguageHead, LatentHead, MultimodalModel, Projector
+from dip_megatron.describe.workload import Microbatch
 
 
 def model_flops(model: MultimodalModel, microbatches: Sequence[Microbatch]) -> float:

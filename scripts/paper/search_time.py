@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.cost import segmented_graph
-from dip_megatron.schedule import StageGraph
-from dip_megatron.search import SearchResult, search, warm_up
+from dip_megatron.core import StageGraph
+from dip_megatron.describe.cost import segmented_graph
+from dip_megatron.schedulers.dip import SearchResult, search, warm_up
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mix_of, papers_partition

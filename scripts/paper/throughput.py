@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.baselines import BaselineError, StaticChoice, parameter_balanced, static_plan
 from dip_megatron.commands.planning import Setting
+from dip_megatron.schedulers import BaselineError, StaticChoice, parameter_balanced, static_plan
 
 from . import draw, quoted
 from .cases import FIVE, Budget, describe, load_case, mean_time, mix_of, our_partition, plan_all

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from dip_megatron.core import Plan
 from dip_megatron.planner.request import PlanMaker, PlanRequest
 from dip_megatron.planner.service import PlannerService
-from dip_megatron.schedule import Plan
 
 FAULTS = ("dies", "babbles", "raises", "is late", "hangs")
 HANG_SECONDS = 5.0

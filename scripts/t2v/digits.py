@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
-from dip_megatron.models.diffusion import patchify, unpatchify
+from dip_megatron.families.t2v.diffusion import patchify, unpatchify
 
 SIDE = 8
 BLOCK = (2, 2, 2)

@@ -26,7 +26,7 @@ if ON_CPU:
 
 from megatron.core.pipeline_parallel import schedules  # noqa: E402  (after the platform)
 
-from dip_megatron.megatron.plain import PlainForwardBackward  # noqa: E402
+from dip_megatron.testing.plain import PlainForwardBackward  # noqa: E402
 
 FUNCTION = PlainForwardBackward(timeout_seconds=120.0)
 CALLS = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dip_megatron.workload import Microbatch
+from dip_megatron.describe.workload import Microbatch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEDULES = "megatron-1f1b,megatron-interleaved,zb-v,dip-paper,dip"

@@ -14,9 +14,9 @@ import pytest
 import dip_megatron
 from dip_megatron.cli import main
 from dip_megatron.commands.planning import SCHEDULES
-from dip_megatron.partition import read_partition
-from dip_megatron.schedule.files import format_plan, read_plans
-from dip_megatron.schedule.verify import verify
+from dip_megatron.core.files import format_plan, read_plans
+from dip_megatron.core.verify import verify
+from dip_megatron.describe.partition import read_partition
 
 SETTING = ["--model", "vlm-s", "--cluster", "h100", "--workload", "vlm-mix", "--iterations", "2", "--microbatches", "4"]
 QUICK = ["--budget", "0.05", "--workers", "1"]

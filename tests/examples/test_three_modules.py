@@ -14,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dip_megatron.cost.strategies import LAYER_STRATEGIES
-from dip_megatron.model import Parallel
-from dip_megatron.schedule import Kind
+from dip_megatron.core import Kind
+from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.describe.model import Parallel
 from examples.llava_digits.quickstart import train
 from tests.examples.three_modules_case import (
     LONG,
@@ -115,7 +115,7 @@ def test_evaluation():
 def described(rank, world):
     """Parameters of the planner's view and of the model, and the counts of each microbatch."""
     initialize(world)
-    from dip_megatron.models.protocol import MicrobatchInputs
+    from dip_megatron.runtime.protocol import MicrobatchInputs
     from examples.three_modules.model import ThreeModuleModel
 
     case = ThreeModuleCase(MIXED)
@@ -141,9 +141,9 @@ def test_the_planner_sees_the_model_and_its_batches_as_they_are():
 def partitioned(rank, world):
     """Layers of each module in the partitioner's choice for two ranks, judged by the family's workload."""
     initialize(world)
-    from dip_megatron.cost import load_cluster
-    from dip_megatron.partition import choose_partition
-    from dip_megatron.workload import load_workload
+    from dip_megatron.describe.cost import load_cluster
+    from dip_megatron.describe.workload import load_workload
+    from dip_megatron.planner.partitioning import choose_partition
 
     family, asked = blueprint(ThreeModuleCase(MIXED), 2)
     view = family.describe(asked, Parallel(1, 2, 1, False, False))
@@ -163,7 +163,7 @@ def test_planner_workers_know_it_without_torch():
 
 def refused(rank, world, what):
     initialize(world)
-    from dip_megatron.models.protocol import MicrobatchInputs
+    from dip_megatron.runtime.protocol import MicrobatchInputs
     from examples.three_modules.model import ThreeModuleModel
 
     case = ThreeModuleCase(MIXED)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dip_megatron.model import Parallel
+from dip_megatron.describe.model import Parallel
 from tests.runtime.llava_case import initialize
 from tests.runtime.program_case import drawn_run, plain_run, tiny_config
 from tests.runtime.split_case import Drawn

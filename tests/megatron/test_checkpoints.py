@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from dip_megatron.config import ConfigurationError
-from dip_megatron.model import ModulePartition, Partition
+from dip_megatron.describe.files import ConfigurationError
+from dip_megatron.describe.model import ModulePartition, Partition
 from examples.llava_digits import quickstart
 from examples.llava_digits.quickstart import SCRIPT, RunFailed
 from tests.forked import forked

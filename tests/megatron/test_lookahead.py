@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from dip_megatron.megatron.lookahead import LookAhead, RawItems
-from dip_megatron.models.protocol import MicrobatchInputs
+from dip_megatron.runtime.protocol import MicrobatchInputs
 
 
 class Ranks:

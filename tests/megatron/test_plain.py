@@ -52,7 +52,7 @@ def run(rank: int, world: int, schedule: str, segments: int, microbatches: int, 
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.pipeline_parallel import schedules
 
-    from dip_megatron.megatron.plain import PlainForwardBackward
+    from dip_megatron.testing.plain import PlainForwardBackward
 
     finalized: list[Any] = []
     config = ModelParallelConfig(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dip_megatron.config import ConfigurationError
+from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.megatron.arguments import check_arguments
 
 FINE: dict[str, Any] = {

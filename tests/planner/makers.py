@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dip_megatron.core import Plan, SearchStatistics
+from dip_megatron.core.lower import make_plan
 from dip_megatron.planner.greedy import greedy
-from dip_megatron.schedule import Plan, SearchStatistics
-from dip_megatron.schedule.lower import make_plan
 from tests.graphs import random_graph
 
 

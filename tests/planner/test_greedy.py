@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dip_megatron.core import Kind
+from dip_megatron.core.lower import make_plan
+from dip_megatron.core.verify import verify
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.live import without_training
-from dip_megatron.schedule import Kind
-from dip_megatron.schedule.lower import make_plan
-from dip_megatron.schedule.verify import verify
-from dip_megatron.search import DoesNotFitError
+from dip_megatron.schedulers.dip import DoesNotFitError
 from tests.graphs import random_graph, smallest_need
 
 

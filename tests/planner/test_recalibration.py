@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dip_megatron.cost import Corrections, Line
-from dip_megatron.cost.corrections import KINDS, seconds_of
+from dip_megatron.core import Kind, Plan, StageGraph
+from dip_megatron.core.lower import make_plan
+from dip_megatron.describe.cost import Corrections, Line
+from dip_megatron.describe.cost.corrections import KINDS, seconds_of
+from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.feed import PlanFeed
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.recalibration import Measurement, Recalibration
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
-from dip_megatron.schedule import Kind, Plan, StageGraph
-from dip_megatron.schedule.lower import make_plan
-from dip_megatron.workload import Microbatch
 from tests.graphs import random_graph
 from tests.planner.makers import Maker
 from tests.planner.test_feed import Shared, ThreadExchange

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from dip_megatron.core.verify import verify
+from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
-from dip_megatron.schedule.verify import verify
-from dip_megatron.workload import Microbatch
 from tests.planner.makers import GARBAGE, Maker
 
 

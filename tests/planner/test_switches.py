@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dip_megatron.config import DipConfig
-from dip_megatron.cost import load_cluster
-from dip_megatron.model import even_partition, load_model
+from dip_megatron.core import Kind
+from dip_megatron.describe.cost import load_cluster
+from dip_megatron.describe.model import even_partition, load_model
+from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.live import ModelGraphs
 from dip_megatron.planner.searchers import DipSearcher, make_searcher
-from dip_megatron.schedule import Kind
-from dip_megatron.workload import Microbatch
 
 MODEL = load_model("vlm-s").with_parallel(pp=2)
 BATCH = tuple(Microbatch(4000, (169,) * n) for n in (8, 0, 12))

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.cost import LAYER_STRATEGIES, Costs, build_graph, load_cluster, parse_strategy
-from dip_megatron.model import even_partition, load_model
+from dip_megatron.describe.cost import LAYER_STRATEGIES, Costs, build_graph, load_cluster, parse_strategy
+from dip_megatron.describe.model import even_partition, load_model
+from dip_megatron.describe.workload import Microbatch
 from dip_megatron.profile.operators import attention_lengths, curve_of, matmul_shapes
 from dip_megatron.profile.timing import measure
-from dip_megatron.workload import Microbatch
 
 TINY = """
 name: tiny

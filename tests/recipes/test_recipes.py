@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from dip_megatron import recipes
-from dip_megatron.configs import ConfigError, shipped
-from dip_megatron.cost import cost_model, segmented_graph
+from dip_megatron.core.lower import make_plan
+from dip_megatron.core.verify import verify
+from dip_megatron.describe.cost import cost_model, segmented_graph
+from dip_megatron.describe.files import ConfigurationError, shipped
+from dip_megatron.describe.workload import load_workload
 from dip_megatron.recipes import load_recipe, recipe_names
-from dip_megatron.schedule.lower import make_plan
-from dip_megatron.schedule.verify import verify
-from dip_megatron.search import search
-from dip_megatron.workload import load_workload
+from dip_megatron.schedulers.dip import search
 from scripts import make_recipes
 
 EXAMPLES = {"vision-audio-llm"}  # described for planning, without a recipe
@@ -72,13 +72,13 @@ def test_files_that_disagree_are_named(tmp_path, monkeypatch, file, old, new, me
     assert old in text
     path.write_text(text.replace(old, new))
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigurationError, match=message) as caught:
         load_recipe("vlm-s")
     assert str(path) in str(caught.value)
 
 
 def test_an_unknown_recipe_names_those_there_are():
-    with pytest.raises(ConfigError, match="vlm-s"):
+    with pytest.raises(ConfigurationError, match="vlm-s"):
         load_recipe("vlm-zz")
 
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from dip_megatron.core import Kind, Schedule, StageKey
+from dip_megatron.core.simulate import simulate
 from dip_megatron.report.figure import plot_timeline
 from dip_megatron.report.spans import Span, spans_of
 from dip_megatron.report.tables import seconds, table
 from dip_megatron.report.trace import write_trace
-from dip_megatron.schedule import Kind, Schedule, StageKey
-from dip_megatron.simulate import simulate
 from tests.graphs import random_graph
 
 

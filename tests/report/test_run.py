@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dip_megatron.core import Plan
+from dip_megatron.core.simulate import simulate
 from dip_megatron.planner.feed import FedPlan
 from dip_megatron.planner.service import PlannerStatistics
 from dip_megatron.report.iterations import IterationReport
 from dip_megatron.report.progress import RunProgress
 from dip_megatron.report.recorder import RunRecorder
 from dip_megatron.runtime.clock import MeasuredSpan
-from dip_megatron.schedule import Plan
-from dip_megatron.simulate import simulate
 from tests.planner.makers import Maker
 from tests.planner.test_feed import Shared, ThreadExchange
 

@@ -89,7 +89,7 @@ def model_arguments(sizes: Sizes) -> tuple[Case, dict[str, Any]]:
 
 def describe(rank: int, world: int, sizes: Sizes, parallel: Any) -> Any:
     """The model in the planner's words."""
-    from dip_megatron.megatron.describe import describe_llava
+    from dip_megatron.families.describe import describe_llava
 
     return describe_llava(model_arguments(sizes)[1], {}, parallel)
 
@@ -122,9 +122,9 @@ def measure(rank: int, world: int, sizes: Sizes, strategies: list[str]) -> Any:
     """One microbatch on one process, once with each strategy for all its stages: what the microbatch holds, ``Held`` by
     (strategy, module, segment), and ``Left`` by strategy."""
     initialize(world)
+    from dip_megatron.families.llava.program import LlavaProgram
     from dip_megatron.megatron.step import MegatronStep
-    from dip_megatron.models.llava import LlavaProgram
-    from dip_megatron.models.protocol import MicrobatchInputs
+    from dip_megatron.runtime.protocol import MicrobatchInputs
 
     case, kwargs = model_arguments(sizes)
     program = LlavaProgram(
@@ -153,8 +153,8 @@ def measure(rank: int, world: int, sizes: Sizes, strategies: list[str]) -> Any:
 
 
 def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Sizes, strategy: str) -> Any:
+    from dip_megatron.core import Kind, StageKey, Unit
     from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
-    from dip_megatron.schedule import Kind, StageKey, Unit
 
     units = {"vision": Unit(0, "vision", 0, 0, sizes.images, (1,)), "language": Unit(1, "language", 0)}
     keys = {(m, k): [StageKey(kind, m, k, units[m].id, 0) for kind in (Kind.F, Kind.B, Kind.W)] for m, k in PLACES}
@@ -243,19 +243,19 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     operations. Left out is what static bytes have room for: the layer that is being prefetched, and messages under way,
     of which gloo doesn't tell when it has sent one."""
     initialize(world)
-    from dip_megatron.cost import CostModel, load_cluster, segmented_graph
-    from dip_megatron.megatron.describe import describe_gpt
+    from dip_megatron.core import Schedule
+    from dip_megatron.core.lower import make_plan
+    from dip_megatron.describe.cost import CostModel, load_cluster, segmented_graph
+    from dip_megatron.describe.model import ModulePartition, Parallel, Partition
+    from dip_megatron.families.describe import describe_gpt
+    from dip_megatron.families.gpt.program import GptProgram
     from dip_megatron.megatron.step import MegatronStep
-    from dip_megatron.model import ModulePartition, Parallel, Partition
-    from dip_megatron.models.gpt import GptProgram
-    from dip_megatron.models.protocol import MicrobatchInputs
     from dip_megatron.planner.greedy import greedy
     from dip_megatron.planner.maker import payloads
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.protocol import MicrobatchInputs
     from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
-    from dip_megatron.schedule import Schedule
-    from dip_megatron.schedule.lower import make_plan
 
     layers = ((what.layers,) * world,) * what.segments
     kwargs = gpt_case.gpt_kwargs(gpt_case.GptCase(what.microbatches, layers), world)

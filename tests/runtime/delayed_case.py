@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dip_megatron.core import Channel, Kind, Payload, Plan, StageGraph, StageKey, TensorSpec, Unit
+from dip_megatron.core.lower import incoming, make_plan
+from dip_megatron.core.verify import verify
 from dip_megatron.runtime.clock import Clock
 from dip_megatron.runtime.executor import Executor
 from dip_megatron.runtime.transport import Tensors, TransportError, ring_channels
-from dip_megatron.schedule import Channel, Kind, Payload, Plan, StageGraph, StageKey, TensorSpec, Unit
-from dip_megatron.schedule.lower import incoming, make_plan
-from dip_megatron.schedule.verify import verify
+from tests.core.simulate.test_kernels import drawn_schedule
 from tests.graphs import random_graph
-from tests.simulate.test_kernels import drawn_schedule
 
 PRIME = 2**31 - 1
 SLOW_SHARE, SLOW_SECONDS = 0.1, 1e-3

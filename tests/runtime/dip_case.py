@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.describe.workload import Microbatch
+from dip_megatron.describe.workload.units import even_slices
 from dip_megatron.planner.feed import PlanFeed
 from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.service import PlannerService
-from dip_megatron.schedule import ModalityModule, StageGraph, Unit
-from dip_megatron.workload import Microbatch
-from dip_megatron.workload.units import even_slices
 from tests.processes import transport
 from tests.runtime.llava_case import (
     Case,
@@ -67,9 +67,9 @@ def dip_run(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 
 
 
 def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 1) -> Any:
+    from dip_megatron.families.llava.program import LlavaProgram
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
-    from dip_megatron.models.llava import LlavaProgram
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
 

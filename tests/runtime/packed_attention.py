@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dip_megatron.models.sdpa import SdpaAttention
+from dip_megatron.families.shared.sdpa import SdpaAttention
 
 
 class PackedAttention(SdpaAttention):

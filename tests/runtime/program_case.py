@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dip_megatron.model import MultimodalModel
+from dip_megatron.core import Kind, ModalityModule, StageGraph
+from dip_megatron.describe.model import MultimodalModel
+from dip_megatron.describe.workload import Microbatch, make_units
 from dip_megatron.planner.feed import PlanFeed
 from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
-from dip_megatron.schedule import Kind, ModalityModule, StageGraph
-from dip_megatron.workload import Microbatch, make_units
 from tests.processes import transport
 from tests.runtime.llava_case import finalize_without_ddp, global_name, gradients
 from tests.runtime.split_case import Drawn, DrawnMaker

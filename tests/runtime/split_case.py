@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dip_megatron.cost.strategies import LAYER_STRATEGIES, format_strategy
+from dip_megatron.core import Kind, Schedule
+from dip_megatron.core.lower import make_plan
+from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES, format_strategy
 from dip_megatron.planner.feed import PlanFeed
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.service import PlannerService
-from dip_megatron.schedule import Kind, Schedule
-from dip_megatron.schedule.lower import make_plan
 from tests.processes import transport
 from tests.runtime import gpt_case, llava_case
 from tests.runtime.dip_case import DrawnGraphs
@@ -149,7 +149,7 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
 
 
 def _llava(rank: int, world: int, case: Case, wrap: Wrap) -> Any:
-    from dip_megatron.models.llava import LlavaProgram
+    from dip_megatron.families.llava.program import LlavaProgram
 
     kwargs = llava_kwargs(case, world)
     for name in ("language_transformer_config", "vision_transformer_config", "vision_projection_config"):
@@ -161,7 +161,7 @@ def _llava(rank: int, world: int, case: Case, wrap: Wrap) -> Any:
 
 
 def _gpt(rank: int, world: int, case: GptCase, wrap: Wrap) -> Any:
-    from dip_megatron.models.gpt import GptProgram
+    from dip_megatron.families.gpt.program import GptProgram
 
     kwargs = gpt_case.gpt_kwargs(case, world)
     _adapt(kwargs["config"], wrap)

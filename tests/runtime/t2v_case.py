@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dip_megatron.model import Parallel
+from dip_megatron.describe.model import Parallel
 from tests.runtime.llava_case import initialize
 from tests.runtime.program_case import drawn_run, plain_run, split_dimension, tiny_config
 from tests.runtime.split_case import Drawn
@@ -49,8 +49,8 @@ def config(case: T2vCase, layers: int, hidden: int, pp: int, **more: Any) -> Any
 
 def arguments(case: T2vCase, pp: int) -> dict[str, Any]:
     """Keyword arguments of TextToVideoModel."""
-    from dip_megatron.models.diffusion import diffusion_layer_spec
-    from dip_megatron.models.text_encoder import text_layer_spec
+    from dip_megatron.families.t2v.diffusion import diffusion_layer_spec
+    from dip_megatron.families.t2v.text_encoder import text_layer_spec
 
     text, diffusion = (sum(map(sum, lines)) for lines in (case.language, case.diffusion))
     return {
@@ -102,7 +102,7 @@ def forward_step(kind: str, data_iterator: Any, model: Any) -> Any:
 def reference(rank: int, world: int, case: T2vCase) -> Any:
     """Losses and gradients of the whole model under Megatron's schedule without a pipeline, and how they are split."""
     initialize(1, case.tensor_parallel)
-    from dip_megatron.models.t2v import TextToVideoModel
+    from dip_megatron.families.t2v.program import TextToVideoModel
 
     model = TextToVideoModel(**arguments(case, 1))
     model.freeze(**freeze_arguments(case))
@@ -113,8 +113,8 @@ def reference(rank: int, world: int, case: T2vCase) -> Any:
 def dip_run(rank: int, world: int, case: T2vCase, drawn: Drawn, forward_only: bool = False) -> Any:
     """See :func:`tests.runtime.program_case.drawn_run`."""
     initialize(world)
-    from dip_megatron.megatron.describe import describe_t2v
-    from dip_megatron.models.t2v import T2vProgram
+    from dip_megatron.families.describe import describe_t2v
+    from dip_megatron.families.t2v.program import T2vProgram
 
     kwargs, frozen = arguments(case, world), freeze_arguments(case)
     program = T2vProgram(kwargs, {"language": case.language, "diffusion": case.diffusion}, rank=rank, freeze=frozen)

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.feed import PlanFeed, PlanMismatchError
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
-from dip_megatron.workload import Microbatch
 from tests.planner.makers import Maker
 from tests.processes import team
 

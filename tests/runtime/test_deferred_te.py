@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dip_megatron.models import deferred_te
+from dip_megatron.families.shared import deferred_te
 from dip_megatron.runtime.deferred import WeightGradients
 from dip_megatron.runtime.modes import StageMode
 

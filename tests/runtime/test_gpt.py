@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dip_megatron.cost.strategies import LAYER_STRATEGIES
-from dip_megatron.models.protocol import MicrobatchInputs
+from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.runtime.protocol import MicrobatchInputs
 from tests.processes import team
 from tests.runtime.gpt_case import GptCase, gpt_kwargs, megatrons
 from tests.runtime.split_case import Drawn, Wrap, split_run
@@ -98,7 +98,7 @@ def refusals(rank, world):
     """What GptProgram says to models and calls that it can't run."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from dip_megatron.models.gpt import GptProgram
+    from dip_megatron.families.gpt.program import GptProgram
 
     def said(make):
         try:

@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 
-from dip_megatron.cost import load_cluster
-from dip_megatron.cost.chunks import CostModel
-from dip_megatron.cost.sizes import unit_sizes
-from dip_megatron.cost.strategies import LAYER_STRATEGIES, parse_strategy
-from dip_megatron.model import Parallel
+from dip_megatron.describe.cost import load_cluster
+from dip_megatron.describe.cost.chunks import CostModel
+from dip_megatron.describe.cost.sizes import unit_sizes
+from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES, parse_strategy
+from dip_megatron.describe.model import Parallel
 from tests.processes import team
 from tests.runtime.accounting import PLACES, Held, Iteration, Sizes, describe, measure, peak
 

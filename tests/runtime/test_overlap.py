@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dip_megatron.core import Compute, Kind
+from dip_megatron.core.lower import incoming, make_plan, outgoing
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.runtime.clock import Clock
 from dip_megatron.runtime.executor import Executor
-from dip_megatron.schedule import Compute, Kind
-from dip_megatron.schedule.lower import incoming, make_plan, outgoing
 from tests.graphs import random_graph
 from tests.processes import team
 from tests.runtime.gpt_case import GptCase

@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dip_megatron.cost.strategies import LAYER_STRATEGIES
-from dip_megatron.model import Parallel
-from dip_megatron.schedule import Kind
+from dip_megatron.core import Kind
+from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.describe.model import Parallel
 from tests.processes import ProcessFailure, Team, team
 from tests.runtime.split_case import Drawn
 from tests.runtime.t2v_case import LONG, LOSSES, SHORT, TALL, WIDE, T2vCase, dip_run, reference
@@ -107,9 +107,9 @@ def test_evaluation():
 
 def described(rank, world):
     """Parameters of the planner's view and of the model, and the same for the patches of each clip."""
-    from dip_megatron.megatron.describe import describe_t2v
-    from dip_megatron.models.protocol import MicrobatchInputs
-    from dip_megatron.models.t2v import T2vProgram, TextToVideoModel
+    from dip_megatron.families.describe import describe_t2v
+    from dip_megatron.families.t2v.program import T2vProgram, TextToVideoModel
+    from dip_megatron.runtime.protocol import MicrobatchInputs
     from tests.runtime.llava_case import initialize
     from tests.runtime.t2v_case import arguments, batches
 
@@ -141,7 +141,7 @@ def test_the_planner_sees_the_model_as_it_is():
 
 
 def with_pipeline(rank, world):
-    from dip_megatron.models.t2v import TextToVideoModel
+    from dip_megatron.families.t2v.program import TextToVideoModel
     from tests.runtime.llava_case import initialize
     from tests.runtime.t2v_case import arguments
 

@@ -15,7 +15,7 @@ def both(rank, world, sequence_parallel, fused):
     from megatron.core import tensor_parallel
     from megatron.core.tensor_parallel import layers
 
-    from dip_megatron.models import deferred_linear
+    from dip_megatron.families.shared import deferred_linear
     from dip_megatron.runtime.deferred import WeightGradients
     from dip_megatron.runtime.modes import StageMode
     from tests.runtime.split_case import FusedOnHost

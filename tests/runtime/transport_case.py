@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dip_megatron.core import Channel, Payload, TensorSpec
 from dip_megatron.runtime.transport import Transport, TransportError, ring_channels
-from dip_megatron.schedule import Channel, Payload, TensorSpec
 
 DTYPES = ("float32", "bfloat16", "int64")
 

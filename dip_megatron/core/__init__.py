@@ -1,0 +1,31 @@
+"""Stages, their dependencies, schedules and plans; the verifier and the files."""
+
+from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message, parse_action
+from .graph import GraphError, ModalityModule, StageGraph, Unit
+from .operations import Kind, StageKey
+from .order import Schedule, check_complete
+from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec, used_strategies
+
+__all__ = [
+    "Action",
+    "Channel",
+    "Communicate",
+    "CommunicationKind",
+    "Compute",
+    "GraphError",
+    "Kind",
+    "Message",
+    "ModalityModule",
+    "Payload",
+    "Plan",
+    "Predicted",
+    "Schedule",
+    "SearchStatistics",
+    "StageGraph",
+    "StageKey",
+    "TensorSpec",
+    "Unit",
+    "check_complete",
+    "parse_action",
+    "used_strategies",
+]

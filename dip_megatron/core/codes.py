@@ -1,0 +1,133 @@
+"""Actions as whole numbers: what plans are made of, sent as and checked as; objects are made of them where people look.
+
+With S rows and E edges (:attr:`StageGraph.edges`): codes below 4S are operations, ``kind * S + row``. Then come the
+sends, receives, waits for sends and waits for receives of the 2E messages; message e is the output that travels along
+edge e, message E + e the gradient that travels back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+
+from .actions import Action, Communicate, CommunicationKind, Compute, Message
+from .graph import GraphError, Ints, StageGraph
+from .operations import Kind, StageKey
+
+COMMUNICATIONS = (
+    CommunicationKind.ISEND,
+    CommunicationKind.IRECV,
+    CommunicationKind.WAIT_ISEND,
+    CommunicationKind.WAIT_IRECV,
+)
+
+
+def code_count(graph: StageGraph) -> int:
+    """Codes are below this."""
+    return 4 * graph.rows + 4 * 2 * len(graph.edges.source)
+
+
+class Decoder:
+    """Turns the codes of one graph into actions, and back."""
+
+    def __init__(self, graph: StageGraph):
+        self._graph = graph
+        self._edges = len(graph.edges.source)
+        self._messages: dict[int, Message] = {}
+
+    def action(self, code: int, rank: int) -> Action:
+        """The action of ``code`` on ``rank``."""
+        graph, rows = self._graph, self._graph.rows
+        if code < 4 * rows:
+            kind, row = divmod(code, rows)
+            return Compute(graph.key(Kind(kind), row, rank), graph.strategy_name(0, row, rank))
+        kind, message = divmod(code - 4 * rows, 2 * self._edges)
+        return Communicate(COMMUNICATIONS[kind], self.message(message))
+
+    def message(self, number: int) -> Message:
+        """Message ``number``; both ends of a gradient are named B."""
+        if number not in self._messages:
+            graph, edges = self._graph, self._graph.edges
+            gradient, e = divmod(number, self._edges)
+            kind = Kind.B if gradient else Kind.F
+            ends = [graph.key(kind, *divmod(int(n), graph.ranks)) for n in (edges.source[e], edges.target[e])]
+            self._messages[number] = Message(*(reversed(ends) if gradient else ends))
+        return self._messages[number]
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[int, int], int]:
+        ends = zip(self._graph.edges.source.tolist(), self._graph.edges.target.tolist(), strict=True)
+        return {pair: e for e, pair in enumerate(ends)}
+
+    def _node(self, key: StageKey) -> int:
+        return self._graph.row_of(key) * self._graph.ranks + key.rank
+
+    def code(self, action: Action) -> int:
+        """Inverse of :meth:`action`. Raises GraphError for stages and messages that the graph doesn't have."""
+        graph, rows = self._graph, self._graph.rows
+        if isinstance(action, Compute):
+            row = graph.row_of(action.key)
+            expected = graph.strategy_name(0, row, action.key.rank)
+            if action.strategy != expected:
+                raise GraphError(f"{action}: strategy differs from the graph's {expected!r}")
+            return int(action.key.kind) * rows + row
+        message = action.message
+        ends = [self._node(message.source), self._node(message.target)]
+        gradient = message.channel.gradient
+        edge = self._numbers.get((ends[1], ends[0]) if gradient else (ends[0], ends[1]))
+        kinds = {message.source.kind, message.target.kind}
+        if edge is None or kinds != {Kind.B if gradient else Kind.F}:
+            raise GraphError(f"{action}: nothing travels between these stages")
+        return 4 * rows + 2 * self._edges * COMMUNICATIONS.index(action.kind) + gradient * self._edges + edge
+
+
+class RankActions(Sequence[tuple[Action, ...]]):
+    """The actions of all ranks, ``[rank][i]``, decoded when they are looked at."""
+
+    def __init__(self, graph: StageGraph, codes: tuple[Ints, ...]):
+        self._decoder = Decoder(graph)
+        self._codes = codes
+        self._decoded: dict[int, tuple[Action, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    @overload
+    def __getitem__(self, rank: int) -> tuple[Action, ...]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> tuple[tuple[Action, ...], ...]: ...
+    def __getitem__(self, rank: int | slice) -> tuple[Action, ...] | tuple[tuple[Action, ...], ...]:
+        if isinstance(rank, slice):
+            return tuple(self[r] for r in range(len(self))[rank])
+        rank = range(len(self))[rank]
+        if rank not in self._decoded:
+            self._decoded[rank] = tuple(self._decoder.action(code, rank) for code in self._codes[rank].tolist())
+        return self._decoded[rank]
+
+    def __iter__(self) -> Iterator[tuple[Action, ...]]:
+        return (self[rank] for rank in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def encode(graph: StageGraph, actions: Sequence[Sequence[Action]]) -> tuple[Ints, ...]:
+    """Codes of all ranks' actions. Raises GraphError ``rank R, action I: reason`` for what the graph doesn't have."""
+    decoder = Decoder(graph)
+    codes = []
+    for rank, line in enumerate(actions):
+        numbers = np.empty(len(line), dtype=np.int32)
+        for i, action in enumerate(line):
+            if isinstance(action, Compute) and action.key.rank != rank:
+                raise GraphError(f"rank {rank}, action {i} ({action}): is rank {action.key.rank}'s")
+            try:
+                numbers[i] = decoder.code(action)
+            except GraphError as error:
+                raise GraphError(f"rank {rank}, action {i}: {error}") from error
+        codes.append(numbers)
+    return tuple(codes)

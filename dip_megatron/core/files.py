@@ -1,0 +1,313 @@
+"""Plan files: JSON lines, one iteration's plan a line, self-contained so that anyone can check it again.
+
+``docs/plan-format.md`` is the reference, ``plan.schema.json`` beside this module the JSON schema. Writing what was read
+gives the same line, character by character.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from .actions import Compute, parse_action
+from .codes import encode
+from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord
+from .graph import Floats, GraphError, ModalityModule, StageGraph, Unit
+from .operations import StageKey
+from .order import Schedule
+from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec
+
+Row = TypeVar("Row", StageTimes, StageBytes)
+
+
+class PlanFileError(ValueError):
+    """A malformed plan file; the message is ``FILE:LINE: place: reason`` (``place: reason`` from a single line)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
+
+def read_plans(path: str | Path) -> Iterator[Plan]:
+    """The plans of a file, one after the other; blank lines are skipped.
+
+    Reads strictly (no field missing, unknown or of another type) but runs no plan: :func:`verify` does that. Raises
+    PlanFileError at the first fault.
+    """
+    found = False
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    plan = parse_plan(line)
+                except PlanFileError as error:
+                    raise PlanFileError(f"{path}:{number}: {error}") from error
+                found = True
+                yield plan
+    except OSError as error:
+        raise PlanFileError(f"{path}:1: file: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise PlanFileError(f"{path}:1: file: not UTF-8 at byte {error.start}") from error
+    if not found:
+        raise PlanFileError(f"{path}:1: file: holds no plan")
+
+
+def write_plans(path: str | Path, plans: Iterable[Plan]) -> None:
+    """Write plans, one a line. Raises OSError if the file can't be written."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for plan in plans:
+            file.write(format_plan(plan) + "\n")
+
+
+def format_plan(plan: Plan) -> str:
+    """One line of a plan file, without the line's end."""
+    graph = plan.graph
+    rows = [
+        {"module": unit.module, "segment": segment, "unit": unit.id}
+        for unit in graph.units
+        for segment in range(graph.module(unit.module).segments)
+    ]
+    times = {"F": graph.forward, "B": graph.backward, "W": graph.weight, "BW": graph.fused}
+    held = {"held": graph.activation, "kept": graph.hold}
+    record = {
+        "version": VERSION,
+        "schedule": plan.name,
+        "ranks": graph.ranks,
+        "modules": [
+            {
+                "name": m.name, "segments": m.segments, "layers": m.layers, "trainable": m.trainable,
+                "upstream": m.upstream, "reversed": m.reversed,
+            }
+            for m in graph.modules
+        ],
+        "units": [
+            {
+                "id": u.id, "module": u.module, "microbatch": u.microbatch, "instances": [u.first, u.count],
+                "feeds": u.feeds,
+            }
+            for u in graph.units
+        ],
+        "durations": [row | {k: a[0, s].tolist() for k, a in times.items()} for s, row in enumerate(rows)],
+        "activation_bytes": [row | {k: a[0, s].tolist() for k, a in held.items()} for s, row in enumerate(rows)],
+        "latency": graph.hop.tolist(),
+        "memory_limit": [limit if np.isfinite(limit) else None for limit in graph.memory_limit.tolist()],
+        "static_bytes": graph.static_bytes.tolist(),
+        "payloads": [
+            {
+                "source": source, "target": target,
+                "tensors": [
+                    {"name": t.name, "shape": t.shape, "dtype": t.dtype, "differentiable": t.differentiable}
+                    for t in plan.payloads[source, target]
+                ],
+            }
+            for source, target in sorted(plan.payloads)
+        ],
+        "actions": [[str(action) for action in line] for line in plan.actions],
+        "predicted": {
+            "iteration_time": plan.predicted.iteration_time,
+            "lower_bound": plan.predicted.lower_bound,
+            "bubble_ratio": plan.predicted.bubble_ratio,
+            "peak_bytes": list(plan.predicted.peak_bytes),
+        },
+        "search": {
+            "seconds": plan.search.seconds, "evaluations": plan.search.evaluations,
+            "workers": plan.search.workers, "seed": plan.search.seed,
+        },
+    }  # fmt: skip
+    return json.dumps(record, allow_nan=False)
+
+
+def parse_plan(line: str) -> Plan:
+    """Inverse of :func:`format_plan`. Raises PlanFileError ``place: reason``."""
+    record = _validated(_load(line))
+    modules = tuple(
+        ModalityModule(
+            m.name, tuple(map(tuple, m.layers)), tuple(m.upstream), tuple(map(tuple, m.trainable)), tuple(m.reversed)
+        )
+        for m in record.modules
+    )
+    for i, m in enumerate(record.modules):
+        if len(m.layers) != m.segments:
+            raise PlanFileError(f"modules[{i}].layers: {len(m.layers)} segments, the module says {m.segments}")
+    units = tuple(_unit(i, u) for i, u in enumerate(record.units))
+    times, held = (
+        _rows(record, "durations", record.durations),
+        _rows(record, "activation_bytes", record.activation_bytes),
+    )
+    for name in ("memory_limit", "static_bytes"):
+        _length(name, getattr(record, name), record.ranks, "ranks")
+    _length("predicted.peak_bytes", record.predicted.peak_bytes, record.ranks, "ranks")
+    _length("actions", record.actions, record.ranks, "ranks")
+    _length("latency", record.latency, len(times), "rows in durations")
+    limit = [np.inf if b is None else b for b in record.memory_limit]
+    try:
+        graph = StageGraph(
+            record.ranks, modules, units, _array(times, "F"), _array(times, "B"), _array(times, "W"),
+            _array(times, "BW"), _array(held, "held"), _array(held, "kept"), np.array(record.latency, dtype=np.float64),
+            np.array(record.static_bytes, dtype=np.float64), np.array(limit, dtype=np.float64),
+        )  # fmt: skip
+    except GraphError as error:
+        raise PlanFileError(f"modules, units: {error}") from error
+    actions = tuple(
+        tuple(_action(f"actions[{rank}][{i}]", text) for i, text in enumerate(line))
+        for rank, line in enumerate(record.actions)
+    )
+    graph = _with_strategies(graph, actions)
+    schedule = _schedule(graph, actions)
+    try:
+        codes = encode(graph, actions)
+    except GraphError as error:
+        raise PlanFileError(f"actions: {error}") from error
+    return Plan(
+        graph,
+        schedule,
+        codes,
+        Predicted(
+            record.predicted.iteration_time, record.predicted.lower_bound, record.predicted.bubble_ratio,
+            tuple(record.predicted.peak_bytes),
+        ),
+        record.schedule,
+        _payloads(record),
+        SearchStatistics(
+            record.search.seconds, record.search.evaluations, record.search.workers, record.search.seed
+        ),
+    )  # fmt: skip
+
+
+def _load(line: str) -> Any:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in out:
+                raise PlanFileError(f"{key}: the field comes twice")
+            out[key] = value
+        return out
+
+    def no_constant(text: str) -> Any:
+        raise PlanFileError(f"line: {text} is not a number of JSON")
+
+    try:
+        return json.loads(line, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        raise PlanFileError(f"line: not JSON ({error.msg} at column {error.colno})") from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, PlanFileError):
+            raise
+        raise PlanFileError("line: nested too deeply or a number too long") from error
+
+
+def _validated(data: Any) -> PlanRecord:
+    if not isinstance(data, dict):
+        raise PlanFileError(f"line: expected an object, got {type(data).__name__}")
+    if "version" in data and data["version"] != VERSION:
+        raise PlanFileError(f"version: {json.dumps(data['version'])} is not supported, only {VERSION}; plan again")
+    try:
+        return PlanRecord.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        raise PlanFileError(f"{_place(fault['loc'])}: {fault['msg']}") from error
+
+
+def _place(location: Sequence[str | int]) -> str:
+    """``units[3].feeds[0]`` for pydantic's location."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _unit(place: int, record: UnitRecord) -> Unit:
+    if record.id != place:
+        raise PlanFileError(f"units[{place}].id: {record.id} stands at place {place}; ids are positions")
+    first, count = record.instances
+    return Unit(record.id, record.module, record.microbatch, first, count, tuple(record.feeds))
+
+
+def _length(place: str, values: Sequence[object], expected: int, of: str) -> None:
+    if len(values) != expected:
+        raise PlanFileError(f"{place}: {len(values)} entries for {expected} {of}")
+
+
+def _rows(record: PlanRecord, place: str, rows: list[Row]) -> list[Row]:
+    """The rows, checked to be those of the units, in order, with an entry per rank."""
+    segments = {m.name: m.segments for m in record.modules}
+    expected = []
+    for i, unit in enumerate(record.units):
+        if unit.module not in segments:
+            raise PlanFileError(f"units[{i}].module: no module is called {unit.module!r}")
+        expected += [(unit.module, k, unit.id) for k in range(segments[unit.module])]
+    _length(place, rows, len(expected), "rows (units times segments)")
+    for s, (row, key) in enumerate(zip(rows, expected, strict=True)):
+        if (row.module, row.segment, row.unit) != key:
+            raise PlanFileError(f"{place}[{s}]: expected module {key[0]}, segment {key[1]}, unit {key[2]} here")
+        for name, values in row:
+            if isinstance(values, list):
+                _length(f"{place}[{s}].{name}", values, record.ranks, "ranks")
+    return rows
+
+
+def _array(rows: Sequence[StageTimes | StageBytes], name: str) -> Floats:
+    return np.array([[getattr(row, name) for row in rows]], dtype=np.float64)
+
+
+def _action(place: str, text: str) -> Any:
+    try:
+        return parse_action(text)
+    except ValueError as error:
+        raise PlanFileError(f"{place}: {error}") from error
+
+
+def _row_of(graph: StageGraph, rank: int, place: str, key: StageKey) -> int:
+    if key.rank != rank:
+        raise PlanFileError(f"{place}: {key} is rank {key.rank}'s, the list is rank {rank}'s")
+    try:
+        return graph.row_of(key)
+    except GraphError as error:
+        raise PlanFileError(f"{place}: {error}") from error
+
+
+def _schedule(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Schedule:
+    """The order of operations that the compute actions spell out."""
+    orders = []
+    for rank, line in enumerate(actions):
+        order = []
+        for i, action in enumerate(line):
+            if isinstance(action, Compute):
+                row = _row_of(graph, rank, f"actions[{rank}][{i}]", action.key)
+                order.append(int(action.key.kind) * graph.rows + row)
+        orders.append(np.array(order, dtype=np.int32))
+    return Schedule(tuple(orders), np.zeros((graph.rows, graph.ranks), dtype=np.int8))
+
+
+def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> StageGraph:
+    """The graph with the memory strategies that the actions name; one stage has one strategy."""
+    names: dict[tuple[int, int], str] = {}
+    for rank, line in enumerate(actions):
+        for i, action in enumerate(line):
+            if isinstance(action, Compute):
+                place = f"actions[{rank}][{i}]"
+                row = _row_of(graph, rank, place, action.key)
+                known = names.setdefault((row, rank), action.strategy)
+                if known != action.strategy:
+                    raise PlanFileError(f"{place}: strategy {action.strategy!r} differs from {known!r} before")
+    strategies = tuple(tuple((names.get((s, p), "none"),) for p in range(graph.ranks)) for s in range(graph.rows))
+    return StageGraph(
+        graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
+        graph.activation, graph.hold, graph.hop, graph.static_bytes, graph.memory_limit, strategies,
+    )  # fmt: skip
+
+
+def _payloads(record: PlanRecord) -> dict[tuple[int, int], Payload]:
+    payloads: dict[tuple[int, int], Payload] = {}
+    for i, payload in enumerate(record.payloads):
+        pair = (payload.source, payload.target)
+        if pair in payloads:
+            raise PlanFileError(f"payloads[{i}]: row {pair[0]} to row {pair[1]} comes twice")
+        payloads[pair] = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype, t.differentiable) for t in payload.tensors)
+    return payloads

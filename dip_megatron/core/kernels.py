@@ -1,0 +1,299 @@
+"""Compiled inner loops of lowering and verifying; :mod:`.lower` and :mod:`.verify` say what they are for.
+
+Both speak the codes of :mod:`.codes`. A message from node ``a`` to node ``b`` (forwards) or back (gradients) belongs to
+channel ``(source rank * P + target rank) * 2 + gradient``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .graph import Floats, Ints, StageGraph
+from .operations import Kind
+from .simulate.compiled import compiled
+
+FORWARD, WEIGHT = int(Kind.F), int(Kind.W)
+ISEND, IRECV, WAIT_ISEND, WAIT_IRECV = 0, 1, 2, 3
+POSTED, AWAITED, DUE, SENT, SETTLED = 1, 2, 4, 8, 16
+
+(
+    NO_FAULT, WRONG_ORDER, EARLY_COMPUTE, OTHER_RANK, BAD_SEND, BAD_RECEIVE, BAD_WAIT_RECEIVE, BAD_WAIT_SEND,
+    NEVER_SENT, NEVER_AWAITED, NEVER_SETTLED, MISMATCH, DEADLOCK, UNMATCHED,
+) = range(14)  # fmt: skip
+
+
+class Messages(NamedTuple):
+    """The messages of a graph: ``source`` and ``target`` ``[2E]`` are ranks; ``exists``: a gradient travels only to
+    stages that have a backward. Edges as in :class:`.graph.Edges`."""
+
+    rows: int
+    ranks: int
+    edges: int
+    source: Ints
+    target: Ints
+    exists: NDArray[np.bool_]
+    before_start: Ints
+    after_start: Ints
+    after: Ints
+
+
+def messages_of(graph: StageGraph) -> Messages:
+    """Lay out the messages of ``graph``."""
+    edges = graph.edges
+    back, forth = edges.target % graph.ranks, edges.source % graph.ranks
+    trains = graph.has_backward.reshape(-1)
+    return Messages(
+        graph.rows, graph.ranks, len(edges.source),
+        np.concatenate([forth, back]).astype(np.int32), np.concatenate([back, forth]).astype(np.int32),
+        np.concatenate([np.ones(len(edges.source), dtype=np.bool_), trains[edges.source]]),
+        edges.before_start, edges.after_start, edges.after,
+    )  # fmt: skip
+
+
+@compiled
+def _incoming(g: Messages, code: int, rank: int, out: Ints) -> int:
+    """Fill ``out`` with the messages an operation waits for; returns how many."""
+    kind = code // g.rows
+    n = (code - kind * g.rows) * g.ranks + rank
+    count = 0
+    if kind == FORWARD:
+        for e in range(g.before_start[n], g.before_start[n + 1]):
+            out[count] = e
+            count += 1
+    elif kind != WEIGHT:
+        for i in range(g.after_start[n], g.after_start[n + 1]):
+            out[count] = g.edges + g.after[i]
+            count += 1
+    return count
+
+
+@compiled
+def _outgoing(g: Messages, code: int, rank: int, out: Ints) -> int:
+    """Fill ``out`` with the messages an operation's end sets off; returns how many."""
+    kind = code // g.rows
+    n = (code - kind * g.rows) * g.ranks + rank
+    count = 0
+    if kind == FORWARD:
+        for i in range(g.after_start[n], g.after_start[n + 1]):
+            out[count] = g.after[i]
+            count += 1
+    elif kind != WEIGHT:
+        for e in range(g.before_start[n], g.before_start[n + 1]):
+            if g.exists[g.edges + e]:
+                out[count] = g.edges + e
+                count += 1
+    return count
+
+
+@compiled
+def lower_codes(
+    g: Messages, orders: Ints, lengths: Ints, start: Floats, end: Floats, some: Ints, needed_at: Ints, place: Ints,
+    begun: Floats, channel_start: Ints, by_channel: Ints, slot: Ints, by_place: Ints, codes: Ints, counts: Ints,
+) -> None:  # fmt: skip
+    """Fill ``codes`` ``[P, .]`` and ``counts`` ``[P]`` with the actions of the orders, timed by ``start``, ``end``.
+
+    Work space: ``some`` holds any node's messages; ``needed_at``, ``place``, ``begun``, ``by_channel``, ``by_place``
+    ``[2E]``; ``channel_start`` ``[2PP + 1]``, zeros; ``slot`` ``[P * (longest order + 1)]``, zeros.
+    """
+    ranks, longest = g.ranks, orders.shape[1] + 1
+    channels = len(channel_start) - 1
+    # The remote messages of each channel, in the order of their sends.
+    for fill in range(2):
+        for rank in range(ranks):
+            for i in range(lengths[rank]):
+                code = orders[rank, i]
+                for k in range(_outgoing(g, code, rank, some)):
+                    m = some[k]
+                    if g.target[m] == rank:
+                        continue
+                    channel = (rank * ranks + g.target[m]) * 2 + (1 if m >= g.edges else 0)
+                    if fill == 0:
+                        channel_start[channel + 1] += 1
+                        begun[m] = start[rank, i]
+                    else:
+                        by_channel[channel_start[channel]] = m
+                        channel_start[channel] += 1
+                if fill == 0:
+                    for k in range(_incoming(g, code, rank, some)):
+                        needed_at[some[k]] = i
+        if fill == 0:
+            for channel in range(channels):
+                channel_start[channel + 1] += channel_start[channel]
+    for channel in range(channels, 0, -1):  # filling moved each start to its end
+        channel_start[channel] = channel_start[channel - 1]
+    channel_start[0] = 0
+    # Where each receive is posted: when its send begins, before it is needed, in the order of the sends.
+    for channel in range(channels):
+        target = (channel // 2) % ranks
+        latest = lengths[target]
+        for j in range(channel_start[channel + 1] - 1, channel_start[channel] - 1, -1):
+            m = by_channel[j]
+            low, high = 0, lengths[target]
+            while low < high:
+                middle = (low + high) >> 1
+                if end[target, middle] <= begun[m]:
+                    low = middle + 1
+                else:
+                    high = middle
+            latest = min(latest, needed_at[m], low)
+            place[m] = latest
+            slot[target * longest + latest] += 1
+    total = 0
+    for x in range(len(slot)):
+        here = slot[x]
+        slot[x] = total
+        total += here
+    for j in range(total):
+        m = by_channel[j]
+        x = g.target[m] * longest + place[m]
+        by_place[slot[x]] = m
+        slot[x] += 1
+    # The actions.
+    sends, receives = 4 * g.rows, 4 * g.rows + 2 * g.edges * IRECV
+    for rank in range(ranks):
+        count = 0
+        for i in range(lengths[rank]):
+            x = rank * longest + i
+            for j in range(slot[x - 1] if x > 0 else 0, slot[x]):
+                codes[rank, count] = receives + by_place[j]
+                count += 1
+            code = orders[rank, i]
+            for k in range(_incoming(g, code, rank, some)):
+                if g.source[some[k]] != rank:
+                    codes[rank, count] = 4 * g.rows + 2 * g.edges * WAIT_IRECV + some[k]
+                    count += 1
+            codes[rank, count] = code
+            count += 1
+            for k in range(_outgoing(g, code, rank, some)):
+                if g.target[some[k]] != rank:
+                    codes[rank, count] = sends + some[k]
+                    count += 1
+        for j in range(count):
+            if sends <= codes[rank, j] < receives:
+                codes[rank, count] = codes[rank, j] + 2 * g.edges * WAIT_ISEND
+                count += 1
+        counts[rank] = count
+
+
+@compiled
+def check_codes(
+    g: Messages, orders: Ints, lengths: Ints, codes: Ints, counts: Ints, some: Ints, state: NDArray[np.uint8],
+    fault: Ints,
+) -> None:  # fmt: skip
+    """Each rank's actions are its order's operations, and each has begun and awaited just the messages it must.
+
+    ``fault`` ``[4]``: what, rank, action, message (NO_FAULT if none). ``state`` ``[2E]``, zeros.
+    """
+    for rank in range(g.ranks):
+        at = 0
+        for i in range(counts[rank]):
+            code = codes[rank, i]
+            fault[1], fault[2], fault[3] = rank, i, -1
+            if code < 4 * g.rows:
+                if at >= lengths[rank] or orders[rank, at] != code:
+                    fault[0] = WRONG_ORDER
+                    return
+                at += 1
+                for k in range(_incoming(g, code, rank, some)):
+                    if g.source[some[k]] != rank and not state[some[k]] & AWAITED:
+                        fault[0], fault[3] = EARLY_COMPUTE, some[k]
+                        return
+                for k in range(_outgoing(g, code, rank, some)):
+                    if g.target[some[k]] != rank:
+                        state[some[k]] |= DUE
+                continue
+            kind = (code - 4 * g.rows) // (2 * g.edges)
+            m = code - 4 * g.rows - 2 * g.edges * kind
+            sending = kind in (ISEND, WAIT_ISEND)
+            if (g.source[m] if sending else g.target[m]) != rank:
+                fault[0] = OTHER_RANK
+                return
+            if kind == ISEND:
+                if not state[m] & DUE or state[m] & SENT:
+                    fault[0] = BAD_SEND
+                    return
+                state[m] |= SENT
+            elif kind == IRECV:
+                if state[m] & POSTED or g.source[m] == rank or not g.exists[m]:
+                    fault[0] = BAD_RECEIVE
+                    return
+                state[m] |= POSTED
+            elif kind == WAIT_IRECV:
+                if not state[m] & POSTED or state[m] & AWAITED:
+                    fault[0] = BAD_WAIT_RECEIVE
+                    return
+                state[m] |= AWAITED
+            else:
+                if not state[m] & SENT or state[m] & SETTLED:
+                    fault[0] = BAD_WAIT_SEND
+                    return
+                state[m] |= SETTLED
+        fault[1], fault[2], fault[3] = rank, counts[rank], -1
+        if at != lengths[rank]:
+            fault[0] = WRONG_ORDER
+            return
+    for m in range(2 * g.edges):
+        fault[2], fault[3] = -1, m
+        if state[m] & DUE and not state[m] & SENT:
+            fault[0], fault[1] = NEVER_SENT, g.source[m]
+            return
+        if state[m] & POSTED and not state[m] & AWAITED:
+            fault[0], fault[1] = NEVER_AWAITED, g.target[m]
+            return
+        if state[m] & SENT and not state[m] & SETTLED:
+            fault[0], fault[1] = NEVER_SETTLED, g.source[m]
+            return
+    fault[0] = NO_FAULT
+
+
+@compiled
+def replay_codes(
+    g: Messages, codes: Ints, counts: Ints, place: Ints, sent: Ints, received: Ints, sent_count: Ints,
+    received_count: Ints, matched: NDArray[np.bool_], fault: Ints,
+) -> None:  # fmt: skip
+    """Run all ranks' actions under rendezvous semantics; ``fault`` as in :func:`check_codes`, with ``place`` ``[P]``
+    telling where each rank stands.
+
+    Work space: ``sent``, ``received`` ``[2PP, most messages of a channel]``, ``sent_count``, ``received_count``
+    ``[2PP]``, ``matched`` ``[2E]``, all zeros.
+    """
+    progressed = True
+    while progressed:
+        progressed = False
+        for rank in range(g.ranks):
+            while place[rank] < counts[rank]:
+                code = codes[rank, place[rank]] - 4 * g.rows
+                if code >= 0:
+                    kind = code // (2 * g.edges)
+                    m = code - 2 * g.edges * kind
+                    if kind in (ISEND, IRECV):
+                        c = (g.source[m] * g.ranks + g.target[m]) * 2 + (1 if m >= g.edges else 0)
+                        if kind == ISEND:
+                            at = sent_count[c]
+                            sent[c, at] = m
+                            sent_count[c] += 1
+                        else:
+                            at = received_count[c]
+                            received[c, at] = m
+                            received_count[c] += 1
+                        if at < min(sent_count[c], received_count[c]):
+                            if sent[c, at] != received[c, at]:
+                                fault[0], fault[1], fault[2], fault[3] = MISMATCH, c, sent[c, at], received[c, at]
+                                return
+                            matched[m] = True
+                    elif not matched[m]:
+                        break
+                place[rank] += 1
+                progressed = True
+    fault[0] = NO_FAULT
+    for rank in range(g.ranks):
+        if place[rank] < counts[rank]:
+            fault[0] = DEADLOCK
+            return
+    for c in range(len(sent_count)):
+        if sent_count[c] != received_count[c]:
+            fault[0], fault[1], fault[2], fault[3] = UNMATCHED, c, sent_count[c], received_count[c]
+            return

@@ -1,0 +1,112 @@
+"""The plain simulator: slow, readable, and the definition of what a schedule takes. Kernels are tested against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..graph import Floats, StageGraph
+from ..operations import Kind
+from ..order import Schedule
+
+
+class DeadlockError(ValueError):
+    """The orders of the ranks wait for one another; the message says where each rank stands."""
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """Start and end (seconds) of each operation, ``start[rank][i]`` belonging to ``schedule.orders[rank][i]``; peak
+    bytes per rank, static bytes included; ``iteration_time`` in seconds."""
+
+    start: tuple[Floats, ...]
+    end: tuple[Floats, ...]
+    peak_bytes: Floats
+    iteration_time: float
+
+    @property
+    def bubble_ratio(self) -> float:
+        """Idle share of all ranks' time."""
+        busy = sum(float((e - s).sum()) for s, e in zip(self.start, self.end, strict=True))
+        return 1.0 - busy / (self.iteration_time * len(self.start)) if self.iteration_time > 0 else 0.0
+
+
+def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
+    """Run each rank's order as early as its inputs allow. Raises DeadlockError when the orders can't end.
+
+    Memory, per rank: ``activation`` is taken at the start of F; it is given back at the end of BW, or at the end of B
+    down to ``hold``, and ``hold`` at the end of W; a stage without backward gives all back at the end of its F.
+    """
+    rows, ranks = graph.rows, graph.ranks
+    durations = {Kind.F: graph.forward, Kind.B: graph.backward, Kind.W: graph.weight, Kind.BW: graph.fused}
+    choice = schedule.strategy
+    forward_end = np.full((rows, ranks), np.nan)
+    backward_end = np.full((rows, ranks), np.nan)
+    place = [0] * ranks
+    clock = np.zeros(ranks)
+    held = graph.static_bytes.astype(np.float64).copy()
+    peak = held.copy()
+    start: list[list[float]] = [[] for _ in range(ranks)]
+    end: list[list[float]] = [[] for _ in range(ranks)]
+
+    def ready_time(kind: Kind, s: int, p: int) -> float:
+        """When the inputs of an operation are there; nan if one is not known yet."""
+        step = -1 if graph.row_reversed[s] else 1
+        if kind == Kind.F:
+            if p != graph.entry_rank(s):
+                return float(forward_end[s, p - step] + graph.hop[s])
+            ends = [forward_end[q, graph.exit_rank(q)] + graph.link_hop(q, s) for q in graph.previous_rows[s]]
+            return float(np.max([0.0, *ends]))
+        if kind == Kind.W:
+            return float(backward_end[s, p])
+        own = forward_end[s, p]
+        if p != graph.exit_rank(s):
+            return float(np.maximum(own, backward_end[s, p + step] + graph.hop[s]))
+        arrivals = [backward_end[n, graph.entry_rank(n)] + graph.link_hop(s, n) for n in graph.next_rows[s]]
+        return float(np.max([own, *arrivals]))
+
+    remaining = sum(len(order) for order in schedule.orders)
+    while remaining:
+        progressed = False
+        for p in range(ranks):
+            order = schedule.orders[p]
+            while place[p] < len(order):
+                kind, s = Kind(int(order[place[p]]) // rows), int(order[place[p]]) % rows
+                ready = ready_time(kind, s, p)
+                if np.isnan(ready):
+                    break
+                c = int(choice[s, p])
+                begin = max(float(clock[p]), ready)
+                finish = begin + float(durations[kind][c, s, p])
+                start[p].append(begin)
+                end[p].append(finish)
+                clock[p] = finish
+                activation, hold = graph.activation[c, s, p], graph.hold[c, s, p]
+                if kind == Kind.F:
+                    held[p] += activation
+                    peak[p] = max(peak[p], held[p])
+                    forward_end[s, p] = finish
+                    if not graph.has_backward[s, p]:
+                        held[p] -= activation
+                elif kind == Kind.W:
+                    held[p] -= hold
+                else:
+                    backward_end[s, p] = finish
+                    held[p] -= activation
+                    if kind == Kind.B and graph.has_weight[s, p]:
+                        held[p] += hold
+                        peak[p] = max(peak[p], held[p])
+                place[p] += 1
+                remaining -= 1
+                progressed = True
+        if not progressed:
+            stuck = ", ".join(
+                f"rank {p} at {graph.key(Kind(int(o[place[p]]) // rows), int(o[place[p]]) % rows, p)}"
+                for p, o in enumerate(schedule.orders)
+                if place[p] < len(o)
+            )
+            raise DeadlockError(f"the plan can't end: {stuck}")
+    return Timeline(
+        tuple(np.array(x) for x in start), tuple(np.array(x) for x in end), peak, float(clock.max(initial=0.0))
+    )

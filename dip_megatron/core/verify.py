@@ -1,0 +1,125 @@
+"""The strict verifier: a plan that could hang, lose a gradient or break its memory limit never runs.
+
+The replay uses rendezvous semantics, the strictest any transport has: a send ends only when its receive is posted, per
+channel, in order, as NCCL matches them (it ignores tags).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import kernels
+from .actions import Channel
+from .codes import Decoder, code_count
+from .graph import Ints, StageGraph
+from .order import check_complete
+from .plan import Plan
+from .simulate.kernels import pad_orders, simulate_compiled
+
+
+class PlanError(ValueError):
+    """A plan that must not run; the message names the first fault and its place."""
+
+
+def verify(plan: Plan) -> None:
+    """Raise PlanError at the first fault: completeness, order, messages, deadlock, memory, payloads, prediction."""
+    graph = plan.graph
+    fault = check_complete(graph, plan.schedule)
+    if fault:
+        raise PlanError(fault)
+    if len(plan.codes) != graph.ranks:
+        raise PlanError(f"{len(plan.codes)} ranks have actions, the graph has {graph.ranks}")
+    codes, counts = _padded(graph, plan.codes)
+    _check_actions(plan, codes, counts)
+    _replay(plan, codes, counts)
+    for rank, peak in enumerate(simulate_compiled(graph, plan.schedule).peak_bytes):
+        limit = graph.memory_limit[rank]
+        if peak > limit * (1 + 1e-9):
+            raise PlanError(f"rank {rank}: needs {peak:.0f} bytes, {peak - limit:.0f} over its limit of {limit:.0f}")
+    if plan.predicted.iteration_time < plan.predicted.lower_bound * (1 - 1e-9):
+        raise PlanError(
+            f"predicted {plan.predicted.iteration_time} s lies under the bound {plan.predicted.lower_bound} s"
+        )
+    if plan.payloads:
+        for s in range(graph.rows):
+            pairs = ([(s, s)] if graph.ranks > 1 else []) + [(s, n) for n in graph.next_rows[s]]
+            for pair in pairs:
+                if pair not in plan.payloads:
+                    raise PlanError(f"no payload for row {pair[0]} to row {pair[1]}")
+
+
+def _padded(graph: StageGraph, lines: tuple[Ints, ...]) -> tuple[Ints, Ints]:
+    """All ranks' codes as one array, and their counts; every code is one of the graph's."""
+    counts = np.array([len(line) for line in lines], dtype=np.int32)
+    codes = np.zeros((len(lines), max(1, int(counts.max(initial=0)))), dtype=np.int32)
+    for rank, line in enumerate(lines):
+        outside = np.flatnonzero((line < 0) | (line >= code_count(graph)))
+        if len(outside):
+            raise PlanError(f"rank {rank}, action {outside[0]}: {line[outside[0]]} is not the code of an action")
+        codes[rank, : len(line)] = line
+    return codes, counts
+
+
+_FAULTS = {
+    kernels.OTHER_RANK: "is another rank's",
+    kernels.BAD_SEND: "sends what is not there, or sends it twice",
+    kernels.BAD_RECEIVE: "receives it twice, or what nobody sends",
+    kernels.BAD_WAIT_RECEIVE: "waits for a receive that is not posted, or waits twice",
+    kernels.BAD_WAIT_SEND: "waits for a send that has not begun, or waits twice",
+    kernels.NEVER_SENT: "never sends",
+    kernels.NEVER_AWAITED: "never awaits",
+    kernels.NEVER_SETTLED: "never awaits its send",
+}
+
+
+def _check_actions(plan: Plan, codes: Ints, counts: Ints) -> None:
+    graph = plan.graph
+    orders, lengths = pad_orders(plan.schedule)
+    messages = 2 * len(graph.edges.source)
+    fault = np.zeros(4, dtype=np.int32)
+    kernels.check_codes(
+        kernels.messages_of(graph), orders, lengths, codes, counts, np.zeros(messages + 1, dtype=np.int32),
+        np.zeros(messages, dtype=np.uint8), fault,
+    )  # fmt: skip
+    what, rank, i, message = fault.tolist()
+    if what == kernels.NO_FAULT:
+        return
+    if what == kernels.WRONG_ORDER:
+        raise PlanError(f"rank {rank}: its actions are not in the order of its operations")
+    decoder = Decoder(graph)
+    if i < 0:
+        raise PlanError(f"rank {rank}: {_FAULTS[what]} {decoder.message(message)}")
+    place = f"rank {rank}, action {i} ({decoder.action(int(codes[rank, i]), rank)})"
+    if what == kernels.EARLY_COMPUTE:
+        raise PlanError(f"{place}: runs before it has awaited {decoder.message(message)}")
+    raise PlanError(f"{place}: {_FAULTS[what]}")
+
+
+def _replay(plan: Plan, codes: Ints, counts: Ints) -> None:
+    graph = plan.graph
+    g = kernels.messages_of(graph)
+    channels = 2 * graph.ranks**2
+    most = 1 + int(np.bincount((g.source * graph.ranks + g.target) * 2, minlength=1).max(initial=0))
+    place, fault = np.zeros(graph.ranks, dtype=np.int32), np.zeros(4, dtype=np.int32)
+    kernels.replay_codes(
+        g, codes, counts, place, np.zeros((channels, most), dtype=np.int32), np.zeros((channels, most), dtype=np.int32),
+        np.zeros(channels, dtype=np.int32), np.zeros(channels, dtype=np.int32),
+        np.zeros(2 * g.edges, dtype=np.bool_), fault,
+    )  # fmt: skip
+    what, where, first, second = fault.tolist()
+    if what == kernels.NO_FAULT:
+        return
+    decoder = Decoder(graph)
+    if what == kernels.DEADLOCK:
+        stuck = [
+            f"rank {r} at action {i} ({decoder.action(int(codes[r, i]), r)})"
+            for r, i in enumerate(place.tolist())
+            if i < counts[r]
+        ]
+        raise PlanError("the plan deadlocks: " + "; ".join(stuck))
+    pair, gradient = divmod(where, 2)
+    channel = Channel(*divmod(pair, graph.ranks), bool(gradient))
+    if what == kernels.MISMATCH:
+        sent, received = decoder.message(first), decoder.message(second)
+        raise PlanError(f"channel {channel}: {sent} is sent where {received} is received")
+    raise PlanError(f"channel {channel}: {first} sends for {second} receives")

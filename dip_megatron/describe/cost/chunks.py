@@ -1,0 +1,316 @@
+"""Seconds and bytes of model chunks: runs of layers on one rank, for many units at once, per memory strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from ...core.graph import Floats
+from ..model import LanguageHead, ModuleShape, MultimodalModel
+from ..workload import Microbatch
+from .calibration import Costs, Part
+from .hardware import Cluster
+from .operators import Operators
+from .parts import LayerCost, PartCost, head_cost, layer_cost, stem_cost, with_strategies
+from .sizes import Sizes, whole_sizes
+from .static import INBOX_MESSAGES, StaticBytes, run_bytes
+from .strategies import LAYER_STRATEGIES, Counts, combine, format_strategy, pick
+
+_LEAST_SAVED = 0.01
+_FULL = LAYER_STRATEGIES.index("full")
+_PLACING = ("full", "mlp", "selective", "activation", "offload", "none")
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """Consecutive layers of one module on one chunk: ``layers`` of them from number ``first``, after the module's stem
+    and before its head where these are set."""
+
+    module: str
+    layers: int
+    first: int = 0
+    stem: bool = False
+    head: bool = False
+
+
+Chunk = tuple[LayerRun, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkCost:
+    """A chunk's cost under C memory strategies for U units: ``forward``, ``backward``, ``weight``, ``activation``,
+    ``hold`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C strategies."""
+
+    forward: Floats
+    backward: Floats
+    weight: Floats
+    activation: Floats
+    hold: Floats
+    names: tuple[tuple[str, ...], ...]
+
+    @property
+    def fused(self) -> Floats:
+        """Seconds of an unsplit backward: the input gradient and the weight gradient one after the other."""
+        return self.backward + self.weight
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Layers per kind of layer and strategy, ``[C, kinds, strategies]``, and the C names."""
+
+    counts: Counts
+    names: tuple[str, ...]
+
+
+class CostModel:
+    """The costs of one model on one cluster. Holds caches of what depends on chunks and rounded sizes only, so that one
+    object should live as long as the model does. ``strategies`` are the layer strategies that may be chosen (``none``
+    always may), ``candidates`` how many of their mixes a chunk gets at most (S in section 2c of the paper), chosen with
+    or without ``corners`` (:func:`.strategies.pick`)."""
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        cluster: Cluster,
+        costs: Costs | None = None,
+        *,
+        strategies: Sequence[str] = LAYER_STRATEGIES,
+        candidates: int = 10,
+        corners: bool = True,
+    ) -> None:
+        unknown = set(strategies) - set(LAYER_STRATEGIES)
+        if unknown:
+            raise ValueError(f"unknown memory strategies {sorted(unknown)}; known: {', '.join(LAYER_STRATEGIES)}")
+        self.model = model
+        self.costs = costs or Costs()
+        self.cluster = self.costs.calibrate(cluster)
+        self.operators = Operators(self.cluster, model.parallel.tp)
+        self.candidates, self.corners = candidates, corners
+        self._allowed = np.array([s == "none" or s in strategies for s in LAYER_STRATEGIES])
+        self._reached = _reached(model)
+        self._cache: dict[tuple[Chunk, tuple[tuple[float, ...], ...]], _Candidates] = {}
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+    def part_alive(self, module: str, part: Part) -> bool:
+        """Whether the part takes a backward: it trains, or something before it in the model does."""
+        shape = self.model.module(module)
+        before: tuple[str, ...] = {"stem": ("stem",), "layer": ("stem", "layers"), "head": ("stem", "layers", "head")}[
+            part
+        ]
+        return self._reached[module] or any(p in shape.trainable for p in before)
+
+    def _settle(self, shape: ModuleShape, part: Part, cost: PartCost, sizes: Sizes) -> PartCost:
+        """Measured values in, and nothing for what frozen parts don't do."""
+        cost = self.costs.adjust(shape.name, part, cost, sizes)
+        zero = np.zeros(len(sizes))
+        if not self.part_alive(shape.name, part):
+            return PartCost(cost.forward, zero, zero, zero, zero)
+        if {"stem": "stem", "layer": "layers", "head": "head"}[part] not in shape.trainable:
+            return PartCost(cost.forward, cost.backward, zero, cost.activation, zero)
+        return cost
+
+    def stem(self, module: str, sizes: Sizes) -> PartCost:
+        """The module's stem for units of the given sizes."""
+        shape = self.model.module(module)
+        return self._settle(shape, "stem", stem_cost(shape, self.model.parallel, self.operators, sizes), sizes)
+
+    def head(self, module: str, sizes: Sizes) -> PartCost:
+        """The module's head, loss included, for units of the given sizes."""
+        shape = self.model.module(module)
+        return self._settle(shape, "head", head_cost(shape, self.model.parallel, self.operators, sizes), sizes)
+
+    def layer(self, module: str, sizes: Sizes, full_attention: bool = True) -> LayerCost:
+        """One layer of the module, of the kind with full or with window attention, under every layer strategy."""
+        shape = self.model.module(module)
+        formula, recompute, dropped, layer_input = layer_cost(
+            shape.layer, self.model.parallel, self.operators, sizes, full_attention
+        )
+        cost = self._settle(shape, "layer", formula, sizes)
+        # What is recomputed or dropped is a share of the layer, also of a measured one.
+        recompute = recompute * _ratio(cost.forward, formula.forward)
+        dropped = dropped * _ratio(cost.activation, formula.activation)
+        if not self.part_alive(module, "layer"):
+            recompute, dropped = recompute * 0, dropped * 0
+            count = len(LAYER_STRATEGIES)
+            zero = np.zeros((count, len(sizes)))
+            return LayerCost(np.repeat(cost.forward[None], count, axis=0), zero, zero[0], zero, zero[0])
+        derived = with_strategies(self.operators, cost, recompute, dropped, layer_input)
+        return self.costs.adjust_strategies(module, derived, sizes)
+
+    # -- chunks --------------------------------------------------------------------------------------------------
+    def chunk_cost(self, chunk: Chunk, sizes: Mapping[str, Sizes]) -> ChunkCost:
+        """Cost of a chunk for U units; ``sizes`` gives, per module of the chunk, what each unit holds for it."""
+        layers: dict[tuple[str, bool], LayerCost] = {}
+        return self._chunk(chunk, sizes, layers)
+
+    def mixed_sizes(self, microbatches: Sequence[Microbatch]) -> dict[str, Sizes]:
+        """Sizes of whole microbatches for every module."""
+        return {m.name: whole_sizes(m, microbatches) for m in self.model.modules}
+
+    def _chunk(self, chunk: Chunk, sizes: Mapping[str, Sizes], layers: dict[tuple[str, bool], LayerCost]) -> ChunkCost:
+        units = len(next(iter(sizes.values())))
+        kinds = self._kinds(chunk)
+        for kind in kinds:
+            if kind not in layers:
+                layers[kind] = self.layer(kind[0], sizes[kind[0]], kind[1])
+        fixed = self._fixed(chunk, sizes, units)
+        found, group = self._classes(chunk, sizes, units)
+        count = max(len(c.names) for c in found)
+        # Layers per unit, candidate, kind of layer and strategy; groups with fewer candidates repeat their last.
+        counts = np.stack([c.counts[np.minimum(np.arange(count), len(c.names) - 1)] for c in found])[group]
+        texts = [c.names + c.names[-1:] * (count - len(c.names)) for c in found]
+        out = {f.name: np.broadcast_to(getattr(fixed, f.name), (count, units)).copy() for f in fields(PartCost)}
+        for k, kind in enumerate(kinds):
+            layer = layers[kind]
+            for name in ("forward", "backward", "activation"):
+                out[name] += np.einsum("ucs,su->cu", counts[:, :, k], getattr(layer, name))
+            total = counts[0, 0, k].sum()
+            out["weight"] += total * layer.weight
+            out["hold"] += total * layer.hold
+        return _fastest_first(ChunkCost(**out, names=tuple(texts[g] for g in group)))
+
+    def _kinds(self, chunk: Chunk) -> list[tuple[str, bool]]:
+        kinds: dict[tuple[str, bool], None] = {}
+        for run in chunk:
+            shape = self.model.module(run.module)
+            if shape.layer.window == 0 and run.layers:
+                kinds[run.module, True] = None
+            else:
+                for i in range(run.first, run.first + run.layers):
+                    kinds[run.module, shape.full_attention(i)] = None
+        return list(kinds)
+
+    def _fixed(self, chunk: Chunk, sizes: Mapping[str, Sizes], units: int) -> PartCost:
+        total = PartCost.nothing(units)
+        for run in chunk:
+            for wanted, part in ((run.stem, self.stem), (run.head, self.head)):
+                if wanted:
+                    more = part(run.module, sizes[run.module])
+                    total = PartCost(*(getattr(total, f.name) + getattr(more, f.name) for f in fields(PartCost)))
+        return total
+
+    def _classes(self, chunk: Chunk, sizes: Mapping[str, Sizes], units: int) -> tuple[list[_Candidates], Counts]:
+        """Units grouped by rounded size: the candidates of each group, and the group of each unit, ``[U]``. Chunks of
+        several modules get one group, judged at the mean size."""
+        modules = tuple(dict.fromkeys(run.module for run in chunk))
+        if len(modules) == 1:
+            table = sizes[modules[0]].rounded().table()
+            keys, group = np.unique(table, axis=0, return_inverse=True)
+            return [self._candidates(chunk, modules, (tuple(key),)) for key in keys.tolist()], group.reshape(units)
+        means = tuple(tuple(sizes[m].mean().rounded().table()[0].tolist()) for m in modules)
+        return [self._candidates(chunk, modules, means)], np.zeros(units, dtype=np.int64)
+
+    def _candidates(self, chunk: Chunk, modules: tuple[str, ...], keys: tuple[tuple[float, ...], ...]) -> _Candidates:
+        found = self._cache.get((chunk, keys))
+        if found is None:
+            found = self._cache[chunk, keys] = self._find_candidates(chunk, dict(zip(modules, keys, strict=True)))
+        return found
+
+    def _find_candidates(self, chunk: Chunk, keys: dict[str, tuple[float, ...]]) -> _Candidates:
+        kinds = self._kinds(chunk)
+        place = [
+            kinds.index((run.module, self.model.module(run.module).full_attention(i)))
+            for run in chunk
+            for i in range(run.first, run.first + run.layers)
+        ]
+        parts, offered = [], []
+        for k, (module, full_attention) in enumerate(kinds):
+            layer = self.layer(module, Sizes.of(np.array([keys[module]])), full_attention)
+            seconds, size = layer.forward[:, 0] + layer.backward[:, 0], layer.activation[:, 0]
+            usable = self._allowed.copy()
+            # Not worth offering: the attention core where attention is fused, which keeps next to nothing; and
+            # offloading over links too slow for it, which saves a little more than recomputing and costs many times as
+            # much.
+            extra, saved = seconds - seconds[0], size[0] - size
+            usable[1:] &= (saved[1:] >= _LEAST_SAVED * size[0]) & ((extra <= 2 * extra[_FULL]) | ~self._allowed[_FULL])[
+                1:
+            ]
+            offered.append(np.flatnonzero(usable))
+            parts.append((place.count(k), seconds[usable], size[usable]))
+        found, seconds, size = combine(parts)
+        chosen = pick(seconds, size, self.candidates, corners=self.corners)
+        counts = np.zeros((len(chosen), len(kinds), len(LAYER_STRATEGIES)), dtype=np.int64)
+        for k, table in enumerate(found):
+            counts[:, k, offered[k]] = table[chosen]
+        return _Candidates(counts, tuple(_name(place, line) for line in counts))
+
+    # -- memory and messages -------------------------------------------------------------------------------------
+    def static(self, chunks: Sequence[Sequence[Chunk]], sizes: Mapping[str, Sizes]) -> tuple[StaticBytes, ...]:
+        """What each rank holds all the time, ``chunks[rank]`` being its chunks, for units of at most the given
+        sizes."""
+        workspace = {m.name: self._workspace(m, sizes[m.name]) for m in self.model.modules if len(sizes[m.name])}
+        inbox = 0.0
+        if self.model.parallel.pp > 1:
+            largest = [float(self.message_bytes(self.model.module(m), sizes[m]).max()) for m in workspace]
+            inbox = INBOX_MESSAGES * max(largest, default=0.0)
+        out = []
+        for line in chunks:
+            total = StaticBytes(inbox=inbox)
+            for run in (run for chunk in line for run in chunk):
+                shape = self.model.module(run.module)
+                total = total.plus(run_bytes(self.model, self.cluster, shape, run.layers, run.stem, run.head))
+                layer, head = workspace.get(run.module, (0.0, 0.0))
+                total = total.plus(StaticBytes(workspace=max(layer if run.layers else 0.0, head if run.head else 0.0)))
+            out.append(total)
+        return tuple(out)
+
+    def _workspace(self, shape: ModuleShape, sizes: Sizes) -> tuple[float, float]:
+        """Bytes for a moment beside what stages hold: all activations of one layer, and an output head's logits."""
+        layer = layer_cost(shape.layer, self.model.parallel, self.operators, sizes.largest())[0].activation.max()
+        logits = 0.0
+        if isinstance(shape.head, LanguageHead):
+            width = (self.cluster.element_bytes + 4) * shape.head.vocabulary / self.model.parallel.tp
+            logits = float(width * sizes.tokens.max())
+        return float(layer), logits
+
+    def message_bytes(self, shape: ModuleShape, sizes: Sizes) -> Floats:
+        """Bytes a tensor-parallel rank hands to the next pipeline rank inside the module, ``[U]``: hidden states, and
+        the condition that a DiT's later chunks read too."""
+        shard = self.model.parallel.tp if self.model.parallel.sequence_parallel else 1
+        elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
+        return self.cluster.element_bytes * elements / shard
+
+    def hop_seconds(self, message: Floats) -> Floats:
+        """Seconds of one transfer of ``message`` bytes between neighbouring pipeline ranks."""
+        if self.costs.hop_seconds is not None:
+            return np.full_like(message, self.costs.hop_seconds)
+        return self.operators.send(message, self.model.parallel.pp)
+
+
+def _reached(model: MultimodalModel) -> dict[str, bool]:
+    """Per module: something upstream of it trains."""
+    reached: dict[str, bool] = {}
+    for m in model.modules:
+        reached[m.name] = any(reached[u] or bool(model.module(u).trainable) for u in m.upstream)
+    return reached
+
+
+def _ratio(measured: Floats, formula: Floats) -> Floats:
+    return np.divide(measured, formula, out=np.ones_like(formula), where=formula > 0)
+
+
+def _name(place: list[int], counts: Counts) -> str:
+    """The strategy text of a chunk whose i-th layer is of kind ``place[i]``, with ``counts[kind, strategy]``."""
+    queues = [[s for s in _PLACING for _ in range(int(line[LAYER_STRATEGIES.index(s)]))] for line in counts]
+    taken = [0] * len(queues)
+    names = []
+    for kind in place:
+        names.append(queues[kind][taken[kind]])
+        taken[kind] += 1
+    return format_strategy(names)
+
+
+def _fastest_first(cost: ChunkCost) -> ChunkCost:
+    """Candidates are chosen at rounded sizes: put each unit's own in order where that differs."""
+    seconds = cost.forward + cost.backward
+    wrong = np.flatnonzero((np.diff(seconds, axis=0) < -1e-12).any(axis=0))
+    if not len(wrong):
+        return cost
+    order = np.argsort(seconds, axis=0, kind="stable")
+    names = list(cost.names)
+    for u in wrong:
+        names[u] = tuple(names[u][c] for c in order[:, u])
+    arrays = {f.name: np.take_along_axis(getattr(cost, f.name), order, axis=0) for f in fields(PartCost)}
+    return ChunkCost(**arrays, names=tuple(names))

@@ -1,0 +1,62 @@
+"""What measurements make of the cost model's seconds: a straight line per chunk, kind of operation and rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...core import Kind, StageGraph
+from ...core.graph import Floats
+
+KINDS = (Kind.F, Kind.B, Kind.W, Kind.BW)
+_ARRAYS = {Kind.F: "forward", Kind.B: "backward", Kind.W: "weight", Kind.BW: "fused"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of one kind of operation of one module's segment: ``fixed[rank] + factor[rank] * model's seconds``."""
+
+    module: str
+    segment: int
+    kind: Kind
+    fixed: tuple[float, ...]
+    factor: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Lines for stages that were measured; others keep the cost model's seconds. Empty: the cost model alone."""
+
+    lines: tuple[Line, ...] = ()
+
+    def apply(self, graph: StageGraph) -> StageGraph:
+        """The graph with corrected durations, none negative. What takes no time (a chunk without layers, frozen
+        weights) still takes none."""
+        if not self.lines:
+            return graph
+        rows = _rows(graph)
+        arrays = {kind: getattr(graph, name).copy() for kind, name in _ARRAYS.items()}
+        for line in self.lines:
+            here = rows.get((line.module, line.segment))
+            if here is None or len(line.factor) != graph.ranks:
+                continue
+            seconds = arrays[line.kind][:, here, :]
+            corrected = np.maximum(np.array(line.fixed) + np.array(line.factor) * seconds, 0.0)
+            arrays[line.kind][:, here, :] = np.where(seconds > 0, corrected, 0.0)
+        return replace(graph, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
+
+
+def seconds_of(graph: StageGraph, kind: Kind) -> Floats:
+    """The graph's seconds of one kind of operation, ``[C, S, P]``."""
+    seconds: Floats = getattr(graph, _ARRAYS[kind])
+    return seconds
+
+
+def _rows(graph: StageGraph) -> dict[tuple[str, int], list[int]]:
+    """Rows of each module's segments."""
+    rows: dict[tuple[str, int], list[int]] = {}
+    for unit in graph.units:
+        for segment in range(graph.module(unit.module).segments):
+            rows.setdefault((unit.module, segment), []).append(graph.row(unit.id, segment))
+    return rows

@@ -1,0 +1,282 @@
+"""Stage graphs: one iteration's units on a partitioned model, priced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+
+from ...core import ModalityModule, StageGraph, Unit
+from ...core.graph import Floats
+from ..model import ModuleShape, MultimodalModel, Partition
+from ..workload import Microbatch, WorkloadError, make_units
+from .calibration import Costs
+from .chunks import Chunk, ChunkCost, CostModel, LayerRun
+from .hardware import Cluster
+from .parts import LayerCost
+from .sizes import unit_sizes
+from .strategies import LAYER_STRATEGIES, Counts
+
+_FIELDS = ("forward", "backward", "weight", "activation", "hold")
+
+
+@lru_cache(maxsize=16)
+def cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = None) -> CostModel:
+    """The cost model for these arguments; equal ones share one, and with it the caches."""
+    return CostModel(model, cluster, costs)
+
+
+@lru_cache(maxsize=8)
+def paper_cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = None) -> CostModel:
+    """The same with the memory strategies and the choice of candidates that the paper describes."""
+    strategies = [s for s in LAYER_STRATEGIES if s != "activation"]
+    return CostModel(model, cluster, costs, strategies=strategies, corners=False)
+
+
+def build_graph(
+    model: MultimodalModel,
+    cluster: Cluster,
+    partition: Partition,
+    microbatches: Sequence[Microbatch],
+    *,
+    costs: Costs | None = None,
+    memory_limit: float | Sequence[float] | None = None,
+) -> StageGraph:
+    """The stages of one iteration of modality-segmented chunks.
+
+    ``memory_limit`` in bytes, for all ranks or each; None: the costs' own, or what the cluster's GPUs can use. Raises
+    ModelError if the partition doesn't fit the model, WorkloadError if a module meets a microbatch it can't process.
+    """
+    return segmented_graph(cost_model(model, cluster, costs), partition, microbatches, memory_limit)
+
+
+def segmented_graph(
+    pricer: CostModel,
+    partition: Partition,
+    microbatches: Sequence[Microbatch],
+    memory_limit: float | Sequence[float] | None = None,
+) -> StageGraph:
+    """:func:`build_graph` with a cost model of one's own (other strategies, another number of candidates)."""
+    model = pricer.model
+    partition.check(model)
+    if not microbatches:
+        raise WorkloadError("microbatches: an iteration needs at least one")
+    ranks = model.parallel.pp
+    units = make_units(model, microbatches, {m.module: m.unit_size for m in partition.modules})
+    modules = tuple(_module(partition, shape) for shape in model.modules)
+    first_row = np.cumsum([0] + [partition.module(u.module).segments for u in units])
+    rows = int(first_row[-1])
+    chunks = {m.name: _chunks(partition, m) for m in model.modules}
+    costs: list[tuple[Counts, int, ChunkCost]] = []
+    hop = np.zeros(rows)
+    sizes = {}
+    for shape in model.modules:
+        mine = [u for u in units if u.module == shape.name]
+        sizes[shape.name] = unit_sizes(shape, microbatches, [(u.microbatch, u.first, u.count) for u in mine])
+        if not mine:
+            continue
+        here = {shape.name: sizes[shape.name]}
+        first = first_row[[u.id for u in mine]]
+        layers: dict[tuple[str, bool], LayerCost] = {}
+        priced: dict[Chunk, ChunkCost] = {}
+        message = pricer.hop_seconds(pricer.message_bytes(shape, sizes[shape.name]))
+        for k, line in enumerate(chunks[shape.name]):
+            hop[first + k] = message
+            for rank, run in enumerate(line):
+                # Chunks of equal layers cost the same, wherever they stand, unless kinds of layers alternate.
+                same = (run if shape.layer.window else replace(run, first=0),)
+                if same not in priced:
+                    priced[same] = pricer._chunk(same, here, layers)
+                costs.append((first + k, rank, priced[same]))
+    arrays, names = _fill(rows, ranks, costs)
+    ranked = [[(line[rank],) for m in model.modules for line in chunks[m.name]] for rank in range(ranks)]
+    static = [s.total for s in pricer.static(ranked, sizes)]
+    return _graph(pricer, modules, units, arrays, names, hop, static, memory_limit)
+
+
+def build_mixed_graph(
+    model: MultimodalModel,
+    cluster: Cluster,
+    stages: Sequence[Sequence[LayerRun]],
+    microbatches: Sequence[Microbatch],
+    *,
+    reversed: Sequence[bool] = (),
+    costs: Costs | None = None,
+    memory_limit: float | Sequence[float] | None = None,
+) -> StageGraph:
+    """One module ``model`` of V segments whose chunks mix modalities, one unit per microbatch: what a static pipeline
+    does.
+
+    ``stages`` lists the layers of the V * P virtual stages in the order in which a microbatch passes them; ``first`` of
+    the runs is filled in from there. Segment k holds stages k * P .. k * P + P - 1, on ranks 0 .. P - 1, or P - 1 .. 0
+    where ``reversed[k]``. All layers must be given, each stem on its module's first run and each head on its last;
+    ValueError says what is missing.
+    """
+    return mixed_graph(cost_model(model, cluster, costs), stages, microbatches, memory_limit, reversed)
+
+
+def mixed_graph(
+    pricer: CostModel,
+    stages: Sequence[Sequence[LayerRun]],
+    microbatches: Sequence[Microbatch],
+    memory_limit: float | Sequence[float] | None = None,
+    reversed: Sequence[bool] = (),
+) -> StageGraph:
+    """:func:`build_mixed_graph` with a cost model of one's own."""
+    model, ranks = pricer.model, pricer.model.parallel.pp
+    if not stages or len(stages) % ranks:
+        raise ValueError(f"stages: {len(stages)} virtual stages, expected a multiple of the {ranks} ranks")
+    if not microbatches:
+        raise WorkloadError("microbatches: an iteration needs at least one")
+    segments, count = len(stages) // ranks, len(microbatches)
+    chunks = _numbered(model, stages)
+    sizes = pricer.mixed_sizes(microbatches)
+    back = tuple(reversed) or (False,) * segments
+    holder = [(v // ranks, ranks - 1 - v % ranks if back[v // ranks] else v % ranks) for v in range(len(stages))]
+    layers_of, trains = [[0] * ranks for _ in range(segments)], [[True] * ranks for _ in range(segments)]
+    ranked: list[list[Chunk]] = [[] for _ in range(ranks)]
+    hop = np.zeros(count * segments)
+    first = np.arange(count) * segments
+    priced: dict[tuple[str, bool], LayerCost] = {}
+    costs: list[tuple[Counts, int, ChunkCost]] = []
+    message = np.zeros(count)
+    for chunk, (k, rank) in zip(chunks, holder, strict=True):
+        costs.append((first + k, rank, pricer._chunk(chunk, sizes, priced) if chunk else _empty(count)))
+        layers_of[k][rank] = sum(run.layers for run in chunk)
+        trains[k][rank] = any(_trains(model.module(run.module), run) for run in chunk)
+        ranked[rank].append(chunk)
+        if chunk:  # a stage without layers passes on what it got
+            last = model.module(chunk[-1].module)
+            message = pricer.message_bytes(last, sizes[last.name])
+        # A row has one transfer time: the mean over its stages keeps the sum along a microbatch's way.
+        hop[first + k] += pricer.hop_seconds(message) / ranks
+    module = ModalityModule(
+        "model",
+        tuple(map(tuple, layers_of)),
+        (),
+        () if all(map(all, trains)) else tuple(map(tuple, trains)),
+        back if any(back) else (),
+    )
+    units = tuple(Unit(i, "model", i) for i in range(count))
+    arrays, names = _fill(len(hop), ranks, costs)
+    static = [s.total for s in pricer.static(ranked, sizes)]
+    return _graph(pricer, (module,), units, arrays, names, hop, static, memory_limit)
+
+
+def _empty(units: int) -> ChunkCost:
+    zero = np.zeros((1, units))
+    return ChunkCost(zero, zero, zero, zero, zero, (("none",),) * units)
+
+
+def _numbered(model: MultimodalModel, stages: Sequence[Sequence[LayerRun]]) -> list[Chunk]:
+    """The stages with ``first`` filled in. Raises ValueError if they are not exactly the model, each module in
+    order."""
+    done = {m.name: 0 for m in model.modules}
+    stems, heads = dict.fromkeys(done, 0), dict.fromkeys(done, 0)
+    chunks = []
+    for v, stage in enumerate(stages):
+        line = []
+        for run in stage:
+            shape = model.module(run.module)
+            if run.stem and done[run.module]:
+                raise ValueError(f"stages[{v}]: the stem of {run.module} must come before its layers")
+            line.append(replace(run, first=done[run.module]))
+            done[run.module] += run.layers
+            stems[run.module] += run.stem
+            heads[run.module] += run.head
+            if run.head and done[run.module] != shape.layers:
+                raise ValueError(f"stages[{v}]: the head of {run.module} must come after its layers")
+        chunks.append(tuple(line))
+    for m in model.modules:
+        if done[m.name] != m.layers or stems[m.name] != 1 or heads[m.name] != 1:
+            raise ValueError(
+                f"stages: {m.name} has {done[m.name]} of {m.layers} layers, "
+                f"{stems[m.name]} stems and {heads[m.name]} heads; expected all layers and one of each"
+            )
+    return chunks
+
+
+def _chunks(partition: Partition, shape: ModuleShape) -> list[list[LayerRun]]:
+    part = partition.module(shape.name)
+    last = (part.segments - 1, len(part.layers[0]) - 1)
+    return [
+        [
+            LayerRun(shape.name, n, part.first_layer[k][r], stem=(k, r) == (0, 0), head=(k, r) == last)
+            for r, n in enumerate(row)
+        ]
+        for k, row in enumerate(part.layers)
+    ]
+
+
+def _trains(shape: ModuleShape, run: LayerRun) -> bool:
+    """Whether the run has weight gradients."""
+    return (
+        (run.layers > 0 and "layers" in shape.trainable)
+        or (run.stem and "stem" in shape.trainable)
+        or (run.head and "head" in shape.trainable)
+    )
+
+
+def _module(partition: Partition, shape: ModuleShape) -> ModalityModule:
+    runs = _chunks(partition, shape)
+    trainable = tuple(tuple(_trains(shape, run) for run in row) for row in runs)
+    layers = partition.module(shape.name).layers
+    return ModalityModule(shape.name, layers, shape.upstream, () if all(map(all, trainable)) else trainable)
+
+
+def _fill(
+    rows: int,
+    ranks: int,
+    costs: Sequence[tuple[Counts, int, ChunkCost]],
+) -> tuple[dict[str, Floats], tuple[tuple[tuple[str, ...], ...], ...]]:
+    """Chunk costs (rows, rank, cost) as arrays ``[C, S, P]``; chunks with fewer candidates repeat their last."""
+    count = max(cost.forward.shape[0] for _, _, cost in costs)
+    arrays = {name: np.empty((count, rows, ranks)) for name in _FIELDS}
+    names: list[list[tuple[str, ...]]] = [[()] * ranks for _ in range(rows)]
+    for index, rank, cost in costs:
+        have = cost.forward.shape[0]
+        for name in _FIELDS:
+            values = getattr(cost, name)
+            arrays[name][:have, index, rank] = values
+            arrays[name][have:, index, rank] = values[-1]
+        for row, text in zip(index.tolist(), cost.names, strict=True):
+            names[row][rank] = text + text[-1:] * (count - have)
+    return arrays, tuple(tuple(line) for line in names)
+
+
+def _graph(
+    pricer: CostModel,
+    modules: tuple[ModalityModule, ...],
+    units: tuple[Unit, ...],
+    arrays: dict[str, Floats],
+    names: tuple[tuple[tuple[str, ...], ...], ...],
+    hop: Floats,
+    static: Sequence[float],
+    memory_limit: float | Sequence[float] | None,
+) -> StageGraph:
+    ranks = pricer.model.parallel.pp
+    if pricer.costs.static_bytes:
+        if len(pricer.costs.static_bytes) != ranks:
+            raise ValueError(
+                f"static_bytes: {len(pricer.costs.static_bytes)} ranks in the costs, the model has {ranks}"
+            )
+        static = pricer.costs.static_bytes
+    if memory_limit is None:
+        memory_limit = pricer.costs.memory_limit or pricer.cluster.usable_bytes
+    return StageGraph(
+        ranks=ranks,
+        modules=modules,
+        units=units,
+        forward=arrays["forward"],
+        backward=arrays["backward"],
+        weight=arrays["weight"],
+        fused=arrays["backward"] + arrays["weight"],
+        activation=arrays["activation"],
+        hold=arrays["hold"],
+        hop=hop,
+        static_bytes=np.array(static, dtype=np.float64),
+        memory_limit=np.broadcast_to(np.asarray(memory_limit, dtype=np.float64), (ranks,)).copy(),
+        strategies=names,
+    )

@@ -1,0 +1,247 @@
+"""Seconds and bytes of a module's parts: one transformer layer, its stem, its head, for every size of unit at once.
+
+Backward is split as the runtime splits it: ``backward`` gives the input gradient (and recomputes what the memory
+strategy dropped), ``weight`` the weight gradients. A fused backward takes exactly their sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...core.graph import Floats
+from ..model import (
+    AudioEmbedding,
+    LanguageHead,
+    LatentEmbedding,
+    LatentHead,
+    ModuleShape,
+    Parallel,
+    PatchEmbedding,
+    Projector,
+    TokenEmbedding,
+    TransformerLayer,
+)
+from .operators import Operators
+from .sizes import Sizes
+from .strategies import LAYER_STRATEGIES
+
+
+@dataclass(frozen=True, eq=False)
+class PartCost:
+    """One part of a module, arrays ``[U]``: seconds of forward, input gradient and weight gradient; bytes of
+    activations kept for the backward, and of what the weight gradient still needs after the input gradient
+    (``hold``)."""
+
+    forward: Floats
+    backward: Floats
+    weight: Floats
+    activation: Floats
+    hold: Floats
+
+    @staticmethod
+    def nothing(units: int) -> PartCost:
+        return PartCost(*(np.zeros(units) for _ in range(5)))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCost:
+    """One transformer layer under each memory strategy: ``forward``, ``backward``, ``activation`` ``[strategies, U]``
+    in the order of LAYER_STRATEGIES; ``weight``, ``hold`` ``[U]``."""
+
+    forward: Floats
+    backward: Floats
+    weight: Floats
+    activation: Floats
+    hold: Floats
+
+
+def layer_cost(
+    layer: TransformerLayer, parallel: Parallel, operators: Operators, sizes: Sizes, full_attention: bool = True
+) -> tuple[PartCost, Floats, Floats, Floats]:
+    """One layer that keeps all its activations; beside it, per part that can be recomputed, its forward seconds and the
+    bytes dropped: activation function, attention core and MLP, ``[3, U]`` each; the bytes of the layer's input ``[U]``.
+    """
+    e, tp = operators.cluster.element_bytes, parallel.tp
+    shard = tp if parallel.sequence_parallel else 1
+    tokens, pairs = sizes.tokens, sizes.pairs if full_attention else sizes.window_pairs
+    hidden, ffn = layer.hidden, layer.ffn / tp
+    width = layer.query_width / tp
+    kv_width = max(layer.kv_groups / tp, 1) * layer.head_dim
+    whole, local = e * hidden * tokens, e * hidden * tokens / shard
+    fc1 = ffn * (2 if layer.gated else 1)
+
+    def exchange(times: float) -> Floats:
+        """Tensor-parallel traffic in the unit of one gather of the hidden states."""
+        return times * operators.gather(whole)
+
+    def linear(inner: float, columns: float, rows: Floats = tokens) -> tuple[Floats, Floats]:
+        return operators.matmul(rows, inner, columns), operators.matmul(rows, inner, columns, accumulate=True)
+
+    def attend(q: Floats, inner: float, kv: Floats, kv_inner: float, pair: Floats, causal: bool) -> tuple[Floats, ...]:
+        """Forward, core forward, backward, weight, kept bytes, core bytes, linear-gradient bytes of one attention."""
+        if q is kv:
+            project, project_weight = linear(inner, width + 2 * kv_width)
+        else:
+            (a, aw), (b, bw) = linear(inner, width), linear(kv_inner, 2 * kv_width, kv)
+            project, project_weight = a + b, aw + bw
+        out, out_weight = linear(width, hidden)
+        core = operators.attention(pair, q, width, kv_width, causal)
+        core_back = operators.attention_backward(pair, q, width, kv_width, causal)
+        core_bytes = 4.0 * layer.heads / tp * q
+        if not operators.cluster.fused_attention:
+            scores = 3.0 * e * layer.heads / tp * pair
+            core, core_back = core + operators.memory(scores), core_back + operators.memory(2 * scores)
+            # The probabilities (dropout is taken to be off), and a byte for the mask.
+            core_bytes = (e * layer.heads / tp + causal) * pair
+        kept = e * (2 * width * q + 2 * kv_width * kv)
+        hold = e * (2 * width * q + 2 * kv_width * kv)  # the output's input, and the gradients of q, k and v
+        return (
+            project + core + out,
+            core,
+            project + core_back + out,
+            project_weight + out_weight,
+            kept,
+            core_bytes,
+            hold,
+        )
+
+    rope = operators.memory(2 * e * (width + kv_width) * tokens) if layer.causal else 0.0
+    norm_and_residual = operators.memory(5 * local)
+    modulate = operators.memory(3 * local) if layer.adaln != "none" else 0.0
+    one = norm_and_residual + modulate
+
+    forward, core, backward, weight, kept, core_bytes, hold = attend(
+        tokens, hidden, tokens, hidden, pairs, layer.causal
+    )
+    # Layer input and normalised input of the attention; the modulated one and the gated output too if there is adaLN.
+    extra = 2 if layer.adaln != "none" else 0
+    forward, backward = forward + one + rope + exchange(2), backward + 2 * one + rope + exchange(2)
+    weight, activation = weight + exchange(1), kept + core_bytes + (2 + extra) * local
+    # Input of the projection and gradient of the output: with sequence parallelism the latter has been gathered.
+    hold = hold + local + whole
+    if layer.cross_attention:
+        c_forward, c_core, c_backward, c_weight, c_kept, c_bytes, c_hold = attend(
+            tokens, hidden, sizes.condition, layer.cross_attention, sizes.cross_pairs, False
+        )
+        forward, backward = forward + c_forward + one + exchange(2), backward + c_backward + 2 * one + exchange(2)
+        weight, core = weight + c_weight + exchange(1), core + c_core
+        activation, core_bytes = activation + c_kept + c_bytes + 2 * local, core_bytes + c_bytes
+        hold = hold + c_hold + local + whole
+
+    up, up_weight = linear(hidden, fc1)
+    down, down_weight = linear(ffn, hidden)
+    act = operators.memory(e * (fc1 + ffn) * tokens)
+    mlp = up + down + act + exchange(2)
+    forward, backward = forward + mlp + one, backward + up + down + 1.5 * act + 2 * one + exchange(2)
+    weight = weight + up_weight + down_weight + exchange(1)
+    mlp_bytes = e * (fc1 + ffn) * tokens
+    activation = activation + mlp_bytes + (2 + extra) * local
+    hold = hold + e * (fc1 + ffn) * tokens + local + whole
+    if layer.adaln == "block":
+        modulation, modulation_weight = linear(hidden, 6 * hidden / tp, np.minimum(tokens, 1.0))
+        forward, backward, weight = forward + modulation, backward + modulation, weight + modulation_weight
+    cost = PartCost(forward, backward, weight, activation, hold)
+    activated = e * ffn * tokens  # what the second linear keeps, if nothing is recomputed
+    return cost, np.stack([act, core, mlp]), np.stack([activated, core_bytes, mlp_bytes]), local
+
+
+def with_strategies(
+    operators: Operators, cost: PartCost, recompute: Floats, dropped: Floats, layer_input: Floats
+) -> LayerCost:
+    """A layer's cost under every memory strategy of LAYER_STRATEGIES, from what :func:`layer_cost` gives.
+
+    Recomputing runs the part's forward again at the start of the input gradient. Offloading copies the layer's
+    activations out behind its forward and back behind its backward: what the copy takes longer is waited for, and the
+    reads and writes of the copy take memory bandwidth from the layer.
+    """
+    copy = operators.to_host(cost.activation)
+    traffic = cost.activation / operators.cluster.memory_bandwidth
+    forward = {"offload": np.maximum(cost.forward, copy) + traffic}
+    backward = {
+        "activation": cost.backward + recompute[0],
+        "selective": cost.backward + recompute[1],
+        "mlp": cost.backward + recompute[2],
+        "full": cost.backward + cost.forward,
+        "offload": np.maximum(cost.backward, copy) + traffic,
+    }
+    activation = {
+        "activation": cost.activation - dropped[0],
+        "selective": cost.activation - dropped[1],
+        "mlp": cost.activation - dropped[2],
+        "full": np.minimum(layer_input, cost.activation),
+        "offload": np.zeros_like(cost.activation),
+    }
+    return LayerCost(
+        np.stack([forward.get(s, cost.forward) for s in LAYER_STRATEGIES]),
+        np.stack([backward.get(s, cost.backward) for s in LAYER_STRATEGIES]),
+        cost.weight,
+        np.stack([activation.get(s, cost.activation) for s in LAYER_STRATEGIES]),
+        cost.hold,
+    )
+
+
+def stem_cost(module: ModuleShape, parallel: Parallel, operators: Operators, sizes: Sizes) -> PartCost:
+    """The module's stem. A patch embedding is replicated over tensor-parallel ranks, a token table is split."""
+    e, hidden = operators.cluster.element_bytes, module.layer.hidden
+    shard = parallel.tp if parallel.sequence_parallel else 1
+    tokens, stem = sizes.tokens, module.stem
+    local = e * hidden * tokens / shard
+    if isinstance(stem, PatchEmbedding):
+        inner = stem.patch**2 * stem.channels * stem.temporal
+    elif isinstance(stem, AudioEmbedding):
+        inner = 3 * (2 * stem.mels + hidden)  # the first convolution runs at twice the rate of tokens
+    elif isinstance(stem, LatentEmbedding):
+        inner = stem.channels * stem.patch[0] * stem.patch[1] * stem.patch[2]
+    elif isinstance(stem, TokenEmbedding):
+        whole = e * hidden * tokens
+        moved = operators.memory(2 * whole)
+        traffic = operators.gather(whole) * (1 if parallel.sequence_parallel else 2)
+        return PartCost(moved + traffic, np.zeros_like(tokens), 2 * moved + traffic, 8 * tokens, 8 * tokens + local)
+    else:
+        return PartCost.nothing(len(sizes))
+    linear, weight = operators.matmul(tokens, inner, hidden), operators.matmul(tokens, inner, hidden, accumulate=True)
+    pixels = e * inner * tokens
+    return PartCost(linear + operators.memory(2 * local), np.zeros_like(tokens), weight, pixels, pixels + local)
+
+
+def head_cost(module: ModuleShape, parallel: Parallel, operators: Operators, sizes: Sizes) -> PartCost:
+    """The module's head, with its loss if it has one; the last norm is counted with it."""
+    e, tp, hidden = operators.cluster.element_bytes, parallel.tp, module.layer.hidden
+    shard = tp if parallel.sequence_parallel else 1
+    tokens, head = sizes.tokens, module.head
+    whole, local = e * hidden * tokens, e * hidden * tokens / shard
+    norm = operators.memory(2 * local)
+    if isinstance(head, Projector):
+        rows = sizes.outputs
+        a, aw = _linear(operators, rows, hidden * head.reduction, head.inner / tp)
+        b, bw = _linear(operators, rows, head.inner / tp, head.output)
+        out = e * head.output * rows
+        traffic = operators.gather(whole) + operators.gather(out)
+        inside = 2 * e * head.inner / tp * rows
+        act = operators.memory(inside)
+        return PartCost(
+            norm + a + b + act + traffic, 2 * norm + a + b + 1.5 * act + traffic, aw + bw + operators.gather(whole),
+            2 * local + inside, local + inside + out / shard,
+        )  # fmt: skip
+    if isinstance(head, LanguageHead):
+        vocabulary = head.vocabulary / tp
+        linear, weight = _linear(operators, tokens, hidden, vocabulary)
+        # Logits in float32 are read and written by maximum, exponential, sum and gradient; the softmax is kept.
+        softmax = 4 * vocabulary * tokens
+        loss = operators.memory(4 * softmax) + operators.all_reduce(12 * tokens)
+        traffic = operators.gather(whole)
+        return PartCost(
+            norm + linear + loss + traffic, 2 * norm + linear + operators.memory(2 * softmax) + traffic,
+            weight + traffic, 2 * local + softmax, local + e * vocabulary * tokens,
+        )  # fmt: skip
+    if isinstance(head, LatentHead):
+        columns = head.channels * head.patch[0] * head.patch[1] * head.patch[2]
+        linear, weight = _linear(operators, tokens / shard, hidden, columns)
+        return PartCost(2 * norm + linear, 4 * norm + linear, weight, 3 * local, local + e * columns * tokens / shard)
+    return PartCost.nothing(len(sizes))
+
+
+def _linear(operators: Operators, rows: Floats, inner: float, columns: float) -> tuple[Floats, Floats]:
+    return operators.matmul(rows, inner, columns), operators.matmul(rows, inner, columns, accumulate=True)

@@ -1,0 +1,68 @@
+"""The configuration files that ship with the package, and the one way in which every such file is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+_SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+class ConfigurationError(ValueError):
+    """Flags or a configuration file that can't be used: the message names place, reason and way out on one line; of a
+    file, ``FILE: PLACE: REASON``."""
+
+
+def shipped(kind: str) -> tuple[str, ...]:
+    """Names of the shipped files of one kind: ``models``, ``clusters`` or ``workloads``."""
+    return tuple(sorted(p.stem for p in (_SHIPPED / kind).glob("*.yaml")))
+
+
+def resolve(kind: str, name_or_path: str | Path) -> Path:
+    """The file behind a shipped name such as ``vlm-s``, or behind a path. Raises ConfigurationError if it is
+    neither.
+
+    A string with a directory separator or a suffix is a path; any other is a shipped name first, then a path.
+    """
+    path = Path(name_or_path)
+    inside = _SHIPPED / kind / f"{path.name}.yaml"
+    if path.suffix == "" and len(path.parts) == 1 and inside.is_file():
+        return inside
+    if path.is_file():
+        return path
+    raise ConfigurationError(
+        f"{name_or_path}: no such file, and not one of the shipped {kind}: {', '.join(shipped(kind))}"
+    )
+
+
+def read_yaml(path: Path, schema: type[Schema]) -> Schema:
+    """Parse and validate one YAML file. Raises ConfigurationError naming file, place and reason."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}" if mark is not None else "file"
+        raise ConfigurationError(f"{path}: {place}: {getattr(error, 'problem', None) or 'not YAML'}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: file: {error}") from error
+    return validate(str(path), data, schema)
+
+
+def validate(source: str, data: object, schema: type[Schema]) -> Schema:
+    """Check already parsed data against a schema. Raises ConfigurationError with the first fault on one line."""
+    if not isinstance(data, dict):
+        raise ConfigurationError(
+            f"{source}: top level: expected a mapping of keys to values, got {type(data).__name__}"
+        )
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        place = ".".join(str(part) for part in faults[0]["loc"]) or "top level"
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        reason = faults[0]["msg"].removeprefix("Value error, ").replace("\n", " ")
+        raise ConfigurationError(f"{source}: {place}: {reason}{more}") from error

@@ -1,0 +1,169 @@
+"""Model YAML files: validated with pydantic at the border, then turned into the dataclasses of ``modules``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from ..files import ConfigurationError, read_yaml, resolve
+from .modules import (
+    EVERY_PART,
+    AudioEmbedding,
+    Input,
+    LanguageHead,
+    LatentEmbedding,
+    LatentHead,
+    ModelError,
+    ModuleShape,
+    MultimodalModel,
+    Nothing,
+    Packing,
+    Parallel,
+    PatchEmbedding,
+    Projector,
+    TokenEmbedding,
+    TrainablePart,
+    TransformerLayer,
+)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
+Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    def values(self) -> dict[str, Any]:
+        """The fields as keyword arguments of the dataclass, ``kind`` left out."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "kind"}
+
+
+class _Layer(_Strict):
+    hidden: PositiveInt
+    ffn: PositiveInt
+    heads: PositiveInt
+    kv_groups: PositiveInt
+    head_dim: int = Field(default=0, ge=0)
+    gated: bool = False
+    causal: bool = False
+    cross_attention: int = Field(default=0, ge=0)
+    adaln: Literal["none", "single", "block"] = "none"
+    window: int = Field(default=0, ge=0)
+    full_attention_every: int = Field(default=0, ge=0)
+
+
+class _PatchEmbedding(_Strict):
+    kind: Literal["patch_embedding"]
+    patch: PositiveInt
+    channels: PositiveInt = 3
+    temporal: PositiveInt = 1
+
+
+class _AudioEmbedding(_Strict):
+    kind: Literal["audio_embedding"]
+    mels: PositiveInt = 128
+
+
+class _TokenEmbedding(_Strict):
+    kind: Literal["token_embedding"]
+    vocabulary: PositiveInt
+
+
+class _LatentEmbedding(_Strict):
+    kind: Literal["latent_embedding"]
+    channels: PositiveInt = 16
+    patch: Triple = (1, 2, 2)
+    compression: Triple = (8, 8, 8)
+    shared_modulation: bool = True
+
+
+class _Projector(_Strict):
+    kind: Literal["projector"]
+    output: PositiveInt
+    inner: PositiveInt
+    reduction: PositiveInt = 1
+
+
+class _LanguageHead(_Strict):
+    kind: Literal["language_head"]
+    vocabulary: PositiveInt
+    tied: bool = False
+
+
+class _LatentHead(_Strict):
+    kind: Literal["latent_head"]
+    channels: PositiveInt = 16
+    patch: Triple = (1, 2, 2)
+
+
+class _Nothing(_Strict):
+    kind: Literal["none"] = "none"
+
+
+_STEMS = {
+    _PatchEmbedding: PatchEmbedding, _AudioEmbedding: AudioEmbedding, _TokenEmbedding: TokenEmbedding,
+    _LatentEmbedding: LatentEmbedding, _Nothing: Nothing,
+}  # fmt: skip
+_HEADS = {_Projector: Projector, _LanguageHead: LanguageHead, _LatentHead: LatentHead, _Nothing: Nothing}
+
+
+class _Module(_Strict):
+    input: Input
+    layers: PositiveInt
+    layer: _Layer
+    stem: Annotated[
+        _PatchEmbedding | _AudioEmbedding | _TokenEmbedding | _LatentEmbedding | _Nothing, Field(discriminator="kind")
+    ] = _Nothing()
+    head: Annotated[_Projector | _LanguageHead | _LatentHead | _Nothing, Field(discriminator="kind")] = _Nothing()
+    upstream: tuple[Name, ...] = ()
+    trainable: tuple[TrainablePart, ...] = EVERY_PART
+
+
+class _Parallel(_Strict):
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    dp: PositiveInt = 1
+    sequence_parallel: bool = True
+    distributed_optimizer: bool = True
+
+
+class _Packing(_Strict):
+    max_tokens: PositiveInt = 8192
+    max_images: PositiveInt = 48
+    image_tokens: PositiveInt = 169
+    max_clips: PositiveInt = 8
+    max_seconds: PositiveFloat = 16.0
+    fps: PositiveInt = 16
+
+
+class _Model(_Strict):
+    name: Name
+    modules: Annotated[dict[Name, _Module], Field(min_length=1)]
+    parallel: _Parallel = _Parallel()
+    packing: _Packing = _Packing()
+
+
+def load_model(name_or_path: str | Path) -> MultimodalModel:
+    """A model by shipped name (``vlm-s``) or from a YAML file. Raises ConfigurationError: file, place and reason on one
+    line."""
+    path = resolve("models", name_or_path)
+    data = read_yaml(path, _Model)
+    try:
+        modules = tuple(
+            ModuleShape(
+                name=name,
+                input=m.input,
+                layers=m.layers,
+                layer=TransformerLayer(**m.layer.values()),
+                stem=_STEMS[type(m.stem)](**m.stem.values()),
+                head=_HEADS[type(m.head)](**m.head.values()),
+                upstream=m.upstream,
+                trainable=m.trainable,
+            )
+            for name, m in data.modules.items()
+        )
+        return MultimodalModel(data.name, modules, Parallel(**data.parallel.values()), Packing(**data.packing.values()))
+    except ModelError as error:
+        raise ConfigurationError(f"{path}: {error}") from error

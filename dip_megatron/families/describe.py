@@ -1,0 +1,100 @@
+"""A live model in the planner's words: layer shapes and parallel sizes, from Megatron's own configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
+
+from ..describe.model import (
+    LanguageHead,
+    LatentEmbedding,
+    LatentHead,
+    ModuleShape,
+    MultimodalModel,
+    Packing,
+    Parallel,
+    PatchEmbedding,
+    Projector,
+    TokenEmbedding,
+    TransformerLayer,
+)
+from .shared.shapes import DIFFUSION, LANGUAGE, VISION
+from .t2v.program import with_defaults
+
+
+def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
+    """The LLaVA of these LLaVAModel arguments. Attention of the ViT is full, of the language model causal."""
+    vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
+    projection = kwargs["vision_projection_config"]
+    drop = kwargs["drop_vision_class_token"]
+    tokens = get_num_image_embeddings(
+        kwargs.get("img_h", 336), kwargs.get("img_w", 336), kwargs.get("patch_dim", 14), vision.vision_model_type,
+        drop, 1, kwargs.get("pixel_shuffle", False),
+    )  # fmt: skip
+    encoder = ModuleShape(
+        VISION, "images", vision.num_layers, layer_shape(vision, causal=False),
+        PatchEmbedding(kwargs.get("patch_dim", 14)),
+        Projector(language.hidden_size, projection.ffn_hidden_size, 4 if kwargs.get("pixel_shuffle") else 1),
+        trainable=_trainable(
+            stem=not freeze.get("freeze_vision_model"), layers=not freeze.get("freeze_vision_model"),
+            head=not freeze.get("freeze_vision_projection"),
+        ),
+    )  # fmt: skip
+    vocabulary = kwargs["language_vocab_size"]
+    trained = not freeze.get("freeze_language_model")
+    decoder = ModuleShape(
+        LANGUAGE, "text", language.num_layers, layer_shape(language, causal=True), TokenEmbedding(vocabulary),
+        LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)), (VISION,),
+        _trainable(stem=trained, layers=trained, head=trained),
+    )  # fmt: skip
+    packing = Packing(max_tokens=kwargs["language_max_sequence_length"], image_tokens=tokens)
+    return MultimodalModel("llava", (encoder, decoder), parallel, packing)
+
+
+def describe_gpt(kwargs: Mapping[str, Any], parallel: Parallel) -> MultimodalModel:
+    """The GPT of these GPTModel arguments."""
+    config, vocabulary = kwargs["config"], kwargs["vocab_size"]
+    module = ModuleShape(
+        LANGUAGE, "text", config.num_layers, layer_shape(config, causal=True), TokenEmbedding(vocabulary),
+        LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)),
+    )  # fmt: skip
+    return MultimodalModel("gpt", (module,), parallel, Packing(max_tokens=kwargs["max_sequence_length"]))
+
+
+def describe_t2v(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
+    """The text-to-video model of these TextToVideoModel arguments."""
+    kwargs = with_defaults(kwargs)
+    text, diffusion = kwargs["text_config"], kwargs["diffusion_config"]
+    hidden, channels, patch = diffusion.hidden_size, kwargs["latent_channels"], tuple(kwargs["patch"])
+    reads = not freeze.get("freeze_text_encoder")
+    encoder = ModuleShape(
+        LANGUAGE, "text", text.num_layers, layer_shape(text, causal=True), TokenEmbedding(kwargs["vocabulary"]),
+        Projector(hidden, hidden),
+        trainable=_trainable(stem=reads, layers=reads, head=not freeze.get("freeze_text_projection")),
+    )  # fmt: skip
+    layer = replace(layer_shape(diffusion, causal=False), cross_attention=hidden, adaln="single")
+    transformer = ModuleShape(
+        DIFFUSION, "clips", diffusion.num_layers, layer,
+        LatentEmbedding(channels, patch, tuple(kwargs["compression"])), LatentHead(channels, patch), (LANGUAGE,),
+    )  # fmt: skip
+    return MultimodalModel("t2v", (encoder, transformer), parallel)
+
+
+def layer_shape(config: Any, *, causal: bool) -> TransformerLayer:
+    """A transformer layer of this TransformerConfig."""
+    return TransformerLayer(
+        hidden=config.hidden_size,
+        ffn=config.ffn_hidden_size,
+        heads=config.num_attention_heads,
+        kv_groups=config.num_query_groups or config.num_attention_heads,
+        head_dim=config.kv_channels or 0,
+        gated=config.gated_linear_unit,
+        causal=causal,
+    )
+
+
+def _trainable(**parts: bool) -> Any:
+    return tuple(name for name, trains in parts.items() if trains)

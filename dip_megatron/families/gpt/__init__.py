@@ -1,0 +1,1 @@
+"""GPT: a language model alone."""

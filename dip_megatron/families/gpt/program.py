@@ -1,0 +1,109 @@
+"""A text-only GPT in segments: Megatron-Core's own GPTModel, cut at any layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from ...core import ModalityModule, StageKey, Unit
+from ...describe.workload import Microbatch
+from ...runtime.protocol import MicrobatchInputs, Tensors
+from ..shared.layout import segment_config
+from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
+from ..shared.shapes import LANGUAGE, GptShapes
+
+_SIGNATURE = inspect.signature(GPTModel.forward)
+_UNSUPPORTED = {
+    "decoder_input": "embeddings instead of tokens",
+    "inference_context": "inference",
+    "inference_params": "inference",
+    "packed_seq_params": "packed sequences with attention within each (THD)",
+    "output_processor": "a processor of the model's output",
+}
+_PLACEMENT = ("pre_process", "post_process", "vp_stage")
+
+
+class GptProgram(SegmentedProgram):
+    """Stage program of a GPT described by the keyword arguments of Megatron's ``GPTModel``.
+
+    ``layers`` gives ``{"language": layers[segment][rank]}``. Embedding and head may be tied: the first rank's chunk and
+    the last one's each hold a copy, whose gradients Megatron's ``finalize_model_grads`` adds up.
+    """
+
+    def __init__(
+        self,
+        kwargs: Mapping[str, Any],
+        layers: Mapping[str, tuple[tuple[int, ...], ...]],
+        *,
+        rank: int,
+        micro_batch_size: int = 1,
+    ):
+        """Raises ValueError for models that can't be segmented."""
+        super().__init__(layers, rank)
+        self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
+        config = kwargs["config"]
+        self.check_layers(LANGUAGE, config.num_layers)
+        if isinstance(kwargs["transformer_layer_spec"], TransformerBlockSubmodules):
+            raise ValueError(
+                "DIP can't segment a GPT whose layers differ (its spec lists each of them); use --dip-schedule off"
+            )
+        if kwargs.get("mtp_block_spec") is not None:
+            raise ValueError("DIP can't segment multi-token prediction layers; use --dip-schedule off")
+        if kwargs.get("position_embedding_type") == "mrope":
+            raise ValueError("DIP can't segment a GPT with multimodal positions (mrope); use --dip-schedule off")
+        if self.ranks == 1 and len(layers[LANGUAGE]) > 1 and kwargs.get("share_embeddings_and_output_weights"):
+            raise ValueError("embedding and head can't be tied over two chunks of one rank; use one segment")
+        self.modules = (ModalityModule(LANGUAGE, layers[LANGUAGE]),)
+        self.shapes = GptShapes(
+            hidden=config.hidden_size,
+            micro_batch_size=micro_batch_size,
+            sequence_parallel_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+            dtype=dtype_name(config),
+        )
+
+    def build_chunks(self) -> list[torch.nn.Module]:
+        """One chunk per segment."""
+        config = segment_config(self.kwargs["config"], self.layers[LANGUAGE], self.rank)
+        chunks = [
+            GPTModel(**(self.kwargs | {"config": config}), pre_process=first, post_process=last, vp_stage=segment)
+            for segment, first, last in self.places(LANGUAGE)
+        ]
+        return self.finish(chunks, config)
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of ``GPTModel.forward`` by name. Raises ValueError for what has no segmented form."""
+        return bound(_SIGNATURE, args, kwargs, _UNSUPPORTED)
+
+    def load(self, inputs: MicrobatchInputs) -> Microbatch:
+        """One sequence per sample; only the first rank, which plans, needs to have the tokens."""
+        ids = inputs.arguments["input_ids"]
+        if ids is None:
+            raise ValueError("the script's forward_step gives the first pipeline rank no tokens")
+        samples, length = ids.shape
+        if samples != self.shapes.micro_batch_size:
+            raise ValueError(f"a microbatch of {samples} samples where --micro-batch-size is "
+                             f"{self.shapes.micro_batch_size}")  # fmt: skip
+        return Microbatch(samples * length, sequences=(int(length),) * samples)
+
+    def forward(
+        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+    ) -> Tensors:
+        """One stage; see StageProgram."""
+        return {"hidden": self._compute(chunk, inputs, microbatch.arguments)}
+
+    def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
+        """Loss per token ``[b, s]``, or logits without labels, as GPTModel returns them."""
+        return self._compute(chunk, inputs, arguments)
+
+    def _compute(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> torch.Tensor:
+        model = unwrapped(chunk, GPTModel)
+        if inputs:
+            model.set_input_tensor(inputs[0]["hidden"])
+        output: torch.Tensor = chunk(**arguments)
+        model.decoder.input_tensor = None  # Megatron's block would hold it until it gets the next
+        return output

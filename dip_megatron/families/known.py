@@ -1,0 +1,52 @@
+"""The model families that DIP knows without being told."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+
+from ..describe.model import MultimodalModel, Parallel
+from .describe import describe_gpt, describe_llava, describe_t2v
+from .family import Blueprint, Layers, ModelFamily
+from .gpt.program import GptProgram
+from .llava.program import LlavaProgram
+from .t2v.program import T2vProgram, TextToVideoModel
+
+
+def known_families() -> tuple[ModelFamily, ...]:
+    """Families whose classes are looked for in every script."""
+    return (
+        ModelFamily("llava", LLaVAModel, _describe_llava, _llava_program, "vlm-documents", ("freeze",)),
+        ModelFamily("gpt", GPTModel, _describe_gpt, _gpt_program, "text-packed"),
+        ModelFamily("t2v", TextToVideoModel, _describe_t2v, _t2v_program, "t2v-mix", ("freeze",)),
+    )
+
+
+def _describe_llava(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
+    return describe_llava(blueprint.kwargs, blueprint.calls.get("freeze", {}), parallel)
+
+
+def _llava_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> LlavaProgram:
+    return LlavaProgram(
+        blueprint.kwargs, layers, rank=rank, micro_batch_size=micro_batch_size, freeze=blueprint.calls.get("freeze")
+    )
+
+
+def _describe_gpt(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
+    return describe_gpt(blueprint.kwargs, parallel)
+
+
+def _gpt_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> GptProgram:
+    return GptProgram(blueprint.kwargs, layers, rank=rank, micro_batch_size=micro_batch_size)
+
+
+def _describe_t2v(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:
+    return describe_t2v(blueprint.kwargs, blueprint.calls.get("freeze", {}), parallel)
+
+
+def _t2v_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> T2vProgram:
+    if micro_batch_size != 1:
+        raise ValueError(
+            f"--micro-batch-size {micro_batch_size}: must be 1, a microbatch of TextToVideoModel is one pack of clips"
+        )
+    return T2vProgram(blueprint.kwargs, layers, rank=rank, freeze=blueprint.calls.get("freeze"))

@@ -1,0 +1,1 @@
+"""LLaVA: a ViT, a projector and a language model."""

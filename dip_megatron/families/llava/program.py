@@ -1,0 +1,307 @@
+"""LLaVA in segments: Megatron-Core's own LLaVAModel, ViT and GPT blocks, cut at any layer.
+
+Every chunk is an ``LLaVAModel`` with only its part in it, so that parameter names, data preprocessing, tile handling,
+projector and loss are Megatron's, in whatever version is installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.models.multimodal.llava_model import IGNORE_INDEX, LLaVAModel
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from torch.nn.functional import pad
+
+from ...core import ModalityModule, StageKey, Unit
+from ...describe.workload import Microbatch
+from ...runtime.protocol import MicrobatchInputs, Tensors
+from ..shared.layout import order_free, segment_config
+from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
+from ..shared.shapes import LANGUAGE, VISION, LlavaShapes
+
+_SIGNATURE = inspect.signature(LLaVAModel.forward)
+_UNSUPPORTED = {
+    "inference_context": "inference",
+    "inference_params": "inference",
+    "vision_packed_seq_params": "packed images of mixed resolution",
+    "imgs_sizes": "images of mixed resolution",
+    "num_frames": "videos as tubelets",
+    "sound_clips": "sound",
+}
+
+
+class ViTSegment(CLIPViTModel):
+    """The layers of a ViT that one chunk holds; the stem (patch and position embedding) on the first only."""
+
+    @staticmethod
+    def adopt(vit: CLIPViTModel, first: bool, last: bool) -> ViTSegment:
+        """Turn a CLIPViTModel, whose transformer block already has just the chunk's layers, into a segment."""
+        # Built by LLaVAModel itself, so that version-dependent constructor arguments stay its business.
+        vit.__class__ = ViTSegment
+        vit.first_segment, vit.last_segment = first, last
+        if not first:
+            for name in ("conv1", "position_embeddings", "ln_pre", "class_token"):
+                if hasattr(vit, name):
+                    delattr(vit, name)
+            vit.decoder.pre_process = False
+        if not last:
+            vit.ln_post = None
+        return vit
+
+    def forward(self, x: torch.Tensor | None, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Images ``[n, 3, h, w]`` on the first segment, else the input tensor ``[s, n, h]`` set before; returns
+        ``[s, n, h]``, or ``[n, s, h]`` as CLIPViTModel does from the last segment."""
+        if self.first_segment:
+            x = super().forward(x, attention_mask)  # [n, s, h]
+            return x if self.last_segment else x.permute(1, 0, 2).contiguous()
+        x = self.decoder(None, attention_mask)
+        if not self.last_segment:
+            return x
+        x = x.permute(1, 0, 2).contiguous()
+        return self.ln_post(x) if self.ln_post is not None else x
+
+
+class VisionChunk(LLaVAModel):
+    """ViT layers; the projector on the last chunk."""
+
+    def __init__(self, first: bool, last: bool, **kwargs: Any):
+        super().__init__(add_encoder=True, add_decoder=False, pre_process=first, post_process=False, **kwargs)
+        if not isinstance(self.vision_model, CLIPViTModel):
+            raise ValueError(
+                f"DIP can segment CLIP, SigLIP and InternViT encoders, not {type(self.vision_model).__name__}; "
+                "run this model with --dip-schedule off"
+            )
+        self.last_segment = last
+        ViTSegment.adopt(self.vision_model, first, last)
+        if not last:
+            self.vision_projection = None
+
+    def forward(self, images: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states ``[s, n, h]``; from the last chunk embeddings ``[image tokens, n, language hidden]``."""
+        if not self.last_segment:
+            return self.vision_model(images)
+        embeddings, _ = super().forward(images, input_ids, None, None)
+        return embeddings
+
+
+class LanguageChunk(LLaVAModel):
+    """GPT layers; embedding and merging of images on the first chunk, head and loss on the last."""
+
+    def __init__(self, first: bool, last: bool, **kwargs: Any):
+        super().__init__(add_encoder=False, add_decoder=True, pre_process=first, post_process=last, **kwargs)
+        # Shapes travel in the plan, so nothing needs Megatron's padding to the longest possible sequence.
+        self._language_is_pipeline_parallel = False
+
+    def _process_embedding_token_parallel(
+        self, combined_embeddings: Any, new_labels: Any, new_loss_mask: Any, packed_seq_params: Any
+    ) -> Any:
+        # Sequence parallelism wants lengths that divide. Upstream refuses others, or pads on the first stage only.
+        if self.sequence_parallel_lm:
+            size = self.tensor_model_parallel_size_lm
+            if combined_embeddings is not None:  # [s, b, h]
+                combined_embeddings = pad(combined_embeddings, (0, 0, 0, 0, 0, -combined_embeddings.shape[0] % size))
+            if new_labels is not None:
+                new_labels = pad(new_labels, (0, -new_labels.shape[1] % size), value=IGNORE_INDEX)
+                new_loss_mask = pad(new_loss_mask, (0, -new_loss_mask.shape[1] % size))
+        return super()._process_embedding_token_parallel(
+            combined_embeddings, new_labels, new_loss_mask, packed_seq_params
+        )
+
+
+class LlavaProgram(SegmentedProgram):
+    """Stage program of a LLaVA described by the keyword arguments of Megatron's ``LLaVAModel``.
+
+    ``layers`` gives ``{"vision": layers[segment][rank], "language": ...}``; ``freeze`` the arguments of
+    ``LLaVAModel.freeze``.
+    """
+
+    def __init__(
+        self,
+        kwargs: Mapping[str, Any],
+        layers: Mapping[str, tuple[tuple[int, ...], ...]],
+        *,
+        rank: int,
+        micro_batch_size: int = 1,
+        freeze: Mapping[str, bool] | None = None,
+    ):
+        super().__init__(layers, rank)
+        self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
+        self.freeze = dict(freeze or {})
+        vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
+        self._check(vision, language)
+        frozen = [self.freeze.get(f"freeze_{name}", False) for name in ("vision_model", "language_model")]
+        projector = not self.freeze.get("freeze_vision_projection", False)
+        self.modules = (
+            ModalityModule(
+                VISION, layers[VISION], trainable=self.trainable(VISION, body=not frozen[0], head=projector)
+            ),
+            ModalityModule(
+                LANGUAGE, layers[LANGUAGE], (VISION,), self.trainable(LANGUAGE, body=not frozen[1], head=False)
+            ),
+        )
+        self._tensor_parallel = language.tensor_model_parallel_size
+        self._sequence_parallel = language.tensor_model_parallel_size if language.sequence_parallel else 1
+        self._image_token = kwargs.get("image_token_index", _default("image_token_index"))
+        self._micro_batch_size = micro_batch_size
+        self._built_shapes: LlavaShapes | None = None
+
+    def _check(self, vision: Any, language: Any) -> None:
+        self.check_layers(VISION, vision.num_layers)
+        self.check_layers(LANGUAGE, language.num_layers)
+        if getattr(language, "language_model_type", "").startswith("nemotron"):
+            raise ValueError("DIP can't segment hybrid (Mamba) language models; use --dip-schedule off")
+        if self.kwargs.get("tile_tags"):
+            raise ValueError(
+                "DIP can't segment a LLaVA with tile tags (one image a batch only); use --dip-schedule off"
+            )
+
+    @property
+    def shapes(self) -> LlavaShapes:
+        """Known once the chunks are built: the number of tokens an image becomes is the model's to say."""
+        if self._built_shapes is None:
+            raise RuntimeError("build_chunks() comes first")
+        return self._built_shapes
+
+    def build_chunks(self) -> list[torch.nn.Module]:
+        """Vision chunks, then language chunks."""
+        chunks: list[LLaVAModel] = []
+        for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
+            for segment, first, last in self.places(module):
+                arguments = dict(self.kwargs)
+                for name in ("vision", "language"):
+                    key = f"{name}_transformer_config"
+                    arguments[key] = segment_config(arguments[key], self.layers[name], self.rank)
+                arguments["vision_projection_config"] = order_free(arguments["vision_projection_config"])
+                chunk = kind(first, last, vp_stage=segment, **arguments)
+                chunk.freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
+                                "freeze_vision_projection": False, **self.freeze})  # fmt: skip
+                chunks.append(chunk)
+        vision, language = self.kwargs["vision_transformer_config"], self.kwargs["language_transformer_config"]
+        self._built_shapes = LlavaShapes(
+            vision_tokens=chunks[0].vision_model.seq_length,
+            vision_hidden=vision.hidden_size,
+            image_tokens=chunks[0].img_seq_len,
+            language_hidden=language.hidden_size,
+            micro_batch_size=self._micro_batch_size,
+            sequence_parallel_size=self._sequence_parallel,
+            dtype=dtype_name(language),
+        )
+        return self.finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of ``LLaVAModel.forward`` by name. Raises ValueError for what has no segmented form."""
+        return bound(_SIGNATURE, args, kwargs, _UNSUPPORTED)
+
+    def load(self, inputs: MicrobatchInputs) -> Microbatch:
+        """Images, and the lengths of the combined sequences (padded to the longest, as Megatron pads them)."""
+        images, ids = inputs.arguments["images"], inputs.arguments["input_ids"]
+        count = 0 if images is None else int(images.shape[0])
+        token = inputs.arguments.get("image_token_index")
+        per_sample = (ids == (self._image_token if token is None else token)).sum(dim=-1).tolist()
+        tiles = inputs.arguments.get("num_image_tiles")
+        per_image = [1] * sum(per_sample) if tiles is None else [int(t) for t in tiles]
+        if sum(per_image) != count or len(per_image) != sum(per_sample):
+            raise ValueError(
+                f"the batch has {sum(per_sample)} image tokens for {len(per_image)} images of {sum(per_image)} tiles, "
+                f"and pixels of {count} tiles"
+            )
+        lengths, start = [], 0
+        for n in per_sample:
+            own = sum(per_image[start : start + n])
+            lengths.append(own * self.shapes.image_tokens - n + int(ids.shape[1]))
+            start += n
+        longest = min(max(lengths), int(self.kwargs["language_max_sequence_length"]))
+        padded = -(-longest // self._sequence_parallel) * self._sequence_parallel
+        total, seen = padded * len(per_sample), count * self.shapes.image_tokens
+        if seen > total:
+            raise ValueError(
+                f"{count} image tiles of {self.shapes.image_tokens} tokens don't fit the language model's "
+                f"{self.kwargs['language_max_sequence_length']} positions; pack fewer images or raise --seq-length"
+            )
+        packed = inputs.arguments.get("packed_seq_params")
+        sequences = (padded,) * len(per_sample) if packed is None else packed_sequences(packed, padded)
+        return Microbatch(total - seen, (self.shapes.image_tokens,) * count, sequences=sequences)
+
+    def forward(
+        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+    ) -> Tensors:
+        """One stage; see StageProgram."""
+        arguments = microbatch.arguments
+        if stage.module == VISION:
+            images = arguments["images"][unit.first : unit.first + unit.count]
+            if inputs:
+                _inner(chunk).vision_model.set_input_tensor(inputs[0]["hidden"])
+            output = chunk(images, arguments["input_ids"])
+        else:
+            self._set_language_input(chunk, stage, inputs, arguments["input_ids"])
+            output, _ = chunk(**_only_forward(arguments))
+        _forget_input(chunk)
+        return {"hidden": output}
+
+    def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
+        """Loss per token and the expanded loss mask, as LLaVAModel returns them."""
+        _inner(chunk).language_model.set_input_tensor(inputs[0]["hidden"])
+        output = chunk(**_only_forward(arguments))
+        _forget_input(chunk)
+        return output
+
+    def _set_language_input(
+        self, chunk: torch.nn.Module, stage: StageKey, inputs: list[Tensors], ids: torch.Tensor
+    ) -> None:
+        model = _inner(chunk)
+        if stage.segment > 0 or stage.rank > 0:
+            model.language_model.set_input_tensor(inputs[0]["hidden"])
+            return
+        if inputs:
+            model.encoder_hidden_state = torch.cat([i["hidden"] for i in inputs], dim=1)
+        else:
+            hidden = self.shapes.language_hidden
+            model.encoder_hidden_state = torch.empty(
+                0, 0, hidden, dtype=getattr(torch, self.shapes.dtype), device=ids.device
+            )
+
+
+def packed_sequences(parameters: Any, total: int) -> tuple[int, ...]:
+    """Lengths of the samples packed into one sequence of ``total`` positions, padding between and after them included.
+
+    Raises ValueError if ``parameters`` (Megatron's PackedSeqParams) say otherwise.
+    """
+    bounds = parameters.cu_seqlens_q_padded if parameters.cu_seqlens_q_padded is not None else parameters.cu_seqlens_q
+    lengths = [int(n) for n in bounds.diff() if n > 0]
+    rest = total - sum(lengths)
+    if rest < 0:
+        raise ValueError(f"packed_seq_params end at position {sum(lengths)}, the packed sequence has {total} positions")
+    return (*lengths, rest) if rest else tuple(lengths)
+
+
+_PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")
+
+
+def _default(name: str) -> Any:
+    return inspect.signature(LLaVAModel.__init__).parameters[name].default
+
+
+def _only_forward(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Language chunks need no pixels, only their number where Megatron counts one tile an image."""
+    passed = dict(arguments)
+    if passed.get("num_image_tiles") is None and passed.get("images") is not None:
+        images = passed["images"]
+        passed["num_image_tiles"] = torch.ones(images.shape[0], dtype=torch.int, device=passed["input_ids"].device)
+    passed["images"] = None
+    return passed
+
+
+def _forget_input(chunk: torch.nn.Module) -> None:
+    """Megatron's modules hold what set_input_tensor gave them until they get the next."""
+    model = _inner(chunk)
+    model.encoder_hidden_state = None
+    for part in (model.vision_model, model.language_model):
+        if part is not None:
+            part.decoder.input_tensor = None
+
+
+def _inner(chunk: torch.nn.Module) -> LLaVAModel:
+    return unwrapped(chunk, LLaVAModel)

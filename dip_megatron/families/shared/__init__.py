@@ -1,0 +1,1 @@
+"""What families of models share: linears that defer, layers on chunks, shapes of payloads, attention, weights."""

@@ -1,0 +1,75 @@
+"""Transformer Engine's linears with a backward in two, through their own delayed weight gradients.
+
+Since 2.3 a linear of Transformer Engine asks its ``wgrad_store``, in its backward, whether to compute the weight
+gradient or to put it there: that is what ``delay_wgrad_compute`` and ``backward_dw()`` are made of. Its own store is
+one queue per module, to be emptied in order, and Megatron's hooks for it are fixed when a model is built. Here each
+linear gets a store that asks the stage that runs: an unsplit stage computes at once, through Megatron's usual hooks, a
+split one leaves the product to its own W, in whatever order these come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...runtime.deferred import accumulate
+from ...runtime.modes import StageMode
+
+
+class StageStore:
+    """Stands in for a linear's ``WeightGradStore``."""
+
+    def __init__(self, linear: torch.nn.Module, mode: StageMode):
+        self._linear = linear
+        self._mode = mode
+
+    def delay_wgrad_compute(self) -> bool:
+        """Whether the weight gradient is to be put here: the stage that runs is split."""
+        return self._mode.weight_gradients is not None
+
+    def put(self, tensors: list[Any], product: Callable[..., Any]) -> None:
+        """Leave ``product(*tensors)``, the weight gradient (and the bias's), to the stage's W."""
+        store = self._mode.weight_gradients
+        assert store is not None
+        store.add(lambda: self._finish(product(*tensors)))
+
+    def _finish(self, results: tuple[Any, ...]) -> None:
+        linear = self._linear
+        # With fused accumulation the product has been added to main_grad already.
+        if not linear.fuse_wgrad_accumulation:
+            accumulate(getattr(linear, linear.weight_names[0]), results[0])
+        if len(results) > 1 and results[1] is not None and results[1].numel() and linear.use_bias:
+            accumulate(getattr(linear, linear.bias_names[0]), results[1])
+
+
+def install(chunk: torch.nn.Module, mode: StageMode) -> None:
+    """Let Transformer Engine's linears of a chunk follow ``mode.weight_gradients``; without any, nothing is done."""
+    for module in chunk.modules():
+        if not _splits(module):
+            continue
+        module.wgrad_store = StageStore(module, mode)
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                parameter.register_hook(_placeholder(parameter, mode))
+
+
+def _splits(module: torch.nn.Module) -> bool:
+    """Linears with one weight. Where their communication overlaps with the weight gradient, B can't go without it."""
+    return (
+        hasattr(module, "wgrad_store")
+        and len(getattr(module, "weight_names", ())) == 1
+        and not getattr(module, "ub_bulk_wgrad", False)
+    )
+
+
+def _placeholder(parameter: torch.nn.Parameter, mode: StageMode) -> Callable[[torch.Tensor | None], None]:
+    """In B the gradient is missing, which DDP's hook refuses if reductions overlap: give it zeros to add."""
+
+    def hook(gradient: torch.Tensor | None) -> None:
+        missing = gradient is None and mode.weight_gradients is not None
+        if missing and parameter.grad is None and hasattr(parameter, "main_grad"):
+            parameter.grad = parameter.new_zeros(()).expand_as(parameter)
+
+    return hook

@@ -1,0 +1,191 @@
+"""Memory strategies of single layers, chosen anew for every stage: recompute through Megatron's own checkpointing, and
+offload.
+
+Each transformer layer of a chunk gets a ``forward`` that looks up its strategy in the stage's mode. ``full`` is what
+``--recompute-granularity full`` does to a layer. ``selective`` sets, for the call, the layer's own flag that
+``--recompute-modules core_attn`` sets for good. ``mlp`` doesn't use Megatron's flag for it: that returns the MLP's bias
+from inside the checkpoint, which makes the parameter itself a result of the checkpoint, and a later backward through it
+never ends (megatron-core 0.16 and 0.19). ``activation`` does to a dense MLP what ``--recompute-modules moe_act`` does
+to experts, with the same Megatron class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from ...runtime.deferred import AtOnce
+from ...runtime.modes import StageMode
+
+
+def transformer_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
+    """The chunk's transformer layers, in the order in which a strategy names them."""
+    return [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
+
+
+def install(chunk: torch.nn.Module, mode: StageMode) -> None:
+    """Let the layers of a chunk follow ``mode.strategies``. Call it once, before the chunk is wrapped."""
+    for index, layer in enumerate(transformer_layers(chunk)):
+        layer.forward = _switched(layer, index, mode)
+
+
+def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[..., Any]:
+    megatrons = layer.forward
+    mlp = _SwitchedMLP(layer)
+    # A layer without cross attention has a placeholder there.
+    attentions: list[Any] = [a for a in (layer.self_attention, layer.cross_attention) if isinstance(a, Attention)]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not mode.strategies or not torch.is_grad_enabled():
+            return megatrons(*args, **kwargs)
+        strategy = mode.strategies[index]
+        if strategy == "none":
+            return megatrons(*args, **kwargs)
+        if strategy == "offload":
+            return _offloaded(layer, index, mode, megatrons, args, kwargs)
+        if strategy == "full":
+            return _checkpointed(layer, megatrons, args, kwargs)
+        owners, name, value = attentions, "checkpoint_core_attention", cast(Any, True)
+        if strategy in ("mlp", "activation"):
+            owners, name, value = [mlp], "recomputed", strategy
+        before = [getattr(owner, name) for owner in owners]
+        for owner in owners:
+            setattr(owner, name, value)
+        try:
+            return megatrons(*args, **kwargs)
+        finally:
+            for owner, earlier in zip(owners, before, strict=True):
+                setattr(owner, name, earlier)
+
+    return forward
+
+
+def _offloaded(
+    layer: torch.nn.Module, index: int, mode: StageMode, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    if mode.offloaded is None:
+        raise RuntimeError("a stage with offloaded layers needs a place for them")
+    deferred = mode.weight_gradients
+    # What autograd saves through hooks comes back as another object, without the attributes by which Megatron's fused
+    # accumulation knows a weight. Our linears keep the parameter itself.
+    mode.weight_gradients = AtOnce() if deferred is None else deferred
+    try:
+        with mode.offloaded.layer(index, _shared(layer, args, kwargs)):
+            return forward(*args, **kwargs)
+    finally:
+        mode.weight_gradients = deferred
+
+
+class _SwitchedMLP:
+    """The ``forward`` of a layer's MLP, all of it (``mlp``) or its activation function (``activation``) under a
+    checkpoint, as ``recomputed`` says."""
+
+    def __init__(self, layer: torch.nn.Module):
+        self.recomputed: str | None = None
+        self._layer = layer
+        self._mlp = layer.mlp
+        self._megatrons = layer.mlp.forward
+        layer.mlp.forward = self.forward
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.recomputed is None or not hidden_states.requires_grad:
+            return self._megatrons(hidden_states, *args, **kwargs)
+        # Fused MLPs have no activation function of their own: those are recomputed as a whole.
+        if self.recomputed == "activation" and type(self._mlp).forward is MLP.forward:
+            return self._without_activation(hidden_states, args, kwargs)
+
+        def run(hidden: torch.Tensor) -> Any:
+            output = self._megatrons(hidden, *args, **kwargs)
+            if not isinstance(output, tuple):
+                return output
+            # The bias to be added later must leave the checkpoint as a tensor of its own.
+            return tuple(t.clone() if isinstance(t, torch.nn.Parameter) else t for t in output)
+
+        return _checkpoint(self._layer.config, run, False, hidden_states)
+
+    def _without_activation(
+        self, hidden_states: torch.Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Megatron's MLP, whose second linear's input is dropped and made again when the backward comes to it."""
+        intermediate, bias = self._mlp.linear_fc1(hidden_states)
+        checkpoint = CheckpointWithoutOutput(fp8=self._layer.config.fp8 or None)
+        activated = checkpoint.checkpoint(partial(self._activate, args, kwargs), intermediate, bias)
+        output, output_bias = self._mlp.linear_fc2(activated)
+        checkpoint.discard_output_and_register_recompute(output)
+        return output, output_bias
+
+    def _activate(
+        self, args: Any, kwargs: dict[str, Any], intermediate: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What Megatron's MLP does between its linears: its own forward, while these pass on what they are given."""
+        given = _forward_of(self._mlp.linear_fc1, lambda _: (intermediate, bias))
+        taken = _forward_of(self._mlp.linear_fc2, lambda activated: (activated, None))
+        with given, taken:
+            activated: torch.Tensor = self._megatrons(intermediate, *args, **kwargs)[0]
+        return activated
+
+
+@contextlib.contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, ``module`` computes ``forward``."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _checkpoint(config: Any, run: Callable[..., Any], distribute: bool, *tensors: torch.Tensor) -> Any:
+    """Megatron's checkpoint, or Transformer Engine's where Megatron takes that."""
+    if config.fp8 or getattr(config, "fp4", None):
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(
+            run, distribute, tensor_parallel.random.get_cuda_rng_tracker,
+            parallel_state.get_tensor_model_parallel_group(), *tensors,
+        )  # fmt: skip
+    return tensor_parallel.checkpoint(run, distribute, *tensors)
+
+
+def _checkpointed(layer: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The whole layer under Megatron's checkpoint, as its transformer block does it."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    if not hidden.requires_grad:
+        # Checkpointing gives gradients only to what follows from an input that needs one.
+        return forward(*args, **kwargs)
+    places: list[int | str] = ["hidden_states" if "hidden_states" in kwargs else 0]
+    places += [i for i, value in enumerate(args) if isinstance(value, torch.Tensor) and i not in places]
+    places += [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in places]
+    tensors = [args[place] if isinstance(place, int) else kwargs[place] for place in places]
+    # The checkpoint holds its function longer than its tensors.
+    others = [None if i in places else value for i, value in enumerate(args)]
+    other = {name: value for name, value in kwargs.items() if name not in places}
+
+    def run(*tensors: torch.Tensor) -> Any:
+        given, named = list(others), dict(other)
+        for place, tensor in zip(places, tensors, strict=True):
+            if isinstance(place, int):
+                given[place] = tensor
+            else:
+                named[place] = tensor
+        return forward(*given, **named)
+
+    return _checkpoint(layer.config, run, layer.config.distribute_saved_activations, *tensors)
+
+
+def _shared(layer: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What autograd may save inside a layer without its being the layer's own: weights, masks, position angles."""
+    inputs = [value for name, value in kwargs.items() if name != "hidden_states"] + list(args[1:])
+    return [*layer.parameters(), *(t for t in inputs if isinstance(t, torch.Tensor))]

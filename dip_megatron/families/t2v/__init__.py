@@ -1,0 +1,1 @@
+"""Text to video: a language model that encodes captions, and a diffusion transformer."""

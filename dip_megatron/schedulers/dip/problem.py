@@ -1,0 +1,172 @@
+"""A stage graph as the list scheduler sees it: memory in whole numbers, and what each microbatch will claim of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.graph import Ints, StageGraph
+from ...core.simulate.kernels import GraphArrays, graph_arrays
+
+Longs = NDArray[np.int64]
+UNBOUNDED = 1 << 60
+
+
+class Problem(NamedTuple):
+    """What :func:`.dispatch.dispatch` needs to know of a graph.
+
+    Memory is counted in integers (``bytes_per_count`` bytes each), so that sums are exact; ``capacity`` ``[P]`` is the
+    limit less the static bytes. Units that are connected form a *group* (as a rule a microbatch); a unit that feeds
+    nothing is a *sink*. Sinks are numbered group by group: group g has sinks ``sink_start[g]`` to
+    ``sink_start[g + 1]``. Row s is first needed by sink ``first[s]`` and last by ``last[s]``, when sinks are worked off
+    in that order. ``claim`` ``[K, P]`` is what sink k adds with the leanest strategies, ``freed`` ``[K, P]`` what its
+    end gives back, ``passing`` ``[K, P]`` the largest of its stages without backward (``passing_count`` of them), which
+    hold memory only while they run. ``backbone`` ``[S]`` marks the rows of modules that feed no other;
+    ``least`` ``[P]`` is the smallest forward of a rank (0 if some hold memory only while they run).
+    """
+
+    graph: GraphArrays
+    bytes_per_count: float
+    activation: Longs
+    hold: Longs
+    lean: Longs
+    capacity: Longs
+    bounded: NDArray[np.bool_]
+    groups: int
+    group: Ints
+    sink_start: Ints
+    first: Ints
+    last: Ints
+    claim: Longs
+    freed: Longs
+    passing: Longs
+    passing_count: Longs
+    backbone: NDArray[np.bool_]
+    least: Longs
+
+
+def make_problem(graph: StageGraph) -> Problem:
+    """Lay out ``graph`` for the list scheduler."""
+    g = graph_arrays(graph)
+    rows, ranks = g.rows, g.ranks
+    per_count, activation, hold, capacity = _counted(graph, g)
+    lean = activation.min(axis=0)
+    # A stage that can hold nothing (all of it offloaded) still claims a count until its forward has run: a sink without
+    # claims is one that has ended.
+    lean = np.where(g.has_backward, np.maximum(lean, 1), lean)
+    group_of_unit, sinks = _groups(graph)
+    groups = max(group_of_unit) + 1
+    group = np.array([group_of_unit[int(u)] for u in graph.row_unit], dtype=np.int32)
+    feeders = _feeders(graph)
+    number: dict[int, int] = {}
+    sink_start = np.zeros(groups + 1, dtype=np.int32)
+    for i in range(groups):
+        for u in sinks[i]:
+            number[u] = len(number)
+        sink_start[i + 1] = len(number)
+    first = np.full(rows, len(number), dtype=np.int32)
+    last = np.full(rows, -1, dtype=np.int32)
+    unit_rows: list[list[int]] = [[] for _ in graph.units]
+    for s in range(rows):
+        unit_rows[int(graph.row_unit[s])].append(s)
+    for u, k in number.items():
+        for v in _ancestors(feeders, u):
+            for s in unit_rows[v]:
+                first[s] = min(int(first[s]), k)
+                last[s] = max(int(last[s]), k)
+    claim = np.zeros((len(number), ranks), dtype=np.int64)
+    freed = np.zeros_like(claim)
+    passing = np.zeros_like(claim)
+    passing_count = np.zeros_like(claim)
+    held = np.where(g.has_backward, lean, 0).reshape(rows, ranks)
+    shown = np.where(g.has_backward, 0, lean).reshape(rows, ranks)
+    for s in range(rows):
+        claim[first[s]] += held[s]
+        freed[last[s]] += held[s]
+        passing[first[s]] = np.maximum(passing[first[s]], shown[s])
+        passing_count[first[s]] += ~g.has_backward.reshape(rows, ranks)[s]
+    most = np.maximum(activation, hold).max(axis=0).reshape(rows, ranks).sum(axis=0)
+    least = np.where(g.has_backward, lean, 0).reshape(rows, ranks).min(axis=0)
+    ends = {u.module for u in graph.units if not u.feeds and u.module not in _feeding(graph)}
+    backbone = np.array([graph.units[int(u)].module in ends for u in graph.row_unit], dtype=np.bool_)
+    return Problem(
+        g, per_count, activation, hold, lean, capacity, most > capacity, groups, group, sink_start, first, last, claim,
+        freed, passing, passing_count, backbone, least,
+    )  # fmt: skip
+
+
+def _counted(graph: StageGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Longs]:
+    """Bytes as integers. Whole bytes stay themselves; fractions are scaled by a power of two and rounded up, with a
+    margin for the float sums of the simulator."""
+    room = graph.memory_limit - graph.static_bytes
+    finite = np.isfinite(room)
+    exact = all(np.all(x == np.floor(x)) for x in (g.activation, g.hold, room[finite]))
+    total = float(np.maximum(g.activation, g.hold).max(axis=0).sum()) + 1.0
+    if exact and total < 2.0**52:
+        per_count, margin = 1.0, 0
+    else:
+        top = max(total, float(np.max(np.abs(graph.memory_limit[finite]), initial=1.0)))
+        per_count, margin = 2.0 ** (np.ceil(np.log2(top)) - 50), 4 * graph.rows
+    activation = np.ceil(g.activation / per_count).astype(np.int64)
+    hold = np.ceil(g.hold / per_count).astype(np.int64)
+    capacity = np.full(graph.ranks, UNBOUNDED, dtype=np.int64)
+    capacity[finite] = np.minimum(np.floor(room[finite] / per_count), float(UNBOUNDED)).astype(np.int64) - margin
+    return float(per_count), activation, hold, capacity
+
+
+def _feeding(graph: StageGraph) -> set[str]:
+    return {name for m in graph.modules for name in m.upstream}
+
+
+def _feeders(graph: StageGraph) -> list[list[int]]:
+    feeders: list[list[int]] = [[] for _ in graph.units]
+    for u in graph.units:
+        for v in u.feeds:
+            feeders[v].append(u.id)
+    return feeders
+
+
+def _ancestors(feeders: list[list[int]], unit: int) -> set[int]:
+    seen, stack = {unit}, [unit]
+    while stack:
+        for q in feeders[stack.pop()]:
+            if q not in seen:
+                seen.add(q)
+                stack.append(q)
+    return seen
+
+
+def _groups(graph: StageGraph) -> tuple[list[int], list[list[int]]]:
+    """Group of each unit, numbered by their first units; and each group's sinks, depth first from the lowest source,
+    so that what several sinks share is held for as few of them as possible."""
+    feeders = _feeders(graph)
+    group = [-1] * len(graph.units)
+    sinks: list[list[int]] = []
+    for u in graph.units:
+        if group[u.id] >= 0:
+            continue
+        members, stack = {u.id}, [u.id]
+        while stack:
+            v = stack.pop()
+            for n in (*graph.units[v].feeds, *feeders[v]):
+                if n not in members:
+                    members.add(n)
+                    stack.append(n)
+        found: list[int] = []
+        seen: set[int] = set()
+        for source in sorted(v for v in members if not feeders[v]):
+            stack = [source]
+            while stack:
+                v = stack.pop()
+                if v in seen:
+                    continue
+                seen.add(v)
+                if not graph.units[v].feeds:
+                    found.append(v)
+                stack.extend(reversed(graph.units[v].feeds))
+        for v in members:
+            group[v] = len(sinks)
+        sinks.append(found)
+    return group, sinks

@@ -1,0 +1,47 @@
+"""Leaving out memory strategies, for ablations."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.graph import Floats, StageGraph
+
+
+def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[StageGraph, NDArray[np.int8]]:
+    """``graph`` without the candidates that recompute or offload, and where each of its candidates stood before
+    (``[C, S, P]``). A forbidden candidate is replaced by the last allowed one before it, or by the first
+    allowed; of a graph without names all candidates but the first count as recomputing."""
+    count = graph.candidates
+    origin = np.zeros((count, graph.rows, graph.ranks), dtype=np.int8)
+    for s in range(graph.rows):
+        for p in range(graph.ranks):
+            allowed = [c for c in range(count) if _allowed(graph, c, s, p, recompute, offload)] or [0]
+            for c in range(count):
+                origin[c, s, p] = max((a for a in allowed if a <= c), default=allowed[0])
+    index = origin.astype(np.int64)
+
+    def pick(array: Floats) -> Floats:
+        return np.ascontiguousarray(np.take_along_axis(array, index, axis=0))
+
+    names = tuple(
+        tuple(tuple(graph.strategy_name(int(origin[c, s, p]), s, p) for c in range(count)) for p in range(graph.ranks))
+        for s in range(graph.rows)
+    )
+    restricted = StageGraph(
+        graph.ranks, graph.modules, graph.units, pick(graph.forward), pick(graph.backward), pick(graph.weight),
+        pick(graph.fused), pick(graph.activation), pick(graph.hold), graph.hop, graph.static_bytes, graph.memory_limit,
+        names,
+    )  # fmt: skip
+    return restricted, origin
+
+
+def _allowed(graph: StageGraph, c: int, s: int, p: int, recompute: bool, offload: bool) -> bool:
+    name = graph.strategy_name(c, s, p) if graph.strategies else ("none" if c == 0 else "full")
+    kinds = {part.split(":")[0] for part in name.split("+")}
+    return (offload or "offload" not in kinds) and (recompute or kinds <= {"none", "offload"})
+
+
+def restore(strategy: NDArray[np.int8], origin: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Strategies ``[S, P]`` of the restricted graph as candidates of the original one."""
+    return np.ascontiguousarray(np.take_along_axis(origin, strategy[None].astype(np.int64), axis=0)[0])

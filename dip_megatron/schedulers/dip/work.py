@@ -1,0 +1,72 @@
+"""What the list scheduler works on: buffers that are made once for a problem, and hold the result."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.graph import Floats, Ints
+from .problem import Problem
+
+Records = NDArray[np.void]
+Words = NDArray[np.uint64]
+
+# Operations still to be known: how many inputs are outstanding, and when the last of the others arrives.
+NODE = np.dtype(
+    [("arrives_forward", "f8"), ("arrives_backward", "f8"), ("waits_forward", "i4"), ("waits_backward", "i4")]
+)
+ROW = np.dtype([("key_forward", "f8"), ("key_backward", "f8"), ("place_forward", "i4"), ("place_backward", "i4")])
+# attention: when the rank should look at its queues again; pending: what split backwards hold for weight gradients.
+RANK = np.dtype(
+    [
+        ("clock", "f8"), ("attention", "f8"), ("remaining_time", "f8"), ("free", "i8"), ("pending", "i8"),
+        ("remaining", "i4"), ("length", "i4"), ("queue_head", "i4"), ("queue_tail", "i4"), ("head", "i4"),
+        ("closed", "i4"), ("stale", "?"), ("was_forward", "?"), ("bounded", "?"),
+    ],
+    align=True,
+)  # fmt: skip
+# closed: the first sink in order for which not even the smallest forward is admitted, nor for any later one.
+# A rank's view of one sink; room: the most that may be taken from those before it; ahead: what it finds once they end.
+CLAIM = np.dtype([(x, "i8") for x in ("need", "give", "passing", "passing_count", "room", "ahead")])
+
+
+class Work(NamedTuple):
+    """Buffers of the list scheduler, and its results: ``orders`` ``[P, 3S]``, ``lengths`` ``[P]``, ``strategy``
+    ``[N]``."""
+
+    orders: Ints
+    lengths: Ints
+    strategy: NDArray[np.int8]
+    node: Records
+    row: Records
+    rank: Records
+    claim: Records
+    by_forward: Ints
+    by_backward: Ints
+    group_order: Ints
+    position: Ints
+    earliest: Ints
+    known_forward: Words
+    known_backward: Words
+    queue: Ints
+    keys: Floats
+
+
+def make_work(q: Problem) -> Work:
+    """Buffers for :func:`dispatch` on ``q``."""
+    rows, ranks, sinks = q.graph.rows, q.graph.ranks, len(q.claim)
+    words = (rows + 63) // 64
+
+    def numbers(count: int) -> Ints:
+        return np.arange(count, dtype=np.int32)
+
+    return Work(
+        np.zeros((ranks, 3 * rows), dtype=np.int32), np.zeros(ranks, dtype=np.int32),
+        np.zeros(rows * ranks, dtype=np.int8), np.zeros(rows * ranks, dtype=NODE), np.zeros(rows, dtype=ROW),
+        np.zeros(ranks, dtype=RANK), np.zeros((ranks, sinks), dtype=CLAIM), numbers(rows), numbers(rows),
+        numbers(q.groups), numbers(sinks), numbers(rows), np.zeros((ranks, words), dtype=np.uint64),
+        np.zeros((ranks, words), dtype=np.uint64), np.zeros((ranks, rows), dtype=np.int32),
+        np.zeros(max(rows, q.groups)),
+    )  # fmt: skip

@@ -1,0 +1,26 @@
+"""The mean batch: what a static plan is tuned on, because it is made before the batches are known."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..core.graph import Floats, StageGraph
+from .common import mixed_shape
+
+
+def mean_graph(graph: StageGraph) -> StageGraph:
+    """The mixed graph with every microbatch replaced by the mean of all (durations, bytes and hops alike)."""
+    microbatches, segments = mixed_shape(graph)
+
+    def average(array: Floats) -> Floats:
+        by_unit = array.reshape(array.shape[0], microbatches, segments, graph.ranks)
+        return np.ascontiguousarray(np.broadcast_to(by_unit.mean(axis=1, keepdims=True), by_unit.shape)).reshape(
+            array.shape
+        )
+
+    hop = np.tile(graph.hop.reshape(microbatches, segments).mean(axis=0), microbatches)
+    return StageGraph(
+        graph.ranks, graph.modules, graph.units, average(graph.forward), average(graph.backward),
+        average(graph.weight), average(graph.fused), average(graph.activation), average(graph.hold), hop,
+        graph.static_bytes, graph.memory_limit, graph.strategies,
+    )  # fmt: skip

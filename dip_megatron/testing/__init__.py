@@ -1,0 +1,1 @@
+"""What benchmarks and tests of other projects use: models and schedules that no training run needs."""

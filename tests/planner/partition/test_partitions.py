@@ -1,0 +1,200 @@
+"""Partitions: sub-microbatch sizes, layers, the paper's rules and the search, files."""
+
+from dataclasses import replace
+from itertools import product
+from math import inf
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dip_megatron.core import StageGraph
+from dip_megatron.describe.cost import CostModel, build_graph, load_cluster
+from dip_megatron.describe.files import ConfigurationError
+from dip_megatron.describe.model import MultimodalModel, load_model
+from dip_megatron.describe.partition import (
+    ModuleLoad,
+    Partition,
+    balance_layers,
+    efficient_unit_size,
+    rank_loads,
+    read_partition,
+    write_partition,
+)
+from dip_megatron.describe.workload import GlobalBatch, Microbatch, load_workload
+from dip_megatron.planner.partitioning import choose_partition, greedy_judge, paper_partition
+
+H100 = load_cluster("h100")
+VLM, T2V = load_model("vlm-s"), load_model("t2v-s")
+
+loads = st.builds(
+    ModuleLoad,
+    name=st.just("m"),
+    layers=st.integers(1, 7),
+    segments=st.integers(1, 3),
+    layer=st.floats(0.5, 5),
+    stem=st.floats(0, 3),
+    head=st.floats(0, 6),
+)
+
+
+def _value(modules: list[ModuleLoad], totals: list[tuple[int, ...]], ranks: int, weight: float) -> float:
+    alone = sum(
+        max(n[r] * m.layer + m.fixed(r, ranks) for r in range(ranks)) for m, n in zip(modules, totals, strict=True)
+    )
+    return max(rank_loads(modules, totals)) + weight * alone
+
+
+def _ways(layers: int, ranks: int) -> list[tuple[int, ...]]:
+    return [c for c in product(range(layers + 1), repeat=ranks) if sum(c) == layers]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(loads, min_size=1, max_size=2), st.integers(1, 4), st.sampled_from([0.0, 0.1, 1.0]))
+def test_layers_are_balanced_as_well_as_any_split_can(modules: list[ModuleLoad], ranks: int, weight: float) -> None:
+    rows = balance_layers(modules, ranks, weight)
+    totals = [tuple(map(sum, zip(*r, strict=True))) for r in rows]
+    for m, r in zip(modules, rows, strict=True):
+        assert (len(r), {len(line) for line in r}) == (m.segments, {ranks})
+        assert sum(map(sum, r)) == m.layers
+        assert min(map(min, r)) >= 0
+    best = min(
+        _value(modules, list(combo), ranks, weight) for combo in product(*(_ways(m.layers, ranks) for m in modules))
+    )
+    assert _value(modules, totals, ranks, weight) <= best * 1.002 + 1e-9
+
+
+def test_a_heavy_head_takes_layers_away_from_its_rank() -> None:
+    ((row,),) = balance_layers([ModuleLoad("language", 32, 1, layer=1.0, head=4.0)], 4)
+    assert row == (9, 9, 9, 5)
+    (rows,) = balance_layers([ModuleLoad("language", 32, 2, layer=1.0, head=4.0)], 4)
+    assert rows[1][3] < rows[0][3]  # the head is on the last chunk only
+
+
+def test_sub_microbatch_sizes_follow_the_95_percent_rule() -> None:
+    batch = [Microbatch(8, (169,) * 48)]
+    pricer = CostModel(VLM, H100)
+    found = efficient_unit_size(pricer, "vision", batch)
+    assert found.size is not None
+    assert found.share >= 0.95
+    assert found.most == 48
+    strict = efficient_unit_size(pricer, "vision", batch, share=0.99)
+    assert strict.size is None or strict.size > found.size
+    assert efficient_unit_size(pricer, "vision", batch, share=0.01).size == 1
+    assert efficient_unit_size(pricer, "language", batch).size is None  # packed text is one instance
+    # Without launch overheads, weights to read or curves, slices cost nothing: one image is as efficient as many.
+    free = replace(
+        H100, efficiency=(), kernel_latency=0, node_latency=0, memory_bandwidth=1e30, node_bandwidth=1e30
+    )  # fmt: skip
+    assert efficient_unit_size(CostModel(VLM, free), "vision", batch).size == 1
+
+
+def test_a_module_without_work_takes_whole_microbatches() -> None:
+    partition = paper_partition(VLM, H100, [GlobalBatch((Microbatch(8192),))])
+    assert [(m.unit_size, m.segments) for m in partition.modules] == [(None, 1), (None, 1)]
+
+
+@pytest.mark.parametrize(("model", "workload"), [("vlm-s", "vlm-mix"), ("vlm-l", "vlm-dynamic"), ("t2v-l", "t2v-mix")])
+def test_the_papers_rules_give_the_fastest_module_one_segment(model: str, workload: str) -> None:
+    shape = load_model(model)
+    partition = paper_partition(shape, H100, load_workload(workload, shape, 2, 8))
+    partition.check(shape)
+    assert min(m.segments for m in partition.modules) == 1
+    for m in partition.modules:
+        counts = [n for row in m.layers for n in row]
+        assert max(counts) - min(counts) <= 1
+        assert min(counts) >= 1
+    assert len(partition.reasons) == len(shape.modules)
+
+
+def _tiny(model: MultimodalModel, pp: int) -> MultimodalModel:
+    modules = tuple(replace(m, layers=6) for m in model.modules)
+    return replace(model, modules=modules).with_parallel(pp=pp)
+
+
+@pytest.mark.parametrize(("name", "workload"), [("vlm-s", "vlm-mix"), ("t2v-s", "t2v-mix")])
+def test_the_search_is_no_worse_than_the_papers_rules_and_repeats(name: str, workload: str) -> None:
+    model = _tiny(load_model(name), 2)
+    batches = load_workload(workload, model, 1, 4, seed=2)
+    told: list[tuple[str, float]] = []
+    first = choose_partition(
+        model, H100, batches, budget_seconds=inf, max_trials=8, on_trial=lambda d, s: told.append((d, s))
+    )
+    first.check(model)
+    judge = greedy_judge(400)
+
+    def seconds(partition: Partition) -> float:
+        return judge(build_graph(model, H100, partition, batches[0].microbatches))
+
+    assert seconds(first) <= seconds(paper_partition(model, H100, batches))
+    assert first == choose_partition(model, H100, batches, budget_seconds=inf, max_trials=8)
+    assert 1 <= len(told) <= 9
+    words = first.explain()
+    assert "Simulated on 1 batch:" in words
+    assert all(m.name in words for m in model.modules)
+
+
+def test_the_judge_decides() -> None:
+    """The search follows the judge it is given, here one that wants as many rows as possible."""
+    model = _tiny(VLM, 2)
+    batches = [GlobalBatch((Microbatch(100, (169,) * 4),))]
+
+    def judge(graph: StageGraph) -> float:
+        return 1.0 / graph.rows
+
+    chosen = choose_partition(model, H100, batches, judge=judge)
+    assert [m.segments for m in chosen.modules] == [3, 3]
+    assert chosen.module("vision").unit_size == 1
+
+
+def test_a_model_that_cannot_fit_is_refused_with_a_way_out() -> None:
+    model = _tiny(VLM, 2)
+    with pytest.raises(ValueError, match="raise pp or tp"):
+        choose_partition(model, H100, load_workload("vlm-mix", model, 1, 2), memory_limit=1e9, max_trials=3)
+    with pytest.raises(ValueError, match="at least one batch"):
+        choose_partition(model, H100, [])
+
+
+def test_partitions_survive_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "partition.yaml"
+    partition = paper_partition(VLM, H100, load_workload("vlm-mix", VLM, 1, 4))
+    write_partition(path, partition)
+    again = read_partition(path, VLM)
+    assert again == partition
+    assert again.reasons == partition.reasons
+    assert again.explain() == partition.explain()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "reason"),
+    [
+        ("unit_size: 12", "unit_size: 0", "modules.vision.unit_size", "greater than 0"),
+        ("- [16, 16, 16, 15]", "- [16, 16, 16, 16]", "modules.vision.layers", "add up to 64"),
+        ("- [16, 16, 16, 15]", "- [32, 31]", "modules.vision.layers", "2 ranks"),
+        ("- [16, 16, 16, 15]", "- [16, 16, 16, 15]\n    - [0]", "modules.vision.layers", "same number of ranks"),
+        ("vision:", "sight:", "modules", "the model"),
+        ("reasons", "because", "because", "not permitted"),
+    ],
+)
+def test_faults_in_partition_files_are_named(tmp_path: Path, old: str, new: str, place: str, reason: str) -> None:
+    path = tmp_path / "partition.yaml"
+    text = """
+modules:
+  vision:
+    unit_size: 12
+    layers:
+    - [16, 16, 16, 15]
+  language:
+    unit_size: null
+    layers:
+    - [8, 8, 8, 8]
+reasons: []
+"""
+    path.write_text(text)
+    assert read_partition(path, VLM).module("vision").layers == ((16, 16, 16, 15),)
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigurationError) as caught:
+        read_partition(path, VLM)
+    assert str(caught.value).startswith(f"{path}: {place}")
+    assert reason in str(caught.value)

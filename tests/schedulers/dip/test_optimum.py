@@ -1,0 +1,60 @@
+"""The search and the lower bound against proven optima of small instances."""
+
+import numpy as np
+import pytest
+
+from dip_megatron.core.bounds import lower_bound
+from dip_megatron.core.simulate import simulate
+from dip_megatron.schedulers.dip import DoesNotFitError, search
+from tests.graphs import random_graph, with_memory
+from tests.schedulers.dip.cpsat import solve
+
+# Drawn instances that are solved within a second or two; memory is tight in most.
+EASY = [(8, 2), (11, 3), (22, 2), (24, 2), (32, 2), (34, 2), (42, 2), (44, 2), (47, 3), (54, 2), (92, 2), (102, 2)]
+
+
+@pytest.mark.parametrize(("seed", "ranks"), EASY[1:7])
+def test_close_to_the_optimum(seed: int, ranks: int) -> None:
+    graph = random_graph(seed, ranks=ranks, microbatches=3, max_units=2, integer=True)
+    optimum = solve(graph, seconds=60)
+    assert optimum.optimal
+    result = search(graph, budget_seconds=60, evaluations=6000)
+    assert lower_bound(graph) <= optimum.time + 1e-9
+    assert optimum.time <= result.iteration_time + 1e-9
+    assert result.iteration_time <= 1.03 * optimum.time
+    assert simulate(graph, result.schedule).iteration_time == result.iteration_time
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_bound_holds_with_and_without_split(seed: int) -> None:
+    graph = random_graph(
+        seed, ranks=2, microbatches=2, max_units=1, max_segments=1, integer=True, candidates=1 + seed % 2
+    )
+    for split in (True, False):
+        optimum = solve(graph, split=split, seconds=30)
+        assert lower_bound(graph, split=split) <= optimum.time + 1e-9
+
+
+def test_a_tight_limit_raises_the_bound() -> None:
+    """The bound knows of memory: with room for one microbatch at a time ranks must idle."""
+    loose = random_graph(5, ranks=4, microbatches=4, candidates=1, max_segments=1, memory=float("inf"), frozen=False)
+    tight = with_memory(loose, 1.0)
+    assert lower_bound(tight) > lower_bound(loose)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_agrees_that_nothing_fits(seed: int) -> None:
+    graph = with_memory(random_graph(seed, ranks=2, microbatches=2, max_units=1, integer=True), 0.9)
+    assert not solve(graph, seconds=30).feasible
+    with pytest.raises(DoesNotFitError):
+        search(graph, budget_seconds=1)
+
+
+def test_bound_scales_with_time() -> None:
+    graph = random_graph(17)
+    slow = graph.__class__(
+        graph.ranks, graph.modules, graph.units, 2 * graph.forward, 2 * graph.backward, 2 * graph.weight,
+        2 * graph.fused, graph.activation, graph.hold, 2 * graph.hop, graph.static_bytes, graph.memory_limit,
+        graph.strategies,
+    )  # fmt: skip
+    assert np.isclose(lower_bound(slow), 2 * lower_bound(graph), rtol=1e-9)
