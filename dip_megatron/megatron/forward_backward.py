@@ -74,6 +74,7 @@ class DipForwardBackward:
         self._policy = policy or PlanningPolicy()
         self._watchdog = watchdog
         self._on_iteration = on_iteration
+        self._trained = 0
         self._number = iteration or (lambda: self._trained)
         self._requests = 0
         self._tensor_parallel = tensor_parallel
@@ -82,7 +83,6 @@ class DipForwardBackward:
         self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
         self._repetition = Repetition()
         self._last_seconds = 0.0
-        self._trained = 0
 
     def __call__(
         self,
