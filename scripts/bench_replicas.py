@@ -41,7 +41,7 @@ from dip_megatron.schedulers.dip import search, warm_up
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l", "qwen2-5-vl-7b")
 COUNT = 16
-EVALUATIONS = 400
+EVALUATIONS = 6000
 PLANNED = 32
 
 
