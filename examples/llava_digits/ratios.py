@@ -46,17 +46,18 @@ def quickstart_model() -> MultimodalModel:
     def number(name: str) -> int:
         return int(flags[f"--{name}"])
 
-    def layer(hidden: int, heads: int, causal: bool) -> TransformerLayer:
+    def layer(prefix: str, causal: bool) -> TransformerLayer:
+        hidden, heads = number(f"{prefix}hidden-size"), number(f"{prefix}num-attention-heads")
         return TransformerLayer(hidden, 4 * hidden, heads, heads, causal=causal)
 
     hidden, vocabulary = number("hidden-size"), number("make-vocab-size-divisible-by")
     patches = (number("image-side") // number("patch-side")) ** 2
     vision = ModuleShape(
-        "vision", "images", number("vision-num-layers"), layer(number("vision-hidden-size"), number("vision-num-attention-heads"), causal=False),
+        "vision", "images", number("vision-num-layers"), layer("vision-", causal=False),
         PatchEmbedding(number("patch-side")), Projector(hidden, 4 * hidden, 4),
     )  # fmt: skip
     language = ModuleShape(
-        "language", "text", number("num-layers"), layer(hidden, number("num-attention-heads"), causal=True),
+        "language", "text", number("num-layers"), layer("", causal=True),
         TokenEmbedding(vocabulary), LanguageHead(vocabulary), ("vision",),
     )  # fmt: skip
     packing = Packing(max_tokens=number("seq-length"), image_tokens=patches // 4)
