@@ -19,13 +19,12 @@ from .comparison import WARM_UP
 from .quickstart import ARGUMENTS, Contender, megatron, train_all
 from .runs import RANKS, RunFailed, training_flags
 
-# Every split of 1F1B that leaves at most half of the language model to the first rank, and of the interleaved ones
-# those that a simulation of Megatron's order with the model's FLOPs put first among all splits into 2, 3 and 4.
+# All splits of two layers into two stages and into four that leave at most one layer to the ViT's stage, and of those
+# into six the two that follow the best of four.
 LAYOUTS = (
-    "E|ttttL", "Et|tttL", "Ett|ttL",
-    "E|t||tttL", "E|||ttttL", "E|t|t|ttL", "E|tt||ttL", "Et|t|t|tL",
-    "E|t||||tttL", "E|t|t|t||tL",
-    "E|t||t||t||tL",
+    "E|ttL", "Et|tL",
+    "E|||ttL", "E|t||tL", "E||t|tL", "E|tt||L", "E|t|t|L", "E||tt|L", "Et|||tL", "Et||t|L", "Et|t||L",
+    "E|||||ttL", "E|t||||tL",
 )  # fmt: skip
 
 

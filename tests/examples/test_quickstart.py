@@ -70,7 +70,7 @@ def test_the_table_compares_the_runs(tmp_path: Path) -> None:
 
 
 def test_the_model_divides_its_work_as_a_real_one() -> None:
-    real = load_model("vlm-m")
+    real = load_model("vlm-s")
     batches = load_workload(MIX, real, 40, 16)
     theirs = encoder_share(real, [m for batch in batches for m in batch.microbatches])
     assert encoder_share(quickstart_model(), quickstart_microbatches(640)) == pytest.approx(theirs, rel=0.1)
