@@ -34,7 +34,7 @@ ITERATIONS = 60
 # Megatron's layouts: stages from rank to rank, E the embedding and with it the ViT, t a layer of the language model, L
 # its loss. More than two stages are virtual ones. The best of those that sweep.py lists.
 ONE_F_ONE_B = "E|ttL"
-INTERLEAVED = "E|t||tL"
+INTERLEAVED = "E|||ttL"
 
 
 @dataclass(frozen=True)
