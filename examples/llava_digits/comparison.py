@@ -35,7 +35,7 @@ def gains(runs: Mapping[str, Run]) -> dict[str, float]:
 
 
 def compare(runs: Mapping[str, Run], planner: Sequence[dict[str, Any]]) -> Any:
-    """A column per schedule, DIP's last; losses are compared with those of the first."""
+    """A column per schedule, DIP's last. Times are medians, losses are compared with those of the first, relatively."""
     first = next(iter(runs.values()))
     last = max(first.losses)
 
@@ -61,10 +61,10 @@ def compare(runs: Mapping[str, Run], planner: Sequence[dict[str, Any]]) -> Any:
             ("Megatron's time over DIP's", {name: f"{gain:.2f} x" for name, gain in gains(runs).items()}),
             ("loss, first iteration", each(lambda run: f"{run.losses[1]:.6f}")),
             (f"loss, iteration {last}", each(lambda run: f"{run.losses[last]:.6f}")),
-            (f"relative difference, first {EARLY}", of_others(lambda run: difference(run, EARLY))),
-            ("relative difference, all", of_others(lambda run: difference(run, last))),
-            ("digits read, held-out images", each(lambda run: "–" if run.accuracy is None else percent(run.accuracy))),
-            ("iteration, measured over predicted", of_planner(_measured_over_predicted, times)),
+            (f"loss difference, first {EARLY}", of_others(lambda run: difference(run, EARLY))),
+            ("loss difference, all", of_others(lambda run: difference(run, last))),
+            ("held-out digits read", each(lambda run: "–" if run.accuracy is None else percent(run.accuracy))),
+            ("measured over predicted", of_planner(_measured_over_predicted, times)),
             ("bubbles, planned", of_planner(lambda line: line["bubble_ratio_planned"], percent)),
             ("bubbles, measured", of_planner(lambda line: line["bubble_ratio_measured"], percent)),
             ("plan over its lower bound", of_planner(_over_bound, times)),

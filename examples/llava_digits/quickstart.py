@@ -122,9 +122,11 @@ def main(iterations: int, out: Path, dip_config: Path | None, only: str | None) 
     except RunFailed as error:
         raise click.ClickException(str(error)) from error
     console.print(
-        "Times are medians. Megatron's LLaVA keeps its ViT on the first stage. Of many splits of the language model's\n"
-        f"layers the fastest were {ONE_F_ONE_B} and, interleaved, {INTERLEAVED}: examples/llava_digits/sweep.py.",
+        "Times are medians. Megatron's LLaVA keeps its ViT on the first stage; the fastest\n"
+        f"splits of its language model are {ONE_F_ONE_B} and, interleaved, {INTERLEAVED}\n"
+        "(python -m examples.llava_digits.sweep).",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"DIP trains {min(gains(runs).values()):.2f} times as fast as the best of Megatron's.", style="bold")
     console.print("Its last iteration, planned beside measured:")
