@@ -18,7 +18,7 @@ from .actions import Compute, parse_action
 from .codes import encode
 from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord
 from .graph import Floats, GraphError, ModalityModule, StageGraph, Unit
-from .operations import StageKey
+from .operations import Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec
 
@@ -74,7 +74,7 @@ def format_plan(plan: Plan) -> str:
         for segment in range(graph.module(unit.module).segments)
     ]
     times = {"F": graph.forward, "B": graph.backward, "W": graph.weight, "BW": graph.fused}
-    held = {"held": graph.activation, "kept": graph.hold}
+    held = {"held": graph.activation, "kept": graph.deferred_activation}
     record = {
         "version": VERSION,
         "schedule": plan.name,
@@ -89,13 +89,13 @@ def format_plan(plan: Plan) -> str:
         "units": [
             {
                 "id": u.id, "module": u.module, "microbatch": u.microbatch, "instances": [u.first, u.count],
-                "feeds": u.feeds,
+                "downstream": u.downstream,
             }
             for u in graph.units
         ],
         "durations": [row | {k: a[0, s].tolist() for k, a in times.items()} for s, row in enumerate(rows)],
         "activation_bytes": [row | {k: a[0, s].tolist() for k, a in held.items()} for s, row in enumerate(rows)],
-        "latency": graph.hop.tolist(),
+        "latency": graph.transfer.tolist(),
         "memory_limit": [limit if np.isfinite(limit) else None for limit in graph.memory_limit.tolist()],
         "static_bytes": graph.static_bytes.tolist(),
         "payloads": [
@@ -215,7 +215,7 @@ def _validated(data: Any) -> PlanRecord:
 
 
 def _place(location: Sequence[str | int]) -> str:
-    """``units[3].feeds[0]`` for pydantic's location."""
+    """``units[3].downstream[0]`` for pydantic's location."""
     text = ""
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -226,7 +226,7 @@ def _unit(place: int, record: UnitRecord) -> Unit:
     if record.id != place:
         raise PlanFileError(f"units[{place}].id: {record.id} stands at place {place}; ids are positions")
     first, count = record.instances
-    return Unit(record.id, record.module, record.microbatch, first, count, tuple(record.feeds))
+    return Unit(record.id, record.module, record.microbatch, first, count, tuple(record.downstream))
 
 
 def _length(place: str, values: Sequence[object], expected: int, of: str) -> None:
@@ -263,11 +263,11 @@ def _action(place: str, text: str) -> Any:
         raise PlanFileError(f"{place}: {error}") from error
 
 
-def _row_of(graph: StageGraph, rank: int, place: str, key: StageKey) -> int:
-    if key.rank != rank:
-        raise PlanFileError(f"{place}: {key} is rank {key.rank}'s, the list is rank {rank}'s")
+def _virtual_microbatch_of(graph: StageGraph, rank: int, place: str, operation: Operation) -> int:
+    if operation.rank != rank:
+        raise PlanFileError(f"{place}: {operation} is rank {operation.rank}'s, the list is rank {rank}'s")
     try:
-        return graph.row_of(key)
+        return graph.virtual_microbatch_of(operation)
     except GraphError as error:
         raise PlanFileError(f"{place}: {error}") from error
 
@@ -279,10 +279,10 @@ def _schedule(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Schedule:
         order = []
         for i, action in enumerate(line):
             if isinstance(action, Compute):
-                row = _row_of(graph, rank, f"actions[{rank}][{i}]", action.key)
-                order.append(int(action.key.kind) * graph.rows + row)
+                row = _virtual_microbatch_of(graph, rank, f"actions[{rank}][{i}]", action.operation)
+                order.append(int(action.operation.kind) * graph.virtual_microbatches + row)
         orders.append(np.array(order, dtype=np.int32))
-    return Schedule(tuple(orders), np.zeros((graph.rows, graph.ranks), dtype=np.int8))
+    return Schedule(tuple(orders), np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
 
 
 def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> StageGraph:
@@ -292,14 +292,16 @@ def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Sta
         for i, action in enumerate(line):
             if isinstance(action, Compute):
                 place = f"actions[{rank}][{i}]"
-                row = _row_of(graph, rank, place, action.key)
+                row = _virtual_microbatch_of(graph, rank, place, action.operation)
                 known = names.setdefault((row, rank), action.strategy)
                 if known != action.strategy:
                     raise PlanFileError(f"{place}: strategy {action.strategy!r} differs from {known!r} before")
-    strategies = tuple(tuple((names.get((s, p), "none"),) for p in range(graph.ranks)) for s in range(graph.rows))
+    strategies = tuple(
+        tuple((names.get((s, p), "none"),) for p in range(graph.ranks)) for s in range(graph.virtual_microbatches)
+    )
     return StageGraph(
         graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-        graph.activation, graph.hold, graph.hop, graph.static_bytes, graph.memory_limit, strategies,
+        graph.activation, graph.deferred_activation, graph.transfer, graph.static_bytes, graph.memory_limit, strategies,
     )  # fmt: skip
 
 

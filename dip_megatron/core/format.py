@@ -38,7 +38,7 @@ class UnitRecord(Strict):
     module: Name
     microbatch: Count
     instances: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    feeds: Annotated[list[Count], Field(description="ids of the downstream units that wait for this one")]
+    downstream: Annotated[list[Count], Field(description="ids of the downstream units that wait for this one")]
 
 
 class StageTimes(Strict):

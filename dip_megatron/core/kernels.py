@@ -29,7 +29,7 @@ class Messages(NamedTuple):
     """The messages of a graph: ``source`` and ``target`` ``[2E]`` are ranks; ``exists``: a gradient travels only to
     stages that have a backward. Edges as in :class:`.graph.Edges`."""
 
-    rows: int
+    virtual_microbatches: int
     ranks: int
     edges: int
     source: Ints
@@ -46,7 +46,7 @@ def messages_of(graph: StageGraph) -> Messages:
     back, forth = edges.target % graph.ranks, edges.source % graph.ranks
     trains = graph.has_backward.reshape(-1)
     return Messages(
-        graph.rows, graph.ranks, len(edges.source),
+        graph.virtual_microbatches, graph.ranks, len(edges.source),
         np.concatenate([forth, back]).astype(np.int32), np.concatenate([back, forth]).astype(np.int32),
         np.concatenate([np.ones(len(edges.source), dtype=np.bool_), trains[edges.source]]),
         edges.before_start, edges.after_start, edges.after,
@@ -56,8 +56,8 @@ def messages_of(graph: StageGraph) -> Messages:
 @compiled
 def _incoming(g: Messages, code: int, rank: int, out: Ints) -> int:
     """Fill ``out`` with the messages an operation waits for; returns how many."""
-    kind = code // g.rows
-    n = (code - kind * g.rows) * g.ranks + rank
+    kind = code // g.virtual_microbatches
+    n = (code - kind * g.virtual_microbatches) * g.ranks + rank
     count = 0
     if kind == FORWARD:
         for e in range(g.before_start[n], g.before_start[n + 1]):
@@ -73,8 +73,8 @@ def _incoming(g: Messages, code: int, rank: int, out: Ints) -> int:
 @compiled
 def _outgoing(g: Messages, code: int, rank: int, out: Ints) -> int:
     """Fill ``out`` with the messages an operation's end sets off; returns how many."""
-    kind = code // g.rows
-    n = (code - kind * g.rows) * g.ranks + rank
+    kind = code // g.virtual_microbatches
+    n = (code - kind * g.virtual_microbatches) * g.ranks + rank
     count = 0
     if kind == FORWARD:
         for i in range(g.after_start[n], g.after_start[n + 1]):
@@ -152,7 +152,7 @@ def lower_codes(
         by_place[slot[x]] = m
         slot[x] += 1
     # The actions.
-    sends, receives = 4 * g.rows, 4 * g.rows + 2 * g.edges * IRECV
+    sends, receives = 4 * g.virtual_microbatches, 4 * g.virtual_microbatches + 2 * g.edges * IRECV
     for rank in range(ranks):
         count = 0
         for i in range(lengths[rank]):
@@ -163,7 +163,7 @@ def lower_codes(
             code = orders[rank, i]
             for k in range(_incoming(g, code, rank, some)):
                 if g.source[some[k]] != rank:
-                    codes[rank, count] = 4 * g.rows + 2 * g.edges * WAIT_IRECV + some[k]
+                    codes[rank, count] = 4 * g.virtual_microbatches + 2 * g.edges * WAIT_IRECV + some[k]
                     count += 1
             codes[rank, count] = code
             count += 1
@@ -192,7 +192,7 @@ def check_codes(
         for i in range(counts[rank]):
             code = codes[rank, i]
             fault[1], fault[2], fault[3] = rank, i, -1
-            if code < 4 * g.rows:
+            if code < 4 * g.virtual_microbatches:
                 if at >= lengths[rank] or orders[rank, at] != code:
                     fault[0] = WRONG_ORDER
                     return
@@ -205,8 +205,8 @@ def check_codes(
                     if g.target[some[k]] != rank:
                         state[some[k]] |= DUE
                 continue
-            kind = (code - 4 * g.rows) // (2 * g.edges)
-            m = code - 4 * g.rows - 2 * g.edges * kind
+            kind = (code - 4 * g.virtual_microbatches) // (2 * g.edges)
+            m = code - 4 * g.virtual_microbatches - 2 * g.edges * kind
             sending = kind in (ISEND, WAIT_ISEND)
             if (g.source[m] if sending else g.target[m]) != rank:
                 fault[0] = OTHER_RANK
@@ -265,7 +265,7 @@ def replay_codes(
         progressed = False
         for rank in range(g.ranks):
             while place[rank] < counts[rank]:
-                code = codes[rank, place[rank]] - 4 * g.rows
+                code = codes[rank, place[rank]] - 4 * g.virtual_microbatches
                 if code >= 0:
                     kind = code // (2 * g.edges)
                     m = code - 2 * g.edges * kind

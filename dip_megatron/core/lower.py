@@ -14,39 +14,39 @@ import numpy as np
 from .actions import Message
 from .graph import Ints, StageGraph
 from .kernels import lower_codes, messages_of
-from .operations import Kind, StageKey
+from .operations import Kind, Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics
 from .simulate.kernels import pad_orders, simulate_compiled
 from .simulate.reference import Timeline
 
 
-def outgoing(graph: StageGraph, key: StageKey) -> tuple[Message, ...]:
+def outgoing(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
     """Messages that an operation's end sets off, those between stages of one rank included."""
-    s, p = graph.row_of(key), key.rank
-    step = -1 if graph.row_reversed[s] else 1
-    if key.kind == Kind.W:
+    s, p = graph.virtual_microbatch_of(operation), operation.rank
+    step = -1 if graph.is_reversed[s] else 1
+    if operation.kind == Kind.W:
         return ()
-    if key.kind == Kind.F:
+    if operation.kind == Kind.F:
         if p != graph.exit_rank(s):
-            targets = [graph.key(Kind.F, s, p + step)]
+            targets = [graph.operation(Kind.F, s, p + step)]
         else:
-            targets = [graph.key(Kind.F, n, graph.entry_rank(n)) for n in graph.next_rows[s]]
-        return tuple(Message(graph.key(Kind.F, s, p), t) for t in targets)
+            targets = [graph.operation(Kind.F, n, graph.entry_rank(n)) for n in graph.next_virtual_microbatches[s]]
+        return tuple(Message(graph.operation(Kind.F, s, p), t) for t in targets)
     if p != graph.entry_rank(s):
         back = [(s, p - step)]
     else:
-        back = [(q, graph.exit_rank(q)) for q in graph.previous_rows[s]]
-    source = graph.key(Kind.B, s, p)
-    return tuple(Message(source, graph.key(Kind.B, q, r)) for q, r in back if graph.has_backward[q, r])
+        back = [(q, graph.exit_rank(q)) for q in graph.previous_virtual_microbatches[s]]
+    source = graph.operation(Kind.B, s, p)
+    return tuple(Message(source, graph.operation(Kind.B, q, r)) for q, r in back if graph.has_backward[q, r])
 
 
-def incoming(graph: StageGraph, key: StageKey) -> tuple[Message, ...]:
+def incoming(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
     """Messages an operation waits for, those between stages of one rank included."""
-    if key.kind == Kind.W:
+    if operation.kind == Kind.W:
         return ()
-    kind = Kind.F if key.kind == Kind.F else Kind.B
-    target = StageKey(kind, key.module, key.segment, key.unit, key.rank)
+    kind = Kind.F if operation.kind == Kind.F else Kind.B
+    target = Operation(kind, operation.module, operation.segment, operation.unit, operation.rank)
     sources = [k for k in graph.predecessors(target) if kind == Kind.F or k.kind == Kind.B]
     return tuple(Message(source, target) for source in sources)
 
@@ -86,7 +86,7 @@ def make_plan(
 ) -> Plan:
     """Project the graph on the chosen strategies, simulate, lower. Raises DeadlockError if the orders can't end."""
     projected = graph.project(schedule.strategy)
-    single = Schedule(schedule.orders, np.zeros((graph.rows, graph.ranks), dtype=np.int8))
+    single = Schedule(schedule.orders, np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
     timeline = simulate_compiled(projected, single)
     predicted = Predicted(
         timeline.iteration_time, lower_bound, timeline.bubble_ratio, tuple(float(b) for b in timeline.peak_bytes)

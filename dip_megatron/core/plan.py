@@ -79,7 +79,7 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 over all that decides what ranks do and exchange: units, actions of all ranks, payload shapes."""
-        units = [(u.module, u.microbatch, u.first, u.count, u.feeds) for u in self.graph.units]
+        units = [(u.module, u.microbatch, u.first, u.count, u.downstream) for u in self.graph.units]
         modules = [(m.name, m.layers, m.upstream, m.trainable, m.reversed) for m in self.graph.modules]
         payloads = sorted(
             (key, [(t.name, t.shape, t.dtype, t.differentiable) for t in payload])
@@ -95,7 +95,11 @@ class Plan:
 def used_strategies(plan: Plan) -> dict[str, int]:
     """How many stages use each memory strategy."""
     names, counts = np.unique(
-        [plan.graph.strategy_name(0, s, p) for s in range(plan.graph.rows) for p in range(plan.graph.ranks)],
+        [
+            plan.graph.strategy_name(0, s, p)
+            for s in range(plan.graph.virtual_microbatches)
+            for p in range(plan.graph.ranks)
+        ],
         return_counts=True,
     )
     return {str(n): int(c) for n, c in zip(names, counts, strict=True)}

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from ..core import Plan
-from ..planner.feed import Exchange, FedPlan, PlanFeed
+from ..planner.delivery import DeliveredPlan, Exchange, PlanDelivery
 from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport
@@ -58,7 +58,7 @@ class DipForwardBackward:
         self,
         program: StageProgram,
         executor: Executor,
-        feed: PlanFeed,
+        delivery: PlanDelivery,
         clock: Clock,
         *,
         policy: PlanningPolicy | None = None,
@@ -69,7 +69,7 @@ class DipForwardBackward:
         """``tensor_parallel`` is among the ranks that read the data together, if they are several."""
         self._program = program
         self._executor = executor
-        self._feed = feed
+        self._delivery = delivery
         self._clock = clock
         self._policy = policy or PlanningPolicy()
         self._watchdog = watchdog
@@ -139,13 +139,13 @@ class DipForwardBackward:
         following: Iterator[None] = iter(())
         if repeated is not None:
             self.iterations -= 1
-            microbatches, fed = repeated
+            microbatches, delivered = repeated
         else:
             key = (id(iterator), forward_only)
             source = self._source(key, iterator, forward_step_func, chunks)
-            microbatches, fed = self._read(key, source, num_microbatches)
+            microbatches, delivered = self._read(key, source, num_microbatches)
             if not forward_only:
-                self._repetition.keep(microbatches, fed)
+                self._repetition.keep(microbatches, delivered)
                 if self._policy.look_ahead():
                     following = self._read_ahead(key, source, num_microbatches, time.perf_counter())
         self._clock.begin()
@@ -158,31 +158,33 @@ class DipForwardBackward:
             for chunk in chunks:
                 if hasattr(chunk, "set_is_first_microbatch"):
                     chunk.set_is_first_microbatch()
-        self._run(fed.plan, chunks, microbatches, step, config, forward_only, following)
+        self._run(delivered.plan, chunks, microbatches, step, config, forward_only, following)
         spans = self._clock.spans()
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
             self._last_seconds = seconds
-            self._feed.measured(Measurement.of(fed.iteration, self._executor.position.rank, spans))
+            self._delivery.measured(Measurement.of(delivered.iteration, self._executor.position.rank, spans))
             self._finalize(chunks, step, config, pg_collection, force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
-            self._on_iteration(IterationReport.of(self.iterations, fed, spans), fed.plan, spans)
+            self._on_iteration(IterationReport.of(self.iterations, delivered, spans), delivered.plan, spans)
         if not forward_only:
             self.iterations += 1
         return step.forward_data_store
 
-    def _read(self, key: tuple[int, bool], source: LookAhead, count: int) -> tuple[list[MicrobatchInputs], FedPlan]:
+    def _read(
+        self, key: tuple[int, bool], source: LookAhead, count: int
+    ) -> tuple[list[MicrobatchInputs], DeliveredPlan]:
         """This iteration's microbatches and plan."""
         ticket, planned = self._next_ticket.pop(key, (None, count))
         if ticket is not None and planned != count:
-            self._feed.take(ticket)  # planned for another number of microbatches: all ranks drop it alike
+            self._delivery.take(ticket)  # planned for another number of microbatches: all ranks drop it alike
             ticket = None
         microbatches = source.take(count)
         if ticket is None:
             ticket = self._request(microbatches, key[1], budget=0.0, wait=0.0)
-        return microbatches, self._feed.take(ticket)
+        return microbatches, self._delivery.take(ticket)
 
     def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
         """Read the next iteration's microbatches step by step, then request its plan; this one ``began`` at that time.
@@ -213,8 +215,8 @@ class DipForwardBackward:
 
     def _request(self, microbatches: list[MicrobatchInputs], forward_only: bool, budget: float, wait: float) -> int:
         self._ticket += 1
-        loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
-        self._feed.request(PlanRequest(self._ticket, loads, budget, forward_only), wait)
+        loads = tuple(self._program.load(m) for m in microbatches) if self._delivery.plans_here else ()
+        self._delivery.request(PlanRequest(self._ticket, loads, budget, forward_only), wait)
         return self._ticket
 
     def _run(
@@ -225,9 +227,9 @@ class DipForwardBackward:
         places = [(m.name, k) for m in self._program.modules for k in range(m.segments)]
         remaining = dict.fromkeys(places, 0)
         if not forward_only:
-            for s in range(graph.rows):
+            for s in range(graph.virtual_microbatches):
                 if graph.has_weight[s, rank]:
-                    remaining[graph.units[int(graph.row_unit[s])].module, graph.segment(s)] += 1
+                    remaining[graph.units[int(graph.unit_of[s])].module, graph.segment(s)] += 1
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
         sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
         runner = ModelStages(

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_state_machine
 
-from ..planner.feed import FedPlan
+from ..planner.delivery import DeliveredPlan
 from ..runtime.protocol import MicrobatchInputs
 
 
@@ -21,9 +21,9 @@ class Repetition:
     """What an iteration ran, for as long as Megatron may ask for it again."""
 
     def __init__(self) -> None:
-        self._kept: tuple[list[MicrobatchInputs], FedPlan] | None = None
+        self._kept: tuple[list[MicrobatchInputs], DeliveredPlan] | None = None
 
-    def again(self) -> tuple[list[MicrobatchInputs], FedPlan] | None:
+    def again(self) -> tuple[list[MicrobatchInputs], DeliveredPlan] | None:
         """The microbatches and the plan to repeat, if the state machine has asked for that."""
         if get_rerun_state_machine().state is not RerunState.RERUNNING_IN_PLACE:
             return None
@@ -31,12 +31,12 @@ class Repetition:
             raise RuntimeError("Megatron asks for an iteration again that DIP has not run")
         return self._kept
 
-    def keep(self, microbatches: list[MicrobatchInputs], fed: FedPlan) -> None:
+    def keep(self, microbatches: list[MicrobatchInputs], delivered: DeliveredPlan) -> None:
         """About to run these: called after all reading, right before the first stage."""
         machine = get_rerun_state_machine()
         if machine.get_mode() is RerunMode.DISABLED:
             return
-        self._kept = (microbatches, fed)
+        self._kept = (microbatches, delivered)
         if machine.state is RerunState.INITIAL_RUN:
             # Repetitions read nothing: random numbers must start where the stages began, not where reading did.
             machine._save_state()

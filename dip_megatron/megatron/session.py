@@ -17,7 +17,7 @@ from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.model import MultimodalModel, Parallel, Partition
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
-from ..planner.feed import PlanFeed
+from ..planner.delivery import PlanDelivery
 from ..planner.greedy import greedy
 from ..planner.live import ModelGraphs
 from ..planner.maker import LivePlanMaker
@@ -174,7 +174,7 @@ class DipSession:
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = Executor(rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock)
-        feed = PlanFeed(self._exchange, self._service, config.recalibrate)
+        delivery = PlanDelivery(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
@@ -182,9 +182,9 @@ class DipSession:
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
             consumers.append(recorder.record)
-        atexit.register(self._close, feed, watchdog, recorder)
+        atexit.register(self._close, delivery, watchdog, recorder)
         return DipForwardBackward(
-            program, executor, feed, clock,
+            program, executor, delivery, clock,
             policy=PlanningPolicy(config.search_budget, self._another_follows), watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(),
@@ -212,9 +212,9 @@ class DipSession:
         return RunProgress(exchange, args.log_interval, lambda: int(args.curr_iteration) + 1, say, write_scalars)
 
     @staticmethod
-    def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
+    def _close(delivery: PlanDelivery, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
         watchdog.close()
-        feed.close()
+        delivery.close()
         if recorder is not None:
             recorder.close()
 

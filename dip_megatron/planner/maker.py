@@ -99,12 +99,12 @@ class LivePlanMaker:
 def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
     """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`)."""
     out: dict[tuple[int, int], Payload] = {}
-    for s in range(graph.rows):
-        unit = graph.units[int(graph.row_unit[s])]
+    for s in range(graph.virtual_microbatches):
+        unit = graph.units[int(graph.unit_of[s])]
         load = loads[unit.microbatch]
         out[s, s] = shapes.payload(unit, load, leaves_module=False)
-        for n in graph.next_rows[s]:
-            leaves = graph.units[int(graph.row_unit[n])].module != unit.module
+        for n in graph.next_virtual_microbatches[s]:
+            leaves = graph.units[int(graph.unit_of[n])].module != unit.module
             out[s, n] = shapes.payload(unit, load, leaves_module=True) if leaves else out[s, s]
     return out
 

@@ -85,7 +85,7 @@ class Recalibration:
             order = plan.schedule.orders[rank]
             if not here or any(len(seconds) != len(order) for seconds in here):
                 continue
-            kind, row = code_kind[order // graph.rows], order % graph.rows
+            kind, row = code_kind[order // graph.virtual_microbatches], order % graph.virtual_microbatches
             x = planned[kind, row, rank]
             y = np.mean([_durations(seconds) for seconds in here], axis=0)
             known = (x > 0) & (y > 0)

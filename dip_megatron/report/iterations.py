@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from ..planner.feed import FedPlan
+from ..planner.delivery import DeliveredPlan
 
 
 class _Timed(Protocol):
@@ -45,9 +45,9 @@ class IterationReport:
     worker_deaths: int = 0
 
     @staticmethod
-    def of(iteration: int, fed: FedPlan, spans: Sequence[_Timed]) -> IterationReport:
+    def of(iteration: int, delivered: DeliveredPlan, spans: Sequence[_Timed]) -> IterationReport:
         """Report of a rank that executed ``spans``."""
-        plan, statistics = fed.plan, fed.statistics
+        plan, statistics = delivered.plan, delivered.statistics
         seconds = max((s.end for s in spans), default=0.0)
         busy = sum(s.end - s.start for s in spans)
         return IterationReport(
@@ -59,7 +59,7 @@ class IterationReport:
             bubble_ratio_planned=plan.predicted.bubble_ratio,
             bubble_ratio_measured=1.0 - busy / seconds if seconds > 0 else 0.0,
             plan_seconds=plan.search.seconds,
-            stall_seconds=fed.stall_seconds,
+            stall_seconds=delivered.stall_seconds,
             evaluations=plan.search.evaluations,
             fallback=plan.name == "greedy",
             uncorrected_seconds=plan.predicted.uncorrected_time,

@@ -43,7 +43,7 @@ class RunRecorder:
         if self._exchange.rank != 0:
             return
         measured = [
-            Span(rank, s.key, s.microbatch, s.start, s.end)
+            Span(rank, s.operation, s.microbatch, s.start, s.end)
             for rank, data in enumerate(everyone)
             for s in pickle.loads(data)
         ]

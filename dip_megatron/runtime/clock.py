@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ..core import StageKey, Unit
+from ..core import Operation, Unit
 
 
 @dataclass(frozen=True)
 class MeasuredSpan:
     """One executed operation; seconds since the iteration's common start."""
 
-    key: StageKey
+    operation: Operation
     microbatch: int
     start: float
     end: float
@@ -29,7 +29,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._origin: Any = 0.0
-        self._marks: list[tuple[StageKey, int, Any, Any]] = []
+        self._marks: list[tuple[Operation, int, Any, Any]] = []
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -44,11 +44,11 @@ class Clock:
         self._origin = self._now()
 
     @contextmanager
-    def span(self, key: StageKey, unit: Unit) -> Iterator[None]:
+    def span(self, operation: Operation, unit: Unit) -> Iterator[None]:
         """Time what is done inside."""
         start = self._now()
         yield
-        self._marks.append((key, unit.microbatch, start, self._now()))
+        self._marks.append((operation, unit.microbatch, start, self._now()))
 
     def spans(self) -> list[MeasuredSpan]:
         """All operations since :meth:`begin`. On a GPU, waits for the last of them."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..core import Action, Communicate, CommunicationKind, Compute, Kind, Message, Payload, Plan, StageKey, Unit
+from ..core import Action, Communicate, CommunicationKind, Compute, Kind, Message, Operation, Payload, Plan, Unit
 from ..core.lower import incoming, outgoing
 from .clock import Clock
 from .transport import Tensors, Transfer, Transport
@@ -19,15 +19,15 @@ from .transport import Tensors, Transfer, Transport
 class StageRunner(Protocol):
     """Computes stages. ``inputs`` and ``gradients`` stand in the order of the stage's incoming messages."""
 
-    def forward(self, key: StageKey, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
+    def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
         """The stage's output payload; empty after the stage with the loss."""
         ...
 
-    def backward(self, key: StageKey, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
+    def backward(self, operation: Operation, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
         """B or BW: gradients of the forward's inputs, one payload per forward input."""
         ...
 
-    def weight(self, key: StageKey, unit: Unit, strategy: str) -> None:
+    def weight(self, operation: Operation, unit: Unit, strategy: str) -> None:
         """W: the weight gradients its B left."""
         ...
 
@@ -113,7 +113,7 @@ class Executor:
         position.plan, position.iteration, position.index = plan, iteration, 0
         for index, action in enumerate(plan.actions[self._rank]):
             position.index = index
-            kind: Kind | CommunicationKind = action.key.kind if isinstance(action, Compute) else action.kind
+            kind: Kind | CommunicationKind = action.operation.kind if isinstance(action, Compute) else action.kind
             self._handlers[kind](plan, runner, action)
         position.index = len(plan.actions[self._rank])
         for _ in self._meanwhile:
@@ -122,19 +122,19 @@ class Executor:
 
     # -- compute -------------------------------------------------------------------------------------------------
     def _forward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        key, unit = action.key, plan.graph.units[action.key.unit]
-        inputs = [self._mail.inbox.pop(m) for m in incoming(plan.graph, key)]
-        with self._clock.span(key, unit):
-            outputs = runner.forward(key, unit, action.strategy, inputs)
-        self._deliver(plan, [(m, outputs) for m in outgoing(plan.graph, key)])
+        operation, unit = action.operation, plan.graph.units[action.operation.unit]
+        inputs = [self._mail.inbox.pop(m) for m in incoming(plan.graph, operation)]
+        with self._clock.span(operation, unit):
+            outputs = runner.forward(operation, unit, action.strategy, inputs)
+        self._deliver(plan, [(m, outputs) for m in outgoing(plan.graph, operation)])
 
     def _backward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        key, unit = action.key, plan.graph.units[action.key.unit]
-        gradients = [self._mail.inbox.pop(m) for m in incoming(plan.graph, key)]
-        with self._clock.span(key, unit):
-            results = runner.backward(key, unit, action.strategy, gradients)
+        operation, unit = action.operation, plan.graph.units[action.operation.unit]
+        gradients = [self._mail.inbox.pop(m) for m in incoming(plan.graph, operation)]
+        with self._clock.span(operation, unit):
+            results = runner.backward(operation, unit, action.strategy, gradients)
         # One result per forward input; those whose producer does not train are dropped.
-        forward = StageKey(Kind.F, key.module, key.segment, key.unit, key.rank)
+        forward = Operation(Kind.F, operation.module, operation.segment, operation.unit, operation.rank)
         sources = [(m.source.module, m.source.segment, m.source.unit, m.source.rank) for m in
                    incoming(plan.graph, forward)]  # fmt: skip
         by_source = dict(zip(sources, results, strict=True))
@@ -142,14 +142,14 @@ class Executor:
             plan,
             [
                 (m, by_source[m.target.module, m.target.segment, m.target.unit, m.target.rank])
-                for m in outgoing(plan.graph, key)
+                for m in outgoing(plan.graph, operation)
             ],
         )
 
     def _weight(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        unit = plan.graph.units[action.key.unit]
-        with self._clock.span(action.key, unit):
-            runner.weight(action.key, unit, action.strategy)
+        unit = plan.graph.units[action.operation.unit]
+        with self._clock.span(action.operation, unit):
+            runner.weight(action.operation, unit, action.strategy)
 
     def _deliver(self, plan: Plan, payloads: list[tuple[Message, Tensors]]) -> None:
         for message, tensors in payloads:
@@ -208,7 +208,7 @@ def _as_planned(payload: Payload, tensors: Tensors, message: Message) -> Tensors
 
 def payload_of(plan: Plan, message: Message) -> Payload:
     """Shapes of what a message carries; for gradients, of the tensors that have one."""
-    source, target = plan.graph.row_of(message.source), plan.graph.row_of(message.target)
+    source, target = plan.graph.virtual_microbatch_of(message.source), plan.graph.virtual_microbatch_of(message.target)
     if not message.channel.gradient:
         return plan.payloads[source, target]
     return tuple(spec for spec in plan.payloads[target, source] if spec.differentiable)
@@ -217,5 +217,5 @@ def payload_of(plan: Plan, message: Message) -> Payload:
 def describe(action: Action) -> str:
     """Short name of an action for profilers, e.g. ``vision.0 F u3``."""
     if isinstance(action, Compute):
-        return f"{action.key.module}.{action.key.segment} {action.key.kind.name} u{action.key.unit}"
+        return f"{action.operation.module}.{action.operation.segment} {action.operation.kind.name} u{action.operation.unit}"
     return f"{action.kind} {action.message.channel}"

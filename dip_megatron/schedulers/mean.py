@@ -18,9 +18,9 @@ def mean_graph(graph: StageGraph) -> StageGraph:
             array.shape
         )
 
-    hop = np.tile(graph.hop.reshape(microbatches, segments).mean(axis=0), microbatches)
+    transfer = np.tile(graph.transfer.reshape(microbatches, segments).mean(axis=0), microbatches)
     return StageGraph(
         graph.ranks, graph.modules, graph.units, average(graph.forward), average(graph.backward),
-        average(graph.weight), average(graph.fused), average(graph.activation), average(graph.hold), hop,
+        average(graph.weight), average(graph.fused), average(graph.activation), average(graph.deferred_activation), transfer,
         graph.static_bytes, graph.memory_limit, graph.strategies,
     )  # fmt: skip

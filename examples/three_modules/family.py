@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from dip_megatron.core import ModalityModule, StageKey, Unit
+from dip_megatron.core import ModalityModule, Operation, Unit
 from dip_megatron.describe.model import (
     EVERY_PART,
     LanguageHead,
@@ -117,7 +117,7 @@ class ThreeModuleProgram(SegmentedProgram):
         return Microbatch(text, images=counts[VISION], audios=counts[AUDIO])
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage: of an encoder on the images or clips of ``unit``, or of the language model."""
         if stage.module == LANGUAGE:

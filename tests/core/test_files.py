@@ -29,7 +29,17 @@ def plan_of(seed: int, **fixed):
     )  # fmt: skip
 
 
-ARRAYS = ("forward", "backward", "weight", "fused", "activation", "hold", "hop", "static_bytes", "memory_limit")
+ARRAYS = (
+    "forward",
+    "backward",
+    "weight",
+    "fused",
+    "activation",
+    "deferred_activation",
+    "transfer",
+    "static_bytes",
+    "memory_limit",
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,12 +66,16 @@ def test_a_plan_comes_back_exactly(seed):
 
 def test_limits_payloads_and_strategies_come_back(tmp_path):
     graph = paper_graph("vlm-s", microbatches=4)
-    names = tuple(tuple(("none", "full:2", "full:4") for _ in range(graph.ranks)) for _ in range(graph.rows))
+    names = tuple(
+        tuple(("none", "full:2", "full:4") for _ in range(graph.ranks)) for _ in range(graph.virtual_microbatches)
+    )
     graph = replace(graph, strategies=names)
     schedule = optimus_coarse(graph)
     schedule = replace(schedule, strategy=(schedule.strategy + np.arange(graph.ranks) % 3).astype(np.int8))
     spec = (TensorSpec("hidden", (8192, 1, 4096), "bfloat16"), TensorSpec("timestep", (3,), "int64", False))
-    payloads = {(s, n): spec for s in range(graph.rows) for n in (s, *graph.next_rows[s])}
+    payloads = {
+        (s, n): spec for s in range(graph.virtual_microbatches) for n in (s, *graph.next_virtual_microbatches[s])
+    }
     plan = make_plan(graph, schedule, lower_bound=0.25, name="optimus", payloads=payloads)
     path = tmp_path / "plans.jsonl"
     write_plans(path, [plan, plan])
@@ -102,7 +116,7 @@ FAULTS = [
     (lambda r: r["units"][0].update(module="nowhere"), "units[0].module: no module is called 'nowhere'"),
     (lambda r: r["units"][1].update(id=0), "units[1].id: 0 stands at place 1"),
     (lambda r: r["units"][0].update(instances=[0]), "units[0].instances: "),
-    (lambda r: r["units"][0].update(feeds=[99]), "modules, units: unit 0"),
+    (lambda r: r["units"][0].update(downstream=[99]), "modules, units: unit 0"),
     (lambda r: r["modules"][0].update(segments=9), "modules[0].layers: "),
     (lambda r: r["modules"][0].update(name="no name"), "modules[0].name: String should match"),
     (lambda r: r["predicted"].update(bubble_ratio=1.5), "predicted.bubble_ratio: Input should be less"),

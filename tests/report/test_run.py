@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.planner.test_feed import Shared, ThreadExchange
 
 from dip_megatron.core import Plan
 from dip_megatron.core.simulate import simulate
-from dip_megatron.planner.feed import FedPlan
+from dip_megatron.planner.delivery import DeliveredPlan
 from dip_megatron.planner.service import PlannerStatistics
 from dip_megatron.report.iterations import IterationReport
 from dip_megatron.report.progress import RunProgress
 from dip_megatron.report.recorder import RunRecorder
 from dip_megatron.runtime.clock import MeasuredSpan
 from tests.planner.makers import Maker
-from tests.planner.test_feed import Shared, ThreadExchange
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Request:
     iteration: int
 
 
-def fed(iteration: int) -> FedPlan:
+def delivered(iteration: int) -> DeliveredPlan:
     statistics = PlannerStatistics(plans=iteration, fallbacks=2, worker_deaths=1, late=3, latency_seconds=0.25)
-    return FedPlan(iteration, Maker().quick(Request(iteration)), 0.5, statistics)  # type: ignore[arg-type]
+    return DeliveredPlan(iteration, Maker().quick(Request(iteration)), 0.5, statistics)  # type: ignore[arg-type]
 
 
 def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSpan]:
@@ -46,7 +46,7 @@ def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSp
 
 def test_a_line_and_scalars_every_so_many_iterations() -> None:
     shared = Shared(2)
-    reports = [IterationReport.of(i, fed(i), ()) for i in range(5)]
+    reports = [IterationReport.of(i, delivered(i), ()) for i in range(5)]
 
     def one(rank: int) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:
         lines: list[str] = []
@@ -57,7 +57,7 @@ def test_a_line_and_scalars_every_so_many_iterations() -> None:
         )
         for report in reports:
             at = report.iteration + 1
-            plan = fed(report.iteration).plan
+            plan = delivered(report.iteration).plan
             progress.record(report, plan, spans_of_rank(plan, rank))
         return lines, scalars
 
@@ -65,7 +65,7 @@ def test_a_line_and_scalars_every_so_many_iterations() -> None:
         (lines, scalars), others = pool.map(one, range(2))
     assert others == (lines, scalars)
     assert [i for i, _ in scalars] == [2, 4]
-    planned = [fed(i).plan.predicted for i in range(5)]
+    planned = [delivered(i).plan.predicted for i in range(5)]
     for (_, written), pair in zip(scalars, (planned[0:2], planned[2:4]), strict=True):
         predicted = np.mean([p.iteration_time for p in pair])
         assert written["dip/predicted_seconds"] == pytest.approx(predicted)
@@ -91,7 +91,7 @@ class Alone:
 def record(folder: Path, iterations: int) -> None:
     recorder = RunRecorder(folder, Alone())
     for i in range(iterations):
-        here = fed(i)
+        here = delivered(i)
         spans = spans_of_rank(here.plan, 0)
         recorder.record(IterationReport.of(i, here, spans), here.plan, spans)
     recorder.close()

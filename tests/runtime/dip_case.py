@@ -11,7 +11,7 @@ import torch
 from dip_megatron.core import ModalityModule, StageGraph, Unit
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.describe.workload.units import even_slices
-from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
@@ -85,8 +85,8 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
     device = torch.device("cpu")
     clock = Clock(device)
     maker = LivePlanMaker(DrawnGraphs(program.modules, case.unit_size, seed), program.shapes)
-    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
-    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), feed, clock)
+    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), delivery, clock)
     losses = []
     data = iter([b for i in range(iterations) for b in batches(case, seed=i)])
     for _ in range(iterations):
@@ -96,5 +96,5 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
             step(forward_step_func=forward_step, data_iterator=data, model=chunks,
                  num_microbatches=len(case.images), forward_only=False)
         )  # fmt: skip
-    feed.close()
+    delivery.close()
     return losses, gradients(chunks)

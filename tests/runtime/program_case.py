@@ -14,7 +14,7 @@ import torch
 from dip_megatron.core import Kind, ModalityModule, StageGraph
 from dip_megatron.describe.model import MultimodalModel
 from dip_megatron.describe.workload import Microbatch, make_units
-from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
@@ -124,15 +124,15 @@ def drawn_run(
     ranks = list(range(world))
     clock = Clock(torch.device("cpu"))
     maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, unit_size, drawn.seed), program.shapes, drawn)
-    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
     ran: list[tuple[str, Kind]] = []
     step = DipForwardBackward(
-        program, Executor(rank, transport(world, rank), clock), feed, clock,
-        on_iteration=lambda report, plan, spans: ran.extend((s.key.module, s.key.kind) for s in spans),
+        program, Executor(rank, transport(world, rank), clock), delivery, clock,
+        on_iteration=lambda report, plan, spans: ran.extend((s.operation.module, s.operation.kind) for s in spans),
     )  # fmt: skip
     losses = step(
         forward_step_func=forward_step, data_iterator=iter(batches), model=chunks, num_microbatches=len(batches),
         forward_only=forward_only,
     )  # fmt: skip
-    feed.close()
+    delivery.close()
     return [losses], gradients(chunks), ran

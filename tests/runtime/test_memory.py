@@ -46,7 +46,8 @@ def predicted(text: str, module: str, segment: int) -> tuple[Held, float]:
     rows = [LAYER_STRATEGIES.index(name) for name in parse_strategy(text, SIZES.layers)]
     other = pricer.stem(module, sizes) if segment == 0 else pricer.head(module, sizes)
     return Held(
-        int(layer.activation[rows, 0].sum() + other.activation[0]), int(SIZES.layers * layer.hold[0] + other.hold[0])
+        int(layer.activation[rows, 0].sum() + other.activation[0]),
+        int(SIZES.layers * layer.deferred_activation[0] + other.deferred_activation[0]),
     ), 4.0 * SIZES.hidden * float(sizes.tokens[0])
 
 
@@ -60,7 +61,7 @@ def test_bytes_held(text, place):
     if "full" in text or "offload" in text:
         absolute = HIDDEN_STATES * hidden_state * (place[0] == "vision") + RANDOM_STATES * SIZES.layers
     assert measured.activation == pytest.approx(expected.activation, rel=RELATIVE, abs=absolute)
-    assert measured.hold == pytest.approx(expected.hold, rel=RELATIVE)
+    assert measured.deferred_activation == pytest.approx(expected.deferred_activation, rel=RELATIVE)
 
 
 def test_nothing_stays():

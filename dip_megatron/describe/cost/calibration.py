@@ -19,7 +19,7 @@ from .sizes import Sizes
 from .strategies import LAYER_STRATEGIES
 
 Part = Literal["stem", "layer", "head"]
-QUANTITIES = ("forward", "backward", "weight", "activation", "hold")
+QUANTITIES = ("forward", "backward", "weight", "activation", "deferred_activation")
 STRATEGY_QUANTITIES = ("forward", "backward", "activation")
 """What a layer's memory strategy changes; its W needs the same inputs and does the same products under all."""
 
@@ -61,14 +61,14 @@ class Scale:
 class Costs:
     """What is known beyond the formula: operator efficiencies, measured parts, factors, and fixed numbers.
 
-    ``hop_seconds`` replaces the seconds of every transfer, ``static_bytes`` the parameters, gradients and optimizer
+    ``transfer_seconds`` replaces the seconds of every transfer, ``static_bytes`` the parameters, gradients and optimizer
     state of each rank, ``memory_limit`` what a rank may use. Empty: the formula alone.
     """
 
     efficiency: tuple[tuple[Operator, Curve], ...] = ()
     tables: tuple[Table, ...] = ()
     scales: tuple[Scale, ...] = ()
-    hop_seconds: float | None = None
+    transfer_seconds: float | None = None
     static_bytes: tuple[float, ...] = ()
     memory_limit: float | None = None
     device: str = field(default="", compare=False)
@@ -108,7 +108,7 @@ class Costs:
         """These costs with one more factor."""
         return Costs(
             self.efficiency, self.tables, (*self.scales, Scale(module, part, quantity, factor)),
-            self.hop_seconds, self.static_bytes, self.memory_limit, self.device,
+            self.transfer_seconds, self.static_bytes, self.memory_limit, self.device,
         )  # fmt: skip
 
     @staticmethod
@@ -137,7 +137,7 @@ class Costs:
             "efficiency": {name: [list(p) for p in curve] for name, curve in self.efficiency},
             "measured": list(measured.values()),
             "scale": [vars(s) for s in self.scales],
-            "hop_seconds": self.hop_seconds,
+            "transfer_seconds": self.transfer_seconds,
             "static_bytes": list(self.static_bytes),
             "memory_limit": self.memory_limit,
         }
@@ -157,7 +157,7 @@ class _Measured(_Strict):
     backward: list[NonNegativeFloat] | None = None
     weight: list[NonNegativeFloat] | None = None
     activation: list[NonNegativeFloat] | None = None
-    hold: list[NonNegativeFloat] | None = None
+    deferred_activation: list[NonNegativeFloat] | None = None
 
     @model_validator(mode="after")
     def _aligned(self) -> _Measured:
@@ -179,7 +179,7 @@ class _Measured(_Strict):
 class _Scale(_Strict):
     module: str = "*"
     part: Literal["stem", "layer", "head", "*"] = "*"
-    quantity: Literal["forward", "backward", "weight", "activation", "hold", "*"] = "*"
+    quantity: Literal["forward", "backward", "weight", "activation", "deferred_activation", "*"] = "*"
     factor: PositiveFloat
 
 
@@ -191,7 +191,7 @@ class _File(_Strict):
     )
     measured: list[_Measured] = Field(default_factory=list)
     scale: list[_Scale] = Field(default_factory=list)
-    hop_seconds: NonNegativeFloat | None = None
+    transfer_seconds: NonNegativeFloat | None = None
     static_bytes: list[NonNegativeFloat] = Field(default_factory=list)
     memory_limit: PositiveFloat | None = None
 
@@ -213,7 +213,7 @@ def _to_costs(data: _File) -> Costs:
         efficiency=tuple(sorted((k, check_curve(k, v)) for k, v in data.efficiency.items())),
         tables=tables,
         scales=tuple(Scale(s.module, s.part, s.quantity, s.factor) for s in data.scale),
-        hop_seconds=data.hop_seconds,
+        transfer_seconds=data.transfer_seconds,
         static_bytes=tuple(data.static_bytes),
         memory_limit=data.memory_limit,
         device=data.device,

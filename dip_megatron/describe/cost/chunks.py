@@ -41,13 +41,13 @@ Chunk = tuple[LayerRun, ...]
 @dataclass(frozen=True, eq=False)
 class ChunkCost:
     """A chunk's cost under C memory strategies for U units: ``forward``, ``backward``, ``weight``, ``activation``,
-    ``hold`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C strategies."""
+    ``deferred_activation`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C strategies."""
 
     forward: Floats
     backward: Floats
     weight: Floats
     activation: Floats
-    hold: Floats
+    deferred_activation: Floats
     names: tuple[tuple[str, ...], ...]
 
     @property
@@ -168,7 +168,7 @@ class CostModel:
                 out[name] += np.einsum("ucs,su->cu", counts[:, :, k], getattr(layer, name))
             total = counts[0, 0, k].sum()
             out["weight"] += total * layer.weight
-            out["hold"] += total * layer.hold
+            out["deferred_activation"] += total * layer.deferred_activation
         return _fastest_first(ChunkCost(**out, names=tuple(texts[g] for g in group)))
 
     def _kinds(self, chunk: Chunk) -> list[tuple[str, bool]]:
@@ -272,10 +272,10 @@ class CostModel:
         elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
         return self.cluster.element_bytes * elements / shard
 
-    def hop_seconds(self, message: Floats) -> Floats:
+    def transfer_seconds(self, message: Floats) -> Floats:
         """Seconds of one transfer of ``message`` bytes between neighbouring pipeline ranks."""
-        if self.costs.hop_seconds is not None:
-            return np.full_like(message, self.costs.hop_seconds)
+        if self.costs.transfer_seconds is not None:
+            return np.full_like(message, self.costs.transfer_seconds)
         return self.operators.send(message, self.model.parallel.pp)
 
 

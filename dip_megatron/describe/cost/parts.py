@@ -32,13 +32,13 @@ from .strategies import LAYER_STRATEGIES
 class PartCost:
     """One part of a module, arrays ``[U]``: seconds of forward, input gradient and weight gradient; bytes of
     activations kept for the backward, and of what the weight gradient still needs after the input gradient
-    (``hold``)."""
+    (``deferred_activation``)."""
 
     forward: Floats
     backward: Floats
     weight: Floats
     activation: Floats
-    hold: Floats
+    deferred_activation: Floats
 
     @staticmethod
     def nothing(units: int) -> PartCost:
@@ -48,13 +48,13 @@ class PartCost:
 @dataclass(frozen=True, eq=False)
 class LayerCost:
     """One transformer layer under each memory strategy: ``forward``, ``backward``, ``activation`` ``[strategies, U]``
-    in the order of LAYER_STRATEGIES; ``weight``, ``hold`` ``[U]``."""
+    in the order of LAYER_STRATEGIES; ``weight``, ``deferred_activation`` ``[U]``."""
 
     forward: Floats
     backward: Floats
     weight: Floats
     activation: Floats
-    hold: Floats
+    deferred_activation: Floats
 
 
 def layer_cost(
@@ -96,7 +96,9 @@ def layer_cost(
             # The probabilities (dropout is taken to be off), and a byte for the mask.
             core_bytes = (e * layer.heads / tp + causal) * pair
         kept = e * (2 * width * q + 2 * kv_width * kv)
-        hold = e * (2 * width * q + 2 * kv_width * kv)  # the output's input, and the gradients of q, k and v
+        deferred_activation = e * (
+            2 * width * q + 2 * kv_width * kv
+        )  # the output's input, and the gradients of q, k and v
         return (
             project + core + out,
             core,
@@ -104,7 +106,7 @@ def layer_cost(
             project_weight + out_weight,
             kept,
             core_bytes,
-            hold,
+            deferred_activation,
         )
 
     rope = operators.memory(2 * e * (width + kv_width) * tokens) if layer.causal else 0.0
@@ -112,7 +114,7 @@ def layer_cost(
     modulate = operators.memory(3 * local) if layer.adaln != "none" else 0.0
     one = norm_and_residual + modulate
 
-    forward, core, backward, weight, kept, core_bytes, hold = attend(
+    forward, core, backward, weight, kept, core_bytes, deferred_activation = attend(
         tokens, hidden, tokens, hidden, pairs, layer.causal
     )
     # Layer input and normalised input of the attention; the modulated one and the gated output too if there is adaLN.
@@ -120,15 +122,15 @@ def layer_cost(
     forward, backward = forward + one + rope + exchange(2), backward + 2 * one + rope + exchange(2)
     weight, activation = weight + exchange(1), kept + core_bytes + (2 + extra) * local
     # Input of the projection and gradient of the output: with sequence parallelism the latter has been gathered.
-    hold = hold + local + whole
+    deferred_activation = deferred_activation + local + whole
     if layer.cross_attention:
-        c_forward, c_core, c_backward, c_weight, c_kept, c_bytes, c_hold = attend(
+        c_forward, c_core, c_backward, c_weight, c_kept, c_bytes, c_deferred = attend(
             tokens, hidden, sizes.condition, layer.cross_attention, sizes.cross_pairs, False
         )
         forward, backward = forward + c_forward + one + exchange(2), backward + c_backward + 2 * one + exchange(2)
         weight, core = weight + c_weight + exchange(1), core + c_core
         activation, core_bytes = activation + c_kept + c_bytes + 2 * local, core_bytes + c_bytes
-        hold = hold + c_hold + local + whole
+        deferred_activation = deferred_activation + c_deferred + local + whole
 
     up, up_weight = linear(hidden, fc1)
     down, down_weight = linear(ffn, hidden)
@@ -138,11 +140,11 @@ def layer_cost(
     weight = weight + up_weight + down_weight + exchange(1)
     mlp_bytes = e * (fc1 + ffn) * tokens
     activation = activation + mlp_bytes + (2 + extra) * local
-    hold = hold + e * (fc1 + ffn) * tokens + local + whole
+    deferred_activation = deferred_activation + e * (fc1 + ffn) * tokens + local + whole
     if layer.adaln == "block":
         modulation, modulation_weight = linear(hidden, 6 * hidden / tp, np.minimum(tokens, 1.0))
         forward, backward, weight = forward + modulation, backward + modulation, weight + modulation_weight
-    cost = PartCost(forward, backward, weight, activation, hold)
+    cost = PartCost(forward, backward, weight, activation, deferred_activation)
     activated = e * ffn * tokens  # what the second linear keeps, if nothing is recomputed
     return cost, np.stack([act, core, mlp]), np.stack([activated, core_bytes, mlp_bytes]), local
 
@@ -178,7 +180,7 @@ def with_strategies(
         np.stack([backward.get(s, cost.backward) for s in LAYER_STRATEGIES]),
         cost.weight,
         np.stack([activation.get(s, cost.activation) for s in LAYER_STRATEGIES]),
-        cost.hold,
+        cost.deferred_activation,
     )
 
 

@@ -49,7 +49,7 @@ def _bend(q: Problem, shift: Floats, random: NDArray[np.uint64]) -> None:
 @compiled
 def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
     """Change the fastest strategy allowed: of a stage, of a row, of a microbatch on a rank, or of a rank."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     if uniform(random) < 0.1:
         x.flags[LEAN_AT_ONCE] = not x.flags[LEAN_AT_ONCE]
         return
@@ -77,7 +77,7 @@ def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
 @compiled
 def _fuse(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
     """Split or fuse the backward of a stage, of a row, of a microbatch on a rank, or of a rank."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     s, p, scope, choice = below(random, rows), below(random, ranks), uniform(random), uniform(random) < 0.5
     for i in range(rows):
         for r in range(ranks):
@@ -109,7 +109,7 @@ def mutate(q: Problem, x: Keys, may: NDArray[np.bool_], random: NDArray[np.uint6
             one = below(random, len(x.window)) if uniform(random) < 0.6 else -1
             for p in range(len(x.window)):
                 if one < 0 or p == one:
-                    x.window[p] = min(max(1.0, x.window[p] + step), float(len(q.claim)))
+                    x.window[p] = min(max(1.0, x.window[p] + step), float(len(q.reservation)))
         elif which < 0.3:
             x.flags[ALTERNATE] = not x.flags[ALTERNATE]
         elif which < 0.5:

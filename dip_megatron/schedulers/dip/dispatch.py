@@ -54,7 +54,7 @@ def _unmark(known: Words, p: int, place: int) -> None:
 def _sort_rows(q: Problem, x: Keys, w: Work) -> None:
     """Keys of the rows and their places in both queues; places of the sinks in the order of their groups."""
     keys = w.keys
-    rows = q.graph.rows
+    rows = q.graph.virtual_microbatches
     for s in range(rows):
         keys[s] = x.order_forward[q.group[s]] + x.shift_forward[s]
         w.row[s].key_forward = keys[s]
@@ -83,8 +83,8 @@ def _sort_rows(q: Problem, x: Keys, w: Work) -> None:
 def _begin(q: Problem, x: Keys, w: Work) -> None:
     """Reset the buffers and make the forwards without predecessors known."""
     g = q.graph
-    rows, ranks = g.rows, g.ranks
-    node, rank, claim = w.node, w.rank, w.claim
+    rows, ranks = g.virtual_microbatches, g.ranks
+    node, rank, reservation = w.node, w.rank, w.reservation
     duration, has_backward, has_weight = g.duration, g.has_backward, g.has_weight
     w.known_forward[:] = 0
     w.known_backward[:] = 0
@@ -105,8 +105,8 @@ def _begin(q: Problem, x: Keys, w: Work) -> None:
         r.bounded = q.bounded[p]
         if q.bounded[p]:
             for k in range(len(w.position)):
-                a = claim[p, w.position[k]]
-                a.need = q.claim[k, p]
+                a = reservation[p, w.position[k]]
+                a.need = q.reservation[k, p]
                 a.give = q.freed[k, p]
                 a.passing = q.passing[k, p]
                 a.passing_count = q.passing_count[k, p]
@@ -136,19 +136,24 @@ def _begin(q: Problem, x: Keys, w: Work) -> None:
 
 
 @inlined
-def _look_ahead(rank: Records, claim: Records, p: int, least_size: int, window: float) -> None:
+def _look_ahead(rank: Records, reservation: Records, p: int, least_size: int, window: float) -> None:
     """Fill ``room`` and ``ahead`` of rank ``p``'s claims; no forward is smaller than ``least_size``."""
     r = rank[p]
-    sinks = claim.shape[1]
+    sinks = reservation.shape[1]
     i = r.head
-    while i < sinks and claim[p, i].need == 0 and claim[p, i].give == 0 and claim[p, i].passing_count == 0:
+    while (
+        i < sinks
+        and reservation[p, i].need == 0
+        and reservation[p, i].give == 0
+        and reservation[p, i].passing_count == 0
+    ):
         i += 1
     r.head = i
     coming = r.free + r.pending
     least = coming
     r.closed = min(sinks, i + max(1, int(window)))
     while i < r.closed:
-        a = claim[p, i]
+        a = reservation[p, i]
         if least < least_size:
             # Nothing is admitted from here on, so nobody will look.
             r.closed = i
@@ -165,7 +170,9 @@ def _look_ahead(rank: Records, claim: Records, p: int, least_size: int, window: 
 
 
 @compiled
-def _admits(rank: Records, claim: Records, p: int, size: int, lean: int, held: bool, first: int, last: int) -> bool:
+def _admits(
+    rank: Records, reservation: Records, p: int, size: int, lean: int, held: bool, first: int, last: int
+) -> bool:
     """Whether rank ``p`` may take ``size`` for a forward whose claim is ``lean``, needed by the sinks at places
     ``first`` to ``last``; ``held``: until its backward, not just while it runs. See the module's rule."""
     if not held:
@@ -173,7 +180,7 @@ def _admits(rank: Records, claim: Records, p: int, size: int, lean: int, held: b
     extra = size - lean
     if first >= rank[p].closed:
         return False
-    a = claim[p, first]
+    a = reservation[p, first]
     if size > a.room or extra > a.ahead - a.need:
         return False
     if a.passing_count > 0 and size > a.ahead - a.passing:
@@ -182,7 +189,7 @@ def _admits(rank: Records, claim: Records, p: int, size: int, lean: int, held: b
         if last >= rank[p].closed and last > first:
             return False
         for j in range(first + 1, last + 1):
-            b = claim[p, j]
+            b = reservation[p, j]
             need = b.need
             if b.passing_count > 0:
                 need = max(need, b.passing)
@@ -199,14 +206,20 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
     _sort_rows(q, x, w)
     _begin(q, x, w)
     g = q.graph
-    rows, ranks, candidates = g.rows, g.ranks, g.candidates
+    rows, ranks, candidates = g.virtual_microbatches, g.ranks, g.candidates
     duration, has_backward, has_weight = g.duration, g.has_backward, g.has_weight
-    before_start, before, before_hop = g.before_start, g.before, g.before_hop
-    after_start, after, after_hop = g.after_start, g.after, g.after_hop
-    activation, hold, lean_size, first, last = q.activation, q.hold, q.lean, q.first, q.last
+    before_start, before, before_transfer = g.before_start, g.before, g.before_transfer
+    after_start, after, after_transfer = g.after_start, g.after, g.after_transfer
+    activation, deferred_activation, lean_size, first, last = (
+        q.activation,
+        q.deferred_activation,
+        q.lean,
+        q.first,
+        q.last,
+    )
     least_size, earliest = q.least, w.earliest
     orders, strategy, queue, position = w.orders, w.strategy, w.queue, w.position
-    node, row, rank, claim = w.node, w.row, w.rank, w.claim
+    node, row, rank, reservation = w.node, w.row, w.rank, w.reservation
     by_forward, by_backward, known_forward, known_backward = (
         w.by_forward,
         w.by_backward,
@@ -231,7 +244,7 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
         bounded = r.bounded
 
         if bounded and r.stale:
-            _look_ahead(rank, claim, p, least_size[p], window[p])
+            _look_ahead(rank, reservation, p, least_size[p], window[p])
         closed = r.closed if bounded else len(position)
 
         # What could run now? `soon`: the first known arrival of anything that may run later.
@@ -263,14 +276,14 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
                         continue
                     if lean >= 0 and at >= dear_at and activation[c, n] >= dear_size:
                         continue  # most likely too large as well, and a leaner one is at hand
-                    fits = _admits(rank, claim, p, activation[c, n], lean_size[n], held, at, until)
-                    if not fits and not _admits(rank, claim, p, lean_size[n], lean_size[n], held, at, until):
+                    fits = _admits(rank, reservation, p, activation[c, n], lean_size[n], held, at, until)
+                    if not fits and not _admits(rank, reservation, p, lean_size[n], lean_size[n], held, at, until):
                         # Nor does any forward that comes later in the sinks' order and is no smaller.
                         blocked_at, blocked_size = at, lean_size[n]
                     elif not fits and (lean < 0 or lean_at_once):
                         dear_at, dear_size = at, activation[c, n]
                         for d in range(c + 1, candidates):
-                            if _admits(rank, claim, p, activation[d, n], lean_size[n], held, at, until):
+                            if _admits(rank, reservation, p, activation[d, n], lean_size[n], held, at, until):
                                 if lean_at_once:
                                     fits = True
                                     c = d
@@ -348,18 +361,18 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
             _unmark(known_forward, p, row[s].place_forward)
             if bounded:
                 r.stale = True
-                a = claim[p, position[first[s]]]
+                a = reservation[p, position[first[s]]]
                 if has_backward[n]:
                     r.free -= activation[c, n]
                     a.need -= lean_size[n]
-                    claim[p, position[last[s]]].give += activation[c, n] - lean_size[n]
+                    reservation[p, position[last[s]]].give += activation[c, n] - lean_size[n]
                 else:
                     a.passing_count -= 1
             for e in range(after_start[n], after_start[n + 1]):
                 m = after[e]
                 b = node[m]
                 b.waits_forward -= 1
-                b.arrives_forward = max(b.arrives_forward, end + after_hop[e])
+                b.arrives_forward = max(b.arrives_forward, end + after_transfer[e])
                 if b.waits_forward == 0:
                     to = m % ranks
                     _mark(known_forward, to, row[m // ranks].place_forward)
@@ -378,7 +391,7 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
                 r.remaining_time -= duration[FUSED, planned, n]
             else:
                 r.remaining_time -= duration[BACKWARD, planned, n]
-                if bounded and r.free + activation[c, n] < hold[c, n]:
+                if bounded and r.free + activation[c, n] < deferred_activation[c, n]:
                     kind = FUSED
                     r.remaining_time -= duration[WEIGHT, planned, n]
                 else:
@@ -386,8 +399,8 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
                     r.queue_tail += 1
                     r.remaining += 1
                     if bounded:
-                        r.free -= hold[c, n]
-                        r.pending += hold[c, n]
+                        r.free -= deferred_activation[c, n]
+                        r.pending += deferred_activation[c, n]
             end = t + duration[kind, c, n]
             orders[p, r.length] = kind * rows + s
             r.was_forward = False
@@ -395,13 +408,13 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
             if bounded:
                 r.stale = True
                 r.free += activation[c, n]
-                claim[p, position[last[s]]].give -= activation[c, n]
+                reservation[p, position[last[s]]].give -= activation[c, n]
             for e in range(before_start[n], before_start[n + 1]):
                 m = before[e]
                 if has_backward[m]:
                     b = node[m]
                     b.waits_backward -= 1
-                    b.arrives_backward = max(b.arrives_backward, end + before_hop[e])
+                    b.arrives_backward = max(b.arrives_backward, end + before_transfer[e])
                     if b.waits_backward == 0:
                         to = m % ranks
                         _mark(known_backward, to, row[m // ranks].place_backward)
@@ -413,8 +426,8 @@ def dispatch(q: Problem, x: Keys, w: Work, limit: float) -> float:
             orders[p, r.length] = WEIGHT * rows + n // ranks
             r.remaining_time -= duration[WEIGHT, base[n], n]
             if bounded:
-                r.free += hold[strategy[n], n]
-                r.pending -= hold[strategy[n], n]
+                r.free += deferred_activation[strategy[n], n]
+                r.pending -= deferred_activation[strategy[n], n]
         r.length += 1
         r.remaining -= 1
         r.clock = end

@@ -103,7 +103,7 @@ class SequenceChain:
     def schedule(self) -> Schedule:
         s = self.sequences
         orders = tuple(s.best_orders[p, : s.lengths[p]].copy() for p in range(self.q.graph.ranks))
-        return Schedule(orders, s.best_strategy.reshape(self.q.graph.rows, self.q.graph.ranks).copy())
+        return Schedule(orders, s.best_strategy.reshape(self.q.graph.virtual_microbatches, self.q.graph.ranks).copy())
 
 
 def greedy(

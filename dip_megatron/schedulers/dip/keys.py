@@ -42,12 +42,12 @@ class Keys(NamedTuple):
 
 def make_keys(q: Problem, split: bool) -> Keys:
     """Natural order of microbatches, fastest strategies, no waiting."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     order = np.arange(q.groups, dtype=np.float64)
     return Keys(
         order, order.copy(), np.zeros(rows), np.zeros(rows), np.zeros(ranks), np.zeros(WAITS),
         np.zeros(rows * ranks, dtype=np.int8), q.graph.has_weight & split, np.zeros(FLAGS, dtype=np.bool_),
-        np.full(ranks, float(len(q.claim))),
+        np.full(ranks, float(len(q.reservation))),
     )  # fmt: skip
 
 

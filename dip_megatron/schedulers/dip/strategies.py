@@ -13,8 +13,8 @@ def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[Stag
     (``[C, S, P]``). A forbidden candidate is replaced by the last allowed one before it, or by the first
     allowed; of a graph without names all candidates but the first count as recomputing."""
     count = graph.candidates
-    origin = np.zeros((count, graph.rows, graph.ranks), dtype=np.int8)
-    for s in range(graph.rows):
+    origin = np.zeros((count, graph.virtual_microbatches, graph.ranks), dtype=np.int8)
+    for s in range(graph.virtual_microbatches):
         for p in range(graph.ranks):
             allowed = [c for c in range(count) if _allowed(graph, c, s, p, recompute, offload)] or [0]
             for c in range(count):
@@ -26,11 +26,11 @@ def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[Stag
 
     names = tuple(
         tuple(tuple(graph.strategy_name(int(origin[c, s, p]), s, p) for c in range(count)) for p in range(graph.ranks))
-        for s in range(graph.rows)
+        for s in range(graph.virtual_microbatches)
     )
     restricted = StageGraph(
         graph.ranks, graph.modules, graph.units, pick(graph.forward), pick(graph.backward), pick(graph.weight),
-        pick(graph.fused), pick(graph.activation), pick(graph.hold), graph.hop, graph.static_bytes, graph.memory_limit,
+        pick(graph.fused), pick(graph.activation), pick(graph.deferred_activation), graph.transfer, graph.static_bytes, graph.memory_limit,
         names,
     )  # fmt: skip
     return restricted, origin

@@ -134,7 +134,7 @@ def back_up(tree: Tree, node: int, score: float) -> None:
 def evaluate_order(q: Problem, item: Ints, order: Ints, x: Keys, w: Work, f: Refill, r: Rollouts) -> float:
     """Time of one priority order after phases b and c: interleaving with the leanest strategies, then memory filled
     greedily rank by rank, then the simulator. Orders and strategies are left in ``w``."""
-    rows = q.graph.rows
+    rows = q.graph.virtual_microbatches
     for i in range(len(order)):
         r.place[order[i]] = i
     for i in range(q.groups):

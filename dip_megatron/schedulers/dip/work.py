@@ -29,7 +29,7 @@ RANK = np.dtype(
 )  # fmt: skip
 # closed: the first sink in order for which not even the smallest forward is admitted, nor for any later one.
 # A rank's view of one sink; room: the most that may be taken from those before it; ahead: what it finds once they end.
-CLAIM = np.dtype([(x, "i8") for x in ("need", "give", "passing", "passing_count", "room", "ahead")])
+RESERVATION = np.dtype([(x, "i8") for x in ("need", "give", "passing", "passing_count", "room", "ahead")])
 
 
 class Work(NamedTuple):
@@ -42,7 +42,7 @@ class Work(NamedTuple):
     node: Records
     row: Records
     rank: Records
-    claim: Records
+    reservation: Records
     by_forward: Ints
     by_backward: Ints
     group_order: Ints
@@ -56,7 +56,7 @@ class Work(NamedTuple):
 
 def make_work(q: Problem) -> Work:
     """Buffers for :func:`dispatch` on ``q``."""
-    rows, ranks, sinks = q.graph.rows, q.graph.ranks, len(q.claim)
+    rows, ranks, sinks = q.graph.virtual_microbatches, q.graph.ranks, len(q.reservation)
     words = (rows + 63) // 64
 
     def numbers(count: int) -> Ints:
@@ -65,7 +65,7 @@ def make_work(q: Problem) -> Work:
     return Work(
         np.zeros((ranks, 3 * rows), dtype=np.int32), np.zeros(ranks, dtype=np.int32),
         np.zeros(rows * ranks, dtype=np.int8), np.zeros(rows * ranks, dtype=NODE), np.zeros(rows, dtype=ROW),
-        np.zeros(ranks, dtype=RANK), np.zeros((ranks, sinks), dtype=CLAIM), numbers(rows), numbers(rows),
+        np.zeros(ranks, dtype=RANK), np.zeros((ranks, sinks), dtype=RESERVATION), numbers(rows), numbers(rows),
         numbers(q.groups), numbers(sinks), numbers(rows), np.zeros((ranks, words), dtype=np.uint64),
         np.zeros((ranks, words), dtype=np.uint64), np.zeros((ranks, rows), dtype=np.int32),
         np.zeros(max(rows, q.groups)),

@@ -92,7 +92,7 @@ def test_more_work_costs_more(images: int, more: int, tokens: int) -> None:
     small = pricer.chunk_cost(chunk, {"vision": _images(images, tokens)})
     for larger in (_images(images + more, tokens), _images(images, tokens + more)):
         large = pricer.chunk_cost(chunk, {"vision": larger})
-        for name in ("forward", "backward", "weight", "activation", "hold"):
+        for name in ("forward", "backward", "weight", "activation", "deferred_activation"):
             assert getattr(large, name)[0, 0] > getattr(small, name)[0, 0] * (1 - 1e-9)
 
 
@@ -101,7 +101,7 @@ def test_more_work_costs_more(images: int, more: int, tokens: int) -> None:
 def test_layers_add_up(first: int, second: int, images: int) -> None:
     pricer, sizes = PRICERS["vlm"], {"vision": _images(images)}
     parts = [pricer.chunk_cost((LayerRun("vision", n),), sizes) for n in (first, second, first + second)]
-    for name in ("forward", "fused", "activation", "hold"):
+    for name in ("forward", "fused", "activation", "deferred_activation"):
         a, b, both = (getattr(p, name)[0, 0] for p in parts)
         assert a + b == pytest.approx(both)
 
@@ -212,11 +212,11 @@ def test_costs_survive_their_file(tmp_path: Path) -> None:
         efficiency=(("collective", ((1e6, 0.2), (1e8, 0.7))), ("matmul", ((1e9, 0.5),))),
         tables=(
             Table("vision", "layer", "forward", (1.0, 2.0), (0.1, 0.2)),
-            Table("vision", "layer", "hold", (1.0, 2.0), (5.0, 6.0)),
+            Table("vision", "layer", "deferred_activation", (1.0, 2.0), (5.0, 6.0)),
             Table("vision", "stem", "forward", (3.0,), (0.1,)),
         ),
         scales=(Scale("*", "layer", "backward", 1.25),),
-        hop_seconds=1e-4,
+        transfer_seconds=1e-4,
         static_bytes=(1.0, 2.0),
         memory_limit=3e9,
         device="NVIDIA H100",
@@ -261,7 +261,13 @@ def test_the_documented_file_can_be_read(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs" / "cost-model.md").read_text(encoding="utf-8")
     path = tmp_path / "costs.json"
     path.write_text(text.split("```json\n")[1].split("```")[0])
-    assert {t.quantity for t in Costs.load(path).tables} == {"forward", "backward", "weight", "activation", "hold"}
+    assert {t.quantity for t in Costs.load(path).tables} == {
+        "forward",
+        "backward",
+        "weight",
+        "activation",
+        "deferred_activation",
+    }
 
 
 def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:

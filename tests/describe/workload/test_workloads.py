@@ -129,8 +129,8 @@ def test_vlm_units_cover_the_images_and_all_feed_the_llm(images: list[int], size
         vision = [u for u in units if u.microbatch == m and u.module == "vision"]
         (language,) = [u for u in units if u.microbatch == m and u.module == "language"]
         assert sum(u.count for u in vision) == count
-        assert all(u.feeds == (language.id,) for u in vision)
-        assert language.feeds == ()
+        assert all(u.downstream == (language.id,) for u in vision)
+        assert language.downstream == ()
         assert size is None or all(u.count <= size for u in vision)
 
 
@@ -145,7 +145,7 @@ def test_text_to_video_units_wait_for_the_prompts_of_their_clips(
     for unit in units:
         if unit.module != "diffusion":
             continue
-        feeding = [u for u in units if unit.id in u.feeds]
+        feeding = [u for u in units if unit.id in u.downstream]
         covered = {i for u in feeding for i in range(u.first, u.first + u.count)}
         needed = set(range(unit.first, unit.first + unit.count))
         assert needed <= covered

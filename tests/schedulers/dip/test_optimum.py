@@ -54,7 +54,7 @@ def test_bound_scales_with_time() -> None:
     graph = random_graph(17)
     slow = graph.__class__(
         graph.ranks, graph.modules, graph.units, 2 * graph.forward, 2 * graph.backward, 2 * graph.weight,
-        2 * graph.fused, graph.activation, graph.hold, 2 * graph.hop, graph.static_bytes, graph.memory_limit,
+        2 * graph.fused, graph.activation, graph.deferred_activation, 2 * graph.transfer, graph.static_bytes, graph.memory_limit,
         graph.strategies,
     )  # fmt: skip
     assert np.isclose(lower_bound(slow), 2 * lower_bound(graph), rtol=1e-9)

@@ -92,7 +92,7 @@ def test_says_what_is_missing(graph: StageGraph) -> None:
         limit[short.rank] += short.missing
         enlarged = StageGraph(
             graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-            graph.activation, graph.hold, graph.hop, graph.static_bytes, limit.copy(), graph.strategies,
+            graph.activation, graph.deferred_activation, graph.transfer, graph.static_bytes, limit.copy(), graph.strategies,
         )  # fmt: skip
         short = missing(enlarged)
     check(enlarged, search(enlarged, budget_seconds=60, evaluations=10))
@@ -111,15 +111,17 @@ def test_options_switch_things_off() -> None:
     graph = paper_graph("vlm-s", microbatches=10)
     assert (graph.memory_limit - graph.static_bytes < graph.activation[0].sum(axis=0)).any()
     whole = search(graph, budget_seconds=60, evaluations=300, options=SearchOptions(split_backward=False))
-    assert not any(int(c) // graph.rows in (Kind.W,) for o in whole.schedule.orders for c in o)
+    assert not any(int(c) // graph.virtual_microbatches in (Kind.W,) for o in whole.schedule.orders for c in o)
     assert whole.lower_bound == lower_bound(graph, split=False) >= lower_bound(graph)
     fastest = search(graph, budget_seconds=60, evaluations=300, options=SearchOptions(recompute=False))
     assert not fastest.schedule.strategy.any()
     check(graph, fastest)
-    names = tuple(tuple(("none", "offload:1", "full:1") for _ in range(graph.ranks)) for _ in range(graph.rows))
+    names = tuple(
+        tuple(("none", "offload:1", "full:1") for _ in range(graph.ranks)) for _ in range(graph.virtual_microbatches)
+    )
     named = StageGraph(
         graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-        graph.activation, graph.hold, graph.hop, graph.static_bytes, with_memory(graph, 1.2).memory_limit, names,
+        graph.activation, graph.deferred_activation, graph.transfer, graph.static_bytes, with_memory(graph, 1.2).memory_limit, names,
     )  # fmt: skip
     for options, banned in ((SearchOptions(offload=False), 1), (SearchOptions(recompute=False), 2)):
         try:

@@ -37,7 +37,7 @@ class Exchange(Protocol):
 
 
 @dataclass(frozen=True)
-class FedPlan:
+class DeliveredPlan:
     """A plan ready to run. ``iteration``: the request's number. ``stall_seconds``: how long the trainer waited for it.
     ``statistics``: the service's, when the plan was sent."""
 
@@ -47,7 +47,7 @@ class FedPlan:
     statistics: PlannerStatistics
 
 
-class PlanFeed:
+class PlanDelivery:
     """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service, and learns
     from what all ranks measured."""
 
@@ -87,7 +87,7 @@ class PlanFeed:
         if self._recalibration is not None:
             self._measured = measurement
 
-    def take(self, iteration: int) -> FedPlan:
+    def take(self, iteration: int) -> DeliveredPlan:
         """The plan, once all ranks have shown to hold the same. Raises PlanMismatchError on all ranks alike."""
         start = time.perf_counter()
         data = self._coming.pop(iteration).result()
@@ -108,7 +108,7 @@ class PlanFeed:
         self._learn([Measurement.unpack(data[_HASH:]) for data in everyone if len(data) > _HASH])
         self._measured = None
         self._running = (iteration, plan, self._corrections.pop(iteration, Corrections()))
-        return FedPlan(iteration, plan, stall, answer[1])
+        return DeliveredPlan(iteration, plan, stall, answer[1])
 
     def _learn(self, measurements: list[Measurement]) -> None:
         if self._recalibration is None or self._service is None or self._running is None:
