@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -43,10 +43,7 @@ def with_memory(graph: StageGraph, factor: float) -> StageGraph:
     limit = np.full(graph.ranks, np.inf) if np.isinf(factor) else graph.static_bytes + np.ceil(
         factor * smallest_need(graph)
     )  # fmt: skip
-    return StageGraph(
-        graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-        graph.activation, graph.deferred_activation, graph.transfer, graph.static_bytes, limit, graph.strategies,
-    )  # fmt: skip
+    return replace(graph, memory_limit=limit)
 
 
 def random_graph(
@@ -98,8 +95,8 @@ def random_graph(
         members: dict[str, list[int]] = {}
         sizes = {}
         for name, upstream in chains:
-            downstream = [n for n, up in chains if name in up]
-            if not upstream and downstream and downstream[0] == "text":
+            readers = [n for n, up in chains if name in up]
+            if not upstream and readers and readers[0] == "text":
                 count = int(rng.integers(0, max_units + 1))
             elif name == "video":
                 count = int(rng.integers(1, max_units + 1))
@@ -141,9 +138,19 @@ def random_graph(
     if rng.random() < 0.3:
         transfer = np.zeros(rows)
     graph = StageGraph(
-        ranks, tuple(modules), tuple(units), forward, backward, weight, fused, activation, deferred_activation, transfer,
-        np.round(rng.uniform(1e9, 2e9, ranks)), np.full(ranks, np.inf),
-    )  # fmt: skip
+        ranks=ranks,
+        modules=tuple(modules),
+        units=tuple(units),
+        forward=forward,
+        backward=backward,
+        weight=weight,
+        fused=fused,
+        activation=activation,
+        deferred_activation=deferred_activation,
+        transfer=transfer,
+        static_bytes=np.round(rng.uniform(1e9, 2e9, ranks)),
+        memory_limit=np.full(ranks, np.inf),
+    )
     # Frozen chunks have no weight gradient to pay for.
     frozen_mask = ~graph.has_weight[None] | np.zeros_like(weight, dtype=bool)
     weight[frozen_mask] = 0.0
@@ -220,9 +227,19 @@ def paper_graph(
     deferred_activation = np.round(np.repeat(np.array(held)[None] * 0.5, candidates, axis=0))
     limit = np.full(ranks, 80 * GIB if limited else np.inf)
     return StageGraph(
-        ranks, tuple(modules), tuple(units), forward, backward, weight, (backward + weight) * 0.99, activation, deferred_activation,
-        np.full(len(base), 2e-4), np.full(ranks, (80.0 - model.budget_gib) * GIB), limit,
-    )  # fmt: skip
+        ranks=ranks,
+        modules=tuple(modules),
+        units=tuple(units),
+        forward=forward,
+        backward=backward,
+        weight=weight,
+        fused=(backward + weight) * 0.99,
+        activation=activation,
+        deferred_activation=deferred_activation,
+        transfer=np.full(len(base), 2e-4),
+        static_bytes=np.full(ranks, (80.0 - model.budget_gib) * GIB),
+        memory_limit=limit,
+    )
 
 
 def small_graphs(**fixed: object) -> st.SearchStrategy[StageGraph]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,10 +149,19 @@ def parse_plan(line: str) -> Plan:
     limit = [np.inf if b is None else b for b in record.memory_limit]
     try:
         graph = StageGraph(
-            record.ranks, modules, units, _array(times, "F"), _array(times, "B"), _array(times, "W"),
-            _array(times, "BW"), _array(held, "held"), _array(held, "kept"), np.array(record.latency, dtype=np.float64),
-            np.array(record.static_bytes, dtype=np.float64), np.array(limit, dtype=np.float64),
-        )  # fmt: skip
+            ranks=record.ranks,
+            modules=modules,
+            units=units,
+            forward=_array(times, "F"),
+            backward=_array(times, "B"),
+            weight=_array(times, "W"),
+            fused=_array(times, "BW"),
+            activation=_array(held, "held"),
+            deferred_activation=_array(held, "kept"),
+            transfer=np.array(record.latency, dtype=np.float64),
+            static_bytes=np.array(record.static_bytes, dtype=np.float64),
+            memory_limit=np.array(limit, dtype=np.float64),
+        )
     except GraphError as error:
         raise PlanFileError(f"modules, units: {error}") from error
     actions = tuple(
@@ -299,10 +309,7 @@ def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Sta
     strategies = tuple(
         tuple((names.get((s, p), "none"),) for p in range(graph.ranks)) for s in range(graph.virtual_microbatches)
     )
-    return StageGraph(
-        graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-        graph.activation, graph.deferred_activation, graph.transfer, graph.static_bytes, graph.memory_limit, strategies,
-    )  # fmt: skip
+    return replace(graph, strategies=strategies)
 
 
 def _payloads(record: PlanRecord) -> dict[tuple[int, int], Payload]:

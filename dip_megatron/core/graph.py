@@ -6,7 +6,7 @@ unit by unit in the order of :attr:`StageGraph.units`, segment by segment. Array
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from .operations import Kind, Operation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
+PER_STRATEGY = ("forward", "backward", "weight", "fused", "activation", "deferred_activation")
+"""The arrays of a graph with one value per memory strategy, virtual microbatch and rank."""
 
 
 class Edges(NamedTuple):
@@ -83,17 +85,18 @@ class Unit:
     downstream: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class StageGraph:
     """Stages of one iteration with durations (seconds), bytes and dependencies.
 
-    With C memory strategies, S rows and P ranks: ``forward``, ``backward`` (input gradient), ``weight`` (weight
-    gradient) and ``fused`` (both at once) are seconds ``[C, S, P]``. ``activation`` ``[C, S, P]`` are the bytes held
-    from the start of F to the end of BW or B; ``deferred_activation`` ``[C, S, P]`` the bytes a split stage still holds from the end
-    of B to the end of W (inputs and output gradients of its linears). ``transfer`` ``[S]`` is the seconds one transfer of
-    the row's output (or of its gradient) takes. ``static_bytes`` ``[P]`` are parameters, gradients and optimizer
-    state; ``memory_limit`` ``[P]`` is what a rank may use in all (inf: no limit). ``strategies[row][rank]`` names the C
-    candidates, fastest first; chunks with fewer candidates repeat their last one.
+    With C memory strategies, S virtual microbatches and P ranks: ``forward``, ``backward`` (input gradient),
+    ``weight`` (weight gradient) and ``fused`` (both at once) are seconds ``[C, S, P]``. ``activation`` ``[C, S, P]``
+    are the bytes held from the start of F to the end of BW or B; ``deferred_activation`` ``[C, S, P]`` the bytes a
+    split stage still holds from the end of B to the end of W (inputs and output gradients of its linears).
+    ``transfer`` ``[S]`` is the seconds that one transfer of the virtual microbatch's output (or of its gradient)
+    takes. ``static_bytes`` ``[P]`` are parameters, gradients and optimizer state; ``memory_limit`` ``[P]`` is what a
+    rank may use in all (inf: no limit). ``strategies[s][rank]`` names the C candidates, fastest first; chunks with
+    fewer candidates repeat their last one.
     """
 
     ranks: int
@@ -136,7 +139,7 @@ class StageGraph:
         if not self.units:
             raise GraphError("no units: an iteration needs at least one microbatch")
         shape = (self.forward.shape[0], self.virtual_microbatches, self.ranks)
-        for name in ("forward", "backward", "weight", "fused", "activation", "deferred_activation"):
+        for name in PER_STRATEGY:
             array = getattr(self, name)
             if array.shape != shape:
                 raise GraphError(f"{name} has shape {array.shape}, expected (strategies, rows, ranks) = {shape}")
@@ -334,10 +337,6 @@ class StageGraph:
             tuple((self.strategy_name(int(strategy[s, p]), s, p),) for p in range(self.ranks))
             for s in range(self.virtual_microbatches)
         )
-        projected = StageGraph(
-            self.ranks, self.modules, self.units, pick(self.forward), pick(self.backward), pick(self.weight),
-            pick(self.fused), pick(self.activation), pick(self.deferred_activation), self.transfer, self.static_bytes, self.memory_limit,
-            names,
-        )  # fmt: skip
+        projected = replace(self, strategies=names, **{name: pick(getattr(self, name)) for name in PER_STRATEGY})
         projected.__dict__["edges"] = self.edges  # the structure is the same: not to be worked out again
         return projected

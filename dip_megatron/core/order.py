@@ -20,9 +20,13 @@ class Schedule:
     strategy: NDArray[np.int8]
 
     def operations(self, graph: StageGraph, rank: int) -> list[Operation]:
-        """The rank's operations as stage keys, in order."""
-        rows = graph.virtual_microbatches
-        return [graph.operation(Kind(int(code) // rows), int(code) % rows, rank) for code in self.orders[rank]]
+        """The rank's operations, in order."""
+        return [self.operation(graph, rank, i) for i in range(len(self.orders[rank]))]
+
+    def operation(self, graph: StageGraph, rank: int, index: int) -> Operation:
+        """The operation that the rank executes at place ``index`` of its order."""
+        kind, virtual_microbatch = divmod(int(self.orders[rank][index]), graph.virtual_microbatches)
+        return graph.operation(Kind(kind), virtual_microbatch, rank)
 
     @staticmethod
     def from_operations(

@@ -166,8 +166,8 @@ class StageRun:
     """One stage with inputs of one size: its F, B (or BW) and W, to be called in this order, again and again."""
 
     def __init__(
-        self, program: StageProgram, chunk: torch.nn.Module, operation: Operation, inputs: MicrobatchInputs, payload: Payload,
-        device: torch.device, *, final: bool, split: bool = True, strategies: tuple[str, ...] = (),
+        self, program: StageProgram, chunk: torch.nn.Module, operation: Operation, inputs: MicrobatchInputs,
+        payload: Payload, device: torch.device, *, final: bool, split: bool = True, strategies: tuple[str, ...] = (),
     ):  # fmt: skip
         """``strategies``: the memory strategy of each layer, empty for none; the rest as in :func:`profile_stage`."""
         self._program, self._chunk, self._key, self._inputs = program, chunk, operation, inputs

@@ -217,5 +217,6 @@ def payload_of(plan: Plan, message: Message) -> Payload:
 def describe(action: Action) -> str:
     """Short name of an action for profilers, e.g. ``vision.0 F u3``."""
     if isinstance(action, Compute):
-        return f"{action.operation.module}.{action.operation.segment} {action.operation.kind.name} u{action.operation.unit}"
+        operation = action.operation
+        return f"{operation.module}.{operation.segment} {operation.kind.name} u{operation.unit}"
     return f"{action.kind} {action.message.channel}"

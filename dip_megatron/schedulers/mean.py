@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from ..core.graph import Floats, StageGraph
+from ..core.graph import PER_STRATEGY, Floats, StageGraph
 from .common import mixed_shape
 
 
 def mean_graph(graph: StageGraph) -> StageGraph:
-    """The mixed graph with every microbatch replaced by the mean of all (durations, bytes and hops alike)."""
+    """The mixed graph with every microbatch replaced by the mean of all (durations, bytes and transfers alike)."""
     microbatches, segments = mixed_shape(graph)
 
     def average(array: Floats) -> Floats:
@@ -19,8 +21,4 @@ def mean_graph(graph: StageGraph) -> StageGraph:
         )
 
     transfer = np.tile(graph.transfer.reshape(microbatches, segments).mean(axis=0), microbatches)
-    return StageGraph(
-        graph.ranks, graph.modules, graph.units, average(graph.forward), average(graph.backward),
-        average(graph.weight), average(graph.fused), average(graph.activation), average(graph.deferred_activation), transfer,
-        graph.static_bytes, graph.memory_limit, graph.strategies,
-    )  # fmt: skip
+    return replace(graph, transfer=transfer, **{name: average(getattr(graph, name)) for name in PER_STRATEGY})

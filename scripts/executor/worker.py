@@ -249,10 +249,19 @@ class Bench:
 
         rows, zeros = count * module.segments, np.zeros(self.ranks)
         return StageGraph(
-            self.ranks, (module,), tuple(Unit(i, module.name, i) for i in range(count)),
-            seconds("forward"), seconds("backward"), seconds("weight"), seconds("fused"),
-            np.zeros((1, rows, self.ranks)), np.zeros((1, rows, self.ranks)), np.zeros(rows), zeros, zeros + np.inf,
-        )  # fmt: skip
+            ranks=self.ranks,
+            modules=(module,),
+            units=tuple(Unit(i, module.name, i) for i in range(count)),
+            forward=seconds("forward"),
+            backward=seconds("backward"),
+            weight=seconds("weight"),
+            fused=seconds("fused"),
+            activation=np.zeros((1, rows, self.ranks)),
+            deferred_activation=np.zeros((1, rows, self.ranks)),
+            transfer=np.zeros(rows),
+            static_bytes=zeros,
+            memory_limit=zeros + np.inf,
+        )
 
     # -- pairs ---------------------------------------------------------------------------------------------------
     def pairs(self, ours: Callable[[], Any], theirs: Callable[[], Any]) -> list[tuple[float, float]]:

@@ -55,9 +55,19 @@ class DrawnGraphs:
         rows = sum(segments[u.module] for u in units)
         draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
         return StageGraph(
-            ranks, modules, tuple(units), draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
-            np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
-        )  # fmt: skip
+            ranks=ranks,
+            modules=modules,
+            units=tuple(units),
+            forward=draw[0],
+            backward=draw[1],
+            weight=draw[2],
+            fused=draw[1] + draw[2],
+            activation=draw[3],
+            deferred_activation=draw[4],
+            transfer=np.full(rows, 0.05),
+            static_bytes=np.zeros(ranks),
+            memory_limit=np.full(ranks, np.inf),
+        )
 
 
 def dip_run(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 1) -> Any:

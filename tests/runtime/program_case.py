@@ -92,9 +92,19 @@ class DrawnUnitGraphs:
         rows = sum(segments[u.module] for u in units)
         draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
         graph = StageGraph(
-            ranks, self.modules, units, draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
-            np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
-        )  # fmt: skip
+            ranks=ranks,
+            modules=self.modules,
+            units=units,
+            forward=draw[0],
+            backward=draw[1],
+            weight=draw[2],
+            fused=draw[1] + draw[2],
+            activation=draw[3],
+            deferred_activation=draw[4],
+            transfer=np.full(rows, 0.05),
+            static_bytes=np.zeros(ranks),
+            memory_limit=np.full(ranks, np.inf),
+        )
         return without_training(graph) if forward_only else graph
 
 

@@ -34,6 +34,16 @@ def mixed_graph(
     layers = tuple((1,) * ranks for _ in range(segments))
     module = ModalityModule("model", layers, reversed=(False, True) if turned else ())
     return StageGraph(
-        ranks, (module,), tuple(Unit(i, "model", i) for i in range(microbatches)), forward, backward, weight,
-        backward + weight, activation, deferred_activation, np.full(rows, transfer), np.zeros(ranks), np.full(ranks, limit),
-    )  # fmt: skip
+        ranks=ranks,
+        modules=(module,),
+        units=tuple(Unit(i, "model", i) for i in range(microbatches)),
+        forward=forward,
+        backward=backward,
+        weight=weight,
+        fused=backward + weight,
+        activation=activation,
+        deferred_activation=deferred_activation,
+        transfer=np.full(rows, transfer),
+        static_bytes=np.zeros(ranks),
+        memory_limit=np.full(ranks, limit),
+    )

@@ -19,9 +19,9 @@ FORWARD, BACKWARD, WEIGHT, FUSED = int(Kind.F), int(Kind.B), int(Kind.W), int(Ki
 class GraphArrays(NamedTuple):
     """A stage graph for kernels. A *node* is a stage, ``row * P + rank``; N = S * P of them.
 
-    ``duration`` ``[4 kinds, C, N]`` seconds; ``activation`` and ``deferred_activation`` ``[C, N]`` bytes. The forward of node n waits
-    for nodes ``before[before_start[n]:before_start[n + 1]]``, each ``before_transfer`` seconds away; ``after`` is the same
-    graph seen from the other side, which backwards wait for.
+    ``duration`` ``[4 kinds, C, N]`` seconds; ``activation`` and ``deferred_activation`` ``[C, N]`` bytes. The forward
+    of node n waits for nodes ``before[before_start[n]:before_start[n + 1]]``, each ``before_transfer`` seconds away;
+    ``after`` is the same graph seen from the other side, which backwards wait for.
     """
 
     virtual_microbatches: int
@@ -180,7 +180,7 @@ def simulate_compiled(graph: StageGraph, schedule: Schedule, arrays: GraphArrays
     time = replay(g, orders, lengths, strategy, start, end, place, np.empty(nodes), np.empty(nodes))
     if np.isnan(time):
         stuck = ", ".join(
-            f"rank {p} at {graph.operation(Kind(int(o[place[p]]) // g.virtual_microbatches), int(o[place[p]]) % g.virtual_microbatches, p)}"
+            f"rank {p} at {schedule.operation(graph, p, int(place[p]))}"
             for p, o in enumerate(schedule.orders)
             if place[p] < len(o)
         )

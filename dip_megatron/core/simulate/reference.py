@@ -36,7 +36,8 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
     """Run each rank's order as early as its inputs allow. Raises DeadlockError when the orders can't end.
 
     Memory, per rank: ``activation`` is taken at the start of F; it is given back at the end of BW, or at the end of B
-    down to ``deferred_activation``, and ``deferred_activation`` at the end of W; a stage without backward gives all back at the end of its F.
+    down to ``deferred_activation``, and that at the end of W; a stage without backward gives all back at the end of
+    its F.
     """
     rows, ranks = graph.virtual_microbatches, graph.ranks
     durations = {Kind.F: graph.forward, Kind.B: graph.backward, Kind.W: graph.weight, Kind.BW: graph.fused}
@@ -107,7 +108,7 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
                 progressed = True
         if not progressed:
             stuck = ", ".join(
-                f"rank {p} at {graph.operation(Kind(int(o[place[p]]) // rows), int(o[place[p]]) % rows, p)}"
+                f"rank {p} at {schedule.operation(graph, p, place[p])}"
                 for p, o in enumerate(schedule.orders)
                 if place[p] < len(o)
             )

@@ -61,8 +61,8 @@ class Scale:
 class Costs:
     """What is known beyond the formula: operator efficiencies, measured parts, factors, and fixed numbers.
 
-    ``transfer_seconds`` replaces the seconds of every transfer, ``static_bytes`` the parameters, gradients and optimizer
-    state of each rank, ``memory_limit`` what a rank may use. Empty: the formula alone.
+    ``transfer_seconds`` replaces the seconds of every transfer, ``static_bytes`` the parameters, gradients and
+    optimizer state of each rank, ``memory_limit`` what a rank may use. Empty: the formula alone.
     """
 
     efficiency: tuple[tuple[Operator, Curve], ...] = ()

@@ -41,7 +41,8 @@ Chunk = tuple[LayerRun, ...]
 @dataclass(frozen=True, eq=False)
 class ChunkCost:
     """A chunk's cost under C memory strategies for U units: ``forward``, ``backward``, ``weight``, ``activation``,
-    ``deferred_activation`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C strategies."""
+    ``deferred_activation`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C
+    strategies."""
 
     forward: Floats
     backward: Floats

@@ -301,8 +301,18 @@ def warm_up() -> None:
     use after installation, well under one later)."""
     one, none = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
     graph = StageGraph(
-        1, (ModalityModule("warm", ((1,),)),), (Unit(0, "warm", 0),), one, one, one, 2 * one, one, none, np.zeros(1),
-        np.zeros(1), np.full(1, 1.0),
-    )  # fmt: skip
+        ranks=1,
+        modules=(ModalityModule("warm", ((1,),)),),
+        units=(Unit(0, "warm", 0),),
+        forward=one,
+        backward=one,
+        weight=one,
+        fused=2 * one,
+        activation=one,
+        deferred_activation=none,
+        transfer=np.zeros(1),
+        static_bytes=np.zeros(1),
+        memory_limit=np.full(1, 1.0),
+    )
     for schedule in ("dip", "dip-paper"):
         search(graph, schedule=schedule, budget_seconds=600.0, evaluations=100, options=SearchOptions(gap=-1.0))

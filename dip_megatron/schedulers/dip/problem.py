@@ -20,11 +20,12 @@ class Problem(NamedTuple):
     Memory is counted in integers (``bytes_per_count`` bytes each), so that sums are exact; ``capacity`` ``[P]`` is the
     limit less the static bytes. Units that are connected form a *group* (as a rule a microbatch); a unit that feeds
     nothing is a *sink*. Sinks are numbered group by group: group g has sinks ``sink_start[g]`` to
-    ``sink_start[g + 1]``. Row s is first needed by sink ``first[s]`` and last by ``last[s]``, when sinks are worked off
-    in that order. ``reservation`` ``[K, P]`` is what sink k adds with the leanest strategies, ``freed`` ``[K, P]`` what its
-    end gives back, ``passing`` ``[K, P]`` the largest of its stages without backward (``passing_count`` of them), which
-    hold memory only while they run. ``backbone`` ``[S]`` marks the rows of modules that feed no other;
-    ``least`` ``[P]`` is the smallest forward of a rank (0 if some hold memory only while they run).
+    ``sink_start[g + 1]``. Virtual microbatch s is first needed by sink ``first[s]`` and last by ``last[s]``, when sinks
+    are worked off in that order. ``reservation`` ``[K, P]`` is what sink k adds with the leanest strategies, ``freed``
+    ``[K, P]`` what its end gives back, ``passing`` ``[K, P]`` the largest of its stages without backward
+    (``passing_count`` of them), which hold memory only while they run. ``backbone`` ``[S]`` marks the virtual
+    microbatches of modules that feed no other; ``least`` ``[P]`` is the smallest forward of a rank (0 if some hold
+    memory only while they run).
     """
 
     graph: GraphArrays
@@ -92,9 +93,25 @@ def make_problem(graph: StageGraph) -> Problem:
     ends = {u.module for u in graph.units if not u.downstream and u.module not in _upstream_modules(graph)}
     backbone = np.array([graph.units[int(u)].module in ends for u in graph.unit_of], dtype=np.bool_)
     return Problem(
-        g, per_count, activation, deferred_activation, lean, capacity, most > capacity, groups, group, sink_start, first, last, reservation,
-        freed, passing, passing_count, backbone, least,
-    )  # fmt: skip
+        graph=g,
+        bytes_per_count=per_count,
+        activation=activation,
+        deferred_activation=deferred_activation,
+        lean=lean,
+        capacity=capacity,
+        bounded=most > capacity,
+        groups=groups,
+        group=group,
+        sink_start=sink_start,
+        first=first,
+        last=last,
+        reservation=reservation,
+        freed=freed,
+        passing=passing,
+        passing_count=passing_count,
+        backbone=backbone,
+        least=least,
+    )
 
 
 def _counted(graph: StageGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Longs]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.graph import Floats, StageGraph
+from ...core.graph import PER_STRATEGY, Floats, StageGraph
 
 
 def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[StageGraph, NDArray[np.int8]]:
@@ -28,12 +30,8 @@ def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[Stag
         tuple(tuple(graph.strategy_name(int(origin[c, s, p]), s, p) for c in range(count)) for p in range(graph.ranks))
         for s in range(graph.virtual_microbatches)
     )
-    restricted = StageGraph(
-        graph.ranks, graph.modules, graph.units, pick(graph.forward), pick(graph.backward), pick(graph.weight),
-        pick(graph.fused), pick(graph.activation), pick(graph.deferred_activation), graph.transfer, graph.static_bytes, graph.memory_limit,
-        names,
-    )  # fmt: skip
-    return restricted, origin
+    picked = {name: pick(getattr(graph, name)) for name in PER_STRATEGY}
+    return replace(graph, strategies=names, **picked), origin
 
 
 def _allowed(graph: StageGraph, c: int, s: int, p: int, recompute: bool, offload: bool) -> bool:

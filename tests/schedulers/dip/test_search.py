@@ -1,6 +1,7 @@
 """What every search must hold, whatever the graph."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,10 +91,7 @@ def test_says_what_is_missing(graph: StageGraph) -> None:
         assert short.rank not in named
         named.append(short.rank)
         limit[short.rank] += short.missing
-        enlarged = StageGraph(
-            graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-            graph.activation, graph.deferred_activation, graph.transfer, graph.static_bytes, limit.copy(), graph.strategies,
-        )  # fmt: skip
+        enlarged = replace(graph, memory_limit=limit.copy())
         short = missing(enlarged)
     check(enlarged, search(enlarged, budget_seconds=60, evaluations=10))
 
@@ -119,10 +117,7 @@ def test_options_switch_things_off() -> None:
     names = tuple(
         tuple(("none", "offload:1", "full:1") for _ in range(graph.ranks)) for _ in range(graph.virtual_microbatches)
     )
-    named = StageGraph(
-        graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-        graph.activation, graph.deferred_activation, graph.transfer, graph.static_bytes, with_memory(graph, 1.2).memory_limit, names,
-    )  # fmt: skip
+    named = replace(with_memory(graph, 1.2), strategies=names)
     for options, banned in ((SearchOptions(offload=False), 1), (SearchOptions(recompute=False), 2)):
         try:
             result = search(named, budget_seconds=60, evaluations=200, options=options)
