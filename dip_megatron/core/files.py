@@ -1,7 +1,7 @@
 """Plan files: JSON lines, one iteration's plan a line, self-contained so that anyone can check it again.
 
 ``docs/plan-format.md`` is the reference, ``plan.schema.json`` beside this module the JSON schema. Writing what was read
-gives the same line, character by character.
+gives the same line, character by character (lines of version 1 are read, and written as version 2).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from .actions import Compute, parse_action
 from .codes import encode
-from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord
+from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord, upgraded
 from .graph import Floats, GraphError, ModalityModule, StageGraph, Unit
 from .operations import Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec
+from .versions import is_version
 
 Row = TypeVar("Row", StageTimes, StageBytes)
 
@@ -75,7 +76,7 @@ def format_plan(plan: Plan) -> str:
         for segment in range(graph.module(unit.module).segments)
     ]
     times = {"F": graph.forward, "B": graph.backward, "W": graph.weight, "BW": graph.fused}
-    held = {"held": graph.activation, "kept": graph.deferred_activation}
+    held = {"activation": graph.activation, "deferred_activation": graph.deferred_activation}
     record = {
         "version": VERSION,
         "schedule": plan.name,
@@ -96,7 +97,7 @@ def format_plan(plan: Plan) -> str:
         ],
         "durations": [row | {k: a[0, s].tolist() for k, a in times.items()} for s, row in enumerate(rows)],
         "activation_bytes": [row | {k: a[0, s].tolist() for k, a in held.items()} for s, row in enumerate(rows)],
-        "latency": graph.transfer.tolist(),
+        "transfer": graph.transfer.tolist(),
         "memory_limit": [limit if np.isfinite(limit) else None for limit in graph.memory_limit.tolist()],
         "static_bytes": graph.static_bytes.tolist(),
         "payloads": [
@@ -145,7 +146,7 @@ def parse_plan(line: str) -> Plan:
         _length(name, getattr(record, name), record.ranks, "ranks")
     _length("predicted.peak_bytes", record.predicted.peak_bytes, record.ranks, "ranks")
     _length("actions", record.actions, record.ranks, "ranks")
-    _length("latency", record.latency, len(times), "rows in durations")
+    _length("transfer", record.transfer, len(times), "entries in durations")
     limit = [np.inf if b is None else b for b in record.memory_limit]
     try:
         graph = StageGraph(
@@ -156,9 +157,9 @@ def parse_plan(line: str) -> Plan:
             backward=_array(times, "B"),
             weight=_array(times, "W"),
             fused=_array(times, "BW"),
-            activation=_array(held, "held"),
-            deferred_activation=_array(held, "kept"),
-            transfer=np.array(record.latency, dtype=np.float64),
+            activation=_array(held, "activation"),
+            deferred_activation=_array(held, "deferred_activation"),
+            transfer=np.array(record.transfer, dtype=np.float64),
             static_bytes=np.array(record.static_bytes, dtype=np.float64),
             memory_limit=np.array(limit, dtype=np.float64),
         )
@@ -215,8 +216,12 @@ def _load(line: str) -> Any:
 def _validated(data: Any) -> PlanRecord:
     if not isinstance(data, dict):
         raise PlanFileError(f"line: expected an object, got {type(data).__name__}")
-    if "version" in data and data["version"] != VERSION:
-        raise PlanFileError(f"version: {json.dumps(data['version'])} is not supported, only {VERSION}; plan again")
+    if is_version(data, 1):
+        data = upgraded(data)
+    elif "version" in data and data["version"] != VERSION:
+        raise PlanFileError(
+            f"version: {json.dumps(data['version'])} is not supported, only 1 and {VERSION}; plan again"
+        )
     try:
         return PlanRecord.model_validate(data)
     except ValidationError as error:
@@ -317,6 +322,6 @@ def _payloads(record: PlanRecord) -> dict[tuple[int, int], Payload]:
     for i, payload in enumerate(record.payloads):
         pair = (payload.source, payload.target)
         if pair in payloads:
-            raise PlanFileError(f"payloads[{i}]: row {pair[0]} to row {pair[1]} comes twice")
+            raise PlanFileError(f"payloads[{i}]: {pair[0]} to {pair[1]} comes twice")
         payloads[pair] = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype, t.differentiable) for t in payload.tensors)
     return payloads

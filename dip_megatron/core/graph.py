@@ -6,9 +6,10 @@ unit by unit in the order of :attr:`StageGraph.units`, segment by segment. Array
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -326,6 +327,10 @@ class StageGraph:
     def strategy_name(self, strategy: int, row: int, rank: int) -> str:
         return self.strategies[row][rank][strategy] if self.strategies else "none"
 
+    def changed(self, change: Callable[[Floats], Floats], **others: Any) -> StageGraph:
+        """The graph with ``change`` made to each array that has a value per strategy; ``others`` are replaced."""
+        return replace(self, **{name: change(getattr(self, name)) for name in PER_STRATEGY}, **others)
+
     def project(self, strategy: NDArray[np.int8]) -> StageGraph:
         """The graph with one strategy per stage (``strategy`` is ``[S, P]``), so that C = 1."""
         index = strategy[None].astype(np.int64)
@@ -337,6 +342,6 @@ class StageGraph:
             tuple((self.strategy_name(int(strategy[s, p]), s, p),) for p in range(self.ranks))
             for s in range(self.virtual_microbatches)
         )
-        projected = replace(self, strategies=names, **{name: pick(getattr(self, name)) for name in PER_STRATEGY})
+        projected = self.changed(pick, strategies=names)
         projected.__dict__["edges"] = self.edges  # the structure is the same: not to be worked out again
         return projected

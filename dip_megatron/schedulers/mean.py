@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
-from ..core.graph import PER_STRATEGY, Floats, StageGraph
+from ..core.graph import Floats, StageGraph
 from .common import mixed_shape
 
 
@@ -21,4 +19,4 @@ def mean_graph(graph: StageGraph) -> StageGraph:
         )
 
     transfer = np.tile(graph.transfer.reshape(microbatches, segments).mean(axis=0), microbatches)
-    return replace(graph, transfer=transfer, **{name: average(getattr(graph, name)) for name in PER_STRATEGY})
+    return graph.changed(average, transfer=transfer)

@@ -105,8 +105,11 @@ FAULTS = [
     (lambda r: r["durations"][0].update(unit=1), "durations[0]: expected module"),
     (lambda r: r["durations"][0]["F"].append(1.0), "durations[0].F: 3 entries for 2 ranks"),
     (lambda r: r["durations"][0]["F"].__setitem__(1, -1.0), "durations[0].F[1]: Input should be greater than or equal"),
-    (lambda r: r["activation_bytes"][1].update(held=[1.0]), "activation_bytes[1].held: 1 entries for 2 ranks"),
-    (lambda r: r["latency"].append(0.0), "latency: "),
+    (
+        lambda r: r["activation_bytes"][1].update(activation=[1.0]),
+        "activation_bytes[1].activation: 1 entries for 2",
+    ),
+    (lambda r: r["transfer"].append(0.0), "transfer: "),
     (lambda r: r["static_bytes"].pop(), "static_bytes: 1 entries for 2 ranks"),
     (lambda r: r["memory_limit"].append(None), "memory_limit: 3 entries for 2 ranks"),
     (lambda r: r["actions"].append([]), "actions: 3 entries for 2 ranks"),
@@ -122,8 +125,30 @@ FAULTS = [
     (lambda r: r["predicted"].update(bubble_ratio=1.5), "predicted.bubble_ratio: Input should be less"),
     (lambda r: r["predicted"].update(peak_bytes=[]), "predicted.peak_bytes: 0 entries for 2 ranks"),
     (lambda r: r["search"].pop("seed"), "search.seed: Field required"),
-    (lambda r: r.update(payloads=[{"source": 0, "target": 0, "tensors": []}] * 2), "payloads[1]: row 0 to row 0"),
+    (lambda r: r.update(payloads=[{"source": 0, "target": 0, "tensors": []}] * 2), "payloads[1]: 0 to 0 comes twice"),
 ]
+
+
+def of_version_1(record: dict) -> dict:
+    """The same line with the names of version 1."""
+    record["version"], record["latency"] = 1, record.pop("transfer")
+    for unit in record["units"]:
+        unit["feeds"] = unit.pop("downstream")
+    for stage in record["activation_bytes"]:
+        stage["held"], stage["kept"] = stage.pop("activation"), stage.pop("deferred_activation")
+    return record
+
+
+def test_lines_of_version_1_are_read():
+    line = format_plan(plan_of(7, ranks=2, microbatches=2))
+    assert format_plan(parse_plan(json.dumps(of_version_1(json.loads(line))))) == line
+
+
+@pytest.mark.parametrize(("name", "value"), [("version", True), ("version", 1.0), ("transfer", [])])
+def test_half_a_version_1_is_refused(name, value):
+    record = of_version_1(json.loads(format_plan(plan_of(7, ranks=2, microbatches=2))))
+    with pytest.raises(PlanFileError, match=r"version|latency"):
+        parse_plan(json.dumps(record | {name: value}))
 
 
 @pytest.mark.parametrize(("edit", "message"), FAULTS)

@@ -6,12 +6,13 @@ import json
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from ...core.graph import Floats
+from ...core.versions import is_version, renamed
 from ..files import ConfigurationError, validate
 from .hardware import Cluster, Curve, Operator, check_curve
 from .parts import LayerCost, PartCost
@@ -120,7 +121,7 @@ class Costs:
             raise ConfigurationError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{path}: file: {error}") from error
-        return _to_costs(validate(str(path), data, _File))
+        return _to_costs(validate(str(path), _upgraded(data), _File))
 
     def save(self, path: str | Path) -> None:
         """Write a costs file that :meth:`load` gives back equal."""
@@ -132,7 +133,7 @@ class Costs:
             )
             entry[t.quantity] = list(t.values)
         data = {
-            "version": 1,
+            "version": 2,
             "device": self.device,
             "efficiency": {name: [list(p) for p in curve] for name, curve in self.efficiency},
             "measured": list(measured.values()),
@@ -184,7 +185,7 @@ class _Scale(_Strict):
 
 
 class _File(_Strict):
-    version: Literal[1]
+    version: Literal[2]
     device: str = ""
     efficiency: dict[Operator, Annotated[list[tuple[PositiveFloat, PositiveFloat]], Field(min_length=1)]] = Field(
         default_factory=dict
@@ -200,6 +201,19 @@ class _File(_Strict):
         for name, points in self.efficiency.items():
             check_curve(name, points)
         return self
+
+
+def _upgraded(data: Any) -> Any:
+    """A file of version 1, which called ``deferred_activation`` ``hold`` and ``transfer_seconds`` ``hop_seconds``."""
+    if not is_version(data, 1):
+        return data
+    new = renamed(data, {"hop_seconds": "transfer_seconds"}) | {"version": 2}
+    if "measured" in new:
+        new["measured"] = renamed(new["measured"], {"hold": "deferred_activation"})
+    for scale in new["scale"] if isinstance(new.get("scale"), list) else ():
+        if isinstance(scale, dict) and scale.get("quantity") == "hold":
+            scale["quantity"] = "deferred_activation"
+    return new
 
 
 def _to_costs(data: _File) -> Costs:

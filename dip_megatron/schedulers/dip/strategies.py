@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.graph import PER_STRATEGY, Floats, StageGraph
+from ...core.graph import Floats, StageGraph
 
 
 def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[StageGraph, NDArray[np.int8]]:
@@ -30,8 +28,7 @@ def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[Stag
         tuple(tuple(graph.strategy_name(int(origin[c, s, p]), s, p) for c in range(count)) for p in range(graph.ranks))
         for s in range(graph.virtual_microbatches)
     )
-    picked = {name: pick(getattr(graph, name)) for name in PER_STRATEGY}
-    return replace(graph, strategies=names, **picked), origin
+    return graph.changed(pick, strategies=names), origin
 
 
 def _allowed(graph: StageGraph, c: int, s: int, p: int, recompute: bool, offload: bool) -> bool:

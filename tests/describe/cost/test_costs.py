@@ -227,21 +227,35 @@ def test_costs_survive_their_file(tmp_path: Path) -> None:
     assert Costs.load(path).device == "NVIDIA H100"
 
 
+def test_costs_of_version_1_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    part = {"module": "vision", "part": "layer", "tokens": [1.0, 2.0], "hold": [5.0, 6.0]}
+    data = {"version": 1, "measured": [part], "scale": [{"quantity": "hold", "factor": 2.0}], "hop_seconds": 1e-4}
+    path.write_text(json.dumps(data))
+    assert Costs.load(path) == Costs(
+        tables=(Table("vision", "layer", "deferred_activation", (1.0, 2.0), (5.0, 6.0)),),
+        scales=(Scale("*", "*", "deferred_activation", 2.0),),
+        transfer_seconds=1e-4,
+    )
+
+
 @pytest.mark.parametrize(
     ("data", "place", "reason"),
     [
-        ({"version": 2}, "version", "1"),
-        ({"version": 1, "speed": 3}, "speed", "not permitted"),
-        ({"version": 1, "efficiency": {"matmul": [[5, 0.1], [4, 0.2]]}}, "top level", "sizes must rise"),
-        ({"version": 1, "efficiency": {"matmul": [[5, 7.0]]}}, "top level", "efficiency"),
-        ({"version": 1, "efficiency": {"conv": [[5, 0.7]]}}, "efficiency.conv", "matmul"),
+        ({"version": 3}, "version", "2"),
+        ({"version": 1, "hop_seconds": 1.0, "transfer_seconds": 1.0}, "hop_seconds", "not permitted"),
+        ({"version": 1, "measured": 7}, "measured", "list"),
+        ({"version": 2, "speed": 3}, "speed", "not permitted"),
+        ({"version": 2, "efficiency": {"matmul": [[5, 0.1], [4, 0.2]]}}, "top level", "sizes must rise"),
+        ({"version": 2, "efficiency": {"matmul": [[5, 7.0]]}}, "top level", "efficiency"),
+        ({"version": 2, "efficiency": {"conv": [[5, 0.7]]}}, "efficiency.conv", "matmul"),
         (
-            {"version": 1, "measured": [{"module": "v", "part": "layer", "tokens": [1, 2], "forward": [1]}]},
+            {"version": 2, "measured": [{"module": "v", "part": "layer", "tokens": [1, 2], "forward": [1]}]},
             "measured.0",
             "1 values for 2 sizes",
         ),
-        ({"version": 1, "measured": [{"module": "v", "part": "layer", "tokens": [2, 1]}]}, "measured.0", "rise"),
-        ({"version": 1, "scale": [{"factor": 0}]}, "scale.0.factor", "greater than 0"),
+        ({"version": 2, "measured": [{"module": "v", "part": "layer", "tokens": [2, 1]}]}, "measured.0", "rise"),
+        ({"version": 2, "scale": [{"factor": 0}]}, "scale.0.factor", "greater than 0"),
     ],
 )
 def test_faults_in_costs_files_are_named(tmp_path: Path, data: dict, place: str, reason: str) -> None:
@@ -307,6 +321,6 @@ def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
 def test_strategies_that_cannot_be_measured_are_refused(tmp_path: Path, entry: dict, complaint: str) -> None:
     path = tmp_path / "costs.json"
     line = {"module": "vision", "part": "layer", "tokens": [100.0], "forward": [1.0]} | entry
-    path.write_text(json.dumps({"version": 1, "measured": [line]}))
+    path.write_text(json.dumps({"version": 2, "measured": [line]}))
     with pytest.raises(ConfigurationError, match=complaint):
         Costs.load(path)
