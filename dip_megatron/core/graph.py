@@ -329,7 +329,8 @@ class StageGraph:
 
     def changed(self, change: Callable[[Floats], Floats], **others: Any) -> StageGraph:
         """The graph with ``change`` made to each array that has a value per strategy; ``others`` are replaced."""
-        return replace(self, **{name: change(getattr(self, name)) for name in PER_STRATEGY}, **others)
+        arrays: dict[str, Any] = {name: change(getattr(self, name)) for name in PER_STRATEGY}
+        return replace(self, **arrays, **others)
 
     def project(self, strategy: NDArray[np.int8]) -> StageGraph:
         """The graph with one strategy per stage (``strategy`` is ``[S, P]``), so that C = 1."""
