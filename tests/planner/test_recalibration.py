@@ -22,7 +22,7 @@ from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from tests.graphs import random_graph
 from tests.planner.makers import Maker
-from tests.planner.test_feed import Shared, ThreadExchange
+from tests.planner.test_delivery import Shared, ThreadExchange
 
 
 @dataclass(frozen=True)
