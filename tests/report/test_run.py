@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.planner.test_feed import Shared, ThreadExchange
+from tests.planner.test_delivery import Shared, ThreadExchange
 
 from dip_megatron.core import Plan
 from dip_megatron.core.simulate import simulate
