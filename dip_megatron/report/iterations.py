@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from ..core.simulate import idle_share
 from ..planner.delivery import DeliveredPlan
 
 
@@ -19,7 +20,8 @@ class _Timed(Protocol):
 
 @dataclass(frozen=True)
 class IterationReport:
-    """Seconds unless it says otherwise. Measured values are of one rank; bubbles are idle shares of the iteration.
+    """``iteration`` is the training loop's number, from 1; the rest is seconds unless it says otherwise. Measured
+    values are of one rank; bubbles are idle shares of the iteration.
 
     ``uncorrected_seconds``: what the cost model alone predicts for the plan, where measurements have corrected it.
     ``plan_seconds`` is the search, ``latency_seconds`` all from asking for the plan to its arrival, ``stall_seconds``
@@ -57,7 +59,7 @@ class IterationReport:
             predicted_seconds=plan.predicted.iteration_time,
             lower_bound=plan.predicted.lower_bound,
             bubble_ratio_planned=plan.predicted.bubble_ratio,
-            bubble_ratio_measured=1.0 - busy / seconds if seconds > 0 else 0.0,
+            bubble_ratio_measured=idle_share(busy, seconds),
             plan_seconds=plan.search.seconds,
             stall_seconds=delivered.stall_seconds,
             evaluations=plan.search.evaluations,

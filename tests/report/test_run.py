@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.planner.test_delivery import Shared, ThreadExchange
 
 from dip_megatron.core import Plan
 from dip_megatron.core.simulate import simulate
@@ -21,16 +20,17 @@ from dip_megatron.report.progress import RunProgress
 from dip_megatron.report.recorder import RunRecorder
 from dip_megatron.runtime.clock import MeasuredSpan
 from tests.planner.makers import Maker
+from tests.planner.test_delivery import Shared, ThreadExchange
 
 
 @dataclass(frozen=True)
 class Request:
-    iteration: int
+    request: int
 
 
-def delivered(iteration: int) -> DeliveredPlan:
-    statistics = PlannerStatistics(plans=iteration, fallbacks=2, worker_deaths=1, late=3, latency_seconds=0.25)
-    return DeliveredPlan(iteration, Maker().quick(Request(iteration)), 0.5, statistics)  # type: ignore[arg-type]
+def delivered(request: int) -> DeliveredPlan:
+    statistics = PlannerStatistics(plans=request, fallbacks=2, worker_deaths=1, late=3, latency_seconds=0.25)
+    return DeliveredPlan(request, Maker().quick(Request(request)), 0.5, statistics)  # type: ignore[arg-type]
 
 
 def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSpan]:
@@ -46,18 +46,14 @@ def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSp
 
 def test_a_line_and_scalars_every_so_many_iterations() -> None:
     shared = Shared(2)
-    reports = [IterationReport.of(i, delivered(i), ()) for i in range(5)]
+    reports = [IterationReport.of(i + 1, delivered(i), ()) for i in range(5)]
 
     def one(rank: int) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:
         lines: list[str] = []
         scalars: list[tuple[int, dict[str, float]]] = []
-        at = 0
-        progress = RunProgress(
-            ThreadExchange(shared, rank), 2, lambda: at, lines.append, lambda s, i: scalars.append((i, s))
-        )
+        progress = RunProgress(ThreadExchange(shared, rank), 2, lines.append, lambda s, i: scalars.append((i, s)))
         for report in reports:
-            at = report.iteration + 1
-            plan = delivered(report.iteration).plan
+            plan = delivered(report.iteration - 1).plan
             progress.record(report, plan, spans_of_rank(plan, rank))
         return lines, scalars
 
@@ -93,14 +89,14 @@ def record(folder: Path, iterations: int) -> None:
     for i in range(iterations):
         here = delivered(i)
         spans = spans_of_rank(here.plan, 0)
-        recorder.record(IterationReport.of(i, here, spans), here.plan, spans)
+        recorder.record(IterationReport.of(i + 1, here, spans), here.plan, spans)
     recorder.close()
 
 
 def test_iterations_are_written(tmp_path: Path) -> None:
     record(tmp_path / "trace", 3)
     lines = [json.loads(line) for line in (tmp_path / "trace" / "iterations.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[0]["stall_seconds"] == 0.5
     assert lines[0]["latency_seconds"] == 0.25
     assert lines[0]["fallback"] is True
