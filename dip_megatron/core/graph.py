@@ -38,6 +38,16 @@ class Edges(NamedTuple):
     after: Ints
 
 
+class Dependency(NamedTuple):
+    """One end of a dependency: the operation of ``kind`` of the stage (``virtual_microbatch``, ``rank``), ``seconds``
+    of transfer away. ``B`` stands for whichever of B and BW the plan has for that stage."""
+
+    kind: Kind
+    virtual_microbatch: int
+    rank: int
+    seconds: float
+
+
 class GraphError(ValueError):
     """A stage graph that contradicts itself; the message names the place."""
 
@@ -243,7 +253,11 @@ class StageGraph:
 
     @cached_property
     def edges(self) -> Edges:
-        """All of :meth:`predecessors`' edges between forwards."""
+        """The dependency rule, from which all others follow: what each stage's forward waits for.
+
+        The previous rank's F; on the entry rank (rank 0; the last rank if the segment is reversed) the F of every
+        previous virtual microbatch on its exit rank. :meth:`inputs` says what that means for backwards.
+        """
         ranks, transfer = self.ranks, self.transfer.tolist()
         into: list[list[tuple[int, float]]] = [[] for _ in range(self.virtual_microbatches * ranks)]
         for s in range(self.virtual_microbatches):
@@ -297,26 +311,57 @@ class StageGraph:
             out[s] = flags[self.units[int(self.unit_of[s])].module][self.segment(s)]
         return out
 
-    def predecessors(self, operation: Operation) -> tuple[Operation, ...]:
-        """The operations that must end before ``key`` may start, other than by the rank's own order.
+    @cached_property
+    def _neighbours(self) -> tuple[list[tuple[Dependency, ...]], list[tuple[Dependency, ...]]]:
+        """Per node, the forwards that its forward waits for, and the backwards that its backward waits for."""
+        e, ranks = self.edges, self.ranks
+        source, target, seconds = e.source.tolist(), e.target.tolist(), e.transfer.tolist()
+        into, out_of, after = e.before_start.tolist(), e.after_start.tolist(), e.after.tolist()
+        forwards, backwards = [], []
+        for n in range(self.virtual_microbatches * ranks):
+            forwards.append(
+                tuple(Dependency(Kind.F, *divmod(source[i], ranks), seconds[i]) for i in range(into[n], into[n + 1]))
+            )
+            backwards.append(
+                tuple(
+                    Dependency(Kind.B, *divmod(target[i], ranks), seconds[i]) for i in after[out_of[n] : out_of[n + 1]]
+                )
+            )
+        return forwards, backwards
 
-        F: the previous rank's F; on the entry rank (rank 0; the last rank if the segment is reversed) the F of every
-        previous row on its exit rank. B and BW mirror F (the next rank's B; on the exit rank the B of every next row on
-        its entry rank) and follow the stage's own F. W follows its own B. ``B`` in the answer stands for whichever of B
-        and BW the plan has for that stage.
+    def inputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:
+        """What must end before an operation may start, other than by its rank's own order.
+
+        F waits along :attr:`edges`. B and BW follow the stage's own F, and wait along the same edges the other way:
+        for the next rank's B; on the exit rank for the B of every next virtual microbatch on its entry rank. W follows
+        its own B.
         """
-        s, p = self.virtual_microbatch_of(operation), operation.rank
-        step = -1 if self.is_reversed[s] else 1
-        if operation.kind == Kind.F:
-            if p != self.entry_rank(s):
-                return (self.operation(Kind.F, s, p - step),)
-            return tuple(self.operation(Kind.F, q, self.exit_rank(q)) for q in self.previous_virtual_microbatches[s])
-        if operation.kind == Kind.W:
-            return (self.operation(Kind.B, s, p),)
-        own = (self.operation(Kind.F, s, p),)
-        if p != self.exit_rank(s):
-            return (*own, self.operation(Kind.B, s, p + step))
-        return own + tuple(self.operation(Kind.B, n, self.entry_rank(n)) for n in self.next_virtual_microbatches[s])
+        forwards, backwards = self._neighbours
+        if kind == Kind.F:
+            return forwards[virtual_microbatch * self.ranks + rank]
+        if kind == Kind.W:
+            return (Dependency(Kind.B, virtual_microbatch, rank, 0.0),)
+        own = Dependency(Kind.F, virtual_microbatch, rank, 0.0)
+        return (own, *backwards[virtual_microbatch * self.ranks + rank])
+
+    def outputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:
+        """Who waits for the data that an operation leaves: the other end of :meth:`inputs` between stages. A gradient
+        has no reader where nothing trains."""
+        forwards, backwards = self._neighbours
+        node = virtual_microbatch * self.ranks + rank
+        if kind == Kind.W:
+            return ()
+        if kind == Kind.F:
+            return tuple(d._replace(kind=Kind.F) for d in backwards[node])
+        readers = (d._replace(kind=Kind.B) for d in forwards[node])
+        return tuple(d for d in readers if self.has_backward[d.virtual_microbatch, d.rank])
+
+    def predecessors(self, operation: Operation) -> tuple[Operation, ...]:
+        """:meth:`inputs` of an operation, as operations."""
+        s = self.virtual_microbatch_of(operation)
+        return tuple(
+            self.operation(d.kind, d.virtual_microbatch, d.rank) for d in self.inputs(operation.kind, s, operation.rank)
+        )
 
     # -- views ---------------------------------------------------------------------------------------------------
     @property
@@ -344,5 +389,6 @@ class StageGraph:
             for s in range(self.virtual_microbatches)
         )
         projected = self.changed(pick, strategies=names)
-        projected.__dict__["edges"] = self.edges  # the structure is the same: not to be worked out again
+        for name in ("edges", "_neighbours"):  # the structure is the same: not to be worked out again
+            projected.__dict__[name] = getattr(self, name)
         return projected

@@ -24,31 +24,24 @@ from .simulate.reference import Timeline
 def outgoing(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
     """Messages that an operation's end sets off, those between stages of one rank included."""
     s, p = graph.virtual_microbatch_of(operation), operation.rank
-    step = -1 if graph.is_reversed[s] else 1
-    if operation.kind == Kind.W:
-        return ()
-    if operation.kind == Kind.F:
-        if p != graph.exit_rank(s):
-            targets = [graph.operation(Kind.F, s, p + step)]
-        else:
-            targets = [graph.operation(Kind.F, n, graph.entry_rank(n)) for n in graph.next_virtual_microbatches[s]]
-        return tuple(Message(graph.operation(Kind.F, s, p), t) for t in targets)
-    if p != graph.entry_rank(s):
-        back = [(s, p - step)]
-    else:
-        back = [(q, graph.exit_rank(q)) for q in graph.previous_virtual_microbatches[s]]
-    source = graph.operation(Kind.B, s, p)
-    return tuple(Message(source, graph.operation(Kind.B, q, r)) for q, r in back if graph.has_backward[q, r])
+    source = graph.operation(_gradient_or_output(operation.kind), s, p)
+    readers = graph.outputs(operation.kind, s, p)
+    return tuple(Message(source, graph.operation(d.kind, d.virtual_microbatch, d.rank)) for d in readers)
 
 
 def incoming(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
     """Messages an operation waits for, those between stages of one rank included."""
     if operation.kind == Kind.W:
         return ()
-    kind = Kind.F if operation.kind == Kind.F else Kind.B
-    target = Operation(kind, operation.module, operation.segment, operation.unit, operation.rank)
-    sources = [k for k in graph.predecessors(target) if kind == Kind.F or k.kind == Kind.B]
-    return tuple(Message(source, target) for source in sources)
+    s, p, kind = graph.virtual_microbatch_of(operation), operation.rank, _gradient_or_output(operation.kind)
+    target = graph.operation(kind, s, p)
+    senders = [d for d in graph.inputs(kind, s, p) if d.kind == kind]
+    return tuple(Message(graph.operation(kind, d.virtual_microbatch, d.rank), target) for d in senders)
+
+
+def _gradient_or_output(kind: Kind) -> Kind:
+    """The kind that a message names at both ends."""
+    return Kind.F if kind == Kind.F else Kind.B
 
 
 def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = None) -> tuple[Ints, ...]:

@@ -152,21 +152,8 @@ def _reached(line: list[tuple[int, int]], place: list[int], heads: set[int], cou
 
 def _arrival(graph: StageGraph, end: dict[tuple[int, int, int], float], kind: int, row: int, rank: int) -> float:
     """When the inputs of an operation are there (seconds; inf if one has not been scheduled)."""
-    never = float("inf")
-    step = -1 if graph.is_reversed[row] else 1
-    if kind == _FORWARD:
-        if rank != graph.entry_rank(row):
-            return end.get((kind, row, rank - step), never) + float(graph.transfer[row])
-        ends = [
-            end.get((kind, q, graph.exit_rank(q)), never) + graph.link_transfer(q, row)
-            for q in graph.previous_virtual_microbatches[row]
-        ]
-        return max([0.0, *ends])
-    own = end.get((_FORWARD, row, rank), never)
-    if rank != graph.exit_rank(row):
-        return max(own, end.get((kind, row, rank + step), never) + float(graph.transfer[row]))
     ends = [
-        end.get((kind, n, graph.entry_rank(n)), never) + graph.link_transfer(row, n)
-        for n in graph.next_virtual_microbatches[row]
+        end.get((_FORWARD if d.kind == Kind.F else _BACKWARD, d.virtual_microbatch, d.rank), float("inf")) + d.seconds
+        for d in graph.inputs(Kind(kind), row, rank)
     ]
-    return max([own, *ends])
+    return max([0.0, *ends])

@@ -102,13 +102,7 @@ def _replay(
 
 
 def _inputs_done(graph: StageGraph, done: set[tuple[int, int, int]], kind: int, row: int, rank: int) -> bool:
-    step = -1 if graph.is_reversed[row] else 1
-    if kind == _FORWARD:
-        if rank != graph.entry_rank(row):
-            return (kind, row, rank - step) in done
-        return all((kind, q, graph.exit_rank(q)) in done for q in graph.previous_virtual_microbatches[row])
-    if (_FORWARD, row, rank) not in done:
-        return False
-    if rank != graph.exit_rank(row):
-        return (kind, row, rank + step) in done
-    return all((kind, n, graph.entry_rank(n)) in done for n in graph.next_virtual_microbatches[row])
+    return all(
+        (_FORWARD if d.kind == Kind.F else _BACKWARD, d.virtual_microbatch, d.rank) in done
+        for d in graph.inputs(Kind(kind), row, rank)
+    )

@@ -141,30 +141,15 @@ def automatic(graph: StageGraph, limit: int, *, eager: bool = False) -> Schedule
     clock = np.zeros(ranks)
     forward_end = np.full((rows, ranks), np.inf)
     backward_end = np.full((rows, ranks), np.inf)
+    end_of = {Kind.F: forward_end, Kind.B: backward_end}
     next_forward = np.zeros((ranks, segments), dtype=int)
     next_backward = np.zeros((ranks, segments), dtype=int)
     owed: list[list[int]] = [[] for _ in range(ranks)]
     in_flight = [0] * ranks
 
     def arrival(kind: Kind, row: int, rank: int) -> float:
-        step = -1 if mean.is_reversed[row] else 1
-        if kind == Kind.F:
-            if rank != mean.entry_rank(row):
-                return float(forward_end[row, rank - step] + mean.transfer[row])
-            ends = [
-                forward_end[q, mean.exit_rank(q)] + mean.link_transfer(q, row)
-                for q in mean.previous_virtual_microbatches[row]
-            ]
-            return float(max([0.0, *ends]))
-        if rank != mean.exit_rank(row):
-            later = backward_end[row, rank + step] + mean.transfer[row]
-        else:
-            ends = [
-                backward_end[n, mean.entry_rank(n)] + mean.link_transfer(row, n)
-                for n in mean.next_virtual_microbatches[row]
-            ]
-            later = max([0.0, *ends])
-        return float(max(forward_end[row, rank], later))
+        ends = [end_of[d.kind][d.virtual_microbatch, d.rank] + d.seconds for d in mean.inputs(kind, row, rank)]
+        return float(max([0.0, *ends]))
 
     def options(rank: int) -> list[tuple[float, int, Kind, int]]:
         """(start, preference, kind, row) of what the rank could run next."""

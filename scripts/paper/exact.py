@@ -54,18 +54,13 @@ def solve_orders(graph: StageGraph, tick: float, limit: float, workers: int = 2)
                 model.add(begin["B", s, p] >= end["F", s, p])
         model.add_no_overlap(machine)
 
-    def link(s: int, p: int, t: int, q: int, transfer: float) -> None:
-        """Forward from stage (s, p) to (t, q), and backward the other way where both have one."""
-        model.add(begin["F", t, q] >= end["F", s, p] + ticks(transfer))
+    # Forwards along the edges, and backwards the other way where both ends have one.
+    edges = graph.edges
+    for source, target, transfer in zip(edges.source, edges.target, edges.transfer, strict=True):
+        (s, p), (t, q) = divmod(int(source), graph.ranks), divmod(int(target), graph.ranks)
+        model.add(begin["F", t, q] >= end["F", s, p] + ticks(float(transfer)))
         if graph.has_backward[s, p] and graph.has_backward[t, q]:
-            model.add(begin["B", s, p] >= end["B", t, q] + ticks(transfer))
-
-    for s in range(graph.virtual_microbatches):
-        for p in range(1, graph.ranks):
-            before, after = (p, p - 1) if graph.is_reversed[s] else (p - 1, p)
-            link(s, before, s, after, float(graph.transfer[s]))
-        for t in graph.previous_virtual_microbatches[s]:
-            link(t, graph.exit_rank(t), s, graph.entry_rank(s), graph.link_transfer(t, s))
+            model.add(begin["B", s, p] >= end["B", t, q] + ticks(float(transfer)))
     model.minimize(last)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = limit

@@ -49,6 +49,7 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
     choice = schedule.strategy
     forward_end = np.full((rows, ranks), np.nan)
     backward_end = np.full((rows, ranks), np.nan)
+    end_of = {Kind.F: forward_end, Kind.B: backward_end}
     place = [0] * ranks
     clock = np.zeros(ranks)
     held = graph.static_bytes.astype(np.float64).copy()
@@ -58,24 +59,8 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
 
     def ready_time(kind: Kind, s: int, p: int) -> float:
         """When the inputs of an operation are there; nan if one is not known yet."""
-        step = -1 if graph.is_reversed[s] else 1
-        if kind == Kind.F:
-            if p != graph.entry_rank(s):
-                return float(forward_end[s, p - step] + graph.transfer[s])
-            ends = [
-                forward_end[q, graph.exit_rank(q)] + graph.link_transfer(q, s)
-                for q in graph.previous_virtual_microbatches[s]
-            ]
-            return float(np.max([0.0, *ends]))
-        if kind == Kind.W:
-            return float(backward_end[s, p])
-        own = forward_end[s, p]
-        if p != graph.exit_rank(s):
-            return float(np.maximum(own, backward_end[s, p + step] + graph.transfer[s]))
-        arrivals = [
-            backward_end[n, graph.entry_rank(n)] + graph.link_transfer(s, n) for n in graph.next_virtual_microbatches[s]
-        ]
-        return float(np.max([own, *arrivals]))
+        arrivals = [end_of[d.kind][d.virtual_microbatch, d.rank] + d.seconds for d in graph.inputs(kind, s, p)]
+        return float(np.max([0.0, *arrivals]))
 
     remaining = sum(len(order) for order in schedule.orders)
     while remaining:
