@@ -176,19 +176,21 @@ def parse_plan(line: str) -> Plan:
     except GraphError as error:
         raise PlanFileError(f"actions: {error}") from error
     return Plan(
-        graph,
-        schedule,
-        codes,
-        Predicted(
-            record.predicted.iteration_time, record.predicted.lower_bound, record.predicted.bubble_ratio,
+        graph=graph,
+        schedule=schedule,
+        codes=codes,
+        predicted=Predicted(
+            record.predicted.iteration_time,
+            record.predicted.lower_bound,
+            record.predicted.bubble_ratio,
             tuple(record.predicted.peak_bytes),
         ),
-        record.schedule,
-        _payloads(record),
-        SearchStatistics(
+        name=record.schedule,
+        payloads=_payloads(record),
+        search=SearchStatistics(
             record.search.seconds, record.search.evaluations, record.search.workers, record.search.seed
         ),
-    )  # fmt: skip
+    )
 
 
 def _load(line: str) -> Any:

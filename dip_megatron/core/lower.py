@@ -13,7 +13,7 @@ import numpy as np
 
 from .actions import Message
 from .graph import Ints, StageGraph
-from .kernels import lower_codes, messages_of
+from .kernels import lower_codes, make_lowering, messages_of
 from .operations import Kind, Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics
@@ -53,18 +53,9 @@ def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = Non
     for rank in range(graph.ranks):
         start[rank, : lengths[rank]] = timeline.start[rank]
         end[rank, : lengths[rank]] = timeline.end[rank]
-    messages = 2 * g.edges
-    codes = np.zeros((graph.ranks, orders.shape[1] + 2 * messages), dtype=np.int32)
+    codes = np.zeros((graph.ranks, orders.shape[1] + 4 * g.edges), dtype=np.int32)
     counts = np.zeros(graph.ranks, dtype=np.int32)
-
-    def ints(size: int) -> Ints:
-        return np.zeros(size, dtype=np.int32)
-
-    lower_codes(
-        g, orders, lengths, start, end, ints(messages + 1), ints(messages), ints(messages), np.zeros(messages),
-        ints(2 * graph.ranks**2 + 1), ints(messages), ints(graph.ranks * (orders.shape[1] + 1)), ints(messages),
-        codes, counts,
-    )  # fmt: skip
+    lower_codes(g, make_lowering(g, orders, lengths, start, end), codes, counts)
     return tuple(codes[rank, : counts[rank]].copy() for rank in range(graph.ranks))
 
 
@@ -85,6 +76,11 @@ def make_plan(
         timeline.iteration_time, lower_bound, timeline.bubble_ratio, tuple(float(b) for b in timeline.peak_bytes)
     )
     return Plan(
-        projected, single, lower(projected, single, timeline), predicted, name, dict(payloads or {}),
-        search or SearchStatistics(),
-    )  # fmt: skip
+        graph=projected,
+        schedule=single,
+        codes=lower(projected, single, timeline),
+        predicted=predicted,
+        name=name,
+        payloads=dict(payloads or {}),
+        search=search or SearchStatistics(),
+    )

@@ -102,7 +102,15 @@ def profile_llava(
                 activation, deferred_activation = (None if b is None else b / share for b in stage.bytes_held())
                 samples.append(
                     PartSample(
-                        module, part, float(size), forward, backward, weight, activation, deferred_activation, strategy
+                        module=module,
+                        part=part,
+                        tokens=float(size),
+                        forward=forward,
+                        backward=backward,
+                        weight=weight,
+                        activation=activation,
+                        deferred_activation=deferred_activation,
+                        strategy=strategy,
                     )
                 )
     return samples

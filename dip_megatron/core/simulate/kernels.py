@@ -54,12 +54,22 @@ def graph_arrays(graph: StageGraph) -> GraphArrays:
         np.stack([nodewise(x) for x in (graph.forward, graph.backward, graph.weight, graph.fused)])
     )
     return GraphArrays(
-        rows, ranks, c, duration, nodewise(graph.activation), nodewise(graph.deferred_activation),
-        edges.before_start, edges.source, edges.transfer,
-        edges.after_start, edges.target[edges.after], edges.transfer[edges.after],
-        np.ascontiguousarray(graph.has_backward.reshape(nodes)), np.ascontiguousarray(graph.has_weight.reshape(nodes)),
-        graph.static_bytes.astype(np.float64),
-    )  # fmt: skip
+        virtual_microbatches=rows,
+        ranks=ranks,
+        candidates=c,
+        duration=duration,
+        activation=nodewise(graph.activation),
+        deferred_activation=nodewise(graph.deferred_activation),
+        before_start=edges.before_start,
+        before=edges.source,
+        before_transfer=edges.transfer,
+        after_start=edges.after_start,
+        after=edges.target[edges.after],
+        after_transfer=edges.transfer[edges.after],
+        has_backward=np.ascontiguousarray(graph.has_backward.reshape(nodes)),
+        has_weight=np.ascontiguousarray(graph.has_weight.reshape(nodes)),
+        static_bytes=graph.static_bytes.astype(np.float64),
+    )
 
 
 def pad_orders(schedule: Schedule) -> tuple[Ints, Ints]:

@@ -108,9 +108,14 @@ class Costs:
     def scaled(self, factor: float, module: str = "*", part: str = "*", quantity: str = "*") -> Costs:
         """These costs with one more factor."""
         return Costs(
-            self.efficiency, self.tables, (*self.scales, Scale(module, part, quantity, factor)),
-            self.transfer_seconds, self.static_bytes, self.memory_limit, self.device,
-        )  # fmt: skip
+            efficiency=self.efficiency,
+            tables=self.tables,
+            scales=(*self.scales, Scale(module, part, quantity, factor)),
+            transfer_seconds=self.transfer_seconds,
+            static_bytes=self.static_bytes,
+            memory_limit=self.memory_limit,
+            device=self.device,
+        )
 
     @staticmethod
     def load(path: str | Path) -> Costs:

@@ -220,9 +220,15 @@ def search(
         search_paper(searched, q, incumbent, bound, until, evaluations, 1 if deterministic else workers, seed)
     assert incumbent.schedule is not None
     return SearchResult(
-        incumbent.outward(incumbent.schedule), incumbent.time, bound, incumbent.evaluations, incumbent.elapsed(),
-        tuple(incumbent.history), workers, seed,
-    )  # fmt: skip
+        schedule=incumbent.outward(incumbent.schedule),
+        iteration_time=incumbent.time,
+        lower_bound=bound,
+        evaluations=incumbent.evaluations,
+        seconds=incumbent.elapsed(),
+        history=tuple(incumbent.history),
+        workers=workers,
+        seed=seed,
+    )
 
 
 def _check_warm_start(graph: StageGraph, schedule: Schedule) -> None:

@@ -16,9 +16,10 @@ from scipy.sparse import coo_array
 from ...core.graph import Floats, Ints
 from ...core.simulate.compiled import compiled
 from ...core.simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT, replay
-from .dispatch import dispatch, insertion_sort
+from .dispatch import dispatch
 from .keys import Keys
 from .problem import Problem
+from .queues import insertion_sort
 from .work import Work
 
 
@@ -42,10 +43,17 @@ def make_refill(q: Problem) -> Refill:
     """Buffers for ``q``."""
     rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     return Refill(
-        np.zeros((ranks, 3 * rows)), np.zeros((ranks, 3 * rows)), np.zeros(ranks, dtype=np.int32),
-        np.zeros(rows * ranks), np.zeros(rows * ranks), np.zeros(3 * rows, dtype=np.int64),
-        np.zeros((3, rows), dtype=np.int32), np.zeros(rows), np.zeros(rows, dtype=np.int32), np.array([1.0, 1.2, 1.2]),
-    )  # fmt: skip
+        start=np.zeros((ranks, 3 * rows)),
+        end=np.zeros((ranks, 3 * rows)),
+        at=np.zeros(ranks, dtype=np.int32),
+        forward_end=np.zeros(rows * ranks),
+        backward_end=np.zeros(rows * ranks),
+        profile=np.zeros(3 * rows, dtype=np.int64),
+        place=np.zeros((3, rows), dtype=np.int32),
+        rating=np.zeros(rows),
+        ranked=np.zeros(rows, dtype=np.int32),
+        gain=np.array([1.0, 1.2, 1.2]),
+    )
 
 
 @compiled

@@ -50,11 +50,23 @@ def make_sequences(q: Problem, schedule: Schedule) -> Sequences:
     strategy = schedule.strategy.reshape(-1).copy()
     times = [np.zeros(orders.shape) for _ in range(4)]
     return Sequences(
-        orders, lengths, strategy, orders.copy(), strategy.copy(), times[0], times[1], times[2], times[3],
-        np.zeros((2, nodes)), np.zeros((2, nodes)), np.zeros(q.graph.ranks, dtype=np.int32),
-        np.zeros(q.graph.ranks, dtype=np.int32), np.zeros((2, nodes), dtype=np.int32),
-        np.zeros((orders.size, 2), dtype=np.int32), np.zeros(1, dtype=np.int32),
-    )  # fmt: skip
+        orders=orders,
+        lengths=lengths,
+        strategy=strategy,
+        best_orders=orders.copy(),
+        best_strategy=strategy.copy(),
+        start=times[0],
+        end=times[1],
+        trial_start=times[2],
+        trial_end=times[3],
+        ends=np.zeros((2, nodes)),
+        trial_ends=np.zeros((2, nodes)),
+        at=np.zeros(q.graph.ranks, dtype=np.int32),
+        first=np.zeros(q.graph.ranks, dtype=np.int32),
+        place=np.zeros((2, nodes), dtype=np.int32),
+        arcs=np.zeros((orders.size, 2), dtype=np.int32),
+        arc_count=np.zeros(1, dtype=np.int32),
+    )
 
 
 @compiled

@@ -53,7 +53,16 @@ def make_tree(nodes: int) -> Tree:
         return np.full(nodes, value, dtype=np.int32)
 
     size = np.zeros(1, dtype=np.int32)
-    tree = Tree(ints(-1), ints(-1), ints(0), ints(-1), ints(-1), ints(0), np.zeros(nodes), size)
+    tree = Tree(
+        item=ints(-1),
+        parent=ints(-1),
+        children=ints(0),
+        youngest=ints(-1),
+        elder=ints(-1),
+        visits=ints(0),
+        score=np.zeros(nodes),
+        size=size,
+    )
     tree.size[0] = 1
     return tree
 

@@ -17,7 +17,7 @@ Words = NDArray[np.uint64]
 NODE = np.dtype(
     [("arrives_forward", "f8"), ("arrives_backward", "f8"), ("waits_forward", "i4"), ("waits_backward", "i4")]
 )
-ROW = np.dtype([("key_forward", "f8"), ("key_backward", "f8"), ("place_forward", "i4"), ("place_backward", "i4")])
+QUEUED = np.dtype([("key_forward", "f8"), ("key_backward", "f8"), ("place_forward", "i4"), ("place_backward", "i4")])
 # attention: when the rank should look at its queues again; pending: what split backwards hold for weight gradients.
 RANK = np.dtype(
     [
@@ -40,7 +40,7 @@ class Work(NamedTuple):
     lengths: Ints
     strategy: NDArray[np.int8]
     node: Records
-    row: Records
+    queued: Records
     rank: Records
     reservation: Records
     by_forward: Ints
@@ -63,10 +63,20 @@ def make_work(q: Problem) -> Work:
         return np.arange(count, dtype=np.int32)
 
     return Work(
-        np.zeros((ranks, 3 * rows), dtype=np.int32), np.zeros(ranks, dtype=np.int32),
-        np.zeros(rows * ranks, dtype=np.int8), np.zeros(rows * ranks, dtype=NODE), np.zeros(rows, dtype=ROW),
-        np.zeros(ranks, dtype=RANK), np.zeros((ranks, sinks), dtype=RESERVATION), numbers(rows), numbers(rows),
-        numbers(q.groups), numbers(sinks), numbers(rows), np.zeros((ranks, words), dtype=np.uint64),
-        np.zeros((ranks, words), dtype=np.uint64), np.zeros((ranks, rows), dtype=np.int32),
-        np.zeros(max(rows, q.groups)),
-    )  # fmt: skip
+        orders=np.zeros((ranks, 3 * rows), dtype=np.int32),
+        lengths=np.zeros(ranks, dtype=np.int32),
+        strategy=np.zeros(rows * ranks, dtype=np.int8),
+        node=np.zeros(rows * ranks, dtype=NODE),
+        queued=np.zeros(rows, dtype=QUEUED),
+        rank=np.zeros(ranks, dtype=RANK),
+        reservation=np.zeros((ranks, sinks), dtype=RESERVATION),
+        by_forward=numbers(rows),
+        by_backward=numbers(rows),
+        group_order=numbers(q.groups),
+        position=numbers(sinks),
+        earliest=numbers(rows),
+        known_forward=np.zeros((ranks, words), dtype=np.uint64),
+        known_backward=np.zeros((ranks, words), dtype=np.uint64),
+        queue=np.zeros((ranks, rows), dtype=np.int32),
+        keys=np.zeros(max(rows, q.groups)),
+    )
