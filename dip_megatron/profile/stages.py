@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..core import Kind, Operation, Payload, TensorSpec, Unit
-from ..describe.cost import LAYER_STRATEGIES, Costs, LayerRun, Table
+from ..core.strategies import offloads, strategy_names
+from ..describe.cost import Costs, LayerRun, Table
 from ..describe.cost.calibration import QUANTITIES, STRATEGY_QUANTITIES
 from ..describe.model import MultimodalModel
 from ..describe.workload import Microbatch
@@ -91,7 +92,7 @@ def profile_llava(
             progress(f"{module} {part}, {size} tokens")
             arguments = _arguments(draw_batch(microbatch, kwargs, device, 0))
             share = layers if part == "layer" else 1
-            for strategy in LAYER_STRATEGIES if part == "layer" else ("none",):
+            for strategy in strategy_names() if part == "layer" else ("none",):
                 stage = StageRun(
                     program, chunks[k], Operation(Kind.F, MODEL, k, 0, 0), MicrobatchInputs(arguments),
                     _before(program, k, microbatch), device, final=k == len(PARTS) - 1,
@@ -196,7 +197,7 @@ class StageRun:
         inputs = [received] if received else []
         del received
         mode = self._program.mode
-        self._offloaded = mode.offload() if "offload" in self._strategies else None
+        self._offloaded = mode.offload() if offloads(self._strategies) else None
         with mode.stage(self._weights, self._strategies, self._offloaded):
             if self._final:
                 losses = self._program.final(self._chunk, Inputs(inputs), self._inputs.arguments)

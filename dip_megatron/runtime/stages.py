@@ -13,6 +13,7 @@ import torch
 
 from ..core import Compute, Kind, Operation, Plan, Unit
 from ..core.lower import incoming
+from ..core.strategies import names_in, offloads
 from .deferred import Slot, WeightGradients, leave, start
 from .modes import layer_strategies
 from .offload import OffloadedActivations
@@ -113,7 +114,7 @@ class StageLookAhead:
         following = {
             before.operation: (after.operation.unit, after.operation.segment)
             for before, after in pairwise(actions)
-            if after.operation.kind in (Kind.B, Kind.BW) and "offload" in after.strategy
+            if after.operation.kind in (Kind.B, Kind.BW) and offloads(names_in(after.strategy))
         }
         backward = {(a.operation.unit, a.operation.segment) for a in actions if a.operation.kind in (Kind.B, Kind.BW)}
         sources, constant = {}, {}
@@ -186,7 +187,7 @@ class ModelStages:
             strategies = layer_strategies(strategy, self._layers[operation.module, operation.segment][operation.rank])
             if place in self._look_ahead.split:
                 weights = WeightGradients()
-            if "offload" in strategies:
+            if offloads(strategies):
                 offloaded = self._mode.offload()
         is_loss = (operation.module, operation.segment, operation.rank) == self._final
         given = Inputs(inputs, unit, self._look_ahead.sources.get(place, ()))

@@ -10,7 +10,7 @@ import torch
 
 from dip_megatron.core import Kind, Schedule
 from dip_megatron.core.lower import make_plan
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES, format_strategy
+from dip_megatron.core.strategies import format_strategy, strategy_names
 from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.maker import payloads
@@ -194,7 +194,7 @@ def with_ddp(chunks: list[torch.nn.Module], overlap: bool) -> list[torch.nn.Modu
     return wrapped
 
 
-STRATEGIES = LAYER_STRATEGIES
+STRATEGIES = strategy_names()
 
 
 def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple[str, int]]:

@@ -6,17 +6,17 @@ from functools import cache
 
 import pytest
 
+from dip_megatron.core.strategies import parse_strategy, strategy_names
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.cost.chunks import CostModel
 from dip_megatron.describe.cost.sizes import unit_sizes
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES, parse_strategy
 from dip_megatron.describe.model import Parallel
 from tests.processes import team
 from tests.runtime.accounting import PLACES, Held, Iteration, Sizes, describe, measure, peak
 
 SIZES = Sizes()
 MIXED = "full:1+selective:1+offload:1"
-TEXTS = ["none", *(f"{name}:{SIZES.layers}" for name in LAYER_STRATEGIES[1:]), MIXED]
+TEXTS = ["none", *(f"{name}:{SIZES.layers}" for name in strategy_names()[1:]), MIXED]
 
 RELATIVE = 0.04
 """megatron-core 0.16 keeps a mask also for the ViT, which has none to keep; hence not 0.025."""
@@ -43,7 +43,7 @@ def predicted(text: str, module: str, segment: int) -> tuple[Held, float]:
     model = pricer.model
     sizes = unit_sizes(model.module(module), [load], [(0, 0, SIZES.images if module == "vision" else 1)])
     layer = pricer.layer(module, sizes)
-    rows = [LAYER_STRATEGIES.index(name) for name in parse_strategy(text, SIZES.layers)]
+    rows = [strategy_names().index(name) for name in parse_strategy(text, SIZES.layers)]
     other = pricer.stem(module, sizes) if segment == 0 else pricer.head(module, sizes)
     return Held(
         int(layer.activation[rows, 0].sum() + other.activation[0]),

@@ -12,12 +12,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from ...core.graph import Floats
+from ...core.strategies import strategy_names
 from ...core.versions import is_version, renamed
 from ..files import ConfigurationError, validate
 from .hardware import Cluster, Curve, Operator, check_curve
 from .parts import LayerCost, PartCost
 from .sizes import Sizes
-from .strategies import LAYER_STRATEGIES
 
 Part = Literal["stem", "layer", "head"]
 QUANTITIES = ("forward", "backward", "weight", "activation", "deferred_activation")
@@ -101,7 +101,7 @@ class Costs:
         values = {q: getattr(cost, q).copy() for q in STRATEGY_QUANTITIES}
         for table in measured:
             factors = [s.factor for s in self.scales if s.concerns(module, "layer", table.quantity)]
-            row = LAYER_STRATEGIES.index(table.strategy)
+            row = strategy_names().index(table.strategy)
             values[table.quantity][row] = table.at(sizes.tokens) * np.prod(factors)
         return replace(cost, **values)
 
@@ -169,8 +169,8 @@ class _Measured(_Strict):
     def _aligned(self) -> _Measured:
         if any(b <= a for a, b in pairwise(self.tokens)):
             raise ValueError(f"tokens must rise, got {self.tokens}")
-        if self.strategy not in LAYER_STRATEGIES:
-            raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(LAYER_STRATEGIES)}")
+        if self.strategy not in strategy_names():
+            raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(strategy_names())}")
         if self.strategy != "none" and self.part != "layer":
             raise ValueError(f"strategy: a {self.part} has none, only a layer has")
         for q in QUANTITIES:

@@ -17,8 +17,9 @@ from .chunks import Chunk, ChunkCost, CostModel, LayerRun
 from .hardware import Cluster
 from .parts import LayerCost
 from .sizes import unit_sizes
-from .strategies import LAYER_STRATEGIES, Counts
+from .strategies import Counts
 
+_PAPERS_STRATEGIES = ("none", "selective", "mlp", "full", "offload")
 _FIELDS = ("forward", "backward", "weight", "activation", "deferred_activation")
 
 
@@ -31,8 +32,7 @@ def cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = N
 @lru_cache(maxsize=8)
 def paper_cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = None) -> CostModel:
     """The same with the memory strategies and the choice of candidates that the paper describes."""
-    strategies = [s for s in LAYER_STRATEGIES if s != "activation"]
-    return CostModel(model, cluster, costs, strategies=strategies, corners=False)
+    return CostModel(model, cluster, costs, strategies=_PAPERS_STRATEGIES, corners=False)
 
 
 def build_graph(

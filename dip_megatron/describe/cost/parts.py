@@ -6,11 +6,13 @@ strategy dropped), ``weight`` the weight gradients. A fused backward takes exact
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...core.graph import Floats
+from ...core.strategies import LayerFacts, LayerStrategy
 from ..model import (
     AudioEmbedding,
     LanguageHead,
@@ -25,7 +27,6 @@ from ..model import (
 )
 from .operators import Operators
 from .sizes import Sizes
-from .strategies import LAYER_STRATEGIES
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class PartCost:
 @dataclass(frozen=True, eq=False)
 class LayerCost:
     """One transformer layer under each memory strategy: ``forward``, ``backward``, ``activation`` ``[strategies, U]``
-    in the order of LAYER_STRATEGIES; ``weight``, ``deferred_activation`` ``[U]``."""
+    in the cost model's order; ``weight``, ``deferred_activation`` ``[U]``."""
 
     forward: Floats
     backward: Floats
@@ -150,38 +151,31 @@ def layer_cost(
 
 
 def with_strategies(
-    operators: Operators, cost: PartCost, recompute: Floats, dropped: Floats, layer_input: Floats
-) -> LayerCost:
-    """A layer's cost under every memory strategy of LAYER_STRATEGIES, from what :func:`layer_cost` gives.
+    operators: Operators, cost: PartCost, recompute: Floats, dropped: Floats, layer_input: Floats,
+    strategies: Sequence[LayerStrategy],
+) -> LayerCost:  # fmt: skip
+    """A layer's cost under each of ``strategies``, from what :func:`layer_cost` gives.
 
     Recomputing runs the part's forward again at the start of the input gradient. Offloading copies the layer's
-    activations out behind its forward and back behind its backward: what the copy takes longer is waited for, and the
-    reads and writes of the copy take memory bandwidth from the layer.
+    activations out behind its forward and back behind its backward; the reads and writes of the copy take memory
+    bandwidth from the layer.
     """
-    copy = operators.to_host(cost.activation)
-    traffic = cost.activation / operators.cluster.memory_bandwidth
-    forward = {"offload": np.maximum(cost.forward, copy) + traffic}
-    backward = {
-        "activation": cost.backward + recompute[0],
-        "selective": cost.backward + recompute[1],
-        "mlp": cost.backward + recompute[2],
-        "full": cost.backward + cost.forward,
-        "offload": np.maximum(cost.backward, copy) + traffic,
-    }
-    activation = {
-        "activation": cost.activation - dropped[0],
-        "selective": cost.activation - dropped[1],
-        "mlp": cost.activation - dropped[2],
-        "full": np.minimum(layer_input, cost.activation),
-        "offload": np.zeros_like(cost.activation),
-    }
-    return LayerCost(
-        np.stack([forward.get(s, cost.forward) for s in LAYER_STRATEGIES]),
-        np.stack([backward.get(s, cost.backward) for s in LAYER_STRATEGIES]),
-        cost.weight,
-        np.stack([activation.get(s, cost.activation) for s in LAYER_STRATEGIES]),
-        cost.deferred_activation,
+    facts = LayerFacts(
+        forward=cost.forward,
+        backward=cost.backward,
+        activation=cost.activation,
+        layer_input=layer_input,
+        recompute_activation=recompute[0],
+        recompute_attention=recompute[1],
+        recompute_mlp=recompute[2],
+        saved_by_activation=dropped[0],
+        saved_by_attention=dropped[1],
+        saved_by_mlp=dropped[2],
+        copy=operators.to_host(cost.activation),
+        traffic=cost.activation / operators.cluster.memory_bandwidth,
     )
+    forward, backward, activation = zip(*(s.price(facts) for s in strategies), strict=True)
+    return LayerCost(np.stack(forward), np.stack(backward), cost.weight, np.stack(activation), cost.deferred_activation)
 
 
 def stem_cost(module: ModuleShape, parallel: Parallel, operators: Operators, sizes: Sizes) -> PartCost:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.graph import Floats, StageGraph
+from ...core.strategies import allowed_strategies, names_in, strategy_names
 
 
 def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[StageGraph, NDArray[np.int8]]:
@@ -33,8 +34,8 @@ def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[Stag
 
 def _allowed(graph: StageGraph, c: int, s: int, p: int, recompute: bool, offload: bool) -> bool:
     name = graph.strategy_name(c, s, p) if graph.strategies else ("none" if c == 0 else "full")
-    kinds = {part.split(":")[0] for part in name.split("+")}
-    return (offload or "offload" not in kinds) and (recompute or kinds <= {"none", "offload"})
+    left, known = allowed_strategies(recompute=recompute, offload=offload), strategy_names()
+    return all(kind in left or (recompute and kind not in known) for kind in names_in(name))
 
 
 def restore(strategy: NDArray[np.int8], origin: NDArray[np.int8]) -> NDArray[np.int8]:

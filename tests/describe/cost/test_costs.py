@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dip_megatron.core.strategies import parse_strategy, strategy_names
 from dip_megatron.describe.cost import (
-    LAYER_STRATEGIES,
     Cluster,
     CostModel,
     Costs,
@@ -19,7 +19,6 @@ from dip_megatron.describe.cost import (
     Sizes,
     Table,
     load_cluster,
-    parse_strategy,
     whole_sizes,
 )
 from dip_megatron.describe.cost.static import state_bytes
@@ -56,7 +55,7 @@ def test_on_ideal_hardware_only_the_products_count() -> None:
     norms = 2 * shape.layer.hidden
     matmul = 2 * (shape.layer.parameters - norms) * 8192 / 1e15
     attention = 4 * (5000**2 + 3192**2) / 2 * shape.layer.hidden / 1e15
-    none = LAYER_STRATEGIES.index("none")
+    none = strategy_names().index("none")
     assert layer.forward[none, 0] == pytest.approx(matmul + attention)
     assert layer.backward[none, 0] == pytest.approx(matmul + 2.5 * attention)
     assert layer.weight[0] == pytest.approx(matmul)
@@ -148,7 +147,7 @@ def test_candidates_cost_what_their_names_say() -> None:
     layer = pricer.layer("vision", sizes)
     cost = pricer.chunk_cost((LayerRun("vision", 9),), {"vision": sizes})
     for c, name in enumerate(cost.names[0]):
-        index = [LAYER_STRATEGIES.index(s) for s in parse_strategy(name, 9)]
+        index = [strategy_names().index(s) for s in parse_strategy(name, 9)]
         assert cost.forward[c, 0] == pytest.approx(layer.forward[index, 0].sum())
         assert cost.backward[c, 0] == pytest.approx(layer.backward[index, 0].sum())
         assert cost.activation[c, 0] == pytest.approx(layer.activation[index, 0].sum())
@@ -169,7 +168,7 @@ def test_selective_recompute_pays_where_scores_are_kept() -> None:
     """Unfused attention keeps its score matrix: dropping it saves most of a long sequence's bytes."""
     cpu = CostModel(VLM, replace(H100, fused_attention=False))
     layer = cpu.layer("vision", _images(4))
-    none, selective = (layer.activation[LAYER_STRATEGIES.index(s), 0] for s in ("none", "selective"))
+    none, selective = (layer.activation[strategy_names().index(s), 0] for s in ("none", "selective"))
     assert selective < 0.7 * none
 
 
@@ -188,7 +187,7 @@ def test_measured_tables_replace_the_formula() -> None:
     assert pricer.layer("vision", _images(1)).forward[0, 0] == pytest.approx(1e-3)
     assert pricer.layer("vision", _images(10)).forward[0, 0] == pytest.approx(9e-3)
     assert pricer.layer("vision", _images(20)).forward[0, 0] == pytest.approx(18e-3)  # beyond: in proportion
-    full = LAYER_STRATEGIES.index("full")
+    full = strategy_names().index("full")
     layer = pricer.layer("vision", _images(1))
     assert layer.backward[full, 0] - layer.backward[0, 0] == pytest.approx(1e-3)  # recomputing takes the measured time
     other = pricer.layer("language", whole_sizes(VLM.module("language"), [Microbatch(100)]))
@@ -300,12 +299,12 @@ def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
     loaded = Costs.load(tmp_path / "costs.json")
     assert loaded.tables == tables
     plain, priced = CostModel(VLM, H100).layer("vision", sizes), CostModel(VLM, H100, loaded).layer("vision", sizes)
-    for row, strategy in enumerate(LAYER_STRATEGIES):
+    for row, strategy in enumerate(strategy_names()):
         value = measured.get(strategy)
         assert priced.forward[row, 0] == pytest.approx(plain.forward[row, 0] if value is None else value)
         assert priced.backward[row, 0] == pytest.approx(2 * (plain.backward[row, 0] if value is None else value))
-    assert priced.activation[LAYER_STRATEGIES.index("mlp"), 0] == plain.activation[LAYER_STRATEGIES.index("mlp"), 0]
-    assert priced.activation[LAYER_STRATEGIES.index("full"), 0] == pytest.approx(5.0)
+    assert priced.activation[strategy_names().index("mlp"), 0] == plain.activation[strategy_names().index("mlp"), 0]
+    assert priced.activation[strategy_names().index("full"), 0] == pytest.approx(5.0)
     assert priced.weight == pytest.approx(plain.weight)
     assert (CostModel(VLM, H100, loaded).layer("language", _images(4)).forward == PRICERS["vlm"].layer(
         "language", _images(4)).forward).all()  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dip_megatron.core.strategies import parse_strategy
 from dip_megatron.describe.cost import (
     CostModel,
     Costs,
@@ -14,7 +15,6 @@ from dip_megatron.describe.cost import (
     build_graph,
     build_mixed_graph,
     load_cluster,
-    parse_strategy,
     segmented_graph,
 )
 from dip_megatron.describe.model import ModelError, MultimodalModel, Partition, even_partition, load_model
