@@ -16,7 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from ..core import Plan
-from ..planner.delivery import DeliveredPlan, Exchange, PlanDelivery
+from ..core.protocols import Exchange
+from ..planner.delivery import DeliveredPlan, PlanDelivery
 from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport

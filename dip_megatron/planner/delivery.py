@@ -7,9 +7,10 @@ import pickle
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..core import Plan
+from ..core.protocols import Exchange
 from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
 from .request import PlanRequest
@@ -20,20 +21,6 @@ _HASH = hashlib.sha256().digest_size
 
 class PlanMismatchError(RuntimeError):
     """Ranks hold different plans for one iteration; running them would hang or mix up tensors."""
-
-
-class Exchange(Protocol):
-    """The two collectives the feed needs, among the ranks of one replica, on the host and bounded in time."""
-
-    rank: int
-
-    def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, to all."""
-        ...
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all."""
-        ...
 
 
 @dataclass(frozen=True)

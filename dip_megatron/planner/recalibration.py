@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from ..core import Kind, Plan
 from ..core.graph import Floats
+from ..core.protocols import Timed
 from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
 
 MEMORY = 0.8  # what an iteration's weight shrinks to with each that follows
@@ -19,14 +19,6 @@ PRIOR = 0.1  # spread of sizes (standard deviation over mean) at which the line'
 LEAST, MOST = 0.02, 50.0  # bounds on measured over predicted
 _HEAD = struct.Struct("<ii")
 _BACKWARD = (KINDS.index(Kind.B), KINDS.index(Kind.W), KINDS.index(Kind.BW))
-
-
-class _Timed(Protocol):
-    @property
-    def start(self) -> float: ...
-
-    @property
-    def end(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +30,7 @@ class Measurement:
     seconds: Floats
 
     @staticmethod
-    def of(request: int, rank: int, spans: Sequence[_Timed]) -> Measurement:
+    def of(request: int, rank: int, spans: Sequence[Timed]) -> Measurement:
         """``request`` is the number of the plan's request, ``rank`` the pipeline rank."""
         return Measurement(request, rank, np.array([(s.start, s.end) for s in spans]).reshape(-1, 2))
 

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from ..core.protocols import Timed
 from ..core.simulate import idle_share
 from ..planner.delivery import DeliveredPlan
-
-
-class _Timed(Protocol):
-    @property
-    def start(self) -> float: ...
-
-    @property
-    def end(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class IterationReport:
     worker_deaths: int = 0
 
     @staticmethod
-    def of(iteration: int, delivered: DeliveredPlan, spans: Sequence[_Timed]) -> IterationReport:
+    def of(iteration: int, delivered: DeliveredPlan, spans: Sequence[Timed]) -> IterationReport:
         """Report of a rank that executed ``spans``."""
         plan, statistics = delivered.plan, delivered.statistics
         seconds = max((s.end for s in spans), default=0.0)

@@ -7,25 +7,15 @@ import logging
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from ..core import Plan
+from ..core.protocols import Exchange
 from ..core.simulate import idle_share, simulate
 from ..runtime.clock import MeasuredSpan
 from .iterations import IterationReport
 from .spans import Span, spans_of
 
 logger = logging.getLogger(__name__)
-
-
-class Exchange(Protocol):
-    """Gathers bytes among the ranks of one pipeline."""
-
-    rank: int
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all."""
-        ...
 
 
 class RunRecorder:
