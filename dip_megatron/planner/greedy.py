@@ -1,8 +1,8 @@
 """The paper's dual-queue greedy (section 4.2) in plain Python: what is left when no planner worker answers.
 
 It needs neither a process nor compiled kernels, takes milliseconds to tens of milliseconds, and always ends: admission
-of forwards follows the banker's rule of :mod:`..schedulers.dip.admission`, so that the work at the head of the line can always
-finish.
+of forwards follows the banker's rule of :mod:`..schedulers.dip.admission`, so that the work at the head of the line can
+always finish.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def greedy(graph: StageGraph) -> Schedule:
 
 
 class _Rank:
-    """One rank's queues, clock and memory. Per sink (:class:`..schedulers.dip.problem.Problem`) ``need`` is what it will still
-    take, ``give`` what its end gives back, both in the problem's counts."""
+    """One rank's queues, clock and memory. Per sink (:class:`..schedulers.dip.problem.Problem`) ``need`` is what it
+    will still take, ``give`` what its end gives back, both in the problem's counts."""
 
     def __init__(self, graph: StageGraph, q: Problem, rank: int, unlimited: bool):
         self._rows = graph.virtual_microbatches

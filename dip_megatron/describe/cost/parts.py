@@ -15,6 +15,7 @@ from ...core.graph import Floats
 from ...core.strategies import LayerFacts, LayerStrategy
 from ..model import (
     AudioEmbedding,
+    FeatureEmbedding,
     LanguageHead,
     LatentEmbedding,
     LatentHead,
@@ -188,6 +189,8 @@ def stem_cost(module: ModuleShape, parallel: Parallel, operators: Operators, siz
         inner = stem.patch**2 * stem.channels * stem.temporal
     elif isinstance(stem, AudioEmbedding):
         inner = 3 * (2 * stem.mels + hidden)  # the first convolution runs at twice the rate of tokens
+    elif isinstance(stem, FeatureEmbedding):
+        inner = stem.features
     elif isinstance(stem, LatentEmbedding):
         inner = stem.channels * stem.patch[0] * stem.patch[1] * stem.patch[2]
     elif isinstance(stem, TokenEmbedding):

@@ -3,6 +3,7 @@
 from .modules import (
     EVERY_PART,
     AudioEmbedding,
+    FeatureEmbedding,
     Head,
     LanguageHead,
     LatentEmbedding,
@@ -25,6 +26,7 @@ from .schema import load_model
 __all__ = [
     "EVERY_PART",
     "AudioEmbedding",
+    "FeatureEmbedding",
     "Head",
     "LanguageHead",
     "LatentEmbedding",
