@@ -213,6 +213,8 @@ class ModuleShape:
             )
         if self.input == "clips" and not isinstance(self.stem, LatentEmbedding):
             raise ModelError(f"modules.{self.name}.stem: a module of clips needs a latent_embedding")
+        if isinstance(self.stem, TokenEmbedding) and self.input != "text":
+            raise ModelError(f"modules.{self.name}.input: a token_embedding reads text, not {self.input}")
         if isinstance(self.head, LanguageHead | LatentHead) and self.encodes:
             raise ModelError(
                 f"modules.{self.name}.head: an encoder's ({self.input}) head is a projector or none, not a loss; "

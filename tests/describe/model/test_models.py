@@ -119,7 +119,7 @@ modules:
         ("upstream: [vision]", "upstream: [audio]", "modules.language.upstream", "audio"),
         ("name: tiny", "name: tiny\nparallel: {tp: 8}", "modules.vision.layer.heads", "tp 8"),
         ("input: text", "input: two words", "modules.language.input", "pattern"),
-        ("input: text", "input: words", "modules.language.head", "a language model's input is text"),
+        ("input: text", "input: words", "modules.language.input", "reads text, not words"),
         ("name: tiny", "name: [tiny", "line", "expected"),
         ("name: tiny", "", "name", "required"),
     ],
