@@ -119,7 +119,12 @@ modules:
         ("upstream: [vision]", "upstream: [audio]", "modules.language.upstream", "audio"),
         ("name: tiny", "name: tiny\nparallel: {tp: 8}", "modules.vision.layer.heads", "tp 8"),
         ("input: text", "input: two words", "modules.language.input", "pattern"),
-        ("input: text", "input: words", "modules.language.input", "reads text, not words"),
+        (
+            "input: text",
+            "input: words\n    stem: {kind: token_embedding, vocabulary: 8}",
+            "modules.language.input",
+            "reads text, not words",
+        ),
         ("name: tiny", "name: [tiny", "line", "expected"),
         ("name: tiny", "", "name", "required"),
     ],
