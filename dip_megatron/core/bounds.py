@@ -18,10 +18,10 @@ Three bounds, each valid by itself; the largest is returned.
 2. *Filling the pipeline* (a flow-shop path argument). Let U be a set of modules with all that they feed, the rest D; no
    segment may be reversed. Before rank q's first operation of U, which starts at T(q), it runs forwards of D only, X(q)
    say: a backward follows forwards of U on its rank. With f(q, X) their work, idle(q) = T(q) - f(q, X(q)) is the time
-   lost until then. Rows in X(q + 1) but not in X(q) ran on rank q after its first U forward, and on rank q + 1 before
+   lost until then. Those in X(q + 1) but not in X(q) ran on rank q after its first U forward, and on rank q + 1 before
    T(q + 1): their work on q is at most T(q + 1) - T(q) - u(q) - d, with u(q) the least U forward on q and d the
-   least hop of either kind (if there is none, T(q + 1) >= T(q) + u(q) + d still holds, as that U row arrives from q).
-   So idle(q + 1) >= idle(q) + u(q) + d - sum over D rows of max(0, f(q + 1) - f(q)). A rank's time is at least
+   least transfer of either kind (if there is none, T(q + 1) >= T(q) + u(q) + d still holds, as that U comes from q).
+   So idle(q + 1) >= idle(q) + u(q) + d - sum over D of max(0, f(q + 1) - f(q)). A rank's time is at least
    this idle time plus all of its work plus the least tail. Without split backwards the same holds for the drain, where
    the last backward of U passes from the last rank to the first.
 
@@ -267,7 +267,7 @@ def _closed_sets(graph: StageGraph) -> list[frozenset[int]]:
 
 
 def _all_lead_to(graph: StageGraph, inside: NDArray[np.bool_]) -> bool:
-    """Whether every row outside has a row inside among those it leads to, so that its backward follows one."""
+    """Whether each one outside has one inside among those it leads to, so that its backward follows one."""
     leads = inside.copy()
     changed = True
     while changed:

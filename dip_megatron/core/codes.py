@@ -1,8 +1,8 @@
 """Actions as whole numbers: what plans are made of, sent as and checked as; objects are made of them where people look.
 
-With S rows and E edges (:attr:`StageGraph.edges`): codes below 4S are operations, ``kind * S + row``. Then come the
-sends, receives, waits for sends and waits for receives of the 2E messages; message e is the output that travels along
-edge e, message E + e the gradient that travels back.
+With S virtual microbatches and E edges (:attr:`StageGraph.edges`): codes below 4S are operations, ``kind * S + s``.
+Then come the sends, receives, waits for sends and waits for receives of the 2E messages; message e is the output that
+travels along edge e, message E + e the gradient that travels back.
 """
 
 from __future__ import annotations

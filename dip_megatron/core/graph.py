@@ -1,7 +1,8 @@
 """The stage graph: everything the planner knows about one iteration, and the one dependency rule.
 
-Rows and ranks: the stages of one unit in one segment form a *row* with one stage per pipeline rank; rows are numbered
-unit by unit in the order of :attr:`StageGraph.units`, segment by segment. Arrays are indexed ``[strategy, row, rank]``.
+The stages of one unit in one segment form a *virtual microbatch* (Megatron's word for a model chunk's work on a
+microbatch), with one stage per pipeline rank. They are numbered unit by unit in the order of :attr:`StageGraph.units`,
+segment by segment. Arrays are indexed ``[strategy, virtual microbatch, rank]``.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ PER_STRATEGY = ("forward", "backward", "weight", "fused", "activation", "deferre
 
 
 class Edges(NamedTuple):
-    """The dependencies of forwards, as arrays. A *node* is a stage, ``row * P + rank``; edge e leads from node
+    """The dependencies of forwards, as arrays. A *node* is stage ``s * P + rank``; edge e leads from node
     ``source[e]`` to node ``target[e]``, ``transfer[e]`` seconds away; backwards go the other way.
 
     Edges into node n are ``before[before_start[n]:before_start[n + 1]]`` (consecutive numbers), those out of it
-    ``after[after_start[n]:after_start[n + 1]]``, in the order of the rows at their other ends.
+    ``after[after_start[n]:after_start[n + 1]]``, in the order of the nodes at their other ends.
     """
 
     source: Ints
@@ -153,11 +154,13 @@ class StageGraph:
         for name in PER_STRATEGY:
             array = getattr(self, name)
             if array.shape != shape:
-                raise GraphError(f"{name} has shape {array.shape}, expected (strategies, rows, ranks) = {shape}")
+                raise GraphError(
+                    f"{name} has shape {array.shape}, expected (strategies, virtual microbatches, ranks) = {shape}"
+                )
             if not np.all(np.isfinite(array)) or np.any(array < 0):
                 raise GraphError(f"{name} must be finite and not negative")
         if self.transfer.shape != (self.virtual_microbatches,):
-            raise GraphError(f"hop has shape {self.transfer.shape}, expected ({self.virtual_microbatches},)")
+            raise GraphError(f"transfer has shape {self.transfer.shape}, expected ({self.virtual_microbatches},)")
         if self.static_bytes.shape != (self.ranks,) or self.memory_limit.shape != (self.ranks,):
             raise GraphError(f"static_bytes and memory_limit must have shape ({self.ranks},)")
 
@@ -171,7 +174,7 @@ class StageGraph:
 
     @cached_property
     def first_virtual_microbatch(self) -> tuple[int, ...]:
-        """Row of segment 0 of each unit."""
+        """Virtual microbatch of segment 0 of each unit."""
         rows, n = [], 0
         for u in self.units:
             rows.append(n)
@@ -180,12 +183,12 @@ class StageGraph:
 
     @cached_property
     def virtual_microbatches(self) -> int:
-        """S: number of rows."""
+        """S: how many there are."""
         return sum(self._module_by_name[u.module].segments for u in self.units)
 
     @cached_property
     def unit_of(self) -> Ints:
-        """Unit id of each row, ``[S]``."""
+        """Unit id of each virtual microbatch, ``[S]``."""
         return np.concatenate(
             [np.full(self._module_by_name[u.module].segments, u.id, dtype=np.int32) for u in self.units]
         )
@@ -201,7 +204,7 @@ class StageGraph:
         return Operation(kind, unit.module, self.segment(row), unit.id, rank)
 
     def virtual_microbatch_of(self, operation: Operation) -> int:
-        """Row of a stage key. Raises GraphError if the key is not a stage of this graph."""
+        """Virtual microbatch of an operation. Raises GraphError if it is not one of this graph."""
         if not 0 <= operation.unit < len(self.units) or self.units[operation.unit].module != operation.module:
             raise GraphError(f"{operation} is not a stage of this graph")
         if not (0 <= operation.segment < self.module(operation.module).segments and 0 <= operation.rank < self.ranks):
@@ -210,28 +213,28 @@ class StageGraph:
 
     @cached_property
     def is_reversed(self) -> NDArray[np.bool_]:
-        """``[S]``: the row runs from the last rank to rank 0."""
+        """``[S]``: whether it runs from the last rank to rank 0."""
         flags = [
             m.runs_back(k) for u in self.units for m in [self._module_by_name[u.module]] for k in range(m.segments)
         ]
         return np.array(flags, dtype=np.bool_)
 
-    def entry_rank(self, row: int) -> int:
-        """The rank where the row's forward starts (and its backward ends)."""
-        return self.ranks - 1 if self.is_reversed[row] else 0
+    def entry_rank(self, virtual_microbatch: int) -> int:
+        """The rank where its forward starts (and its backward ends)."""
+        return self.ranks - 1 if self.is_reversed[virtual_microbatch] else 0
 
-    def exit_rank(self, row: int) -> int:
-        """The rank where the row's forward ends (and its backward starts)."""
-        return 0 if self.is_reversed[row] else self.ranks - 1
+    def exit_rank(self, virtual_microbatch: int) -> int:
+        """The rank where its forward ends (and its backward starts)."""
+        return 0 if self.is_reversed[virtual_microbatch] else self.ranks - 1
 
     def link_transfer(self, before: int, after: int) -> float:
-        """Seconds from the last stage of row ``before`` to the first of row ``after``: nothing travels at a turn."""
+        """Seconds from the last stage of ``before`` to the first of ``after``: nothing travels at a turn."""
         return 0.0 if self.is_reversed[before] != self.is_reversed[after] else float(self.transfer[before])
 
     # -- the dependency rule -------------------------------------------------------------------------------------
     @cached_property
     def previous_virtual_microbatches(self) -> tuple[tuple[int, ...], ...]:
-        """Rows that must have ended before row s may start on its entry rank (forward); joins have several."""
+        """Those that must have ended before each may start on its entry rank (forward); joins have several."""
         previous: list[list[int]] = [[] for _ in range(self.virtual_microbatches)]
         for u in self.units:
             start = self.first_virtual_microbatch[u.id]

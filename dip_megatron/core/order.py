@@ -13,7 +13,7 @@ from .operations import Kind, Operation
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """``orders[rank]`` lists operation codes ``kind * S + row`` (int32) in the order the rank executes them;
+    """``orders[rank]`` lists operation codes ``kind * S + s`` (int32) in the order the rank executes them;
     ``strategy`` ``[S, P]`` (int8) picks one of the graph's C candidates per stage."""
 
     orders: tuple[Ints, ...]

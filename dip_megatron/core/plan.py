@@ -56,8 +56,8 @@ class Plan:
     """One iteration's plan.
 
     ``graph`` has one candidate per stage (the chosen memory strategy). ``codes[rank]`` are the rank's actions as
-    numbers (:mod:`.codes`), ``actions[rank]`` the same as objects. ``payloads[(row, next_row)]`` says what travels from
-    the last rank of a row to rank 0 of the next; ``payloads[(row, row)]`` what travels between the ranks of a row.
+    numbers (:mod:`.codes`), ``actions[rank]`` the same as objects. ``payloads[(s, t)]`` says what travels from
+    the last stage of virtual microbatch s to the first of t; ``payloads[(s, s)]`` what travels between the ranks of s.
     Planning without a model to run leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``.
     """
 

@@ -45,7 +45,7 @@ def verify(plan: Plan) -> None:
             pairs = ([(s, s)] if graph.ranks > 1 else []) + [(s, n) for n in graph.next_virtual_microbatches[s]]
             for pair in pairs:
                 if pair not in plan.payloads:
-                    raise PlanError(f"no payload for row {pair[0]} to row {pair[1]}")
+                    raise PlanError(f"no payload for virtual microbatch {pair[0]} to {pair[1]}")
 
 
 def _padded(graph: StageGraph, lines: tuple[Ints, ...]) -> tuple[Ints, Ints]:

@@ -97,7 +97,7 @@ class LivePlanMaker:
 
 
 def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
-    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`)."""
+    """Shapes of every message: ``(s, s)`` within virtual microbatch s, ``(s, next)`` to another (see :class:`Plan`)."""
     out: dict[tuple[int, int], Payload] = {}
     for s in range(graph.virtual_microbatches):
         unit = graph.units[int(graph.unit_of[s])]

@@ -16,7 +16,7 @@ class BaselineError(ValueError):
 
 
 def code(graph: StageGraph, kind: Kind, row: int) -> int:
-    """Operation code of ``kind`` on ``row``, as in :class:`Schedule`."""
+    """Operation code of ``kind`` on virtual microbatch ``row``, as in :class:`Schedule`."""
     return int(kind) * graph.virtual_microbatches + row
 
 

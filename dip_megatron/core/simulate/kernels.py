@@ -17,7 +17,7 @@ FORWARD, BACKWARD, WEIGHT, FUSED = int(Kind.F), int(Kind.B), int(Kind.W), int(Ki
 
 
 class GraphArrays(NamedTuple):
-    """A stage graph for kernels. A *node* is a stage, ``row * P + rank``; N = S * P of them.
+    """A stage graph for kernels. A *node* is stage ``s * P + rank``; N = S * P of them.
 
     ``duration`` ``[4 kinds, C, N]`` seconds; ``activation`` and ``deferred_activation`` ``[C, N]`` bytes. The forward
     of node n waits for nodes ``before[before_start[n]:before_start[n + 1]]``, each ``before_transfer`` seconds away;

@@ -150,7 +150,7 @@ def mixed_graph(
         if chunk:  # a stage without layers passes on what it got
             last = model.module(chunk[-1].module)
             message = pricer.message_bytes(last, sizes[last.name])
-        # A row has one transfer time: the mean over its stages keeps the sum along a microbatch's way.
+        # A virtual microbatch has one transfer time: the mean over its stages keeps the sum along a microbatch's way.
         transfer[first + k] += pricer.transfer_seconds(message) / ranks
     module = ModalityModule(
         "model",

@@ -30,7 +30,7 @@ def _reinsert(order: Floats, group: int, place: int) -> None:
 
 @compiled
 def _bend(q: Problem, shift: Floats, random: NDArray[np.uint64]) -> None:
-    """Change the shift of one row, of a microbatch's backbone or of its other rows, or of all rows of a kind."""
+    """Change the shift of one virtual microbatch, of a microbatch's backbone or of its others, or of all of a kind."""
     s = below(random, len(shift))
     scope = uniform(random)
     step = 4.0 * (uniform(random) + uniform(random) - 1.0)
@@ -48,7 +48,7 @@ def _bend(q: Problem, shift: Floats, random: NDArray[np.uint64]) -> None:
 
 @compiled
 def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
-    """Change the fastest strategy allowed: of a stage, of a row, of a microbatch on a rank, or of a rank."""
+    """Change the fastest strategy allowed: of a stage, a virtual microbatch, a microbatch on a rank, or a rank."""
     rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     if uniform(random) < 0.1:
         x.flags[LEAN_AT_ONCE] = not x.flags[LEAN_AT_ONCE]
@@ -76,7 +76,7 @@ def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
 
 @compiled
 def _fuse(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
-    """Split or fuse the backward of a stage, of a row, of a microbatch on a rank, or of a rank."""
+    """Split or fuse the backward of a stage, of a virtual microbatch, of a microbatch on a rank, or of a rank."""
     rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     s, p, scope, choice = below(random, rows), below(random, ranks), uniform(random), uniform(random) < 0.5
     for i in range(rows):
