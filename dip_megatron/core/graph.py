@@ -320,16 +320,13 @@ class StageGraph:
         e, ranks = self.edges, self.ranks
         source, target, seconds = e.source.tolist(), e.target.tolist(), e.transfer.tolist()
         into, out_of, after = e.before_start.tolist(), e.after_start.tolist(), e.after.tolist()
-        forwards, backwards = [], []
-        for n in range(self.virtual_microbatches * ranks):
-            forwards.append(
-                tuple(Dependency(Kind.F, *divmod(source[i], ranks), seconds[i]) for i in range(into[n], into[n + 1]))
-            )
-            backwards.append(
-                tuple(
-                    Dependency(Kind.B, *divmod(target[i], ranks), seconds[i]) for i in after[out_of[n] : out_of[n + 1]]
-                )
-            )
+
+        def end(kind: Kind, node: int, edge: int) -> Dependency:
+            return Dependency(kind, node // ranks, node % ranks, seconds[edge])
+
+        nodes = range(self.virtual_microbatches * ranks)
+        forwards = [tuple(end(Kind.F, source[i], i) for i in range(into[n], into[n + 1])) for n in nodes]
+        backwards = [tuple(end(Kind.B, target[i], i) for i in after[out_of[n] : out_of[n + 1]]) for n in nodes]
         return forwards, backwards
 
     def inputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:

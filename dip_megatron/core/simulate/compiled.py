@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -32,11 +33,12 @@ def inlined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
     )
 
 
-@intrinsic
-def trailing_zeros(_: Any, word: Any) -> Any:
-    """Place of the lowest 1 in a 64-bit word that has one."""
-
+def _trailing_zeros(_: Any, word: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.uint64), generate
+
+
+trailing_zeros: Callable[[np.uint64], int] = intrinsic(_trailing_zeros)
+"""Place of the lowest 1 in a 64-bit word that has one."""

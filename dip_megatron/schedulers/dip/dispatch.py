@@ -220,7 +220,7 @@ def _run_forward(q: Problem, x: Keys, w: Work, p: int, s: int, c: int, t: float)
     if g.has_backward[n] and g.after_start[n] == g.after_start[n + 1]:
         node[n].arrives_backward = end
         mark(w.known_backward, p, w.queued[s].place_backward)
-    return end
+    return float(end)
 
 
 @inlined
@@ -273,7 +273,7 @@ def _run_backward(q: Problem, x: Keys, w: Work, p: int, s: int, t: float) -> flo
                 to = m % g.ranks
                 mark(w.known_backward, to, w.queued[m // g.ranks].place_backward)
                 w.rank[to].attention = min(w.rank[to].attention, max(w.rank[to].clock, b.arrives_backward))
-    return end
+    return float(end)
 
 
 @inlined
