@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dip_megatron.megatron.cpu import CPU_FLAGS, install_cpu_platform
+from dip_megatron import CPU_FLAGS, install_cpu_platform
 
 ON_CPU = install_cpu_platform()  # does nothing where CUDA is available
 
