@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import time
 from multiprocessing.connection import Connection
 
 from ..core import Plan
 from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 
-Answer = tuple[int, Plan | None, bool, str | None]
-"""(iteration, plan, whether it is the final one, error)"""
+Answer = tuple[int, Plan | None, bool, str | None, float]
+"""(iteration, plan, whether it is the final one, error, seconds of a core it took so far)"""
 
 
 def serve(connection: Connection) -> None:
@@ -31,15 +32,18 @@ def serve(connection: Connection) -> None:
 
 
 def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> Answer:
+    began = time.process_time()
+
     def give(plan: Plan) -> None:
-        connection.send_bytes(pickle.dumps((request.iteration, plan, False, None)))
+        connection.send_bytes(pickle.dumps((request.iteration, plan, False, None, time.process_time() - began)))
 
     try:
-        return request.iteration, maker.best(request, give), True, None
+        plan = maker.best(request, give)
+        return request.iteration, plan, True, None, time.process_time() - began
     except OSError:
         raise
     except Exception as error:  # told to the trainer, which plans by itself
-        return request.iteration, None, True, f"{type(error).__name__}: {error}"
+        return request.iteration, None, True, f"{type(error).__name__}: {error}", time.process_time() - began
 
 
 if __name__ == "__main__":

@@ -173,7 +173,8 @@ class Executor:
 
     def _wait_irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         message = action.message
-        next(self._meanwhile, None)
+        with self._clock.reading():
+            next(self._meanwhile, None)
         self._mail.inbox[message] = self._wait(self._mail.receiving.pop(message), message)
 
     def _wait(self, transfer: Transfer, message: Message) -> Tensors:
