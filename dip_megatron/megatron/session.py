@@ -106,7 +106,13 @@ class DipSession:
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
             order = static_order if config.schedule == "static" else greedy
-            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config, planners_here), config.schedule, order)
+            maker = LivePlanMaker(
+                graphs,
+                program.shapes,
+                make_searcher(config, planners_here, not torch.cuda.is_available()),
+                config.schedule,
+                order,
+            )
             # One worker process, whose threads search together: only one iteration is planned ahead.
             self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
             atexit.register(self._service.close)
@@ -185,10 +191,15 @@ class DipSession:
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
-            policy=PlanningPolicy(config.search_budget, self._another_follows), watchdog=watchdog,
+            policy=PlanningPolicy(config.search_budget, self._another_follows), iteration=self._iteration,
+            watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(),
         )  # fmt: skip
+
+    def _iteration(self) -> int:
+        """As Megatron's log counts; evaluations have that of the iteration before."""
+        return int(getattr(self._args, "curr_iteration", self._args.iteration - 1)) + 1
 
     def _another_follows(self) -> bool:
         """Whether the running iteration is followed by one that trains: data sets may hold no more than is trained on,
@@ -209,7 +220,7 @@ class DipSession:
             if last:
                 print(line, flush=True)
 
-        return RunProgress(exchange, args.log_interval, lambda: int(args.curr_iteration) + 1, say, write_scalars)
+        return RunProgress(exchange, args.log_interval, say, write_scalars)
 
     @staticmethod
     def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:

@@ -13,7 +13,7 @@ from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 
 Answer = tuple[int, Plan | None, bool, str | None, float]
-"""(iteration, plan, whether it is the final one, error, seconds of a core it took so far)"""
+"""(request, plan, whether it is the final one, error, seconds of a core it took so far)"""
 
 
 def serve(connection: Connection) -> None:
@@ -21,7 +21,7 @@ def serve(connection: Connection) -> None:
     maker: PlanMaker = pickle.loads(connection.recv_bytes())
     warm_up_plans()
     maker.warm_up()  # while the trainer still starts up; from then on its own threads come first
-    os.nice(15)
+    os.nice(19)
     connection.send_bytes(READY)
     while True:
         try:
@@ -35,15 +35,15 @@ def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> A
     began = time.process_time()
 
     def give(plan: Plan) -> None:
-        connection.send_bytes(pickle.dumps((request.iteration, plan, False, None, time.process_time() - began)))
+        connection.send_bytes(pickle.dumps((request.request, plan, False, None, time.process_time() - began)))
 
     try:
         plan = maker.best(request, give)
-        return request.iteration, plan, True, None, time.process_time() - began
+        return request.request, plan, True, None, time.process_time() - began
     except OSError:
         raise
     except Exception as error:  # told to the trainer, which plans by itself
-        return request.iteration, None, True, f"{type(error).__name__}: {error}", time.process_time() - began
+        return request.request, None, True, f"{type(error).__name__}: {error}", time.process_time() - began
 
 
 if __name__ == "__main__":

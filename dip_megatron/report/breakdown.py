@@ -138,7 +138,9 @@ def breakdown_table(found: Mapping[str, Any]) -> Table:
     for rank, (planned, measured) in enumerate(zip(found["planned"], found["measured"], strict=True)):
         rows += [(f"rank {rank}, planned", _cells(planned)), (f"rank {rank}, measured", _cells(measured))]
     more = {
-        field: sum((m[field] or 0.0) - (p[field] or 0.0) for p, m in zip(found["planned"], found["measured"], strict=True))
+        field: sum(
+            (m[field] or 0.0) - (p[field] or 0.0) for p, m in zip(found["planned"], found["measured"], strict=True)
+        )
         / len(found["planned"])
         for field in FIELDS[:-1]
     }

@@ -44,9 +44,7 @@ class RunRecorder:
         if self._exchange.rank != 0:
             return
         everyone, outside = zip(*map(pickle.loads, gathered), strict=True)
-        measured = [
-            Span(rank, s.key, s.microbatch, s.start, s.end) for rank, line in enumerate(everyone) for s in line
-        ]
+        measured = [Span(rank, s.key, s.microbatch, s.start, s.end) for rank, line in enumerate(everyone) for s in line]
         self._last = (plan, measured)
         seconds = max((s.end for s in measured), default=0.0)
         busy = sum(s.end - s.start for s in measured)

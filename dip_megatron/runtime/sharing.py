@@ -145,7 +145,9 @@ class HostCopies:
                                   "one host share", folder) from error  # fmt: skip
             finally:
                 os.close(descriptor)
-        raise FileNotFoundError("no folder for what ranks of one host share: /dev/shm and the temporary one are missing")
+        raise FileNotFoundError(
+            "no folder for what ranks of one host share: /dev/shm and the temporary one are missing"
+        )
 
     def open(self, handle: bytes) -> torch.Tensor:
         path = handle.decode()
