@@ -179,7 +179,10 @@ class DipSession:
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
-        executor = Executor(rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock)
+        executor = Executor(
+            rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
+            alone=self._args.tensor_model_parallel_size == 1,
+        )  # fmt: skip
         feed = PlanFeed(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
         recorder = None

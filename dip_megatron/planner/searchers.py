@@ -52,8 +52,8 @@ def static_order(graph: StageGraph) -> Schedule:
 
 @dataclass(frozen=True)
 class DipSearcher:
-    """The searcher of ``dip plan``, within an iteration's budget. ``thrifty``: end before it when the best plan is about
-    as short as any can be, or has been the best for long; for planners that share the cores that compute."""
+    """The searcher of ``dip plan``, within an iteration's budget. ``thrifty``: end before it when the best plan
+    is about as short as any can be, or has been the best for long; for planners that share the cores that compute."""
 
     split_backward: bool = True
     recompute: bool = True

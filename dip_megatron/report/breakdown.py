@@ -27,8 +27,8 @@ class Breakdown:
     planner, the network's threads, other programs); only known where the host computes, and no part of ``operations``.
     ``waiting``: a stage on another rank had to end first. ``reading``: the next batch was read although the data was
     there. ``between``: all other time between two operations (transport, launching, bookkeeping). ``end``: other ranks
-    still ran. These add up to the iteration. ``outside``: from the iteration before to this one (reduction of gradients,
-    optimizer, logging), on top of it.
+    still ran. These add up to the iteration. ``outside``, on top of it: from the iteration before to this one
+    (reduction of gradients, optimizer, logging).
     """
 
     operations: float
@@ -57,7 +57,7 @@ def planned_breakdown(plan: Plan) -> list[Breakdown]:
 def measured_breakdown(
     plan: Plan, spans: Sequence[Sequence[MeasuredSpan]], outside: Sequence[float | None]
 ) -> list[Breakdown]:
-    """From what each rank measured: ``spans[rank]`` in the order of its plan, ``outside[rank]`` before the iteration."""
+    """From what each rank measured: ``spans[rank]`` in the order of its plan, ``outside[rank]`` before it."""
     start = [np.array([s.start for s in line]) for line in spans]
     end = [np.array([s.end for s in line]) for line in spans]
     idle = idle_before(plan.graph, plan.schedule.orders, start, end)

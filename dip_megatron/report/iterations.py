@@ -24,10 +24,11 @@ class IterationReport:
 
     ``uncorrected_seconds``: what the cost model alone predicts for the plan, where measurements have corrected it.
     ``plan_seconds`` is the search, ``latency_seconds`` all from asking for the plan to its arrival, ``stall_seconds``
-    what training waited for it, ``planner_core_seconds`` what the worker's process needed of a core. ``outside_seconds``:
-    from the end of the iteration before to the start of this one (reductions, optimizer, logging); None after a pause,
-    such as an evaluation. The last three count since the start of training: plans made in the trainer because no
-    worker's had come, plans whose search was not over, planner workers replaced.
+    what training waited for it, ``planner_core_seconds`` what the worker's process needed of a core.
+    ``outside_seconds``: from the end of the iteration before to the start of this one (reductions, optimizer, logging);
+    None after a pause, such as an evaluation. ``fallbacks``, ``late_plans`` and ``worker_deaths``
+    count since the start of training: plans made in the trainer because no worker's had come, plans whose search was
+    not over, planner workers replaced.
     """
 
     iteration: int
