@@ -83,8 +83,8 @@ class _Route:
     results: tuple[int, ...]
 
 
-LATEST_READING = 0.25
-"""Share of a rank's actions by which work for the gaps stops waiting for gaps: a plan follows from it."""
+LATEST_READING = 0.4
+"""Share of a rank's actions after which work for the gaps waits for none any more: a plan has to follow from it."""
 
 
 class Executor:
@@ -211,9 +211,8 @@ class Executor:
                 next(self._meanwhile, None)
                 return
             late = self.position.index >= LATEST_READING * len(plan.actions[self._rank])
-            while late or not transfer.done():
-                if next(self._meanwhile, self) is self or late:
-                    return
+            while (late or not transfer.done()) and next(self._meanwhile, self) is not self:
+                pass
 
     def _wait(self, transfer: Transfer, message: Message) -> Tensors:
         self.position.waiting_for = message

@@ -178,7 +178,7 @@ class Bench:
     def dips(
         self, segments: int, microbatches: int, order: Callable[[StageGraph], Schedule]
     ) -> tuple[Callable[[], list[Any]], GptProgram, list[torch.nn.Module], list[Any]]:
-        """One iteration under DIP's, in ``order``; the program and its chunks; plans and measured spans, once it runs."""
+        """One iteration under DIP's, in ``order``; the program and its chunks; plans and spans, once it runs."""
         even = self.setting.layers // (segments * self.ranks)
         program = GptProgram(self._arguments(), {LANGUAGE: ((even,) * self.ranks,) * segments}, rank=self.rank)
         chunks = self._wrapped(program.build_chunks())
