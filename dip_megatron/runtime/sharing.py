@@ -141,7 +141,7 @@ class HostCopies:
             except OSError as error:
                 os.unlink(path)
                 if folder == self._folders[-1]:
-                    raise OSError(error.errno, f"{os.strerror(error.errno)}: no room for {size} bytes that ranks of "
+                    raise OSError(error.errno, f"{error.strerror}: no room for {size} bytes that ranks of "
                                   "one host share", folder) from error  # fmt: skip
             finally:
                 os.close(descriptor)
