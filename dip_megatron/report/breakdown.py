@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -13,8 +13,10 @@ from rich.table import Table
 from ..core import Plan
 from ..core.idle import idle_before
 from ..core.simulate import simulate_compiled
-from ..runtime.clock import MeasuredSpan
 from .tables import seconds, table
+
+if TYPE_CHECKING:  # a run is broken down without torch
+    from ..runtime.clock import MeasuredSpan
 
 WARM_UP = 5  # iterations that also allocate memory and learn costs; left out of medians
 
