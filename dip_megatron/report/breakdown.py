@@ -159,9 +159,21 @@ def _cells(values: Mapping[str, float | None]) -> dict[str, str | None]:
 
 
 def headline(found: Mapping[str, Any]) -> str:
-    """Prediction against measurement, in a line."""
+    """Prediction against measurement, and what makes the difference."""
+    causes = {
+        "operations with what passes between them": ("operations", "cores_lent", "reading", "between"),
+        "waiting for other ranks' stages": ("waiting",),
+        "the end": ("end",),
+    }
+    ranks = list(zip(found["planned"], found["measured"], strict=True))
+    more = {
+        cause: sum(measured[f] - planned[f] for planned, measured in ranks for f in fields) / len(ranks)
+        for cause, fields in causes.items()
+    }
+    told = ", ".join(f"{cause} {'+' if value >= 0 else '-'}{seconds(abs(value))}" for cause, value in more.items())
     return (
         f"an iteration: measured {seconds(found['measured_seconds'])}, predicted {seconds(found['predicted_seconds'])} "
         f"(off by {found['prediction_error']:.1%}) | bubbles: measured {found['bubble_ratio_measured']:.1%}, planned "
-        f"{found['bubble_ratio_planned']:.1%} | the planner had a core for {seconds(found['planner_core_seconds'])}"
+        f"{found['bubble_ratio_planned']:.1%} | the planner had a core for {seconds(found['planner_core_seconds'])}\n"
+        f"a mean rank's time beyond the plan's: {told}"
     )

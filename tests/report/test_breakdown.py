@@ -67,7 +67,15 @@ def test_a_run_is_broken_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     record(tmp_path, 8, 0.125)
     status, out, _ = breakdown(capsys, str(tmp_path))
     assert status == 0
-    for words in ("medians of 3", "rank 0, planned", "rank 1, measured", "more than planned", "125.0 ms", "predicted"):
+    for words in (
+        "medians of 3",
+        "rank 0, planned",
+        "rank 1, measured",
+        "more than planned",
+        "125.0 ms",
+        "predicted",
+        "beyond the plan's: operations",
+    ):
         assert words in out
     status, out, _ = breakdown(capsys, str(tmp_path / "iterations.jsonl"), "--json")
     found = json.loads(out)
