@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.model import MultimodalModel, Parallel, Partition
@@ -106,7 +107,13 @@ class DipSession:
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
             order = static_order if config.schedule == "static" else greedy
-            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config, planners_here), config.schedule, order)
+            maker = LivePlanMaker(
+                graphs,
+                program.shapes,
+                make_searcher(config, planners_here, not torch.cuda.is_available()),
+                config.schedule,
+                order,
+            )
             # One worker process, whose threads search together: only one iteration is planned ahead.
             self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
             atexit.register(self._service.close)
@@ -173,9 +180,12 @@ class DipSession:
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
-        executor = Executor(rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock)
+        executor = Executor(
+            rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
+            alone=self._args.tensor_model_parallel_size == 1,
+        )  # fmt: skip
         delivery = PlanDelivery(self._exchange, self._service, config.recalibrate)
-        watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
+        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
         consumers: list[IterationConsumer] = [progress.record]
@@ -228,11 +238,6 @@ def _tell(sentence: str) -> None:
     """Print on one rank."""
     if dist.get_rank() == 0:
         print(f"[dip] {sentence}", flush=True)
-
-
-def _shared_store() -> Any:
-    """The rendezvous store of the default process group, which all ranks reach."""
-    return dist.distributed_c10d._get_default_store()
 
 
 def _replica_folder() -> str:

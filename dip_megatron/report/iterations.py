@@ -18,8 +18,11 @@ class IterationReport:
 
     ``uncorrected_seconds``: what the cost model alone predicts for the plan, where measurements have corrected it.
     ``plan_seconds`` is the search, ``latency_seconds`` all from asking for the plan to its arrival, ``stall_seconds``
-    what training waited for it. The last three count since the start of training: plans made in the trainer because no
-    worker's had come, plans whose search was not over, planner workers replaced.
+    what training waited for it, ``planner_core_seconds`` what the worker's process needed of a core.
+    ``outside_seconds``: from the end of the iteration before to the start of this one (reductions, optimizer, logging);
+    None after a pause, such as an evaluation. ``fallbacks``, ``late_plans`` and ``worker_deaths``
+    count since the start of training: plans made in the trainer because no worker's had come, plans whose search was
+    not over, planner workers replaced.
     """
 
     iteration: int
@@ -38,9 +41,13 @@ class IterationReport:
     fallbacks: int = 0
     late_plans: int = 0
     worker_deaths: int = 0
+    planner_core_seconds: float = 0.0
+    outside_seconds: float | None = None
 
     @staticmethod
-    def of(iteration: int, delivered: DeliveredPlan, spans: Sequence[Timed]) -> IterationReport:
+    def of(
+        iteration: int, delivered: DeliveredPlan, spans: Sequence[Timed], outside_seconds: float | None = None
+    ) -> IterationReport:
         """Report of a rank that executed ``spans``."""
         plan, statistics = delivered.plan, delivered.statistics
         seconds = max((s.end for s in spans), default=0.0)
@@ -62,6 +69,8 @@ class IterationReport:
             fallbacks=statistics.fallbacks,
             late_plans=statistics.late,
             worker_deaths=statistics.worker_deaths,
+            planner_core_seconds=statistics.core_seconds,
+            outside_seconds=outside_seconds,
         )
 
     def as_dict(self) -> dict[str, Any]:

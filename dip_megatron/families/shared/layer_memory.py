@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from ...compat import transformer_engine
+from ...compat.recompute import CORE_ATTENTION, CheckpointWithoutOutput
 from ...core.strategies import strategy
 from ...runtime.deferred import AtOnce
 from ...runtime.modes import StageMode
@@ -93,7 +94,7 @@ def _set(owners: Sequence[Any], name: str, value: Any) -> Iterator[None]:
 
 def run_without_attention(call: LayerCall) -> Any:
     """Strategy ``selective``."""
-    with _set(call.attentions, "checkpoint_core_attention", True):
+    with _set(call.attentions, CORE_ATTENTION, True):
         return call()
 
 
@@ -190,9 +191,7 @@ def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
 def _checkpoint(config: Any, run: Callable[..., Any], distribute: bool, *tensors: torch.Tensor) -> Any:
     """Megatron's checkpoint, or Transformer Engine's where Megatron takes that."""
     if config.fp8 or getattr(config, "fp4", None):
-        from megatron.core.extensions.transformer_engine import te_checkpoint
-
-        return te_checkpoint(
+        return transformer_engine.checkpoint(
             run, distribute, tensor_parallel.random.get_cuda_rng_tracker,
             parallel_state.get_tensor_model_parallel_group(), *tensors,
         )  # fmt: skip
