@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from dip_megatron.core import Kind, ModalityModule, StageGraph
-from dip_megatron.describe.model import MultimodalModel
+from dip_megatron.describe.model import MultimodalModel, Training
 from dip_megatron.describe.workload import Microbatch, make_units
 from dip_megatron.planner.feed import PlanFeed
 from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
+from tests.runtime.dip_case import followed
 from tests.runtime.llava_case import finalize_without_ddp, global_name, gradients
 from tests.runtime.split_case import Drawn, DrawnMaker
 
@@ -86,7 +87,7 @@ class DrawnUnitGraphs:
     unit_size: dict[str, int | None]
     seed: int = 0
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         units = make_units(self.model, loads, self.unit_size)
         ranks, segments = len(self.modules[0].layers[0]), {m.name: m.segments for m in self.modules}
         rows = sum(segments[u.module] for u in units)
@@ -95,7 +96,7 @@ class DrawnUnitGraphs:
             ranks, self.modules, units, draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
             np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
         )  # fmt: skip
-        return without_training(graph) if forward_only else graph
+        return without_training(graph) if forward_only else followed(graph, training)
 
 
 def drawn_run(
