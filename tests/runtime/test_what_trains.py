@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
 from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.gpt_case import GptCase
 from tests.runtime.llava_case import Case
@@ -89,7 +90,7 @@ def test_layers_of_one_chunk_alone_train():
     seed=st.integers(0, 1000),
 )
 def test_any_parameters_may_be_frozen(coin, case, strategies, adapters, ddp, seed):
-    check(Trained(case, (f"coin {coin}",), adapters, ddp), drawn=Drawn(seed, 0.6, strategies))
+    check(Trained(case, (f"{'module ' if ddp else ''}coin {coin}",), adapters, ddp), drawn=Drawn(seed, 0.6, strategies))
 
 
 def test_what_trains_may_change_between_iterations():

@@ -1,15 +1,12 @@
 """Models of which only some parameters train, as scripts make them: Megatron's own run, and ours from plans.
 
-``trains`` are expressions, one an iteration: parameters whose name in the whole model matches train in it. They are
-applied to models and chunks that are built already, as a script does after ``get_model``.
+``trains`` are expressions, one an iteration (:func:`tests.runtime.program_case.choose`). They are applied to models and
+chunks that are built already, as a script does after ``get_model``.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +19,8 @@ from tests.processes import transport
 from tests.runtime import gpt_case, llava_case
 from tests.runtime.dip_case import DrawnGraphs
 from tests.runtime.gpt_case import GptCase
-from tests.runtime.llava_case import Case, finalize_without_ddp, global_name, gradients, initialize, seed_parameters
+from tests.runtime.llava_case import Case, finalize_without_ddp, gradients, initialize, seed_parameters
+from tests.runtime.program_case import choose
 from tests.runtime.split_case import Drawn, DrawnMaker, with_ddp
 
 ALL = ""
@@ -38,22 +36,6 @@ class Trained:
     trains: tuple[str, ...] = (ALL,)
     adapters: str = ""
     ddp: bool = False
-
-
-def choose(models: Sequence[torch.nn.Module], expression: str) -> None:
-    """Freeze what doesn't match; ``coin N`` leaves it to a coin for each name."""
-    for wrapped in models:
-        model = wrapped
-        while hasattr(model, "module"):
-            model = model.module
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_trains(global_name(model, name), expression))
-
-
-def _trains(name: str, expression: str) -> bool:
-    if expression.startswith("coin"):
-        return hashlib.sha256(f"{expression} {name}".encode()).digest()[0] < 100
-    return re.search(expression, name) is not None
 
 
 def adapted(base: type, kind: str) -> type:
