@@ -234,5 +234,5 @@ def test_a_workload_for_another_kind_of_model_is_refused(name: str, model: objec
 
 
 def test_no_iterations_are_refused() -> None:
-    with pytest.raises(WorkloadError, match="iterations: must be at least 1"):
+    with pytest.raises(WorkloadError, match="iterations: must be 1 to"):
         load_workload("vlm-mix", VLM, 0, 2)
