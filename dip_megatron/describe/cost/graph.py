@@ -85,15 +85,15 @@ def segmented_graph(
         first = first_row[[u.id for u in mine]]
         layers: dict[CostModel, dict[tuple[str, bool], LayerCost]] = {}
         priced: dict[tuple[CostModel, Chunk], ChunkCost] = {}
+        trained = None if training is None else training.of_module(shape.name)
         message = pricer.hop_seconds(pricer.message_bytes(shape, sizes[shape.name]))
         for k, line in enumerate(chunks[shape.name]):
             hop[first + k] = message
             for rank, run in enumerate(line):
                 own = pricer
-                if training is not None:
-                    chunk = training.of_module(shape.name)[k][rank]
-                    built[run] = chunk.of_shape(shape)
-                    own = pricer.as_built(shape.name, chunk, reached[shape.name][k][rank])
+                if trained is not None:
+                    built[run] = trained[k][rank].of_shape(shape)
+                    own = pricer.as_built(shape.name, trained[k][rank], reached[shape.name][k][rank])
                 # Chunks of equal layers cost the same, wherever they stand, unless kinds of layers alternate.
                 same = (own, (run if shape.layer.window else replace(run, first=0),))
                 if same not in priced:

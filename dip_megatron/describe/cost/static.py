@@ -40,9 +40,9 @@ INBOX_MESSAGES = 8
 
 def state_bytes(model: MultimodalModel, cluster: Cluster, parameters: float, trained: float) -> StaticBytes:
     """Parameters, float32 main gradients and Adam's state of ``parameters`` weights split over tp, of which a share
-    ``trained`` is not frozen. Mixed precision
-    keeps a float32 copy and two moments (12 bytes each), single precision the moments alone (8); the distributed
-    optimizer shards them over the data-parallel ranks. Frozen weights keep their values only."""
+    ``trained`` isn't frozen: those that are keep their values only. Mixed precision keeps a float32 copy and two
+    moments (12 bytes each), single precision the moments alone (8); the distributed optimizer shards them over the
+    data-parallel ranks."""
     count = parameters / model.parallel.tp
     learned = count * trained
     state = learned * (12 if cluster.element_bytes == 2 else 8)
