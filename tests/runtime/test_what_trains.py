@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dip_megatron.core import Kind
 from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
 from tests.drawn import settings
-from tests.processes import team
+from tests.processes import ProcessFailure, team
 from tests.runtime.gpt_case import GptCase
 from tests.runtime.llava_case import Case
 from tests.runtime.split_case import Drawn
@@ -101,6 +101,15 @@ def test_what_trains_may_change_between_iterations():
     vision = [kinds(answers, "vision", i)[0] for i in range(len(steps))]
     assert vision[1] == {Kind.F}
     assert all(Kind.F in ran and ran > {Kind.F} for i, ran in enumerate(vision) if i != 1)
+
+
+def test_a_plan_that_leaves_out_what_trains_is_refused():
+    """From wherever it comes: before its first action, on all ranks."""
+    missing = "vision, segment 0 on pipeline rank 0 trains in the model as built, but the plan for iteration 1 has no"
+    with pytest.raises(ProcessFailure, match=missing) as failure:
+        team(2).run(dip_run, Trained(IMAGES, stubborn=True), SPLIT)
+    assert str(failure.value).count(missing) == 2
+    team(2).run(dip_run, Trained(IMAGES, (LANGUAGE,), stubborn=True), SPLIT)
 
 
 def test_four_ranks():

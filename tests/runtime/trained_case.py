@@ -7,12 +7,13 @@ chunks that are built already, as a script does after ``get_model``.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dip_megatron.core import Communicate, CommunicationKind, Kind, Plan
+from dip_megatron.core import Communicate, CommunicationKind, Kind, Plan, StageGraph
+from dip_megatron.describe.model import Training
 from dip_megatron.planner.feed import PlanFeed
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
@@ -30,12 +31,24 @@ RANK = 2
 @dataclass(frozen=True)
 class Trained:
     """``case`` is a LLaVA or a GPT; ``adapters`` are low-rank matrices beside the frozen linears of all attentions: of
-    ``megatron``'s linears or ``torch``'s. With ``ddp`` chunks are wrapped first and what trains is chosen then."""
+    ``megatron``'s linears or ``torch``'s. With ``ddp`` chunks are wrapped first and what trains is chosen then;
+    ``stubborn`` plans are for a frozen encoder."""
 
     case: Case | GptCase
     trains: tuple[str, ...] = (ALL,)
     adapters: str = ""
     ddp: bool = False
+    stubborn: bool = False
+
+
+@dataclass(frozen=True)
+class StubbornGraphs(DrawnGraphs):
+    """Takes the encoder for frozen, whatever trains."""
+
+    def build(self, loads: Any, forward_only: bool, training: Training | None = None) -> StageGraph:
+        graph = super().build(loads, forward_only)
+        encoder = replace(graph.modules[0], trainable=tuple((False,) * graph.ranks for _ in graph.modules[0].layers))
+        return replace(graph, modules=(encoder, *graph.modules[1:]))
 
 
 def adapted(base: type, kind: str) -> type:
@@ -138,7 +151,8 @@ def dip_run(rank: int, world: int, trained: Trained, drawn: Drawn) -> list[Any]:
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_without_ddp
     clock = Clock(torch.device("cpu"))
-    maker = DrawnMaker(DrawnGraphs(program.modules, unit_size, drawn.seed), program.shapes, drawn)
+    graphs = (StubbornGraphs if trained.stubborn else DrawnGraphs)(program.modules, unit_size, drawn.seed)
+    maker = DrawnMaker(graphs, program.shapes, drawn)
     service = PlannerService(maker, workers=0) if rank == 0 else None
     feed = PlanFeed(GlooExchange(list(range(world)), 60.0), service)
     ran: list[tuple[str, Kind]] = []
