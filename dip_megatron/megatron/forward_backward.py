@@ -25,6 +25,7 @@ from ..runtime.clock import Clock, MeasuredSpan
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.watch import Watchdog
+from .agreement import TrainingAgreement, TrainingConsumer
 from .iteration import Iteration
 from .lookahead import LookAhead, RawItems, capture_microbatch
 from .rerun import Repetition
@@ -64,10 +65,12 @@ class DipForwardBackward:
         watchdog: Watchdog | None = None,
         on_iteration: IterationConsumer | None = None,
         tensor_parallel: Exchange | None = None,
+        everyone: Exchange | None = None,
+        on_training: TrainingConsumer | None = None,
     ):
         """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
         calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
-        they are several."""
+        they are several; ``everyone`` and ``on_training`` see :class:`TrainingAgreement`."""
         self._program = program
         self._executor = executor
         self._delivery = delivery
@@ -82,6 +85,9 @@ class DipForwardBackward:
         # By iterator and by forward_only: ranks without data have None for the iterators of training and evaluation.
         self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
         self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
+        self._agreement = TrainingAgreement(
+            program, executor.position.rank, delivery, everyone=everyone, on_change=on_training
+        )
         self._repetition = Repetition()
         self._last_seconds = 0.0
         self._ended: float | None = None  # the last operation of the iteration before, if that trained
@@ -148,7 +154,7 @@ class DipForwardBackward:
         else:
             key = (id(iterator), forward_only)
             source = self._source(key, iterator, forward_step_func, chunks)
-            microbatches, delivered = self._read(key, source, num_microbatches)
+            microbatches, delivered = self._read(key, source, num_microbatches, chunks)
             if not forward_only:
                 self._repetition.keep(microbatches, delivered)
                 if self._policy.look_ahead():
@@ -175,7 +181,7 @@ class DipForwardBackward:
         return iteration.losses
 
     def _read(
-        self, key: tuple[int, bool], source: LookAhead, count: int
+        self, key: tuple[int, bool], source: LookAhead, count: int, chunks: list[torch.nn.Module]
     ) -> tuple[list[MicrobatchInputs], DeliveredPlan]:
         """This iteration's microbatches and plan."""
         request, planned = self._next_request.pop(key, (None, count))
@@ -183,9 +189,15 @@ class DipForwardBackward:
             self._delivery.take(request)  # planned for another number of microbatches: all ranks drop it alike
             request = None
         microbatches = source.take(count)
+        news = b"" if key[1] else self._agreement.news(chunks)
         if request is None:
             request = self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0)
-        return microbatches, self._delivery.take(request)
+        delivered = self._delivery.take(request, news)
+        if self._agreement.learn(delivered.news):  # planned for what trained before
+            delivered = self._delivery.take(self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0))
+        if not key[1]:
+            self._agreement.check(delivered.plan, f"iteration {self._number()}")
+        return microbatches, delivered
 
     def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
         """Read the next iteration's microbatches step by step, then request its plan; this one ``began`` at that time.
@@ -219,6 +231,9 @@ class DipForwardBackward:
     ) -> int:
         self._requests += 1
         loads = tuple(self._program.load(m) for m in microbatches) if self._delivery.plans_here else ()
-        request = PlanRequest(self._requests, loads, budget, forward_only, iteration=iteration)
+        training = None if forward_only else self._agreement.training
+        request = PlanRequest(
+            self._requests, loads, budget, forward_only, iteration=iteration, training=training
+        )  # fmt: skip
         self._delivery.request(request, wait)
         return self._requests

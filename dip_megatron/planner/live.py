@@ -8,7 +8,7 @@ from functools import lru_cache
 from ..core import StageGraph
 from ..core.strategies import LayerStrategy, allowed_strategies, known_strategies, register
 from ..describe.cost import Cluster, CostModel, Costs, segmented_graph
-from ..describe.model import MultimodalModel, Partition
+from ..describe.model import MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
 
 
@@ -26,12 +26,12 @@ class ModelGraphs:
     offload: bool = True
     strategies: tuple[LayerStrategy, ...] = field(default_factory=known_strategies)
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
-        """The stage graph of one iteration."""
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+        """The stage graph of one iteration, of the model as built where ``training`` is known."""
         for strategy in self.strategies:
             register(strategy)  # this may be another process
         pricer = _pricer(self.model, self.cluster, self.costs, self.recompute, self.offload)
-        graph = segmented_graph(pricer, self.partition, loads, self.memory_limit)
+        graph = segmented_graph(pricer, self.partition, loads, self.memory_limit, training)
         return without_training(graph) if forward_only else graph
 
 

@@ -192,7 +192,8 @@ class ModuleShape:
     ``input`` is what of a microbatch it reads: ``text`` (a language model: packed sequences, or the prompts of the
     clips), ``clips`` (a DiT), or the name of a kind of instances (an encoder, one instance each): ``images``,
     ``audios``, or any other. ``upstream`` names the modules whose outputs it waits for. ``trainable`` lists the parts
-    that have weight gradients.
+    that have weight gradients; ``trained_share`` says of how many of the parameters of stem, layers and head, where
+    they do (adapters: few).
     """
 
     name: str
@@ -203,6 +204,7 @@ class ModuleShape:
     head: Head = field(default_factory=Nothing)
     upstream: tuple[str, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
+    trained_share: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         _positive(f"modules.{self.name}", layers=self.layers)
@@ -225,6 +227,10 @@ class ModuleShape:
     def encodes(self) -> bool:
         """Whether it reads instances of a kind, neither text nor clips."""
         return self.input not in ("text", "clips")
+
+    def share(self, part: TrainablePart) -> float:
+        """Of the part's parameters, those that train; 0 for a frozen part."""
+        return self.trained_share[EVERY_PART.index(part)] if part in self.trainable else 0.0
 
     @property
     def reduction(self) -> int:
