@@ -13,9 +13,10 @@ import torch
 from megatron.core import parallel_state
 
 from ..core import Plan
+from ..core.protocols import Exchange
 from ..describe.model import Training, TrainingMismatchError
 from ..describe.model.training import Report, check_replicas
-from ..planner.delivery import Exchange, PlanDelivery
+from ..planner.delivery import PlanDelivery
 from ..runtime.protocol import RunnableStages
 from ..runtime.trained import TrainedParameters, report
 

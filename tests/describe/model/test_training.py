@@ -86,7 +86,7 @@ def test_adapters_cost_little() -> None:
         CostModel(MODEL, CLUSTER), PARTITION, BATCH, training=built(trained(), PARTITION, share=0.01)
     )
     np.testing.assert_array_equal(adapters.backward, whole.backward)
-    inner = [s for s in range(whole.rows) if whole.units[int(whole.unit_of[s])].module == "language"]
+    inner = [s for s in range(whole.virtual_microbatches) if whole.units[int(whole.unit_of[s])].module == "language"]
     np.testing.assert_allclose(adapters.weight[:, inner, 1], 0.01 * whole.weight[:, inner, 1])
     assert adapters.has_weight.all()
     assert (adapters.static_bytes < 0.6 * whole.static_bytes).all()
