@@ -103,8 +103,8 @@ class LivePlanMaker:
 
 
 def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
-    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`). A tensor
-    is differentiable where something trains before it."""
+    """Shapes of every message: ``(s, s)`` within virtual microbatch s, ``(s, next)`` to another (see :class:`Plan`). A
+    tensor is differentiable where something trains before it."""
     out: dict[tuple[int, int], Payload] = {}
     before = trained_before(graph.modules)
     through = {  # whether a gradient enters the module from behind
@@ -121,12 +121,12 @@ def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadSh
             for t in payload
         )
 
-    for s in range(graph.rows):
-        unit = graph.units[int(graph.row_unit[s])]
+    for s in range(graph.virtual_microbatches):
+        unit = graph.units[int(graph.unit_of[s])]
         load = loads[unit.microbatch]
         out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
-        for n in graph.next_rows[s]:
-            leaves = graph.units[int(graph.row_unit[n])].module != unit.module
+        for n in graph.next_virtual_microbatches[s]:
+            leaves = graph.units[int(graph.unit_of[n])].module != unit.module
             leaving = shapes.payload(unit, load, leaves_module=leaves)
             out[s, n] = settled(leaving, bool(graph.has_backward[s, graph.exit_rank(s)]))
     return out
