@@ -252,7 +252,7 @@ def kernels(cases: Sequence[Case]) -> list[Bar]:
         schedule = (case.best[0] if case.best else search(graph, budget_seconds=0.2)).schedule
         arrays = graph_arrays(graph)
         orders, lengths = pad_orders(schedule)
-        nodes = arrays.rows * arrays.ranks
+        nodes = arrays.virtual_microbatches * arrays.ranks
         inputs = (
             arrays, orders, lengths, np.ascontiguousarray(schedule.strategy.reshape(-1)), np.zeros(orders.shape),
             np.zeros(orders.shape), np.zeros(arrays.ranks, dtype=np.int32), np.zeros(nodes), np.zeros(nodes),

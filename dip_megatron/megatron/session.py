@@ -19,7 +19,7 @@ from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.model import MultimodalModel, Parallel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
-from ..planner.feed import PlanFeed
+from ..planner.delivery import PlanDelivery
 from ..planner.greedy import greedy
 from ..planner.live import ModelGraphs
 from ..planner.maker import LivePlanMaker
@@ -185,7 +185,7 @@ class DipSession:
             rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
             alone=self._args.tensor_model_parallel_size == 1,
         )  # fmt: skip
-        feed = PlanFeed(self._exchange, self._service, config.recalibrate)
+        delivery = PlanDelivery(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
@@ -193,9 +193,9 @@ class DipSession:
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
             consumers.append(recorder.record)
-        atexit.register(self._close, feed, watchdog, recorder)
+        atexit.register(self._close, delivery, watchdog, recorder)
         return DipForwardBackward(
-            program, executor, feed, clock,
+            program, executor, delivery, clock,
             policy=PlanningPolicy(config.search_budget, self._another_follows), iteration=self._iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
@@ -248,9 +248,9 @@ class DipSession:
         return RunProgress(exchange, args.log_interval, say, write_scalars)
 
     @staticmethod
-    def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
+    def _close(delivery: PlanDelivery, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
         watchdog.close()
-        feed.close()
+        delivery.close()
         if recorder is not None:
             recorder.close()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ..core import StageGraph
-from ..describe.cost import LAYER_STRATEGIES, Cluster, CostModel, Costs, segmented_graph
+from ..core.strategies import LayerStrategy, allowed_strategies, known_strategies, register
+from ..describe.cost import Cluster, CostModel, Costs, segmented_graph
 from ..describe.model import MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
 
@@ -23,9 +24,12 @@ class ModelGraphs:
     memory_limit: float | None = None
     recompute: bool = True
     offload: bool = True
+    strategies: tuple[LayerStrategy, ...] = field(default_factory=known_strategies)
 
     def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         """The stage graph of one iteration, of the model as built where ``training`` is known."""
+        for strategy in self.strategies:
+            register(strategy)  # this may be another process
         pricer = _pricer(self.model, self.cluster, self.costs, self.recompute, self.offload)
         graph = segmented_graph(pricer, self.partition, loads, self.memory_limit, training)
         return without_training(graph) if forward_only else graph
@@ -34,8 +38,7 @@ class ModelGraphs:
 @lru_cache(maxsize=4)
 def _pricer(model: MultimodalModel, cluster: Cluster, costs: Costs | None, recompute: bool, offload: bool) -> CostModel:
     """One cost model, and with it its caches, for all iterations."""
-    dropped = (() if recompute else ("activation", "selective", "mlp", "full")) + (() if offload else ("offload",))
-    return CostModel(model, cluster, costs, strategies=[s for s in LAYER_STRATEGIES if s not in dropped])
+    return CostModel(model, cluster, costs, strategies=allowed_strategies(recompute=recompute, offload=offload))
 
 
 def without_training(graph: StageGraph) -> StageGraph:

@@ -121,12 +121,12 @@ def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadSh
             for t in payload
         )
 
-    for s in range(graph.rows):
-        unit = graph.units[int(graph.row_unit[s])]
+    for s in range(graph.virtual_microbatches):
+        unit = graph.units[int(graph.unit_of[s])]
         load = loads[unit.microbatch]
         out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
-        for n in graph.next_rows[s]:
-            leaves = graph.units[int(graph.row_unit[n])].module != unit.module
+        for n in graph.next_virtual_microbatches[s]:
+            leaves = graph.units[int(graph.unit_of[n])].module != unit.module
             leaving = shapes.payload(unit, load, leaves_module=leaves)
             out[s, n] = settled(leaving, bool(graph.has_backward[s, graph.exit_rank(s)]))
     return out

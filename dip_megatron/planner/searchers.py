@@ -43,7 +43,7 @@ def static_order(graph: StageGraph) -> Schedule:
     """The modality-segmented static order, with the fastest memory strategy or else the leanest. Where neither fits,
     the greedy's order: it admits no microbatch that does not. Raises NothingFitsError if that can't fit, either."""
     orders = segmented_static(graph).orders
-    for strategy in (np.zeros((graph.rows, graph.ranks), dtype=np.int8), leanest(graph)):
+    for strategy in (np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8), leanest(graph)):
         schedule = Schedule(orders, strategy)
         if np.all(simulate_compiled(graph, schedule).peak_bytes <= graph.memory_limit):
             return schedule

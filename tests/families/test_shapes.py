@@ -15,7 +15,7 @@ from dip_megatron.planner.maker import payloads
 LOADS = (Microbatch(clips=(Clip(5, 4, 32, 32),)),)
 SHAPES = T2vShapes(24, 32, (4, 8, 8), (1, 2, 2), "float32")
 ENCODER, TRANSFORMER = ModalityModule(LANGUAGE, ((1, 1),)), ModalityModule(DIFFUSION, ((1, 1),), (LANGUAGE,))
-UNITS = (Unit(0, LANGUAGE, 0, feeds=(1,)), Unit(1, DIFFUSION, 0))
+UNITS = (Unit(0, LANGUAGE, 0, downstream=(1,)), Unit(1, DIFFUSION, 0))
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ def kinds_of(config: DipConfig, graph):
     schedule, _ = make_searcher(config)(graph, 0.3, lambda _: None)
     names = {
         part.split(":")[0]
-        for s in range(graph.rows)
+        for s in range(graph.virtual_microbatches)
         for p in range(graph.ranks)
         for part in graph.strategy_name(int(schedule.strategy[s, p]), s, p).split("+")
     }
-    return {int(code) // graph.rows for order in schedule.orders for code in order}, names
+    return {int(code) // graph.virtual_microbatches for order in schedule.orders for code in order}, names
 
 
 @pytest.mark.parametrize("recompute", [False, True])
