@@ -34,8 +34,10 @@ def run(script: Path, arguments: tuple[str, ...]) -> None:
 
         install_cpu_platform()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    from ..compat.releases import training_loop
+
     try:
-        import megatron.training  # noqa: F401
+        training_loop()
     except ImportError as error:
         raise click.ClickException(
             f"dip run needs megatron.training, and importing it failed: {error}; use megatron-core >= 0.17, or put a "

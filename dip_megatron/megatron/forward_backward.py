@@ -23,13 +23,10 @@ from ..report.iterations import IterationReport
 from ..runtime.clock import Clock, MeasuredSpan
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, StageProgram
-from ..runtime.stages import IterationState, ModelStages, StageLookAhead
 from ..runtime.watch import Watchdog
-from .gradients import GradientSynchronization
+from .iteration import Iteration
 from .lookahead import LookAhead, RawItems, capture_microbatch
-from .parameters import ParameterSynchronization
 from .rerun import Repetition
-from .step import MegatronStep
 
 IterationConsumer = Callable[[IterationReport, Plan, list[MeasuredSpan]], object]
 """Is told of every training iteration, on all ranks."""
@@ -62,11 +59,14 @@ class DipForwardBackward:
         clock: Clock,
         *,
         policy: PlanningPolicy | None = None,
+        iteration: Callable[[], int] | None = None,
         watchdog: Watchdog | None = None,
         on_iteration: IterationConsumer | None = None,
         tensor_parallel: Exchange | None = None,
     ):
-        """``tensor_parallel`` is among the ranks that read the data together, if they are several."""
+        """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
+        calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
+        they are several."""
         self._program = program
         self._executor = executor
         self._feed = feed
@@ -74,14 +74,15 @@ class DipForwardBackward:
         self._policy = policy or PlanningPolicy()
         self._watchdog = watchdog
         self._on_iteration = on_iteration
-        self._ticket = 0
+        self._trained = 0
+        self._number = iteration or (lambda: self._trained)
+        self._requests = 0
         self._tensor_parallel = tensor_parallel
         # By iterator and by forward_only: ranks without data have None for the iterators of training and evaluation.
         self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
-        self._next_ticket: dict[tuple[int, bool], tuple[int, int]] = {}
+        self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
         self._repetition = Repetition()
         self._last_seconds = 0.0
-        self.iterations = 0
 
     def __call__(
         self,
@@ -137,8 +138,10 @@ class DipForwardBackward:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
         repeated = None if forward_only else self._repetition.again()
         following: Iterator[None] = iter(())
+        if not forward_only and repeated is None:
+            self._trained += 1
+        number = self._number()
         if repeated is not None:
-            self.iterations -= 1
             microbatches, fed = repeated
         else:
             key = (id(iterator), forward_only)
@@ -149,40 +152,34 @@ class DipForwardBackward:
                 if self._policy.look_ahead():
                     following = self._read_ahead(key, source, num_microbatches, time.perf_counter())
         self._clock.begin()
-        step = MegatronStep(
-            config, forward_step_func, num_microbatches=num_microbatches,
+        iteration = Iteration(
+            self._program, self._executor, fed.plan, chunks, microbatches, forward_step_func,
+            forward_only=forward_only, collect_non_loss_data=collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
-            collect_non_loss_data=collect_non_loss_data,
         )  # fmt: skip
-        if not forward_only or first_val_step:
-            for chunk in chunks:
-                if hasattr(chunk, "set_is_first_microbatch"):
-                    chunk.set_is_first_microbatch()
-        self._run(fed.plan, chunks, microbatches, step, config, forward_only, following)
+        iteration.run(number, following, weights_changed=not forward_only or bool(first_val_step))
         spans = self._clock.spans()
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
             self._last_seconds = seconds
-            self._feed.measured(Measurement.of(fed.iteration, self._executor.position.rank, spans))
-            self._finalize(chunks, step, config, pg_collection, force_all_reduce)
+            self._feed.measured(Measurement.of(fed.request, self._executor.position.rank, spans))
+            iteration.finalize(pg_collection, force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
-            self._on_iteration(IterationReport.of(self.iterations, fed, spans), fed.plan, spans)
-        if not forward_only:
-            self.iterations += 1
-        return step.forward_data_store
+            self._on_iteration(IterationReport.of(number, fed, spans), fed.plan, spans)
+        return iteration.losses
 
     def _read(self, key: tuple[int, bool], source: LookAhead, count: int) -> tuple[list[MicrobatchInputs], FedPlan]:
         """This iteration's microbatches and plan."""
-        ticket, planned = self._next_ticket.pop(key, (None, count))
-        if ticket is not None and planned != count:
-            self._feed.take(ticket)  # planned for another number of microbatches: all ranks drop it alike
-            ticket = None
+        request, planned = self._next_request.pop(key, (None, count))
+        if request is not None and planned != count:
+            self._feed.take(request)  # planned for another number of microbatches: all ranks drop it alike
+            request = None
         microbatches = source.take(count)
-        if ticket is None:
-            ticket = self._request(microbatches, key[1], budget=0.0, wait=0.0)
-        return microbatches, self._feed.take(ticket)
+        if request is None:
+            request = self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0)
+        return microbatches, self._feed.take(request)
 
     def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
         """Read the next iteration's microbatches step by step, then request its plan; this one ``began`` at that time.
@@ -194,8 +191,8 @@ class DipForwardBackward:
         coming = source.peek(count)
         if len(coming) == count:
             budget = self._policy.budget(self._last_seconds - (time.perf_counter() - began))
-            ticket = self._request(coming, False, budget, wait=1.3 * budget + 0.1)
-            self._next_ticket[key] = (ticket, count)
+            request = self._request(coming, self._number() + 1, False, budget, wait=1.3 * budget + 0.1)
+            self._next_request[key] = (request, count)
 
     def _source(
         self, key: tuple[int, bool], iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any],
@@ -211,59 +208,11 @@ class DipForwardBackward:
             self._look_ahead[key] = known
         return known[1]
 
-    def _request(self, microbatches: list[MicrobatchInputs], forward_only: bool, budget: float, wait: float) -> int:
-        self._ticket += 1
+    def _request(
+        self, microbatches: list[MicrobatchInputs], iteration: int, forward_only: bool, budget: float, wait: float
+    ) -> int:
+        self._requests += 1
         loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
-        self._feed.request(PlanRequest(self._ticket, loads, budget, forward_only), wait)
-        return self._ticket
-
-    def _run(
-        self, plan: Plan, chunks: list[torch.nn.Module], microbatches: list[MicrobatchInputs], step: MegatronStep,
-        config: Any, forward_only: bool, following: Iterator[None],
-    ) -> None:  # fmt: skip
-        graph, rank = plan.graph, self._executor.position.rank
-        places = [(m.name, k) for m in self._program.modules for k in range(m.segments)]
-        remaining = dict.fromkeys(places, 0)
-        if not forward_only:
-            for s in range(graph.rows):
-                if graph.has_weight[s, rank]:
-                    remaining[graph.units[int(graph.row_unit[s])].module, graph.segment(s)] += 1
-        state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
-        sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
-        runner = ModelStages(
-            self._program, chunks, step, state, last_rank=graph.ranks - 1, look_ahead=StageLookAhead.of(plan, rank),
-            on_chunk_done=sync.chunk_done,
-        )  # fmt: skip
-        if forward_only:
-            with torch.no_grad():
-                self._executor.run(plan, runner, self.iterations)
-            return
-        parameters = ParameterSynchronization(chunks)
-        parameters.begin()
-        sync.begin({i for i, place in enumerate(places) if not remaining[place]})
-        self._executor.run(plan, runner, self.iterations, following)
-        sync.end()
-        parameters.end()
-
-    def _finalize(
-        self, chunks: list[torch.nn.Module], step: MegatronStep, config: Any, pg_collection: Any,
-        force_all_reduce: bool | None,
-    ) -> None:  # fmt: skip
-        if config.finalize_model_grads_func is None:
-            return
-        tokens = step.total_num_tokens
-        if tokens is None:
-            parameter = next(p for chunk in chunks for p in chunk.parameters())  # a chunk may have no layers
-            tokens = torch.zeros([], dtype=torch.int, device=parameter.device)
-        # Megatron looks for the embedding on the first rank's first chunk and for the head on the last rank's last one.
-        ordered = chunks
-        if self._executor.position.rank == 0:
-            language = len(chunks) - self._program.modules[-1].segments
-            ordered = [chunks[language], *chunks[:language], *chunks[language + 1 :]]
-        optional = {} if force_all_reduce is None else {"force_all_reduce": force_all_reduce}
-        config.finalize_model_grads_func(
-            ordered,
-            tokens if config.calculate_per_token_loss else None,
-            pg_collection=pg_collection,
-            **optional,
-        )
+        request = PlanRequest(self._requests, loads, budget, forward_only, iteration=iteration)
+        self._feed.request(request, wait)
+        return self._requests
