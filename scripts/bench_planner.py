@@ -25,15 +25,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.commands.planning import (
-    SCHEDULES,
-    DoesNotFit,
-    Effort,
-    Setting,
-    make_planner,
-    searched_partition,
-)  # fmt: skip
-from dip_megatron.commands.tables import text_table
 from dip_megatron.core import Schedule, StageGraph
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
@@ -42,8 +33,16 @@ from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import load_cluster, segmented_graph
 from dip_megatron.describe.model import Partition, load_model
 from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.facade import (
+    DoesNotFitError,
+    Effort,
+    Setting,
+    make_planner,
+    searched_partition,
+)  # fmt: skip
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers import BaselineError
+from dip_megatron.report.schedules import text_table
+from dip_megatron.schedulers import BaselineError, schedule_names
 from dip_megatron.schedulers.dip import SearchResult, search, warm_up
 from scripts.bench_search import microseconds, optimum, tight
 
@@ -144,11 +143,11 @@ def baselines(cases: Sequence[Case], budget: float, workers: int) -> list[Bar]:
         effort = Effort(budget, workers)
         times: dict[str, float] = {}
         work = mean_over([float((g.forward + g.fused).min(axis=0).sum()) / g.ranks for g in case.graphs])
-        for name in SCHEDULES:
+        for name in schedule_names():
             try:
                 planner = make_planner(name, case.setting, effort, searched=case.ours)
                 found = [planner(m) for m in case.setting.microbatches]
-            except (BaselineError, DoesNotFit) as error:
+            except (BaselineError, DoesNotFitError) as error:
                 rows.append([case.name, name, "-", "-", "-", "-", "-", str(error)[:30]])
                 continue
             time_ = mean_over([p.iteration_time for p in found])

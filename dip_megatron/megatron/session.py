@@ -20,11 +20,9 @@ from ..describe.model import MultimodalModel, Parallel, Partition, Training, Tra
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.delivery import PlanDelivery
-from ..planner.greedy import greedy
+from ..planner.facade import Setting, live_maker, searched_partition
 from ..planner.live import ModelGraphs
-from ..planner.maker import LivePlanMaker
-from ..planner.partitioning import choose_partition
-from ..planner.searchers import make_searcher, static_order
+from ..planner.searchers import live_effort
 from ..planner.service import PlannerService
 from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
@@ -33,6 +31,7 @@ from ..runtime.executor import Executor
 from ..runtime.protocol import StageProgram
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
+from ..schedulers.registry import find_schedule
 from .build import ChunkList, configured_partition, record_blueprint
 from .checkpoints import Checkpoint, find_checkpoint, record, warn_of_bound_state
 from .exchange import GlooExchange
@@ -51,6 +50,7 @@ class DipSession:
         single_ranks_on_nccl(args)
         self._args = args
         self._config = config
+        self._entry = find_schedule(config.schedule)
         self._families = families
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
@@ -107,16 +107,10 @@ class DipSession:
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
-            order = static_order if config.schedule == "static" else greedy
-            maker = LivePlanMaker(
-                graphs,
-                program.shapes,
-                make_searcher(config, planners_here, not torch.cuda.is_available()),
-                config.schedule,
-                order,
-            )
+            effort = live_effort(config, planners_here, thrifty=not torch.cuda.is_available())
+            maker = live_maker(config.schedule, graphs, program.shapes, effort, label=config.schedule)
             # One worker process, whose threads search together: only one iteration is planned ahead.
-            self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
+            self._service = PlannerService(maker, min(config.planner_workers, 1) if self._entry.ahead else 0)
             atexit.register(self._service.close)
 
     def _cluster(self) -> Cluster:
@@ -158,9 +152,7 @@ class DipSession:
         args = self._args
         count = max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1)
         batches = load_workload(workload, model, 2, count, args.seed)
-        return choose_partition(
-            model, cluster, batches, costs=costs, memory_limit=self._config.memory_limit, budget_seconds=5.0
-        )
+        return searched_partition(Setting(model, cluster, batches, costs, self._config.memory_limit), 5.0)
 
     # -- iterations ----------------------------------------------------------------------------------------------
     def forward_backward(self, *_: Any, **__: Any) -> DipForwardBackward:

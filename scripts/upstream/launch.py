@@ -60,7 +60,7 @@ def _main() -> None:
     sys.path[0] = str(ROOT)  # not this folder
     if way == "run":
         import dip_megatron
-        from dip_megatron.commands.run import run
+        from dip_megatron.cli import main
 
         install = dip_megatron.install
 
@@ -69,7 +69,7 @@ def _main() -> None:
             draw_weights_before_the_optimizer()
 
         dip_megatron.install = install_and_draw
-        run([script, *arguments])
+        main(["run", script, *arguments])
         return
     if way == "absent":
         sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
