@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import DipConfig
 from ..describe.files import ConfigurationError
+from ..environment import load_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -26,18 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def dip_config(args: argparse.Namespace) -> DipConfig:
-    """The run's configuration. Raises ConfigurationError."""
-    return DipConfig.load(
-        args.dip_config,
-        {
-            "schedule": args.dip_schedule,
-            "planner_workers": args.dip_planner_workers,
-            "search_budget": args.dip_search_budget,
-            "memory_limit": args.dip_memory_limit,
-            "trace_dir": args.dip_trace_dir,
-        },
-    )
+def run_config(args: argparse.Namespace) -> DipConfig:
+    """The run's configuration, from flags, environment, file and defaults. Raises ConfigurationError."""
+    flags = ("config", "schedule", "planner_workers", "search_budget", "memory_limit", "trace_dir")
+    return load_settings({name: getattr(args, f"dip_{name}") for name in flags}).config
 
 
 _WITH_OFF = "or use --dip-schedule off"
@@ -50,7 +43,7 @@ def check_arguments(args: Any) -> None:
         if condition:
             raise ConfigurationError(f"--dip-schedule {config.schedule} and {flag}: {reason}; {way_out}")
 
-    config = dip_config(args)
+    config = run_config(args)
     if config.schedule == "off":
         return
     refuse(

@@ -62,13 +62,12 @@ class Checkpoint:
         return f"the checkpoint in {self.path} was written {written}; this run has {_in_words(partition)}"
 
 
-def find_checkpoint(args: Any) -> Checkpoint | None:
+def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
     """The checkpoint that Megatron is going to load, if any. Call it on all ranks, with torch.distributed initialized.
+    ``checkpointing`` is Megatron's module of that name.
 
     Raises ConfigurationError for a checkpoint that isn't a distributed one.
     """
-    from megatron.training import checkpointing
-
     folder, finetune = args.load, args.finetune
     pretrained = getattr(args, "pretrained_checkpoint", None)
     if pretrained is not None and not checkpointing.checkpoint_exists(folder):

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
-from ..describe.model import MultimodalModel, Parallel, Partition
+from ..describe.model import MultimodalModel, Partition
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.feed import PlanFeed
@@ -31,12 +31,12 @@ from ..runtime.executor import Executor
 from ..runtime.protocol import StageProgram
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
+from .adapters.loop import TrainingLoop
 from .build import ChunkList, configured_partition, record_blueprint
-from .checkpoints import Checkpoint, find_checkpoint, record, warn_of_bound_state
+from .call import check_call
+from .checkpoints import Checkpoint
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
-from .scalars import write_scalars
-from .shared_gpu import single_ranks_on_nccl
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,21 @@ logger = logging.getLogger(__name__)
 class DipSession:
     """What the hooks share between building the model and running its iterations."""
 
-    def __init__(self, args: Any, config: DipConfig, families: Sequence[ModelFamily]):
-        """``args`` are Megatron's, validated; ``config`` is not ``off``; ``families`` are the models to look for."""
-        single_ranks_on_nccl(args)
-        self._args = args
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        config: DipConfig,
+        families: Sequence[ModelFamily],
+        tell: Callable[[str], object] = logger.warning,
+    ):
+        """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
+        self._loop = loop
         self._config = config
         self._families = families
+        self._tell = tell
+        self._own: set[int] = set()
+        self._trained = 0
+        self._running = False
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
@@ -61,18 +70,16 @@ class DipSession:
         """A model provider that builds what ``provider`` would, in segments."""
 
         def build(*args: Any, **kwargs: Any) -> ChunkList:
+            if self._program is not None:
+                self._tell("a second model of this run is built and runs as without DIP")
+                return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
-            a = self._args
-            parallel = Parallel(
-                a.tensor_model_parallel_size, a.pipeline_model_parallel_size, a.data_parallel_size,
-                a.sequence_parallel, a.use_distributed_optimizer,
-            )  # fmt: skip
-            model = family.describe(blueprint, parallel)
+            loop = self._loop
+            model = family.describe(blueprint, loop.parallel)
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
-            checkpoint = find_checkpoint(a)
+            checkpoint = loop.checkpoint()
             partition = self._partition(model, cluster, costs, family.workload, checkpoint)
-            record(a, partition)
-            for sentence in (checkpoint and checkpoint.compare(partition), warn_of_bound_state(a)):
+            for sentence in (loop.record(partition), checkpoint and checkpoint.compare(partition)):
                 if sentence:
                     _tell(sentence)
             self._graphs = ModelGraphs(
@@ -86,9 +93,12 @@ class DipSession:
             )
             self._program = family.program(
                 blueprint, {m.module: m.layers for m in partition.modules},
-                rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=a.micro_batch_size,
+                rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=loop.micro_batch_size,
             )  # fmt: skip
             chunks = ChunkList(self._program.build_chunks())
+            for chunk in chunks:
+                chunk.register_forward_pre_hook(self._only_in_a_stage)
+            self._own = {id(chunk) for chunk in chunks}
             self._start_planner(self._program, self._graphs)
             return chunks
 
@@ -147,29 +157,60 @@ class DipSession:
     def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
         """Chunks are built before the first batch is read, so the partitioner judges by a published mix, packed to the
         model's sequence length."""
-        args = self._args
-        count = max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1)
-        batches = load_workload(workload, model, 2, count, args.seed)
+        batches = load_workload(workload, model, 2, self._loop.num_microbatches, self._loop.seed)
         return choose_partition(
             model, cluster, batches, costs=costs, memory_limit=self._config.memory_limit, budget_seconds=5.0
         )
 
     # -- iterations ----------------------------------------------------------------------------------------------
-    def forward_backward(self, *_: Any, **__: Any) -> DipForwardBackward:
-        """What Megatron's ``get_forward_backward_func`` returns under DIP."""
+    def owns(self, model: Any) -> bool:
+        """Whether ``model``, as a schedule is given it, has a chunk that this session has built."""
+        return any(self._is_own(chunk) for chunk in (model if isinstance(model, list) else [model]))
+
+    def run(self, **arguments: Any) -> list[Any]:
+        """Run an iteration: what Megatron's schedules do, with their keyword arguments.
+
+        Raises ValueError, before any step, for a call that DIP can't follow.
+        """
+        if self._running:
+            raise ValueError(
+                "the schedule is called while it runs, from within an iteration of the same model; DIP can't nest them"
+            )
+        check_call(arguments, len(self._own), self._is_own, self._pipeline())
         if self._step is None:
             self._step = self._start()
-        return self._step
+        self._running = True
+        try:
+            return self._step(**arguments)
+        finally:
+            self._running = False
+
+    def _is_own(self, chunk: Any) -> bool:
+        while chunk is not None and id(chunk) not in self._own:
+            chunk = getattr(chunk, "module", None)  # within Megatron's wrappers
+        return chunk is not None
+
+    def _only_in_a_stage(self, chunk: torch.nn.Module, _: Any) -> None:
+        """A chunk has a part of its module's layers, in an order of its own: run by anything but its plan, it would
+        compute something else than the model."""
+        if not self._running:
+            raise RuntimeError(
+                f"a {type(chunk).__name__} that DIP built is run without DIP's schedule: the loop calls the model by "
+                "itself, or has got its schedule before dip_megatron.install(); see docs/any-loop.md, or use "
+                "--dip-schedule off"
+            )
+
+    @staticmethod
+    def _pipeline() -> list[int]:
+        """Global ranks of this rank's pipeline."""
+        return list(dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()))
 
     def _start(self) -> DipForwardBackward:
-        if self._program is None or self._exchange is None:
-            raise RuntimeError(
-                "DIP found no model to schedule: it must be built through megatron.training's get_model after "
-                "dip_megatron.install(); or use --dip-schedule off"
-            )
+        assert self._program is not None, "run() is for chunks built here"
+        assert self._exchange is not None
         config, program = self._config, self._program
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        pipeline = self._pipeline()
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
@@ -178,7 +219,7 @@ class DipSession:
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
-        consumers: list[IterationConsumer] = [progress.record]
+        consumers: list[IterationConsumer] = [self._count, progress.record]
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
             consumers.append(recorder.record)
@@ -191,11 +232,10 @@ class DipSession:
         )  # fmt: skip
 
     def _another_follows(self) -> bool:
-        """Whether the running iteration is followed by one that trains: data sets may hold no more than is trained on,
-        and iterations to skip are read by Megatron itself."""
-        following = int(self._args.curr_iteration) + 1
-        skipped = self._args.iterations_to_skip or []  # counted from 0 in releases before 0.17
-        return following < self._args.train_iters and not {following, following + 1} & set(skipped)
+        return self._loop.read_ahead and self._loop.another_follows()
+
+    def _count(self, *_: Any) -> None:
+        self._trained += 1
 
     def _tensor_parallel_exchange(self) -> GlooExchange | None:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
@@ -203,13 +243,15 @@ class DipSession:
 
     def _progress(self, exchange: GlooExchange) -> RunProgress:
         """Megatron writes its log, and everything else, on the last rank."""
-        args, last = self._args, dist.get_rank() == dist.get_world_size() - 1
+        loop, last = self._loop, dist.get_rank() == dist.get_world_size() - 1
 
         def say(line: str) -> None:
             if last:
                 print(line, flush=True)
 
-        return RunProgress(exchange, args.log_interval, lambda: int(args.curr_iteration) + 1, say, write_scalars)
+        return RunProgress(
+            exchange, loop.log_interval, lambda: loop.iteration(self._trained), say, loop.write_scalars
+        )  # fmt: skip
 
     @staticmethod
     def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
