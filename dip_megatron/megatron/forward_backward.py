@@ -23,13 +23,10 @@ from ..report.iterations import IterationReport
 from ..runtime.clock import Clock, MeasuredSpan
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, StageProgram
-from ..runtime.stages import IterationState, ModelStages, StageLookAhead
 from ..runtime.watch import Watchdog
-from .gradients import GradientSynchronization
+from .iteration import Iteration
 from .lookahead import LookAhead, RawItems, capture_microbatch
-from .parameters import ParameterSynchronization
 from .rerun import Repetition
-from .step import MegatronStep
 
 IterationConsumer = Callable[[IterationReport, Plan, list[MeasuredSpan]], object]
 """Is told of every training iteration, on all ranks."""
@@ -149,29 +146,25 @@ class DipForwardBackward:
                 if self._policy.look_ahead():
                     following = self._read_ahead(key, source, num_microbatches, time.perf_counter())
         self._clock.begin()
-        step = MegatronStep(
-            config, forward_step_func, num_microbatches=num_microbatches,
+        iteration = Iteration(
+            self._program, self._executor, fed.plan, chunks, microbatches, forward_step_func,
+            forward_only=forward_only, collect_non_loss_data=collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
-            collect_non_loss_data=collect_non_loss_data,
         )  # fmt: skip
-        if not forward_only or first_val_step:
-            for chunk in chunks:
-                if hasattr(chunk, "set_is_first_microbatch"):
-                    chunk.set_is_first_microbatch()
-        self._run(fed.plan, chunks, microbatches, step, config, forward_only, following)
+        iteration.run(self.iterations, following, weights_changed=not forward_only or bool(first_val_step))
         spans = self._clock.spans()
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
             self._last_seconds = seconds
             self._feed.measured(Measurement.of(fed.iteration, self._executor.position.rank, spans))
-            self._finalize(chunks, step, config, pg_collection, force_all_reduce)
+            iteration.finalize(pg_collection, force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
             self._on_iteration(IterationReport.of(self.iterations, fed, spans), fed.plan, spans)
         if not forward_only:
             self.iterations += 1
-        return step.forward_data_store
+        return iteration.losses
 
     def _read(self, key: tuple[int, bool], source: LookAhead, count: int) -> tuple[list[MicrobatchInputs], FedPlan]:
         """This iteration's microbatches and plan."""
@@ -216,54 +209,3 @@ class DipForwardBackward:
         loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
         self._feed.request(PlanRequest(self._ticket, loads, budget, forward_only), wait)
         return self._ticket
-
-    def _run(
-        self, plan: Plan, chunks: list[torch.nn.Module], microbatches: list[MicrobatchInputs], step: MegatronStep,
-        config: Any, forward_only: bool, following: Iterator[None],
-    ) -> None:  # fmt: skip
-        graph, rank = plan.graph, self._executor.position.rank
-        places = [(m.name, k) for m in self._program.modules for k in range(m.segments)]
-        remaining = dict.fromkeys(places, 0)
-        if not forward_only:
-            for s in range(graph.rows):
-                if graph.has_weight[s, rank]:
-                    remaining[graph.units[int(graph.row_unit[s])].module, graph.segment(s)] += 1
-        state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
-        sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
-        runner = ModelStages(
-            self._program, chunks, step, state, last_rank=graph.ranks - 1, look_ahead=StageLookAhead.of(plan, rank),
-            on_chunk_done=sync.chunk_done,
-        )  # fmt: skip
-        if forward_only:
-            with torch.no_grad():
-                self._executor.run(plan, runner, self.iterations)
-            return
-        parameters = ParameterSynchronization(chunks)
-        parameters.begin()
-        sync.begin({i for i, place in enumerate(places) if not remaining[place]})
-        self._executor.run(plan, runner, self.iterations, following)
-        sync.end()
-        parameters.end()
-
-    def _finalize(
-        self, chunks: list[torch.nn.Module], step: MegatronStep, config: Any, pg_collection: Any,
-        force_all_reduce: bool | None,
-    ) -> None:  # fmt: skip
-        if config.finalize_model_grads_func is None:
-            return
-        tokens = step.total_num_tokens
-        if tokens is None:
-            parameter = next(p for chunk in chunks for p in chunk.parameters())  # a chunk may have no layers
-            tokens = torch.zeros([], dtype=torch.int, device=parameter.device)
-        # Megatron looks for the embedding on the first rank's first chunk and for the head on the last rank's last one.
-        ordered = chunks
-        if self._executor.position.rank == 0:
-            language = len(chunks) - self._program.modules[-1].segments
-            ordered = [chunks[language], *chunks[:language], *chunks[language + 1 :]]
-        optional = {} if force_all_reduce is None else {"force_all_reduce": force_all_reduce}
-        config.finalize_model_grads_func(
-            ordered,
-            tokens if config.calculate_per_token_loss else None,
-            pg_collection=pg_collection,
-            **optional,
-        )

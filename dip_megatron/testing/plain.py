@@ -22,13 +22,11 @@ from ..core import ModalityModule, Payload, Plan, StageGraph, StageKey, TensorSp
 from ..core.lower import make_plan
 from ..core.verify import verify
 from ..megatron.exchange import GlooExchange
-from ..megatron.gradients import GradientSynchronization
-from ..megatron.step import MegatronStep
+from ..megatron.iteration import Iteration
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor
 from ..runtime.modes import StageMode
 from ..runtime.protocol import MicrobatchInputs, Tensors
-from ..runtime.stages import IterationState, ModelStages
 from ..runtime.transport_choice import choose_transport
 from ..schedulers import interleaved, one_forward_one_backward
 
@@ -125,38 +123,15 @@ class PlainForwardBackward:
         def last_forward_step(_: Any, last: torch.nn.Module) -> Any:
             return forward_step_func(iterators[-1], last)
 
-        step = MegatronStep(
-            config, last_forward_step, num_microbatches=num_microbatches, context_parallel_size=context,
-            collect_non_loss_data=collect_non_loss_data,
-        )  # fmt: skip
-        if not forward_only or first_val_step:
-            for chunk in chunks:
-                if hasattr(chunk, "set_is_first_microbatch"):
-                    chunk.set_is_first_microbatch()
         stages = PlainStages(len(chunks), len(pipeline), forward_step_func, iterators)
-        remaining = {} if forward_only else {(_MODULE, v): num_microbatches for v in range(len(chunks))}
-        microbatches = [MicrobatchInputs({}) for _ in range(num_microbatches)]
-        sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
-        runner = ModelStages(
-            stages, chunks, step, IterationState(microbatches, forward_only, remaining=remaining),
-            last_rank=len(pipeline) - 1, on_chunk_done=sync.chunk_done,
+        iteration = Iteration(
+            stages, executor, plan, chunks, [MicrobatchInputs({}) for _ in range(num_microbatches)], last_forward_step,
+            forward_only=forward_only, context_parallel_size=context, collect_non_loss_data=collect_non_loss_data,
         )  # fmt: skip
-        if forward_only:
-            with torch.no_grad():
-                executor.run(plan, runner)
-            return step.forward_data_store
-        sync.begin(set())
-        executor.run(plan, runner)
-        sync.end()
-        if config.finalize_model_grads_func is not None:
-            tokens = step.total_num_tokens
-            if tokens is None:
-                tokens = torch.zeros([], dtype=torch.int, device=next(chunks[0].parameters()).device)
-            config.finalize_model_grads_func(
-                chunks, tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
-                **({"force_all_reduce": True} if force_all_reduce else {}),
-            )  # fmt: skip
-        return step.forward_data_store
+        iteration.run(weights_changed=not forward_only or bool(first_val_step))
+        if not forward_only:
+            iteration.finalize(pg_collection, force_all_reduce)
+        return iteration.losses
 
     def _executor(self, pipeline: list[int]) -> Executor:
         """The executor among these ranks; its channels stay."""

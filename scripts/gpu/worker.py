@@ -33,7 +33,7 @@ from dip_megatron.describe.cost import Costs, load_cluster  # noqa: E402
 from dip_megatron.describe.workload import GlobalBatch  # noqa: E402
 from dip_megatron.families.llava.program import LlavaProgram  # noqa: E402
 from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
-from dip_megatron.megatron.step import MegatronStep  # noqa: E402
+from dip_megatron.megatron.iteration import Iteration  # noqa: E402
 from dip_megatron.planner.maker import payloads  # noqa: E402
 from dip_megatron.profile.stages import costs_of, profile_llava  # noqa: E402
 from dip_megatron.profile.timing import measure  # noqa: E402
@@ -42,7 +42,6 @@ from dip_megatron.report.trace import write_trace  # noqa: E402
 from dip_megatron.runtime.clock import Clock  # noqa: E402
 from dip_megatron.runtime.executor import Executor, payload_of  # noqa: E402
 from dip_megatron.runtime.protocol import MicrobatchInputs  # noqa: E402
-from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead  # noqa: E402
 from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
 from dip_megatron.testing.mixed_llava import MixedLlavaProgram  # noqa: E402
 from dip_megatron.testing.synthetic import (  # noqa: E402
@@ -173,7 +172,7 @@ class Bench:
             return result | {"failure": "some layers can't split their backward"}
         optimizer = self._optimizer(chunks) if self.setting.optimizer else None
         mixed = program if isinstance(program, MixedLlavaProgram) else None
-        last_rank = mixed.loss_rank if mixed is not None else self.ranks - 1
+        loss_rank = mixed.loss_rank if mixed is not None else self.ranks - 1
         for turn in range(1 + self.setting.rounds):
             for number, (batch, planned) in enumerate(zip(self.batches, candidate.planned, strict=True)):
                 if mixed is not None:
@@ -186,7 +185,7 @@ class Bench:
                     executor = Executor(self.rank, self.transport, self.clock, payload_of)
                 verify(plan)
                 last = turn == self.setting.rounds and number == len(self.batches) - 1
-                measured = self._iterate(program, chunks, executor, plan, number, last_rank, trace=last)
+                measured = self._iterate(program, chunks, executor, plan, number, loss_rank, trace=last)
                 if turn:
                     step_seconds = self._step(optimizer)
                     result["iterations"].append(measured | {"batch": number, "optimizer_seconds": step_seconds})
@@ -226,9 +225,9 @@ class Bench:
 
     def _iterate(
         self, program: LlavaProgram, chunks: list[torch.nn.Module], executor: Executor, plan: Plan, number: int,
-        last_rank: int, trace: bool,
+        loss_rank: int, trace: bool,
     ) -> dict[str, Any]:  # fmt: skip
-        setting, batch, graph = self.setting, self.batches[number], plan.graph
+        setting, batch = self.setting, self.batches[number]
         inputs = []
         for i, load in enumerate(batch):
             drawn = draw_batch(load, self.arguments, self.device, setting.seed + 1000 * number + i)
@@ -236,25 +235,14 @@ class Bench:
             inputs.append(MicrobatchInputs(program.bind(*ordered, drawn["loss_mask"]), [drawn]))
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        step = MegatronStep(
-            chunks[0].config, forward_step, num_microbatches=len(inputs), context_parallel_size=1,
-            collect_non_loss_data=False,
-        )  # fmt: skip
-        places = [(m.name, k) for m in program.modules for k in range(m.segments)]
-        remaining = dict.fromkeys(places, 0)
-        for s in range(graph.rows):
-            remaining[graph.units[int(graph.row_unit[s])].module, graph.segment(s)] += 1
-        state = IterationState(inputs, False, remaining=remaining)
-        runner = ModelStages(
-            program, chunks, step, state, last_rank=last_rank, look_ahead=StageLookAhead.of(plan, self.rank)
-        )
+        iteration = Iteration(program, executor, plan, chunks, inputs, forward_step, loss_rank=loss_rank)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         gc.disable()
         self.synchronize()
         begun = time.monotonic()
         self.clock.begin()
-        executor.run(plan, runner)
+        iteration.run()
         tokens = float(sum(m.text_tokens for m in batch))
         for chunk in chunks:
             chunk.scale_gradients(1.0 / tokens)
@@ -262,7 +250,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
         ended = time.monotonic()
         gc.enable()
-        return self._record(plan, number, begun, ended, step.forward_data_store, trace, chunks)
+        return self._record(plan, number, begun, ended, iteration.losses, trace, chunks)
 
     def _record(
         self, plan: Plan, number: int, begun: float, ended: float, losses: list[Any], trace: bool,

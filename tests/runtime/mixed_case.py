@@ -55,11 +55,10 @@ def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], or
     """Losses (where they arise) and gradients, named as the reference names them."""
     initialize(world)
     from dip_megatron.megatron.exchange import GlooExchange
+    from dip_megatron.megatron.iteration import Iteration
     from dip_megatron.megatron.lookahead import capture_microbatch
-    from dip_megatron.megatron.step import MegatronStep
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
-    from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
     from dip_megatron.runtime.transport_choice import choose_transport
     from dip_megatron.testing.mixed_llava import MixedLlavaProgram
 
@@ -83,18 +82,10 @@ def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], or
         list(range(world)), rank, device, 60.0, GlooExchange(list(range(world)), 60.0), transport
     )
     executor = Executor(rank, carrier, clock, lambda plan, message: program.payload(plan, message, loads))
-    step = MegatronStep(
-        chunks[0].config, forward_step, num_microbatches=len(loads), context_parallel_size=1,
-        collect_non_loss_data=False,
-    )  # fmt: skip
-    remaining = {("model", k): len(loads) for k in range(program.modules[0].segments)}
-    state = IterationState(microbatches, False, remaining=remaining)
-    runner = ModelStages(
-        program, chunks, step, state, last_rank=program.loss_rank, look_ahead=StageLookAhead.of(plan, rank)
-    )
-    executor.run(plan, runner)
+    iteration = Iteration(program, executor, plan, chunks, microbatches, forward_step, loss_rank=program.loss_rank)
+    iteration.run()
     torch.distributed.barrier()
     if transport == "ipc":
         carrier.close()
     parts = [part for chunk in chunks for part in (chunk.vision, chunk.language) if part is not None]
-    return [step.forward_data_store], gradients(parts)
+    return [iteration.losses], gradients(parts)

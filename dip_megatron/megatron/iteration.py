@@ -1,0 +1,105 @@
+"""One iteration of a rank's chunks under its plan: from microbatches and a plan to gradients ready for the optimizer.
+
+Whoever executes plans comes here: the training loop, Megatron's own orders on chunks of no family, benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.utils import get_model_config
+
+from ..core import Plan
+from ..runtime.executor import Executor
+from ..runtime.protocol import MicrobatchInputs, RunnableStages
+from ..runtime.stages import IterationState, ModelStages, StageLookAhead
+from .gradients import GradientSynchronization
+from .parameters import ParameterSynchronization
+from .step import MegatronStep
+
+
+class Iteration:
+    """Built, run once, finalized if it trains. Building does all that needs no other rank."""
+
+    def __init__(
+        self,
+        program: RunnableStages,
+        executor: Executor,
+        plan: Plan,
+        chunks: list[torch.nn.Module],
+        microbatches: list[MicrobatchInputs],
+        forward_step_func: Callable[..., Any],
+        *,
+        forward_only: bool = False,
+        context_parallel_size: int = 1,
+        collect_non_loss_data: bool = False,
+        loss_rank: int | None = None,
+    ):
+        """``plan`` has passed the verifier and is of these ``microbatches``; ``chunks`` are wrapped, in the program's
+        order. ``loss_rank`` is the pipeline rank of the stage with the loss (None: the last)."""
+        config = get_model_config(chunks[0])
+        graph, rank = plan.graph, executor.position.rank
+        self._program, self._executor, self._plan, self._chunks = program, executor, plan, chunks
+        self._config, self._forward_only = config, forward_only
+        self._step = MegatronStep(
+            config, forward_step_func, num_microbatches=len(microbatches),
+            context_parallel_size=context_parallel_size, collect_non_loss_data=collect_non_loss_data,
+        )  # fmt: skip
+        places = [(m.name, k) for m in program.modules for k in range(m.segments)]
+        remaining = dict.fromkeys(places, 0)
+        if not forward_only:
+            for row in range(graph.rows):
+                if graph.has_weight[row, rank]:
+                    remaining[graph.units[int(graph.row_unit[row])].module, graph.segment(row)] += 1
+        self._idle = {i for i, place in enumerate(places) if not remaining[place]}
+        state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
+        self._sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
+        self._stages = ModelStages(
+            program, chunks, self._step, state, last_rank=graph.ranks - 1 if loss_rank is None else loss_rank,
+            look_ahead=StageLookAhead.of(plan, rank), on_chunk_done=self._sync.chunk_done,
+        )  # fmt: skip
+
+    @property
+    def losses(self) -> list[Any]:
+        """What the loss functions reported, in the order of microbatches; empty but on the loss's rank."""
+        return self._step.forward_data_store
+
+    def run(self, number: int = 0, meanwhile: Iterator[None] | None = None, *, weights_changed: bool = True) -> None:
+        """Execute the plan. ``number`` is the loop's, for messages; ``meanwhile`` see :meth:`Executor.run`; with
+        ``weights_changed`` layers forget what they keep of their weights (low-precision copies)."""
+        if weights_changed:
+            for chunk in self._chunks:
+                if hasattr(chunk, "set_is_first_microbatch"):
+                    chunk.set_is_first_microbatch()
+        if self._forward_only:
+            with torch.no_grad():
+                self._executor.run(self._plan, self._stages, number)
+            return
+        parameters = ParameterSynchronization(self._chunks)
+        parameters.begin()
+        self._sync.begin(self._idle)
+        self._executor.run(self._plan, self._stages, number, meanwhile)
+        self._sync.end()
+        parameters.end()
+
+    def finalize(self, pg_collection: Any = None, force_all_reduce: bool | None = False) -> None:
+        """Megatron's end of an iteration: gradients reduced over replicas, shared embeddings added up, losses scaled by
+        tokens. Does nothing where the chunks' config has no function for it."""
+        config, chunks = self._config, self._chunks
+        if config.finalize_model_grads_func is None:
+            return
+        tokens = self._step.total_num_tokens
+        if tokens is None:
+            parameter = next(p for chunk in chunks for p in chunk.parameters())  # a chunk may have no layers
+            tokens = torch.zeros([], dtype=torch.int, device=parameter.device)
+        # Megatron looks for the embedding on the first rank's first chunk and for the head on the last rank's last one.
+        ordered = chunks
+        if self._executor.position.rank == 0:
+            language = len(chunks) - self._program.modules[-1].segments
+            ordered = [chunks[language], *chunks[:language], *chunks[language + 1 :]]
+        config.finalize_model_grads_func(
+            ordered, tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
+            **({"force_all_reduce": True} if force_all_reduce else {}),
+        )  # fmt: skip
