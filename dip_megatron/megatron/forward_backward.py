@@ -98,11 +98,9 @@ class DipForwardBackward:
         pg_collection: Any = None,
         force_all_reduce: bool | None = False,
     ) -> list[Any]:
-        """Run one iteration; returns the losses on the last pipeline rank, as Megatron's schedules do."""
+        """Run one iteration; returns the losses on the last pipeline rank, as Megatron's schedules do. What only
+        Megatron's schedules need of the arguments (see :func:`.call.check_call`) is not looked at here."""
         try:
-            if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
-                raise ValueError("DIP doesn't support distillation shapes or pipelines over several grids; use "
-                                 "--dip-schedule off")  # fmt: skip
             chunks = model if isinstance(model, list) else [model]
             iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
             return self._iterate(

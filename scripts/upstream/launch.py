@@ -43,7 +43,7 @@ def _load(path: Path) -> ModuleType:
 def draw_weights_before_the_optimizer() -> None:
     """Let Megatron's training loop draw the model's weights by name, right before it builds the optimizer."""
     # The drawing is a file of dip_megatron that imports nothing of it, and must work where it can't be imported.
-    draw_by_name = _load(ROOT / "dip_megatron" / "models" / "weights.py").draw_by_name
+    draw_by_name = _load(ROOT / "dip_megatron" / "families" / "shared" / "weights.py").draw_by_name
     deviations = _load(ROOT / "examples" / "llava_digits" / "weights.py").deviations
     training = importlib.import_module("megatron.training.training")
     build = training.get_megatron_optimizer
