@@ -18,12 +18,18 @@ from typing import Any
 from examples.llava_digits.quickstart import end, environment
 
 ROOT = Path(__file__).resolve().parents[1]
+_preloaded = ["tests.preloaded"]
+
+
+def preload(module: str) -> None:
+    """Have the server import ``module`` instead of ``tests.preloaded``. Call it before the first process starts."""
+    _preloaded[:] = [module]
 
 
 def context() -> ForkServerContext:
     """Where processes come from; the server starts at the first of them."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.preloaded"])
+    found.set_forkserver_preload(_preloaded)
     return found
 
 

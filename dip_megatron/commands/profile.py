@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,27 +56,19 @@ def _measure_layers(model: MultimodalModel, device: Any, repeats: int, progress:
 
     install_cpu_platform()
     import torch
-    from megatron.core import parallel_state, tensor_parallel
 
     from ..profile.stages import costs_of, profile_llava
+    from ..testing.alone import process_alone
     from ..testing.synthetic import llava_arguments
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
     alone = model.with_parallel(pp=1, dp=1)
     arguments = llava_arguments(alone, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        store = torch.distributed.FileStore(f"{folder}/store", 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            parallel_state.initialize_model_parallel()
-            tensor_parallel.model_parallel_cuda_manual_seed(1)
-            packing = model.packing
-            samples = profile_llava(
-                arguments, alone, device, repeats=repeats, progress=progress,
-                images=sorted({min(n, packing.max_images) for n in (1, 2, 4, 8, 16)}),
-                tokens=(packing.max_tokens // 4, packing.max_tokens // 2, packing.max_tokens),
-            )  # fmt: skip
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
+    packing = model.packing
+    with process_alone():
+        samples = profile_llava(
+            arguments, alone, device, repeats=repeats, progress=progress,
+            images=sorted({min(n, packing.max_images) for n in (1, 2, 4, 8, 16)}),
+            tokens=(packing.max_tokens // 4, packing.max_tokens // 2, packing.max_tokens),
+        )  # fmt: skip
     return costs_of([samples], str(device))

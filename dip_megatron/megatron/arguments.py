@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-search-budget", type=float, default=None,
                        help="seconds of search per plan (default: what the running iteration leaves)")  # fmt: skip
     group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")
+    group.add_argument("--dip-override", action="store_true", default=None,
+                       help="let DIP's partition replace virtual stages and layouts that other flags give")  # fmt: skip
     group.add_argument("--dip-trace-dir", type=Path, default=None,
                        help="write iterations.jsonl; trace.json and timeline.png of the last iteration")  # fmt: skip
     return parser
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def run_config(args: argparse.Namespace) -> DipConfig:
     """The run's configuration, from flags, environment, file and defaults. Raises ConfigurationError."""
-    flags = ("config", "schedule", "planner_workers", "search_budget", "memory_limit", "trace_dir")
+    flags = ("config", "schedule", "planner_workers", "search_budget", "memory_limit", "trace_dir", "override")
     return load_settings({name: getattr(args, f"dip_{name}") for name in flags}).config
 
 
@@ -50,28 +52,6 @@ def check_arguments(args: Any) -> None:
         args.pipeline_model_parallel_size < 2, f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
         "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",
     )  # fmt: skip
-    refuse(
-        any(
-            getattr(args, name, None) is not None
-            for name in (
-                "virtual_pipeline_model_parallel_size",  # derived from either of the others
-                "num_layers_per_virtual_pipeline_stage",
-                "num_virtual_stages_per_pipeline_rank",
-            )
-        ),
-        "virtual pipeline stages",
-        "DIP cuts every module into segments of its own",
-        f"leave --num-layers-per-virtual-pipeline-stage (and its like) out {_WITH_OFF}",
-    )  # fmt: skip
-    refuse(
-        getattr(args, "pipeline_model_parallel_layout", None) is not None, "--pipeline-model-parallel-layout",
-        "layers per chunk are part of DIP's partition", f"set modules.NAME.layers in --dip-config {_WITH_OFF}",
-    )  # fmt: skip
-    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
-        refuse(
-            getattr(args, name, None) is not None, f"--{name.replace('_', '-')}",
-            "layers per chunk are part of DIP's partition", f"set modules.NAME.layers in --dip-config {_WITH_OFF}",
-        )  # fmt: skip
     refuse(
         args.context_parallel_size > 1, f"--context-parallel-size {args.context_parallel_size}",
         "payload shapes in plans don't know sequence shards of context parallelism",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..compat.releases import megatron_version
 from ..environment import asks
 from .adapters.loop import LoopAdapter, Target, TrainingLoop
 from .adapters.megatron_training import MegatronTraining
@@ -32,18 +33,6 @@ TESTED = ((0, 16), (0, 19))
 """The oldest and the newest minor release that the tests cover; README.md lists them."""
 
 _installed: Hooks | None = None
-
-
-def version() -> str:
-    """The installed Megatron-Core's."""
-    found: str = importlib.import_module("megatron.core.package_info").__version__
-    return found
-
-
-def version_numbers() -> tuple[int, int]:
-    """Major and minor number of the installed Megatron-Core."""
-    major, minor = version().split(".")[:2]
-    return int(major), int(minor)
 
 
 class Hooks:
@@ -153,7 +142,8 @@ class Hooks:
 
     def _warn_of_version(self) -> None:
         """Say what could not be hooked, or that this Megatron is not a tested one."""
-        untested = not TESTED[0] <= version_numbers() <= TESTED[1]
+        major, minor = megatron_version().split(".")[:2]
+        untested = not TESTED[0] <= (int(major), int(minor)) <= TESTED[1]
         if not (self._missing or untested):
             return
         tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)
@@ -161,7 +151,7 @@ class Hooks:
         if self._missing:
             found = f"has no {', no '.join(sorted(self._missing))}: --dip-schedule will not work fully"
         self._missing = []
-        self.tell(f"Megatron-Core {version()} {found}. DIP is tested with {tested} (README.md, Versions)")
+        self.tell(f"Megatron-Core {megatron_version()} {found}. DIP is tested with {tested} (README.md, Versions)")
 
     # -- calls ---------------------------------------------------------------------------------------------------
     def _choose(self, schedule: Callable[..., Any]) -> Callable[..., Any]:

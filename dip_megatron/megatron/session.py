@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
-from ..describe.model import MultimodalModel, Partition
+from ..describe.model import ModulePartition, MultimodalModel, Partition
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.feed import PlanFeed
@@ -57,7 +57,6 @@ class DipSession:
         self._families = families
         self._tell = tell
         self._own: set[int] = set()
-        self._trained = 0
         self._running = False
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
@@ -136,6 +135,9 @@ class DipSession:
         chosen = configured_partition(model, self._config)
         if chosen is not None:
             return chosen
+        chosen = self._given_partition(model)
+        if chosen is not None:
+            return chosen
         chosen = None if checkpoint is None else checkpoint.partition_for(model)
         if chosen is not None:
             _tell(f"going on with the checkpoint's partition:\n{chosen.explain()}")
@@ -152,6 +154,22 @@ class DipSession:
         partition: Partition = found[0]
         for m in partition.modules:
             _tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
+        return partition
+
+    def _given_partition(self, model: MultimodalModel) -> Partition | None:
+        """The layout that the loop's own settings give, where it says all of the partition: a model of one module."""
+        layout = self._loop.layout
+        if layout is None or self._config.override:
+            return None
+        if len(model.modules) > 1:
+            _tell(
+                f"{layout} lay out one of {len(model.modules)} modules: DIP's partition of all of them replaces it (as "
+                "with --dip-override; modules.NAME.layers in --dip-config fixes layers)"
+            )
+            return None
+        partition = Partition((ModulePartition(model.modules[0].name, layout.layers, None),))
+        partition.check(model)
+        _tell(f"{model.modules[0].name}: layers {layout.layers}, as {layout} say")
         return partition
 
     def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
@@ -219,23 +237,21 @@ class DipSession:
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
-        consumers: list[IterationConsumer] = [self._count, progress.record]
+        consumers: list[IterationConsumer] = [progress.record]
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
             consumers.append(recorder.record)
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
-            policy=PlanningPolicy(config.search_budget, self._another_follows), watchdog=watchdog,
+            policy=PlanningPolicy(config.search_budget, self._another_follows), iteration=self._loop.iteration,
+            watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(),
         )  # fmt: skip
 
     def _another_follows(self) -> bool:
-        return self._loop.read_ahead and self._loop.another_follows()
-
-    def _count(self, *_: Any) -> None:
-        self._trained += 1
+        return self._config.read_ahead and self._loop.read_ahead and self._loop.another_follows()
 
     def _tensor_parallel_exchange(self) -> GlooExchange | None:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
@@ -249,9 +265,7 @@ class DipSession:
             if last:
                 print(line, flush=True)
 
-        return RunProgress(
-            exchange, loop.log_interval, lambda: loop.iteration(self._trained), say, loop.write_scalars
-        )  # fmt: skip
+        return RunProgress(exchange, loop.log_interval, say, loop.write_scalars)
 
     @staticmethod
     def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def provide(pre_process: bool, post_process: bool) -> GPTModel:
         attention_dropout=0.0, pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pipeline_dtype=torch.float32, masked_softmax_fusion=False, bias_activation_fusion=False,
         bias_dropout_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
-        variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",  # which Megatron-Core wants of dense models, too
+        variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",
     )  # fmt: skip
     return GPTModel(
         config, get_gpt_layer_local_spec(), VOCABULARY, LENGTH, pre_process=pre_process, post_process=post_process
@@ -80,12 +79,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--prefetched", action="store_true", help="draw an iteration's microbatches before it begins")
+    parser.add_argument("--own-model", action="store_true", help="build the model without DIP")
+    parser.add_argument("--by-hand", action="store_true", help="call a stage without the schedule (DIP refuses)")
     options = parser.parse_args()
     dist.init_process_group("gloo" if install_cpu_platform() else "nccl")
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=dist.get_world_size())
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
     stages = dip_megatron.build_model(provide, micro_batch_size=1, num_microbatches=MICROBATCHES)
+    if options.own_model:
+        stages = [provide(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())]
+    if options.by_hand:
+        forward_step(microbatches(0), stages[0])
     draw_by_name(stages, 1, lambda name, parameter: 0.05 if parameter.dim() > 1 else None)
     settings = DistributedDataParallelConfig(overlap_grad_reduce=False)
     chunks = [DistributedDataParallel(stage.config, settings, stage) for stage in stages]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .layout import GivenLayout
+
 if TYPE_CHECKING:  # hooks are installed while Megatron is being imported
     from ...describe.model import Parallel, Partition
     from ..checkpoints import Checkpoint
@@ -18,7 +20,9 @@ class TrainingLoop:
 
     ``num_microbatches`` of an iteration and replica, as far as it is known before the first; ``log_interval`` in
     iterations. ``read_ahead``: whether the next iteration's microbatches may be read while one trains; without it they
-    are planned when the schedule is called with them.
+    are planned when the schedule is called with them. ``iteration()`` is the number of the iteration that runs, or ran
+    last, as the loop counts (None: DIP counts those that train, from 1). ``layout``: of layers, that the loop's own
+    settings ask for; it must not apply it itself.
     """
 
     parallel: Parallel
@@ -27,10 +31,8 @@ class TrainingLoop:
     seed: int = 0
     log_interval: int = 100
     read_ahead: bool = False
-
-    def iteration(self, trained: int) -> int:
-        """Number of the training iteration that has just run, counted from 1; DIP has run ``trained`` of them."""
-        return trained
+    iteration: Callable[[], int] | None = None
+    layout: GivenLayout | None = None
 
     def another_follows(self) -> bool:
         """Whether the training iteration that is about to run is followed by another: data sets may hold no more than

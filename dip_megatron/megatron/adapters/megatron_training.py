@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...describe.files import ConfigurationError
 from ...describe.model import Parallel, Partition
 from ..arguments import add_arguments, check_arguments, run_config
+from .layout import GivenLayout, given_layout, take_layout
 from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
@@ -26,21 +27,22 @@ _BUILDERS = "models that Megatron's builders build, as for pretrain_gpt.py"
 class MegatronLoop(TrainingLoop):
     """A run of ``megatron.training`` (``package`` is what it is called here), by its validated arguments."""
 
-    def __init__(self, args: Any, package: str = "megatron.training"):
+    def __init__(self, args: Any, package: str = "megatron.training", layout: GivenLayout | None = None):
         super().__init__(
             Parallel(
                 args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size,
                 args.sequence_parallel, args.use_distributed_optimizer,
             ),
             args.micro_batch_size, max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1),
-            args.seed, args.log_interval, read_ahead=True,
+            args.seed, args.log_interval, read_ahead=True, iteration=self._iteration,
+            layout=layout,
         )  # fmt: skip
         self._args = args
         self._package = package
 
-    def iteration(self, trained: int) -> int:
-        """Megatron's number: resumed runs go on counting."""
-        return int(self._args.curr_iteration) + 1
+    def _iteration(self) -> int:
+        """As Megatron's log counts; evaluations have that of the iteration before."""
+        return int(getattr(self._args, "curr_iteration", self._args.iteration - 1)) + 1
 
     def another_follows(self) -> bool:
         """Iterations to skip are read by Megatron itself."""
@@ -121,7 +123,9 @@ class MegatronTraining:
 
                 single_ranks_on_nccl(args)
                 package = original.__module__.rpartition(".")[0]
-                self._hooks.begin(MegatronLoop(args, package), config)
+                layout = given_layout(args)
+                take_layout(args)
+                self._hooks.begin(MegatronLoop(args, package, layout), config)
             return result
 
         return validate

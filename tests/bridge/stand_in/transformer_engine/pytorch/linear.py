@@ -1,0 +1,115 @@
+from contextlib import nullcontext
+
+import torch
+from torch.nn.functional import linear
+
+from .norms import norm_parameters, normalized
+
+
+class _Base(torch.nn.Module):
+    """The empty state of FP8 that every module of Transformer Engine with a GEMM has in checkpoints."""
+
+    fp8 = fp8_calibration = False
+
+    def __init__(self):
+        super().__init__()
+        self.fp8_meta = {"fp8_checkpoint": False}
+
+    def init_fp8_metadata(self, num_gemms=1):
+        pass
+
+    def get_extra_state(self):
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        pass
+
+    def _sizes(self, in_features, out_features, parallel_mode, tp_size, fuse_wgrad_accumulation):
+        if tp_size > 1:
+            raise NotImplementedError("the stand-in for Transformer Engine has no tensor parallelism")
+        if fuse_wgrad_accumulation:
+            raise NotImplementedError("the stand-in for Transformer Engine has no gradient_accumulation_fusion")
+        self.in_features, self.out_features = in_features, out_features
+        self.parallel_mode, self.tp_size = parallel_mode, tp_size
+
+    def _make(self, number, bias, get_rng_state_tracker, rng_tracker_name, init_method, **where):
+        """Weight and bias called ``weight{number}`` and ``bias{number}``."""
+        weight = torch.nn.Parameter(torch.empty(self.out_features, self.in_features, **where))
+        states = nullcontext()
+        if get_rng_state_tracker is not None:
+            states = get_rng_state_tracker().fork(*([rng_tracker_name] if rng_tracker_name else []))
+        if weight.device.type != "meta":
+            with torch.no_grad(), states:
+                (init_method or torch.nn.init.xavier_normal_)(weight)
+        made = {"weight": weight, "bias": None}
+        if bias:
+            made["bias"] = torch.nn.Parameter(torch.zeros(self.out_features, **where))
+        for name, parameter in made.items():
+            if parameter is not None:
+                parameter.tensor_model_parallel = name == "weight" and self.parallel_mode is not None
+                parameter.tensor_model_parallel |= self.parallel_mode == "column"
+                parameter.partition_dim = 1 if name == "weight" and self.parallel_mode == "row" else 0
+                parameter.partition_stride = 1
+            self.register_parameter(f"{name}{number}", parameter)
+
+
+class Linear(_Base):
+    def __init__(self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
+                 tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True,
+                 return_bias=False, params_dtype=None, parallel_mode=None, device="cpu", **kwargs):  # fmt: skip
+        super().__init__()
+        self._sizes(in_features, out_features, parallel_mode, tp_size, fuse_wgrad_accumulation)
+        self.use_bias, self.return_bias, self.sequence_parallel = bias, return_bias, sequence_parallel
+        self._make(
+            "", bias, get_rng_state_tracker, rng_tracker_name, init_method, dtype=params_dtype, device=device
+        )  # fmt: skip
+
+    def forward(self, x, is_first_microbatch=None):
+        if self.return_bias:
+            return linear(x, self.weight), self.bias
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNormLinear(Linear):
+    def __init__(self, in_features, out_features, eps=1e-5, normalization="LayerNorm", sequence_parallel=False,
+                 params_dtype=None, return_layernorm_output=False, zero_centered_gamma=False, device="cpu",
+                 **kwargs):  # fmt: skip
+        super().__init__(
+            in_features, out_features, sequence_parallel=sequence_parallel, params_dtype=params_dtype, device=device,
+            **kwargs,
+        )  # fmt: skip
+        if return_layernorm_output:
+            raise NotImplementedError("the stand-in for Transformer Engine doesn't return the norm's output")
+        self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
+        self.layer_norm_weight, self.layer_norm_bias = norm_parameters(
+            in_features, normalization, zero_centered_gamma, sequence_parallel, dtype=params_dtype, device=device
+        )
+
+    def forward(self, x, is_first_microbatch=None):
+        norm = (self.layer_norm_weight, self.layer_norm_bias, self.normalization, self.eps, self.zero_centered_gamma)
+        return super().forward(normalized(x, *norm))
+
+
+class GroupedLinear(_Base):
+    """One linear for each group of rows, as for the tokens of each expert."""
+
+    def __init__(self, num_gemms, in_features, out_features, fuse_wgrad_accumulation=False, tp_size=1,
+                 get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True, return_bias=False,
+                 params_dtype=None, parallel_mode=None, device="cpu", **kwargs):  # fmt: skip
+        super().__init__()
+        self._sizes(in_features, out_features, parallel_mode, tp_size, fuse_wgrad_accumulation)
+        self.num_gemms, self.use_bias, self.return_bias = num_gemms, bias, return_bias
+        for number in range(num_gemms):
+            self._make(
+                number, bias, get_rng_state_tracker, rng_tracker_name, init_method, dtype=params_dtype, device=device
+            )
+
+    def forward(self, x, m_splits, is_first_microbatch=None):
+        biases = [getattr(self, f"bias{number}") for number in range(self.num_gemms)]
+        groups = x.reshape(-1, self.in_features).split([int(rows) for rows in m_splits])
+        output = torch.cat([
+            linear(rows, getattr(self, f"weight{number}"), None if self.return_bias else biases[number])
+            for number, rows in enumerate(groups)
+        ])  # fmt: skip
+        output = output.reshape(*x.shape[:-1], self.out_features)
+        return (output, biases) if self.return_bias else output

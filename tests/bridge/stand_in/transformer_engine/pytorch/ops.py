@@ -1,0 +1,2 @@
+class Sequential:
+    """Fusible operations: annotations name the class."""
