@@ -177,7 +177,10 @@ class DipForwardBackward:
         microbatches = source.take(count)
         if request is None:
             request = self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0)
-        return microbatches, self._feed.take(request)
+        fed = self._feed.take(request)
+        for inputs, shared in zip(microbatches, fed.shared, strict=True):
+            self._program.complete(inputs, shared)
+        return microbatches, fed
 
     def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
         """Read the next iteration's microbatches step by step, then request its plan; this one ``began`` at that time.
@@ -196,6 +199,14 @@ class DipForwardBackward:
         self, key: tuple[int, bool], iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any],
         chunks: list[torch.nn.Module],
     ) -> LookAhead:  # fmt: skip
+        other = None if iterator is None else self._look_ahead.get((key[0], not key[1]))
+        if other is not None and other[1].waiting:
+            raise ValueError(
+                f"training and evaluation share a data iterator, of which {other[1].waiting} microbatches have been "
+                "read ahead; set read_ahead: false in --dip-config (DIP_READ_AHEAD=false)"
+            )
+        # Loops may make an iterator for each call: none is kept of which nothing has been read ahead.
+        self._look_ahead = {k: known for k, known in self._look_ahead.items() if k == key or known[1].waiting}
         known = self._look_ahead.get(key)
         # The iterator itself is kept, so that its id can't be another's.
         if known is None or known[0] is not iterator:
@@ -210,7 +221,10 @@ class DipForwardBackward:
         self, microbatches: list[MicrobatchInputs], iteration: int, forward_only: bool, budget: float, wait: float
     ) -> int:
         self._requests += 1
-        loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
+        loads, shared = (), None
+        if self._feed.plans_here:
+            loads = tuple(self._program.load(m) for m in microbatches)
+            shared = tuple(self._program.shared(m) for m in microbatches)
         request = PlanRequest(self._requests, loads, budget, forward_only, iteration=iteration)
-        self._feed.request(request, wait)
+        self._feed.request(request, wait, shared)
         return self._requests

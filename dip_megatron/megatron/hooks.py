@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..compat.releases import megatron_version
+from ..describe.files import ConfigurationError
 from ..environment import asks
 from .adapters.loop import LoopAdapter, Target, TrainingLoop
 from .adapters.megatron_training import MegatronTraining
@@ -44,19 +45,22 @@ class Hooks:
         self._adapters: list[LoopAdapter] = [MegatronTraining(self)]
         self._placed: list[tuple[ModuleType, str, Callable[..., Any]]] = []
         self._missing: list[str] = []
+        self._unfinished: list[ModuleType] = []
         self._told: set[str] = set()
         self._installing = False
         # Whether a run has been asked for, though no loop has begun one yet.
-        self._expected = asks()
+        self._expected = False
 
     @staticmethod
-    def installed() -> Hooks:
-        """The hooks of this process, in place. Raises ImportError if Megatron-Core can't be imported."""
+    def installed(import_core: bool = True) -> Hooks:
+        """The hooks of this process, in place: in what is loaded and in what will be. Raises ImportError if
+        Megatron-Core can't be imported; with ``import_core`` off it is left to whoever needs it."""
         global _installed
         if _installed is None:
-            hooks = Hooks()
-            hooks._install()
-            _installed = hooks
+            _installed = Hooks()
+            _installed._install()
+        if import_core:
+            importlib.import_module(HOME)
         return _installed
 
     def add_families(self, families: Sequence[ModelFamily]) -> None:
@@ -80,6 +84,7 @@ class Hooks:
         """A run under DIP, of which an adapter knows the loop. ``config.schedule`` is not ``off``."""
         from .session import DipSession
 
+        self._finish()
         for module, attribute, wrapped in self._placed:
             found = getattr(module, attribute, None)
             if found is not wrapped and not ours_inside(found):
@@ -103,24 +108,24 @@ class Hooks:
 
     # -- places --------------------------------------------------------------------------------------------------
     def _install(self) -> None:
-        home = importlib.import_module(HOME)
-        self._installing = True
-        schedule = hook_schedule(home, self._choose, self)
-        if schedule is None:
-            self._missing.append(f"{HOME}.{NAME} (the schedule)")
-        else:
-            self._placed.append((home, NAME, schedule))
         ModuleWatch(self._wanted, self._hook).install()
+        self._installing = True
         for module in [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and self._wanted(name)]:
-            self._hook(module)
+            if getattr(module.__spec__, "_initializing", False):
+                self._unfinished.append(module)  # it is being imported, and has called us meanwhile
+            else:
+                self._hook(module)
         self._installing = False
-        self._warn_of_version()
+        if HOME in sys.modules:
+            self._warn_of_version()
 
     def _wanted(self, name: str) -> bool:
-        return any(adapter.wanted(name) for adapter in self._adapters)
+        return name == HOME or any(adapter.wanted(name) for adapter in self._adapters)
 
     def _hook(self, module: ModuleType) -> None:
-        """Wrap what the adapters want of a module that has been loaded."""
+        """Wrap what DIP needs of a module that has been loaded."""
+        if module.__name__ == HOME:
+            self._hook_schedule(module)
         missing = []
         wanting = [adapter for adapter in self._adapters if adapter.wanted(module.__name__)]
         for target in (target for adapter in wanting for target in adapter.targets(module)):
@@ -131,8 +136,27 @@ class Hooks:
             elif not hasattr(original, MARK):
                 self._wrap(module, target, original)
         self._missing += missing
-        if missing and not self._installing:
+        if (missing or module.__name__ == HOME) and not self._installing:
             self._warn_of_version()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Hook the modules that were being imported when the hooks were installed, and are there now."""
+        done = [m for m in self._unfinished if not getattr(m.__spec__, "_initializing", False)]
+        self._unfinished = [m for m in self._unfinished if m not in done]
+        for module in done:
+            self._hook(module)
+
+    def _hook_schedule(self, home: ModuleType) -> None:
+        try:
+            self._expected = asks()
+        except ConfigurationError as error:
+            sys.exit(f"dip: {error}")
+        schedule = hook_schedule(home, self._choose, self)
+        if schedule is None:
+            self._missing.append(f"{HOME}.{NAME} (the schedule)")
+        else:
+            self._placed.append((home, NAME, schedule))
 
     def _wrap(self, module: ModuleType, target: Target, original: Callable[..., Any]) -> None:
         wrapped = functools.wraps(original)(target.wrap(original))

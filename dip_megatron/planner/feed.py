@@ -39,12 +39,13 @@ class Exchange(Protocol):
 @dataclass(frozen=True)
 class FedPlan:
     """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it.
-    ``statistics``: the service's, when the plan was sent."""
+    ``statistics``: the service's, when the plan was sent. ``shared``: what rank 0 sent along."""
 
     request: int
     plan: Plan
     stall_seconds: float
     statistics: PlannerStatistics
+    shared: Any = None
 
 
 class PlanFeed:
@@ -65,9 +66,9 @@ class PlanFeed:
         self._corrections: dict[int, Corrections] = {}
         self._running: tuple[int, Plan, Corrections] | None = None
 
-    def request(self, request: PlanRequest, wait_seconds: float) -> None:
+    def request(self, request: PlanRequest, wait_seconds: float, shared: Any = None) -> None:
         """Begin to plan and to broadcast; every rank calls it with the same requests in the same order (only rank 0's
-        loads matter). ``wait_seconds``: how long to wait for a worker's final plan."""
+        loads, and what is ``shared`` there, matter). ``wait_seconds``: how long to wait for a worker's final plan."""
         if self._service is not None:
             # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
             request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
@@ -75,7 +76,7 @@ class PlanFeed:
                 request = replace(request, corrections=self._recalibration.corrections())
                 self._corrections[request.request] = request.corrections
             self._service.submit(request)
-        delivery = self._thread.submit(self._deliver, request.request, wait_seconds)
+        delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared)
         self._coming[request.request] = request.subject, delivery
 
     @property
@@ -110,7 +111,7 @@ class PlanFeed:
         self._learn([Measurement.unpack(data[_HASH:]) for data in everyone if len(data) > _HASH])
         self._measured = None
         self._running = (request, plan, self._corrections.pop(request, Corrections()))
-        return FedPlan(request, plan, stall, answer[1])
+        return FedPlan(request, plan, stall, *answer[1:])
 
     def _learn(self, measurements: list[Measurement]) -> None:
         if self._recalibration is None or self._service is None or self._running is None:
@@ -124,13 +125,13 @@ class PlanFeed:
         if self._service is not None:
             self._service.close()
 
-    def _deliver(self, request: int, wait_seconds: float) -> bytes:
+    def _deliver(self, request: int, wait_seconds: float, shared: Any) -> bytes:
         if self._service is None:
             return self._exchange.broadcast(None)
         answer: Any
         try:
             plan = self._service.take(request, wait_seconds)
-            answer = plan, replace(self._service.statistics)
+            answer = plan, replace(self._service.statistics), shared
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))
