@@ -93,7 +93,7 @@ def check_arguments(args: Any) -> None:
     )  # fmt: skip
     checkpoints = args.save or args.load or getattr(args, "pretrained_checkpoint", None)
     refuse(
-        checkpoints and args.ckpt_format != "torch_dist", f"--ckpt-format {args.ckpt_format}",
+        checkpoints and args.ckpt_format not in ("torch_dist", "torch"), f"--ckpt-format {args.ckpt_format}",
         "its files hold layers by their place on a rank, which DIP's partition changes",
         f"use --ckpt-format torch_dist {_WITH_OFF}",
     )  # fmt: skip
@@ -101,9 +101,4 @@ def check_arguments(args: Any) -> None:
         getattr(args, "non_persistent_ckpt_type", None) == "local", "--non-persistent-ckpt-type local",
         "local checkpoints hold layers by their place on a rank, which DIP's partition changes",
         f"use --non-persistent-ckpt-type global {_WITH_OFF}",
-    )  # fmt: skip
-    refuse(
-        getattr(args, "dataloader_save", None), "--dataloader-save",
-        "the data loader's state is past the samples that are read ahead, so resuming would lose them",
-        f"leave it out {_WITH_OFF}",
     )  # fmt: skip

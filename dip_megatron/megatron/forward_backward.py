@@ -39,6 +39,8 @@ class PlanningPolicy:
     budget_seconds: float | None = None
     look_ahead: Callable[[], bool] = lambda: True
     """Whether the training iteration that is about to run is followed by another."""
+    before_reading: Callable[[Any], object] = lambda _: None
+    """Takes the iterator that the next iteration's microbatches are about to be read from; None if none are."""
 
     def budget(self, seconds_left: float) -> float:
         """Seconds of search for the next plan, so many before this iteration is expected to end; the rest is for
@@ -147,7 +149,9 @@ class DipForwardBackward:
             microbatches, fed = self._read(key, source, num_microbatches)
             if not forward_only:
                 self._repetition.keep(microbatches, fed)
-                if self._policy.look_ahead():
+                ahead = self._policy.look_ahead()
+                self._policy.before_reading(iterator if ahead else None)
+                if ahead:
                     following = self._read_ahead(key, source, num_microbatches, time.perf_counter())
         self._clock.begin()
         iteration = Iteration(

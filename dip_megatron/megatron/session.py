@@ -244,7 +244,9 @@ class DipSession:
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
-            policy=PlanningPolicy(config.search_budget, self._another_follows), iteration=self._loop.iteration,
+            policy=PlanningPolicy(
+                config.search_budget, self._another_follows, self._loop.about_to_read_ahead
+            ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(),

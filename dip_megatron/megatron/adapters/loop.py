@@ -39,6 +39,10 @@ class TrainingLoop:
         is trained on, and some loops read what they skip by themselves."""
         return True
 
+    def about_to_read_ahead(self, data_iterator: Any) -> None:
+        """Called in every training iteration once its microbatches are read: ``data_iterator`` gives the next
+        iteration's from now on, None if none are read ahead."""
+
     def checkpoint(self) -> Checkpoint | None:
         """What the run is going to load, called on all ranks before the model is built. Raises ConfigurationError."""
         return None

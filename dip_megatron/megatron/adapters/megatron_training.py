@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
@@ -39,6 +39,11 @@ class MegatronLoop(TrainingLoop):
         )  # fmt: skip
         self._args = args
         self._package = package
+        # State of the data loader after the microbatches that are trained on, while more have been read.
+        self.loader_state: Any = None
+        growing = ("rampup_batch_size", "step_batch_size_schedule")
+        if getattr(args, "dataloader_save", None) and any(getattr(args, name, None) for name in growing):
+            self.read_ahead = False  # an iteration of fewer microbatches would leave some that no state tells of
 
     def _iteration(self) -> int:
         """As Megatron's log counts; evaluations have that of the iteration before."""
@@ -49,6 +54,16 @@ class MegatronLoop(TrainingLoop):
         following = int(self._args.curr_iteration) + 1
         skipped = self._args.iterations_to_skip or []  # counted from 0 in releases before 0.17
         return following < self._args.train_iters and not {following, following + 1} & set(skipped)
+
+    def about_to_read_ahead(self, data_iterator: Any) -> None:
+        """Keep the loader's state for a checkpoint of this iteration, on the ranks that save it."""
+        from megatron.core import parallel_state
+
+        self.loader_state = None
+        loader = getattr(data_iterator, "iterable", None)
+        saves = parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        if saves and getattr(self._args, "dataloader_save", None) and hasattr(loader, "save_state"):
+            self.loader_state = loader.save_state()
 
     def checkpoint(self) -> Checkpoint | None:
         from ..checkpoints import find_checkpoint
@@ -77,6 +92,7 @@ class MegatronTraining:
 
     def __init__(self, hooks: Hooks):
         self._hooks = hooks
+        self._loop: MegatronLoop | None = None
         self._targets = {
             "arguments": (
                 Target("add_megatron_arguments", self._arguments, "the --dip- flags"),
@@ -87,6 +103,7 @@ class MegatronTraining:
             "training": (Target("get_model", self._get_model, "models of a script's provider"),),
             "checkpointing": (
                 Target("generate_state_dict", self._state_dict, "the optimizer's step in checkpoints"),
+                Target("maybe_save_dataloader_state", self._loader_state),
             ),
             # From 0.19 on scripts may give a model's config instead of a provider.
             "dist_utils": (
@@ -125,7 +142,8 @@ class MegatronTraining:
                 package = original.__module__.rpartition(".")[0]
                 layout = given_layout(args)
                 take_layout(args)
-                self._hooks.begin(MegatronLoop(args, package, layout), config)
+                self._loop = MegatronLoop(args, package, layout)
+                self._hooks.begin(self._loop, config)
             return result
 
         return validate
@@ -163,13 +181,24 @@ class MegatronTraining:
 
         return prepare
 
+    def _loader_state(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def maybe_save_dataloader_state(train_iterator: Any, *rest: Any, **kwargs: Any) -> Any:
+            state = getattr(self._loop, "loader_state", None)
+            if state is not None:
+                # The loader itself has gone on to what is read ahead.
+                train_iterator = SimpleNamespace(iterable=SimpleNamespace(save_state=lambda: state))
+            return original(train_iterator, *rest, **kwargs)
+
+        return maybe_save_dataloader_state
+
     def _state_dict(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
             from ..checkpoints import share_step
 
             state = original(*args, **kwargs)
             loading = (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False)
-            if self._hooks.session is not None and not loading:
+            by_place = getattr(args[0] if args else kwargs.get("args"), "ckpt_format", None) == "torch"
+            if self._hooks.session is not None and not loading and not by_place:
                 share_step(state)
             return state
 
