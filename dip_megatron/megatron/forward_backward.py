@@ -42,6 +42,9 @@ class PlanningPolicy:
     before_reading: Callable[[Any], object] = lambda _: None
     """Takes the iterator that the next iteration's microbatches are about to be read from; None if none are."""
 
+    at_call_seconds: float = 0.0
+    """Search for an iteration that is planned when the schedule is called with it; 0: none, in the trainer."""
+
     def budget(self, seconds_left: float) -> float:
         """Seconds of search for the next plan, so many before this iteration is expected to end; the rest is for
         lowering, checking and broadcasting, which take tens of milliseconds."""
@@ -180,7 +183,9 @@ class DipForwardBackward:
             request = None
         microbatches = source.take(count)
         if request is None:
-            request = self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0)
+            budget = self._policy.at_call_seconds
+            wait = budget + 0.03 if budget else 0.0  # for all but the search
+            request = self._request(microbatches, self._number(), key[1], budget, wait)
         fed = self._feed.take(request)
         for inputs, shared in zip(microbatches, fed.shared, strict=True):
             self._program.complete(inputs, shared)

@@ -40,6 +40,11 @@ from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPol
 
 logger = logging.getLogger(__name__)
 
+AT_CALL_SECONDS = 0.02
+"""Of search for an iteration that is planned when the schedule is called: with all else within 50 milliseconds."""
+IMPROVE_SECONDS = 1.0
+"""Of search for batches that come again, while others train."""
+
 
 class DipSession:
     """What the hooks share between building the model and running its iterations."""
@@ -117,7 +122,9 @@ class DipSession:
             order = static_order if config.schedule == "static" else greedy
             maker = LivePlanMaker(graphs, program.shapes, make_searcher(config, planners_here), config.schedule, order)
             # One worker process, whose threads search together: only one iteration is planned ahead.
-            self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
+            workers = min(config.planner_workers, 1) if config.schedule == "dynamic" else 0
+            improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
+            self._service = PlannerService(maker, workers, improve_seconds=0.0 if self._reads_ahead() else improve)
             atexit.register(self._service.close)
 
     def _cluster(self) -> Cluster:
@@ -245,7 +252,8 @@ class DipSession:
         return DipForwardBackward(
             program, executor, feed, clock,
             policy=PlanningPolicy(
-                config.search_budget, self._another_follows, self._loop.about_to_read_ahead
+                config.search_budget, self._another_follows, self._loop.about_to_read_ahead,
+                at_call_seconds=0.0 if self._reads_ahead() or config.schedule == "static" else AT_CALL_SECONDS,
             ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
@@ -253,7 +261,10 @@ class DipSession:
         )  # fmt: skip
 
     def _another_follows(self) -> bool:
-        return self._config.read_ahead and self._loop.read_ahead and self._loop.another_follows()
+        return self._reads_ahead() and self._loop.another_follows()
+
+    def _reads_ahead(self) -> bool:
+        return self._config.read_ahead and self._loop.read_ahead
 
     def _tensor_parallel_exchange(self) -> GlooExchange | None:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
