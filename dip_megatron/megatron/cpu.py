@@ -74,7 +74,7 @@ def install_cpu_platform() -> bool:
     # Megatron and the compiler first: torch._dynamo builds tables of torch's own functions when it is imported.
     _adapt_core()
     if importlib.util.find_spec("megatron.training") is not None:
-        _adapt_training()
+        adapt_training()
     torch.compiler.set_stance("force_eager")
     _replace_cuda_functions()
     _replace_factories()
@@ -309,9 +309,9 @@ def _adapt_core() -> None:
     )
 
 
-def _adapt_training() -> None:
-    from megatron.training import initialize
-
+def adapt_training(package: str = "megatron.training") -> None:
+    """Let a training loop initialize without a GPU: Megatron's, or a copy of it under another name."""
+    initialize = importlib.import_module(f"{package}.initialize")
     function = initialize.initialize_megatron
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     # In place: several modules have imported the function by name.

@@ -79,6 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--prefetched", action="store_true", help="draw an iteration's microbatches before it begins")
+    parser.add_argument("--read-ahead", action="store_true", help="let DIP read the next microbatches meanwhile")
+    parser.add_argument("--evaluate", action="store_true", help="after each iteration, on the same data")
     parser.add_argument("--own-model", action="store_true", help="build the model without DIP")
     parser.add_argument("--by-hand", action="store_true", help="call a stage without the schedule (DIP refuses)")
     options = parser.parse_args()
@@ -86,7 +88,10 @@ def main() -> None:
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=dist.get_world_size())
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
-    stages = dip_megatron.build_model(provide, micro_batch_size=1, num_microbatches=MICROBATCHES)
+    stages = dip_megatron.build_model(
+        provide, micro_batch_size=1, num_microbatches=MICROBATCHES, read_ahead=options.read_ahead,
+        another_follows=lambda: iteration + 1 < options.iterations,
+    )  # fmt: skip
     if options.own_model:
         stages = [provide(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())]
     if options.by_hand:
@@ -106,6 +111,13 @@ def main() -> None:
             seq_length=LENGTH, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
         step(chunks, losses, iteration)
+        if options.evaluate:
+            evaluated = get_forward_backward_func()(
+                forward_step_func=forward_step, data_iterator=data, model=chunks, num_microbatches=2,
+                seq_length=LENGTH, micro_batch_size=1, forward_only=True,
+            )  # fmt: skip
+            if evaluated:
+                print(f"evaluated: {sum(float(loss['loss']) for loss in evaluated) / 2:.9f}", flush=True)
 
 
 def step(chunks: list[Any], losses: list[dict[str, torch.Tensor]], iteration: int) -> None:

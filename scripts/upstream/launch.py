@@ -2,9 +2,11 @@
 
     launch.py WAY SCRIPT ARGUMENTS...
 
-WAY is ``run`` (through ``dip run``), ``tree`` (as ``python SCRIPT``: whatever the Megatron tree itself does) or
-``absent`` (likewise, and ``dip_megatron`` can't be imported). Weights are drawn from their names, so that runs of the
-same script at other pipeline sizes and partitions start alike; nothing else is changed.
+WAY is ``run`` (through ``dip run``), ``tree`` (as ``python SCRIPT``: whatever the Megatron tree itself does),
+``absent`` (likewise, and ``dip_megatron`` can't be imported) or ``startup`` (as ``tree``, with the start-up file of
+``dip_megatron``'s wheel). ``LAUNCH_PACKAGE`` is the training loop's package if it isn't ``megatron.training``. Weights
+are drawn from their names, so that runs of the same script at other pipeline sizes and partitions start alike; nothing
+else is changed.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import importlib
 import importlib.util
 import os
 import runpy
+import site
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = os.environ.get("LAUNCH_PACKAGE", "megatron.training")
 
 
 class _Absent:
@@ -45,7 +49,7 @@ def draw_weights_before_the_optimizer() -> None:
     # The drawing is a file of dip_megatron that imports nothing of it, and must work where it can't be imported.
     draw_by_name = _load(ROOT / "dip_megatron" / "families" / "shared" / "weights.py").draw_by_name
     deviations = _load(ROOT / "examples" / "llava_digits" / "weights.py").deviations
-    training = importlib.import_module("megatron.training.training")
+    training = importlib.import_module(f"{PACKAGE}.training")
     build = training.get_megatron_optimizer
 
     def build_from_drawn(config: Any, chunks: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -75,7 +79,12 @@ def _main() -> None:
         sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    if not _load(ROOT / "dip_megatron" / "megatron" / "cpu.py").install_cpu_platform():
+    platform = _load(ROOT / "dip_megatron" / "megatron" / "cpu.py")
+    if way == "startup":
+        site.addsitedir(str(ROOT))
+    if platform.install_cpu_platform():
+        platform.adapt_training(PACKAGE)
+    else:
         import torch
 
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

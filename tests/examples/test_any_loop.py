@@ -30,6 +30,7 @@ def trained(
     texts = [(folder / f"run.rank{rank}.log").read_text() for rank in range(ranks)]
     numbers = [float(x) for line in _LINE.findall(texts[-1]) for x in line[1:]]
     assert len(numbers) == 8
+    numbers += map(float, re.findall(r"evaluated: ([\d.]+)", texts[-1]))
     return numbers, "\n".join(texts)
 
 
@@ -43,11 +44,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 @pytest.mark.parametrize(
     ("environment", "flags", "ranks"),
     [
-        ({"DIP_SCHEDULE": "dynamic"}, (), 2),
+        ({"DIP_SCHEDULE": "dynamic"}, ("--read-ahead",), 2),
         ({"DIP_SCHEDULE": "static", "DIP_MODULES": "{language: {layers: [[1, 0], [1, 2]]}}"}, (), 2),
         ({"DIP_SCHEDULE": "dynamic", "DIP_PLANNER_WORKERS": "0"}, ("--prefetched",), 4),
     ],
-    ids=["dynamic", "two segments", "an iterator of each iteration's own"],
+    ids=["read ahead", "two segments", "an iterator of each iteration's own"],
 )
 def test_losses_and_gradients_are_those_of_its_own_schedule(
     plain: list[float], environment: Mapping[str, str], flags: tuple[str, ...], ranks: int, tmp_path: Path,
@@ -57,6 +58,17 @@ def test_losses_and_gradients_are_those_of_its_own_schedule(
     assert numbers == pytest.approx(plain, rel=1e-6)
     assert "[dip] language: layers" in text or "static" in environment.values()
     assert "a model that DIP didn't build" not in text
+
+
+def test_evaluations_between_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the training's own iterator, which nobody may have read ahead."""
+    theirs, _ = trained(tmp_path / "plain", {}, "--evaluate", monkeypatch=monkeypatch)
+    asked = {"DIP_SCHEDULE": "dynamic"}
+    ours, _ = trained(tmp_path / "dip", asked, "--evaluate", monkeypatch=monkeypatch)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert len(ours) == 12
+    with pytest.raises(RunFailed, match="training and evaluation share a data iterator"):
+        trained(tmp_path / "ahead", asked, "--evaluate", "--read-ahead", monkeypatch=monkeypatch)
 
 
 def test_a_loop_that_builds_its_own_model_is_told_what_to_call(plain: list[float], tmp_path: Path,
