@@ -23,7 +23,7 @@ from ..planner.live import ModelGraphs
 from ..planner.maker import LivePlanMaker
 from ..planner.partitioning import choose_partition
 from ..planner.searchers import make_searcher, static_order
-from ..planner.service import PlannerService
+from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
 from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
@@ -39,11 +39,6 @@ from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 
 logger = logging.getLogger(__name__)
-
-AT_CALL_SECONDS = 0.02
-"""Of search for an iteration that is planned when the schedule is called: with all else within 50 milliseconds."""
-IMPROVE_SECONDS = 1.0
-"""Of search for batches that come again, while others train."""
 
 
 class DipSession:

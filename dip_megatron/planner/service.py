@@ -29,6 +29,11 @@ from .warm import warm_up_plans
 
 logger = logging.getLogger(__name__)
 
+AT_CALL_SECONDS = 0.02
+"""Of search for an iteration that is planned when the schedule is called: with all else within 50 milliseconds."""
+IMPROVE_SECONDS = 1.0
+"""Of search for batches that come again, while others train."""
+
 
 @dataclass
 class PlannerStatistics:
