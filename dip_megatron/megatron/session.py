@@ -96,7 +96,7 @@ class DipSession:
             )  # fmt: skip
             chunks = ChunkList(self._program.build_chunks())
             for chunk in chunks:
-                chunk.register_forward_pre_hook(self._only_in_a_stage)
+                chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk) for chunk in chunks}
             self._start_planner(self._program, self._graphs)
             return chunks
@@ -210,15 +210,19 @@ class DipSession:
             chunk = getattr(chunk, "module", None)  # within Megatron's wrappers
         return chunk is not None
 
-    def _only_in_a_stage(self, chunk: torch.nn.Module, _: Any) -> None:
+    def _guard(self) -> Callable[[torch.nn.Module, Any], None]:
         """A chunk has a part of its module's layers, in an order of its own: run by anything but its plan, it would
         compute something else than the model."""
-        if not self._running:
-            raise RuntimeError(
-                f"a {type(chunk).__name__} that DIP built is run without DIP's schedule: the loop calls the model by "
-                "itself, or has got its schedule before dip_megatron.install(); see docs/any-loop.md, or use "
-                "--dip-schedule off"
-            )
+
+        def only_in_a_stage(chunk: torch.nn.Module, _: Any) -> None:  # a function, so that models can be copied
+            if not self._running:
+                raise RuntimeError(
+                    f"a {type(chunk).__name__} that DIP built is run without DIP's schedule: the loop calls the model "
+                    "by itself, or has got its schedule before dip_megatron.install(); see docs/any-loop.md, or use "
+                    "--dip-schedule off"
+                )
+
+        return only_in_a_stage
 
     @staticmethod
     def _pipeline() -> list[int]:

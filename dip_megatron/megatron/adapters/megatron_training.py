@@ -119,7 +119,8 @@ class MegatronTraining:
     def targets(self, module: ModuleType) -> Sequence[Target]:
         """All, if the module is Megatron-LM's, or looks as if it were a copy."""
         name = module.__name__.rpartition(".")[2]
-        if module.__name__.startswith("megatron.training.") or all(hasattr(module, sign) for sign in _SIGNS[name]):
+        upstream = module.__name__ == f"megatron.training.{'models.' if name == 'dist_utils' else ''}{name}"
+        if upstream or all(hasattr(module, sign) for sign in _SIGNS[name]):
             return self._targets[name]
         return ()
 
