@@ -56,7 +56,7 @@ class DipSession:
         self._config = config
         self._families = families
         self._tell = tell
-        self._own: set[int] = set()
+        self._own: dict[int, torch.nn.Module] = {}
         self._running = False
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
@@ -97,7 +97,7 @@ class DipSession:
             chunks = ChunkList(self._program.build_chunks())
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
-            self._own = {id(chunk) for chunk in chunks}
+            self._own = {id(chunk): chunk for chunk in chunks}
             self._start_planner(self._program, self._graphs)
             return chunks
 

@@ -131,6 +131,9 @@ class PlanFeed:
         answer: Any
         try:
             plan = self._service.take(request, wait_seconds)
+            made_with = self._service.corrections(request)
+            if made_with is not None and request in self._corrections:
+                self._corrections[request] = made_with
             answer = plan, replace(self._service.statistics), shared
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from ..core import Plan
+from ..describe.cost import Corrections
 from .request import PlanRequest
+
+
+@dataclass(frozen=True)
+class KnownPlan:
+    """``corrections`` of the costs it was made with; ``searched``: for long, because the batch has come again."""
+
+    plan: Plan
+    corrections: Corrections
+    searched: bool
 
 
 class KnownPlans:
@@ -14,20 +25,14 @@ class KnownPlans:
 
     def __init__(self, most: int = 64):
         self._most = most
-        self._plans: OrderedDict[object, tuple[Plan, bool]] = OrderedDict()
+        self._plans: OrderedDict[object, KnownPlan] = OrderedDict()
 
-    def plan(self, request: PlanRequest) -> Plan | None:
+    def plan(self, request: PlanRequest) -> KnownPlan | None:
         """The plan for such a batch, if there has been one."""
         found = self._plans.get(_signature(request))
-        if found is None:
-            return None
-        self._plans.move_to_end(_signature(request))
-        return found[0]
-
-    def searched(self, request: PlanRequest) -> bool:
-        """Whether it is one that a search has found."""
-        found = self._plans.get(_signature(request))
-        return found is not None and found[1]
+        if found is not None:
+            self._plans.move_to_end(_signature(request))
+        return found
 
     @staticmethod
     def same(one: PlanRequest, other: PlanRequest) -> bool:
@@ -36,7 +41,7 @@ class KnownPlans:
 
     def keep(self, request: PlanRequest, plan: Plan, searched: bool) -> None:
         """Use ``plan`` for such batches from now on."""
-        self._plans[_signature(request)] = plan, searched
+        self._plans[_signature(request)] = KnownPlan(plan, request.corrections, searched)
         if len(self._plans) > self._most:
             self._plans.popitem(last=False)
 

@@ -23,7 +23,8 @@ from multiprocessing.connection import Connection, wait
 
 from ..core import Plan
 from ..core.verify import PlanError, verify
-from .known import KnownPlans
+from ..describe.cost import Corrections
+from .known import KnownPlan, KnownPlans
 from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 
@@ -94,6 +95,7 @@ class PlannerService:
         self._workers = [self._start() for _ in range(workers)]
         self._improve_seconds = improve_seconds
         self._known = KnownPlans()
+        self._corrections: dict[int, Corrections] = {}
         self._improving: dict[int, PlanRequest] = {}
         self._asked: dict[int, _Asked] = {}
         self._arrived: dict[int, _Arrived] = {}
@@ -152,15 +154,17 @@ class PlannerService:
         statistics = self.statistics
         statistics.plans += 1
         if arrived is None:
-            plan = self._known.plan(asked.request)
-            if plan is None:
+            known = self._known.plan(asked.request)
+            if known is None:
                 # What is needed at once (a first batch, an evaluation) is no worker's business and no failure of one.
                 statistics.fallbacks += asked.request.budget_seconds > 0
                 plan = self._maker.quick(asked.request)
                 verify(plan)
                 self._keep(asked.request, plan)
             else:
-                self._improve(asked.request)
+                plan = known.plan
+                self._corrections[request] = known.corrections
+                self._improve(asked.request, known)
             statistics.latency_seconds = time.monotonic() - asked.at
             return plan
         statistics.late += not arrived.final
@@ -172,10 +176,14 @@ class PlannerService:
         if self._improve_seconds > 0:
             self._known.keep(request, plan, searched=False)
 
-    def _improve(self, request: PlanRequest) -> None:
+    def corrections(self, request: int) -> Corrections | None:
+        """Those that the plan just taken was made with, if they aren't the request's; to be asked once."""
+        return self._corrections.pop(request, None)
+
+    def _improve(self, request: PlanRequest, known: KnownPlan) -> None:
         """Have an idle worker search for a better plan of such batches, under a number that no request has."""
         with self._lock:
-            if self._known.searched(request) or any(self._known.same(request, r) for r in self._improving.values()):
+            if known.searched or any(self._known.same(request, r) for r in self._improving.values()):
                 return
             wanted = replace(
                 request, request=_LONGER + request.request, budget_seconds=self._improve_seconds, deadline=math.inf

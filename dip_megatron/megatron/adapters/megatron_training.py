@@ -167,8 +167,9 @@ class MegatronTraining:
             if session is None:
                 return original(build, *rest, **kwargs)
             try:
+                stages = original(session.segmented(build), *rest, **kwargs)
                 # One stage as Megatron asks for it, which is all chunks of this rank.
-                return original(session.segmented(build), *rest, **kwargs)[0]
+                return stages[0] if isinstance(stages[0], list) else stages
             except ConfigurationError as error:
                 sys.exit(f"dip: {error}")
 
