@@ -311,7 +311,7 @@ def _adapt_core() -> None:
 
 def adapt_training(package: str = "megatron.training") -> None:
     """Let a training loop initialize without a GPU: Megatron's, or a copy of it under another name."""
-    initialize = importlib.import_module(f"{package}.initialize")
+    initialize: Any = importlib.import_module(f"{package}.initialize")
     function = initialize.initialize_megatron
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     # In place: several modules have imported the function by name.

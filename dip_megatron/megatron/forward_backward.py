@@ -230,10 +230,9 @@ class DipForwardBackward:
         self, microbatches: list[MicrobatchInputs], iteration: int, forward_only: bool, budget: float, wait: float
     ) -> int:
         self._requests += 1
-        loads, shared = (), None
-        if self._feed.plans_here:
-            loads = tuple(self._program.load(m) for m in microbatches)
-            shared = tuple(self._program.shared(m) for m in microbatches)
+        here = self._feed.plans_here
+        loads = tuple(self._program.load(m) for m in microbatches) if here else ()
+        shared = tuple(self._program.shared(m) for m in microbatches) if here else ()
         request = PlanRequest(self._requests, loads, budget, forward_only, iteration=iteration)
         self._feed.request(request, wait, shared)
         return self._requests

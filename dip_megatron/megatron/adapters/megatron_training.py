@@ -60,7 +60,7 @@ class MegatronLoop(TrainingLoop):
         from megatron.core import parallel_state
 
         self.loader_state = None
-        loader = getattr(data_iterator, "iterable", None)
+        loader: Any = getattr(data_iterator, "iterable", None)
         saves = parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
         if saves and getattr(self._args, "dataloader_save", None) and hasattr(loader, "save_state"):
             self.loader_state = loader.save_state()
