@@ -41,6 +41,8 @@ def test_a_resumed_run_goes_on_at_the_very_sample(tmp_path: Path) -> None:
     assert "can be loaded under this very partition only" in first.text[0]
 
     config.write_text("modules: {vision: {layers: [[1, 1]]}, language: {layers: [[2, 2]]}}\n")
-    with pytest.raises(RunFailed, match="hold layers by their place on a rank"):
+    with pytest.raises(
+        RunFailed, match=r"this run has vision layers \[\[1, 1\]\], language layers \[\[2, 2\]\], and files of"
+    ):
         run(tmp_path / "third", *flags, "--load", str(tmp_path / "saved"), iterations=5,
             options={"loader": str(states), "restore": str(state)})  # fmt: skip
