@@ -115,7 +115,13 @@ class DipSession:
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
             order = static_order if config.schedule == "static" else greedy
-            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config, planners_here), config.schedule, order)
+            maker = LivePlanMaker(
+                graphs,
+                program.shapes,
+                make_searcher(config, planners_here, not torch.cuda.is_available()),
+                config.schedule,
+                order,
+            )
             # One worker process, whose threads search together: only one iteration is planned ahead.
             workers = min(config.planner_workers, 1) if config.schedule == "dynamic" else 0
             improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
@@ -238,7 +244,10 @@ class DipSession:
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
-        executor = Executor(rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock)
+        executor = Executor(
+            rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
+            alone=self._args.tensor_model_parallel_size == 1,
+        )  # fmt: skip
         feed = PlanFeed(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
         recorder = None

@@ -40,13 +40,15 @@ IMPROVE_SECONDS = 1.0
 class PlannerStatistics:
     """Counts since the start of training: ``plans`` taken; ``late`` ones, whose search was not over when they were
     needed; ``fallbacks``, made in the trainer because no worker's plan was there; ``worker_deaths``, replaced workers.
-    ``latency_seconds``: from the request of the last plan taken to its arrival."""
+    ``latency_seconds``: from the request of the last plan taken to its arrival; ``core_seconds``: what of a core the
+    worker's process needed for it."""
 
     plans: int = 0
     fallbacks: int = 0
     worker_deaths: int = 0
     late: int = 0
     latency_seconds: float = 0.0
+    core_seconds: float = 0.0
 
 
 @dataclass
@@ -60,6 +62,7 @@ class _Arrived:
     plan: Plan
     final: bool
     at: float
+    core_seconds: float
 
 
 @dataclass
@@ -165,10 +168,10 @@ class PlannerService:
                 plan = known.plan
                 self._corrections[request] = known.corrections
                 self._improve(asked.request, known)
-            statistics.latency_seconds = time.monotonic() - asked.at
+            statistics.latency_seconds, statistics.core_seconds = time.monotonic() - asked.at, 0.0
             return plan
         statistics.late += not arrived.final
-        statistics.latency_seconds = arrived.at - asked.at
+        statistics.latency_seconds, statistics.core_seconds = arrived.at - asked.at, arrived.core_seconds
         self._keep(asked.request, arrived.plan)
         return arrived.plan
 
@@ -271,7 +274,7 @@ class PlannerService:
         if message == READY:
             worker.ready = True
             return
-        request, plan, final, error = pickle.loads(message)
+        request, plan, final, error, core_seconds = pickle.loads(message)
         if final:
             worker.busy_with.remove(request)
             worker.busy_since = time.monotonic()
@@ -287,7 +290,7 @@ class PlannerService:
             logger.warning("planner worker made an invalid plan for %s (%s); not used", self._subject(request), fault)
             return
         if request in self._asked:
-            self._arrived[request] = _Arrived(plan, final, time.monotonic())
+            self._arrived[request] = _Arrived(plan, final, time.monotonic(), core_seconds)
         elif final:
             self._known.keep(self._improving.pop(request), plan, searched=True)
 
