@@ -246,7 +246,7 @@ class DipSession:
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = Executor(
             rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
-            alone=self._args.tensor_model_parallel_size == 1,
+            alone=self._loop.parallel.tp == 1,
         )  # fmt: skip
         feed = PlanFeed(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
