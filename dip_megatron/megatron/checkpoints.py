@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from ..compat.checkpointing import fully_reshardable, read_head
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
 
@@ -84,13 +84,13 @@ def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
         folder, finetune = pretrained, True
     if folder is None:
         return None
-    state, path, release, kind = checkpointing._load_base_checkpoint(folder, args, rank0=True)
+    state, path, release, layout = read_head(checkpointing, folder, args)
     if state is None:
         return None
     saved = state.get("args")
     partition = _recorded(getattr(saved, "dip_partition", None))
-    by_place = kind is checkpointing.CheckpointType.LEGACY
-    if kind is not checkpointing.CheckpointType.GLOBAL and not (by_place and partition is not None):
+    by_place = layout == "by place"
+    if layout != "distributed" and not (by_place and partition is not None):
         raise ConfigurationError(
             f"{path or folder} is no distributed checkpoint, and not one of DIP's: its files hold layers by their "
             "place on a rank, which DIP's partition changes; save it with --ckpt-format torch_dist first, or use "
@@ -107,7 +107,7 @@ def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
         bound=loads_optimizer
         and args.use_distributed_optimizer
         and sharding is not None
-        and sharding not in DistributedOptimizer.checkpoint_fully_reshardable_formats,
+        and not fully_reshardable(sharding),
         by_place=by_place,
     )
 

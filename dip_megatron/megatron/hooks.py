@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..compat.releases import megatron_version
+from ..compat.releases import TESTED, megatron_version, version_numbers
 from ..describe.files import ConfigurationError
 from ..environment import asks
 from .adapters.loop import LoopAdapter, Target, TrainingLoop
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from .session import DipSession
 
 logger = logging.getLogger(__name__)
-
-TESTED = ((0, 16), (0, 19))
-"""The oldest and the newest minor release that the tests cover; README.md lists them."""
 
 _installed: Hooks | None = None
 
@@ -166,8 +163,7 @@ class Hooks:
 
     def _warn_of_version(self) -> None:
         """Say what could not be hooked, or that this Megatron is not a tested one."""
-        major, minor = megatron_version().split(".")[:2]
-        untested = not TESTED[0] <= (int(major), int(minor)) <= TESTED[1]
+        untested = not TESTED[0] <= version_numbers() <= TESTED[1]
         if not (self._missing or untested):
             return
         tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)

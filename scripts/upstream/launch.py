@@ -59,6 +59,19 @@ def draw_weights_before_the_optimizer() -> None:
     training.get_megatron_optimizer = build_from_drawn
 
 
+def begin_on_this_host() -> None:
+    """On a host without a GPU, let Megatron run on the CPU."""
+    from dip_megatron.compat.host import adapt_training
+    from dip_megatron.megatron.cpu import install_cpu_platform
+
+    if install_cpu_platform():
+        adapt_training(PACKAGE)
+        return
+    import torch
+
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def _main() -> None:
     way, script, *arguments = sys.argv[1:]
     sys.path[0] = str(ROOT)  # not this folder
@@ -75,19 +88,15 @@ def _main() -> None:
         dip_megatron.install = install_and_draw
         run([script, *arguments])
         return
-    if way == "absent":
-        sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    platform = _load(ROOT / "dip_megatron" / "megatron" / "cpu.py")
     if way == "startup":
         site.addsitedir(str(ROOT))
-    if platform.install_cpu_platform():
-        platform.adapt_training(PACKAGE)
-    else:
-        import torch
-
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    begin_on_this_host()
+    if way == "absent":
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dip_megatron"]:
+            del sys.modules[name]
+        sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     draw_weights_before_the_optimizer()
     runpy.run_path(script, run_name="__main__")
 
