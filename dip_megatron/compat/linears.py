@@ -42,7 +42,7 @@ TOPIC = Topic(
     ),
 )  # fmt: skip
 
-Multiplication = LinearWithGradAccumulationAndAsyncCommunication
+Multiplication: Any = LinearWithGradAccumulationAndAsyncCommunication
 ARGUMENTS = tuple(inspect.signature(Multiplication.forward).parameters)[1:]
 """What Megatron's linear takes; releases add to it at the end."""
 DEFAULTS: dict[str, Any] = {
