@@ -51,7 +51,7 @@ def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[.
         if strategy == "none":
             return megatrons(*args, **kwargs)
         if strategy == "offload":
-            return _offloaded(layer, index, mode, megatrons, args, kwargs)
+            return offloaded(layer, index, mode, megatrons, args, kwargs)
         if strategy == "full":
             return _checkpointed(layer, megatrons, args, kwargs)
         owners, name, value = attentions, "checkpoint_core_attention", cast(Any, True)
@@ -69,9 +69,10 @@ def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[.
     return forward
 
 
-def _offloaded(
+def offloaded(
     layer: torch.nn.Module, index: int, mode: StageMode, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 ) -> Any:
+    """``forward(*args, **kwargs)`` of a chunk's layer, whose activations are left to the stage's place for them."""
     if mode.offloaded is None:
         raise RuntimeError("a stage with offloaded layers needs a place for them")
     deferred = mode.weight_gradients
@@ -188,4 +189,5 @@ def _checkpointed(layer: torch.nn.Module, forward: Callable[..., Any], args: Any
 def _shared(layer: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """What autograd may save inside a layer without its being the layer's own: weights, masks, position angles."""
     inputs = [value for name, value in kwargs.items() if name != "hidden_states"] + list(args[1:])
+    inputs += [part for value in inputs if isinstance(value, tuple) for part in value]
     return [*layer.parameters(), *(t for t in inputs if isinstance(t, torch.Tensor))]
