@@ -59,11 +59,14 @@ class DipForwardBackward:
         clock: Clock,
         *,
         policy: PlanningPolicy | None = None,
+        iteration: Callable[[], int] | None = None,
         watchdog: Watchdog | None = None,
         on_iteration: IterationConsumer | None = None,
         tensor_parallel: Exchange | None = None,
     ):
-        """``tensor_parallel`` is among the ranks that read the data together, if they are several."""
+        """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
+        calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
+        they are several."""
         self._program = program
         self._executor = executor
         self._feed = feed
@@ -71,14 +74,15 @@ class DipForwardBackward:
         self._policy = policy or PlanningPolicy()
         self._watchdog = watchdog
         self._on_iteration = on_iteration
-        self._ticket = 0
+        self._trained = 0
+        self._number = iteration or (lambda: self._trained)
+        self._requests = 0
         self._tensor_parallel = tensor_parallel
         # By iterator and by forward_only: ranks without data have None for the iterators of training and evaluation.
         self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
-        self._next_ticket: dict[tuple[int, bool], tuple[int, int]] = {}
+        self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
         self._repetition = Repetition()
         self._last_seconds = 0.0
-        self.iterations = 0
 
     def __call__(
         self,
@@ -134,8 +138,10 @@ class DipForwardBackward:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
         repeated = None if forward_only else self._repetition.again()
         following: Iterator[None] = iter(())
+        if not forward_only and repeated is None:
+            self._trained += 1
+        number = self._number()
         if repeated is not None:
-            self.iterations -= 1
             microbatches, fed = repeated
         else:
             key = (id(iterator), forward_only)
@@ -151,31 +157,29 @@ class DipForwardBackward:
             forward_only=forward_only, collect_non_loss_data=collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
         )  # fmt: skip
-        iteration.run(self.iterations, following, weights_changed=not forward_only or bool(first_val_step))
+        iteration.run(number, following, weights_changed=not forward_only or bool(first_val_step))
         spans = self._clock.spans()
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
             self._last_seconds = seconds
-            self._feed.measured(Measurement.of(fed.iteration, self._executor.position.rank, spans))
+            self._feed.measured(Measurement.of(fed.request, self._executor.position.rank, spans))
             iteration.finalize(pg_collection, force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
-            self._on_iteration(IterationReport.of(self.iterations, fed, spans), fed.plan, spans)
-        if not forward_only:
-            self.iterations += 1
+            self._on_iteration(IterationReport.of(number, fed, spans), fed.plan, spans)
         return iteration.losses
 
     def _read(self, key: tuple[int, bool], source: LookAhead, count: int) -> tuple[list[MicrobatchInputs], FedPlan]:
         """This iteration's microbatches and plan."""
-        ticket, planned = self._next_ticket.pop(key, (None, count))
-        if ticket is not None and planned != count:
-            self._feed.take(ticket)  # planned for another number of microbatches: all ranks drop it alike
-            ticket = None
+        request, planned = self._next_request.pop(key, (None, count))
+        if request is not None and planned != count:
+            self._feed.take(request)  # planned for another number of microbatches: all ranks drop it alike
+            request = None
         microbatches = source.take(count)
-        if ticket is None:
-            ticket = self._request(microbatches, key[1], budget=0.0, wait=0.0)
-        return microbatches, self._feed.take(ticket)
+        if request is None:
+            request = self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0)
+        return microbatches, self._feed.take(request)
 
     def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
         """Read the next iteration's microbatches step by step, then request its plan; this one ``began`` at that time.
@@ -187,8 +191,8 @@ class DipForwardBackward:
         coming = source.peek(count)
         if len(coming) == count:
             budget = self._policy.budget(self._last_seconds - (time.perf_counter() - began))
-            ticket = self._request(coming, False, budget, wait=1.3 * budget + 0.1)
-            self._next_ticket[key] = (ticket, count)
+            request = self._request(coming, self._number() + 1, False, budget, wait=1.3 * budget + 0.1)
+            self._next_request[key] = (request, count)
 
     def _source(
         self, key: tuple[int, bool], iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any],
@@ -204,8 +208,11 @@ class DipForwardBackward:
             self._look_ahead[key] = known
         return known[1]
 
-    def _request(self, microbatches: list[MicrobatchInputs], forward_only: bool, budget: float, wait: float) -> int:
-        self._ticket += 1
+    def _request(
+        self, microbatches: list[MicrobatchInputs], iteration: int, forward_only: bool, budget: float, wait: float
+    ) -> int:
+        self._requests += 1
         loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
-        self._feed.request(PlanRequest(self._ticket, loads, budget, forward_only), wait)
-        return self._ticket
+        request = PlanRequest(self._requests, loads, budget, forward_only, iteration=iteration)
+        self._feed.request(request, wait)
+        return self._requests

@@ -185,10 +185,15 @@ class DipSession:
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
-            policy=PlanningPolicy(config.search_budget, self._another_follows), watchdog=watchdog,
+            policy=PlanningPolicy(config.search_budget, self._another_follows), iteration=self._iteration,
+            watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(),
         )  # fmt: skip
+
+    def _iteration(self) -> int:
+        """As Megatron's log counts; evaluations have that of the iteration before."""
+        return int(getattr(self._args, "curr_iteration", self._args.iteration - 1)) + 1
 
     def _another_follows(self) -> bool:
         """Whether the running iteration is followed by one that trains: data sets may hold no more than is trained on,
@@ -209,7 +214,7 @@ class DipSession:
             if last:
                 print(line, flush=True)
 
-        return RunProgress(exchange, args.log_interval, lambda: int(args.curr_iteration) + 1, say, write_scalars)
+        return RunProgress(exchange, args.log_interval, say, write_scalars)
 
     @staticmethod
     def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:

@@ -38,10 +38,10 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True)
 class FedPlan:
-    """A plan ready to run. ``iteration``: the request's number. ``stall_seconds``: how long the trainer waited for it.
+    """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it.
     ``statistics``: the service's, when the plan was sent."""
 
-    iteration: int
+    request: int
     plan: Plan
     stall_seconds: float
     statistics: PlannerStatistics
@@ -59,23 +59,24 @@ class PlanFeed:
         self._exchange = exchange
         self._service = service
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-feed")
-        self._coming: dict[int, Future[bytes]] = {}
+        self._coming: dict[int, tuple[str, Future[bytes]]] = {}
         self._recalibration = Recalibration() if recalibrate else None
         self._measured: Measurement | None = None
         self._corrections: dict[int, Corrections] = {}
         self._running: tuple[int, Plan, Corrections] | None = None
 
     def request(self, request: PlanRequest, wait_seconds: float) -> None:
-        """Begin to plan and to broadcast; every rank calls it for the same iterations in the same order (only rank 0's
+        """Begin to plan and to broadcast; every rank calls it with the same requests in the same order (only rank 0's
         loads matter). ``wait_seconds``: how long to wait for a worker's final plan."""
         if self._service is not None:
             # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
             request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
             if self._recalibration is not None:
                 request = replace(request, corrections=self._recalibration.corrections())
-                self._corrections[request.iteration] = request.corrections
+                self._corrections[request.request] = request.corrections
             self._service.submit(request)
-        self._coming[request.iteration] = self._thread.submit(self._deliver, request.iteration, wait_seconds)
+        delivery = self._thread.submit(self._deliver, request.request, wait_seconds)
+        self._coming[request.request] = request.subject, delivery
 
     @property
     def plans_here(self) -> bool:
@@ -87,34 +88,35 @@ class PlanFeed:
         if self._recalibration is not None:
             self._measured = measurement
 
-    def take(self, iteration: int) -> FedPlan:
+    def take(self, request: int) -> FedPlan:
         """The plan, once all ranks have shown to hold the same. Raises PlanMismatchError on all ranks alike."""
         start = time.perf_counter()
-        data = self._coming.pop(iteration).result()
+        subject, delivery = self._coming.pop(request)
+        data = delivery.result()
         stall = time.perf_counter() - start
         answer = pickle.loads(data)
         if isinstance(answer, str):
-            raise RuntimeError(f"no plan for iteration {iteration}: {answer}")
+            raise RuntimeError(f"no plan for {subject}: {answer}")
         plan: Plan = answer[0]
-        digest = hashlib.sha256(f"{iteration} {plan.digest()}".encode()).digest()
+        digest = hashlib.sha256(f"{request} {plan.digest()}".encode()).digest()
         everyone = self._exchange.gather(digest + (b"" if self._measured is None else self._measured.pack()))
         hashes = [data[:_HASH] for data in everyone]
         odd = [rank for rank, h in enumerate(hashes) if h != hashes[0]]
         if odd:
             raise PlanMismatchError(
-                f"iteration {iteration}: ranks {odd} of the replica hold another plan than rank 0; stopping all before "
+                f"{subject}: ranks {odd} of the replica hold another plan than rank 0; stopping all before "
                 "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
             )
         self._learn([Measurement.unpack(data[_HASH:]) for data in everyone if len(data) > _HASH])
         self._measured = None
-        self._running = (iteration, plan, self._corrections.pop(iteration, Corrections()))
-        return FedPlan(iteration, plan, stall, answer[1])
+        self._running = (request, plan, self._corrections.pop(request, Corrections()))
+        return FedPlan(request, plan, stall, answer[1])
 
     def _learn(self, measurements: list[Measurement]) -> None:
         if self._recalibration is None or self._service is None or self._running is None:
             return
-        iteration, plan, used = self._running
-        self._recalibration.observe(plan, used, [m for m in measurements if m.iteration == iteration])
+        request, plan, used = self._running
+        self._recalibration.observe(plan, used, [m for m in measurements if m.request == request])
 
     def close(self) -> None:
         """End the thread and the planner's workers."""
@@ -122,12 +124,12 @@ class PlanFeed:
         if self._service is not None:
             self._service.close()
 
-    def _deliver(self, iteration: int, wait_seconds: float) -> bytes:
+    def _deliver(self, request: int, wait_seconds: float) -> bytes:
         if self._service is None:
             return self._exchange.broadcast(None)
         answer: Any
         try:
-            plan = self._service.take(iteration, wait_seconds)
+            plan = self._service.take(request, wait_seconds)
             answer = plan, replace(self._service.statistics)
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"

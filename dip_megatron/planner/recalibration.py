@@ -33,25 +33,25 @@ class _Timed(Protocol):
 class Measurement:
     """One rank's iteration: ``seconds`` ``[operations, 2]``, start and end of each in the order of its plan."""
 
-    iteration: int
+    request: int
     rank: int
     seconds: Floats
 
     @staticmethod
-    def of(iteration: int, rank: int, spans: Sequence[_Timed]) -> Measurement:
-        """``iteration`` is the plan request's number, ``rank`` the pipeline rank."""
-        return Measurement(iteration, rank, np.array([(s.start, s.end) for s in spans]).reshape(-1, 2))
+    def of(request: int, rank: int, spans: Sequence[_Timed]) -> Measurement:
+        """``request`` is the number of the plan's request, ``rank`` the pipeline rank."""
+        return Measurement(request, rank, np.array([(s.start, s.end) for s in spans]).reshape(-1, 2))
 
     def pack(self) -> bytes:
         """Some bytes an operation."""
-        return _HEAD.pack(self.iteration, self.rank) + self.seconds.astype("<f4").tobytes()
+        return _HEAD.pack(self.request, self.rank) + self.seconds.astype("<f4").tobytes()
 
     @staticmethod
     def unpack(data: bytes) -> Measurement:
         """Inverse of :meth:`pack`."""
         seconds = np.frombuffer(data, dtype="<f4", offset=_HEAD.size).astype(np.float64)
-        iteration, rank = _HEAD.unpack_from(data)
-        return Measurement(iteration, rank, seconds.reshape(-1, 2))
+        request, rank = _HEAD.unpack_from(data)
+        return Measurement(request, rank, seconds.reshape(-1, 2))
 
 
 class Recalibration:

@@ -18,16 +18,26 @@ READY = b"ready"
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One iteration to plan, by what its microbatches hold. ``budget_seconds`` is for the search alone; ``corrections``
-    are what earlier iterations taught about the cost model's seconds. The search ends at ``deadline`` (seconds of this
-    host's monotonic clock) if that comes first."""
+    """An iteration or an evaluation to plan, by what its microbatches hold.
 
-    iteration: int
+    ``request`` numbers the requests, those of evaluations too. ``budget_seconds`` is for the search alone;
+    ``corrections`` are what earlier iterations taught about the cost model's seconds. The search ends at ``deadline``
+    (seconds of this host's monotonic clock) if that comes first. ``iteration`` is the training loop's number, for
+    people: of the iteration to plan, or of the one before the evaluation.
+    """
+
+    request: int
     loads: tuple[Microbatch, ...]
     budget_seconds: float
     forward_only: bool = False
     corrections: Corrections = field(default_factory=Corrections)
     deadline: float = math.inf
+    iteration: int = 0
+
+    @property
+    def subject(self) -> str:
+        """What is planned, in messages."""
+        return f"{'the evaluation after ' if self.forward_only else ''}iteration {self.iteration}"
 
     def seconds_left(self) -> float:
         """For the search, as of now; never negative."""

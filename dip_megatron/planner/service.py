@@ -56,7 +56,7 @@ class _Arrived:
 
 @dataclass
 class _Worker:
-    """``busy_with``: the iterations it was asked for and has not answered, oldest first."""
+    """``busy_with``: the requests it was given and has not answered, oldest first."""
 
     process: subprocess.Popen[bytes]
     connection: Connection
@@ -94,7 +94,7 @@ class PlannerService:
 
     def _submit(self, request: PlanRequest) -> None:
         self._collect()
-        self._asked[request.iteration] = _Asked(request, time.monotonic())
+        self._asked[request.request] = _Asked(request, time.monotonic())
         if request.budget_seconds <= 0:
             return  # needed now: made in this process when it is taken
         free = [w for w in self._workers if w.ready and len(w.busy_with) < _QUEUE]
@@ -106,13 +106,13 @@ class PlannerService:
                 continue
             if not worker.busy_with:
                 worker.busy_since = time.monotonic()
-            worker.busy_with.append(request.iteration)
+            worker.busy_with.append(request.request)
             return
         if any(worker.ready for worker in self._workers):
-            logger.info("all planner workers are busy; iteration %d is planned in the trainer", request.iteration)
+            logger.info("all planner workers are busy; %s is planned in the trainer", request.subject)
 
-    def take(self, iteration: int, wait_seconds: float) -> Plan:
-        """The best plan for a submitted iteration, waiting at most ``wait_seconds`` for a worker's final one.
+    def take(self, request: int, wait_seconds: float) -> Plan:
+        """The best plan for a submitted request, waiting at most ``wait_seconds`` for a worker's final one.
 
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
         """
@@ -120,12 +120,12 @@ class PlannerService:
         while True:
             with self._lock:
                 self._collect()
-                arrived = self._arrived.get(iteration)
-                waiting = [w.connection for w in self._workers if iteration in w.busy_with]
+                arrived = self._arrived.get(request)
+                waiting = [w.connection for w in self._workers if request in w.busy_with]
                 left = deadline - time.monotonic()
                 if (arrived is not None and arrived.final) or not waiting or left <= 0:
-                    # Only now: plans for iterations nobody asked for are dropped on arrival.
-                    asked = self._asked.pop(iteration)
+                    # Only now: plans for requests nobody asked for are dropped on arrival.
+                    asked = self._asked.pop(request)
                     self._arrived = {i: p for i, p in self._arrived.items() if i in self._asked}
                     break
             with contextlib.suppress(OSError):  # another thread has just replaced that worker
@@ -207,32 +207,36 @@ class PlannerService:
             if worker.process.poll() is not None:
                 self._replace(worker, f"has died (exit code {worker.process.poll()})")
             elif worker.busy_with and now - worker.busy_since > self._patience(worker.busy_with[0]):
-                self._replace(worker, f"has not answered about iteration {worker.busy_with[0]} in time")
+                self._replace(worker, f"has not answered about {self._subject(worker.busy_with[0])} in time")
 
-    def _patience(self, iteration: int) -> float:
-        """Seconds after which a worker that still plans ``iteration`` counts as hung."""
-        asked = self._asked.get(iteration)
+    def _patience(self, request: int) -> float:
+        """Seconds after which a worker that still plans ``request`` counts as hung."""
+        asked = self._asked.get(request)
         return self._hang_seconds + (0.0 if asked is None else asked.request.budget_seconds)
+
+    def _subject(self, request: int) -> str:
+        asked = self._asked.get(request)
+        return "an iteration that has passed" if asked is None else asked.request.subject
 
     def _receive(self, worker: _Worker, message: bytes) -> None:
         if message == READY:
             worker.ready = True
             return
-        iteration, plan, final, error = pickle.loads(message)
+        request, plan, final, error = pickle.loads(message)
         if final:
-            worker.busy_with.remove(iteration)
+            worker.busy_with.remove(request)
             worker.busy_since = time.monotonic()
         if error is not None:
-            logger.warning("planner worker failed on iteration %s: %s", iteration, error)
+            logger.warning("planner worker failed on %s: %s", self._subject(request), error)
             return
-        if iteration not in self._asked:
+        if request not in self._asked:
             return
         try:
             verify(plan)
         except PlanError as fault:
-            logger.warning("planner worker made an invalid plan for iteration %s (%s); not used", iteration, fault)
+            logger.warning("planner worker made an invalid plan for %s (%s); not used", self._subject(request), fault)
             return
-        self._arrived[iteration] = _Arrived(plan, final, time.monotonic())
+        self._arrived[request] = _Arrived(plan, final, time.monotonic())
 
 
 _QUEUE = 2  # requests at a time: a worker that is late for one iteration may begin with the next as soon as it can

@@ -12,7 +12,7 @@ from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 
 Answer = tuple[int, Plan | None, bool, str | None]
-"""(iteration, plan, whether it is the final one, error)"""
+"""(request, plan, whether it is the final one, error)"""
 
 
 def serve(connection: Connection) -> None:
@@ -32,14 +32,14 @@ def serve(connection: Connection) -> None:
 
 def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> Answer:
     def give(plan: Plan) -> None:
-        connection.send_bytes(pickle.dumps((request.iteration, plan, False, None)))
+        connection.send_bytes(pickle.dumps((request.request, plan, False, None)))
 
     try:
-        return request.iteration, maker.best(request, give), True, None
+        return request.request, maker.best(request, give), True, None
     except OSError:
         raise
     except Exception as error:  # told to the trainer, which plans by itself
-        return request.iteration, None, True, f"{type(error).__name__}: {error}"
+        return request.request, None, True, f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ class _Timed(Protocol):
 
 @dataclass(frozen=True)
 class IterationReport:
-    """Seconds unless it says otherwise. Measured values are of one rank; bubbles are idle shares of the iteration.
+    """``iteration`` is the training loop's number, from 1; the rest is seconds unless it says otherwise. Measured
+    values are of one rank; bubbles are idle shares of the iteration.
 
     ``uncorrected_seconds``: what the cost model alone predicts for the plan, where measurements have corrected it.
     ``plan_seconds`` is the search, ``latency_seconds`` all from asking for the plan to its arrival, ``stall_seconds``

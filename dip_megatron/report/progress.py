@@ -36,15 +36,12 @@ class RunProgress:
         self,
         exchange: Exchange,
         every: int,
-        iteration: Callable[[], int],
         say: Callable[[str], None],
         write: Callable[[dict[str, float], int], None],
     ):
-        """``every``: iterations a line. ``iteration()`` is the number of the one that has just run; ``say`` takes a
-        line, ``write`` scalars by name and the iteration."""
+        """``every``: iterations a line. ``say`` takes a line, ``write`` scalars by name and the iteration."""
         self._exchange = exchange
         self._every = max(every, 1)
-        self._iteration = iteration
         self._say = say
         self._write = write
         self._reports: list[IterationReport] = []
@@ -55,12 +52,12 @@ class RunProgress:
         first, last = min((s.start for s in spans), default=0.0), max((s.end for s in spans), default=0.0)
         self._times += _ITERATION.pack(first, last, sum(s.end - s.start for s in spans))
         self._reports.append(report)
-        if self._iteration() % self._every:
+        if report.iteration % self._every:
             return
         everyone = [list(_ITERATION.iter_unpack(data)) for data in self._exchange.gather(self._times)]
         scalars = _scalars(self._reports, everyone)
-        self._write(scalars, self._iteration())
-        self._say(_line(scalars, self._iteration(), report))
+        self._write(scalars, report.iteration)
+        self._say(_line(scalars, report))
         self._reports, self._times = [], b""
 
 
@@ -85,9 +82,9 @@ def _scalars(reports: Sequence[IterationReport], everyone: Sequence[Sequence[tup
     }
 
 
-def _line(scalars: dict[str, float], iteration: int, last: IterationReport) -> str:
+def _line(scalars: dict[str, float], last: IterationReport) -> str:
     return (
-        f"[dip] iteration {iteration}: measured {seconds(scalars['dip/measured_seconds'])}, "
+        f"[dip] iteration {last.iteration}: measured {seconds(scalars['dip/measured_seconds'])}, "
         f"predicted {seconds(scalars['dip/predicted_seconds'])} | bubbles {scalars['dip/bubble_ratio']:.1%}, "
         f"planned {scalars['dip/planned_bubble_ratio']:.1%} | plan after {seconds(scalars['dip/plan_seconds'])}, "
         f"{scalars['dip/search_evaluations']:.0f} schedules tried, waited {seconds(scalars['dip/stall_seconds'])} | "

@@ -33,7 +33,7 @@ class FaultyMaker:
         return self.maker.quick(request)
 
     def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
-        number, rest = divmod(request.iteration, self.every)
+        number, rest = divmod(request.request, self.every)
         fault = FAULTS[number % len(FAULTS)] if rest == self.every - 1 else None
         if fault == "dies":
             os._exit(3)

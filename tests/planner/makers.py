@@ -36,7 +36,7 @@ GARBAGE = {
 
 @dataclass(frozen=True)
 class Maker:
-    """Plans a drawn graph per iteration; ``fault`` is what its worker does on iteration 1."""
+    """Plans a drawn graph per request; ``fault`` is what its worker does on request 1."""
 
     fault: str = ""
 
@@ -47,7 +47,7 @@ class Maker:
         return self._plan(request, "greedy", 0)
 
     def best(self, request, give) -> Plan:
-        if request.iteration == 1:
+        if request.request == 1:
             if self.fault == "dies":
                 os._exit(3)
             if self.fault == "hangs":
@@ -68,6 +68,6 @@ class Maker:
         return self._plan(request, "worker", 1)
 
     def _plan(self, request, name: str, workers: int) -> Plan:
-        graph = random_graph(request.iteration, ranks=2, microbatches=3, candidates=1)
+        graph = random_graph(request.request, ranks=2, microbatches=3, candidates=1)
         graph = replace(graph, memory_limit=np.full(2, np.inf))
         return make_plan(graph, greedy(graph), lower_bound=0.0, name=name, search=SearchStatistics(0.0, 1, workers, 0))

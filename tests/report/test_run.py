@@ -25,12 +25,12 @@ from tests.planner.test_feed import Shared, ThreadExchange
 
 @dataclass(frozen=True)
 class Request:
-    iteration: int
+    request: int
 
 
-def fed(iteration: int) -> FedPlan:
-    statistics = PlannerStatistics(plans=iteration, fallbacks=2, worker_deaths=1, late=3, latency_seconds=0.25)
-    return FedPlan(iteration, Maker().quick(Request(iteration)), 0.5, statistics)  # type: ignore[arg-type]
+def fed(request: int) -> FedPlan:
+    statistics = PlannerStatistics(plans=request, fallbacks=2, worker_deaths=1, late=3, latency_seconds=0.25)
+    return FedPlan(request, Maker().quick(Request(request)), 0.5, statistics)  # type: ignore[arg-type]
 
 
 def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSpan]:
@@ -46,18 +46,14 @@ def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSp
 
 def test_a_line_and_scalars_every_so_many_iterations() -> None:
     shared = Shared(2)
-    reports = [IterationReport.of(i, fed(i), ()) for i in range(5)]
+    reports = [IterationReport.of(i + 1, fed(i), ()) for i in range(5)]
 
     def one(rank: int) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:
         lines: list[str] = []
         scalars: list[tuple[int, dict[str, float]]] = []
-        at = 0
-        progress = RunProgress(
-            ThreadExchange(shared, rank), 2, lambda: at, lines.append, lambda s, i: scalars.append((i, s))
-        )
+        progress = RunProgress(ThreadExchange(shared, rank), 2, lines.append, lambda s, i: scalars.append((i, s)))
         for report in reports:
-            at = report.iteration + 1
-            plan = fed(report.iteration).plan
+            plan = fed(report.iteration - 1).plan
             progress.record(report, plan, spans_of_rank(plan, rank))
         return lines, scalars
 
@@ -93,14 +89,14 @@ def record(folder: Path, iterations: int) -> None:
     for i in range(iterations):
         here = fed(i)
         spans = spans_of_rank(here.plan, 0)
-        recorder.record(IterationReport.of(i, here, spans), here.plan, spans)
+        recorder.record(IterationReport.of(i + 1, here, spans), here.plan, spans)
     recorder.close()
 
 
 def test_iterations_are_written(tmp_path: Path) -> None:
     record(tmp_path / "trace", 3)
     lines = [json.loads(line) for line in (tmp_path / "trace" / "iterations.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[0]["stall_seconds"] == 0.5
     assert lines[0]["latency_seconds"] == 0.25
     assert lines[0]["fallback"] is True

@@ -70,6 +70,6 @@ def test_a_short_soak_passes(tmp_path: Path) -> None:
 
     assert soak(20, 4, tmp_path, Console(quiet=True)) == []
     lines = [json.loads(line) for line in (tmp_path / "diary.rank0.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(20))
+    assert [line["iteration"] for line in lines] == list(range(1, 21))
     # At least one worker got far enough to plan, and fail.
     assert lines[-1]["worker_deaths"] + lines[-1]["late_plans"] + lines[-1]["fallbacks"] > 0
