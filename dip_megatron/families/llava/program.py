@@ -21,6 +21,7 @@ from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import order_free, segment_config
+from ..shared.packing import packed_lengths
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE, VISION, LlavaShapes
 
@@ -200,7 +201,7 @@ class LlavaProgram(SegmentedProgram):
                 f"{self.kwargs['language_max_sequence_length']} positions; pack fewer images or raise --seq-length"
             )
         packed = inputs.arguments.get("packed_seq_params")
-        sequences = (padded,) * len(per_sample) if packed is None else packed_sequences(packed, padded)
+        sequences = (padded,) * len(per_sample) if packed is None else packed_lengths(packed, padded)
         return Microbatch(total - seen, (self.shapes.image_tokens,) * count, sequences=sequences)
 
     def shared(self, inputs: MicrobatchInputs) -> Any:
@@ -264,19 +265,6 @@ def _moved(packed: PackedSeqParams, device: torch.device) -> PackedSeqParams:
     return PackedSeqParams(
         **{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in plain.items()}
     )  # fmt: skip
-
-
-def packed_sequences(parameters: Any, total: int) -> tuple[int, ...]:
-    """Lengths of the samples packed into one sequence of ``total`` positions, padding between and after them included.
-
-    Raises ValueError if ``parameters`` (Megatron's PackedSeqParams) say otherwise.
-    """
-    bounds = parameters.cu_seqlens_q_padded if parameters.cu_seqlens_q_padded is not None else parameters.cu_seqlens_q
-    lengths = [int(n) for n in bounds.diff() if n > 0]
-    rest = total - sum(lengths)
-    if rest < 0:
-        raise ValueError(f"packed_seq_params end at position {sum(lengths)}, the packed sequence has {total} positions")
-    return (*lengths, rest) if rest else tuple(lengths)
 
 
 _PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")
