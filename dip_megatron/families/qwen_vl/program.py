@@ -96,10 +96,11 @@ class QwenVlProgram(SegmentedProgram):
             for segment, _, _ in self.places(VISION)
         ]
         texts = [LanguageChunk(language, first, last, k) for k, first, last in self.places(LANGUAGE)]
-        for chunk in (*vision, *texts):
-            chunk.freeze(**self._freeze)
         for chunk in vision:
+            chunk.freeze(**self._freeze)
             chunk.follow(self.mode)
+        for text in texts:
+            text.freeze(**self._freeze)
         return self.finish([*vision, *texts], language)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
