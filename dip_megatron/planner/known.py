@@ -47,4 +47,4 @@ class KnownPlans:
 
 
 def _signature(request: PlanRequest) -> object:
-    return request.forward_only, request.loads
+    return request.forward_only, request.training, request.loads
