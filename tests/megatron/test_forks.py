@@ -29,7 +29,8 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(Path(megatron.training.__file__).parent, folder / "acme" / "training")
     (folder / "pretrain_tiny_gpt.py").write_text((HERE / "pretrain_tiny_gpt.py").read_text())
     for path in folder.rglob("*.py"):
-        path.write_text(re.sub(r"\bmegatron\.training\b", "acme.training", path.read_text()))
+        text = re.sub(r"\bmegatron\.training\b", "acme.training", path.read_text())
+        path.write_text(re.sub(r"\bfrom \.\.+core\b", "from megatron.core", text))
     return folder
 
 
