@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
 
-from .describe.files import ConfigurationError
+from .describe.files import ConfigurationError, training_file
 
 ScheduleMode = Literal["off", "static", "dynamic"]
 
@@ -47,11 +47,12 @@ class DipConfig(BaseModel):
     timeout_seconds: PositiveFloat = Field(600.0, description="bound on every wait for another rank")
 
     @staticmethod
-    def load(path: Path | None, overrides: dict[str, Any]) -> DipConfig:
+    def load(path: str | Path | None, overrides: dict[str, Any]) -> DipConfig:
         """A YAML file's values under ``overrides`` (None: not given). Raises ConfigurationError in one line."""
         values: dict[str, Any] = {}
         place = "flags"
         if path is not None:
+            path = training_file(path)
             place = str(path)
             try:
                 loaded = yaml.safe_load(path.read_text())

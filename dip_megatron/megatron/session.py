@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
-from ..describe.model import MultimodalModel, Parallel, Partition
+from ..describe.model import MultimodalModel, Parallel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.feed import PlanFeed
@@ -106,7 +108,13 @@ class DipSession:
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
             order = static_order if config.schedule == "static" else greedy
-            maker = LivePlanMaker(graphs, program.shapes, make_searcher(config, planners_here), config.schedule, order)
+            maker = LivePlanMaker(
+                graphs,
+                program.shapes,
+                make_searcher(config, planners_here, not torch.cuda.is_available()),
+                config.schedule,
+                order,
+            )
             # One worker process, whose threads search together: only one iteration is planned ahead.
             self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
             atexit.register(self._service.close)
@@ -173,9 +181,12 @@ class DipSession:
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
-        executor = Executor(rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock)
+        executor = Executor(
+            rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
+            alone=self._args.tensor_model_parallel_size == 1,
+        )  # fmt: skip
         feed = PlanFeed(self._exchange, self._service, config.recalibrate)
-        watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
+        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
         consumers: list[IterationConsumer] = [progress.record]
@@ -188,7 +199,8 @@ class DipSession:
             policy=PlanningPolicy(config.search_budget, self._another_follows), iteration=self._iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
-            tensor_parallel=self._tensor_parallel_exchange(),
+            tensor_parallel=self._tensor_parallel_exchange(), everyone=self._everyone(),
+            on_training=self._training_is,
         )  # fmt: skip
 
     def _iteration(self) -> int:
@@ -205,6 +217,25 @@ class DipSession:
     def _tensor_parallel_exchange(self) -> GlooExchange | None:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
         return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
+
+    def _everyone(self) -> GlooExchange | None:
+        """All ranks, where there are several replicas."""
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
+            return None
+        return GlooExchange(list(range(dist.get_world_size())), self._config.timeout_seconds)
+
+    def _training_is(self, training: Training, first: bool) -> None:
+        """Compare the description of the model with the model as built. Leaves with a message if it is wrong."""
+        if not first:
+            _tell("what trains has changed; plans follow it from this iteration on")
+            return
+        assert self._graphs is not None
+        try:
+            sentences = training.against(self._graphs.model)
+        except TrainingMismatchError as error:  # on all ranks alike
+            sys.exit(f"dip: {error}")
+        for sentence in sentences:
+            _tell(sentence)
 
     def _progress(self, exchange: GlooExchange) -> RunProgress:
         """Megatron writes its log, and everything else, on the last rank."""
@@ -228,11 +259,6 @@ def _tell(sentence: str) -> None:
     """Print on one rank."""
     if dist.get_rank() == 0:
         print(f"[dip] {sentence}", flush=True)
-
-
-def _shared_store() -> Any:
-    """The rendezvous store of the default process group, which all ranks reach."""
-    return dist.distributed_c10d._get_default_store()
 
 
 def _replica_folder() -> str:

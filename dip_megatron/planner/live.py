@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from ..core import StageGraph
 from ..describe.cost import LAYER_STRATEGIES, Cluster, CostModel, Costs, segmented_graph
-from ..describe.model import MultimodalModel, Partition
+from ..describe.model import MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
 
 
@@ -24,10 +24,10 @@ class ModelGraphs:
     recompute: bool = True
     offload: bool = True
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
-        """The stage graph of one iteration."""
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+        """The stage graph of one iteration, of the model as built where ``training`` is known."""
         pricer = _pricer(self.model, self.cluster, self.costs, self.recompute, self.offload)
-        graph = segmented_graph(pricer, self.partition, loads, self.memory_limit)
+        graph = segmented_graph(pricer, self.partition, loads, self.memory_limit, training)
         return without_training(graph) if forward_only else graph
 
 

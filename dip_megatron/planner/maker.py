@@ -10,8 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from ..core import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
+from ..core.graph import trained_before
 from ..core.lower import make_plan
 from ..core.simulate import simulate_compiled
+from ..describe.model import Training
 from ..describe.workload import Microbatch
 from .greedy import greedy
 from .request import PlanRequest
@@ -20,8 +22,9 @@ from .request import PlanRequest
 class GraphBuilder(Protocol):
     """Prices a batch; picklable."""
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
-        """The stage graph of one iteration. ``forward_only``: nothing trains."""
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+        """The stage graph of one iteration. ``forward_only``: nothing trains. ``training``: what trains of the model as
+        built, if it is known."""
         ...
 
 
@@ -65,7 +68,7 @@ class LivePlanMaker:
     def quick(self, request: PlanRequest) -> Plan:
         """By default the dual-queue greedy, which needs neither a search nor a worker."""
         start = time.perf_counter()
-        graph = request.corrections.apply(self.builder.build(request.loads, request.forward_only))
+        graph = request.corrections.apply(self._graph(request))
         schedule = self.order(graph)
         statistics = SearchStatistics(time.perf_counter() - start, 1, 0, 0)
         return self._plan(graph, schedule, request, statistics, "greedy" if self.order is greedy else self.name)
@@ -74,7 +77,7 @@ class LivePlanMaker:
         """Search within the request's budget; the first valid schedule is given at once."""
         if self.search is None:
             return self.quick(request)
-        built = self.builder.build(request.loads, request.forward_only)
+        built = self._graph(request)
         graph = request.corrections.apply(built)
 
         def first(schedule: Schedule) -> None:
@@ -87,6 +90,9 @@ class LivePlanMaker:
         plain = simulate_compiled(built.project(schedule.strategy), plan.schedule).iteration_time
         return replace(plan, predicted=replace(plan.predicted, uncorrected_time=plain))
 
+    def _graph(self, request: PlanRequest) -> StageGraph:
+        return self.builder.build(request.loads, request.forward_only, request.training)
+
     def _plan(
         self, graph: StageGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str
     ) -> Plan:
@@ -97,15 +103,32 @@ class LivePlanMaker:
 
 
 def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
-    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`)."""
+    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`). A tensor
+    is differentiable where something trains before it."""
     out: dict[tuple[int, int], Payload] = {}
+    before = trained_before(graph.modules)
+    through = {  # whether a gradient enters the module from behind
+        m.name: any(map(any, before[m.name]))
+        or any(m.trains(k, r) for k in range(m.segments) for r in range(graph.ranks))
+        for m in graph.modules
+    }
+
+    def settled(payload: Payload, alive: bool) -> Payload:
+        return tuple(
+            replace(
+                t, differentiable=bool(t.differentiable and alive and (not t.made_by or through[t.made_by])), made_by=""
+            )
+            for t in payload
+        )
+
     for s in range(graph.rows):
         unit = graph.units[int(graph.row_unit[s])]
         load = loads[unit.microbatch]
-        out[s, s] = shapes.payload(unit, load, leaves_module=False)
+        out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
         for n in graph.next_rows[s]:
             leaves = graph.units[int(graph.row_unit[n])].module != unit.module
-            out[s, n] = shapes.payload(unit, load, leaves_module=True) if leaves else out[s, s]
+            leaving = shapes.payload(unit, load, leaves_module=leaves)
+            out[s, n] = settled(leaving, bool(graph.has_backward[s, graph.exit_rank(s)]))
     return out
 
 

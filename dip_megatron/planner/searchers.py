@@ -19,6 +19,9 @@ from .maker import Searcher
 
 logger = logging.getLogger(__name__)
 
+GAP, THRIFTY_GAP = 1e-4, 2e-3  # shares of the lower bound at which a search ends
+PATIENCE = 4000  # schedules without a better one, milliseconds for small models
+
 
 @dataclass(frozen=True)
 class StaticSearcher:
@@ -49,13 +52,15 @@ def static_order(graph: StageGraph) -> Schedule:
 
 @dataclass(frozen=True)
 class DipSearcher:
-    """The searcher of ``dip plan``, within an iteration's budget."""
+    """The searcher of ``dip plan``, within an iteration's budget. ``thrifty``: end before it when the best plan
+    is about as short as any can be, or has been the best for long; for planners that share the cores that compute."""
 
     split_backward: bool = True
     recompute: bool = True
     offload: bool = True
     seed: int = 0
     workers: int = 1
+    thrifty: bool = False
 
     def warm_up(self) -> None:
         """Compile the search's kernels, or load them from numba's cache."""
@@ -80,18 +85,23 @@ class DipSearcher:
         result = search(
             graph, schedule="dip", budget_seconds=budget_seconds, seed=self.seed, workers=self.workers,
             on_improved=improved,
-            options=SearchOptions(self.split_backward, self.recompute, self.offload),
+            options=SearchOptions(
+                self.split_backward, self.recompute, self.offload, gap=THRIFTY_GAP if self.thrifty else GAP,
+                patience=PATIENCE if self.thrifty else None,
+            ),
         )  # fmt: skip
         return result.schedule, SearchStatistics(result.seconds, result.evaluations, result.workers, self.seed)
 
 
-def make_searcher(config: DipConfig, planners_here: int = 1) -> Searcher:
+def make_searcher(config: DipConfig, planners_here: int = 1, thrifty: bool = False) -> Searcher:
     """The searcher a configuration asks for, on a host where ``planners_here`` replicas plan. All of them together use
-    at most half of the cores: the others feed the devices."""
+    at most half of the cores: the others feed the devices. ``thrifty``: the ranks compute on the cores, too."""
     if config.schedule == "static":
         return StaticSearcher()
     asked = max(config.planner_workers, 1)
     most = max(len(os.sched_getaffinity(0)) // 2 // max(planners_here, 1), 1)
     if asked > most:
         logger.warning("%d planner workers a replica would take over half of this host's cores: using %d", asked, most)
-    return DipSearcher(config.split_backward, config.recompute, config.offload, config.search_seed, min(asked, most))
+    return DipSearcher(
+        config.split_backward, config.recompute, config.offload, config.search_seed, min(asked, most), thrifty
+    )

@@ -32,13 +32,15 @@ logger = logging.getLogger(__name__)
 class PlannerStatistics:
     """Counts since the start of training: ``plans`` taken; ``late`` ones, whose search was not over when they were
     needed; ``fallbacks``, made in the trainer because no worker's plan was there; ``worker_deaths``, replaced workers.
-    ``latency_seconds``: from the request of the last plan taken to its arrival."""
+    ``latency_seconds``: from the request of the last plan taken to its arrival; ``core_seconds``: what of a core the
+    worker's process needed for it."""
 
     plans: int = 0
     fallbacks: int = 0
     worker_deaths: int = 0
     late: int = 0
     latency_seconds: float = 0.0
+    core_seconds: float = 0.0
 
 
 @dataclass
@@ -52,6 +54,7 @@ class _Arrived:
     plan: Plan
     final: bool
     at: float
+    core_seconds: float
 
 
 @dataclass
@@ -137,10 +140,10 @@ class PlannerService:
             statistics.fallbacks += asked.request.budget_seconds > 0
             plan = self._maker.quick(asked.request)
             verify(plan)
-            statistics.latency_seconds = time.monotonic() - asked.at
+            statistics.latency_seconds, statistics.core_seconds = time.monotonic() - asked.at, 0.0
             return plan
         statistics.late += not arrived.final
-        statistics.latency_seconds = arrived.at - asked.at
+        statistics.latency_seconds, statistics.core_seconds = arrived.at - asked.at, arrived.core_seconds
         return arrived.plan
 
     def close(self) -> None:
@@ -222,7 +225,7 @@ class PlannerService:
         if message == READY:
             worker.ready = True
             return
-        request, plan, final, error = pickle.loads(message)
+        request, plan, final, error, core_seconds = pickle.loads(message)
         if final:
             worker.busy_with.remove(request)
             worker.busy_since = time.monotonic()
@@ -236,7 +239,7 @@ class PlannerService:
         except PlanError as fault:
             logger.warning("planner worker made an invalid plan for %s (%s); not used", self._subject(request), fault)
             return
-        self._arrived[request] = _Arrived(plan, final, time.monotonic())
+        self._arrived[request] = _Arrived(plan, final, time.monotonic(), core_seconds)
 
 
 _QUEUE = 2  # requests at a time: a worker that is late for one iteration may begin with the next as soon as it can

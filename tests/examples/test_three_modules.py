@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dip_megatron.core import Kind
 from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
 from dip_megatron.describe.model import Parallel
-from examples.llava_digits.quickstart import train
+from examples.llava_digits.runs import train
 from tests.drawn import settings
 from tests.examples.three_modules_case import (
     LONG,
@@ -90,6 +90,12 @@ def test_two_ranks_equal_one(microbatches, sizes, segments, frozen, strategies, 
     unit_size = {"vision": sizes[0], "audio": sizes[1], "language": None}
     case = ThreeModuleCase(microbatches, *layers, unit_size, frozen, per_token)
     check(case, 2, Drawn(seed, 0.6, strategies))
+
+
+@pytest.mark.parametrize("trains", ["coin 1", "coin 2", "^language", r"^(vision|audio)\.projector", r"^audio"])
+def test_what_a_script_froze_later(trains):
+    layers = ((1, 1), (1, 2)), ((1, 0), (1, 1)), ((1, 1), (0, 1))
+    check(ThreeModuleCase(MIXED, *layers, trains=trains), 2, Drawn(2, 0.6, LAYER_STRATEGIES))
 
 
 def test_four_ranks_equal_one():

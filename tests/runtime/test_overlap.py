@@ -43,6 +43,8 @@ class Held:
 class HeldTransport:
     """As slow as can be: nothing arrives and nothing has been sent until it is told to."""
 
+    sees_arrivals = False
+
     def __init__(self):
         self.changed = threading.Condition()
         self.waiting = None
