@@ -95,13 +95,15 @@ class QwenVlProgram(SegmentedProgram):
             VisionChunk(self._provider, self.layers[VISION], self.rank, segment)
             for segment, _, _ in self.places(VISION)
         ]
-        texts = [LanguageChunk(language, first, last, k) for k, first, last in self.places(LANGUAGE)]
-        for chunk in vision:
+        chunks: list[Any] = [
+            *vision,
+            *(LanguageChunk(language, first, last, k) for k, first, last in self.places(LANGUAGE)),
+        ]
+        for chunk in chunks:
             chunk.freeze(**self._freeze)
-            chunk.follow(self.mode)
-        for text in texts:
-            text.freeze(**self._freeze)
-        return self.finish([*vision, *texts], language)
+        for encoder in vision:
+            encoder.follow(self.mode)
+        return self.finish(chunks, language)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``Qwen25VLModel.forward`` by name. Raises ValueError for what has no segmented form."""
@@ -141,7 +143,7 @@ class QwenVlProgram(SegmentedProgram):
         if stage.module == VISION:
             grid = torch.cat(_grids(microbatch.arguments))
             own = slice(unit.first, unit.first + unit.count)
-            given = inputs[0]["hidden"] if inputs else _pixels(microbatch.arguments, grid, own)
+            given = inputs[0]["hidden"] if inputs else self._pixels(microbatch.arguments, grid, own)
             return {"hidden": chunk(given, grid[own])}
         starts = stage.segment == stage.rank == 0
         return {"hidden": self._language(chunk, inputs, microbatch.arguments, starts)}
@@ -149,6 +151,16 @@ class QwenVlProgram(SegmentedProgram):
     def final(self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> Any:
         """Loss per token ``[b, s]``, or logits without labels, as Qwen25VLModel returns them."""
         return self._language(chunk, inputs, arguments, unwrapped(chunk, LanguageChunk).pre_process)
+
+    def _pixels(self, arguments: Mapping[str, Any], grid: torch.Tensor, own: slice) -> torch.Tensor:
+        """Pixels ``[patches, values]`` of some of the images and videos of a microbatch."""
+        vision = self._provider.vision_config
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = [arguments.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        patches = grid.prod(dim=-1).tolist()
+        start = sum(patches[: own.start])
+        rows = torch.cat([p.reshape(-1, values) for p in pixels if p is not None])
+        return rows[start : start + sum(patches[own])]
 
     def _language(
         self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any], starts: bool
@@ -176,11 +188,3 @@ def _grids(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     none = torch.empty(0, 3, dtype=torch.long, device=device)
     images, videos = (arguments.get(f"{kind}_grid_thw") for kind in ("image", "video"))
     return none if images is None else images, none if videos is None else videos
-
-
-def _pixels(arguments: Mapping[str, Any], grid: torch.Tensor, own: slice) -> torch.Tensor:
-    """Pixels ``[patches, values]`` of some of the images and videos of a microbatch."""
-    pixels = [arguments.get(name) for name in ("pixel_values", "pixel_values_videos")]
-    patches = grid.prod(dim=-1).tolist()
-    start = sum(patches[: own.start])
-    return torch.cat([p for p in pixels if p is not None])[start : start + sum(patches[own])]

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from megatron.bridge.models.qwen_vl.modeling_qwen25_vl import Qwen25VLModel
-from megatron.bridge.utils.common_utils import hook_hf_module_setattr_for_tp_grad_sync
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from ...compat.bridge import vision_transformer
 from ...runtime.modes import StageMode
 from ..shared import block_memory
 from ..shared.segmented import ModelPart
@@ -52,7 +51,7 @@ class VisionChunk(ModelPart):
         last = (segment, rank) == (len(layers) - 1, len(layers[0]) - 1)
         own = copy.deepcopy(config.vision_config)
         own.depth = layers[segment][rank]
-        visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(own)
+        self.visual = visual = vision_transformer(own)
         visual.fullatt_block_indexes = [
             number - first for number in visual.fullatt_block_indexes if first <= number < first + own.depth
         ]
@@ -62,7 +61,6 @@ class VisionChunk(ModelPart):
         if not last:
             visual.merger = MergedRows(visual.spatial_merge_unit)
         self._hidden = own.hidden_size
-        self.visual = hook_hf_module_setattr_for_tp_grad_sync(visual)
 
     freeze = Qwen25VLModel.freeze
 
