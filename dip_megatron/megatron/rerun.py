@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_state_machine
-
-from ..planner.feed import FedPlan
+from ..compat import rerun
+from ..planner.delivery import DeliveredPlan
 from ..runtime.protocol import MicrobatchInputs
 
 
@@ -21,25 +20,22 @@ class Repetition:
     """What an iteration ran, for as long as Megatron may ask for it again."""
 
     def __init__(self) -> None:
-        self._kept: tuple[list[MicrobatchInputs], FedPlan] | None = None
+        self._kept: tuple[list[MicrobatchInputs], DeliveredPlan] | None = None
 
-    def again(self) -> tuple[list[MicrobatchInputs], FedPlan] | None:
+    def again(self) -> tuple[list[MicrobatchInputs], DeliveredPlan] | None:
         """The microbatches and the plan to repeat, if the state machine has asked for that."""
-        if get_rerun_state_machine().state is not RerunState.RERUNNING_IN_PLACE:
+        if not rerun.repeats():
             return None
         if self._kept is None:
             raise RuntimeError("Megatron asks for an iteration again that DIP has not run")
         return self._kept
 
-    def keep(self, microbatches: list[MicrobatchInputs], fed: FedPlan) -> None:
+    def keep(self, microbatches: list[MicrobatchInputs], delivered: DeliveredPlan) -> None:
         """About to run these: called after all reading, right before the first stage."""
-        machine = get_rerun_state_machine()
-        if machine.get_mode() is RerunMode.DISABLED:
-            return
-        self._kept = (microbatches, fed)
-        if machine.state is RerunState.INITIAL_RUN:
+        if rerun.watches():
+            self._kept = (microbatches, delivered)
             # Repetitions read nothing: random numbers must start where the stages began, not where reading did.
-            machine._save_state()
+            rerun.begin_here()
 
 
 @contextmanager
@@ -48,13 +44,8 @@ def counted_as(microbatch: int, num_microbatches: int) -> Iterator[None]:
 
     A result is found again by its number when an iteration is repeated from a checkpoint, where the plan may differ.
     """
-    machine = get_rerun_state_machine()
-    counts = machine.validation_counts
-    machine.validation_counts = _Counts(microbatch, num_microbatches)
-    try:
+    with rerun.counting_in(_Counts(microbatch, num_microbatches)):
         yield
-    finally:
-        machine.validation_counts = counts
 
 
 class _Counts(dict[Any, int]):

@@ -10,9 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from ..core import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
+from ..core.graph import trained_before
 from ..core.lower import make_plan
 from ..core.simulate import simulate_compiled
+from ..describe.model import Training
 from ..describe.workload import Microbatch
+from ..schedulers.entry import Found
 from .greedy import greedy
 from .request import PlanRequest
 
@@ -20,8 +23,9 @@ from .request import PlanRequest
 class GraphBuilder(Protocol):
     """Prices a batch; picklable."""
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
-        """The stage graph of one iteration. ``forward_only``: nothing trains."""
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+        """The stage graph of one iteration. ``forward_only``: nothing trains. ``training``: what trains of the model as
+        built, if it is known."""
         ...
 
 
@@ -40,22 +44,21 @@ class Searcher(Protocol):
         """Load or compile what the search needs."""
         ...
 
-    def __call__(
-        self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]
-    ) -> tuple[Schedule, SearchStatistics]:
+    def __call__(self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]) -> Found:
         """Best schedule found; ``on_first`` takes the first valid one."""
         ...
 
 
 @dataclass(frozen=True)
 class LivePlanMaker:
-    """Plan maker of a training run; picklable. ``search`` None: ``order``, which needs no search, is all there is."""
+    """Plan maker of a training run; picklable. ``search`` None: the greedy order is all there is. ``always_search``:
+    what is needed at once is searched for, too, rather than made by the greedy."""
 
     builder: GraphBuilder
     shapes: PayloadShapes
     search: Searcher | None = None
     name: str = "dip"
-    order: Callable[[StageGraph], Schedule] = greedy
+    always_search: bool = False
 
     def warm_up(self) -> None:
         """See :class:`planner.request.PlanMaker`."""
@@ -64,48 +67,78 @@ class LivePlanMaker:
 
     def quick(self, request: PlanRequest) -> Plan:
         """By default the dual-queue greedy, which needs neither a search nor a worker."""
+        if self.always_search and not request.forward_only:
+            return self.best(request, lambda _: None)
         start = time.perf_counter()
-        graph = request.corrections.apply(self.builder.build(request.loads, request.forward_only))
-        schedule = self.order(graph)
-        statistics = SearchStatistics(time.perf_counter() - start, 1, 0, 0)
-        return self._plan(graph, schedule, request, statistics, "greedy" if self.order is greedy else self.name)
+        return self._greedy(request.corrections.apply(self._graph(request)), request, start)
 
     def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
-        """Search within the request's budget; the first valid schedule is given at once."""
-        if self.search is None:
-            return self.quick(request)
-        built = self.builder.build(request.loads, request.forward_only)
+        """Search within the request's budget; the first valid schedule is given at once. What fits in no way under
+        this schedule is ordered by the greedy, which admits no microbatch that doesn't fit."""
+        start = time.perf_counter()
+        built = self._graph(request)
         graph = request.corrections.apply(built)
+        if self.search is None:
+            return self._greedy(graph, request, start)
 
         def first(schedule: Schedule) -> None:
             give(self._plan(graph, schedule, request, SearchStatistics(workers=1), self.name))
 
-        schedule, statistics = self.search(graph, request.seconds_left(), first)
-        plan = self._plan(graph, schedule, request, statistics, self.name)
+        found = self.search(graph, request.seconds_left(), first)
+        schedule = found.schedule
+        if not np.all(simulate_compiled(graph, schedule).peak_bytes <= graph.memory_limit):
+            return self._greedy(graph, request, start)
+        statistics = found.statistics or SearchStatistics()
+        plan = self._plan(graph, schedule, request, statistics, self.name, found.lower_bound)
         if graph is built:
             return plan
         plain = simulate_compiled(built.project(schedule.strategy), plan.schedule).iteration_time
         return replace(plan, predicted=replace(plan.predicted, uncorrected_time=plain))
 
+    def _graph(self, request: PlanRequest) -> StageGraph:
+        return self.builder.build(request.loads, request.forward_only, request.training)
+
+    def _greedy(self, graph: StageGraph, request: PlanRequest, start: float) -> Plan:
+        schedule = greedy(graph)
+        return self._plan(graph, schedule, request, SearchStatistics(time.perf_counter() - start, 1, 0, 0), "greedy")
+
     def _plan(
-        self, graph: StageGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str
-    ) -> Plan:
+        self, graph: StageGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str,
+        bound: float | None = None,
+    ) -> Plan:  # fmt: skip
         return make_plan(
-            graph, schedule, lower_bound=work_bound(graph), name=name,
+            graph, schedule, lower_bound=work_bound(graph) if bound is None else bound, name=name,
             payloads=payloads(graph, request.loads, self.shapes), search=statistics,
         )  # fmt: skip
 
 
 def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
-    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`)."""
+    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`). A tensor
+    is differentiable where something trains before it."""
     out: dict[tuple[int, int], Payload] = {}
-    for s in range(graph.rows):
-        unit = graph.units[int(graph.row_unit[s])]
+    before = trained_before(graph.modules)
+    through = {  # whether a gradient enters the module from behind
+        m.name: any(map(any, before[m.name]))
+        or any(m.trains(k, r) for k in range(m.segments) for r in range(graph.ranks))
+        for m in graph.modules
+    }
+
+    def settled(payload: Payload, alive: bool) -> Payload:
+        return tuple(
+            replace(
+                t, differentiable=bool(t.differentiable and alive and (not t.made_by or through[t.made_by])), made_by=""
+            )
+            for t in payload
+        )
+
+    for s in range(graph.virtual_microbatches):
+        unit = graph.units[int(graph.unit_of[s])]
         load = loads[unit.microbatch]
-        out[s, s] = shapes.payload(unit, load, leaves_module=False)
-        for n in graph.next_rows[s]:
-            leaves = graph.units[int(graph.row_unit[n])].module != unit.module
-            out[s, n] = shapes.payload(unit, load, leaves_module=True) if leaves else out[s, s]
+        out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
+        for n in graph.next_virtual_microbatches[s]:
+            leaves = graph.units[int(graph.unit_of[n])].module != unit.module
+            leaving = shapes.payload(unit, load, leaves_module=leaves)
+            out[s, n] = settled(leaving, bool(graph.has_backward[s, graph.exit_rank(s)]))
     return out
 
 

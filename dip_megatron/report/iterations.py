@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from ..core.protocols import Timed
 from ..core.simulate import idle_share
-from ..planner.feed import FedPlan
-
-
-class _Timed(Protocol):
-    @property
-    def start(self) -> float: ...
-
-    @property
-    def end(self) -> float: ...
+from ..planner.delivery import DeliveredPlan
 
 
 @dataclass(frozen=True)
@@ -25,8 +18,11 @@ class IterationReport:
 
     ``uncorrected_seconds``: what the cost model alone predicts for the plan, where measurements have corrected it.
     ``plan_seconds`` is the search, ``latency_seconds`` all from asking for the plan to its arrival, ``stall_seconds``
-    what training waited for it. The last three count since the start of training: plans made in the trainer because no
-    worker's had come, plans whose search was not over, planner workers replaced.
+    what training waited for it, ``planner_core_seconds`` what the worker's process needed of a core.
+    ``outside_seconds``: from the end of the iteration before to the start of this one (reductions, optimizer, logging);
+    None after a pause, such as an evaluation. ``fallbacks``, ``late_plans`` and ``worker_deaths``
+    count since the start of training: plans made in the trainer because no worker's had come, plans whose search was
+    not over, planner workers replaced.
     """
 
     iteration: int
@@ -45,11 +41,15 @@ class IterationReport:
     fallbacks: int = 0
     late_plans: int = 0
     worker_deaths: int = 0
+    planner_core_seconds: float = 0.0
+    outside_seconds: float | None = None
 
     @staticmethod
-    def of(iteration: int, fed: FedPlan, spans: Sequence[_Timed]) -> IterationReport:
+    def of(
+        iteration: int, delivered: DeliveredPlan, spans: Sequence[Timed], outside_seconds: float | None = None
+    ) -> IterationReport:
         """Report of a rank that executed ``spans``."""
-        plan, statistics = fed.plan, fed.statistics
+        plan, statistics = delivered.plan, delivered.statistics
         seconds = max((s.end for s in spans), default=0.0)
         busy = sum(s.end - s.start for s in spans)
         return IterationReport(
@@ -61,7 +61,7 @@ class IterationReport:
             bubble_ratio_planned=plan.predicted.bubble_ratio,
             bubble_ratio_measured=idle_share(busy, seconds),
             plan_seconds=plan.search.seconds,
-            stall_seconds=fed.stall_seconds,
+            stall_seconds=delivered.stall_seconds,
             evaluations=plan.search.evaluations,
             fallback=plan.name == "greedy",
             uncorrected_seconds=plan.predicted.uncorrected_time,
@@ -69,6 +69,8 @@ class IterationReport:
             fallbacks=statistics.fallbacks,
             late_plans=statistics.late,
             worker_deaths=statistics.worker_deaths,
+            planner_core_seconds=statistics.core_seconds,
+            outside_seconds=outside_seconds,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..core import ModalityModule, Payload, StageKey, Unit
-from ..describe.workload import Microbatch
+from ..core import ModalityModule, Operation, Payload, Unit
 from .modes import StageMode
+
+if TYPE_CHECKING:  # a name for types alone: the runtime runs nothing of planning
+    from ..describe.workload import Microbatch
 
 Tensors = dict[str, torch.Tensor]
 
@@ -70,7 +72,7 @@ class RunnableStages(Protocol):
         ...
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage's forward, for every stage but the one with the loss. ``inputs`` are the payloads of the stage's
         incoming messages, in the order of the units that feed it (empty where nothing does). The result may hold
@@ -103,6 +105,15 @@ class StageProgram(RunnableStages, Protocol):
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """This rank's chunks, in the order (module, segment)."""
+        ...
+
+    def shared(self, inputs: MicrobatchInputs) -> Any:
+        """What of a microbatch on the first rank all stages need, though a loop may give ranks in the middle of the
+        pipeline no batch: something small that can be pickled, or None."""
+        ...
+
+    def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
+        """Add to a microbatch of this rank what the first rank shares of it, where the loop has not given it."""
         ...
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:

@@ -12,24 +12,32 @@ from typing import Any, Literal
 
 import torch
 
-from dip_megatron.core import ModalityModule, StageKey, Unit
-from dip_megatron.describe.model import (
+from dip_megatron import (
     EVERY_PART,
+    Blueprint,
+    Inputs,
     LanguageHead,
+    Layers,
+    Microbatch,
+    MicrobatchInputs,
+    ModalityModule,
+    ModelFamily,
     ModuleShape,
     MultimodalModel,
+    Operation,
     Packing,
     Parallel,
     PatchEmbedding,
     Projector,
+    SegmentedProgram,
+    Tensors,
     TokenEmbedding,
+    Unit,
+    bound,
+    dtype_name,
+    layer_shape,
+    segment_config,
 )
-from dip_megatron.describe.workload import Microbatch
-from dip_megatron.families.describe import layer_shape
-from dip_megatron.families.family import Blueprint, Layers, ModelFamily
-from dip_megatron.families.shared.layout import segment_config
-from dip_megatron.families.shared.segmented import SegmentedProgram, bound, dtype_name
-from dip_megatron.runtime.protocol import Inputs, MicrobatchInputs, Tensors
 
 from .model import PLACEHOLDER, Part, Settings, ThreeModuleModel
 from .shapes import AUDIO, LANGUAGE, VISION, ThreeModuleShapes
@@ -71,10 +79,7 @@ class ThreeModuleProgram(SegmentedProgram):
         self.settings, self.frozen = settings, frozen
         for name, config in settings.configs.items():
             self.check_layers(name, config.num_layers)
-        encoders = [
-            ModalityModule(name, layers[name], trainable=self.trainable(name, body=name not in frozen, head=True))
-            for name in (VISION, AUDIO)
-        ]
+        encoders = [ModalityModule(name, layers[name]) for name in (VISION, AUDIO)]
         self.modules = (*encoders, ModalityModule(LANGUAGE, layers[LANGUAGE], upstream=(VISION, AUDIO)))
         self.shapes = ThreeModuleShapes(
             {name: config.hidden_size for name, config in settings.configs.items()},
@@ -117,7 +122,7 @@ class ThreeModuleProgram(SegmentedProgram):
         return Microbatch(text, images=counts[VISION], audios=counts[AUDIO])
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage: of an encoder on the images or clips of ``unit``, or of the language model."""
         if stage.module == LANGUAGE:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.describe.model import Training
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.describe.workload.units import even_slices
-from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.delivery import PlanDelivery
+from dip_megatron.planner.live import without_training
 from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
@@ -25,6 +28,7 @@ from tests.runtime.llava_case import (
     initialize,
     llava_kwargs,
     seed_parameters,
+    sparse_forward_step,
 )
 
 
@@ -36,7 +40,7 @@ class DrawnGraphs:
     unit_size: int
     seed: int = 0
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         units: list[Unit] = []
         for m, load in enumerate(loads):
             slices = even_slices(len(load.images), self.unit_size)
@@ -45,19 +49,30 @@ class DrawnGraphs:
                 units.append(Unit(len(units), "vision", m, first, count, (language,)))
             units.append(Unit(language, "language", m, 0, len(load.sequences)))
         modules = self.modules
-        if forward_only:
-            modules = tuple(
-                ModalityModule(m.name, m.layers, m.upstream, tuple((False,) * len(r) for r in m.layers))
-                for m in modules
-            )
         ranks = len(modules[0].layers[0])
         segments = {m.name: m.segments for m in modules}
         rows = sum(segments[u.module] for u in units)
         draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
-        return StageGraph(
-            ranks, modules, tuple(units), draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
-            np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
-        )  # fmt: skip
+        graph = StageGraph(
+            ranks=ranks,
+            modules=modules,
+            units=tuple(units),
+            forward=draw[0],
+            backward=draw[1],
+            weight=draw[2],
+            fused=draw[1] + draw[2],
+            activation=draw[3],
+            deferred_activation=draw[4],
+            transfer=np.full(rows, 0.05),
+            static_bytes=np.zeros(ranks),
+            memory_limit=np.full(ranks, np.inf),
+        )
+        return without_training(graph) if forward_only else followed(graph, training)
+
+
+def followed(graph: StageGraph, training: Training | None) -> StageGraph:
+    """The graph of the model as built."""
+    return graph if training is None else training.on(graph)
 
 
 def dip_run(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 1) -> Any:
@@ -85,16 +100,19 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
     device = torch.device("cpu")
     clock = Clock(device)
     maker = LivePlanMaker(DrawnGraphs(program.modules, case.unit_size, seed), program.shapes)
-    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
-    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), feed, clock)
+    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), delivery, clock)
     losses = []
-    data = iter([b for i in range(iterations) for b in batches(case, seed=i)])
+    data: Any = iter([b for i in range(iterations) for b in batches(case, seed=i)])
+    read = forward_step
+    if case.sparse:
+        read, data = partial(sparse_forward_step, rank, world), data if rank in (0, world - 1) else None
     for _ in range(iterations):
         for chunk in chunks:
             chunk.zero_grad(set_to_none=True)
         losses.append(
-            step(forward_step_func=forward_step, data_iterator=data, model=chunks,
+            step(forward_step_func=read, data_iterator=data, model=chunks,
                  num_microbatches=len(case.images), forward_only=False)
         )  # fmt: skip
-    feed.close()
+    delivery.close()
     return losses, gradients(chunks)

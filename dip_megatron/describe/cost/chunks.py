@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from ...core.graph import Floats
-from ..model import LanguageHead, ModuleShape, MultimodalModel
+from ...core.strategies import LayerStrategy, format_strategy, known_strategies
+from ..model import ChunkTraining, LanguageHead, ModuleShape, MultimodalModel
+from ..model.modules import TrainablePart
 from ..workload import Microbatch
 from .calibration import Costs, Part
 from .hardware import Cluster
@@ -16,11 +20,10 @@ from .operators import Operators
 from .parts import LayerCost, PartCost, head_cost, layer_cost, stem_cost, with_strategies
 from .sizes import Sizes, whole_sizes
 from .static import INBOX_MESSAGES, StaticBytes, run_bytes
-from .strategies import LAYER_STRATEGIES, Counts, combine, format_strategy, pick
+from .strategies import Counts, combine, pick
 
 _LEAST_SAVED = 0.01
-_FULL = LAYER_STRATEGIES.index("full")
-_PLACING = ("full", "mlp", "selective", "activation", "offload", "none")
+_TRAINABLE: dict[Part, TrainablePart] = {"stem": "stem", "layer": "layers", "head": "head"}
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,14 @@ Chunk = tuple[LayerRun, ...]
 @dataclass(frozen=True, eq=False)
 class ChunkCost:
     """A chunk's cost under C memory strategies for U units: ``forward``, ``backward``, ``weight``, ``activation``,
-    ``hold`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C strategies."""
+    ``deferred_activation`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C
+    strategies."""
 
     forward: Floats
     backward: Floats
     weight: Floats
     activation: Floats
-    hold: Floats
+    deferred_activation: Floats
     names: tuple[tuple[str, ...], ...]
 
     @property
@@ -66,9 +70,9 @@ class _Candidates:
 
 class CostModel:
     """The costs of one model on one cluster. Holds caches of what depends on chunks and rounded sizes only, so that one
-    object should live as long as the model does. ``strategies`` are the layer strategies that may be chosen (``none``
-    always may), ``candidates`` how many of their mixes a chunk gets at most (S in section 2c of the paper), chosen with
-    or without ``corners`` (:func:`.strategies.pick`)."""
+    object should live as long as the model does. ``strategies`` are the names of the layer strategies that may be
+    chosen (``none`` always may; None: all), ``candidates`` how many of their mixes a chunk gets at most (S in section
+    2c of the paper), chosen with or without ``corners`` (:func:`.strategies.pick`)."""
 
     def __init__(
         self,
@@ -76,21 +80,41 @@ class CostModel:
         cluster: Cluster,
         costs: Costs | None = None,
         *,
-        strategies: Sequence[str] = LAYER_STRATEGIES,
+        strategies: Sequence[str] | None = None,
         candidates: int = 10,
         corners: bool = True,
     ) -> None:
-        unknown = set(strategies) - set(LAYER_STRATEGIES)
+        self.strategies: tuple[LayerStrategy, ...] = known_strategies()
+        names = [s.name for s in self.strategies]
+        allowed = names if strategies is None else strategies
+        unknown = set(allowed) - set(names)
         if unknown:
-            raise ValueError(f"unknown memory strategies {sorted(unknown)}; known: {', '.join(LAYER_STRATEGIES)}")
+            raise ValueError(f"unknown memory strategies {sorted(unknown)}; known: {', '.join(names)}")
         self.model = model
         self.costs = costs or Costs()
         self.cluster = self.costs.calibrate(cluster)
         self.operators = Operators(self.cluster, model.parallel.tp)
         self.candidates, self.corners = candidates, corners
-        self._allowed = np.array([s == "none" or s in strategies for s in LAYER_STRATEGIES])
+        self._allowed = np.array([name == "none" or name in allowed for name in names])
+        self._full = names.index("full")
         self._reached = _reached(model)
         self._cache: dict[tuple[Chunk, tuple[tuple[float, ...], ...]], _Candidates] = {}
+        self._as_built: dict[tuple[Any, ...], CostModel] = {}
+
+    def as_built(self, module: str, chunk: ChunkTraining, reached: bool) -> CostModel:
+        """The costs of a chunk of ``module`` whose parameters train as ``chunk`` says; ``reached``: something before it
+        in the model trains."""
+        shape = chunk.of_shape(self.model.module(module))
+        if shape == self.model.module(module) and reached == self._reached[module]:
+            return self
+        key = (module, shape.trainable, shape.trained_share, reached)
+        if key not in self._as_built:
+            other = copy.copy(self)
+            modules = tuple(shape if m.name == module else m for m in self.model.modules)
+            other.model = replace(self.model, modules=modules)
+            other._reached, other._cache, other._as_built = self._reached | {module: reached}, {}, {}
+            self._as_built[key] = other
+        return self._as_built[key]
 
     # -- parts ---------------------------------------------------------------------------------------------------
     def part_alive(self, module: str, part: Part) -> bool:
@@ -107,9 +131,10 @@ class CostModel:
         zero = np.zeros(len(sizes))
         if not self.part_alive(shape.name, part):
             return PartCost(cost.forward, zero, zero, zero, zero)
-        if {"stem": "stem", "layer": "layers", "head": "head"}[part] not in shape.trainable:
+        share = shape.share(_TRAINABLE[part])
+        if not share:
             return PartCost(cost.forward, cost.backward, zero, cost.activation, zero)
-        return cost
+        return replace(cost, weight=share * cost.weight)
 
     def stem(self, module: str, sizes: Sizes) -> PartCost:
         """The module's stem for units of the given sizes."""
@@ -133,10 +158,10 @@ class CostModel:
         dropped = dropped * _ratio(cost.activation, formula.activation)
         if not self.part_alive(module, "layer"):
             recompute, dropped = recompute * 0, dropped * 0
-            count = len(LAYER_STRATEGIES)
+            count = len(self.strategies)
             zero = np.zeros((count, len(sizes)))
             return LayerCost(np.repeat(cost.forward[None], count, axis=0), zero, zero[0], zero, zero[0])
-        derived = with_strategies(self.operators, cost, recompute, dropped, layer_input)
+        derived = with_strategies(self.operators, cost, recompute, dropped, layer_input, self.strategies)
         return self.costs.adjust_strategies(module, derived, sizes)
 
     # -- chunks --------------------------------------------------------------------------------------------------
@@ -168,7 +193,7 @@ class CostModel:
                 out[name] += np.einsum("ucs,su->cu", counts[:, :, k], getattr(layer, name))
             total = counts[0, 0, k].sum()
             out["weight"] += total * layer.weight
-            out["hold"] += total * layer.hold
+            out["deferred_activation"] += total * layer.deferred_activation
         return _fastest_first(ChunkCost(**out, names=tuple(texts[g] for g in group)))
 
     def _kinds(self, chunk: Chunk) -> list[tuple[str, bool]]:
@@ -224,22 +249,27 @@ class CostModel:
             # offloading over links too slow for it, which saves a little more than recomputing and costs many times as
             # much.
             extra, saved = seconds - seconds[0], size[0] - size
-            usable[1:] &= (saved[1:] >= _LEAST_SAVED * size[0]) & ((extra <= 2 * extra[_FULL]) | ~self._allowed[_FULL])[
-                1:
-            ]
+            usable[1:] &= (saved[1:] >= _LEAST_SAVED * size[0]) & (
+                (extra <= 2 * extra[self._full]) | ~self._allowed[self._full]
+            )[1:]
             offered.append(np.flatnonzero(usable))
             parts.append((place.count(k), seconds[usable], size[usable]))
         found, seconds, size = combine(parts)
         chosen = pick(seconds, size, self.candidates, corners=self.corners)
-        counts = np.zeros((len(chosen), len(kinds), len(LAYER_STRATEGIES)), dtype=np.int64)
+        counts = np.zeros((len(chosen), len(kinds), len(self.strategies)), dtype=np.int64)
         for k, table in enumerate(found):
             counts[:, k, offered[k]] = table[chosen]
-        return _Candidates(counts, tuple(_name(place, line) for line in counts))
+        return _Candidates(counts, tuple(_name(place, line, self.strategies) for line in counts))
 
     # -- memory and messages -------------------------------------------------------------------------------------
-    def static(self, chunks: Sequence[Sequence[Chunk]], sizes: Mapping[str, Sizes]) -> tuple[StaticBytes, ...]:
-        """What each rank holds all the time, ``chunks[rank]`` being its chunks, for units of at most the given
-        sizes."""
+    def static(
+        self,
+        chunks: Sequence[Sequence[Chunk]],
+        sizes: Mapping[str, Sizes],
+        built: Mapping[LayerRun, ModuleShape] | None = None,
+    ) -> tuple[StaticBytes, ...]:
+        """What each rank holds all the time, ``chunks[rank]`` being its chunks, for units of at most the given sizes;
+        ``built``: shapes of the chunks' runs as built, where they aren't the model's."""
         workspace = {m.name: self._workspace(m, sizes[m.name]) for m in self.model.modules if len(sizes[m.name])}
         inbox = 0.0
         if self.model.parallel.pp > 1:
@@ -249,7 +279,7 @@ class CostModel:
         for line in chunks:
             total = StaticBytes(inbox=inbox)
             for run in (run for chunk in line for run in chunk):
-                shape = self.model.module(run.module)
+                shape = (built or {}).get(run) or self.model.module(run.module)
                 total = total.plus(run_bytes(self.model, self.cluster, shape, run.layers, run.stem, run.head))
                 layer, head = workspace.get(run.module, (0.0, 0.0))
                 total = total.plus(StaticBytes(workspace=max(layer if run.layers else 0.0, head if run.head else 0.0)))
@@ -272,10 +302,10 @@ class CostModel:
         elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
         return self.cluster.element_bytes * elements / shard
 
-    def hop_seconds(self, message: Floats) -> Floats:
+    def transfer_seconds(self, message: Floats) -> Floats:
         """Seconds of one transfer of ``message`` bytes between neighbouring pipeline ranks."""
-        if self.costs.hop_seconds is not None:
-            return np.full_like(message, self.costs.hop_seconds)
+        if self.costs.transfer_seconds is not None:
+            return np.full_like(message, self.costs.transfer_seconds)
         return self.operators.send(message, self.model.parallel.pp)
 
 
@@ -291,9 +321,10 @@ def _ratio(measured: Floats, formula: Floats) -> Floats:
     return np.divide(measured, formula, out=np.ones_like(formula), where=formula > 0)
 
 
-def _name(place: list[int], counts: Counts) -> str:
+def _name(place: list[int], counts: Counts, strategies: Sequence[LayerStrategy]) -> str:
     """The strategy text of a chunk whose i-th layer is of kind ``place[i]``, with ``counts[kind, strategy]``."""
-    queues = [[s for s in _PLACING for _ in range(int(line[LAYER_STRATEGIES.index(s)]))] for line in counts]
+    order = sorted(range(len(strategies)), key=lambda i: strategies[i].place)
+    queues = [[strategies[i].name for i in order for _ in range(int(line[i]))] for line in counts]
     taken = [0] * len(queues)
     names = []
     for kind in place:

@@ -3,6 +3,7 @@
 from .modules import (
     EVERY_PART,
     AudioEmbedding,
+    FeatureEmbedding,
     Head,
     LanguageHead,
     LatentEmbedding,
@@ -21,10 +22,13 @@ from .modules import (
 )
 from .partition import ModulePartition, Partition, even_partition, spread
 from .schema import load_model
+from .training import ChunkTraining, PartTraining, Training, TrainingMismatchError
 
 __all__ = [
     "EVERY_PART",
     "AudioEmbedding",
+    "ChunkTraining",
+    "FeatureEmbedding",
     "Head",
     "LanguageHead",
     "LatentEmbedding",
@@ -36,11 +40,14 @@ __all__ = [
     "Nothing",
     "Packing",
     "Parallel",
+    "PartTraining",
     "Partition",
     "PatchEmbedding",
     "Projector",
     "Stem",
     "TokenEmbedding",
+    "Training",
+    "TrainingMismatchError",
     "TransformerLayer",
     "even_partition",
     "load_model",

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from ...core import Unit
 from ...runtime.modes import StageMode
+from ...runtime.protocol import MicrobatchInputs
 from . import deferred_linear, layer_memory
 
 Chunk = TypeVar("Chunk", bound=torch.nn.Module)
@@ -60,6 +61,13 @@ class SegmentedProgram:
         """All of it: a last module that doesn't say otherwise works on whole microbatches."""
         return 1.0
 
+    def shared(self, inputs: MicrobatchInputs) -> Any:
+        """Nothing, for a model whose stages in the middle need no batch."""
+        return None
+
+    def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
+        """Nothing to add."""
+
     def check_layers(self, module: str, count: int) -> None:
         """Raises ValueError unless the partition gives ``module`` its ``count`` layers, on all ranks' chunks."""
         total = sum(sum(line) for line in self.layers[module])
@@ -73,15 +81,6 @@ class SegmentedProgram:
         last = (len(self.layers[module]) - 1, self.ranks - 1)
         for segment in range(last[0] + 1):
             yield segment, segment == self.rank == 0, (segment, self.rank) == last
-
-    def trainable(self, module: str, *, body: bool, head: bool) -> tuple[tuple[bool, ...], ...]:
-        """Which chunks of ``module`` have weights to train, ``[segment][rank]``, if its stem and layers (``body``) or
-        what follows them on the last chunk (``head``) do; empty: all."""
-        if body:
-            return ()
-        flags = [[False] * self.ranks for _ in self.layers[module]]
-        flags[-1][-1] = head
-        return tuple(map(tuple, flags))
 
     def finish(self, chunks: list[Chunk], config: Any) -> list[torch.nn.Module]:
         """Let the rank's chunks, in their order, follow the mode and stand where Megatron's wrappers look.

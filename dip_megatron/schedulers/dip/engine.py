@@ -32,6 +32,7 @@ PORTFOLIO_SHARE = 0.4  # of the budget at most
 KEYS_SHARE = 0.4
 HOT, COOL, COLD = 1e-3, 3e-4, 2e-5  # temperature over iteration time: of keys and of sequences at first, at last
 SLICE_SECONDS = 0.01
+LEAST_GAIN = 1e-4  # share of the iteration time; a patient search waits for no less
 
 
 class KeyChain:
@@ -103,7 +104,7 @@ class SequenceChain:
     def schedule(self) -> Schedule:
         s = self.sequences
         orders = tuple(s.best_orders[p, : s.lengths[p]].copy() for p in range(self.q.graph.ranks))
-        return Schedule(orders, s.best_strategy.reshape(self.q.graph.rows, self.q.graph.ranks).copy())
+        return Schedule(orders, s.best_strategy.reshape(self.q.graph.virtual_microbatches, self.q.graph.ranks).copy())
 
 
 def greedy(
@@ -134,15 +135,24 @@ def greedy(
 
 
 def run_timed(
-    chain: KeyChain | SequenceChain, incumbent: Incumbent, until: float, most: int | None, good_enough: float
-) -> None:
-    """Step ``chain`` until ``until`` (seconds since the start), ``most`` evaluations of the whole search, or a time of
-    at most ``good_enough``; share improvements, and start over from the best where it has fallen behind."""
+    chain: KeyChain | SequenceChain, incumbent: Incumbent, until: float, most: int | None, good_enough: float,
+    patience: int | None = None,
+) -> None:  # fmt: skip
+    """Step ``chain`` until ``until`` (seconds since the start), ``most`` evaluations of the whole search, a time of at
+    most ``good_enough``, or ``patience`` evaluations without a better schedule; share improvements, and start over from
+    the best where it has fallen behind."""
     slice_size = 8
     began, counted = incumbent.elapsed(), incumbent.evaluations
     adopted = 0
+    best, found = incumbent.time, counted
     while incumbent.time > good_enough:
         now = incumbent.elapsed()
+        if incumbent.time < best * (1.0 - LEAST_GAIN):
+            best, found = incumbent.time, incumbent.evaluations
+        if patience is not None:
+            if incumbent.evaluations - found >= patience:
+                return
+            slice_size = min(slice_size, max(1, patience // 8))
         if now >= until or (most is not None and incumbent.evaluations >= most):
             return
         progress = (now - began) / max(until - began, 1e-9)
@@ -220,9 +230,15 @@ def search(
         search_paper(searched, q, incumbent, bound, until, evaluations, 1 if deterministic else workers, seed)
     assert incumbent.schedule is not None
     return SearchResult(
-        incumbent.outward(incumbent.schedule), incumbent.time, bound, incumbent.evaluations, incumbent.elapsed(),
-        tuple(incumbent.history), workers, seed,
-    )  # fmt: skip
+        schedule=incumbent.outward(incumbent.schedule),
+        iteration_time=incumbent.time,
+        lower_bound=bound,
+        evaluations=incumbent.evaluations,
+        seconds=incumbent.elapsed(),
+        history=tuple(incumbent.history),
+        workers=workers,
+        seed=seed,
+    )
 
 
 def _check_warm_start(graph: StageGraph, schedule: Schedule) -> None:
@@ -266,11 +282,17 @@ def _search_dip(
     most = None if evaluations is None else incumbent.evaluations + int(rest * share)
     began = incumbent.elapsed()
     keys_until = began + share * (until - began)
-    in_threads([partial(run_timed, walk, incumbent, keys_until, most, good_enough) for walk in walks], workers)
+    in_threads(
+        [partial(run_timed, walk, incumbent, keys_until, most, good_enough, options.patience) for walk in walks],
+        workers,
+    )
     _refine(q, incumbent)
     if options.sequences and incumbent.schedule is not None:
         steps = [SequenceChain(q, incumbent.schedule, seed, i) for i in range(workers)]
-        in_threads([partial(run_timed, step, incumbent, until, evaluations, good_enough) for step in steps], workers)
+        in_threads(
+            [partial(run_timed, step, incumbent, until, evaluations, good_enough, options.patience) for step in steps],
+            workers,
+        )
     return bound
 
 
@@ -301,8 +323,18 @@ def warm_up() -> None:
     use after installation, well under one later)."""
     one, none = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
     graph = StageGraph(
-        1, (ModalityModule("warm", ((1,),)),), (Unit(0, "warm", 0),), one, one, one, 2 * one, one, none, np.zeros(1),
-        np.zeros(1), np.full(1, 1.0),
-    )  # fmt: skip
+        ranks=1,
+        modules=(ModalityModule("warm", ((1,),)),),
+        units=(Unit(0, "warm", 0),),
+        forward=one,
+        backward=one,
+        weight=one,
+        fused=2 * one,
+        activation=one,
+        deferred_activation=none,
+        transfer=np.zeros(1),
+        static_bytes=np.zeros(1),
+        memory_limit=np.full(1, 1.0),
+    )
     for schedule in ("dip", "dip-paper"):
         search(graph, schedule=schedule, budget_seconds=600.0, evaluations=100, options=SearchOptions(gap=-1.0))

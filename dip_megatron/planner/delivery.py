@@ -4,50 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..core import Plan
+from ..core.protocols import Exchange
 from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
 from .request import PlanRequest
 from .service import PlannerService, PlannerStatistics
 
-_HASH = hashlib.sha256().digest_size
+_HEAD = struct.Struct(f"<{hashlib.sha256().digest_size}sI")  # a plan's hash, bytes of news
 
 
 class PlanMismatchError(RuntimeError):
     """Ranks hold different plans for one iteration; running them would hang or mix up tensors."""
 
 
-class Exchange(Protocol):
-    """The two collectives the feed needs, among the ranks of one replica, on the host and bounded in time."""
-
-    rank: int
-
-    def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, to all."""
-        ...
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all."""
-        ...
-
-
 @dataclass(frozen=True)
-class FedPlan:
+class DeliveredPlan:
     """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it.
-    ``statistics``: the service's, when the plan was sent."""
+    ``statistics``: the service's, when the plan was sent. ``shared``: what rank 0 sent along; ``news``: what each rank
+    of the replica did."""
 
     request: int
     plan: Plan
     stall_seconds: float
     statistics: PlannerStatistics
+    shared: Any = None
+    news: tuple[bytes, ...] = ()
 
 
-class PlanFeed:
+class PlanDelivery:
     """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service, and learns
     from what all ranks measured."""
 
@@ -65,9 +56,9 @@ class PlanFeed:
         self._corrections: dict[int, Corrections] = {}
         self._running: tuple[int, Plan, Corrections] | None = None
 
-    def request(self, request: PlanRequest, wait_seconds: float) -> None:
+    def request(self, request: PlanRequest, wait_seconds: float, shared: Any = None) -> None:
         """Begin to plan and to broadcast; every rank calls it with the same requests in the same order (only rank 0's
-        loads matter). ``wait_seconds``: how long to wait for a worker's final plan."""
+        loads, and what is ``shared`` there, matter). ``wait_seconds``: how long to wait for a worker's final plan."""
         if self._service is not None:
             # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
             request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
@@ -75,7 +66,7 @@ class PlanFeed:
                 request = replace(request, corrections=self._recalibration.corrections())
                 self._corrections[request.request] = request.corrections
             self._service.submit(request)
-        delivery = self._thread.submit(self._deliver, request.request, wait_seconds)
+        delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared)
         self._coming[request.request] = request.subject, delivery
 
     @property
@@ -88,8 +79,13 @@ class PlanFeed:
         if self._recalibration is not None:
             self._measured = measurement
 
-    def take(self, request: int) -> FedPlan:
-        """The plan, once all ranks have shown to hold the same. Raises PlanMismatchError on all ranks alike."""
+    def share(self, data: bytes) -> list[bytes]:
+        """Everyone's bytes, to all: before the first request, or between a ``take`` and the next request."""
+        return self._exchange.gather(data)
+
+    def take(self, request: int, news: bytes = b"") -> DeliveredPlan:
+        """The plan, once all ranks have shown to hold the same; what each has to tell the others travels with it.
+        Raises PlanMismatchError on all ranks alike."""
         start = time.perf_counter()
         subject, delivery = self._coming.pop(request)
         data = delivery.result()
@@ -99,21 +95,25 @@ class PlanFeed:
             raise RuntimeError(f"no plan for {subject}: {answer}")
         plan: Plan = answer[0]
         digest = hashlib.sha256(f"{request} {plan.digest()}".encode()).digest()
-        everyone = self._exchange.gather(digest + (b"" if self._measured is None else self._measured.pack()))
-        hashes = [data[:_HASH] for data in everyone]
+        measured = b"" if self._measured is None else self._measured.pack()
+        everyone = self._exchange.gather(_HEAD.pack(digest, len(news)) + news + measured)
+        hashes, lengths = zip(*(_HEAD.unpack_from(data) for data in everyone), strict=True)
+        rest = [data[_HEAD.size :] for data in everyone]
         odd = [rank for rank, h in enumerate(hashes) if h != hashes[0]]
         if odd:
             raise PlanMismatchError(
                 f"{subject}: ranks {odd} of the replica hold another plan than rank 0; stopping all before "
                 "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
             )
-        self._learn([Measurement.unpack(data[_HASH:]) for data in everyone if len(data) > _HASH])
+        measurements = [data[n:] for data, n in zip(rest, lengths, strict=True) if len(data) > n]
+        self._learn([Measurement.unpack(data) for data in measurements])
         self._measured = None
         self._running = (request, plan, self._corrections.pop(request, Corrections()))
-        return FedPlan(request, plan, stall, answer[1])
+        told = tuple(data[:n] for data, n in zip(rest, lengths, strict=True))
+        return DeliveredPlan(request, plan, stall, answer[1], answer[2], told)
 
     def _learn(self, measurements: list[Measurement]) -> None:
-        if self._recalibration is None or self._service is None or self._running is None:
+        if self._recalibration is None or self._service is None or self._running is None or not measurements:
             return
         request, plan, used = self._running
         self._recalibration.observe(plan, used, [m for m in measurements if m.request == request])
@@ -124,13 +124,16 @@ class PlanFeed:
         if self._service is not None:
             self._service.close()
 
-    def _deliver(self, request: int, wait_seconds: float) -> bytes:
+    def _deliver(self, request: int, wait_seconds: float, shared: Any) -> bytes:
         if self._service is None:
             return self._exchange.broadcast(None)
         answer: Any
         try:
             plan = self._service.take(request, wait_seconds)
-            answer = plan, replace(self._service.statistics)
+            made_with = self._service.corrections(request)
+            if made_with is not None and request in self._corrections:
+                self._corrections[request] = made_with
+            answer = plan, replace(self._service.statistics), shared
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))
