@@ -28,7 +28,6 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.commands.tables import text_table
 from dip_megatron.core.graph import Floats
 from dip_megatron.describe.cost import CostModel, cost_model, load_cluster, segmented_graph
 from dip_megatron.describe.files import resolve
@@ -37,6 +36,7 @@ from dip_megatron.describe.partition import read_partition
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.planner.balance import Places, Work, assign, microbatch_work
 from dip_megatron.recipes import FOLDER
+from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers.dip import search, warm_up
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l", "qwen2-5-vl-7b")
@@ -124,9 +124,9 @@ def evenly(case: Case, batches: Sequence[Sequence[Microbatch]]) -> float:
     took = graph.forward[0] + np.where(graph.has_backward, backward, 0.0)
     excess = 0.0
     for module in case.model.modules:
-        rows = [s for s, u in enumerate(graph.row_unit) if graph.units[int(u)].module == module.name]
+        rows = [s for s, u in enumerate(graph.unit_of) if graph.units[int(u)].module == module.name]
         units = np.zeros(len(graph.units))
-        np.add.at(units, graph.row_unit[rows], took[rows].max(axis=1))
+        np.add.at(units, graph.unit_of[rows], took[rows].max(axis=1))
         used = units[units > 0]
         load = np.bincount(largest_first(used, len(batches), None), used, len(batches))
         excess += float(load.max() - load.mean())

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ..core import StageGraph
 from ..core.graph import Floats
+from ..core.simulate.compiled import allocating
 
 Places = NDArray[np.int64]
 Mode = Literal["swap", "free"]
@@ -89,7 +89,7 @@ def microbatch_work(graph: StageGraph) -> tuple[Floats, Floats]:
     count = 1 + max(unit.microbatch for unit in graph.units)
     backward = np.where(graph.has_weight, graph.fused[0], graph.backward[0])
     seconds = graph.forward[0] + np.where(graph.has_backward, backward, 0.0)
-    owner = np.array([graph.units[int(unit)].microbatch for unit in graph.row_unit])
+    owner = np.array([graph.units[int(unit)].microbatch for unit in graph.unit_of])
     out = np.zeros((2, count, graph.ranks))
     np.add.at(out[0], owner, seconds)
     np.add.at(out[1], owner, graph.activation[0])
@@ -115,7 +115,7 @@ def assign(work: Work, mode: Mode = "swap", goal: float = GOAL) -> Assignment:
     return Assignment(replica, replica != start, work.cost(start), work.cost(replica))
 
 
-@njit(cache=True, nogil=True)
+@allocating
 def _swap(
     work: Floats, bytes_of: Floats, replica: Places, seconds: Floats, held: Floats, most: float, goal: float
 ) -> None:
@@ -124,7 +124,7 @@ def _swap(
     size = np.zeros(replicas, dtype=np.int64)
     for m in range(count):
         size[replica[m]] += 1
-    members = np.zeros((replicas, max(1, size.max())), dtype=np.int64)
+    members = np.zeros((replicas, max(1, int(size.max()))), dtype=np.int64)
     size[:] = 0
     for m in range(count):
         r = replica[m]
@@ -134,7 +134,7 @@ def _swap(
     for r in range(replicas):
         cost[r] = seconds[r].max()
     for _ in range(4 * count):
-        worst = np.argmax(cost)
+        worst = int(np.argmax(cost))
         if cost[worst] <= goal * cost.mean():
             return
         order = np.argsort(cost)
@@ -165,7 +165,7 @@ def _swap(
         cost[worst], cost[best_r] = seconds[worst].max(), seconds[best_r].max()
 
 
-@njit(cache=True, nogil=True)
+@allocating
 def _after_swap(
     work: Floats, bytes_of: Floats, seconds: Floats, held: Floats, a: int, mine: int, b: int, other: int, most: float,
     best: float,
@@ -184,7 +184,7 @@ def _after_swap(
     return after
 
 
-@njit(cache=True, nogil=True)
+@allocating
 def _move(
     work: Floats, bytes_of: Floats, replica: Places, seconds: Floats, held: Floats, most: float, goal: float
 ) -> None:
