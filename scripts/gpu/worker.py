@@ -24,7 +24,6 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
-from dip_megatron.commands.planning import Setting as Planning  # noqa: E402
 from dip_megatron.core import Channel, Plan, TensorSpec  # noqa: E402
 from dip_megatron.core.lower import make_plan  # noqa: E402
 from dip_megatron.core.simulate import idle_share, simulate  # noqa: E402
@@ -34,6 +33,7 @@ from dip_megatron.describe.workload import GlobalBatch  # noqa: E402
 from dip_megatron.families.llava.program import LlavaProgram  # noqa: E402
 from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
 from dip_megatron.megatron.iteration import Iteration  # noqa: E402
+from dip_megatron.planner.facade import Setting as Planning  # noqa: E402
 from dip_megatron.planner.maker import payloads  # noqa: E402
 from dip_megatron.profile.stages import costs_of, profile_llava  # noqa: E402
 from dip_megatron.profile.timing import measure  # noqa: E402

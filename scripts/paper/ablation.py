@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.commands.planning import Setting
 from dip_megatron.core import StageGraph
 from dip_megatron.describe.cost import segmented_graph
+from dip_megatron.planner.facade import Setting
 from dip_megatron.schedulers import least_recompute_by_module, segmented_static
 from dip_megatron.schedulers.dip import DoesNotFitError, search
 

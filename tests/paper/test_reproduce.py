@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dip_megatron.commands.planning import describe
 from dip_megatron.core.simulate import simulate
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.facade import describe
 from dip_megatron.schedulers import segmented_static
 from dip_megatron.schedulers.dip import search
 from scripts.paper import cases, large_scale, main, throughput

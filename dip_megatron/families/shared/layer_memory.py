@@ -112,7 +112,13 @@ def run_without_activation(call: LayerCall) -> Any:
 
 def run_offloaded(call: LayerCall) -> Any:
     """Strategy ``offload``."""
-    mode = call.mode
+    return offloaded(call.layer, call.index, call.mode, call.forward, call.args, call.kwargs)
+
+
+def offloaded(
+    layer: torch.nn.Module, index: int, mode: StageMode, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """``forward(*args, **kwargs)`` of a chunk's layer, whose activations are left to the stage's place for them."""
     if mode.offloaded is None:
         raise RuntimeError("a stage with offloaded layers needs a place for them")
     deferred = mode.weight_gradients
@@ -120,8 +126,8 @@ def run_offloaded(call: LayerCall) -> Any:
     # accumulation knows a weight. Our linears keep the parameter itself.
     mode.weight_gradients = AtOnce() if deferred is None else deferred
     try:
-        with mode.offloaded.layer(call.index, _shared(call.layer, call.args, call.kwargs)):
-            return call()
+        with mode.offloaded.layer(index, _shared(layer, args, kwargs)):
+            return forward(*args, **kwargs)
     finally:
         mode.weight_gradients = deferred
 
@@ -228,4 +234,5 @@ def run_checkpointed(call: LayerCall) -> Any:
 def _shared(layer: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """What autograd may save inside a layer without its being the layer's own: weights, masks, position angles."""
     inputs = [value for name, value in kwargs.items() if name != "hidden_states"] + list(args[1:])
+    inputs += [part for value in inputs if isinstance(value, tuple) for part in value]
     return [*layer.parameters(), *(t for t in inputs if isinstance(t, torch.Tensor))]
