@@ -13,7 +13,7 @@ from .api import DEPRECATED, HOMES
 from .deprecation import moved
 
 if TYPE_CHECKING:
-    from torch.nn import Module
+    import torch
 
     from .core import ModalityModule as ModalityModule
     from .core import Operation as Operation
@@ -96,8 +96,8 @@ def install(families: Sequence[ModelFamily] = ()) -> None:
 
 
 def build_model(
-    provider: Callable[..., Module], *, micro_batch_size: int, num_microbatches: int, **settings: Any
-) -> list[Module]:
+    provider: Callable[..., torch.nn.Module], *, micro_batch_size: int, num_microbatches: int, **settings: Any
+) -> list[torch.nn.Module]:
     """Build this pipeline rank's chunks of a model for a loop that DIP doesn't know (docs/any-loop.md).
 
     ``provider(pre_process=..., post_process=...)`` builds the model as Megatron's providers do. Wrap each chunk as a

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..compat.names import being_imported
 from ..compat.releases import TESTED, megatron_version, version_numbers
 from ..describe.files import ConfigurationError
 from ..environment import asks
@@ -108,7 +109,7 @@ class Hooks:
         ModuleWatch(self._wanted, self._hook).install()
         self._installing = True
         for module in [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and self._wanted(name)]:
-            if getattr(module.__spec__, "_initializing", False):
+            if being_imported(module):
                 self._unfinished.append(module)  # it is being imported, and has called us meanwhile
             else:
                 self._hook(module)
@@ -139,7 +140,7 @@ class Hooks:
 
     def _finish(self) -> None:
         """Hook the modules that were being imported when the hooks were installed, and are there now."""
-        done = [m for m in self._unfinished if not getattr(m.__spec__, "_initializing", False)]
+        done = [m for m in self._unfinished if not being_imported(m)]
         self._unfinished = [m for m in self._unfinished if m not in done]
         for module in done:
             self._hook(module)
