@@ -73,10 +73,12 @@ class TensorRecord(Strict):
 
 
 class PayloadRecord(Strict):
-    """What travels from row ``source`` to row ``target`` (equal: between the ranks of one row)."""
+    """What travels from row ``source`` to row ``target`` (equal: between the ranks of one row); with ``rank``, from
+    that rank's stage alone."""
 
     source: Count
     target: Count
+    rank: Annotated[Count | None, Field(description="the rank that sends, where ranks send different things")] = None
     tensors: list[TensorRecord]
 
 

@@ -57,7 +57,8 @@ class Plan:
 
     ``graph`` has one candidate per stage (the chosen memory strategy). ``codes[rank]`` are the rank's actions as
     numbers (:mod:`.codes`), ``actions[rank]`` the same as objects. ``payloads[(row, next_row)]`` says what travels from
-    the last rank of a row to rank 0 of the next; ``payloads[(row, row)]`` what travels between the ranks of a row.
+    the last rank of a row to rank 0 of the next; ``payloads[(row, row)]`` what travels between the ranks of a row. A
+    third number names the rank whose stage sends, where what they send differs.
     Planning without a model to run leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``.
     """
 
@@ -66,13 +67,18 @@ class Plan:
     codes: tuple[Ints, ...]
     predicted: Predicted
     name: str = "dip"
-    payloads: Mapping[tuple[int, int], Payload] = field(default_factory=dict)
+    payloads: Mapping[tuple[int, ...], Payload] = field(default_factory=dict)
     search: SearchStatistics = SearchStatistics()
 
     @cached_property
     def actions(self) -> RankActions:
         """What each rank does, in order."""
         return RankActions(self.graph, self.codes)
+
+    def payload(self, source: int, target: int, rank: int) -> Payload | None:
+        """What the forward of row ``source`` on ``rank`` sends to row ``target`` (equal: to the next rank); None if the
+        plan doesn't say."""
+        return self.payloads.get((source, target, rank), self.payloads.get((source, target)))
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "actions"}

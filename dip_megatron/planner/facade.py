@@ -22,7 +22,7 @@ from ..schedulers.entry import Effort, Problem, ScheduleEntry
 from ..schedulers.registry import find_schedule
 from ..schedulers.static import StaticChoice, tune_static
 from .live import Chunks, ModelGraphs, pricer
-from .maker import LivePlanMaker, PayloadShapes
+from .maker import LivePlanMaker, PayloadShapes, StageShapes
 from .partitioning import choose_partition, paper_partition
 from .planned import Planned, describe
 from .searchers import searcher_of
@@ -148,7 +148,7 @@ def searched_partition(setting: Setting, seconds: float) -> Partition:
 
 
 def live_maker(
-    name: str, graphs: ModelGraphs, shapes: PayloadShapes, effort: Effort, *, label: str | None = None
+    name: str, graphs: ModelGraphs, shapes: PayloadShapes | StageShapes, effort: Effort, *, label: str | None = None
 ) -> LivePlanMaker:
     """What plans the batches of a run under schedule ``name``, on chunks that are chosen; picklable.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..core import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
+from ..core import Kind, Payload, Plan, Schedule, SearchStatistics, StageGraph, StageKey, Unit
 from ..core.lower import make_plan
 from ..core.simulate import simulate_compiled
 from ..describe.workload import Microbatch
@@ -34,6 +34,15 @@ class PayloadShapes(Protocol):
         ...
 
 
+@runtime_checkable
+class StageShapes(Protocol):
+    """The same, where the stages of one row send different things; picklable."""
+
+    def stage_payload(self, stage: StageKey, load: Microbatch) -> Payload:
+        """Shapes sent on by the forward of ``stage``."""
+        ...
+
+
 class Searcher(Protocol):
     """Finds a schedule within a budget; picklable."""
 
@@ -52,7 +61,7 @@ class LivePlanMaker:
     what is needed at once is searched for, too, rather than made by the greedy."""
 
     builder: GraphBuilder
-    shapes: PayloadShapes
+    shapes: PayloadShapes | StageShapes
     search: Searcher | None = None
     name: str = "dip"
     always_search: bool = False
@@ -109,12 +118,21 @@ class LivePlanMaker:
         )  # fmt: skip
 
 
-def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
-    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`)."""
-    out: dict[tuple[int, int], Payload] = {}
+def payloads(
+    graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes | StageShapes
+) -> dict[tuple[int, ...], Payload]:
+    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows; with the sending rank where
+    that matters (see :class:`Plan`)."""
+    out: dict[tuple[int, ...], Payload] = {}
     for s in range(graph.rows):
         unit = graph.units[int(graph.row_unit[s])]
         load = loads[unit.microbatch]
+        if isinstance(shapes, StageShapes):
+            for r in range(graph.ranks):
+                targets = graph.next_rows[s] if r == graph.exit_rank(s) else (s,)
+                for target in targets:
+                    out[s, target, r] = shapes.stage_payload(graph.key(Kind.F, s, r), load)
+            continue
         out[s, s] = shapes.payload(unit, load, leaves_module=False)
         for n in graph.next_rows[s]:
             leaves = graph.units[int(graph.row_unit[n])].module != unit.module

@@ -74,15 +74,7 @@ class _Mail:
 class Executor:
     """Runs plans on one pipeline rank."""
 
-    def __init__(
-        self,
-        rank: int,
-        transport: Transport,
-        clock: Clock,
-        payload: Callable[[Plan, Message], Payload] | None = None,
-    ):
-        """``payload`` says what a message carries; by default the plan does."""
-        self._payload = payload or payload_of
+    def __init__(self, rank: int, transport: Transport, clock: Clock):
         self.position = Position(rank)
         self._rank = rank
         self._transport = transport
@@ -154,7 +146,7 @@ class Executor:
     def _deliver(self, plan: Plan, payloads: list[tuple[Message, Tensors]]) -> None:
         for message, tensors in payloads:
             box = self._mail.inbox if message.channel.target == self._rank else self._mail.outbox
-            box[message] = _as_planned(self._payload(plan, message), tensors, message)
+            box[message] = _as_planned(payload_of(plan, message), tensors, message)
 
     # -- communicate ---------------------------------------------------------------------------------------------
     def _isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
@@ -166,7 +158,7 @@ class Executor:
 
     def _irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         message = action.message
-        self._mail.receiving[message] = self._transport.receive(message.channel, self._payload(plan, message))
+        self._mail.receiving[message] = self._transport.receive(message.channel, payload_of(plan, message))
 
     def _wait_isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         self._wait(self._mail.sending.pop(action.message), action.message)
@@ -208,10 +200,14 @@ def _as_planned(payload: Payload, tensors: Tensors, message: Message) -> Tensors
 
 def payload_of(plan: Plan, message: Message) -> Payload:
     """Shapes of what a message carries; for gradients, of the tensors that have one."""
-    source, target = plan.graph.row_of(message.source), plan.graph.row_of(message.target)
-    if not message.channel.gradient:
-        return plan.payloads[source, target]
-    return tuple(spec for spec in plan.payloads[target, source] if spec.differentiable)
+    source, target = message.source, message.target
+    gradient = message.channel.gradient
+    if gradient:
+        source, target = target, source
+    payload = plan.payload(plan.graph.row_of(source), plan.graph.row_of(target), source.rank)
+    if payload is None:
+        raise PayloadError(f"{message}: the plan doesn't say what it carries")
+    return tuple(spec for spec in payload if spec.differentiable) if gradient else payload
 
 
 def describe(action: Action) -> str:

@@ -120,8 +120,8 @@ class StageLookAhead:
         graph = plan.graph
         for key in (a.key for a in actions if a.key.kind == Kind.F):
             messages = incoming(graph, key)
-            rows = [(graph.row_of(m.source), graph.row_of(m.target)) for m in messages]
-            specs = [spec for row in rows for spec in plan.payloads.get(row, ())]
+            ends = [(graph.row_of(m.source), graph.row_of(m.target), m.source.rank) for m in messages]
+            specs = [spec for end in ends for spec in plan.payload(*end) or ()]
             sources[key.unit, key.segment] = tuple(graph.units[m.source.unit] for m in messages)
             constant[key.unit, key.segment] = frozenset(s.name for s in specs if not s.differentiable)
         last = [u for u in graph.units if u.module == graph.modules[-1].name]
