@@ -24,7 +24,7 @@ from .describe.files import ConfigurationError
 class ModuleConfig(BaseModel):
     """How one modality module is cut. Anything left out is the partitioner's choice."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     layers: list[list[int]] | None = Field(None, description="layers per chunk, [segment][pipeline rank]")
     segments: int | None = Field(None, ge=1, description="number of segments K, layers spread evenly")
@@ -34,7 +34,7 @@ class ModuleConfig(BaseModel):
 class DipConfig(BaseModel):
     """Everything a user may set. Flags override the YAML file, which overrides these defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     schedule: str = Field("off", description="off: Megatron as it was; static: one order for every batch; dynamic: a "
                           "plan for each batch; or any other schedule by its name")  # fmt: skip

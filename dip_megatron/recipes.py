@@ -26,7 +26,7 @@ class Planned(BaseModel):
     """What the plans of the recipe's batches say: mean seconds an iteration and their lower bound; 1e9 bytes that each
     pipeline rank holds at its fullest, activations of the largest batch included."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     batches: PositiveInt
     iteration_seconds: PositiveFloat
@@ -35,7 +35,7 @@ class Planned(BaseModel):
 
 
 class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str
     cluster: str

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..core import Kind
+from ..core.simulate import idle_share
 from .spans import Span
 
 # Hues of modules; told apart by readers with any colour vision (Okabe and Ito, 2008).
@@ -122,7 +123,7 @@ def _draw_panel(
 
 def _headline(name: str, spans: Sequence[Span], ranks: int, lower_bound: float | None, scale: float, unit: str) -> str:
     end = max(span.end for span in spans)
-    idle = 1.0 - sum(span.end - span.start for span in spans) / (end * ranks) if end > 0 else 0.0
+    idle = idle_share(sum(span.end - span.start for span in spans), end * ranks)
     parts = [f"{name}: {end * scale:.4g} {unit}", f"bubbles {idle:.1%}"]
     if lower_bound is not None and lower_bound > 0:
         parts.insert(1, f"{end / lower_bound:.3f} x the lower bound ({lower_bound * scale:.4g} {unit})")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from ..core.simulate import idle_share
 from ..planner.feed import FedPlan
 
 
@@ -58,7 +59,7 @@ class IterationReport:
             predicted_seconds=plan.predicted.iteration_time,
             lower_bound=plan.predicted.lower_bound,
             bubble_ratio_planned=plan.predicted.bubble_ratio,
-            bubble_ratio_measured=1.0 - busy / seconds if seconds > 0 else 0.0,
+            bubble_ratio_measured=idle_share(busy, seconds),
             plan_seconds=plan.search.seconds,
             stall_seconds=fed.stall_seconds,
             evaluations=plan.search.evaluations,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..core import Plan
+from ..core.simulate import idle_share
 from .iterations import IterationReport
 from .tables import seconds
 
@@ -71,7 +72,7 @@ def _scalars(reports: Sequence[IterationReport], everyone: Sequence[Sequence[tup
     return {
         "dip/measured_seconds": measured / count,
         "dip/predicted_seconds": sum(r.predicted_seconds for r in reports) / count,
-        "dip/bubble_ratio": 1.0 - busy / measured if measured > 0 else 0.0,
+        "dip/bubble_ratio": idle_share(busy, measured),
         "dip/planned_bubble_ratio": sum(r.bubble_ratio_planned for r in reports) / count,
         "dip/plan_seconds": sum(r.latency_seconds for r in reports) / count,
         "dip/search_evaluations": sum(r.evaluations for r in reports) / count,

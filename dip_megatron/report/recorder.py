@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..core import Plan
-from ..core.simulate import simulate
+from ..core.simulate import idle_share, simulate
 from ..runtime.clock import MeasuredSpan
 from .iterations import IterationReport
 from .spans import Span, spans_of
@@ -52,7 +52,7 @@ class RunRecorder:
         busy = sum(s.end - s.start for s in measured)
         line = report.as_dict() | {
             "iteration_seconds": seconds,
-            "bubble_ratio_measured": 1.0 - busy / (seconds * plan.graph.ranks) if seconds > 0 else 0.0,
+            "bubble_ratio_measured": idle_share(busy, seconds * plan.graph.ranks),
         }
         self._write(lambda: self._append(line))
 

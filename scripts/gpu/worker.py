@@ -25,7 +25,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 
 from dip_megatron.core import Channel, Plan, TensorSpec  # noqa: E402
 from dip_megatron.core.lower import make_plan  # noqa: E402
-from dip_megatron.core.simulate import simulate  # noqa: E402
+from dip_megatron.core.simulate import idle_share, simulate  # noqa: E402
 from dip_megatron.core.verify import verify  # noqa: E402
 from dip_megatron.describe.cost import Costs, load_cluster  # noqa: E402
 from dip_megatron.describe.workload import GlobalBatch  # noqa: E402
@@ -271,7 +271,7 @@ class Bench:
             "seconds": seconds,
             "predicted_seconds": plan.predicted.iteration_time,
             "lower_bound": plan.predicted.lower_bound,
-            "bubble_measured": 1.0 - busy / (seconds * self.ranks),
+            "bubble_measured": idle_share(busy, seconds * self.ranks),
             "bubble_predicted": plan.predicted.bubble_ratio,
             "busy_seconds": [sum(s.end - s.start for s in measured if s.rank == r) for r in self.everyone],
             "predicted_busy_seconds": busy_of(plan),

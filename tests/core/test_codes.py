@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core.codes import RankActions, code_count, encode
@@ -15,6 +15,7 @@ from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import PlanError, verify
 from tests.core import plain
 from tests.core.simulate.test_kernels import drawn_schedule
+from tests.drawn import settings
 from tests.graphs import small_graphs
 
 

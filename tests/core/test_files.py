@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import SearchStatistics, TensorSpec
@@ -17,6 +17,7 @@ from dip_megatron.core.format import plan_json_schema
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.schedulers import optimus_coarse, segmented_static
+from tests.drawn import settings
 
 from ..graphs import paper_graph, random_graph
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.utils import Split
 
@@ -19,6 +19,7 @@ from examples.llava_digits.documents import (
     PackedDigitDocuments,
     split_images,
 )
+from tests.drawn import settings
 
 TRAIN, VALID, TEST = split_images()
 

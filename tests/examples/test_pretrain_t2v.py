@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.utils import Split
 
@@ -30,6 +30,7 @@ from scripts.t2v.digits import (
     to_frames,
     to_latent,
 )  # fmt: skip
+from tests.drawn import settings
 from tests.forked import forked
 from tests.processes import free_port
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
 from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
 from dip_megatron.describe.model import Parallel
 from examples.llava_digits.quickstart import train
+from tests.drawn import settings
 from tests.examples.three_modules_case import (
     LONG,
     SHORT,

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
 from dip_megatron.families.shared.packing import pack
 from dip_megatron.families.shared.sdpa import SdpaAttention
+from tests.drawn import settings
 
 
 def build(mask, width):

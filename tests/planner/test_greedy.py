@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
@@ -15,6 +15,7 @@ from dip_megatron.core.verify import verify
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.live import without_training
 from dip_megatron.schedulers.dip import DoesNotFitError
+from tests.drawn import settings
 from tests.graphs import random_graph, smallest_need
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, Plan, StageGraph
@@ -20,6 +20,7 @@ from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.recalibration import Measurement, Recalibration
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
+from tests.drawn import settings
 from tests.graphs import random_graph
 from tests.planner.makers import Maker
 from tests.planner.test_feed import Shared, ThreadExchange

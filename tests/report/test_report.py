@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -14,6 +14,7 @@ from dip_megatron.report.figure import plot_timeline
 from dip_megatron.report.spans import Span, spans_of
 from dip_megatron.report.tables import seconds, table
 from dip_megatron.report.trace import write_trace
+from tests.drawn import settings
 from tests.graphs import random_graph
 
 

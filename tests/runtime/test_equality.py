@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.dip_case import dip_run
 from tests.runtime.llava_case import Case, reference

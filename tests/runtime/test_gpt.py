@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
 from dip_megatron.runtime.protocol import MicrobatchInputs
+from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.gpt_case import GptCase, gpt_kwargs, megatrons
 from tests.runtime.split_case import Drawn, Wrap, split_run

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Compute, Kind
@@ -15,6 +15,7 @@ from dip_megatron.core.lower import incoming, make_plan, outgoing
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.runtime.clock import Clock
 from dip_megatron.runtime.executor import Executor
+from tests.drawn import settings
 from tests.graphs import random_graph
 from tests.processes import team
 from tests.runtime.gpt_case import GptCase

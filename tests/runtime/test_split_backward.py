@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.llava_case import Case, reference
 from tests.runtime.split_case import Drawn, Wrap, split_run

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
 from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
 from dip_megatron.describe.model import Parallel
+from tests.drawn import settings
 from tests.processes import ProcessFailure, Team, team
 from tests.runtime.split_case import Drawn
 from tests.runtime.t2v_case import LONG, LOSSES, SHORT, TALL, WIDE, T2vCase, dip_run, reference

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from dip_megatron.runtime.transport_choice import Place, place_of, transport_kind
+from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.transport_case import burst, departure, silence, traffic
 

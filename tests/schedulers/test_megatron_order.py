@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, check_complete
@@ -13,6 +13,7 @@ from dip_megatron.core.simulate import simulate
 from dip_megatron.core.verify import verify
 from dip_megatron.schedulers import BaselineError, interleaved, legal_group, one_forward_one_backward
 from dip_megatron.schedulers.megatron import check_group, schedule_table, warmup_count
+from tests.drawn import settings
 
 from .mixed import mixed_graph
 

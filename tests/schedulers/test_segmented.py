@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, check_complete
@@ -26,6 +26,7 @@ from dip_megatron.schedulers import (
     optimus_leads,
     segmented_static,
 )  # fmt: skip
+from tests.drawn import settings
 
 from ..graphs import paper_graph, random_graph
 from .mixed import mixed_graph

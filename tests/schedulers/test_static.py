@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core.lower import make_plan
@@ -28,6 +28,7 @@ from dip_megatron.schedulers import (
     tune_static,
 )  # fmt: skip
 from dip_megatron.schedulers.static_partition import balance_ranks, stage_rank, stages_of
+from tests.drawn import settings
 
 MODEL = load_model("vlm-s")
 PRICER = cost_model(MODEL, load_cluster("h100"))

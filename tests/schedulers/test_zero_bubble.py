@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, check_complete
@@ -13,6 +13,7 @@ from dip_megatron.core.simulate import simulate
 from dip_megatron.core.verify import verify
 from dip_megatron.schedulers import BaselineError, one_forward_one_backward, zb_h1, zb_v
 from dip_megatron.schedulers.zero_bubble import automatic, handcrafted_h1, handcrafted_v
+from tests.drawn import settings
 
 from .mixed import mixed_graph
 

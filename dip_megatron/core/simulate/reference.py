@@ -27,9 +27,14 @@ class Timeline:
 
     @property
     def bubble_ratio(self) -> float:
-        """Idle share of all ranks' time."""
+        """Idle share of all ranks' time, from 0 to 1."""
         busy = sum(float((e - s).sum()) for s, e in zip(self.start, self.end, strict=True))
-        return 1.0 - busy / (self.iteration_time * len(self.start)) if self.iteration_time > 0 else 0.0
+        return idle_share(busy, self.iteration_time * len(self.start))
+
+
+def idle_share(busy: float, available: float) -> float:
+    """The share of ``available`` seconds that are not ``busy``: 0 where sums in another order make it a bit less."""
+    return min(1.0, max(0.0, 1.0 - busy / available)) if available > 0 else 0.0
 
 
 def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:

@@ -74,7 +74,7 @@ def _points(curve: Curve) -> tuple[Floats, Floats]:
 
 
 class _Cluster(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
     tflops: PositiveFloat

@@ -33,7 +33,7 @@ Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     def values(self) -> dict[str, Any]:
         """The fields as keyword arguments of the dataclass, ``kind`` left out."""

@@ -13,14 +13,14 @@ from ..model import ModelError, ModulePartition, MultimodalModel, Partition
 
 
 class _Module(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     unit_size: PositiveInt | None
     layers: Annotated[list[Annotated[list[NonNegativeInt], Field(min_length=1)]], Field(min_length=1)]
 
 
 class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     modules: Annotated[dict[str, _Module], Field(min_length=1)]
     reasons: list[str] = Field(default_factory=list)

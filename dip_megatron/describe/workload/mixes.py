@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..files import ConfigurationError, read_yaml, resolve
 from ..model import MultimodalModel, Packing
@@ -19,15 +19,25 @@ from .batch import Clip, GlobalBatch, Microbatch, WorkloadError
 from .files import read_workload
 from .packing import Sample, pack_clips, pack_documents
 
+# What a draw may ask for at most: whatever a file says, drawing a batch ends.
+MOST = 1e9
+MOST_IMAGES = 1e4
+MOST_MICROBATCHES = 100_000
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+Weight = Annotated[float, Field(ge=1e-9, le=MOST)]
+Bounded = Annotated[int, Field(ge=1, le=10**6)]
+Pixels = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class _Spread(_Strict):
     """A log-normal quantity by its mean and the standard deviation of its logarithm (0: constant)."""
 
-    mean: PositiveFloat
+    mean: float = Field(gt=0, le=MOST)
     sigma: float = Field(default=0.0, ge=0, le=3)
 
     def draw(self, random: np.random.Generator) -> float:
@@ -38,9 +48,9 @@ class _Source(_Strict):
     """One corpus. ``images`` a document: exactly one, or 1 + a geometric count with mean ``mean_images``; 0: none."""
 
     name: str
-    weight: PositiveFloat
+    weight: Weight
     text_tokens: _Spread
-    mean_images: float = Field(default=0.0, ge=0)
+    mean_images: float = Field(default=0.0, ge=0, le=MOST_IMAGES)
     image_tokens: _Spread | None = None
     audio_share: float = Field(default=0.0, ge=0, le=1)
     audio_tokens: _Spread | None = None
@@ -54,14 +64,14 @@ class _Documents(_Strict):
 
 class _ClipSource(_Strict):
     name: str
-    weight: PositiveFloat
+    weight: Weight
     seconds: _Spread
     text_tokens: _Spread
 
 
 class _Clips(_Strict):
     kind: Literal["clips"]
-    sizes: Annotated[list[tuple[PositiveInt, PositiveInt]], Field(min_length=1)]
+    sizes: Annotated[list[tuple[Pixels, Pixels]], Field(min_length=1)]
     sources: Annotated[list[_ClipSource], Field(min_length=1)]
 
 
@@ -70,17 +80,17 @@ class _Bounds(_Strict):
     ``upper``; then both fall to 0 over the rest of the period."""
 
     kind: Literal["image_bounds"]
-    lower: PositiveInt
-    upper: PositiveInt
-    rising: PositiveInt
-    period: PositiveInt
-    image_tokens: PositiveInt | None = None
+    lower: Bounded
+    upper: Bounded
+    rising: Bounded
+    period: Bounded
+    image_tokens: Bounded | None = None
 
 
 class _Mix(_Strict):
     name: str
-    iterations: PositiveInt = 1
-    microbatches: PositiveInt = 16
+    iterations: Annotated[int, Field(ge=1, le=MOST_MICROBATCHES)] = 1
+    microbatches: Annotated[int, Field(ge=1, le=MOST_MICROBATCHES)] = 16
     draw: Annotated[_Documents | _Clips | _Bounds, Field(discriminator="kind")]
 
 
@@ -98,8 +108,8 @@ def load_workload(
     place.
     """
     for name, value in (("iterations", iterations), ("microbatches", microbatches)):
-        if value is not None and value < 1:
-            raise WorkloadError(f"{name_or_path}: {name}: must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= MOST_MICROBATCHES:
+            raise WorkloadError(f"{name_or_path}: {name}: must be 1 to {MOST_MICROBATCHES}, got {value}")
     path = resolve("workloads", name_or_path)
     if path.suffix in (".jsonl", ".json"):
         batches = read_workload(path)[:iterations]

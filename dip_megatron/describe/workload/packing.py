@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..model import Packing
-from .batch import Clip, Microbatch
+from .batch import Clip, Microbatch, WorkloadError
+
+MOST_SAMPLES = 100_000
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def cut(sample: Sample, packing: Packing) -> Sample:
 def pack_documents(samples: Iterable[Sample], packing: Packing) -> Iterator[Microbatch]:
     """Microbatches of whole samples: one is closed when the next sample would pass ``max_tokens`` or ``max_images``.
 
-    The last, unfinished microbatch is not given out, nor are samples without any token.
+    The last, unfinished microbatch is not given out, nor are samples without any token. Raises WorkloadError where one
+    would hold more than ``MOST_SAMPLES``.
     """
     held: list[Sample] = []
     tokens = images = 0
@@ -49,6 +52,11 @@ def pack_documents(samples: Iterable[Sample], packing: Packing) -> Iterator[Micr
         if held and (tokens + sample.tokens > packing.max_tokens or images + len(sample.images) > packing.max_images):
             yield _join(held)
             held, tokens, images = [], 0, 0
+        if len(held) == MOST_SAMPLES:
+            raise WorkloadError(
+                f"a microbatch of {packing.max_tokens} tokens takes more than {MOST_SAMPLES} documents like these; "
+                "lower packing.max_tokens, or draw longer documents"
+            )
         held.append(sample)
         tokens += sample.tokens
         images += len(sample.images)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Schedule, StageGraph
@@ -14,6 +14,7 @@ from dip_megatron.schedulers.dip.incumbent import listed
 from dip_megatron.schedulers.dip.keys import make_keys
 from dip_megatron.schedulers.dip.problem import make_problem
 from dip_megatron.schedulers.dip.work import make_work
+from tests.drawn import settings
 from tests.graphs import random_graph, small_graphs
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.describe.cost import (
@@ -26,6 +26,7 @@ from dip_megatron.describe.cost.static import state_bytes
 from dip_megatron.describe.files import ConfigurationError, shipped
 from dip_megatron.describe.model import ModuleShape, MultimodalModel, Parallel, TransformerLayer, load_model
 from dip_megatron.describe.workload import Clip, Microbatch
+from tests.drawn import settings
 
 H100 = load_cluster("h100")
 IDEAL = Cluster("ideal", 1e15, 80e9, 1e30, 1e30, 1e30, 1e30, 8, 0, 0, 0, 0, 2, True, ())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.describe.cost import (
@@ -19,6 +19,7 @@ from dip_megatron.describe.cost import (
 )
 from dip_megatron.describe.model import ModelError, MultimodalModel, Partition, even_partition, load_model
 from dip_megatron.describe.workload import Clip, Microbatch, WorkloadError, load_workload
+from tests.drawn import settings
 
 H100 = load_cluster("h100")
 VLM, T2V, THREE = load_model("vlm-s"), load_model("t2v-s"), load_model("vision-audio-llm")

@@ -4,11 +4,12 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.describe.cost import LAYER_STRATEGIES, StrategyError, format_strategy, parse_strategy
 from dip_megatron.describe.cost.strategies import combine, frontier, pareto, pick
+from tests.drawn import settings
 
 names = st.lists(st.sampled_from(LAYER_STRATEGIES), max_size=12)
 costs = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=4)

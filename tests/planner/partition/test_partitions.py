@@ -6,7 +6,7 @@ from math import inf
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import StageGraph
@@ -24,6 +24,7 @@ from dip_megatron.describe.partition import (
 )
 from dip_megatron.describe.workload import GlobalBatch, Microbatch, load_workload
 from dip_megatron.planner.partitioning import choose_partition, greedy_judge, paper_partition
+from tests.drawn import settings
 
 H100 = load_cluster("h100")
 VLM, T2V = load_model("vlm-s"), load_model("t2v-s")

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, Schedule, StageGraph, check_complete
@@ -18,6 +18,7 @@ from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.schedulers import BaselineError, segmented_static
 from dip_megatron.schedulers.dip import DoesNotFitError, SearchOptions, SearchResult, search
+from tests.drawn import settings
 from tests.graphs import paper_graph, random_graph, small_graphs, with_memory
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import check_complete
 from dip_megatron.core.simulate import simulate_compiled
 from dip_megatron.schedulers.dip import search
+from tests.drawn import settings
 
 from ...graphs import random_graph, with_memory
 

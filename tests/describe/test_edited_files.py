@@ -1,0 +1,52 @@
+"""Files with random edits are used or refused in one line; and what such edits found once."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dip_megatron.core.files import format_plan, parse_plan
+from dip_megatron.core.simulate import idle_share
+from dip_megatron.describe.files import ConfigurationError, resolve
+from dip_megatron.describe.model import Packing, load_model
+from dip_megatron.describe.workload import Sample, WorkloadError, load_workload, pack_documents
+from scripts.edit_files import main
+from tests.core.test_files import plan_of
+
+
+def test_some_edits_of_every_kind_of_file():
+    done = CliRunner().invoke(main, ["--count", "2", "--seed", "7"])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("24 edited files")
+
+
+@pytest.mark.parametrize(("number", "said"), [(".inf", "finite number"), ("1e30", "less than or equal to")])
+@pytest.mark.parametrize("sound", ["mean_images: 2.5", "mean: 816"])
+def test_a_mix_that_could_not_be_drawn_is_refused(tmp_path: Path, sound: str, number: str, said: str):
+    text = resolve("workloads", "vlm-mix").read_text(encoding="utf-8")
+    assert sound in text
+    file = tmp_path / "mix.yaml"
+    file.write_text(text.replace(sound, f"{sound.split(':')[0]}: {number}"), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=said):
+        load_workload(file, load_model("vlm-s"), 1, 2)
+
+
+def test_documents_too_short_for_a_microbatch_end_its_drawing():
+    packing = Packing(max_tokens=10**7)
+    with pytest.raises(WorkloadError, match="draw longer documents"):
+        next(pack_documents(itertools.repeat(Sample(1)), packing))
+
+
+def test_a_plan_without_idle_time_can_be_read_again():
+    plan = plan_of(215, ranks=1)  # its sums come out 2e-16 above its time
+    assert plan.predicted.bubble_ratio == 0.0
+    assert parse_plan(format_plan(plan)).digest() == plan.digest()
+
+
+@pytest.mark.parametrize(("busy", "share"), [(3.0, 0.25), (4.0, 0.0), (4.000000000000001, 0.0), (0.0, 1.0)])
+def test_idle_share(busy: float, share: float):
+    assert idle_share(busy, 4.0) == share
+    assert idle_share(busy, 0.0) == 0.0

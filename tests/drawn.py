@@ -1,0 +1,18 @@
+"""How many examples of a property are drawn: few in ``scripts/test``, many in ``scripts/deep_test``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import hypothesis
+
+DEEP = os.environ.get("DIP_DEEP") == "1"
+FACTOR = 50 if DEEP else 1
+
+
+def settings(max_examples: int = 100, **options: Any) -> hypothesis.settings:
+    """``hypothesis.settings`` for so many examples; a deep run draws more of them, and other ones each time."""
+    if DEEP:
+        options |= {"derandomize": False, "deadline": None}
+    return hypothesis.settings(max_examples=max_examples * FACTOR, **options)
