@@ -13,9 +13,13 @@ from ..describe.files import ConfigurationError
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group ``dip``; everything else is set in the YAML file."""
     group = parser.add_argument_group("dip", "dynamic, modality-aware pipeline schedules (dip_megatron)")
-    group.add_argument("--dip-schedule", choices=["off", "static", "dynamic"], default=None,
+    group.add_argument("--dip-schedule", metavar="NAME", default=None,
                        help="off (default): Megatron's own schedule; static: one order of modality segments for every "
-                       "batch; dynamic: a plan for each batch")  # fmt: skip
+                       "batch; dynamic: a plan for each batch; or any other schedule that `dip compare` knows, by its "
+                       "name")  # fmt: skip
+    group.add_argument("--dip-plan-file", type=Path, default=None,
+                       help="run the plans of this file; batches that match none are planned under --dip-schedule, or "
+                       "end the run")  # fmt: skip
     group.add_argument("--dip-config", type=Path, default=None, help="YAML file; flags override it")
     group.add_argument("--dip-planner-workers", type=int, default=None, help="searching threads per replica (1)")
     group.add_argument("--dip-search-budget", type=float, default=None,
@@ -23,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")
     group.add_argument("--dip-trace-dir", type=Path, default=None,
                        help="write iterations.jsonl; trace.json and timeline.png of the last iteration")  # fmt: skip
+    group.add_argument("--dip-trace-plans", action="store_true", default=None,
+                       help="write the plans that ran there, too, as plans.jsonl")  # fmt: skip
     return parser
 
 
@@ -36,6 +42,8 @@ def dip_config(args: argparse.Namespace) -> DipConfig:
             "search_budget": args.dip_search_budget,
             "memory_limit": args.dip_memory_limit,
             "trace_dir": args.dip_trace_dir,
+            "trace_plans": getattr(args, "dip_trace_plans", None),
+            "plan_file": getattr(args, "dip_plan_file", None),
         },
     )
 
@@ -51,8 +59,10 @@ def check_arguments(args: Any) -> None:
             raise ConfigurationError(f"--dip-schedule {config.schedule} and {flag}: {reason}; {way_out}")
 
     config = dip_config(args)
-    if config.schedule == "off":
+    if not config.on:
         return
+    if config.trace_plans and config.trace_dir is None:
+        raise ConfigurationError("--dip-trace-plans needs --dip-trace-dir, which says where to")
     refuse(
         args.pipeline_model_parallel_size < 2, f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
         "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",

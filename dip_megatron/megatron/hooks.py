@@ -112,8 +112,11 @@ class Hooks:
             except ConfigurationError as error:
                 sys.exit(f"dip: {error}")
             config = dip_config(args)
-            if config.schedule != "off":
-                self._session = DipSession(args, config, self._families)
+            if config.on:
+                try:
+                    self._session = DipSession(args, config, self._families)
+                except ConfigurationError as error:
+                    sys.exit(f"dip: {error}")
             return result
 
         return validate

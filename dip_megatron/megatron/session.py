@@ -19,9 +19,13 @@ from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.facade import Setting, live_maker, searched_partition
 from ..planner.feed import PlanFeed
-from ..planner.live import ModelGraphs
+from ..planner.from_file import FilePlanner, PlanFile
+from ..planner.live import Chunks, ModelGraphs
+from ..planner.request import Service
 from ..planner.searchers import live_effort
 from ..planner.service import PlannerService
+from ..report.plans import NAME as PLANS
+from ..report.plans import PlanWriter
 from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
@@ -29,11 +33,13 @@ from ..runtime.executor import Executor
 from ..runtime.protocol import StageProgram
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
-from ..schedulers.registry import find_schedule
+from ..schedulers.entry import ScheduleEntry
+from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .build import ChunkList, configured_partition, record_blueprint
 from .checkpoints import Checkpoint, find_checkpoint, record, warn_of_bound_state
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
+from .mixed import check_entry, configured_choice, make_program, tuned_choice
 from .scalars import write_scalars
 from .shared_gpu import single_ranks_on_nccl
 
@@ -48,13 +54,29 @@ class DipSession:
         single_ranks_on_nccl(args)
         self._args = args
         self._config = config
-        self._entry = find_schedule(config.schedule)
+        self._file = self._plan_file(config, args.pipeline_model_parallel_size)
+        self._entry = self._schedule()
         self._families = families
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
-        self._service: PlannerService | None = None
+        self._service: Service | None = None
         self._step: DipForwardBackward | None = None
+
+    @staticmethod
+    def _plan_file(config: DipConfig, ranks: int) -> PlanFile | None:
+        """The plans to run."""
+        path = config.plan_file
+        return None if path is None else PlanFile.read(path / PLANS if path.is_dir() else path, ranks)
+
+    def _schedule(self) -> ScheduleEntry:
+        """The schedule that is asked for; without one, the one that made the plans of the file, if it is known."""
+        if self._config.schedule != "off" or self._file is None:
+            return find_schedule(self._config.schedule)
+        try:
+            return find_schedule(self._file.plans[0].name)
+        except UnknownScheduleError:  # the greedy's, or a person's own
+            return find_schedule("dynamic")
 
     # -- model ---------------------------------------------------------------------------------------------------
     def segmented(self, provider: Callable[..., Any]) -> Callable[..., ChunkList]:
@@ -68,26 +90,27 @@ class DipSession:
                 a.sequence_parallel, a.use_distributed_optimizer,
             )  # fmt: skip
             model = family.describe(blueprint, parallel)
+            check_entry(self._entry, model, family, self._num_microbatches())
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
             checkpoint = find_checkpoint(a)
-            partition = self._partition(model, cluster, costs, family.workload, checkpoint)
-            record(a, partition)
-            for sentence in (checkpoint and checkpoint.compare(partition), warn_of_bound_state(a)):
+            held = self._chunks(model, cluster, costs, family.workload, checkpoint)
+            record(a, held)
+            for sentence in (checkpoint and checkpoint.compare(held), warn_of_bound_state(a)):
                 if sentence:
                     _tell(sentence)
             self._graphs = ModelGraphs(
                 model,
                 cluster,
-                partition,
+                held,
                 costs,
                 self._config.memory_limit,
                 self._config.recompute,
                 self._config.offload,
             )
-            self._program = family.program(
-                blueprint, {m.module: m.layers for m in partition.modules},
-                rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=a.micro_batch_size,
-            )  # fmt: skip
+            rank = parallel_state.get_pipeline_model_parallel_rank()
+            self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=a.micro_batch_size)
+            if self._file is not None:
+                self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
             self._start_planner(self._program, self._graphs)
             return chunks
@@ -105,11 +128,15 @@ class DipSession:
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
-            effort = live_effort(config, planners_here)
-            maker = live_maker(config.schedule, graphs, program.shapes, effort, label=config.schedule)
+            effort, asked = live_effort(config, planners_here), config.schedule != "off"
+            label = config.schedule if asked else self._entry.name
+            maker = live_maker(self._entry, graphs, program.shapes, effort, label=label)
             # One worker process, whose threads search together: only one iteration is planned ahead.
-            self._service = PlannerService(maker, min(config.planner_workers, 1) if self._entry.ahead else 0)
-            atexit.register(self._service.close)
+            workers = min(config.planner_workers, 1) if asked and self._entry.ahead else 0
+            self._service = service = PlannerService(maker, workers)
+            if self._file is not None:
+                self._service = FilePlanner(self._file, graphs.model, program.shapes, service, falls_back=asked)
+            atexit.register(service.close)
 
     def _cluster(self) -> Cluster:
         name = self._config.cluster
@@ -117,19 +144,29 @@ class DipSession:
             name = "h100" if torch.cuda.is_available() else "cpu"
         return load_cluster(name)
 
-    def _partition(
+    def _chunks(
         self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str,
         checkpoint: Checkpoint | None,
-    ) -> Partition:  # fmt: skip
-        """As configured, or that of the checkpoint to go on from, or the partitioner's choice: made on one rank,
-        because a search may be timed."""
-        chosen = configured_partition(model, self._config)
-        if chosen is not None:
-            return chosen
-        chosen = None if checkpoint is None else checkpoint.partition_for(model)
-        if chosen is not None:
-            _tell(f"going on with the checkpoint's partition:\n{chosen.explain()}")
-            return chosen
+    ) -> Chunks:  # fmt: skip
+        """As configured, or those of the plan file, or of the checkpoint to go on from, or chosen for the schedule."""
+        mixed = self._entry.mixed is not None
+        given: Chunks | None
+        if mixed:
+            given = configured_choice(self._entry, model, self._config)
+        else:
+            given = configured_partition(model, self._config)
+        if given is None and self._file is not None and (not mixed or len(model.modules) == 1):
+            return self._file.partition(model)
+        if given is None and checkpoint is not None:
+            given = checkpoint.stages_for(self._entry.name, model) if mixed else checkpoint.partition_for(model)
+            if given is not None:
+                _tell(f"going on with the checkpoint's partition:\n{given.explain()}")
+        if given is None:
+            given = self._chosen(model, cluster, costs, workload)
+        return given if isinstance(given, Partition) else given.partition(model) or given
+
+    def _chosen(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
+        """On one rank, because a search may be timed."""
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
@@ -139,18 +176,29 @@ class DipSession:
         dist.broadcast_object_list(found, 0)
         if isinstance(found[0], Exception):
             raise found[0]
-        partition: Partition = found[0]
-        for m in partition.modules:
-            _tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
-        return partition
+        chunks: Chunks = found[0]
+        if isinstance(chunks, Partition):
+            for m in chunks.modules:
+                _tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
+        else:
+            _tell(chunks.explain())
+        return chunks
 
-    def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
-        """Chunks are built before the first batch is read, so the partitioner judges by a published mix, packed to the
-        model's sequence length."""
+    def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
+        """Chunks are built before the first batch is read, so they are judged by a published mix, packed to the model's
+        sequence length."""
+        config = self._config
+        batches = load_workload(workload, model, 2, self._num_microbatches(), self._args.seed)
+        setting = Setting(
+            model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload
+        )
+        if self._entry.mixed is not None:
+            return tuned_choice(self._entry, setting)
+        return searched_partition(setting, 5.0)
+
+    def _num_microbatches(self) -> int:
         args = self._args
-        count = max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1)
-        batches = load_workload(workload, model, 2, count, args.seed)
-        return searched_partition(Setting(model, cluster, batches, costs, self._config.memory_limit), 5.0)
+        return max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1)
 
     # -- iterations ----------------------------------------------------------------------------------------------
     def forward_backward(self, *_: Any, **__: Any) -> DipForwardBackward:
@@ -180,18 +228,24 @@ class DipSession:
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
             consumers.append(recorder.record)
+            if config.trace_plans and rank == 0:
+                consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
-            policy=PlanningPolicy(config.search_budget, self._another_follows), iteration=self._iteration,
+            policy=PlanningPolicy(self._budget(), self._another_follows), iteration=self._iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
-            tensor_parallel=self._tensor_parallel_exchange(),
+            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange,
         )  # fmt: skip
 
     def _iteration(self) -> int:
         """As Megatron's log counts; evaluations have that of the iteration before."""
         return int(getattr(self._args, "curr_iteration", self._args.iteration - 1)) + 1
+
+    def _budget(self) -> float | None:
+        """Seconds for a plan; a search that counts its evaluations may take as long as they need."""
+        return self._config.search_budget if self._config.search_evaluations is None else self._config.timeout_seconds
 
     def _another_follows(self) -> bool:
         """Whether the running iteration is followed by one that trains: data sets may hold no more than is trained on,

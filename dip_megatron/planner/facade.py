@@ -148,14 +148,18 @@ def searched_partition(setting: Setting, seconds: float) -> Partition:
 
 
 def live_maker(
-    name: str, graphs: ModelGraphs, shapes: PayloadShapes | StageShapes, effort: Effort, *, label: str | None = None
+    entry: ScheduleEntry,
+    graphs: ModelGraphs,
+    shapes: PayloadShapes | StageShapes,
+    effort: Effort,
+    *,
+    label: str | None = None,
 ) -> LivePlanMaker:
-    """What plans the batches of a run under schedule ``name``, on chunks that are chosen; picklable.
+    """What plans the batches of a run under a schedule, on chunks that are chosen; picklable.
 
     With ``effort.evaluations`` every plan is the search's, however long it takes; without them a batch that is needed
-    at once gets the greedy's. ``label`` names the plans instead of the schedule. Raises UnknownScheduleError.
+    at once gets the greedy's. ``label`` names the plans instead of the schedule.
     """
-    entry = find_schedule(name)
     searcher = searcher_of(entry, graphs, effort)
     return LivePlanMaker(
         replace(graphs, paper_costs=entry.paper_costs), shapes, searcher, label or entry.name,

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 from ..core import Plan
 from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
-from .request import PlanRequest
-from .service import PlannerService, PlannerStatistics
+from .request import PlannerStatistics, PlanRequest, Service
 
 _HASH = hashlib.sha256().digest_size
 
@@ -51,7 +50,7 @@ class PlanFeed:
     """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service, and learns
     from what all ranks measured."""
 
-    def __init__(self, exchange: Exchange, service: PlannerService | None, recalibrate: bool = False):
+    def __init__(self, exchange: Exchange, service: Service | None, recalibrate: bool = False):
         """``exchange`` is the feed's alone: a thread broadcasts over it at any time. ``recalibrate`` (the same on all
         ranks): plan with costs corrected by measurements."""
         if (exchange.rank == 0) != (service is not None):

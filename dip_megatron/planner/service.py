@@ -22,23 +22,10 @@ from multiprocessing.connection import Connection, wait
 
 from ..core import Plan
 from ..core.verify import PlanError, verify
-from .request import READY, PlanMaker, PlanRequest
+from .request import READY, PlanMaker, PlannerStatistics, PlanRequest
 from .warm import warm_up_plans
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PlannerStatistics:
-    """Counts since the start of training: ``plans`` taken; ``late`` ones, whose search was not over when they were
-    needed; ``fallbacks``, made in the trainer because no worker's plan was there; ``worker_deaths``, replaced workers.
-    ``latency_seconds``: from the request of the last plan taken to its arrival."""
-
-    plans: int = 0
-    fallbacks: int = 0
-    worker_deaths: int = 0
-    late: int = 0
-    latency_seconds: float = 0.0
 
 
 @dataclass
