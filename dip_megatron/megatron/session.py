@@ -64,10 +64,10 @@ class DipSession:
         self._step: DipForwardBackward | None = None
 
     @staticmethod
-    def _plan_file(config: DipConfig, ranks: int) -> PlanFile | None:
-        """The plans to run."""
+    def _plan_file(config: DipConfig, ranks: int, replica: str = ".") -> PlanFile | None:
+        """The plans to run; of a folder of traces, those of one replica."""
         path = config.plan_file
-        return None if path is None else PlanFile.read(path / PLANS if path.is_dir() else path, ranks)
+        return None if path is None else PlanFile.read(path / replica / PLANS if path.is_dir() else path, ranks)
 
     def _schedule(self) -> ScheduleEntry:
         """The schedule that is asked for; without one, the one that made the plans of the file, if it is known."""
@@ -89,6 +89,8 @@ class DipSession:
                 a.tensor_model_parallel_size, a.pipeline_model_parallel_size, a.data_parallel_size,
                 a.sequence_parallel, a.use_distributed_optimizer,
             )  # fmt: skip
+            if self._file is not None and self._file.path.parent == self._config.plan_file:
+                self._file = self._plan_file(self._config, a.pipeline_model_parallel_size, _replica_folder())
             model = family.describe(blueprint, parallel)
             check_entry(self._entry, model, family, self._num_microbatches())
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)

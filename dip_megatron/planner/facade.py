@@ -148,13 +148,9 @@ def searched_partition(setting: Setting, seconds: float) -> Partition:
 
 
 def live_maker(
-    entry: ScheduleEntry,
-    graphs: ModelGraphs,
-    shapes: PayloadShapes | StageShapes,
-    effort: Effort,
-    *,
+    entry: ScheduleEntry, graphs: ModelGraphs, shapes: PayloadShapes | StageShapes, effort: Effort, *,
     label: str | None = None,
-) -> LivePlanMaker:
+) -> LivePlanMaker:  # fmt: skip
     """What plans the batches of a run under a schedule, on chunks that are chosen; picklable.
 
     With ``effort.evaluations`` every plan is the search's, however long it takes; without them a batch that is needed
