@@ -51,10 +51,10 @@ class Tap:
         return self.last
 
 
-def record(index: int, train: bool) -> None:
+def record(index: int, train: bool, loss: float) -> None:
     with (Path(OPTIONS["folder"]) / f"samples.rank{RANK}.jsonl").open("a") as lines:
         iteration = megatron.training.get_args().curr_iteration + 1 if train else None
-        lines.write(json.dumps({"index": index, "train": train, "iteration": iteration}) + "\n")
+        lines.write(json.dumps({"index": index, "train": train, "iteration": iteration, "loss": loss}) + "\n")
     if train and iteration == OPTIONS.get("signal") and RANK == LAST:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -88,8 +88,8 @@ def recording(forward_step: Any) -> Any:
 
         def loss(*arguments: Any) -> Any:
             train = torch.is_grad_enabled()
-            record(int(tap.last["index"]), train)
             result = loss_func(*arguments)
+            record(int(tap.last["index"]), train, float(result[0]))
             if train and OPTIONS.get("reject") is not None:
                 reject_once(result[0])
             return result
