@@ -70,7 +70,7 @@ def register(entry: ScheduleEntry) -> None:
 
 def check_name(name: str) -> None:
     """Raise UnknownScheduleError unless a schedule has that name or alias; loads nothing."""
-    if name not in ALIASES and name not in schedule_names():
+    if name not in ALIASES and name not in _BUILT_IN and name not in schedule_names():
         raise UnknownScheduleError(
             f"unknown schedule {name!r}; choose one of {', '.join((*ALIASES, *schedule_names()))}"
         )

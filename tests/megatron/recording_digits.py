@@ -4,7 +4,7 @@
 computed; ``limit``: the number of items of the training set; ``broadcast``: read on one tensor-parallel rank only and
 broadcast, as upstream's scripts do; ``reject``: the validated loss (counted from 0) that Megatron's rerun state machine
 is told to reject once, on the last rank, and ``fatal``; ``node``: the host's name; ``cut``: sequences of varying
-lengths; ``signal``: the iteration in which the last rank gets a SIGTERM.
+lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``path``: a folder for the import path.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ sys.path.insert(0, str(EXAMPLE))
 import documents  # noqa: E402
 
 OPTIONS = json.loads(os.environ["DIP_TEST"])
+if "path" in OPTIONS:
+    sys.path.insert(0, OPTIONS["path"])
 RANK = int(os.environ["RANK"])
 LAST = int(os.environ["WORLD_SIZE"]) - 1
 validated = 0

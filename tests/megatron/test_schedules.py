@@ -93,8 +93,8 @@ def test_a_run_repeats_from_its_plans(tmp_path: Path) -> None:
             iterations=ITERATIONS)  # fmt: skip
     said = (tmp_path / "refused" / "run.rank0.log").read_text()
     wanted = (
-        r"no plan for iteration 2: NoPlanError: none of the 1 plans of .*missing.jsonl is for a batch of 4 microbatches: "
-        r"tokens [\d ]+, vision instances [\d ]+; give a --dip-schedule, too"
+        r"no plan for iteration 2: NoPlanError: none of the 1 plans of .*missing.jsonl is for a batch of 4 "
+        r"microbatches: tokens [\d ]+, vision instances [\d ]+; give a --dip-schedule, too"
     )
     assert re.search(wanted, said)
 
