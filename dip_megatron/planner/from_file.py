@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core import ModalityModule, Plan, Unit
+from ..core import Kind, ModalityModule, Plan, Unit
 from ..core.files import PlanFileError, read_plans
 from ..core.verify import PlanError, verify
+from ..describe.cost.strategies import StrategyError, parse_strategy
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
 from ..describe.workload import Microbatch
@@ -46,7 +47,9 @@ class PlanFile:
             raise ConfigurationError(str(error)) from error
         except PlanError as error:
             raise ConfigurationError(f"{path}: plan {len(plans)}: {error}; nothing has run") from error
-        return PlanFile(path, tuple(plans))
+        file = PlanFile(path, tuple(plans))
+        file.check_strategies()
+        return file
 
     @property
     def modules(self) -> tuple[ModalityModule, ...]:
@@ -90,6 +93,24 @@ class PlanFile:
                         f"{self.path}: modules.{mine.name}.{what}: the plans have {said}, this run has {found}; plan "
                         "for the model as it is trained"
                     )
+
+    def check_strategies(self) -> None:
+        """Raise ConfigurationError at the first memory strategy that is none, or is for another number of layers."""
+        known: set[tuple[str, int]] = set()
+        for number, plan in enumerate(self.plans, start=1):
+            graph = plan.graph
+            for row in range(graph.rows):
+                layers = graph.module(graph.units[int(graph.row_unit[row])].module).layers[graph.segment(row)]
+                for rank in range(graph.ranks):
+                    pair = graph.strategy_name(0, row, rank), layers[rank]
+                    if pair[0] == "none" or pair in known:
+                        continue
+                    try:
+                        parse_strategy(*pair)
+                    except StrategyError as error:
+                        key = graph.key(Kind.F, row, rank)
+                        raise ConfigurationError(f"{self.path}: plan {number}: {key}: {error}") from error
+                    known.add(pair)
 
 
 def _property(module: ModalityModule, what: str) -> object:
