@@ -56,11 +56,12 @@ def check_arguments(args: Any) -> None:
 
     def refuse(condition: Any, flag: str, reason: str, way_out: str) -> None:
         if condition:
-            raise ConfigurationError(f"--dip-schedule {config.schedule} and {flag}: {reason}; {way_out}")
+            raise ConfigurationError(f"{asked} and {flag}: {reason}; {way_out}")
 
     config = dip_config(args)
     if not config.on:
         return
+    asked = f"--dip-schedule {config.schedule}" if config.schedule != "off" else "--dip-plan-file"
     if config.trace_plans and config.trace_dir is None:
         raise ConfigurationError("--dip-trace-plans needs --dip-trace-dir, which says where to")
     refuse(
