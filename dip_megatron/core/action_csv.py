@@ -170,7 +170,7 @@ def _graph(lines: list[list[tuple[str, int, str, int]]]) -> StageGraph:
     microbatches = 1 + max(microbatch for *_, microbatch in cells)
     if stages % ranks:
         raise ActionCsvError(f"{stages} stages on {ranks} ranks: must be a multiple")
-    holder = {stage: rank for rank, line in enumerate(lines) for _, stage, _, _ in line}
+    holder = {stage: rank for rank, line in enumerate(lines) for _, stage, word, _ in line if word == "F"}
     segments = stages // ranks
     back = []
     for k in range(segments):
