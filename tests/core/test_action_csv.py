@@ -92,7 +92,7 @@ def test_what_the_format_cannot_say_is_named():
         format_actions(frozen, schedule)
     parts = replace(graph, units=(Unit(0, "model", 0), Unit(1, "model", 0)))
     with pytest.raises(
-        ActionCsvError, match="microbatch 0 has several units of model: the CSV knows whole microbatches"
+        ActionCsvError, match="has several units of model: the CSV knows whole microbatches"
     ):
         format_actions(parts, schedule)
     skipped = replace(graph, units=(Unit(0, "model", 0), Unit(1, "model", 2)))
