@@ -25,7 +25,7 @@ from gpu.ranks import run_ranks  # noqa: E402
 
 from dip_megatron.report.schedules import text_table  # noqa: E402
 
-OVERHEAD, PREDICTION = 1.02, 0.05
+OVERHEAD, PREDICTION = 1.01, 0.05
 
 
 @click.command()
@@ -65,6 +65,9 @@ def main(
         path.write_text(json.dumps(record, indent=1))
     for line in _table(results):
         click.echo(line)
+    if "interleaved" in results:
+        low, middle, high = (1e6 * gap for gap in results["interleaved"]["gaps"])
+        click.echo(f"between two operations: {middle:.0f} microseconds (middle half {low:.0f} .. {high:.0f})")
     click.echo(f"load average {', '.join(f'{x:.1f}' for x in os.getloadavg())} on {os.cpu_count()} cores")
 
 

@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from examples.llava_digits.quickstart import end, environment
+from examples.llava_digits.runs import end, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 _preloaded = ["tests.preloaded"]
@@ -59,7 +59,7 @@ class Forked:
 
 @contextmanager
 def forked(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[Forked]]:
-    """As ``quickstart.started``, for commands ``[python, (-m MODULE | SCRIPT), ARGUMENTS...]``."""
+    """As ``runs.started``, for commands ``[python, (-m MODULE | SCRIPT), ARGUMENTS...]``."""
     processes: list[Forked] = []
     try:
         for log, place in zip(logs, environment(len(logs)), strict=True):

@@ -1,8 +1,10 @@
-"""``dip trace``: a plan as a Perfetto trace."""
+"""``dip trace``: a plan as a Perfetto trace, or where the time of a run's iterations went."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,18 +12,57 @@ from ..report.trace import write_trace
 from .common import json_option, one_line_errors, print_json
 from .drawing import planned_spans
 
+LINES = "iterations.jsonl"
+
 
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("trace.json"), show_default=True)
 @click.option("--number", type=click.IntRange(min=1), default=1, show_default=True, help="Which plan of the file.")
+@click.option("--breakdown", is_flag=True,
+              help="PLAN is the folder of a run's --dip-trace-dir: say where its iterations' time went.")  # fmt: skip
 @json_option
 @one_line_errors
-def trace(plan: Path, out: Path, number: int, as_json: bool) -> None:
+def trace(plan: Path, out: Path, number: int, breakdown: bool, as_json: bool) -> None:
     """Write one plan of the file PLAN as a trace for https://ui.perfetto.dev (or chrome://tracing)."""
+    if breakdown:
+        _break_down(plan, as_json)
+        return
     _, spans = planned_spans(plan, number)
     write_trace(out, spans, [])
     if as_json:
         print_json({"out": str(out), "operations": len(spans)})
     else:
         click.echo(f"{len(spans)} operations written to {out}; open it at https://ui.perfetto.dev")
+
+
+def _break_down(path: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ..report.breakdown import breakdown_table, headline, summary
+
+    path = path / LINES if path.is_dir() else path
+    try:
+        found = summary(_lines(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if as_json:
+        print_json(found)
+        return
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(breakdown_table(found))
+    console.print(headline(found), soft_wrap=True, highlight=False)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises ValueError, OSError."""
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: not JSON ({error.msg}); give the folder of --dip-trace-dir") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"line {number}: not an iteration; give the folder of --dip-trace-dir")
+        lines.append(line)
+    return lines

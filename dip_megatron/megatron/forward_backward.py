@@ -86,6 +86,7 @@ class DipForwardBackward:
         self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
         self._repetition = Repetition()
         self._last_seconds = 0.0
+        self._ended: float | None = None  # the last operation of the iteration before, if that trained
 
     def __call__(
         self,
@@ -155,6 +156,7 @@ class DipForwardBackward:
                 if self._policy.look_ahead():
                     following = self._read_ahead(key, source, num_microbatches, time.perf_counter())
         self._clock.begin()
+        outside = None if self._ended is None else time.perf_counter() - self._ended
         iteration = Iteration(
             self._program, self._executor, fed.plan, chunks, microbatches, forward_step_func,
             forward_only=forward_only, collect_non_loss_data=collect_non_loss_data,
@@ -165,6 +167,7 @@ class DipForwardBackward:
         if self._pipeline is not None:
             iteration.hand_over(self._pipeline.gather)
         spans = self._clock.spans()
+        self._ended = None if forward_only else time.perf_counter()
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
             self._last_seconds = seconds
@@ -173,7 +176,7 @@ class DipForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
-            self._on_iteration(IterationReport.of(number, fed, spans), fed.plan, spans)
+            self._on_iteration(IterationReport.of(number, fed, spans, outside), fed.plan, spans)
         return iteration.losses
 
     def _read(self, key: tuple[int, bool], source: LookAhead, count: int) -> tuple[list[MicrobatchInputs], FedPlan]:

@@ -130,7 +130,7 @@ class DipSession:
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
-            effort, asked = live_effort(config, planners_here), config.schedule != "off"
+            effort, asked = live_effort(config, planners_here, not torch.cuda.is_available()), config.schedule != "off"
             label = config.schedule if asked else self._entry.name
             maker = live_maker(self._entry, graphs, program.shapes, effort, label=label)
             # One worker process, whose threads search together: only one iteration is planned ahead.
@@ -221,7 +221,10 @@ class DipSession:
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
-        executor = Executor(rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock)
+        executor = Executor(
+            rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
+            alone=self._args.tensor_model_parallel_size == 1,
+        )  # fmt: skip
         feed = PlanFeed(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
         recorder = None

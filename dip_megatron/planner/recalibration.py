@@ -11,11 +11,13 @@ import numpy as np
 
 from ..core import Kind, Plan
 from ..core.graph import Floats
+from ..core.idle import Idle, idle_before
 from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
 
 MEMORY = 0.8  # what an iteration's weight shrinks to with each that follows
 OUTLIER = 2.0  # times the usual ratio; what is further off is a hiccup of the machine
 PRIOR = 0.1  # spread of sizes (standard deviation over mean) at which the line's slope counts as much as the ratio
+HICCUP = 5.0  # times the usual time between two operations
 LEAST, MOST = 0.02, 50.0  # bounds on measured over predicted
 _HEAD = struct.Struct("<ii")
 _BACKWARD = (KINDS.index(Kind.B), KINDS.index(Kind.W), KINDS.index(Kind.BW))
@@ -80,14 +82,17 @@ class Recalibration:
         planned = np.stack([_model_seconds(plan, used, i, row_place, places) for i in range(len(KINDS))])
         code_kind = np.array([KINDS.index(Kind(k)) for k in range(len(KINDS))])
         fresh = np.zeros_like(self._sums)
-        for rank in range(graph.ranks):
-            here = [m.seconds for m in measurements if m.rank == rank]
-            order = plan.schedule.orders[rank]
-            if not here or any(len(seconds) != len(order) for seconds in here):
-                continue
+        orders = plan.schedule.orders
+        ran = [[m.seconds for m in measurements if m.rank == rank] for rank in range(graph.ranks)]
+        if not all(here and all(len(s) == len(o) for s in here) for here, o in zip(ran, orders, strict=True)):
+            return  # a rank's measurements are missing
+        mean = [np.mean(here, axis=0) for here in ran]
+        idle = idle_before(graph, orders, [m[:, 0] for m in mean], [m[:, 1] for m in mean])
+        for rank, order in enumerate(orders):
             kind, row = code_kind[order // graph.rows], order % graph.rows
             x = planned[kind, row, rank]
-            y = np.mean([_durations(seconds) for seconds in here], axis=0)
+            y = mean[rank][:, 1] - mean[rank][:, 0]
+            y = y + _overhead(idle[rank], y)
             known = (x > 0) & (y > 0)
             so_far = self._sums[:3, :, :, rank].reshape(3, -1)
             _add(fresh[:, :, :, rank], kind[known], row_place[row[known]], x[known], y[known], so_far)
@@ -144,13 +149,12 @@ class Recalibration:
         return ratio
 
 
-def _durations(seconds: Floats) -> Floats:
-    """Seconds of a rank's operations, with what passes between two of them when nothing has to be waited for."""
-    durations: Floats = seconds[:, 1] - seconds[:, 0]
-    gaps = seconds[1:, 0] - seconds[:-1, 1]
-    if not len(gaps):
-        return durations
-    return durations + float(np.clip(np.quantile(gaps, 0.25), 0.0, np.median(durations)))
+def _overhead(idle: Idle, durations: Floats) -> float:
+    """Seconds a rank needs between two operations where nothing has to be waited for: the mean, without hiccups."""
+    between = idle.between[1:][idle.waiting[1:] <= 0]
+    if not len(between):
+        return 0.0
+    return float(np.minimum(between, HICCUP * np.median(between)).mean().clip(0.0, np.median(durations)))
 
 
 def _model_seconds(

@@ -64,13 +64,15 @@ class PlanMaker(Protocol):
 class PlannerStatistics:
     """Counts since the start of training: ``plans`` taken; ``late`` ones, whose search was not over when they were
     needed; ``fallbacks``, made in the trainer because no worker's plan was there; ``worker_deaths``, replaced workers.
-    ``latency_seconds``: from the request of the last plan taken to its arrival."""
+    ``latency_seconds``: from the request of the last plan taken to its arrival; ``core_seconds``: what of a core the
+    worker's process needed for it."""
 
     plans: int = 0
     fallbacks: int = 0
     worker_deaths: int = 0
     late: int = 0
     latency_seconds: float = 0.0
+    core_seconds: float = 0.0
 
 
 class Service(Protocol):

@@ -16,6 +16,9 @@ from .live import ModelGraphs
 
 logger = logging.getLogger(__name__)
 
+GAP, THRIFTY_GAP = 1e-4, 2e-3  # shares of the lower bound at which a search ends
+PATIENCE = 4000  # schedules without a better one, milliseconds for small models
+
 
 @dataclass(frozen=True)
 class EntrySearcher:
@@ -45,9 +48,10 @@ def searcher_of(entry: ScheduleEntry, graphs: ModelGraphs, effort: Effort) -> En
     return EntrySearcher(entry, effort, group)
 
 
-def live_effort(config: DipConfig, planners_here: int = 1) -> Effort:
+def live_effort(config: DipConfig, planners_here: int = 1, thrifty: bool = False) -> Effort:
     """What a configuration lets a search spend, on a host where ``planners_here`` replicas plan. All of them together
-    use at most half of the cores: the others feed the devices."""
+    use at most half of the cores: the others feed the devices. ``thrifty``: the ranks compute on the cores, too; end
+    when the best plan is about as short as any can be, or has been the best for long."""
     asked = max(config.planner_workers, 1)
     most = max(len(os.sched_getaffinity(0)) // 2 // max(planners_here, 1), 1)
     if asked > most:
@@ -55,5 +59,8 @@ def live_effort(config: DipConfig, planners_here: int = 1) -> Effort:
     return Effort(
         workers=min(asked, most), seed=config.search_seed, evaluations=config.search_evaluations,
         deterministic=config.search_evaluations is not None,
-        options=SearchOptions(config.split_backward, config.recompute, config.offload),
+        options=SearchOptions(
+            config.split_backward, config.recompute, config.offload, gap=THRIFTY_GAP if thrifty else GAP,
+            patience=PATIENCE if thrifty else None,
+        ),
     )  # fmt: skip

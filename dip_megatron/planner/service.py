@@ -39,6 +39,7 @@ class _Arrived:
     plan: Plan
     final: bool
     at: float
+    core_seconds: float
 
 
 @dataclass
@@ -124,10 +125,10 @@ class PlannerService:
             statistics.fallbacks += asked.request.budget_seconds > 0
             plan = self._maker.quick(asked.request)
             verify(plan)
-            statistics.latency_seconds = time.monotonic() - asked.at
+            statistics.latency_seconds, statistics.core_seconds = time.monotonic() - asked.at, 0.0
             return plan
         statistics.late += not arrived.final
-        statistics.latency_seconds = arrived.at - asked.at
+        statistics.latency_seconds, statistics.core_seconds = arrived.at - asked.at, arrived.core_seconds
         return arrived.plan
 
     def close(self) -> None:
@@ -209,7 +210,7 @@ class PlannerService:
         if message == READY:
             worker.ready = True
             return
-        request, plan, final, error = pickle.loads(message)
+        request, plan, final, error, core_seconds = pickle.loads(message)
         if final:
             worker.busy_with.remove(request)
             worker.busy_since = time.monotonic()
@@ -223,7 +224,7 @@ class PlannerService:
         except PlanError as fault:
             logger.warning("planner worker made an invalid plan for %s (%s); not used", self._subject(request), fault)
             return
-        self._arrived[request] = _Arrived(plan, final, time.monotonic())
+        self._arrived[request] = _Arrived(plan, final, time.monotonic(), core_seconds)
 
 
 _QUEUE = 2  # requests at a time: a worker that is late for one iteration may begin with the next as soon as it can

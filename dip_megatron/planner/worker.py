@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import time
 from multiprocessing.connection import Connection
 
 from ..core import Plan
 from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 
-Answer = tuple[int, Plan | None, bool, str | None]
-"""(request, plan, whether it is the final one, error)"""
+Answer = tuple[int, Plan | None, bool, str | None, float]
+"""(request, plan, whether it is the final one, error, seconds of a core it took so far)"""
 
 
 def serve(connection: Connection) -> None:
@@ -20,7 +21,7 @@ def serve(connection: Connection) -> None:
     maker: PlanMaker = pickle.loads(connection.recv_bytes())
     warm_up_plans()
     maker.warm_up()  # while the trainer still starts up; from then on its own threads come first
-    os.nice(15)
+    os.nice(19)
     connection.send_bytes(READY)
     while True:
         try:
@@ -31,15 +32,18 @@ def serve(connection: Connection) -> None:
 
 
 def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> Answer:
+    began = time.process_time()
+
     def give(plan: Plan) -> None:
-        connection.send_bytes(pickle.dumps((request.request, plan, False, None)))
+        connection.send_bytes(pickle.dumps((request.request, plan, False, None, time.process_time() - began)))
 
     try:
-        return request.request, maker.best(request, give), True, None
+        plan = maker.best(request, give)
+        return request.request, plan, True, None, time.process_time() - began
     except OSError:
         raise
     except Exception as error:  # told to the trainer, which plans by itself
-        return request.request, None, True, f"{type(error).__name__}: {error}"
+        return request.request, None, True, f"{type(error).__name__}: {error}", time.process_time() - began
 
 
 if __name__ == "__main__":

@@ -25,8 +25,11 @@ class IterationReport:
 
     ``uncorrected_seconds``: what the cost model alone predicts for the plan, where measurements have corrected it.
     ``plan_seconds`` is the search, ``latency_seconds`` all from asking for the plan to its arrival, ``stall_seconds``
-    what training waited for it. The last three count since the start of training: plans made in the trainer because no
-    worker's had come, plans whose search was not over, planner workers replaced.
+    what training waited for it, ``planner_core_seconds`` what the worker's process needed of a core.
+    ``outside_seconds``: from the end of the iteration before to the start of this one (reductions, optimizer, logging);
+    None after a pause, such as an evaluation. ``fallbacks``, ``late_plans`` and ``worker_deaths``
+    count since the start of training: plans made in the trainer because no worker's had come, plans whose search was
+    not over, planner workers replaced.
     """
 
     iteration: int
@@ -45,9 +48,13 @@ class IterationReport:
     fallbacks: int = 0
     late_plans: int = 0
     worker_deaths: int = 0
+    planner_core_seconds: float = 0.0
+    outside_seconds: float | None = None
 
     @staticmethod
-    def of(iteration: int, fed: FedPlan, spans: Sequence[_Timed]) -> IterationReport:
+    def of(
+        iteration: int, fed: FedPlan, spans: Sequence[_Timed], outside_seconds: float | None = None
+    ) -> IterationReport:
         """Report of a rank that executed ``spans``."""
         plan, statistics = fed.plan, fed.statistics
         seconds = max((s.end for s in spans), default=0.0)
@@ -69,6 +76,8 @@ class IterationReport:
             fallbacks=statistics.fallbacks,
             late_plans=statistics.late,
             worker_deaths=statistics.worker_deaths,
+            planner_core_seconds=statistics.core_seconds,
+            outside_seconds=outside_seconds,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Protocol
 from ..core import Plan
 from ..core.simulate import idle_share, simulate
 from ..runtime.clock import MeasuredSpan
+from .breakdown import as_dicts, measured_breakdown, planned_breakdown
 from .iterations import IterationReport
 from .spans import Span, spans_of
 
@@ -39,20 +40,18 @@ class RunRecorder:
 
     def record(self, report: IterationReport, plan: Plan, spans: Sequence[MeasuredSpan]) -> None:
         """Call on all ranks after each iteration."""
-        everyone = self._exchange.gather(pickle.dumps(list(spans)))
+        gathered = self._exchange.gather(pickle.dumps((list(spans), report.outside_seconds)))
         if self._exchange.rank != 0:
             return
-        measured = [
-            Span(rank, s.key, s.microbatch, s.start, s.end)
-            for rank, data in enumerate(everyone)
-            for s in pickle.loads(data)
-        ]
+        everyone, outside = zip(*map(pickle.loads, gathered), strict=True)
+        measured = [Span(rank, s.key, s.microbatch, s.start, s.end) for rank, line in enumerate(everyone) for s in line]
         self._last = (plan, measured)
         seconds = max((s.end for s in measured), default=0.0)
         busy = sum(s.end - s.start for s in measured)
         line = report.as_dict() | {
             "iteration_seconds": seconds,
             "bubble_ratio_measured": idle_share(busy, seconds * plan.graph.ranks),
+            "breakdown": as_dicts(planned_breakdown(plan), measured_breakdown(plan, everyone, outside)),
         }
         self._write(lambda: self._append(line))
 

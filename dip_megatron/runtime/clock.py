@@ -15,12 +15,18 @@ from ..core import StageKey, Unit
 
 @dataclass(frozen=True)
 class MeasuredSpan:
-    """One executed operation; seconds since the iteration's common start."""
+    """One executed operation; seconds since the iteration's common start.
+
+    ``core_seconds``: what a core of the host spent on it, None where a device computes; less than from start to end if
+    others needed the core. ``reading_seconds``: what reading the next batch took right before it.
+    """
 
     key: StageKey
     microbatch: int
     start: float
     end: float
+    core_seconds: float | None = None
+    reading_seconds: float = 0.0
 
 
 class Clock:
@@ -29,7 +35,8 @@ class Clock:
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._origin: Any = 0.0
-        self._marks: list[tuple[StageKey, int, Any, Any]] = []
+        self._marks: list[tuple[StageKey, int, Any, Any, float, float]] = []
+        self._reading = 0.0
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -41,22 +48,34 @@ class Clock:
     def begin(self) -> None:
         """Set the iteration's origin; call it on all ranks right after a common synchronisation."""
         self._marks = []
+        self._reading = 0.0
         self._origin = self._now()
 
     @contextmanager
     def span(self, key: StageKey, unit: Unit) -> Iterator[None]:
         """Time what is done inside."""
-        start = self._now()
+        reading, self._reading = self._reading, 0.0
+        cores, start = time.thread_time(), self._now()
         yield
-        self._marks.append((key, unit.microbatch, start, self._now()))
+        end = self._now()
+        self._marks.append((key, unit.microbatch, start, end, time.thread_time() - cores, reading))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Time what is done inside as reading of the next batch, between two operations."""
+        start = time.perf_counter()
+        yield
+        self._reading += time.perf_counter() - start
 
     def spans(self) -> list[MeasuredSpan]:
         """All operations since :meth:`begin`. On a GPU, waits for the last of them."""
         if self._cuda and self._marks:
             self._marks[-1][3].synchronize()
         return [
-            MeasuredSpan(key, microbatch, self._seconds(start), self._seconds(end))
-            for key, microbatch, start, end in self._marks
+            MeasuredSpan(
+                key, microbatch, self._seconds(start), self._seconds(end), None if self._cuda else cores, reading
+            )
+            for key, microbatch, start, end, cores, reading in self._marks
         ]
 
     def _seconds(self, mark: Any) -> float:

@@ -7,7 +7,7 @@ iteration lives in :class:`Position` and the executor's mailboxes, and is gone a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..core import Action, Communicate, CommunicationKind, Compute, Kind, Message, Payload, Plan, StageKey, Unit
@@ -71,16 +71,35 @@ class _Mail:
     sending: dict[Message, Transfer] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """What an operation takes and gives. ``results[i]`` is the place, among what a backward returns, of the gradient
+    that travels in ``outgoing[i]``; a forward gives the same to all."""
+
+    unit: Unit
+    incoming: tuple[Message, ...]
+    outgoing: tuple[Message, ...]
+    payloads: tuple[Payload, ...]
+    results: tuple[int, ...]
+
+
+LATEST_READING = 0.4
+"""Share of a rank's actions after which work for the gaps waits for none any more: a plan has to follow from it."""
+
+
 class Executor:
     """Runs plans on one pipeline rank."""
 
-    def __init__(self, rank: int, transport: Transport, clock: Clock):
+    def __init__(self, rank: int, transport: Transport, clock: Clock, *, alone: bool = True):
+        """``alone``: no other rank has the same stages, which would have to use the same gaps."""
         self.position = Position(rank)
         self._rank = rank
         self._transport = transport
         self._clock = clock
         self._mail = _Mail()
-        self._meanwhile: Iterator[None] = iter(())
+        self._meanwhile: Iterator[object] = iter(())
+        self._routes: dict[StageKey, _Route] = {}
+        self._sees_arrivals = alone and transport.sees_arrivals
         self._handlers: dict[Kind | CommunicationKind, Callable[..., None]] = {}
         for kind in (Kind.F, Kind.B, Kind.BW, Kind.W):
             self.register(kind, {Kind.F: self._forward, Kind.W: self._weight}.get(kind, self._backward))
@@ -97,10 +116,17 @@ class Executor:
         """Execute the rank's actions in order. The plan must have passed :func:`schedule.verify.verify`.
 
         ``meanwhile`` is work for the gaps: one step of it is done before each wait for a message, the rest at the end.
-        Ranks with the same actions (a stage's tensor-parallel ones) do the same step at the same place.
+        Ranks with the same actions (a stage's tensor-parallel ones) do the same step at the same place. Where the
+        transport sees what has arrived, and no such ranks have to agree, steps are done while a message is on its way.
         """
         self._mail = _Mail()
         self._meanwhile = iter(()) if meanwhile is None else meanwhile
+        # Worked out here, in one go: between two operations, when all caches hold the last one's data, it takes longer.
+        self._routes = {
+            action.key: self._route(plan, action.key)
+            for action in plan.actions[self._rank]
+            if isinstance(action, Compute)
+        }
         position = self.position
         position.plan, position.iteration, position.index = plan, iteration, 0
         for index, action in enumerate(plan.actions[self._rank]):
@@ -114,39 +140,40 @@ class Executor:
 
     # -- compute -------------------------------------------------------------------------------------------------
     def _forward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        key, unit = action.key, plan.graph.units[action.key.unit]
-        inputs = [self._mail.inbox.pop(m) for m in incoming(plan.graph, key)]
-        with self._clock.span(key, unit):
-            outputs = runner.forward(key, unit, action.strategy, inputs)
-        self._deliver(plan, [(m, outputs) for m in outgoing(plan.graph, key)])
+        key, route = action.key, self._routes[action.key]
+        inputs = [self._mail.inbox.pop(m) for m in route.incoming]
+        with self._clock.span(key, route.unit):
+            outputs = runner.forward(key, route.unit, action.strategy, inputs)
+        for message, payload in zip(route.outgoing, route.payloads, strict=True):
+            self._deliver(message, payload, outputs)
 
     def _backward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        key, unit = action.key, plan.graph.units[action.key.unit]
-        gradients = [self._mail.inbox.pop(m) for m in incoming(plan.graph, key)]
-        with self._clock.span(key, unit):
-            results = runner.backward(key, unit, action.strategy, gradients)
-        # One result per forward input; those whose producer does not train are dropped.
-        forward = StageKey(Kind.F, key.module, key.segment, key.unit, key.rank)
-        sources = [(m.source.module, m.source.segment, m.source.unit, m.source.rank) for m in
-                   incoming(plan.graph, forward)]  # fmt: skip
-        by_source = dict(zip(sources, results, strict=True))
-        self._deliver(
-            plan,
-            [
-                (m, by_source[m.target.module, m.target.segment, m.target.unit, m.target.rank])
-                for m in outgoing(plan.graph, key)
-            ],
-        )
+        key, route = action.key, self._routes[action.key]
+        gradients = [self._mail.inbox.pop(m) for m in route.incoming]
+        with self._clock.span(key, route.unit):
+            results = runner.backward(key, route.unit, action.strategy, gradients)
+        for message, payload, place in zip(route.outgoing, route.payloads, route.results, strict=True):
+            self._deliver(message, payload, results[place])
 
     def _weight(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        unit = plan.graph.units[action.key.unit]
+        unit = self._routes[action.key].unit
         with self._clock.span(action.key, unit):
             runner.weight(action.key, unit, action.strategy)
 
-    def _deliver(self, plan: Plan, payloads: list[tuple[Message, Tensors]]) -> None:
-        for message, tensors in payloads:
-            box = self._mail.inbox if message.channel.target == self._rank else self._mail.outbox
-            box[message] = _as_planned(payload_of(plan, message), tensors, message)
+    def _route(self, plan: Plan, key: StageKey) -> _Route:
+        taken, given = incoming(plan.graph, key), outgoing(plan.graph, key)
+        places: tuple[int, ...] = ()
+        if key.kind in (Kind.B, Kind.BW):
+            # One result per forward input; those whose producer does not train are dropped.
+            forward = StageKey(Kind.F, key.module, key.segment, key.unit, key.rank)
+            sources = [replace(m.source, kind=Kind.B) for m in incoming(plan.graph, forward)]
+            places = tuple(sources.index(m.target) for m in given)
+        payloads = tuple(payload_of(plan, m) for m in given)
+        return _Route(plan.graph.units[key.unit], taken, given, payloads, places)
+
+    def _deliver(self, message: Message, payload: Payload, tensors: Tensors) -> None:
+        box = self._mail.inbox if message.target.rank == self._rank else self._mail.outbox
+        box[message] = _as_planned(payload, tensors, message)
 
     # -- communicate ---------------------------------------------------------------------------------------------
     def _isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
@@ -165,8 +192,18 @@ class Executor:
 
     def _wait_irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         message = action.message
-        next(self._meanwhile, None)
-        self._mail.inbox[message] = self._wait(self._mail.receiving.pop(message), message)
+        transfer = self._mail.receiving.pop(message)
+        self._use_gap(plan, transfer)
+        self._mail.inbox[message] = self._wait(transfer, message)
+
+    def _use_gap(self, plan: Plan, transfer: Transfer) -> None:
+        with self._clock.reading():
+            if not self._sees_arrivals:
+                next(self._meanwhile, None)
+                return
+            late = self.position.index >= LATEST_READING * len(plan.actions[self._rank])
+            while (late or not transfer.done()) and next(self._meanwhile, self) is not self:
+                pass
 
     def _wait(self, transfer: Transfer, message: Message) -> Tensors:
         self.position.waiting_for = message

@@ -62,6 +62,7 @@ class IpcTransport:
     ):
         """All pipeline ranks construct it at the same time. ``timeout_seconds`` bounds every wait for a peer. Raises
         TransportError if a peer can't be reached."""
+        self.sees_arrivals = device.type != "cuda"  # on a GPU the host is ahead of the copies
         self._rank = rank
         self._timeout = timeout_seconds
         self._device = device
@@ -186,6 +187,8 @@ class _Receive:
         }
 
     def done(self) -> bool:
+        if self.tensors is None:
+            self.transport.progress()
         return self.tensors is not None and (self.mark is None or self.mark.done())
 
 

@@ -120,18 +120,34 @@ _DONE = _Done()
 class HostCopies:
     """Shared host memory; a copy is over when its call returns, so that no signal is needed."""
 
-    def __init__(self) -> None:
-        self._folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    def __init__(self, folders: Sequence[str] = ("/dev/shm", tempfile.gettempdir())) -> None:
+        """``folders``: where the buffers' files are, the first that has room."""
+        self._folders = [folder for folder in folders if os.path.isdir(folder)]
         self._files: list[str] = []
 
     def allocate(self, size: int) -> tuple[torch.Tensor, bytes]:
-        descriptor, path = tempfile.mkstemp(prefix="dip-", dir=self._folder)
-        try:
-            os.ftruncate(descriptor, size)
-        finally:
-            os.close(descriptor)
+        path = self._reserve(size)
         self._files.append(path)
         return torch.from_file(path, shared=True, size=size, dtype=torch.uint8), path.encode()
+
+    def _reserve(self, size: int) -> str:
+        """A file whose bytes are really there: containers often give /dev/shm 64 MB, and writing to a mapped page that
+        can't be had ends the process. Raises OSError if no folder has room."""
+        for folder in self._folders:
+            descriptor, path = tempfile.mkstemp(prefix="dip-", dir=folder)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+                return path
+            except OSError as error:
+                os.unlink(path)
+                if folder == self._folders[-1]:
+                    raise OSError(error.errno, f"{error.strerror}: no room for {size} bytes that ranks of "
+                                  "one host share", folder) from error  # fmt: skip
+            finally:
+                os.close(descriptor)
+        raise FileNotFoundError(
+            "no folder for what ranks of one host share: /dev/shm and the temporary one are missing"
+        )
 
     def open(self, handle: bytes) -> torch.Tensor:
         path = handle.decode()

@@ -24,6 +24,8 @@ from .transport import Tensors, Transfer, TransportError, ring_channels
 class StagingTransport:
     """See :class:`dip_megatron.runtime.transport.Transport`."""
 
+    sees_arrivals = False
+
     def __init__(self, global_ranks: list[int], rank: int, device: torch.device, timeout_seconds: float):
         """As :class:`DistributedTransport`; all pipeline ranks construct it at the same time."""
         self._timeout = timeout_seconds

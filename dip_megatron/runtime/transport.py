@@ -39,6 +39,11 @@ class Transfer(Protocol):
 class Transport(Protocol):
     """How payloads travel between the pipeline ranks of one replica."""
 
+    @property
+    def sees_arrivals(self) -> bool:
+        """Whether ``done`` of a receive says when the message is there, before anyone waits for it."""
+        ...
+
     def send(self, channel: Channel, tensors: Tensors) -> Transfer:
         """Begin to send; the tensors must not be written to before the transfer is done."""
         ...
@@ -93,6 +98,8 @@ class _Works:
 
 class DistributedTransport:
     """``torch.distributed`` point-to-point: NCCL for tensors on a GPU, gloo for tensors on the CPU."""
+
+    sees_arrivals = False
 
     def __init__(self, global_ranks: list[int], rank: int, device: torch.device, timeout_seconds: float):
         """``global_ranks[p]`` is the global rank of pipeline rank p; ``rank`` is this process's pipeline rank. Both

@@ -45,7 +45,9 @@ def place_of(device: torch.device) -> Place:
 def transport_kind(places: Sequence[Place], nccl: bool = True) -> tuple[TransportKind, str]:
     """The transport for a pipeline whose ranks are at ``places``, and why, in a few words."""
     if not places[0].device:
-        return "gloo", "the ranks compute on CPUs"
+        if len({p.host for p in places}) == 1:
+            return "ipc", "the ranks compute on one host's CPUs"
+        return "gloo", "the ranks compute on CPUs of several hosts"
     devices = {(p.host, p.device) for p in places}
     if len(devices) == len(places):
         if nccl:
@@ -73,8 +75,8 @@ def choose_transport(
     chosen, reason = transport_kind([Place(*json.loads(data)) for data in gathered], dist.is_nccl_available())
     if kind is not None:
         chosen, reason = kind, "as asked"
-    if rank == 0 and chosen in ("ipc", "staging"):
-        way = {"ipc": "CUDA IPC" if device.type == "cuda" else "shared memory", "staging": "host memory and gloo"}
+    if rank == 0 and device.type == "cuda" and chosen in ("ipc", "staging"):
+        way = {"ipc": "CUDA IPC", "staging": "host memory and gloo"}
         print(f"[dip] stages exchange tensors through {way[chosen]}: {reason}", flush=True)
     if chosen == "ipc":
         return IpcTransport(len(global_ranks), rank, device, exchange, timeout_seconds)

@@ -2,8 +2,9 @@
 
 An ordinary Megatron pretrain script: it builds Megatron's ``LLaVAModel`` (CLIP ViT, MLP projector, GPT) from flags and
 hands it to ``megatron.training.pretrain``. It knows nothing of how its pipeline is scheduled: run it as it is for
-Megatron's schedules, or through ``dip run`` for dynamic ones. ``tiny.args`` beside it holds the flags of a model that
-learns on two CPU cores; on a GPU, add what the machine can do (``--bf16``, larger sizes).
+Megatron's schedules, or through ``dip run`` for dynamic ones. ``quickstart.args`` beside it holds the flags of a model
+that learns on two CPU cores, ``tiny.args`` those of a smaller one; on a GPU, add what the machine can do (``--bf16``,
+larger sizes).
 
 One microbatch is one packed sequence of ``--seq-length`` positions, image embeddings included; the number of its images
 varies. ``lm loss`` is the loss per text token, with the labels of images weighted. ``digit accuracy`` is the share of
@@ -65,6 +66,9 @@ def add_llava_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument("--image-side", type=int, default=24, help="pixels; the 8x8 scans are enlarged to it")
     group.add_argument("--patch-side", type=int, default=8, help="pixels")
     group.add_argument(
+        "--pixel-shuffle", action="store_true", help="2 x 2 patches become one position of the language model"
+    )
+    group.add_argument(
         "--weights-by-name", action="store_true", help="the same initial weights however they are spread"
     )
     group.add_argument("--freeze-language-model", action="store_true", help="train ViT and projector alone")
@@ -74,7 +78,8 @@ def add_llava_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 def image_tokens(args: argparse.Namespace) -> int:
     """Positions one image takes in the language model (its patches: the class token is dropped)."""
-    return int(get_num_image_embeddings(args.image_side, args.image_side, args.patch_side, "clip", True, 1, False))
+    side = args.image_side
+    return int(get_num_image_embeddings(side, side, args.patch_side, "clip", True, 1, args.pixel_shuffle))
 
 
 def vision_config(language: TransformerConfig, args: argparse.Namespace) -> TransformerConfig:
@@ -96,6 +101,7 @@ def on_one_stage(config: TransformerConfig) -> TransformerConfig:
     config.virtual_pipeline_model_parallel_size = None
     config.num_layers_in_first_pipeline_stage = None
     config.num_layers_in_last_pipeline_stage = None
+    config.pipeline_model_parallel_layout = None
     config.sequence_parallel = False
     config.context_parallel_size = 1
     config.tp_comm_overlap = False
@@ -129,6 +135,7 @@ def model_provider(
         vision_transformer_config=vision_config(language, args),
         vision_transformer_layer_spec=vision_spec,
         drop_vision_class_token=True,
+        pixel_shuffle=args.pixel_shuffle,
         vision_projection_config=on_one_stage(copy.deepcopy(language)),
         vision_projection_layer_spec=copy.deepcopy(get_submodules(language_spec.submodules.mlp)),
         vision_projection_type="mlp",
@@ -154,8 +161,8 @@ def model_provider(
     return model
 
 
-def datasets_provider(sizes: tuple[int, int, int]) -> tuple[PackedDigitDocuments, ...]:
-    """Packed documents over disjoint images, as many sequences as Megatron asks for."""
+def datasets_provider(sizes: tuple[int, int, int], vp_stage: int | None = None) -> tuple[PackedDigitDocuments, ...]:
+    """Packed documents over disjoint images, as many sequences as Megatron asks for; the same for every chunk."""
     args = get_args()
     return tuple(
         PackedDigitDocuments(
@@ -228,12 +235,10 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what the data can't do, in one line."""
     if args.micro_batch_size != 1:
         sys.exit(f"--micro-batch-size {args.micro_batch_size}: must be 1, a microbatch is one packed sequence")
+    if args.pixel_shuffle and args.image_side // args.patch_side % 2:
+        sys.exit(f"--pixel-shuffle: --image-side {args.image_side} has to be an even number of --patch-side")
     if args.image_side % args.patch_side:
         sys.exit(f"--image-side {args.image_side}: must be a multiple of --patch-side {args.patch_side}")
-    if args.virtual_pipeline_model_parallel_size is not None:
-        sys.exit(
-            "virtual pipeline stages: Megatron's LLaVA has none, leave --num-layers-per-virtual-pipeline-stage out"
-        )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ from dip_megatron.planner.maker import payloads  # noqa: E402
 from dip_megatron.planner.request import PlanRequest  # noqa: E402
 from dip_megatron.planner.service import PlannerService  # noqa: E402
 from dip_megatron.profile.stages import StageSeconds, profile_stage  # noqa: E402
-from dip_megatron.runtime.clock import Clock  # noqa: E402
+from dip_megatron.report.breakdown import gaps  # noqa: E402
+from dip_megatron.runtime.clock import Clock, MeasuredSpan  # noqa: E402
 from dip_megatron.runtime.executor import Executor  # noqa: E402
 from dip_megatron.runtime.protocol import MicrobatchInputs  # noqa: E402
 from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
@@ -177,7 +178,7 @@ class Bench:
     def dips(
         self, segments: int, microbatches: int, order: Callable[[StageGraph], Schedule]
     ) -> tuple[Callable[[], list[Any]], GptProgram, list[torch.nn.Module], list[Any]]:
-        """One iteration under DIP's, in ``order``; the program and its chunks; its measured reports, once it runs."""
+        """One iteration under DIP's, in ``order``; the program and its chunks; plans and spans, once it runs."""
         even = self.setting.layers // (segments * self.ranks)
         program = GptProgram(self._arguments(), {LANGUAGE: ((even,) * self.ranks,) * segments}, rank=self.rank)
         chunks = self._wrapped(program.build_chunks())
@@ -189,7 +190,7 @@ class Bench:
         step = DipForwardBackward(
             program, Executor(self.rank, self.transport, clock),
             PlanFeed(GlooExchange(list(range(self.ranks)), TIMEOUT), service), clock,
-            on_iteration=lambda report, plan, spans: reports.append((report, spans)),
+            on_iteration=lambda report, plan, spans: reports.append((plan, spans)),
         )  # fmt: skip
         data = itertools.repeat(self.text)
 
@@ -312,8 +313,17 @@ def interleaved_case(bench: Bench) -> dict[str, Any]:
         "ratio": statistics.median(a / b for a, b in pairs),
         "ratios": [a / b for a, b in pairs],
         "busy": bench.gather(statistics.median(busy)),
+        "gaps": gap_seconds(bench, measured),
         "difference": difference,
     }
+
+
+def gap_seconds(bench: Bench, measured: list[tuple[Plan, list[MeasuredSpan]]]) -> list[float]:
+    """Quartiles, over all iterations and ranks, of what passes between two operations of a rank if the data of the
+    second is there when the first ends."""
+    everyone = bench.gather([spans for _, spans in measured])
+    found = [gap for i, (plan, _) in enumerate(measured) for gap in gaps(plan, [rank[i] for rank in everyone])]
+    return statistics.quantiles(found, n=4)
 
 
 def split_case(bench: Bench) -> dict[str, Any]:

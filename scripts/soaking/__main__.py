@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from dip_megatron.report.tables import table
-from examples.llava_digits.quickstart import RANKS, SCRIPT, Run, RunFailed, train, training_flags
+from examples.llava_digits.runs import RANKS, SCRIPT, Run, RunFailed, train, training_flags
 from scripts.soaking.checks import faults, growth, quarters, read_log
 
 # Smaller than the quickstart, and learning so slowly that differences in the last bits stay there.

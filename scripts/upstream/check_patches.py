@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from examples.llava_digits.quickstart import ROOT, RunFailed
+from examples.llava_digits.runs import ROOT, RunFailed
 from scripts.upstream.runs import run_script
 
 PATCHES = ROOT / "patches"

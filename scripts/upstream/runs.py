@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dip_megatron.megatron.cpu import CPU_FLAGS
-from examples.llava_digits.quickstart import Run, train
+from examples.llava_digits.runs import Run, train
 
 HERE = Path(__file__).resolve().parent
 

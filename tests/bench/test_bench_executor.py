@@ -25,6 +25,9 @@ def test_both_cases(tmp_path):
         assert result["difference"] < 1e-4
         assert len(result["ratios"]) == record["setting"]["rounds"]
         assert min(result["ratios"]) > 0
+    assert "between two operations: " in done.stdout
+    low, middle, high = record["results"]["interleaved"]["gaps"]
+    assert 0 < low <= middle <= high < 1
     split = record["results"]["split"]
     assert min(split["predicted_ours"], split["predicted_theirs"]) > 0
     assert all(s["forward"] > 0 and s["fused"] > 0 for line in split["stages"] for s in line)

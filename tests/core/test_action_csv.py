@@ -91,9 +91,7 @@ def test_what_the_format_cannot_say_is_named():
     with pytest.raises(ActionCsvError, match=r"F:model.0#0@0 has no backward: the CSV has one for every stage"):
         format_actions(frozen, schedule)
     parts = replace(graph, units=(Unit(0, "model", 0), Unit(1, "model", 0)))
-    with pytest.raises(
-        ActionCsvError, match="has several units of model: the CSV knows whole microbatches"
-    ):
+    with pytest.raises(ActionCsvError, match="has several units of model: the CSV knows whole microbatches"):
         format_actions(parts, schedule)
     skipped = replace(graph, units=(Unit(0, "model", 0), Unit(1, "model", 2)))
     with pytest.raises(ActionCsvError, match="microbatch 1 has nothing for model: in the CSV it passes every stage"):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from examples.llava_digits.quickstart import MEGATRON_FLAGS, SCRIPT, Run, RunFailed, train, training_flags
+from examples.llava_digits.runs import SCRIPT, Run, RunFailed, train, training_flags
 from tests.forked import forked
 
 pytestmark = [
@@ -21,10 +21,12 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
 ]
 
+MEGATRON = ("--decoder-first-pipeline-num-layers", "2")
+
 
 @pytest.fixture(scope="module")
 def pipelined(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return pretrain(tmp_path_factory.mktemp("pp2"), *MEGATRON_FLAGS)
+    return pretrain(tmp_path_factory.mktemp("pp2"), *MEGATRON)
 
 
 def pretrain(
@@ -50,6 +52,14 @@ def test_losses_are_those_of_two_data_parallel_replicas(pipelined: Run, tmp_path
     whole = pretrain(tmp_path, "--pipeline-model-parallel-size", "1")
     assert whole.losses == pytest.approx(pipelined.losses, rel=1e-5)
     assert whole.accuracy == pytest.approx(pipelined.accuracy, abs=0.05)
+
+
+@pytest.mark.parametrize("layout", ["E|ttttL", "E|t||tttL"])
+def test_any_layout_trains_with_the_same_losses(pipelined: Run, tmp_path: Path, layout: str) -> None:
+    """1F1B, and Megatron's interleaved schedule: the ViT in the first chunk, the language model's layers in any."""
+    run = pretrain(tmp_path, "--pipeline-model-parallel-layout", layout)
+    assert run.losses == pytest.approx(pipelined.losses, rel=1e-5)
+    assert run.accuracy == pytest.approx(pipelined.accuracy, abs=0.05)
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -78,7 +88,7 @@ INSTALLED = ("-m", "tests.examples.installed")
 
 
 def test_installed_but_off_changes_nothing(pipelined: Run, tmp_path: Path) -> None:
-    run = pretrain(tmp_path, *MEGATRON_FLAGS, "--dip-schedule", "off", launcher=INSTALLED)
+    run = pretrain(tmp_path, *MEGATRON, "--dip-schedule", "off", launcher=INSTALLED)
     assert run.losses == pipelined.losses
     assert run.accuracy == pipelined.accuracy
 

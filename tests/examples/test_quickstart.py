@@ -9,8 +9,12 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from examples.llava_digits import quickstart
-from examples.llava_digits.quickstart import WARM_UP, Run, RunFailed, compare, planner_lines, train
+from dip_megatron.describe.model import load_model
+from dip_megatron.describe.workload import load_workload
+from examples.llava_digits import quickstart, runs
+from examples.llava_digits.comparison import WARM_UP, compare, gains, planner_lines
+from examples.llava_digits.ratios import MIX, encoder_share, quickstart_microbatches, quickstart_model
+from examples.llava_digits.runs import Run, RunFailed, train
 
 ITERATION = (
     " [2026-01-01 00:00:00.000000] iteration {i:8d}/      20 | consumed samples:           96 | "
@@ -51,11 +55,25 @@ def test_the_table_compares_the_runs(tmp_path: Path) -> None:
     (tmp_path / "iterations.jsonl").write_text("".join(json.dumps(planned(i)) + "\n" for i in range(20)))
     lines = planner_lines(tmp_path)
     assert len(lines) == 20 - WARM_UP
+    finishes = {
+        "Megatron 1F1B": finished(300.0),
+        "Megatron interleaved": finished(260.0),
+        "DIP": finished(200.0, shift=1e-4),
+    }
+    assert gains(finishes) == pytest.approx({"Megatron 1F1B": 1.5, "Megatron interleaved": 1.3})
     console = Console(width=120, record=True)
-    console.print(compare(finished(300.0), finished(200.0, shift=1e-4), lines))
+    console.print(compare(finishes, lines))
     text = console.export_text()
-    for part in ("300.0 ms", "200.0 ms", "1.50 x", "1.000000", "1.0e-04", "83.2%", "20.0 ms", "1.100 x", "10.0%"):
+    for part in ("300.0 ms", "260.0 ms", "200.0 ms", "1.50 x", "1.30 x", "1.000000", "1.0e-04", "83.2%", "20.0 ms",
+                 "0.909 x", "1.100 x", "10.0%", "15.0%"):  # fmt: skip
         assert part in text
+
+
+def test_the_model_divides_its_work_as_a_real_one() -> None:
+    real = load_model("vlm-s")
+    batches = load_workload(MIX, real, 40, 16)
+    theirs = encoder_share(real, [m for batch in batches for m in batch.microbatches])
+    assert encoder_share(quickstart_model(), quickstart_microbatches(640)) == pytest.approx(theirs, rel=0.1)
 
 
 def test_missing_planner_lines_are_an_error(tmp_path: Path) -> None:
@@ -76,7 +94,7 @@ def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
 
 
 def test_silence_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "SILENCE", 0.5)
+    monkeypatch.setattr(runs, "SILENCE", 0.5)
     with pytest.raises(RunFailed, match="no sign of life"):
         train("run", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, lambda *_: None)
 

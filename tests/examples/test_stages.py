@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.llava_digits.quickstart import HERE
+from examples.llava_digits.runs import HERE
 from tests.megatron.training import Log, run
 
 pytestmark = [

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dip_megatron.core import Kind
 from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
 from dip_megatron.describe.model import Parallel
-from examples.llava_digits.quickstart import train
+from examples.llava_digits.runs import train
 from tests.drawn import settings
 from tests.examples.three_modules_case import (
     LONG,

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import ModulePartition, Partition
-from examples.llava_digits import quickstart
-from examples.llava_digits.quickstart import SCRIPT, RunFailed
+from examples.llava_digits import runs
+from examples.llava_digits.runs import SCRIPT, RunFailed
 from tests.forked import forked
 
 from .training import Log, read
@@ -46,7 +46,7 @@ def train(folder: Path, name: str, ranks: int, *flags: str, hooks: bool = True) 
     """
     launcher = ["-m", "dip_megatron.cli", "run"] if hooks else []
     command = [sys.executable, *launcher, str(SCRIPT), *SMALL, *flags]
-    quickstart.train(name, command, folder, lambda *_: None, ranks, forked)
+    runs.train(name, command, folder, lambda *_: None, ranks, forked)
     log = read(folder, ranks, name)
     second = min(log.losses) + 1
     return replace(log, losses={i: loss for i, loss in log.losses.items() if i != second})

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from examples.llava_digits.quickstart import Run, train, training_flags
+from examples.llava_digits.runs import Run, train, training_flags
 from tests.forked import forked
 
 SCRIPT = Path(__file__).with_name("recording_digits.py")

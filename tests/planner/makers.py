@@ -28,8 +28,8 @@ GARBAGE = {
     "half a message": message(bytes(1000))[:500],
     "no pickle": message(b"no pickle"),
     "no answer": message(pickle.dumps("an answer")),
-    "no plan": message(pickle.dumps((1, "a plan", True, None))),
-    "another's plan": message(pickle.dumps((-1, None, True, None))),
+    "no plan": message(pickle.dumps((1, "a plan", True, None, 0.0))),
+    "another's plan": message(pickle.dumps((-1, None, True, None, 0.0))),
 }
 """What a worker may send that is no plan, by name."""
 

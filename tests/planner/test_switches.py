@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dip_megatron.config import DipConfig
-from dip_megatron.core import Kind
+from dip_megatron.core import Kind, check_complete
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import even_partition, load_model
 from dip_megatron.describe.workload import Microbatch
@@ -68,3 +68,13 @@ def test_a_search_may_do_what_is_on_and_does_nothing_that_is_off():
     off = DipConfig(schedule="dynamic", split_backward=False, recompute=False)
     roomy = replace(graph_of(off), memory_limit=np.full(2, np.inf))
     assert kinds_of(off, roomy) == ({int(Kind.F), int(Kind.BW)}, {"none"})
+
+
+def test_a_thrifty_search_ends_when_nothing_better_comes():
+    on = DipConfig(schedule="dynamic")
+    graph = replace(graph_of(on), memory_limit=np.full(2, np.inf))
+    searcher = searcher_of(find_schedule("dynamic"), graphs_of(on), live_effort(on, thrifty=True))
+    found = searcher(graph, 30.0, lambda _: None)
+    assert check_complete(graph, found.schedule) is None
+    assert found.statistics.seconds < 15.0
+    assert found.statistics.evaluations < 200_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,19 +78,24 @@ def test_a_line_and_scalars_every_so_many_iterations() -> None:
     assert "since start: 2 fallbacks, 3 late plans, 1 workers replaced" in lines[0]
 
 
-class Alone:
+class FirstOfTwo:
+    """Rank 0's end of an exchange; the other rank has run ``plan``, too."""
+
     rank = 0
+    plan: Plan
 
     def gather(self, data: bytes) -> list[bytes]:
-        return [data]
+        return [data, pickle.dumps((spans_of_rank(self.plan, 1), None))]
 
 
-def record(folder: Path, iterations: int) -> None:
-    recorder = RunRecorder(folder, Alone())
+def record(folder: Path, iterations: int, outside: float | None = None) -> None:
+    exchange = FirstOfTwo()
+    recorder = RunRecorder(folder, exchange)
     for i in range(iterations):
         here = fed(i)
+        exchange.plan = here.plan
         spans = spans_of_rank(here.plan, 0)
-        recorder.record(IterationReport.of(i + 1, here, spans), here.plan, spans)
+        recorder.record(IterationReport.of(i + 1, here, spans, outside), here.plan, spans)
     recorder.close()
 
 

@@ -208,6 +208,8 @@ def _receive(connection: Connection, tensors: Tensors, linger: Callable[[], None
 class DelayedTransport:
     """Over sockets in a folder that all ranks know."""
 
+    sees_arrivals = False
+
     def __init__(self, folder: Path, rank: int, world: int, seed: int):
         channels = ring_channels(world)
         paths = {c: str(folder / f"{c.source}-{c.target}-{int(c.gradient)}") for c in channels}

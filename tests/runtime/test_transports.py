@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from dip_megatron.runtime.sharing import HostCopies
 from dip_megatron.runtime.transport_choice import Place, place_of, transport_kind
 from tests.drawn import settings
 from tests.processes import team
@@ -54,7 +59,8 @@ def test_a_peer_that_has_gone_is_noticed_at_once():
 @pytest.mark.parametrize(
     ("places", "kind"),
     [
-        ([Place("a", ""), Place("a", "")], "gloo"),
+        ([Place("a", ""), Place("a", "")], "ipc"),
+        ([Place("a", ""), Place("b", "")], "gloo"),
         ([Place("a", "g0"), Place("a", "g1"), Place("b", "g0")], "nccl"),
         ([Place("a", "g0")] * 4, "ipc"),
         ([Place("a", "g0"), Place("a", "g0"), Place("a", "g1")], "staging"),
@@ -63,6 +69,29 @@ def test_a_peer_that_has_gone_is_noticed_at_once():
 )
 def test_choice(places, kind):
     assert transport_kind(places)[0] == kind
+
+
+def test_shared_buffers_go_where_there_is_room(tmp_path, monkeypatch):
+    full, roomy = tmp_path / "full", tmp_path / "roomy"
+    full.mkdir()
+    roomy.mkdir()
+    reserve = os.posix_fallocate
+
+    def limited(descriptor, offset, size):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent == full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserve(descriptor, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", limited)
+    copies = HostCopies((str(full), str(roomy)))
+    buffer, handle = copies.allocate(5000)
+    assert buffer.numel() == 5000
+    assert Path(handle.decode()).parent == roomy
+    assert Path(handle.decode()).stat().st_blocks * 512 >= 5000
+    with pytest.raises(OSError, match="no room for 5000 bytes"):
+        HostCopies((str(full),)).allocate(5000)
+    copies.close()
+    assert not [*full.iterdir(), *roomy.iterdir()]
 
 
 def test_no_nccl_in_torch():

@@ -32,6 +32,7 @@ PORTFOLIO_SHARE = 0.4  # of the budget at most
 KEYS_SHARE = 0.4
 HOT, COOL, COLD = 1e-3, 3e-4, 2e-5  # temperature over iteration time: of keys and of sequences at first, at last
 SLICE_SECONDS = 0.01
+LEAST_GAIN = 1e-4  # share of the iteration time; a patient search waits for no less
 
 
 class KeyChain:
@@ -134,15 +135,24 @@ def greedy(
 
 
 def run_timed(
-    chain: KeyChain | SequenceChain, incumbent: Incumbent, until: float, most: int | None, good_enough: float
-) -> None:
-    """Step ``chain`` until ``until`` (seconds since the start), ``most`` evaluations of the whole search, or a time of
-    at most ``good_enough``; share improvements, and start over from the best where it has fallen behind."""
+    chain: KeyChain | SequenceChain, incumbent: Incumbent, until: float, most: int | None, good_enough: float,
+    patience: int | None = None,
+) -> None:  # fmt: skip
+    """Step ``chain`` until ``until`` (seconds since the start), ``most`` evaluations of the whole search, a time of at
+    most ``good_enough``, or ``patience`` evaluations without a better schedule; share improvements, and start over from
+    the best where it has fallen behind."""
     slice_size = 8
     began, counted = incumbent.elapsed(), incumbent.evaluations
     adopted = 0
+    best, found = incumbent.time, counted
     while incumbent.time > good_enough:
         now = incumbent.elapsed()
+        if incumbent.time < best * (1.0 - LEAST_GAIN):
+            best, found = incumbent.time, incumbent.evaluations
+        if patience is not None:
+            if incumbent.evaluations - found >= patience:
+                return
+            slice_size = min(slice_size, max(1, patience // 8))
         if now >= until or (most is not None and incumbent.evaluations >= most):
             return
         progress = (now - began) / max(until - began, 1e-9)
@@ -266,11 +276,17 @@ def _search_dip(
     most = None if evaluations is None else incumbent.evaluations + int(rest * share)
     began = incumbent.elapsed()
     keys_until = began + share * (until - began)
-    in_threads([partial(run_timed, walk, incumbent, keys_until, most, good_enough) for walk in walks], workers)
+    in_threads(
+        [partial(run_timed, walk, incumbent, keys_until, most, good_enough, options.patience) for walk in walks],
+        workers,
+    )
     _refine(q, incumbent)
     if options.sequences and incumbent.schedule is not None:
         steps = [SequenceChain(q, incumbent.schedule, seed, i) for i in range(workers)]
-        in_threads([partial(run_timed, step, incumbent, until, evaluations, good_enough) for step in steps], workers)
+        in_threads(
+            [partial(run_timed, step, incumbent, until, evaluations, good_enough, options.patience) for step in steps],
+            workers,
+        )
     return bound
 
 

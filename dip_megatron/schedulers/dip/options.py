@@ -12,7 +12,8 @@ class SearchOptions:
     """Switches for ablations; all on is the best. ``split_backward``: input and weight gradients apart.
     ``recompute``, ``offload``: strategies whose names say so; without both every stage uses its fastest candidate.
     ``reorder``: the order of microbatches is searched rather than taken as it comes. ``sequences``: local search over
-    the explicit orders at the end. ``gap``: stop when the time is within this share of the lower bound."""
+    the explicit orders at the end. ``gap``: stop when the time is within this share of the lower bound. ``patience``:
+    end each part of a timed search after so many schedules without a better one; None: use all of its time."""
 
     split_backward: bool = True
     recompute: bool = True
@@ -20,6 +21,7 @@ class SearchOptions:
     reorder: bool = True
     sequences: bool = True
     gap: float = 1e-4
+    patience: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
