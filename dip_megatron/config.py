@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )  # fmt: skip
 
-from .describe.files import ConfigurationError
+from .describe.files import ConfigurationError, training_file
 
 
 class ModuleConfig(BaseModel):
@@ -77,11 +77,12 @@ class DipConfig(BaseModel):
         return self.schedule != "off" or self.plan_file is not None
 
     @staticmethod
-    def load(path: Path | None, overrides: dict[str, Any]) -> DipConfig:
+    def load(path: str | Path | None, overrides: dict[str, Any]) -> DipConfig:
         """A YAML file's values under ``overrides`` (None: not given). Raises ConfigurationError in one line."""
         values: dict[str, Any] = {}
         place = "flags"
         if path is not None:
+            path = training_file(path)
             place = str(path)
             try:
                 loaded = yaml.safe_load(path.read_text())

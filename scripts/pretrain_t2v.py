@@ -1,7 +1,7 @@
 """Train a small text-to-video model on moving handwritten digits, with Megatron's own loop, and draw what it learned.
 
     torchrun --nproc-per-node 2 -m dip_megatron.cli run scripts/pretrain_t2v.py \
-        --dip-config configs/train/t2v_tiny_cpu.yaml
+        --dip-config t2v_tiny_cpu
 
 An ordinary Megatron pretrain script: it builds a ``TextToVideoModel`` (GPT layers as text encoder, a diffusion
 transformer) from flags and hands it to ``megatron.training.pretrain``. ``t2v/tiny.args`` holds the flags of a model
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dip_megatron.megatron.cpu import CPU_FLAGS, install_cpu_platform
+from dip_megatron import CPU_FLAGS, install_cpu_platform
 
 ON_CPU = install_cpu_platform()  # does nothing where CUDA is available
 

@@ -39,6 +39,20 @@ def resolve(kind: str, name_or_path: str | Path) -> Path:
     )
 
 
+def training_file(name_or_path: str | Path, file: str = "dip.yaml") -> Path:
+    """A file for training: ``file`` of a shipped recipe by its name (``vlm-s``), a shipped YAML file by its name
+    (``t2v_tiny_cpu``), or a path. Anything with a directory separator or a suffix is a path. Raises ConfigurationError
+    for a name of nothing."""
+    path, folder = Path(name_or_path), _SHIPPED / "train"
+    if path.suffix or len(path.parts) != 1:
+        return path
+    for inside in (folder / path.name / file, folder / f"{path.name}.yaml", path):
+        if inside.is_file():
+            return inside
+    names = sorted({p.name for p in folder.iterdir() if p.is_dir()} | {p.stem for p in folder.glob("*.yaml")})
+    raise ConfigurationError(f"{name_or_path}: no such file, and not one of the shipped: {', '.join(names)}")
+
+
 def read_yaml(path: Path, schema: type[Schema]) -> Schema:
     """Parse and validate one YAML file. Raises ConfigurationError naming file, place and reason."""
     try:

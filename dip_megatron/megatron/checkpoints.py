@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from ..compat.checkpointing import fully_reshardable, read_head
 from ..describe.cost import LayerRun
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
@@ -88,10 +88,10 @@ def find_checkpoint(args: Any) -> Checkpoint | None:
         folder, finetune = pretrained, True
     if folder is None:
         return None
-    state, path, release, kind = checkpointing._load_base_checkpoint(folder, args, rank0=True)
+    state, path, release, distributed = read_head(checkpointing, folder, args)
     if state is None:
         return None
-    if kind is not checkpointing.CheckpointType.GLOBAL:
+    if not distributed:
         raise ConfigurationError(
             f"{path or folder} is no distributed checkpoint: its files hold layers by their place on a rank, which "
             "DIP's partition changes; save it with --ckpt-format torch_dist first, or use --dip-schedule off"
@@ -108,7 +108,7 @@ def find_checkpoint(args: Any) -> Checkpoint | None:
         bound=loads_optimizer
         and args.use_distributed_optimizer
         and sharding is not None
-        and sharding not in DistributedOptimizer.checkpoint_fully_reshardable_formats,
+        and not fully_reshardable(sharding),
         stages=_recorded_stages(getattr(saved, "dip_stages", None)),
     )
 

@@ -25,7 +25,6 @@ Flags a script needs beside this: ``--distributed-backend gloo --transformer-imp
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 import time
@@ -37,6 +36,9 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
+
+from ..compat.host import adapt_core, adapt_training
+from ..compat.releases import has_training_loop
 
 CPU_FLAGS = (
     "--distributed-backend", "gloo",
@@ -72,9 +74,9 @@ def install_cpu_platform() -> bool:
         torch.set_num_threads(1)
     _silence()
     # Megatron and the compiler first: torch._dynamo builds tables of torch's own functions when it is imported.
-    _adapt_core()
-    if importlib.util.find_spec("megatron.training") is not None:
-        _adapt_training()
+    adapt_core(_get_state, _set_state)
+    if has_training_loop():
+        adapt_training()
     torch.compiler.set_stance("force_eager")
     _replace_cuda_functions()
     _replace_factories()
@@ -294,40 +296,3 @@ def _silence() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
     )
-
-
-def _adapt_core() -> None:
-    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    random._get_cuda_rng_state = _get_state
-    random._set_cuda_rng_state = _set_state
-    initialise = CLIPViTModel.__init__
-    initialise.__defaults__ = tuple(
-        WrappedTorchNorm if default is torch.nn.LayerNorm else default for default in initialise.__defaults__
-    )
-
-
-def _adapt_training() -> None:
-    from megatron.training import initialize
-
-    function = initialize.initialize_megatron
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    # In place: several modules have imported the function by name.
-    function.__defaults__ = tuple(
-        True if name == "allow_no_cuda" else default
-        for name, default in zip(names[-len(function.__defaults__) :], function.__defaults__, strict=True)
-    )
-    initialize._compile_dependencies = _dataset_helpers
-
-
-def _dataset_helpers() -> None:
-    """Of what Megatron compiles at its start, what it needs here: the dataset helpers, missing in a fresh checkout."""
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-        from megatron.core.datasets.utils import compile_helpers
-
-        if torch.distributed.get_rank() == 0:
-            compile_helpers()
-        torch.distributed.barrier()
-        importlib.invalidate_caches()

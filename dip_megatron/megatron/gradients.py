@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..compat.buckets import start_gradient_reduction
+
 
 class GradientSynchronization:
     """Holds back gradient reductions of one iteration and starts them in order.
@@ -42,9 +44,7 @@ class GradientSynchronization:
         """The chunk's last weight gradient of the iteration is accumulated."""
         self._done.add(index)
         while self._overlaps and self._started < len(self._order) and self._order[self._started] in self._done:
-            chunk = self._chunks[self._order[self._started]]
-            for bucket in [*getattr(chunk, "bucket_groups", ()), *getattr(chunk, "expert_parallel_bucket_groups", ())]:
-                bucket.start_grad_sync(force_all_reduce=getattr(chunk, "force_all_reduce", False))
+            start_gradient_reduction(self._chunks[self._order[self._started]])
             self._started += 1
 
     def end(self) -> None:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_state_machine
-
+from ..compat import rerun
 from ..planner.feed import FedPlan
 from ..runtime.protocol import MicrobatchInputs
 
@@ -25,7 +24,7 @@ class Repetition:
 
     def again(self) -> tuple[list[MicrobatchInputs], FedPlan] | None:
         """The microbatches and the plan to repeat, if the state machine has asked for that."""
-        if get_rerun_state_machine().state is not RerunState.RERUNNING_IN_PLACE:
+        if not rerun.repeats():
             return None
         if self._kept is None:
             raise RuntimeError("Megatron asks for an iteration again that DIP has not run")
@@ -33,13 +32,10 @@ class Repetition:
 
     def keep(self, microbatches: list[MicrobatchInputs], fed: FedPlan) -> None:
         """About to run these: called after all reading, right before the first stage."""
-        machine = get_rerun_state_machine()
-        if machine.get_mode() is RerunMode.DISABLED:
-            return
-        self._kept = (microbatches, fed)
-        if machine.state is RerunState.INITIAL_RUN:
+        if rerun.watches():
+            self._kept = (microbatches, fed)
             # Repetitions read nothing: random numbers must start where the stages began, not where reading did.
-            machine._save_state()
+            rerun.begin_here()
 
 
 @contextmanager
@@ -48,13 +44,8 @@ def counted_as(microbatch: int, num_microbatches: int) -> Iterator[None]:
 
     A result is found again by its number when an iteration is repeated from a checkpoint, where the plan may differ.
     """
-    machine = get_rerun_state_machine()
-    counts = machine.validation_counts
-    machine.validation_counts = _Counts(microbatch, num_microbatches)
-    try:
+    with rerun.counting_in(_Counts(microbatch, num_microbatches)):
         yield
-    finally:
-        machine.validation_counts = counts
 
 
 class _Counts(dict[Any, int]):

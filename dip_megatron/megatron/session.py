@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.model import MultimodalModel, Parallel, Partition
@@ -226,7 +227,7 @@ class DipSession:
             alone=self._args.tensor_model_parallel_size == 1,
         )  # fmt: skip
         feed = PlanFeed(self._exchange, self._service, config.recalibrate)
-        watchdog = Watchdog(_shared_store(), executor.position, dist.get_rank())
+        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
         consumers: list[IterationConsumer] = [progress.record]
@@ -285,11 +286,6 @@ def _tell(sentence: str) -> None:
     """Print on one rank."""
     if dist.get_rank() == 0:
         print(f"[dip] {sentence}", flush=True)
-
-
-def _shared_store() -> Any:
-    """The rendezvous store of the default process group, which all ranks reach."""
-    return dist.distributed_c10d._get_default_store()
 
 
 def _replica_folder() -> str:

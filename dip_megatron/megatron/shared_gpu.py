@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+from ..compat.ranks_on_one_gpu import group_maker, replace_group_maker
 
 _MARK = "dip_megatron_single_ranks"
 
@@ -24,7 +25,7 @@ def single_ranks_on_nccl(args: Any) -> bool:
     """
     if args.distributed_backend != "gloo" or not torch.cuda.is_available() or not dist.is_nccl_available():
         return False
-    original = parallel_state.create_group
+    original = group_maker()
     if hasattr(original, _MARK):
         return True
 
@@ -35,5 +36,5 @@ def single_ranks_on_nccl(args: Any) -> bool:
         return original(ranks, timeout, backend, *rest, **options)
 
     setattr(create_group, _MARK, True)
-    parallel_state.create_group = create_group
+    replace_group_maker(create_group)
     return True

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import schedules
-from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 
+from ..compat.losses import calculate_loss, profiled
 from ..runtime.deferred import WeightGradients
 from ..runtime.stages import LossPart, ReplayIterator
 from ..runtime.transport import Tensors
@@ -44,7 +43,7 @@ class MegatronStep:
 
     def forward(self, chunk: torch.nn.Module, compute: Callable[[], Tensors]) -> Tensors:
         """A stage before the last."""
-        with self._range("forward-compute"):
+        with profiled("forward-compute"):
             self._start_timer("forward-compute")
             with self._autocast():
                 outputs = compute()
@@ -70,7 +69,7 @@ class MegatronStep:
             return result
 
         store: list[Any] = []
-        with self._range("forward-compute"):
+        with profiled("forward-compute"):
             self._start_timer("forward-compute")
             iterator = None if items is None else ReplayIterator(items)
             with self._autocast():
@@ -93,7 +92,7 @@ class MegatronStep:
     def backward(self, outputs: list[torch.Tensor], gradients: list[torch.Tensor] | None) -> None:
         """As Megatron's backward_step, for any number of outputs."""
         config = self._config
-        with self._range("backward-compute"), self._timed("backward-compute"):
+        with profiled("backward-compute"), self._timed("backward-compute"):
             if gradients is None and config.grad_scale_func is not None:
                 outputs = [config.grad_scale_func(outputs[0])]
             if not outputs[0].requires_grad:
@@ -102,7 +101,7 @@ class MegatronStep:
 
     def weight(self, gradients: WeightGradients) -> None:
         """The second half of a backward in two; in the log it counts with the first."""
-        with self._range("backward-weight"), self._timed("backward-compute"):
+        with profiled("backward-weight"), self._timed("backward-compute"):
             gradients.compute()
 
     def _calculate_loss(
@@ -114,11 +113,10 @@ class MegatronStep:
         is_last_stage: bool,
         store: list[Any] | None = None,
     ) -> tuple[Any, torch.Tensor]:
-        result = schedules.forward_step_calc_loss(
+        return calculate_loss(
             chunk, output, loss_func, self._config, None, self._collect_non_loss_data, self._num_microbatches,
             store, self._context_parallel_size, is_last_stage,
         )  # fmt: skip
-        return result[0], result[1]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._config.enable_autocast:
@@ -137,14 +135,6 @@ class MegatronStep:
         finally:
             if self._config.timers is not None:
                 self._config.timers(name).stop()
-
-    @contextlib.contextmanager
-    def _range(self, name: str) -> Iterator[None]:
-        nvtx_range_push(suffix=name)
-        try:
-            yield
-        finally:
-            nvtx_range_pop(suffix=name)
 
 
 def _whole(parts: list[tuple[LossPart, Any]]) -> list[Any]:

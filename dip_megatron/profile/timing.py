@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..compat.tensors import keep_busy
+
 _HEAD_START = 40_000_000
 """Clock cycles for which the GPU sleeps, so that the host has given it everything before it begins: about 20 ms. What
 is measured is then the device's time, as in training, where the host runs ahead."""
@@ -31,7 +33,7 @@ def _once(steps: Sequence[Callable[[], None]], device: torch.device) -> list[flo
             marks.append(time.perf_counter())
         return [b - a for a, b in pairwise(marks)]
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(_HEAD_START)
+    keep_busy(_HEAD_START)
     events: list[Any] = [_event()]
     for step in steps:
         step()

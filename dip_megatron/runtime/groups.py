@@ -8,7 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+
+from ..compat.process_groups import group_named, groups_of
 
 
 def local_group(ranks: Sequence[int], backend: str, timeout: timedelta) -> Any:
@@ -19,11 +20,6 @@ def local_group(ranks: Sequence[int], backend: str, timeout: timedelta) -> Any:
     exactly these ranks: all of them are members of each.
     """
     members = sorted(ranks)
-    before = sum(sorted(known) == members for known in distributed_c10d._world.pg_group_ranks.values())
-    name = hashlib.sha1(f"dip {members} {before}".encode(), usedforsecurity=False).hexdigest()
-    torchs = distributed_c10d._hash_ranks_to_str
-    distributed_c10d._hash_ranks_to_str = lambda _: name
-    try:
+    text = f"dip {members} {groups_of(members)}"
+    with group_named(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()):
         return dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=True)
-    finally:
-        distributed_c10d._hash_ranks_to_str = torchs

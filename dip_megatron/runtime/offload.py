@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..compat.tensors import storage_id, version
+
 _LEAST_BYTES = {"cuda": 1 << 16, "cpu": 1 << 10}
 """Smaller tensors stay: a copy of its own would cost more than they take."""
 
@@ -91,19 +93,19 @@ class OffloadedActivations:
     @contextmanager
     def layer(self, index: int, keep: Iterable[torch.Tensor]) -> Iterator[None]:
         """Within, what autograd saves goes to host memory; but not ``keep`` (parameters, inputs all layers share)."""
-        kept = {t.untyped_storage()._cdata for t in keep}
+        kept = {storage_id(t.untyped_storage()) for t in keep}
         known: dict[tuple[int, ...], tuple[StorageWeakRef, _Copy]] = {}
         copies: list[_Copy] = []
         self._layers[index] = copies
 
         def pack(tensor: torch.Tensor) -> Any:
             storage = tensor.untyped_storage()
-            place, size = storage._cdata, tensor.numel() * tensor.element_size()
+            place, size = storage_id(storage), tensor.numel() * tensor.element_size()
             if place in kept or size < _LEAST_BYTES.get(tensor.device.type, 0) or tensor.layout != torch.strided:
                 return tensor
             # Views that share a storage (q, k and v) go together; a small part of a large storage goes alone.
             whole = 4 * size >= storage.nbytes() and storage.nbytes() % tensor.element_size() == 0
-            key = (place, tensor._version, tensor.element_size())
+            key = (place, version(tensor), tensor.element_size())
             if not whole:
                 key = (*key, tensor.storage_offset(), *tensor.shape, *tensor.stride())
             found = known.get(key)

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dip_megatron.megatron.cpu import CPU_FLAGS, install_cpu_platform
+from dip_megatron import CPU_FLAGS, install_cpu_platform
 
 ON_CPU = install_cpu_platform()  # does nothing where CUDA is available
 
@@ -49,7 +49,7 @@ from megatron.training.arguments import (  # noqa: E402
     parse_and_validate_args,
 )
 
-from dip_megatron.families.shared.weights import draw_by_name  # noqa: E402
+from dip_megatron import draw_by_name  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from documents import LABEL_WEIGHT, VOCABULARY, PackedDigitDocuments, split_images  # noqa: E402

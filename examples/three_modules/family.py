@@ -12,24 +12,32 @@ from typing import Any, Literal
 
 import torch
 
-from dip_megatron.core import ModalityModule, StageKey, Unit
-from dip_megatron.describe.model import (
+from dip_megatron import (
     EVERY_PART,
+    Blueprint,
+    Inputs,
     LanguageHead,
+    Layers,
+    Microbatch,
+    MicrobatchInputs,
+    ModalityModule,
+    ModelFamily,
     ModuleShape,
     MultimodalModel,
     Packing,
     Parallel,
     PatchEmbedding,
     Projector,
+    SegmentedProgram,
+    StageKey,
+    Tensors,
     TokenEmbedding,
+    Unit,
+    bound,
+    dtype_name,
+    layer_shape,
+    segment_config,
 )
-from dip_megatron.describe.workload import Microbatch
-from dip_megatron.families.describe import layer_shape
-from dip_megatron.families.family import Blueprint, Layers, ModelFamily
-from dip_megatron.families.shared.layout import segment_config
-from dip_megatron.families.shared.segmented import SegmentedProgram, bound, dtype_name
-from dip_megatron.runtime.protocol import Inputs, MicrobatchInputs, Tensors
 
 from .model import PLACEHOLDER, Part, Settings, ThreeModuleModel
 from .shapes import AUDIO, LANGUAGE, VISION, ThreeModuleShapes

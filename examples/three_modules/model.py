@@ -18,11 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dip_megatron.families.shared.packing import pack
-from dip_megatron.families.shared.parts import applied, encoder_layer_spec, linear, projector
-from dip_megatron.families.shared.segmented import ModelPart
-from dip_megatron.families.t2v.diffusion import patchify
-from dip_megatron.families.t2v.text_encoder import text_layer_spec
+from dip_megatron import ModelPart, applied, encoder_layer_spec, linear, pack, patchify, projector, text_layer_spec
 
 from .shapes import AUDIO, LANGUAGE, VISION
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dip_megatron.megatron.cpu import CPU_FLAGS, install_cpu_platform
+from dip_megatron import CPU_FLAGS, install_cpu_platform
 
 ON_CPU = install_cpu_platform()  # does nothing where CUDA is available
 
@@ -35,7 +35,7 @@ from megatron.training.arguments import (  # noqa: E402
 )
 
 import dip_megatron  # noqa: E402
-from dip_megatron.families.shared.weights import draw_by_name  # noqa: E402
+from dip_megatron import draw_by_name  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dip_megatron.core import Payload, TensorSpec, Unit
-from dip_megatron.describe.workload import Microbatch
+from dip_megatron import Microbatch, Payload, TensorSpec, Unit
 
 VISION, AUDIO, LANGUAGE = "vision", "audio", "language"
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from dip_megatron import recipes
+from dip_megatron.config import DipConfig
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import cost_model, segmented_graph
 from dip_megatron.describe.files import ConfigurationError, shipped
+from dip_megatron.describe.partition import read_partition
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.recipes import load_recipe, recipe_names
 from dip_megatron.schedulers.dip import search
@@ -23,6 +25,19 @@ EXAMPLES = {"vision-audio-llm"}  # described for planning, without a recipe
 
 def test_every_shipped_model_has_a_recipe():
     assert set(recipe_names()) == set(shipped("models")) - EXAMPLES
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_its_files_are_found_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(name)
+    assert DipConfig.load(name, {}) == recipe.config
+    assert read_partition(name, recipe.model) == recipe.partition
+
+
+def test_a_name_that_no_training_file_has_is_refused_with_those_there_are():
+    with pytest.raises(ConfigurationError, match=r"vlm-xs: no such file, and not one of the shipped: .*t2v_tiny_cpu"):
+        DipConfig.load("vlm-xs", {})
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -8,7 +8,7 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from ..files import ConfigurationError, read_yaml
+from ..files import ConfigurationError, read_yaml, training_file
 from ..model import ModelError, ModulePartition, MultimodalModel, Partition
 
 
@@ -38,8 +38,10 @@ def write_partition(path: str | Path, partition: Partition) -> None:
 
 
 def read_partition(path: str | Path, model: MultimodalModel | None = None) -> Partition:
-    """Read a partition, checked against ``model`` if one is given. Raises ConfigurationError: file, place, reason."""
-    data = read_yaml(Path(path), _File)
+    """Read a partition from a file or a shipped recipe (by name), checked against ``model`` if one is given. Raises
+    ConfigurationError: file, place, reason."""
+    path = training_file(path, "partition.yaml")
+    data = read_yaml(path, _File)
     try:
         partition = Partition(
             tuple(

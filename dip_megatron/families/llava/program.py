@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.multimodal.llava_model import IGNORE_INDEX, LLaVAModel
+from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-from torch.nn.functional import pad
 
+from ...compat.llava import UnpaddedLLaVA, forget_input
 from ...core import ModalityModule, StageKey, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Shapes, StageShapes, Tensors
@@ -87,28 +87,11 @@ class VisionChunk(LLaVAModel):
         return embeddings
 
 
-class LanguageChunk(LLaVAModel):
+class LanguageChunk(UnpaddedLLaVA):
     """GPT layers; embedding and merging of images on the first chunk, head and loss on the last."""
 
     def __init__(self, first: bool, last: bool, **kwargs: Any):
         super().__init__(add_encoder=False, add_decoder=True, pre_process=first, post_process=last, **kwargs)
-        # Shapes travel in the plan, so nothing needs Megatron's padding to the longest possible sequence.
-        self._language_is_pipeline_parallel = False
-
-    def _process_embedding_token_parallel(
-        self, combined_embeddings: Any, new_labels: Any, new_loss_mask: Any, packed_seq_params: Any
-    ) -> Any:
-        # Sequence parallelism wants lengths that divide. Upstream refuses others, or pads on the first stage only.
-        if self.sequence_parallel_lm:
-            size = self.tensor_model_parallel_size_lm
-            if combined_embeddings is not None:  # [s, b, h]
-                combined_embeddings = pad(combined_embeddings, (0, 0, 0, 0, 0, -combined_embeddings.shape[0] % size))
-            if new_labels is not None:
-                new_labels = pad(new_labels, (0, -new_labels.shape[1] % size), value=IGNORE_INDEX)
-                new_loss_mask = pad(new_loss_mask, (0, -new_loss_mask.shape[1] % size))
-        return super()._process_embedding_token_parallel(
-            combined_embeddings, new_labels, new_loss_mask, packed_seq_params
-        )
 
 
 class LlavaProgram(SegmentedProgram):
@@ -300,12 +283,7 @@ def _only_forward(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _forget_input(chunk: torch.nn.Module) -> None:
-    """Megatron's modules hold what set_input_tensor gave them until they get the next."""
-    model = _inner(chunk)
-    model.encoder_hidden_state = None
-    for part in (model.vision_model, model.language_model):
-        if part is not None:
-            part.decoder.input_tensor = None
+    forget_input(_inner(chunk))
 
 
 def _inner(chunk: torch.nn.Module) -> LLaVAModel:

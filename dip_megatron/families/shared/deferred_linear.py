@@ -1,41 +1,26 @@
 """Megatron-Core's local linears with a backward in two: input gradients in B, weight gradients in W.
 
-Nothing in Megatron is replaced. Each linear of a chunk gets a ``_forward_impl`` of its own (the one function through
-which Megatron's linears multiply), token tables and patch embeddings a ``forward`` that cuts the graph behind them. All
-do exactly what Megatron does unless the stage that runs is split (:class:`runtime.modes.StageMode`).
+Nothing in Megatron is replaced. Each linear of a chunk gets a function of its own to multiply through, token tables and
+patch embeddings a ``forward`` that cuts the graph behind them. All do exactly what Megatron does unless the stage that
+runs is split (:class:`runtime.modes.StageMode`).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.parallel_state import get_global_memory_buffer
-from megatron.core.tensor_parallel import layers
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    LinearWithGradAccumulationAndAsyncCommunication,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
-from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
+from ...compat import linears
+from ...compat.linears import Multiplication
+from ...compat.transformer_engine import store_of
 from ...runtime.deferred import WeightGradients, accumulate, cut
 from ...runtime.modes import StageMode
 from . import deferred_te
 from .deferred_te import StageStore
 
-_ARGUMENTS = tuple(inspect.signature(LinearWithGradAccumulationAndAsyncCommunication.forward).parameters)[1:]
-"""What Megatron's linear takes; releases add to it at the end."""
-_DEFAULTS: dict[str, Any] = {
-    "grad_output_buffer": None, "wgrad_deferral_limit": None, "gtp_remat_size": 1, "output_dtype": None,
-}  # fmt: skip
-_KNOWN = {
-    *_DEFAULTS, "input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel",
-    "tp_group",
-}  # fmt: skip
 _WITHOUT_INPUT_GRADIENT = (VocabParallelEmbedding, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
@@ -48,7 +33,7 @@ class _Target:
         self.parameter, self.store = parameter, store
 
 
-class DeferredLinear(LinearWithGradAccumulationAndAsyncCommunication):
+class DeferredLinear(Multiplication):
     """Megatron's linear, whose weight gradient is left for W. Its weight comes detached, so that B doesn't reach the
     parameter: hooks see its gradient once, in W."""
 
@@ -56,10 +41,10 @@ class DeferredLinear(LinearWithGradAccumulationAndAsyncCommunication):
     def forward(ctx: Any, anchor: torch.Tensor, target: _Target, *args: Any) -> torch.Tensor:
         """Megatron's forward; ``anchor`` lets autograd come back here even if the input needs no gradient."""
         ctx.target = target
-        return LinearWithGradAccumulationAndAsyncCommunication.forward(ctx, *args)
+        return Multiplication.forward(ctx, *args)  # type: ignore[no-any-return]
 
     @staticmethod
-    @layers.custom_bwd
+    @linears.backward_without_autocast
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         """Input gradient, and that of the bias; the weight's goes to the store."""
         input_, weight = ctx.saved_tensors
@@ -73,7 +58,7 @@ class DeferredLinear(LinearWithGradAccumulationAndAsyncCommunication):
             grad_input = grad_input.reshape(*grad_output.shape[:-1], weight.size(1))
             if ctx.sequence_parallel:
                 whole, grad_input = grad_input, torch.empty_like(input_)
-                layers.dist_reduce_scatter_func(grad_input, whole, group=ctx.tp_group)
+                linears.reduce_scatter(grad_input, whole, ctx.tp_group)
             elif ctx.allreduce_dgrad:
                 torch.distributed.all_reduce(grad_input, group=ctx.tp_group)
             gradients[2] = grad_input
@@ -94,33 +79,26 @@ def _weight_gradient(
     """The second half of Megatron's backward; ``gather``: the group over which the input's sequence is split."""
     with torch.no_grad():
         if gather is not None:
-            size = [input_.size(0) * gather.size(), *input_.shape[1:]]
-            total = get_global_memory_buffer().get_tensor(size, input_.dtype, "mpu")
-            layers.dist_all_gather_func(total, input_, group=gather)
-            input_ = total
-        grad_output, input_ = prepare_input_tensors_for_wgrad_compute(grad_output, input_)
-        if not fused:
-            accumulate(parameter, grad_output.t().matmul(input_))
-            return
-        kernels = layers.fused_weight_gradient_mlp_cuda
-        if parameter.main_grad.dtype == torch.float32:
-            kernels.wgrad_gemm_accum_fp32(input_, grad_output, parameter.main_grad)
-        elif parameter.main_grad.dtype in (torch.float16, torch.bfloat16):
-            kernels.wgrad_gemm_accum_fp16(input_, grad_output, parameter.main_grad)
+            input_ = linears.gathered(input_, gather)
+        grad_output, input_ = linears.as_matrices(grad_output, input_)
+        if fused:
+            linears.accumulate_fused(parameter, input_, grad_output)
         else:
-            raise RuntimeError(f"no fused gradient accumulation into {parameter.main_grad.dtype}")
+            accumulate(parameter, grad_output.t().matmul(input_))
 
 
 def _linear(module: torch.nn.Module, mode: StageMode) -> Callable[..., torch.Tensor]:
-    megatrons = module._forward_impl
+    megatrons = linears.multiplication(module)
 
     def forward(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
         store = mode.weight_gradients
         if store is None or not weight.requires_grad or not torch.is_grad_enabled():
             return megatrons(input=input, weight=weight, bias=bias, **options)
-        group = layers.get_tensor_model_parallel_group_if_none(options.get("tp_group"))
-        known = _DEFAULTS | options | {"input": input, "weight": weight.detach(), "bias": bias, "tp_group": group}
-        return DeferredLinear.apply(store.anchor, _Target(weight, store), *(known[name] for name in _ARGUMENTS))
+        group = linears.group_or_default(options.get("tp_group"))
+        known = (
+            linears.DEFAULTS | options | {"input": input, "weight": weight.detach(), "bias": bias, "tp_group": group}
+        )
+        return DeferredLinear.apply(store.anchor, _Target(weight, store), *(known[name] for name in linears.ARGUMENTS))
 
     return forward
 
@@ -144,16 +122,10 @@ def install(chunk: torch.nn.Module, mode: StageMode) -> None:
     deferred_te.install(chunk, mode)
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            if _splits(module):
-                module._forward_impl = _linear(module, mode)
+            if linears.understood(module):
+                linears.replace_multiplication(module, _linear(module, mode))
         elif isinstance(module, _WITHOUT_INPUT_GRADIENT):
             module.forward = _without_input_gradient(module, mode)
-
-
-def _splits(linear: torch.nn.Module) -> bool:
-    # Weights that are themselves gathered for each product (0.19's GTP) have a backward of their own, and a linear that
-    # takes something unheard of may do something unheard of with it.
-    return getattr(linear, "gtp_remat_size", 1) == 1 and set(_ARGUMENTS) <= _KNOWN
 
 
 def undeferrable(chunk: torch.nn.Module) -> list[str]:
@@ -164,8 +136,8 @@ def undeferrable(chunk: torch.nn.Module) -> list[str]:
     """
     handled: set[int] = set()
     for module in chunk.modules():
-        linear = isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and _splits(module)
-        linear = linear or isinstance(getattr(module, "wgrad_store", None), StageStore)
+        linear = isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and linears.understood(module)
+        linear = linear or isinstance(store_of(module), StageStore)
         if linear or isinstance(module, (*_WITHOUT_INPUT_GRADIENT, torch.nn.Embedding)):
             handled |= {id(p) for p in module.parameters(recurse=False)}
     return [

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...compat import transformer_engine as te
 from ...runtime.deferred import accumulate
 from ...runtime.modes import StageMode
 
@@ -36,32 +37,22 @@ class StageStore:
         store.add(lambda: self._finish(product(*tensors)))
 
     def _finish(self, results: tuple[Any, ...]) -> None:
-        linear = self._linear
-        # With fused accumulation the product has been added to main_grad already.
-        if not linear.fuse_wgrad_accumulation:
-            accumulate(getattr(linear, linear.weight_names[0]), results[0])
-        if len(results) > 1 and results[1] is not None and results[1].numel() and linear.use_bias:
-            accumulate(getattr(linear, linear.bias_names[0]), results[1])
+        weight, bias = te.weight_to_accumulate(self._linear), te.bias_to_accumulate(self._linear)
+        if weight is not None:
+            accumulate(weight, results[0])
+        if len(results) > 1 and results[1] is not None and results[1].numel() and bias is not None:
+            accumulate(bias, results[1])
 
 
 def install(chunk: torch.nn.Module, mode: StageMode) -> None:
     """Let Transformer Engine's linears of a chunk follow ``mode.weight_gradients``; without any, nothing is done."""
     for module in chunk.modules():
-        if not _splits(module):
+        if not te.has_one_weight(module):
             continue
-        module.wgrad_store = StageStore(module, mode)
+        te.replace_store(module, StageStore(module, mode))
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad:
                 parameter.register_hook(_placeholder(parameter, mode))
-
-
-def _splits(module: torch.nn.Module) -> bool:
-    """Linears with one weight. Where their communication overlaps with the weight gradient, B can't go without it."""
-    return (
-        hasattr(module, "wgrad_store")
-        and len(getattr(module, "weight_names", ())) == 1
-        and not getattr(module, "ub_bulk_wgrad", False)
-    )
 
 
 def _placeholder(parameter: torch.nn.Parameter, mode: StageMode) -> Callable[[torch.Tensor | None], None]:

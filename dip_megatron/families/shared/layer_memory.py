@@ -18,11 +18,12 @@ from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from ...compat import transformer_engine
+from ...compat.recompute import CORE_ATTENTION, CheckpointWithoutOutput
 from ...runtime.deferred import AtOnce
 from ...runtime.modes import StageMode
 
@@ -54,7 +55,7 @@ def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[.
             return _offloaded(layer, index, mode, megatrons, args, kwargs)
         if strategy == "full":
             return _checkpointed(layer, megatrons, args, kwargs)
-        owners, name, value = attentions, "checkpoint_core_attention", cast(Any, True)
+        owners, name, value = attentions, CORE_ATTENTION, cast(Any, True)
         if strategy in ("mlp", "activation"):
             owners, name, value = [mlp], "recomputed", strategy
         before = [getattr(owner, name) for owner in owners]
@@ -150,9 +151,7 @@ def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
 def _checkpoint(config: Any, run: Callable[..., Any], distribute: bool, *tensors: torch.Tensor) -> Any:
     """Megatron's checkpoint, or Transformer Engine's where Megatron takes that."""
     if config.fp8 or getattr(config, "fp4", None):
-        from megatron.core.extensions.transformer_engine import te_checkpoint
-
-        return te_checkpoint(
+        return transformer_engine.checkpoint(
             run, distribute, tensor_parallel.random.get_cuda_rng_tracker,
             parallel_state.get_tensor_model_parallel_group(), *tensors,
         )  # fmt: skip

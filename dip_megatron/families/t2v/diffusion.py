@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from ...compat.transformer_engine import column_parallel_linear, norm
 from ...runtime.protocol import Tensors
 from ..shared.packing import PackedLengths, pack
 from ..shared.parts import applied, linear
@@ -114,13 +115,12 @@ def diffusion_layer_spec(transformer_engine: bool = False) -> ModuleSpec:
 
 def _apart(spec: ModuleSpec) -> None:
     """Norms of their own instead of those fused into Transformer Engine's linears: they are modulated before."""
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
-
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TENorm
-    spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    linear_alone = column_parallel_linear()
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm()
+    spec.submodules.self_attention.submodules.linear_qkv = linear_alone
     mlp = spec.submodules.mlp
     inner = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
-    inner.linear_fc1 = TEColumnParallelLinear
+    inner.linear_fc1 = linear_alone
 
 
 class DiffusionTransformer(MegatronModule):

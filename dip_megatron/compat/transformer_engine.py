@@ -1,0 +1,89 @@
+"""Transformer Engine's linears from the inside, and what Megatron-Core makes of them. Needs no Transformer Engine to be
+imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .names import Name, Topic
+
+TOPIC = Topic(
+    "Transformer Engine's linears whose weight gradient can wait",
+    "transformer-engine",
+    "2.3 on, read in its source and not run",
+    "plans can't split the backward of Transformer Engine's linears; use split_backward: false",
+    (
+        Name(
+            "transformer_engine.pytorch.module.linear:Linear",
+            has=("wgrad_store", "weight_names", "bias_names", "fuse_wgrad_accumulation", "use_bias"),
+        ),
+        Name(
+            "transformer_engine.pytorch.module.layernorm_linear:LayerNormLinear",
+            has=("wgrad_store", "weight_names", "bias_names", "fuse_wgrad_accumulation", "use_bias"),
+        ),
+        Name("transformer_engine.pytorch.module._common:WeightGradStore.delay_wgrad_compute", ()),
+        Name("transformer_engine.pytorch.module._common:WeightGradStore.put", ("tensor_list", "func")),
+        Name("megatron.core.extensions.transformer_engine:te_checkpoint"),
+        Name("megatron.core.extensions.transformer_engine:TEColumnParallelLinear"),
+        Name("megatron.core.extensions.transformer_engine:TENorm"),
+    ),
+)
+
+
+def has_one_weight(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear of Transformer Engine's with one weight, whose gradient can be computed apart. Where
+    its communication overlaps with the weight gradient, B can't go without it."""
+    return (
+        hasattr(module, "wgrad_store")
+        and len(getattr(module, "weight_names", ())) == 1
+        and not getattr(module, "ub_bulk_wgrad", False)
+    )
+
+
+def store_of(module: torch.nn.Module) -> Any:
+    """What a linear asks whether to compute its weight gradient; None for other modules."""
+    return getattr(module, "wgrad_store", None)
+
+
+def replace_store(linear: torch.nn.Module, store: Any) -> None:
+    """Give a linear another such object."""
+    linear.wgrad_store = store
+
+
+def weight_to_accumulate(linear: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The weight that a late gradient is to be added to; None where the product has added it to main_grad already."""
+    if linear.fuse_wgrad_accumulation:
+        return None
+    weight: torch.nn.Parameter = getattr(linear, linear.weight_names[0])  # type: ignore[index]
+    return weight
+
+
+def bias_to_accumulate(linear: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The bias that a late gradient is to be added to, if the linear has one."""
+    if not linear.use_bias:
+        return None
+    bias: torch.nn.Parameter = getattr(linear, linear.bias_names[0])  # type: ignore[index]
+    return bias
+
+
+def checkpoint(*arguments: Any) -> Any:
+    """Megatron's checkpoint of layers in low precision."""
+    from megatron.core.extensions.transformer_engine import te_checkpoint
+
+    return te_checkpoint(*arguments)
+
+
+def column_parallel_linear() -> Any:
+    """Transformer Engine's linear without a norm, as Megatron's specs name it."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return TEColumnParallelLinear
+
+
+def norm() -> Any:
+    """Transformer Engine's norm, as Megatron's specs name it."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm

@@ -1,0 +1,120 @@
+"""The wheel, installed beside an environment's other packages and used from an empty folder, far from the checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".args")
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is built from: building leaves files behind."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("dip_megatron", "configs"):
+        shutil.copytree(
+            ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.nb[ic]")
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
+    (built,) = folder.glob("dip_megatron-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    pip("install", "--target", str(folder), str(wheel))
+    return folder
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+def pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", arguments[0], "--no-deps"]
+    done = subprocess.run([*command, *arguments[1:]], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def python(installed: Path, folder: Path, *arguments: str) -> str:
+    """Run Python in ``folder`` with the installed package, and return what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_wheel_and_source_archive_bring_every_shipped_file(source: Path, wheel: Path, tmp_path: Path) -> None:
+    expected = {f"dip_megatron/{name}" for name in SHIPPED} | {"dip_megatron/py.typed"}
+    assert len(expected) > 50
+    with zipfile.ZipFile(wheel) as archive:
+        assert expected <= set(archive.namelist())
+    build = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert expected <= files
+
+
+def test_plans_are_compared_from_what_is_shipped(installed: Path, empty: Path) -> None:
+    printed = python(
+        installed, empty, "-m", "dip_megatron.cli", "compare", "--model", "vlm-s", "--cluster", "h100", "--workload",
+        "vlm-mix", "--iterations", "1", "--microbatches", "4", "--partition", "vlm-s", "--budget", "0.05",
+        "--schedules", "megatron-1f1b,dip", "--json",
+    )  # fmt: skip
+    assert json.loads(printed)
+
+
+def test_the_doctor_finds_itself_where_it_is_installed(installed: Path, empty: Path) -> None:
+    checks = {c["name"]: c for c in json.loads(python(installed, empty, "-m", "dip_megatron.cli", "doctor", "--json"))}
+    assert checks["dip_megatron"]["detail"].endswith(f" at {installed / 'dip_megatron'}")
+    assert "broken" not in {check["status"] for check in checks.values()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
+@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+def test_a_model_trains(installed: Path, empty: Path) -> None:
+    example = empty / "digits"
+    shutil.copytree(ROOT / "examples" / "llava_digits", example, ignore=shutil.ignore_patterns("__pycache__"))
+    script = example / "located.py"
+    script.write_text(
+        "import runpy\nimport dip_megatron\nprint('using', *dip_megatron.__path__, flush=True)\n"
+        f"runpy.run_path({str(example / 'pretrain_llava_digits.py')!r}, run_name='__main__')\n"
+    )
+    printed = python(
+        installed, empty, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+        "dip_megatron.cli", "run", str(script), *(example / "tiny.args").read_text().split(), "--train-iters", "3",
+        "--global-batch-size", "2", "--eval-iters", "1", "--vision-num-layers", "2", "--lr-warmup-iters", "1",
+        "--pipeline-model-parallel-size", "2", "--dip-schedule", "dynamic", "--dip-search-budget", "0.05",
+    )  # fmt: skip
+    assert printed.count(f"using {installed / 'dip_megatron'}\n") == 2
+    assert "iteration        3/" in printed
+    assert "[dip] iteration 3: measured" in printed
