@@ -181,7 +181,7 @@ def _plan(ranks: int, segments: int, microbatches: int, group: int, forward_only
         second, 0 * second, np.zeros(rows), np.zeros(ranks), np.full(ranks, np.inf),
     )  # fmt: skip
     schedule = one_forward_one_backward(graph) if segments == 1 else interleaved(graph, group)
-    payloads = {(s, t): payload for s in range(rows) for t in (s, *graph.next_rows[s])}
+    payloads: dict[tuple[int, ...], Payload] = {(s, t): payload for s in range(rows) for t in (s, *graph.next_rows[s])}
     plan = make_plan(graph, schedule, lower_bound=0.0, name="megatron", payloads=payloads)
     verify(plan)
     return plan

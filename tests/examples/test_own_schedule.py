@@ -20,7 +20,7 @@ from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import Effort, Setting, make_planner
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers import UnknownScheduleError, find_schedule, register, registry
+from dip_megatron.schedulers import UnknownScheduleError, find_schedule, register_schedule, registry
 from tests.megatron.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,11 +79,11 @@ def test_commands_know_it(tmp_path):
 
 
 def test_a_script_may_register_it(gpipe):
-    register(gpipe)
+    register_schedule(gpipe)
     try:
         assert find_schedule("gpipe") is gpipe
         with pytest.raises(ValueError, match="there is a schedule 'dip' already"):
-            register(find_schedule("dip"))
+            register_schedule(find_schedule("dip"))
     finally:
         registry._registered.clear()
     with pytest.raises(UnknownScheduleError, match="unknown schedule 'gpip'; choose one of dynamic, static, dip"):

@@ -72,8 +72,8 @@ def test_a_run_repeats_from_its_plans(tmp_path: Path) -> None:
     """Bit for bit, under plans that were searched with other times; edited and missing plans are refused."""
     trace, written = tmp_path / "trace", tmp_path / "plans.jsonl"
     first = run(
-        tmp_path / "first", "--dip-trace-dir", str(trace), "--dip-trace-plans", "--save", str(tmp_path / "a"),
-        "--save-interval", "2", options=CUT, iterations=ITERATIONS,
+        tmp_path / "first", "--dip-trace-dir", str(trace), "--dip-trace-plans",
+        options=CUT, iterations=ITERATIONS,
     )  # fmt: skip
     plans = list(read_plans(trace / "plans.jsonl"))
     written.write_text("".join(format_plan(plan) + "\n" for plan in plans))
