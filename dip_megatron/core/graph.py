@@ -6,6 +6,7 @@ unit by unit in the order of :attr:`StageGraph.units`, segment by segment. Array
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -65,6 +66,23 @@ class ModalityModule:
 
     def runs_back(self, segment: int) -> bool:
         return self.reversed[segment] if self.reversed else False
+
+
+def trained_before(modules: Sequence[ModalityModule]) -> dict[str, list[list[bool]]]:
+    """``[segment][rank]`` of each module: whether anything before the chunk in the model trains, so that a gradient has
+    to pass through it."""
+    reached: dict[str, bool] = {}
+    flags: dict[str, list[list[bool]]] = {}
+    for m in modules:
+        alive = any(reached[u] for u in m.upstream)
+        flags[m.name] = [[False] * len(line) for line in m.layers]
+        for k, line in enumerate(m.layers):
+            ranks = range(len(line))
+            for r in reversed(ranks) if m.runs_back(k) else ranks:
+                flags[m.name][k][r] = alive
+                alive = alive or m.trains(k, r)
+        reached[m.name] = alive
+    return flags
 
 
 @dataclass(frozen=True)
@@ -275,23 +293,11 @@ class StageGraph:
     @cached_property
     def has_backward(self) -> NDArray[np.bool_]:
         """``[S, P]``: the stage's chunk or anything before it in the model trains (whatever the batch holds)."""
-        reached: dict[str, bool] = {}
-        flags: dict[str, list[list[bool]]] = {}
-        for m in self.modules:
-            alive = any(reached[u] for u in m.upstream)
-            flags[m.name] = []
-            for k in range(m.segments):
-                line = []
-                path = range(self.ranks - 1, -1, -1) if m.runs_back(k) else range(self.ranks)
-                for r in path:
-                    alive = alive or m.trains(k, r)
-                    line.append(alive)
-                flags[m.name].append(line[::-1] if m.runs_back(k) else line)
-            reached[m.name] = alive
+        reached = trained_before(self.modules)
         out = np.zeros((self.rows, self.ranks), dtype=np.bool_)
         for s in range(self.rows):
-            out[s] = flags[self.units[int(self.row_unit[s])].module][self.segment(s)]
-        return out
+            out[s] = reached[self.units[int(self.row_unit[s])].module][self.segment(s)]
+        return out | self.has_weight
 
     def predecessors(self, key: StageKey) -> tuple[StageKey, ...]:
         """The operations that must end before ``key`` may start, other than by the rank's own order.

@@ -18,12 +18,14 @@ from .order import Schedule
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Name, shape (elements) and dtype (torch's name, e.g. ``bfloat16``) of one tensor of a payload;
-    ``differentiable`` tensors have a gradient of the same shape travelling back."""
+    ``differentiable`` tensors have a gradient of the same shape travelling back, where anything before them trains.
+    ``made_by`` names the module whose stages made the tensor, where later modules hand it on as it is."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     differentiable: bool = True
+    made_by: str = ""
 
 
 Payload = tuple[TensorSpec, ...]

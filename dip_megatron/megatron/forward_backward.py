@@ -24,6 +24,7 @@ from ..runtime.clock import Clock, MeasuredSpan
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.watch import Watchdog
+from .agreement import TrainingAgreement, TrainingConsumer
 from .iteration import Iteration
 from .lookahead import LookAhead, RawItems, capture_microbatch
 from .rerun import Repetition
@@ -64,11 +65,13 @@ class DipForwardBackward:
         on_iteration: IterationConsumer | None = None,
         tensor_parallel: Exchange | None = None,
         pipeline: Exchange | None = None,
+        everyone: Exchange | None = None,
+        on_training: TrainingConsumer | None = None,
     ):
         """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
         calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
-        they are several; ``pipeline`` among the pipeline's, which hand over losses that the last one doesn't compute.
-        """
+        they are several; ``pipeline`` among the pipeline's, which hand over losses that the last one doesn't compute;
+        ``everyone`` and ``on_training`` see :class:`TrainingAgreement`."""
         self._program = program
         self._executor = executor
         self._feed = feed
@@ -84,6 +87,9 @@ class DipForwardBackward:
         # By iterator and by forward_only: ranks without data have None for the iterators of training and evaluation.
         self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
         self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
+        self._agreement = TrainingAgreement(
+            program, executor.position.rank, feed, everyone=everyone, on_change=on_training
+        )
         self._repetition = Repetition()
         self._last_seconds = 0.0
         self._ended: float | None = None  # the last operation of the iteration before, if that trained
@@ -150,7 +156,7 @@ class DipForwardBackward:
         else:
             key = (id(iterator), forward_only)
             source = self._source(key, iterator, forward_step_func, chunks)
-            microbatches, fed = self._read(key, source, num_microbatches)
+            microbatches, fed = self._read(key, source, num_microbatches, chunks)
             if not forward_only:
                 self._repetition.keep(microbatches, fed)
                 if self._policy.look_ahead():
@@ -179,16 +185,24 @@ class DipForwardBackward:
             self._on_iteration(IterationReport.of(number, fed, spans, outside), fed.plan, spans)
         return iteration.losses
 
-    def _read(self, key: tuple[int, bool], source: LookAhead, count: int) -> tuple[list[MicrobatchInputs], FedPlan]:
+    def _read(
+        self, key: tuple[int, bool], source: LookAhead, count: int, chunks: list[torch.nn.Module]
+    ) -> tuple[list[MicrobatchInputs], FedPlan]:
         """This iteration's microbatches and plan."""
         request, planned = self._next_request.pop(key, (None, count))
         if request is not None and planned != count:
             self._feed.take(request)  # planned for another number of microbatches: all ranks drop it alike
             request = None
         microbatches = source.take(count)
+        news = b"" if key[1] else self._agreement.news(chunks)
         if request is None:
             request = self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0)
-        return microbatches, self._feed.take(request)
+        fed = self._feed.take(request, news)
+        if self._agreement.learn(fed.news):  # planned for what trained before
+            fed = self._feed.take(self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0))
+        if not key[1]:
+            self._agreement.check(fed.plan, f"iteration {self._number()}")
+        return microbatches, fed
 
     def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
         """Read the next iteration's microbatches step by step, then request its plan; this one ``began`` at that time.
@@ -222,6 +236,9 @@ class DipForwardBackward:
     ) -> int:
         self._requests += 1
         loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
-        request = PlanRequest(self._requests, loads, budget, forward_only, iteration=iteration)
+        training = None if forward_only else self._agreement.training
+        request = PlanRequest(
+            self._requests, loads, budget, forward_only, iteration=iteration, training=training
+        )  # fmt: skip
         self._feed.request(request, wait)
         return self._requests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
-from ..describe.model import MultimodalModel, Parallel, Partition
+from ..describe.model import MultimodalModel, Parallel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.facade import Setting, live_maker, searched_partition
@@ -242,7 +243,8 @@ class DipSession:
             policy=PlanningPolicy(self._budget(), self._another_follows), iteration=self._iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
-            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange,
+            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
+            on_training=self._training_is,
         )  # fmt: skip
 
     def _iteration(self) -> int:
@@ -263,6 +265,27 @@ class DipSession:
     def _tensor_parallel_exchange(self) -> GlooExchange | None:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
         return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
+
+    def _everyone(self) -> GlooExchange | None:
+        """All ranks, where there are several replicas."""
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
+            return None
+        return GlooExchange(list(range(dist.get_world_size())), self._config.timeout_seconds)
+
+    def _training_is(self, training: Training, first: bool) -> None:
+        """Compare the description of the model with the model as built. Leaves with a message if it is wrong."""
+        if not first:
+            _tell("what trains has changed; plans follow it from this iteration on")
+            return
+        assert self._graphs is not None
+        if not isinstance(self._graphs.chunks, Partition):
+            return  # mixed chunks are no parts of one module: plans take what trains from the model alone
+        try:
+            sentences = training.against(self._graphs.model)
+        except TrainingMismatchError as error:  # on all ranks alike
+            sys.exit(f"dip: {error}")
+        for sentence in sentences:
+            _tell(sentence)
 
     def _progress(self, exchange: GlooExchange) -> RunProgress:
         """Megatron writes its log, and everything else, on the last rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
 from .request import PlannerStatistics, PlanRequest, Service
 
-_HASH = hashlib.sha256().digest_size
+_HEAD = struct.Struct(f"<{hashlib.sha256().digest_size}sI")  # a plan's hash, bytes of news
 
 
 class PlanMismatchError(RuntimeError):
@@ -38,12 +39,13 @@ class Exchange(Protocol):
 @dataclass(frozen=True)
 class FedPlan:
     """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it.
-    ``statistics``: the service's, when the plan was sent."""
+    ``statistics``: the service's, when the plan was sent. ``news``: what the ranks of the replica sent along."""
 
     request: int
     plan: Plan
     stall_seconds: float
     statistics: PlannerStatistics
+    news: tuple[bytes, ...] = ()
 
 
 class PlanFeed:
@@ -87,8 +89,13 @@ class PlanFeed:
         if self._recalibration is not None:
             self._measured = measurement
 
-    def take(self, request: int) -> FedPlan:
-        """The plan, once all ranks have shown to hold the same. Raises PlanMismatchError on all ranks alike."""
+    def share(self, data: bytes) -> list[bytes]:
+        """Everyone's bytes, to all: before the first request, or between a ``take`` and the next request."""
+        return self._exchange.gather(data)
+
+    def take(self, request: int, news: bytes = b"") -> FedPlan:
+        """The plan, once all ranks have shown to hold the same; what each has to tell the others travels with it.
+        Raises PlanMismatchError on all ranks alike."""
         start = time.perf_counter()
         subject, delivery = self._coming.pop(request)
         data = delivery.result()
@@ -98,21 +105,25 @@ class PlanFeed:
             raise RuntimeError(f"no plan for {subject}: {answer}")
         plan: Plan = answer[0]
         digest = hashlib.sha256(f"{request} {plan.digest()}".encode()).digest()
-        everyone = self._exchange.gather(digest + (b"" if self._measured is None else self._measured.pack()))
-        hashes = [data[:_HASH] for data in everyone]
+        measured = b"" if self._measured is None else self._measured.pack()
+        everyone = self._exchange.gather(_HEAD.pack(digest, len(news)) + news + measured)
+        hashes, lengths = zip(*(_HEAD.unpack_from(data) for data in everyone), strict=True)
+        rest = [data[_HEAD.size :] for data in everyone]
         odd = [rank for rank, h in enumerate(hashes) if h != hashes[0]]
         if odd:
             raise PlanMismatchError(
                 f"{subject}: ranks {odd} of the replica hold another plan than rank 0; stopping all before "
                 "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
             )
-        self._learn([Measurement.unpack(data[_HASH:]) for data in everyone if len(data) > _HASH])
+        measurements = [data[n:] for data, n in zip(rest, lengths, strict=True) if len(data) > n]
+        self._learn([Measurement.unpack(data) for data in measurements])
         self._measured = None
         self._running = (request, plan, self._corrections.pop(request, Corrections()))
-        return FedPlan(request, plan, stall, answer[1])
+        told = tuple(data[:n] for data, n in zip(rest, lengths, strict=True))
+        return FedPlan(request, plan, stall, answer[1], told)
 
     def _learn(self, measurements: list[Measurement]) -> None:
-        if self._recalibration is None or self._service is None or self._running is None:
+        if self._recalibration is None or self._service is None or self._running is None or not measurements:
             return
         request, plan, used = self._running
         self._recalibration.observe(plan, used, [m for m in measurements if m.request == request])

@@ -11,7 +11,7 @@ from ..core.files import PlanFileError, read_plans
 from ..core.verify import PlanError, verify
 from ..describe.cost.strategies import StrategyError, parse_strategy
 from ..describe.files import ConfigurationError
-from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
+from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
 from .maker import PayloadShapes, StageShapes, payloads
 from .request import PlannerStatistics, PlanRequest, Service
@@ -86,7 +86,7 @@ class PlanFile:
                 "the --dip-schedule that they are for"
             )
         for mine, built in zip(self.modules, modules, strict=True):
-            for what in ("layers", "upstream", "reversed", "trains"):
+            for what in ("layers", "upstream", "reversed"):
                 said, found = _property(mine, what), _property(built, what)
                 if said != found:
                     raise ConfigurationError(
@@ -114,12 +114,21 @@ class PlanFile:
 
 
 def _property(module: ModalityModule, what: str) -> object:
-    segments, ranks = range(module.segments), range(len(module.layers[0]))
-    if what == "trains":
-        return [[module.trains(k, r) for r in ranks] for k in segments]
     if what == "reversed":
-        return [module.runs_back(k) for k in segments]
+        return [module.runs_back(k) for k in range(module.segments)]
     return getattr(module, what)
+
+
+def _trains_as(plan: Plan, training: Training | None) -> bool:
+    """Whether a plan has weight gradients where the model as built has them, and nowhere else."""
+    if training is None:
+        return True
+    return all(
+        m.trains(k, r) == chunk.trains
+        for m in plan.graph.modules
+        for k, line in enumerate(training.of_module(m.name))
+        for r, chunk in enumerate(line)
+    )
 
 
 @dataclass(eq=False)
@@ -149,15 +158,18 @@ class FilePlanner:
 
     def submit(self, request: PlanRequest) -> None:
         """Look for a plan."""
-        plan = None if request.forward_only else self._match(request.loads)
+        plan = None if request.forward_only else self._match(request)
         if plan is not None:
             self._found[request.request] = plan
         elif request.forward_only or self.falls_back:
             self.otherwise.submit(request)
         else:
+            held = in_words(self.model, request.loads)
+            if not any(_trains_as(plan, request.training) for plan in self.file.plans):
+                held += ", with the chunks that train in the model as built"
             self._found[request.request] = NoPlanError(
-                f"none of the {len(self.file.plans)} plans of {self.file.path} is for a batch of "
-                f"{in_words(self.model, request.loads)}; give a --dip-schedule, too, to plan such batches under"
+                f"none of the {len(self.file.plans)} plans of {self.file.path} is for a batch of {held}; give a "
+                "--dip-schedule, too, to plan such batches under"
             )
 
     def take(self, request: int, wait_seconds: float) -> Plan:
@@ -174,9 +186,13 @@ class FilePlanner:
         """End what plans otherwise."""
         self.otherwise.close()
 
-    def _match(self, loads: tuple[Microbatch, ...]) -> Plan | None:
-        found = [(self._uses[i], i, plan) for i, given in enumerate(self.file.plans)
-                 if (plan := fitted(given, self.model, loads, self.shapes)) is not None]  # fmt: skip
+    def _match(self, request: PlanRequest) -> Plan | None:
+        found = [
+            (self._uses[i], i, plan)
+            for i, given in enumerate(self.file.plans)
+            if _trains_as(given, request.training)
+            and (plan := fitted(given, self.model, request.loads, self.shapes)) is not None
+        ]
         if not found:
             return None
         _, i, plan = min(found, key=lambda entry: entry[:2])

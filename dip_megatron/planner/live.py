@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from ..core import StageGraph
 from ..describe.cost import LAYER_STRATEGIES, Cluster, CostModel, Costs, segmented_graph
-from ..describe.model import MultimodalModel, Partition
+from ..describe.model import MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
 from ..schedulers.static import StaticChoice, static_graph
 
@@ -30,13 +30,14 @@ class ModelGraphs:
     offload: bool = True
     paper_costs: bool = False
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
-        """The stage graph of one iteration."""
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+        """The stage graph of one iteration, of the model as built where ``training`` is known."""
         costs = pricer(self.model, self.cluster, self.costs, self.recompute, self.offload, self.paper_costs)
         if isinstance(self.chunks, StaticChoice):
             graph = static_graph(costs, self.chunks, loads, self.memory_limit)
+            graph = graph if training is None else training.on(graph)
         else:
-            graph = segmented_graph(costs, self.chunks, loads, self.memory_limit)
+            graph = segmented_graph(costs, self.chunks, loads, self.memory_limit, training)
         return without_training(graph) if forward_only else graph
 
 

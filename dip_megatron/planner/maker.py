@@ -10,8 +10,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ..core import Kind, Payload, Plan, Schedule, SearchStatistics, StageGraph, StageKey, Unit
+from ..core.graph import trained_before
 from ..core.lower import make_plan
 from ..core.simulate import simulate_compiled
+from ..describe.model import Training
 from ..describe.workload import Microbatch
 from ..schedulers.entry import Found
 from .greedy import greedy
@@ -21,8 +23,9 @@ from .request import PlanRequest
 class GraphBuilder(Protocol):
     """Prices a batch; picklable."""
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
-        """The stage graph of one iteration. ``forward_only``: nothing trains."""
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+        """The stage graph of one iteration. ``forward_only``: nothing trains. ``training``: what trains of the model as
+        built, if it is known."""
         ...
 
 
@@ -102,7 +105,7 @@ class LivePlanMaker:
         return replace(plan, predicted=replace(plan.predicted, uncorrected_time=plain))
 
     def _build(self, request: PlanRequest) -> StageGraph:
-        return self.builder.build(request.loads, request.forward_only)
+        return self.builder.build(request.loads, request.forward_only, request.training)
 
     def _greedy(self, graph: StageGraph, request: PlanRequest, start: float) -> Plan:
         schedule = greedy(graph)
@@ -122,21 +125,37 @@ def payloads(
     graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes | StageShapes
 ) -> dict[tuple[int, ...], Payload]:
     """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows; with the sending rank where
-    that matters (see :class:`Plan`)."""
+    that matters (see :class:`Plan`). A tensor is differentiable where something trains before it."""
     out: dict[tuple[int, ...], Payload] = {}
+    before = trained_before(graph.modules)
+    through = {  # whether a gradient enters the module from behind
+        m.name: any(map(any, before[m.name]))
+        or any(m.trains(k, r) for k in range(m.segments) for r in range(graph.ranks))
+        for m in graph.modules
+    }
+
+    def settled(payload: Payload, alive: bool) -> Payload:
+        return tuple(
+            replace(
+                t, differentiable=bool(t.differentiable and alive and (not t.made_by or through[t.made_by])), made_by=""
+            )
+            for t in payload
+        )
+
     for s in range(graph.rows):
         unit = graph.units[int(graph.row_unit[s])]
         load = loads[unit.microbatch]
         if isinstance(shapes, StageShapes):
             for r in range(graph.ranks):
-                targets = graph.next_rows[s] if r == graph.exit_rank(s) else (s,)
-                for target in targets:
-                    out[s, target, r] = shapes.stage_payload(graph.key(Kind.F, s, r), load)
+                sent = settled(shapes.stage_payload(graph.key(Kind.F, s, r), load), bool(graph.has_backward[s, r]))
+                for target in graph.next_rows[s] if r == graph.exit_rank(s) else (s,):
+                    out[s, target, r] = sent
             continue
-        out[s, s] = shapes.payload(unit, load, leaves_module=False)
+        out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
         for n in graph.next_rows[s]:
             leaves = graph.units[int(graph.row_unit[n])].module != unit.module
-            out[s, n] = shapes.payload(unit, load, leaves_module=True) if leaves else out[s, s]
+            leaving = shapes.payload(unit, load, leaves_module=leaves)
+            out[s, n] = settled(leaving, bool(graph.has_backward[s, graph.exit_rank(s)]))
     return out
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ..core import Plan
 from ..describe.cost import Corrections
+from ..describe.model import Training
 from ..describe.workload import Microbatch
 
 READY = b"ready"
@@ -23,7 +24,8 @@ class PlanRequest:
     ``request`` numbers the requests, those of evaluations too. ``budget_seconds`` is for the search alone;
     ``corrections`` are what earlier iterations taught about the cost model's seconds. The search ends at ``deadline``
     (seconds of this host's monotonic clock) if that comes first. ``iteration`` is the training loop's number, for
-    people: of the iteration to plan, or of the one before the evaluation.
+    people: of the iteration to plan, or of the one before the evaluation. ``training`` is what trains of the model as
+    built; None where that isn't known (as described) or doesn't matter (an evaluation).
     """
 
     request: int
@@ -33,6 +35,7 @@ class PlanRequest:
     corrections: Corrections = field(default_factory=Corrections)
     deadline: float = math.inf
     iteration: int = 0
+    training: Training | None = None
 
     @property
     def subject(self) -> str:

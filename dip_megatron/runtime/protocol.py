@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..core import ModalityModule, Payload, StageKey, Unit
-from ..describe.workload import Microbatch
 from .modes import StageMode
+
+if TYPE_CHECKING:  # a name for types alone: the runtime runs nothing of planning
+    from ..describe.workload import Microbatch
 
 Tensors = dict[str, torch.Tensor]
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..core import Compute, Kind, Plan, StageKey, Unit
+from ..core import Compute, Kind, Message, Plan, StageKey, Unit
 from ..core.lower import incoming
 from .deferred import Slot, WeightGradients, leave, start
 from .modes import layer_strategies
@@ -95,14 +95,14 @@ class StageLookAhead:
     ``split`` have their backward in two, ``forward_only`` have none (nothing before them trains). ``offloaded_next`` is
     the backward with offloaded layers, if it is one, that follows right after each operation. ``sources`` are the units
     whose payloads a stage gets, where they aren't its own; ``constant`` the names of those of their tensors that get no
-    gradient. ``parts`` are the units that share a microbatch with another of the last module.
+    gradient, for each payload. ``parts`` are the units that share a microbatch with another of the last module.
     """
 
     split: frozenset[tuple[int, int]] = frozenset()
     offloaded_next: Mapping[StageKey, tuple[int, int]] = field(default_factory=dict)
     forward_only: frozenset[tuple[int, int]] = frozenset()
     sources: Mapping[tuple[int, int], tuple[Unit, ...]] = field(default_factory=dict)
-    constant: Mapping[tuple[int, int], frozenset[str]] = field(default_factory=dict)
+    constant: Mapping[tuple[int, int], tuple[frozenset[str], ...]] = field(default_factory=dict)
     parts: frozenset[int] = frozenset()
 
     @staticmethod
@@ -120,16 +120,23 @@ class StageLookAhead:
         graph = plan.graph
         for key in (a.key for a in actions if a.key.kind == Kind.F):
             messages = incoming(graph, key)
-            ends = [(graph.row_of(m.source), graph.row_of(m.target), m.source.rank) for m in messages]
-            specs = [spec for end in ends for spec in plan.payload(*end) or ()]
             sources[key.unit, key.segment] = tuple(graph.units[m.source.unit] for m in messages)
-            constant[key.unit, key.segment] = frozenset(s.name for s in specs if not s.differentiable)
+            constant[key.unit, key.segment] = tuple(_constant(plan, m) for m in messages)
         last = [u for u in graph.units if u.module == graph.modules[-1].name]
         several = Counter(u.microbatch for u in last)
         return StageLookAhead(
             split, following, frozenset(sources) - backward, sources, constant,
             frozenset(u.id for u in last if several[u.microbatch] > 1),
         )  # fmt: skip
+
+
+def _constant(plan: Plan, message: Message) -> frozenset[str]:
+    """Names of the tensors of a message that get no gradient: nothing trains before them."""
+    graph = plan.graph
+    source, target = graph.row_of(message.source), graph.row_of(message.target)
+    alive = graph.has_backward[source, message.source.rank]
+    payload = plan.payload(source, target, message.source.rank) or ()
+    return frozenset(t.name for t in payload if not (alive and t.differentiable))
 
 
 class ModelStages:
@@ -169,10 +176,10 @@ class ModelStages:
         train = not self._state.forward_only and place not in self._look_ahead.forward_only
         slots: list[dict[str, Slot]] = []
         if train:
-            constant = self._look_ahead.constant.get(place, frozenset())
+            constant = self._look_ahead.constant.get(place) or (frozenset(),) * len(inputs)
             begun = [
-                {name: start(t) for name, t in payload.items() if t.is_floating_point() and name not in constant}
-                for payload in inputs
+                {name: start(t) for name, t in payload.items() if t.is_floating_point() and name not in names}
+                for payload, names in zip(inputs, constant, strict=True)
             ]
             slots = [{name: slot for name, (_, slot) in payload.items()} for payload in begun]
             inputs = [

@@ -42,7 +42,7 @@ def main(iterations: int, out: Path, layouts: tuple[str, ...]) -> None:
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
     chosen = [contender(layout) for layout in layouts or LAYOUTS]
-    flags = [*training_flags(iterations, ARGUMENTS), "--eval-iters", "0"]
+    flags = [*training_flags(iterations, ARGUMENTS), "--eval-iters", "1"]
     try:
         runs = train_all(chosen, iterations, flags, out, console)
     except RunFailed as error:

@@ -79,10 +79,7 @@ class ThreeModuleProgram(SegmentedProgram):
         self.settings, self.frozen = settings, frozen
         for name, config in settings.configs.items():
             self.check_layers(name, config.num_layers)
-        encoders = [
-            ModalityModule(name, layers[name], trainable=self.trainable(name, body=name not in frozen, head=True))
-            for name in (VISION, AUDIO)
-        ]
+        encoders = [ModalityModule(name, layers[name]) for name in (VISION, AUDIO)]
         self.modules = (*encoders, ModalityModule(LANGUAGE, layers[LANGUAGE], upstream=(VISION, AUDIO)))
         self.shapes = ThreeModuleShapes(
             {name: config.hidden_size for name, config in settings.configs.items()},

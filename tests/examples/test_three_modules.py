@@ -92,6 +92,12 @@ def test_two_ranks_equal_one(microbatches, sizes, segments, frozen, strategies, 
     check(case, 2, Drawn(seed, 0.6, strategies))
 
 
+@pytest.mark.parametrize("trains", ["coin 1", "coin 2", "^language", r"^(vision|audio)\.projector", r"^audio"])
+def test_what_a_script_froze_later(trains):
+    layers = ((1, 1), (1, 2)), ((1, 0), (1, 1)), ((1, 1), (0, 1))
+    check(ThreeModuleCase(MIXED, *layers, trains=trains), 2, Drawn(2, 0.6, LAYER_STRATEGIES))
+
+
 def test_four_ranks_equal_one():
     case = ThreeModuleCase(
         MIXED, vision=((1, 1, 1, 1), (1, 0, 1, 1)), audio=((0, 1, 0, 1),), language=((1, 1, 1, 1), (1, 1, 1, 0))

@@ -39,6 +39,7 @@ class ThreeModuleCase:
     unit_size: dict[str, int | None] = field(default_factory=lambda: {"vision": 2, "audio": 1, "language": None})
     frozen: tuple[str, ...] = ()
     per_token: bool = True
+    trains: str | None = None
 
     @property
     def layers(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -97,7 +98,7 @@ def reference(rank: int, world: int, case: ThreeModuleCase) -> Any:
 
     model = ThreeModuleModel(settings(case, 1))
     model.freeze(case.frozen)
-    return plain_run(model, forward_step, batches(case))
+    return plain_run(model, forward_step, batches(case), case.trains)
 
 
 def blueprint(case: ThreeModuleCase, pp: int) -> Any:
@@ -121,5 +122,5 @@ def dip_run(rank: int, world: int, case: ThreeModuleCase, drawn: Drawn, forward_
     program = family.program(asked, case.layers, rank=rank, micro_batch_size=1)
     model = family.describe(asked, Parallel(1, world, 1, False, False))
     return drawn_run(
-        rank, world, program, model, case.unit_size, drawn, forward_step, batches(case), forward_only
+        rank, world, program, model, case.unit_size, drawn, forward_step, batches(case), forward_only, case.trains,
     )  # fmt: skip

@@ -4,7 +4,9 @@
 computed; ``limit``: the number of items of the training set; ``broadcast``: read on one tensor-parallel rank only and
 broadcast, as upstream's scripts do; ``reject``: the validated loss (counted from 0) that Megatron's rerun state machine
 is told to reject once, on the last rank, and ``fatal``; ``node``: the host's name; ``cut``: sequences of varying
-lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``path``: a folder for the import path.
+lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``trains``: expressions by iteration (0: after
+``get_model``), of names of parameters that train from then on; ``described``: arguments of ``freeze`` that DIP's
+description of the model is told of, and the model is not; ``path``: a folder for the import path.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import runpy
 import signal
 import sys
@@ -122,6 +125,35 @@ def pretrain(config: Any, datasets_provider: Any, model_type: Any, forward_step:
     return original(config, provider, model_type, recording(forward_step), *rest, **kwargs)
 
 
+def choose(models: Any, expression: str) -> None:
+    for model in models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = re.search(expression, name) is not None
+
+
+def choosing(get_model: Any, train_step: Any) -> tuple[Any, Any]:
+    def get(*arguments: Any, **keywords: Any) -> Any:
+        models = get_model(*arguments, **keywords)
+        choose(models, OPTIONS["trains"].get("0", ""))
+        return models
+
+    def step(forward_step: Any, iterator: Any, models: Any, *rest: Any, **keywords: Any) -> Any:
+        now = str(megatron.training.get_args().curr_iteration + 1)
+        if now in OPTIONS["trains"]:
+            choose(models, OPTIONS["trains"][now])
+        return train_step(forward_step, iterator, models, *rest, **keywords)
+
+    return get, step
+
+
+if "trains" in OPTIONS:
+    loop = megatron.training.training
+    loop.get_model, loop.train_step = choosing(loop.get_model, loop.train_step)
+if "described" in OPTIONS:
+    from dip_megatron.families import known
+
+    describe = known.describe_llava
+    known.describe_llava = lambda kwargs, freeze, parallel: describe(kwargs, freeze | OPTIONS["described"], parallel)
 if "--sequence-parallel" in sys.argv:
     # Upstream wants Transformer Engine's attention and norms there; on the host the local ones do, if Megatron is told
     # to sum the norms' gradients over tensor-parallel ranks.

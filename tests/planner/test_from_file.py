@@ -13,7 +13,8 @@ from dip_megatron.core.files import format_plan, write_plans
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.files import ConfigurationError
-from dip_megatron.describe.model import load_model
+from dip_megatron.describe.model import Training, load_model
+from dip_megatron.describe.model.training import ChunkTraining, PartTraining
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.planner.facade import Effort, Setting, make_planner
 from dip_megatron.planner.from_file import FilePlanner, NoPlanError, PlanFile, fitted
@@ -111,6 +112,24 @@ def test_a_batch_without_a_plan(tmp_path):
     assert falls.take(1, 0.0) == "plan 1"
 
 
+def test_plans_train_what_the_model_trains(tmp_path):
+    planner = planner_of(tmp_path, [planned(BATCHES[0])])
+
+    def training(frozen):
+        return Training(
+            tuple(
+                (m.name, ((ChunkTraining(layers=PartTraining(int(m.name != frozen), 1)),) * 2,) * m.segments)
+                for m in planner.file.modules
+            )
+        )
+
+    planner.submit(PlanRequest(1, BATCHES[0], 0.0, training=training(None)))
+    verify(planner.take(1, 0.0))
+    planner.submit(PlanRequest(2, BATCHES[0], 0.0, training=training("vision")))
+    with pytest.raises(NoPlanError, match="with the chunks that train in the model as built"):
+        planner.take(2, 0.0)
+
+
 def edited(tmp_path, change) -> Path:
     record = json.loads(format_plan(planned(BATCHES[0])))
     change(record)
@@ -156,11 +175,10 @@ def test_other_chunks_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="plan 1 is for 2 pipeline ranks, this run has 4"):
         PlanFile.read(path, 4)
     file = PlanFile.read(path, 2)
-    frozen = tuple(
-        replace(m, trainable=((False, False),) * m.segments) if m.name == "vision" else m for m in file.modules
-    )
-    with pytest.raises(ConfigurationError, match=r"vision.trains: the plans have .*True.*, this run has .*False"):
-        file.check(frozen)
+    with pytest.raises(
+        ConfigurationError, match=r"modules.vision.upstream: the plans have \(\), this run has \('a',\)"
+    ):
+        file.check((replace(file.modules[0], upstream=("a",)), file.modules[1]))
     file.check(file.modules)
     with pytest.raises(ConfigurationError, match="its plans have the modules vision, language, this run has model"):
         file.check((replace(file.modules[0], name="model"),))

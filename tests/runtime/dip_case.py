@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.describe.model import Training
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.describe.workload.units import even_slices
 from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.live import without_training
 from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
@@ -36,7 +38,7 @@ class DrawnGraphs:
     unit_size: int
     seed: int = 0
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         units: list[Unit] = []
         for m, load in enumerate(loads):
             slices = even_slices(len(load.images), self.unit_size)
@@ -45,19 +47,20 @@ class DrawnGraphs:
                 units.append(Unit(len(units), "vision", m, first, count, (language,)))
             units.append(Unit(language, "language", m, 0, len(load.sequences)))
         modules = self.modules
-        if forward_only:
-            modules = tuple(
-                ModalityModule(m.name, m.layers, m.upstream, tuple((False,) * len(r) for r in m.layers))
-                for m in modules
-            )
         ranks = len(modules[0].layers[0])
         segments = {m.name: m.segments for m in modules}
         rows = sum(segments[u.module] for u in units)
         draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
-        return StageGraph(
+        graph = StageGraph(
             ranks, modules, tuple(units), draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
             np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
         )  # fmt: skip
+        return without_training(graph) if forward_only else followed(graph, training)
+
+
+def followed(graph: StageGraph, training: Training | None) -> StageGraph:
+    """The graph of the model as built."""
+    return graph if training is None else training.on(graph)
 
 
 def dip_run(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 1) -> Any:

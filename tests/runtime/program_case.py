@@ -4,6 +4,7 @@ same weights and batches."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ import numpy as np
 import torch
 
 from dip_megatron.core import Kind, ModalityModule, StageGraph
-from dip_megatron.describe.model import MultimodalModel
+from dip_megatron.describe.model import MultimodalModel, Training
 from dip_megatron.describe.workload import Microbatch, make_units
 from dip_megatron.planner.feed import PlanFeed
 from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
+from tests.runtime.dip_case import followed
 from tests.runtime.llava_case import finalize_without_ddp, global_name, gradients
 from tests.runtime.split_case import Drawn, DrawnMaker
 
@@ -62,14 +64,38 @@ def seed(models: list[torch.nn.Module]) -> None:
             parameter.data.copy_(weight if split is None else weight.chunk(size, split)[rank])
 
 
-def plain_run(model: Any, forward_step: Callable[..., Any], batches: Sequence[Any]) -> Any:
-    """Losses and gradients of a whole model under Megatron's schedule without a pipeline."""
+def choose(models: Sequence[torch.nn.Module], expression: str) -> None:
+    """Let those parameters train whose name in the whole model matches, and no others.
+
+    ``coin N`` leaves it to a coin for each parameter, ``module coin N`` for each module (with
+    ``--overlap-grad-reduce`` Megatron can't train the bias of a frozen linear).
+    """
+    for wrapped in models:
+        model = wrapped
+        while hasattr(model, "module"):
+            model = model.module
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(_trains(global_name(model, name), expression))
+
+
+def _trains(name: str, expression: str) -> bool:
+    if "coin" in expression:
+        name = name.rpartition(".")[0] if expression.startswith("module") else name
+        return hashlib.sha256(f"{expression} {name}".encode()).digest()[0] < 100
+    return re.search(expression, name) is not None
+
+
+def plain_run(model: Any, forward_step: Callable[..., Any], batches: Sequence[Any], trains: str | None = None) -> Any:
+    """Losses and gradients of a whole model under Megatron's schedule without a pipeline. ``trains`` see
+    :func:`choose`."""
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     model.model_type = ModelType.encoder_or_decoder
     model.config.finalize_model_grads_func = finalize_without_ddp
     seed([model])
+    if trains is not None:
+        choose([model], trains)
     losses = get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=iter(batches), model=[model], num_microbatches=len(batches),
         seq_length=1, micro_batch_size=1, forward_only=False,
@@ -86,7 +112,7 @@ class DrawnUnitGraphs:
     unit_size: dict[str, int | None]
     seed: int = 0
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool) -> StageGraph:
+    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         units = make_units(self.model, loads, self.unit_size)
         ranks, segments = len(self.modules[0].layers[0]), {m.name: m.segments for m in self.modules}
         rows = sum(segments[u.module] for u in units)
@@ -95,7 +121,7 @@ class DrawnUnitGraphs:
             ranks, self.modules, units, draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
             np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
         )  # fmt: skip
-        return without_training(graph) if forward_only else graph
+        return without_training(graph) if forward_only else followed(graph, training)
 
 
 def drawn_run(
@@ -108,9 +134,10 @@ def drawn_run(
     forward_step: Callable[..., Any],
     batches: Sequence[Any],
     forward_only: bool = False,
+    trains: str | None = None,
 ) -> Any:
     """Losses of one iteration of ``program`` under a drawn plan, gradients on this rank, and the kinds of operations
-    that it ran, by module. ``model`` is the planner's view."""
+    that it ran, by module. ``model`` is the planner's view, ``trains`` see :func:`choose`."""
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.runtime.clock import Clock
@@ -119,6 +146,8 @@ def drawn_run(
     chunks = program.build_chunks()
     assert program.supports_split
     seed(chunks)
+    if trains is not None:
+        choose(chunks, trains)
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_without_ddp
     ranks = list(range(world))

@@ -53,7 +53,7 @@ class DrawnMaker:
         return self.quick(request)
 
     def quick(self, request):
-        graph = self.graphs.build(request.loads, request.forward_only)
+        graph = self.graphs.build(request.loads, request.forward_only, request.training)
         draw = np.random.default_rng(self.drawn.seed)
         names = tuple(
             tuple(

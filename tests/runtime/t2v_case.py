@@ -33,6 +33,7 @@ class T2vCase:
     recompute: bool = False
     loss: str = "per token"
     tensor_parallel: int = 1
+    trains: str | None = None
 
 
 LOSSES = ("per token", "sum and count", "mean")
@@ -106,7 +107,7 @@ def reference(rank: int, world: int, case: T2vCase) -> Any:
 
     model = TextToVideoModel(**arguments(case, 1))
     model.freeze(**freeze_arguments(case))
-    losses, grads = plain_run(model, partial(forward_step, case.loss), batches(case))
+    losses, grads = plain_run(model, partial(forward_step, case.loss), batches(case), case.trains)
     return losses, grads, {name: split_dimension(p) for name, p in model.named_parameters()}
 
 
@@ -121,5 +122,5 @@ def dip_run(rank: int, world: int, case: T2vCase, drawn: Drawn, forward_only: bo
     model = describe_t2v(kwargs, frozen, Parallel(1, world, 1, False, False))
     return drawn_run(
         rank, world, program, model, case.unit_size, drawn, partial(forward_step, case.loss), batches(case),
-        forward_only,
+        forward_only, case.trains,
     )  # fmt: skip

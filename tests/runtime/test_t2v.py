@@ -83,6 +83,11 @@ def test_a_projector_alone_trains():
     assert {kind for module, kind in last if module == "language"} == {Kind.F, Kind.B, Kind.W}
 
 
+@pytest.mark.parametrize("trains", ["coin 1", "coin 2", "text_projection", r"diffusion.*layers\.1\.", "embedding"])
+def test_what_a_script_froze_later(trains):
+    check(T2vCase(MIXED, ((1, 1), (1, 0)), ((1, 1), (0, 1)), trains=trains), 2, Drawn(2, 0.6, LAYER_STRATEGIES))
+
+
 def test_tensor_parallel_ranks_equal_one():
     """Each of two ranks has its shards of the weights, and their gradients."""
     case, pair = T2vCase(MIXED), Team(2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from ...core.graph import Floats
-from ..model import LanguageHead, ModuleShape, MultimodalModel
+from ..model import ChunkTraining, LanguageHead, ModuleShape, MultimodalModel
+from ..model.modules import TrainablePart
 from ..workload import Microbatch
 from .calibration import Costs, Part
 from .hardware import Cluster
@@ -19,6 +22,7 @@ from .static import INBOX_MESSAGES, StaticBytes, run_bytes
 from .strategies import LAYER_STRATEGIES, Counts, combine, format_strategy, pick
 
 _LEAST_SAVED = 0.01
+_TRAINABLE: dict[Part, TrainablePart] = {"stem": "stem", "layer": "layers", "head": "head"}
 _FULL = LAYER_STRATEGIES.index("full")
 _PLACING = ("full", "mlp", "selective", "activation", "offload", "none")
 
@@ -91,6 +95,22 @@ class CostModel:
         self._allowed = np.array([s == "none" or s in strategies for s in LAYER_STRATEGIES])
         self._reached = _reached(model)
         self._cache: dict[tuple[Chunk, tuple[tuple[float, ...], ...]], _Candidates] = {}
+        self._as_built: dict[tuple[Any, ...], CostModel] = {}
+
+    def as_built(self, module: str, chunk: ChunkTraining, reached: bool) -> CostModel:
+        """The costs of a chunk of ``module`` whose parameters train as ``chunk`` says; ``reached``: something before it
+        in the model trains."""
+        shape = chunk.of_shape(self.model.module(module))
+        if shape == self.model.module(module) and reached == self._reached[module]:
+            return self
+        key = (module, shape.trainable, shape.trained_share, reached)
+        if key not in self._as_built:
+            other = copy.copy(self)
+            modules = tuple(shape if m.name == module else m for m in self.model.modules)
+            other.model = replace(self.model, modules=modules)
+            other._reached, other._cache, other._as_built = self._reached | {module: reached}, {}, {}
+            self._as_built[key] = other
+        return self._as_built[key]
 
     # -- parts ---------------------------------------------------------------------------------------------------
     def part_alive(self, module: str, part: Part) -> bool:
@@ -107,9 +127,10 @@ class CostModel:
         zero = np.zeros(len(sizes))
         if not self.part_alive(shape.name, part):
             return PartCost(cost.forward, zero, zero, zero, zero)
-        if {"stem": "stem", "layer": "layers", "head": "head"}[part] not in shape.trainable:
+        share = shape.share(_TRAINABLE[part])
+        if not share:
             return PartCost(cost.forward, cost.backward, zero, cost.activation, zero)
-        return cost
+        return replace(cost, weight=share * cost.weight)
 
     def stem(self, module: str, sizes: Sizes) -> PartCost:
         """The module's stem for units of the given sizes."""
@@ -237,9 +258,14 @@ class CostModel:
         return _Candidates(counts, tuple(_name(place, line) for line in counts))
 
     # -- memory and messages -------------------------------------------------------------------------------------
-    def static(self, chunks: Sequence[Sequence[Chunk]], sizes: Mapping[str, Sizes]) -> tuple[StaticBytes, ...]:
-        """What each rank holds all the time, ``chunks[rank]`` being its chunks, for units of at most the given
-        sizes."""
+    def static(
+        self,
+        chunks: Sequence[Sequence[Chunk]],
+        sizes: Mapping[str, Sizes],
+        built: Mapping[LayerRun, ModuleShape] | None = None,
+    ) -> tuple[StaticBytes, ...]:
+        """What each rank holds all the time, ``chunks[rank]`` being its chunks, for units of at most the given sizes;
+        ``built``: shapes of the chunks' runs as built, where they aren't the model's."""
         workspace = {m.name: self._workspace(m, sizes[m.name]) for m in self.model.modules if len(sizes[m.name])}
         inbox = 0.0
         if self.model.parallel.pp > 1:
@@ -249,7 +275,7 @@ class CostModel:
         for line in chunks:
             total = StaticBytes(inbox=inbox)
             for run in (run for chunk in line for run in chunk):
-                shape = self.model.module(run.module)
+                shape = (built or {}).get(run) or self.model.module(run.module)
                 total = total.plus(run_bytes(self.model, self.cluster, shape, run.layers, run.stem, run.head))
                 layer, head = workspace.get(run.module, (0.0, 0.0))
                 total = total.plus(StaticBytes(workspace=max(layer if run.layers else 0.0, head if run.head else 0.0)))

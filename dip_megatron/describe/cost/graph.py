@@ -9,8 +9,8 @@ from functools import lru_cache
 import numpy as np
 
 from ...core import ModalityModule, StageGraph, Unit
-from ...core.graph import Floats
-from ..model import ModuleShape, MultimodalModel, Partition
+from ...core.graph import Floats, trained_before
+from ..model import ModuleShape, MultimodalModel, Partition, Training
 from ..workload import Microbatch, WorkloadError, make_units
 from .calibration import Costs
 from .chunks import Chunk, ChunkCost, CostModel, LayerRun
@@ -57,21 +57,25 @@ def segmented_graph(
     partition: Partition,
     microbatches: Sequence[Microbatch],
     memory_limit: float | Sequence[float] | None = None,
+    training: Training | None = None,
 ) -> StageGraph:
-    """:func:`build_graph` with a cost model of one's own (other strategies, another number of candidates)."""
+    """:func:`build_graph` with a cost model of one's own (other strategies, another number of candidates), and of a
+    model that trains as ``training`` says (None: as it is described)."""
     model = pricer.model
     partition.check(model)
     if not microbatches:
         raise WorkloadError("microbatches: an iteration needs at least one")
     ranks = model.parallel.pp
     units = make_units(model, microbatches, {m.module: m.unit_size for m in partition.modules})
-    modules = tuple(_module(partition, shape) for shape in model.modules)
+    modules = tuple(_module(partition, shape, training) for shape in model.modules)
+    reached = trained_before(modules)
     first_row = np.cumsum([0] + [partition.module(u.module).segments for u in units])
     rows = int(first_row[-1])
     chunks = {m.name: _chunks(partition, m) for m in model.modules}
     costs: list[tuple[Counts, int, ChunkCost]] = []
     hop = np.zeros(rows)
     sizes = {}
+    built: dict[LayerRun, ModuleShape] = {}
     for shape in model.modules:
         mine = [u for u in units if u.module == shape.name]
         sizes[shape.name] = unit_sizes(shape, microbatches, [(u.microbatch, u.first, u.count) for u in mine])
@@ -79,20 +83,25 @@ def segmented_graph(
             continue
         here = {shape.name: sizes[shape.name]}
         first = first_row[[u.id for u in mine]]
-        layers: dict[tuple[str, bool], LayerCost] = {}
-        priced: dict[Chunk, ChunkCost] = {}
+        layers: dict[CostModel, dict[tuple[str, bool], LayerCost]] = {}
+        priced: dict[tuple[CostModel, Chunk], ChunkCost] = {}
+        trained = None if training is None else training.of_module(shape.name)
         message = pricer.hop_seconds(pricer.message_bytes(shape, sizes[shape.name]))
         for k, line in enumerate(chunks[shape.name]):
             hop[first + k] = message
             for rank, run in enumerate(line):
+                own = pricer
+                if trained is not None:
+                    built[run] = trained[k][rank].of_shape(shape)
+                    own = pricer.as_built(shape.name, trained[k][rank], reached[shape.name][k][rank])
                 # Chunks of equal layers cost the same, wherever they stand, unless kinds of layers alternate.
-                same = (run if shape.layer.window else replace(run, first=0),)
+                same = (own, (run if shape.layer.window else replace(run, first=0),))
                 if same not in priced:
-                    priced[same] = pricer._chunk(same, here, layers)
+                    priced[same] = own._chunk(same[1], here, layers.setdefault(own, {}))
                 costs.append((first + k, rank, priced[same]))
     arrays, names = _fill(rows, ranks, costs)
     ranked = [[(line[rank],) for m in model.modules for line in chunks[m.name]] for rank in range(ranks)]
-    static = [s.total for s in pricer.static(ranked, sizes)]
+    static = [s.total for s in pricer.static(ranked, sizes, built)]
     return _graph(pricer, modules, units, arrays, names, hop, static, memory_limit)
 
 
@@ -219,10 +228,12 @@ def _trains(shape: ModuleShape, run: LayerRun) -> bool:
     )
 
 
-def _module(partition: Partition, shape: ModuleShape) -> ModalityModule:
+def _module(partition: Partition, shape: ModuleShape, training: Training | None) -> ModalityModule:
+    layers = partition.module(shape.name).layers
+    if training is not None:
+        return ModalityModule(shape.name, layers, shape.upstream, training.trainable(shape.name))
     runs = _chunks(partition, shape)
     trainable = tuple(tuple(_trains(shape, run) for run in row) for row in runs)
-    layers = partition.module(shape.name).layers
     return ModalityModule(shape.name, layers, shape.upstream, () if all(map(all, trainable)) else trainable)
 
 

@@ -38,17 +38,17 @@ INBOX_MESSAGES = 8
 """Receives that are posted ahead, in the order of their senders, at most."""
 
 
-def state_bytes(model: MultimodalModel, cluster: Cluster, parameters: float, trainable: bool) -> StaticBytes:
-    """Parameters, float32 main gradients and Adam's state of ``parameters`` weights split over tp. Mixed precision
-    keeps a float32 copy and two moments (12 bytes each), single precision the moments alone (8); the distributed
-    optimizer shards them over the data-parallel ranks. Frozen weights keep their values only."""
+def state_bytes(model: MultimodalModel, cluster: Cluster, parameters: float, trained: float) -> StaticBytes:
+    """Parameters, float32 main gradients and Adam's state of ``parameters`` weights split over tp, of which a share
+    ``trained`` isn't frozen: those that are keep their values only. Mixed precision keeps a float32 copy and two
+    moments (12 bytes each), single precision the moments alone (8); the distributed optimizer shards them over the
+    data-parallel ranks."""
     count = parameters / model.parallel.tp
-    if not trainable:
-        return StaticBytes(parameters=count * cluster.element_bytes)
-    state = count * (12 if cluster.element_bytes == 2 else 8)
+    learned = count * trained
+    state = learned * (12 if cluster.element_bytes == 2 else 8)
     if model.parallel.distributed_optimizer:
         state /= model.parallel.dp
-    return StaticBytes(count * cluster.element_bytes, count * 4, state)
+    return StaticBytes(count * cluster.element_bytes, learned * 4, state)
 
 
 def run_bytes(
@@ -57,11 +57,11 @@ def run_bytes(
     """State of ``layers`` layers of a module, with its stem and its head where asked for."""
     hidden = module.layer.hidden
     parts = (
-        (module.layer.parameters * layers, "layers" in module.trainable),
-        (module.stem.parameters(hidden) * stem, "stem" in module.trainable),
-        (module.head.parameters(hidden) * head, "head" in module.trainable),
+        (module.layer.parameters * layers, module.share("layers")),
+        (module.stem.parameters(hidden) * stem, module.share("stem")),
+        (module.head.parameters(hidden) * head, module.share("head")),
     )
     total = StaticBytes()
-    for parameters, trainable in parts:
-        total = total.plus(state_bytes(model, cluster, parameters, trainable))
+    for parameters, trained in parts:
+        total = total.plus(state_bytes(model, cluster, parameters, trained))
     return total

@@ -21,10 +21,12 @@ from .modules import (
 )
 from .partition import ModulePartition, Partition, even_partition, spread
 from .schema import load_model
+from .training import ChunkTraining, PartTraining, Training, TrainingMismatchError
 
 __all__ = [
     "EVERY_PART",
     "AudioEmbedding",
+    "ChunkTraining",
     "Head",
     "LanguageHead",
     "LatentEmbedding",
@@ -36,11 +38,14 @@ __all__ = [
     "Nothing",
     "Packing",
     "Parallel",
+    "PartTraining",
     "Partition",
     "PatchEmbedding",
     "Projector",
     "Stem",
     "TokenEmbedding",
+    "Training",
+    "TrainingMismatchError",
     "TransformerLayer",
     "even_partition",
     "load_model",

@@ -182,7 +182,8 @@ class ModuleShape:
 
     ``input`` is what of a microbatch it reads: ``images`` or ``audios`` (an encoder; one instance each), ``clips`` (a
     DiT), or ``text`` (a language model: packed sequences, or the prompts of the clips). ``upstream`` names the modules
-    whose outputs it waits for. ``trainable`` lists the parts that have weight gradients.
+    whose outputs it waits for. ``trainable`` lists the parts that have weight gradients;
+    ``trained_share`` says of how many of the parameters of stem, layers and head, where they do (adapters: few).
     """
 
     name: str
@@ -193,6 +194,7 @@ class ModuleShape:
     head: Head = field(default_factory=Nothing)
     upstream: tuple[str, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
+    trained_share: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         _positive(f"modules.{self.name}", layers=self.layers)
@@ -205,6 +207,10 @@ class ModuleShape:
             raise ModelError(f"modules.{self.name}.stem: a module of clips needs a latent_embedding")
         if isinstance(self.head, LanguageHead | LatentHead) and self.input in ("images", "audios"):
             raise ModelError(f"modules.{self.name}.head: an encoder's head is a projector or none, not a loss")
+
+    def share(self, part: TrainablePart) -> float:
+        """Of the part's parameters, those that train; 0 for a frozen part."""
+        return self.trained_share[EVERY_PART.index(part)] if part in self.trainable else 0.0
 
     @property
     def reduction(self) -> int:

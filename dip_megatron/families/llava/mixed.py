@@ -142,20 +142,8 @@ class MixedLlavaProgram(LlavaProgram):
             freeze=freeze,
         )  # fmt: skip
         total = tuple(tuple(sum(x.layers for x in s) for s in line) for line in runs)
-        trains = tuple(tuple(any(map(self._trains, s)) for s in line) for line in runs)
-        self.modules = (  # type: ignore[assignment]
-            ModalityModule(
-                MODEL, total, trainable=() if all(map(all, trains)) else trains,
-                reversed=self._back if any(self._back) else (),
-            ),
-        )  # fmt: skip
-
-    def _trains(self, run: LayerRun) -> bool:
-        """Whether a piece has weights that train."""
-        if run.module == LANGUAGE:
-            return not self.freeze.get("freeze_language_model", False)
-        body = not self.freeze.get("freeze_vision_model", False) and (run.layers > 0 or run.stem)
-        return body or (run.head and not self.freeze.get("freeze_vision_projection", False))
+        back = self._back if any(self._back) else ()
+        self.modules = (ModalityModule(MODEL, total, reversed=back),)  # type: ignore[assignment]
 
     def _stage(self, segment: int, rank: int, ranks: int) -> int:
         return segment * ranks + (ranks - 1 - rank if self._back[segment] else rank)

@@ -115,16 +115,9 @@ class LlavaProgram(SegmentedProgram):
         self.freeze = dict(freeze or {})
         vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
         self._check(vision, language)
-        frozen = [self.freeze.get(f"freeze_{name}", False) for name in ("vision_model", "language_model")]
-        projector = not self.freeze.get("freeze_vision_projection", False)
         self.modules = (
-            ModalityModule(
-                VISION, layers[VISION], trainable=self.trainable(VISION, body=not frozen[0], head=projector)
-            ),
-            ModalityModule(
-                LANGUAGE, layers[LANGUAGE], (VISION,), self.trainable(LANGUAGE, body=not frozen[1], head=False)
-            ),
-        )
+            ModalityModule(VISION, layers[VISION]), ModalityModule(LANGUAGE, layers[LANGUAGE], (VISION,))
+        )  # fmt: skip
         self._tensor_parallel = language.tensor_model_parallel_size
         self._sequence_parallel = language.tensor_model_parallel_size if language.sequence_parallel else 1
         self._image_token = kwargs.get("image_token_index", _default("image_token_index"))

@@ -74,15 +74,6 @@ class SegmentedProgram:
         for segment in range(last[0] + 1):
             yield segment, segment == self.rank == 0, (segment, self.rank) == last
 
-    def trainable(self, module: str, *, body: bool, head: bool) -> tuple[tuple[bool, ...], ...]:
-        """Which chunks of ``module`` have weights to train, ``[segment][rank]``, if its stem and layers (``body``) or
-        what follows them on the last chunk (``head``) do; empty: all."""
-        if body:
-            return ()
-        flags = [[False] * self.ranks for _ in self.layers[module]]
-        flags[-1][-1] = head
-        return tuple(map(tuple, flags))
-
     def finish(self, chunks: list[Chunk], config: Any) -> list[torch.nn.Module]:
         """Let the rank's chunks, in their order, follow the mode and stand where Megatron's wrappers look.
 

@@ -77,15 +77,12 @@ class GptShapes:
 @dataclass(frozen=True)
 class T2vShapes:
     """Payload shapes of text to video. Widths of the text encoder and of the DiT; ``compression`` and ``patch`` make
-    clips' latent tokens of their frames and pixels. Nothing flows back into the text encoder's hidden states unless
-    ``text_trains``, nor into the condition unless ``condition_trains``."""
+    clips' latent tokens of their frames and pixels. Every chunk of the DiT hands on the condition as it came."""
 
     text_hidden: int
     hidden: int
     compression: tuple[int, int, int]
     patch: tuple[int, int, int]
-    text_trains: bool
-    condition_trains: bool
     dtype: str
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
@@ -93,9 +90,9 @@ class T2vShapes:
         timestep."""
         clips = load.clips[unit.first : unit.first + unit.count]
         words = sum(clip.text_tokens for clip in clips)
-        condition = TensorSpec("condition", (words, 1, self.hidden), self.dtype, self.condition_trains)
+        condition = TensorSpec("condition", (words, 1, self.hidden), self.dtype, made_by=LANGUAGE)
         if unit.module == LANGUAGE:
-            hidden = TensorSpec("hidden", (words, 1, self.text_hidden), self.dtype, self.text_trains)
+            hidden = TensorSpec("hidden", (words, 1, self.text_hidden), self.dtype)
             return (condition,) if leaves_module else (hidden,)
         tokens = sum(clip.latent_tokens(self.compression, self.patch) for clip in clips)
         return (

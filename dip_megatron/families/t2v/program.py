@@ -264,20 +264,15 @@ class T2vProgram(SegmentedProgram):
         text, diffusion = self.kwargs["text_config"], self.kwargs["diffusion_config"]
         self.check_layers(LANGUAGE, text.num_layers)
         self.check_layers(DIFFUSION, diffusion.num_layers)
-        reads = not self.freeze.get("freeze_text_encoder", False)
-        projects = not self.freeze.get("freeze_text_projection", False)
         self.modules = (
-            ModalityModule(LANGUAGE, layers[LANGUAGE], trainable=self.trainable(LANGUAGE, body=reads, head=projects)),
-            ModalityModule(DIFFUSION, layers[DIFFUSION], (LANGUAGE,)),
-        )
+            ModalityModule(LANGUAGE, layers[LANGUAGE]), ModalityModule(DIFFUSION, layers[DIFFUSION], (LANGUAGE,))
+        )  # fmt: skip
         self.patch: Grid = tuple(self.kwargs["patch"])
         self.shapes = T2vShapes(
             text_hidden=text.hidden_size,
             hidden=diffusion.hidden_size,
             compression=tuple(self.kwargs["compression"]),
             patch=self.patch,
-            text_trains=reads,
-            condition_trains=reads or projects,
             dtype=dtype_name(diffusion),
         )
 
