@@ -176,7 +176,7 @@ def test_other_chunks_are_refused(tmp_path):
         PlanFile.read(path, 4)
     file = PlanFile.read(path, 2)
     with pytest.raises(
-        ConfigurationError, match=r"modules.vision.upstream: the plans have \(\), this run has \('a',\)"
+        ConfigurationError, match=r"vision.upstream: the plans have \(\), this run has \('a',\)"
     ):
         file.check((replace(file.modules[0], upstream=("a",)), file.modules[1]))
     file.check(file.modules)
