@@ -11,6 +11,7 @@ from .deprecation import Deprecated
 PUBLIC: dict[str, dict[str, str]] = {
     "Train under DIP": {
         "install": "",
+        "build_model": "",
         "ConfigurationError": "describe.files",
         "CPU_FLAGS": "megatron.cpu",
         "install_cpu_platform": "megatron.cpu",
@@ -21,6 +22,7 @@ PUBLIC: dict[str, dict[str, str]] = {
         "TransformerLayer": "describe.model",
         "TokenEmbedding": "describe.model",
         "PatchEmbedding": "describe.model",
+        "FeatureEmbedding": "describe.model",
         "LatentEmbedding": "describe.model",
         "LanguageHead": "describe.model",
         "LatentHead": "describe.model",
@@ -41,7 +43,7 @@ PUBLIC: dict[str, dict[str, str]] = {
         "ModelPart": "families.shared.segmented",
         "ModalityModule": "core",
         "Unit": "core",
-        "StageKey": "core",
+        "Operation": "core",
         "Payload": "core",
         "TensorSpec": "core",
         "Inputs": "runtime.protocol",

@@ -1,4 +1,5 @@
-"""What DIP leans on in Megatron-Core, Transformer Engine and torch that they don't promise: one file a topic.
+"""What DIP leans on in Megatron-Core, Transformer Engine, Megatron-Bridge and torch that they don't promise: one file
+a topic.
 
 A new release of one of them is a matter of this folder alone. Each file says which releases it was seen with.
 """
@@ -11,7 +12,7 @@ from .names import Topic
 
 FILES = (
     "losses", "linears", "recompute", "buckets", "rerun", "llava", "ranks_on_one_gpu", "host", "training_loop",
-    "checkpointing", "transformer_engine", "process_groups", "tensors",
+    "checkpointing", "transformer_engine", "process_groups", "tensors", "bridge",
 )  # fmt: skip
 
 

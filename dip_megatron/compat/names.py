@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Literal
 
-Package = Literal["megatron-core", "megatron.training", "transformer-engine", "torch"]
+Package = Literal["megatron-core", "megatron.training", "transformer-engine", "megatron-bridge", "torch"]
 
 
 @dataclass(frozen=True)

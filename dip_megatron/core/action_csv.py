@@ -61,20 +61,20 @@ class _Chain:
                         f"microbatch {m} has nothing for {module.name}: in the CSV it passes every stage"
                     )
 
-    def stage(self, row: int, rank: int) -> int:
-        """Number of a row's stage on a rank."""
+    def stage(self, s: int, rank: int) -> int:
+        """Number of the stage of a virtual microbatch on a rank."""
         graph = self.graph
-        unit = graph.units[int(graph.row_unit[row])]
-        place = graph.ranks - 1 - rank if graph.row_reversed[row] else rank
-        return (self._offset[unit.module] + graph.segment(row)) * graph.ranks + place
+        unit = graph.units[int(graph.unit_of[s])]
+        along = graph.ranks - 1 - rank if graph.is_reversed[s] else rank
+        return (self._offset[unit.module] + graph.segment(s)) * graph.ranks + along
 
-    def row(self, stage: int, microbatch: int) -> tuple[int, int]:
-        """(row, rank) of a stage for a microbatch."""
+    def place(self, stage: int, microbatch: int) -> tuple[int, int]:
+        """(virtual microbatch, rank) of a stage for a microbatch."""
         graph = self.graph
         segment, place = divmod(stage, graph.ranks)
         name = next(m.name for m in reversed(graph.modules) if self._offset[m.name] <= segment)
-        row = graph.row(self._unit[name, microbatch], segment - self._offset[name])
-        return row, graph.ranks - 1 - place if graph.row_reversed[row] else place
+        s = graph.virtual_microbatch(self._unit[name, microbatch], segment - self._offset[name])
+        return s, graph.ranks - 1 - place if graph.is_reversed[s] else place
 
 
 def format_actions(graph: StageGraph, schedule: Schedule) -> str:
@@ -83,17 +83,17 @@ def format_actions(graph: StageGraph, schedule: Schedule) -> str:
     rows, ranks = np.nonzero(~graph.has_backward)
     if len(rows):
         raise ActionCsvError(
-            f"{graph.key(Kind.F, int(rows[0]), int(ranks[0]))} has no backward: the CSV has one for every stage"
+            f"{graph.operation(Kind.F, int(rows[0]), int(ranks[0]))} has no backward: the CSV has one for every stage"
         )
     writer = csv.writer(out, lineterminator="\n")
     for rank, order in enumerate(schedule.orders):
         cells = []
         for code in order.tolist():
-            kind, row = Kind(code // graph.rows), code % graph.rows
-            if kind == Kind.B and not graph.has_weight[row, rank]:
+            kind, s = Kind(code // graph.virtual_microbatches), code % graph.virtual_microbatches
+            if kind == Kind.B and not graph.has_weight[s, rank]:
                 kind = Kind.BW  # all the backward there is
-            unit = graph.units[int(graph.row_unit[row])]
-            cells.append(f"{chain.stage(row, rank)}{_WORDS[kind]}{unit.microbatch}")
+            unit = graph.units[int(graph.unit_of[s])]
+            cells.append(f"{chain.stage(s, rank)}{_WORDS[kind]}{unit.microbatch}")
         writer.writerow(cells)
     return out.getvalue()
 
@@ -112,17 +112,17 @@ def parse_actions(text: str, graph: StageGraph) -> Schedule:
         for place, stage, word, microbatch in line:
             if stage >= chain.stages or microbatch >= chain.microbatches:
                 raise ActionCsvError(f"{place}: there are {chain.stages} stages and {chain.microbatches} microbatches")
-            row, holder = chain.row(stage, microbatch)
+            s, holder = chain.place(stage, microbatch)
             if holder != rank:
                 raise ActionCsvError(f"{place}: stage {stage} is on rank {holder}")
             kind = _KINDS[word]
-            if not graph.has_weight[row, rank] and kind != Kind.F:
+            if not graph.has_weight[s, rank] and kind != Kind.F:
                 if kind != Kind.BW:
                     raise ActionCsvError(f"{place}: stage {stage} has no weights to train; write B for its backward")
                 kind = Kind.B
-            order.append(int(kind) * graph.rows + row)
+            order.append(int(kind) * graph.virtual_microbatches + s)
         orders.append(np.array(order, dtype=np.int32))
-    schedule = Schedule(tuple(orders), np.zeros((graph.rows, graph.ranks), dtype=np.int8))
+    schedule = Schedule(tuple(orders), np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
     fault = check_complete(graph, schedule)
     if fault is not None:
         raise ActionCsvError(fault)
@@ -183,6 +183,6 @@ def _graph(lines: list[list[tuple[str, int, str, int]]]) -> StageGraph:
     second = np.ones((1, microbatches * segments, ranks))
     return StageGraph(
         ranks=ranks, modules=(module,), units=tuple(Unit(m, "model", m) for m in range(microbatches)), forward=second,
-        backward=second, weight=second, fused=2 * second, activation=second, hold=0 * second,
-        hop=np.zeros(microbatches * segments), static_bytes=np.zeros(ranks), memory_limit=np.full(ranks, np.inf),
+        backward=second, weight=second, fused=2 * second, activation=second, deferred_activation=0 * second,
+        transfer=np.zeros(microbatches * segments), static_bytes=np.zeros(ranks), memory_limit=np.full(ranks, np.inf),
     )  # fmt: skip

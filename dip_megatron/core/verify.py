@@ -41,11 +41,11 @@ def verify(plan: Plan) -> None:
             f"predicted {plan.predicted.iteration_time} s lies under the bound {plan.predicted.lower_bound} s"
         )
     if plan.payloads:
-        for s in range(graph.rows):
+        for s in range(graph.virtual_microbatches):
             inner = [(s, r) for r in range(graph.ranks) if r != graph.exit_rank(s)]
-            for target, rank in inner + [(n, graph.exit_rank(s)) for n in graph.next_rows[s]]:
+            for target, rank in inner + [(n, graph.exit_rank(s)) for n in graph.next_virtual_microbatches[s]]:
                 if plan.payload(s, target, rank) is None:
-                    raise PlanError(f"no payload for row {s} to row {target}")
+                    raise PlanError(f"no payload for virtual microbatch {s} to {target}")
 
 
 def _padded(graph: StageGraph, lines: tuple[Ints, ...]) -> tuple[Ints, Ints]:

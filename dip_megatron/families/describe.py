@@ -38,7 +38,7 @@ def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parall
         VISION, "images", vision.num_layers, layer_shape(vision, causal=False),
         PatchEmbedding(kwargs.get("patch_dim", 14)),
         Projector(language.hidden_size, projection.ffn_hidden_size, 4 if kwargs.get("pixel_shuffle") else 1),
-        trainable=_trainable(
+        trainable=trainable_parts(
             stem=not freeze.get("freeze_vision_model"), layers=not freeze.get("freeze_vision_model"),
             head=not freeze.get("freeze_vision_projection"),
         ),
@@ -48,7 +48,7 @@ def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parall
     decoder = ModuleShape(
         LANGUAGE, "text", language.num_layers, layer_shape(language, causal=True), TokenEmbedding(vocabulary),
         LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)), (VISION,),
-        _trainable(stem=trained, layers=trained, head=trained),
+        trainable_parts(stem=trained, layers=trained, head=trained),
     )  # fmt: skip
     packing = Packing(max_tokens=kwargs["language_max_sequence_length"], image_tokens=tokens)
     return MultimodalModel("llava", (encoder, decoder), parallel, packing)
@@ -73,7 +73,7 @@ def describe_t2v(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel
     encoder = ModuleShape(
         LANGUAGE, "text", text.num_layers, layer_shape(text, causal=True), TokenEmbedding(kwargs["vocabulary"]),
         Projector(hidden, hidden),
-        trainable=_trainable(stem=reads, layers=reads, head=not freeze.get("freeze_text_projection")),
+        trainable=trainable_parts(stem=reads, layers=reads, head=not freeze.get("freeze_text_projection")),
     )  # fmt: skip
     layer = replace(layer_shape(diffusion, causal=False), cross_attention=hidden, adaln="single")
     transformer = ModuleShape(
@@ -96,5 +96,6 @@ def layer_shape(config: Any, *, causal: bool) -> TransformerLayer:
     )
 
 
-def _trainable(**parts: bool) -> Any:
+def trainable_parts(**parts: bool) -> Any:
+    """Names of the parts of a module that train."""
     return tuple(name for name, trains in parts.items() if trains)

@@ -16,16 +16,16 @@ from megatron.core import parallel_state
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
-from ..describe.model import MultimodalModel, Parallel, Partition, Training, TrainingMismatchError
+from ..describe.model import ModulePartition, MultimodalModel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
+from ..planner.delivery import PlanDelivery
 from ..planner.facade import Setting, live_maker, searched_partition
-from ..planner.feed import PlanFeed
 from ..planner.from_file import FilePlanner, PlanFile
 from ..planner.live import Chunks, ModelGraphs
 from ..planner.request import Service
 from ..planner.searchers import live_effort
-from ..planner.service import PlannerService
+from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
 from ..report.plans import NAME as PLANS
 from ..report.plans import PlanWriter
 from ..report.progress import RunProgress
@@ -37,13 +37,13 @@ from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
 from ..schedulers.entry import ScheduleEntry
 from ..schedulers.registry import UnknownScheduleError, find_schedule
+from .adapters.loop import TrainingLoop
 from .build import ChunkList, configured_partition, record_blueprint
-from .checkpoints import Checkpoint, find_checkpoint, record, warn_of_bound_state
+from .call import check_call
+from .checkpoints import Checkpoint
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
-from .scalars import write_scalars
-from .shared_gpu import single_ranks_on_nccl
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,22 @@ logger = logging.getLogger(__name__)
 class DipSession:
     """What the hooks share between building the model and running its iterations."""
 
-    def __init__(self, args: Any, config: DipConfig, families: Sequence[ModelFamily]):
-        """``args`` are Megatron's, validated; ``config`` is not ``off``; ``families`` are the models to look for."""
-        single_ranks_on_nccl(args)
-        self._args = args
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        config: DipConfig,
+        families: Sequence[ModelFamily],
+        tell: Callable[[str], object] = logger.warning,
+    ):
+        """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
+        self._loop = loop
         self._config = config
-        self._file = self._plan_file(config, args.pipeline_model_parallel_size)
+        self._file = self._plan_file(config, loop.parallel.pp)
         self._entry = self._schedule()
         self._families = families
+        self._tell = tell
+        self._own: dict[int, torch.nn.Module] = {}
+        self._running = False
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
@@ -85,21 +93,19 @@ class DipSession:
         """A model provider that builds what ``provider`` would, in segments."""
 
         def build(*args: Any, **kwargs: Any) -> ChunkList:
+            if self._program is not None:
+                self._tell("a second model of this run is built and runs as without DIP")
+                return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
-            a = self._args
-            parallel = Parallel(
-                a.tensor_model_parallel_size, a.pipeline_model_parallel_size, a.data_parallel_size,
-                a.sequence_parallel, a.use_distributed_optimizer,
-            )  # fmt: skip
+            loop = self._loop
             if self._file is not None and self._file.path.parent == self._config.plan_file:
-                self._file = self._plan_file(self._config, a.pipeline_model_parallel_size, _replica_folder())
-            model = family.describe(blueprint, parallel)
-            check_entry(self._entry, model, family, self._num_microbatches())
+                self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
+            model = family.describe(blueprint, loop.parallel)
+            check_entry(self._entry, model, family, loop.num_microbatches)
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
-            checkpoint = find_checkpoint(a)
+            checkpoint = loop.checkpoint()
             held = self._chunks(model, cluster, costs, family.workload, checkpoint)
-            record(a, held)
-            for sentence in (checkpoint and checkpoint.compare(held), warn_of_bound_state(a)):
+            for sentence in (loop.record(held), checkpoint and checkpoint.compare(held)):
                 if sentence:
                     _tell(sentence)
             self._graphs = ModelGraphs(
@@ -112,10 +118,13 @@ class DipSession:
                 self._config.offload,
             )
             rank = parallel_state.get_pipeline_model_parallel_rank()
-            self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=a.micro_batch_size)
+            self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=loop.micro_batch_size)
             if self._file is not None:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
+            for chunk in chunks:
+                chunk.register_forward_pre_hook(self._guard())
+            self._own = {id(chunk): chunk for chunk in chunks}
             self._start_planner(self._program, self._graphs)
             return chunks
 
@@ -132,12 +141,16 @@ class DipSession:
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
-            effort, asked = live_effort(config, planners_here, not torch.cuda.is_available()), config.schedule != "off"
+            effort = live_effort(config, planners_here, thrifty=not torch.cuda.is_available())
+            asked = config.schedule != "off"
             label = config.schedule if asked else self._entry.name
             maker = live_maker(self._entry, graphs, program.shapes, effort, label=label)
             # One worker process, whose threads search together: only one iteration is planned ahead.
             workers = min(config.planner_workers, 1) if asked and self._entry.ahead else 0
-            self._service = service = PlannerService(maker, workers)
+            improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
+            if self._reads_ahead() or config.search_evaluations is not None:
+                improve = 0.0
+            self._service = service = PlannerService(maker, workers, improve_seconds=improve)
             if self._file is not None:
                 self._service = FilePlanner(self._file, graphs.model, program.shapes, service, falls_back=asked)
             atexit.register(service.close)
@@ -161,6 +174,8 @@ class DipSession:
             given = configured_partition(model, self._config)
         if given is None and self._file is not None and (not mixed or len(model.modules) == 1):
             return self._file.partition(model)
+        if given is None and not mixed:
+            given = self._given_partition(model)
         if given is None and checkpoint is not None:
             given = checkpoint.stages_for(self._entry.name, model) if mixed else checkpoint.partition_for(model)
             if given is not None:
@@ -188,11 +203,27 @@ class DipSession:
             _tell(chunks.explain())
         return chunks
 
+    def _given_partition(self, model: MultimodalModel) -> Partition | None:
+        """The layout that the loop's own settings give, where it says all of the partition: a model of one module."""
+        layout = self._loop.layout
+        if layout is None or self._config.override:
+            return None
+        if len(model.modules) > 1:
+            _tell(
+                f"{layout} lay out one of {len(model.modules)} modules: DIP's partition of all of them replaces it (as "
+                "with --dip-override; modules.NAME.layers in --dip-config fixes layers)"
+            )
+            return None
+        partition = Partition((ModulePartition(model.modules[0].name, layout.layers, None),))
+        partition.check(model)
+        _tell(f"{model.modules[0].name}: layers {layout.layers}, as {layout} say")
+        return partition
+
     def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
         """Chunks are built before the first batch is read, so they are judged by a published mix, packed to the model's
         sequence length."""
         config = self._config
-        batches = load_workload(workload, model, 2, self._num_microbatches(), self._args.seed)
+        batches = load_workload(workload, model, 2, self._loop.num_microbatches, self._loop.seed)
         setting = Setting(
             model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload
         )
@@ -200,34 +231,67 @@ class DipSession:
             return tuned_choice(self._entry, setting)
         return searched_partition(setting, 5.0)
 
-    def _num_microbatches(self) -> int:
-        args = self._args
-        return max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1)
-
     # -- iterations ----------------------------------------------------------------------------------------------
-    def forward_backward(self, *_: Any, **__: Any) -> DipForwardBackward:
-        """What Megatron's ``get_forward_backward_func`` returns under DIP."""
+    def owns(self, model: Any) -> bool:
+        """Whether ``model``, as a schedule is given it, has a chunk that this session has built."""
+        return any(self._is_own(chunk) for chunk in (model if isinstance(model, list) else [model]))
+
+    def run(self, **arguments: Any) -> list[Any]:
+        """Run an iteration: what Megatron's schedules do, with their keyword arguments.
+
+        Raises ValueError, before any step, for a call that DIP can't follow.
+        """
+        if self._running:
+            raise ValueError(
+                "the schedule is called while it runs, from within an iteration of the same model; DIP can't nest them"
+            )
+        check_call(arguments, len(self._own), self._is_own, self._pipeline())
         if self._step is None:
             self._step = self._start()
-        return self._step
+        self._running = True
+        try:
+            return self._step(**arguments)
+        finally:
+            self._running = False
+
+    def _is_own(self, chunk: Any) -> bool:
+        while chunk is not None and id(chunk) not in self._own:
+            chunk = getattr(chunk, "module", None)  # within Megatron's wrappers
+        return chunk is not None
+
+    def _guard(self) -> Callable[[torch.nn.Module, Any], None]:
+        """A chunk has a part of its module's layers, in an order of its own: run by anything but its plan, it would
+        compute something else than the model."""
+
+        def only_in_a_stage(chunk: torch.nn.Module, _: Any) -> None:  # a function, so that models can be copied
+            if not self._running:
+                raise RuntimeError(
+                    f"a {type(chunk).__name__} that DIP built is run without DIP's schedule: the loop calls the model "
+                    "by itself, or has got its schedule before dip_megatron.install(); see docs/any-loop.md, or use "
+                    "--dip-schedule off"
+                )
+
+        return only_in_a_stage
+
+    @staticmethod
+    def _pipeline() -> list[int]:
+        """Global ranks of this rank's pipeline."""
+        return list(dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()))
 
     def _start(self) -> DipForwardBackward:
-        if self._program is None or self._exchange is None:
-            raise RuntimeError(
-                "DIP found no model to schedule: it must be built through megatron.training's get_model after "
-                "dip_megatron.install(); or use --dip-schedule off"
-            )
+        assert self._program is not None, "run() is for chunks built here"
+        assert self._exchange is not None
         config, program = self._config, self._program
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        pipeline = self._pipeline()
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = Executor(
             rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
-            alone=self._args.tensor_model_parallel_size == 1,
+            alone=self._loop.parallel.tp == 1,
         )  # fmt: skip
-        feed = PlanFeed(self._exchange, self._service, config.recalibrate)
+        delivery = PlanDelivery(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
@@ -237,30 +301,28 @@ class DipSession:
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
-        atexit.register(self._close, feed, watchdog, recorder)
+        atexit.register(self._close, delivery, watchdog, recorder)
         return DipForwardBackward(
-            program, executor, feed, clock,
-            policy=PlanningPolicy(self._budget(), self._another_follows), iteration=self._iteration,
+            program, executor, delivery, clock,
+            policy=PlanningPolicy(
+                self._budget(), self._another_follows, self._loop.about_to_read_ahead,
+                at_call_seconds=AT_CALL_SECONDS if self._entry.ahead and not self._reads_ahead() else 0.0,
+            ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
             on_training=self._training_is,
         )  # fmt: skip
 
-    def _iteration(self) -> int:
-        """As Megatron's log counts; evaluations have that of the iteration before."""
-        return int(getattr(self._args, "curr_iteration", self._args.iteration - 1)) + 1
-
     def _budget(self) -> float | None:
         """Seconds for a plan; a search that counts its evaluations may take as long as they need."""
         return self._config.search_budget if self._config.search_evaluations is None else self._config.timeout_seconds
 
     def _another_follows(self) -> bool:
-        """Whether the running iteration is followed by one that trains: data sets may hold no more than is trained on,
-        and iterations to skip are read by Megatron itself."""
-        following = int(self._args.curr_iteration) + 1
-        skipped = self._args.iterations_to_skip or []  # counted from 0 in releases before 0.17
-        return following < self._args.train_iters and not {following, following + 1} & set(skipped)
+        return self._reads_ahead() and self._loop.another_follows()
+
+    def _reads_ahead(self) -> bool:
+        return self._config.read_ahead and self._loop.read_ahead
 
     def _tensor_parallel_exchange(self) -> GlooExchange | None:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
@@ -289,18 +351,18 @@ class DipSession:
 
     def _progress(self, exchange: GlooExchange) -> RunProgress:
         """Megatron writes its log, and everything else, on the last rank."""
-        args, last = self._args, dist.get_rank() == dist.get_world_size() - 1
+        loop, last = self._loop, dist.get_rank() == dist.get_world_size() - 1
 
         def say(line: str) -> None:
             if last:
                 print(line, flush=True)
 
-        return RunProgress(exchange, args.log_interval, say, write_scalars)
+        return RunProgress(exchange, loop.log_interval, say, loop.write_scalars)
 
     @staticmethod
-    def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
+    def _close(delivery: PlanDelivery, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
         watchdog.close()
-        feed.close()
+        delivery.close()
         if recorder is not None:
             recorder.close()
 

@@ -99,17 +99,17 @@ class PlanFile:
         known: set[tuple[str, int]] = set()
         for number, plan in enumerate(self.plans, start=1):
             graph = plan.graph
-            for row in range(graph.rows):
-                layers = graph.module(graph.units[int(graph.row_unit[row])].module).layers[graph.segment(row)]
+            for s in range(graph.virtual_microbatches):
+                layers = graph.module(graph.units[int(graph.unit_of[s])].module).layers[graph.segment(s)]
                 for rank in range(graph.ranks):
-                    pair = graph.strategy_name(0, row, rank), layers[rank]
+                    pair = graph.strategy_name(0, s, rank), layers[rank]
                     if pair[0] == "none" or pair in known:
                         continue
                     try:
                         parse_strategy(*pair)
                     except StrategyError as error:
-                        key = graph.key(Kind.F, row, rank)
-                        raise ConfigurationError(f"{self.path}: plan {number}: {key}: {error}") from error
+                        operation = graph.operation(Kind.F, s, rank)
+                        raise ConfigurationError(f"{self.path}: plan {number}: {operation}: {error}") from error
                     known.add(pair)
 
 
@@ -240,12 +240,12 @@ def _cuts(
         return False  # units of microbatches that there aren't
     for unit in units:
         clips = bool(loads[unit.microbatch].clips)
-        feeds = {
+        downstream = {
             v.id for v in units
             if v.microbatch == unit.microbatch and unit.module in upstream[v.module]
             and (not clips or (unit.first < v.first + v.count and v.first < unit.first + unit.count))
         }  # fmt: skip
-        if feeds != set(unit.feeds):
+        if downstream != set(unit.downstream):
             return False
     return True
 

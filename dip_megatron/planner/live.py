@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ..core import StageGraph
-from ..describe.cost import LAYER_STRATEGIES, Cluster, CostModel, Costs, segmented_graph
+from ..core.strategies import LayerStrategy, allowed_strategies, known_strategies, register
+from ..describe.cost import Cluster, CostModel, Costs, segmented_graph
 from ..describe.model import MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
 from ..schedulers.static import StaticChoice, static_graph
@@ -29,9 +30,12 @@ class ModelGraphs:
     recompute: bool = True
     offload: bool = True
     paper_costs: bool = False
+    strategies: tuple[LayerStrategy, ...] = field(default_factory=known_strategies)
 
     def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         """The stage graph of one iteration, of the model as built where ``training`` is known."""
+        for strategy in self.strategies:
+            register(strategy)  # this may be another process
         costs = pricer(self.model, self.cluster, self.costs, self.recompute, self.offload, self.paper_costs)
         if isinstance(self.chunks, StaticChoice):
             graph = static_graph(costs, self.chunks, loads, self.memory_limit)
@@ -46,8 +50,9 @@ def pricer(
     model: MultimodalModel, cluster: Cluster, costs: Costs | None, recompute: bool, offload: bool, paper: bool = False
 ) -> CostModel:
     """The cost model for these arguments; equal ones share one, and with it its caches, for all iterations."""
-    dropped = (() if recompute else ("activation", "selective", "mlp", "full")) + (() if offload else ("offload",))
-    strategies = [s for s in LAYER_STRATEGIES if s not in dropped and not (paper and s == "activation")]
+    strategies = allowed_strategies(recompute=recompute, offload=offload)
+    if paper:
+        strategies = tuple(name for name in strategies if name != "activation")
     return CostModel(model, cluster, costs, strategies=strategies, corners=not paper)
 
 

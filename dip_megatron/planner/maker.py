@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..core import Kind, Payload, Plan, Schedule, SearchStatistics, StageGraph, StageKey, Unit
+from ..core import Kind, Operation, Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
 from ..core.graph import trained_before
 from ..core.lower import make_plan
 from ..core.simulate import simulate_compiled
@@ -41,7 +41,7 @@ class PayloadShapes(Protocol):
 class StageShapes(Protocol):
     """The same, where the stages of one row send different things; picklable."""
 
-    def stage_payload(self, stage: StageKey, load: Microbatch) -> Payload:
+    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
         """Shapes sent on by the forward of ``stage``."""
         ...
 
@@ -79,13 +79,13 @@ class LivePlanMaker:
         if self.always_search and not request.forward_only:
             return self.best(request, lambda _: None)
         start = time.perf_counter()
-        return self._greedy(request.corrections.apply(self._build(request)), request, start)
+        return self._greedy(request.corrections.apply(self._graph(request)), request, start)
 
     def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
         """Search within the request's budget; the first valid schedule is given at once. What fits in no way under
         this schedule is ordered by the greedy, which admits no microbatch that doesn't fit."""
         start = time.perf_counter()
-        built = self._build(request)
+        built = self._graph(request)
         graph = request.corrections.apply(built)
         if self.search is None:
             return self._greedy(graph, request, start)
@@ -104,7 +104,7 @@ class LivePlanMaker:
         plain = simulate_compiled(built.project(schedule.strategy), plan.schedule).iteration_time
         return replace(plan, predicted=replace(plan.predicted, uncorrected_time=plain))
 
-    def _build(self, request: PlanRequest) -> StageGraph:
+    def _graph(self, request: PlanRequest) -> StageGraph:
         return self.builder.build(request.loads, request.forward_only, request.training)
 
     def _greedy(self, graph: StageGraph, request: PlanRequest, start: float) -> Plan:
@@ -142,18 +142,20 @@ def payloads(
             for t in payload
         )
 
-    for s in range(graph.rows):
-        unit = graph.units[int(graph.row_unit[s])]
+    for s in range(graph.virtual_microbatches):
+        unit = graph.units[int(graph.unit_of[s])]
         load = loads[unit.microbatch]
         if isinstance(shapes, StageShapes):
             for r in range(graph.ranks):
-                sent = settled(shapes.stage_payload(graph.key(Kind.F, s, r), load), bool(graph.has_backward[s, r]))
-                for target in graph.next_rows[s] if r == graph.exit_rank(s) else (s,):
+                sent = settled(
+                    shapes.stage_payload(graph.operation(Kind.F, s, r), load), bool(graph.has_backward[s, r])
+                )
+                for target in graph.next_virtual_microbatches[s] if r == graph.exit_rank(s) else (s,):
                     out[s, target, r] = sent
             continue
         out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
-        for n in graph.next_rows[s]:
-            leaves = graph.units[int(graph.row_unit[n])].module != unit.module
+        for n in graph.next_virtual_microbatches[s]:
+            leaves = graph.units[int(graph.unit_of[n])].module != unit.module
             leaving = shapes.payload(unit, load, leaves_module=leaves)
             out[s, n] = settled(leaving, bool(graph.has_backward[s, graph.exit_rank(s)]))
     return out

@@ -66,7 +66,7 @@ def describe(
 
 def splits(graph: StageGraph, schedule: Schedule) -> bool:
     """Whether any stage of the schedule runs B and W apart."""
-    return any(bool(np.any(order // graph.rows == int(Kind.W))) for order in schedule.orders)
+    return any(bool(np.any(order // graph.virtual_microbatches == int(Kind.W))) for order in schedule.orders)
 
 
 def recompute_fraction(graph: StageGraph, schedule: Schedule) -> float:

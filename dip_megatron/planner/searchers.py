@@ -50,8 +50,8 @@ def searcher_of(entry: ScheduleEntry, graphs: ModelGraphs, effort: Effort) -> En
 
 def live_effort(config: DipConfig, planners_here: int = 1, thrifty: bool = False) -> Effort:
     """What a configuration lets a search spend, on a host where ``planners_here`` replicas plan. All of them together
-    use at most half of the cores: the others feed the devices. ``thrifty``: the ranks compute on the cores, too; end
-    when the best plan is about as short as any can be, or has been the best for long."""
+    use at most half of the cores: the others feed the devices. ``thrifty``: the ranks compute on the cores, too; the
+    search ends when its best plan is about as short as any can be, or has been the best for long."""
     asked = max(config.planner_workers, 1)
     most = max(len(os.sched_getaffinity(0)) // 2 // max(planners_here, 1), 1)
     if asked > most:

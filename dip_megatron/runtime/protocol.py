@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..core import ModalityModule, Payload, StageKey, Unit
+from ..core import ModalityModule, Operation, Payload, Unit
 from .modes import StageMode
 
 if TYPE_CHECKING:  # a name for types alone: the runtime runs nothing of planning
@@ -56,7 +56,7 @@ class Shapes(Protocol):
 class StageShapes(Protocol):
     """:class:`Shapes` of chunks whose stages send different things within a row: asked stage by stage."""
 
-    def stage_payload(self, stage: StageKey, load: Microbatch) -> Payload:
+    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
         """What the forward of ``stage`` sends on."""
         ...
 
@@ -80,7 +80,7 @@ class RunnableStages(Protocol):
         ...
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage's forward, for every stage but the one with the loss. ``inputs`` are the payloads of the stage's
         incoming messages, in the order of the units that feed it (empty where nothing does). The result may hold
@@ -113,6 +113,15 @@ class StageProgram(RunnableStages, Protocol):
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """This rank's chunks, in the order (module, segment)."""
+        ...
+
+    def shared(self, inputs: MicrobatchInputs) -> Any:
+        """What of a microbatch on the first rank all stages need, though a loop may give ranks in the middle of the
+        pipeline no batch: something small that can be pickled, or None."""
+        ...
+
+    def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
+        """Add to a microbatch of this rank what the first rank shares of it, where the loop has not given it."""
         ...
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:

@@ -9,7 +9,7 @@ import torch
 
 from ..describe.model.training import ChunkTraining, PartTraining, Report
 
-_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
+_LAYER = re.compile(r"(^|\.)(layers|blocks)\.\d+\.")
 
 
 class TrainedParameters:
@@ -27,7 +27,8 @@ class TrainedParameters:
 
 def report(chunks: Sequence[torch.nn.Module], begins: Sequence[bool]) -> Report:
     """What trains of each chunk; ``begins[i]``: the chunk is its module's first, so that what it has outside of its
-    layers (``layers.N.`` in a parameter's name) is the stem if it stands before them. Else it is the head."""
+    layers (``layers.N.`` in a parameter's name, ``blocks.N.`` in Hugging Face's) is the stem if it stands before them.
+    Else it is the head."""
     return tuple(_chunk(chunk, first) for chunk, first in zip(chunks, begins, strict=True))
 
 

@@ -13,10 +13,10 @@ def all_forwards_first(problem: Problem) -> list[Schedule]:
     place = {module.name: i for i, module in enumerate(graph.modules)}
 
     def natural(row: int) -> tuple[int, int, int, int]:
-        unit = graph.units[int(graph.row_unit[row])]
+        unit = graph.units[int(graph.unit_of[row])]
         return unit.microbatch, place[unit.module], unit.id, graph.segment(row)
 
-    rows = sorted(range(graph.rows), key=natural)
+    rows = sorted(range(graph.virtual_microbatches), key=natural)
     orders = []
     for rank in range(graph.ranks):
         order = [code(graph, Kind.F, row) for row in rows]

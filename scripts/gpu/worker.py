@@ -104,11 +104,11 @@ class Bench:
             self.arguments, self.model.with_parallel(pp=1), self.device, images=images, tokens=tokens
         )
         self.release()
-        hop = self.measure_hop()
+        transfer = self.measure_transfer()
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return costs_of(self.gather(samples), f"{name}, {self.ranks} ranks", hop_seconds=hop)
+        return costs_of(self.gather(samples), f"{name}, {self.ranks} ranks", transfer_seconds=transfer)
 
-    def measure_hop(self, laps: int = 20) -> float:
+    def measure_transfer(self, laps: int = 20) -> float:
         """Seconds from rank to rank of one hidden state of the LLM, in a ring."""
         hidden = self.model.module("language").layer.hidden
         shape = (self.model.packing.max_tokens, 1, hidden)
@@ -257,7 +257,7 @@ class Bench:
         first = min(line[0] for line in everyone)
         seconds = max(line[1] for line in everyone) - first
         measured = [
-            Span(rank, s.key, s.microbatch, s.start + line[0] - first, s.end + line[0] - first)
+            Span(rank, s.operation, s.microbatch, s.start + line[0] - first, s.end + line[0] - first)
             for rank, line in enumerate(everyone)
             for s in line[2]
         ]
@@ -331,7 +331,9 @@ def main() -> None:
         if bench.rank == 0:
             costs.save(out / "costs.json")
     peak = bench.measure_peak()
-    bench.log(f"a hop takes {1e6 * (costs.hop_seconds or 0):.0f} us; matmuls reach {peak / 1e12:.1f} TFLOP/s in all")
+    bench.log(
+        f"a transfer takes {1e6 * (costs.transfer_seconds or 0):.0f} us; matmuls reach {peak / 1e12:.1f} TFLOP/s in all"
+    )
     candidates = bench.candidates(costs)
     results = []
     for candidate in candidates:

@@ -120,7 +120,7 @@ def _uniform(setting: Setting, budget: Budget) -> float:
     for graph in _graphs(setting):
         found = []
         for c in range(graph.candidates):
-            one = graph.project(np.full((graph.rows, graph.ranks), c, dtype=np.int8))
+            one = graph.project(np.full((graph.virtual_microbatches, graph.ranks), c, dtype=np.int8))
             try:
                 found.append(search(one, schedule="dip-paper", budget_seconds=budget.search / 3).iteration_time)
             except DoesNotFitError:

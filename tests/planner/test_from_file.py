@@ -175,9 +175,7 @@ def test_other_chunks_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="plan 1 is for 2 pipeline ranks, this run has 4"):
         PlanFile.read(path, 4)
     file = PlanFile.read(path, 2)
-    with pytest.raises(
-        ConfigurationError, match=r"vision.upstream: the plans have \(\), this run has \('a',\)"
-    ):
+    with pytest.raises(ConfigurationError, match=r"vision.upstream: the plans have \(\), this run has \('a',\)"):
         file.check((replace(file.modules[0], upstream=("a",)), file.modules[1]))
     file.check(file.modules)
     with pytest.raises(ConfigurationError, match="its plans have the modules vision, language, this run has model"):

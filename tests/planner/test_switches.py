@@ -42,11 +42,11 @@ def kinds_of(config: DipConfig, graph):
     schedule = searcher(graph, 0.3, lambda _: None).schedule
     names = {
         part.split(":")[0]
-        for s in range(graph.rows)
+        for s in range(graph.virtual_microbatches)
         for p in range(graph.ranks)
         for part in graph.strategy_name(int(schedule.strategy[s, p]), s, p).split("+")
     }
-    return {int(code) // graph.rows for order in schedule.orders for code in order}, names
+    return {int(code) // graph.virtual_microbatches for order in schedule.orders for code in order}, names
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -73,8 +73,9 @@ def test_a_search_may_do_what_is_on_and_does_nothing_that_is_off():
 def test_a_thrifty_search_ends_when_nothing_better_comes():
     on = DipConfig(schedule="dynamic")
     graph = replace(graph_of(on), memory_limit=np.full(2, np.inf))
-    searcher = searcher_of(find_schedule("dynamic"), graphs_of(on), live_effort(on, thrifty=True))
+    searcher = searcher_of(find_schedule(on.schedule), graphs_of(on), live_effort(on, thrifty=True))
     found = searcher(graph, 30.0, lambda _: None)
     assert check_complete(graph, found.schedule) is None
+    assert found.statistics is not None
     assert found.statistics.seconds < 15.0
     assert found.statistics.evaluations < 200_000

@@ -98,9 +98,9 @@ def test_only_what_needs_a_message_waits_for_it(seed, rank, release):
     sends; with some more input, up to the next such stage; and its sends need end only at the very end."""
     graph = random_graph(seed)
     rank %= graph.ranks
-    nothing = {(s, t): () for s in range(graph.rows) for t in (s, *graph.next_rows[s])}
+    nothing = {(s, t): () for s in range(graph.virtual_microbatches) for t in (s, *graph.next_virtual_microbatches[s])}
     plan = make_plan(graph, greedy(graph), lower_bound=0.0, payloads=nothing)
-    stages = [a.key for a in plan.actions[rank] if isinstance(a, Compute)]
+    stages = [a.operation for a in plan.actions[rank] if isinstance(a, Compute)]
     arriving = defaultdict(list)
     for action in plan.actions[rank]:
         if not isinstance(action, Compute) and action.kind == "irecv":

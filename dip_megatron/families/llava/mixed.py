@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 
-from ...core import ModalityModule, StageKey, Unit
+from ...core import ModalityModule, Operation, Unit
 from ...describe.cost import LayerRun
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import SegmentLayout, order_free, segment_config
@@ -212,7 +212,7 @@ class MixedLlavaProgram(LlavaProgram):
         )  # fmt: skip
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage; see StageProgram."""
         hidden = inputs[0]["hidden"] if inputs else None

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from ...compat.llava import UnpaddedLLaVA, forget_input
-from ...core import ModalityModule, StageKey, Unit
+from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Shapes, StageShapes, Tensors
 from ..shared.layout import order_free, segment_config
+from ..shared.packing import packed_lengths
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE, VISION, LlavaShapes
 
@@ -203,18 +206,33 @@ class LlavaProgram(SegmentedProgram):
                 f"{self.kwargs['language_max_sequence_length']} positions; pack fewer images or raise --seq-length"
             )
         packed = inputs.arguments.get("packed_seq_params")
-        sequences = (padded,) * len(per_sample) if packed is None else packed_sequences(packed, padded)
+        sequences = (padded,) * len(per_sample) if packed is None else packed_lengths(packed, padded)
         return Microbatch(total - seen, (self.sizes.image_tokens,) * count, sequences=sequences)
 
+    def shared(self, inputs: MicrobatchInputs) -> Any:
+        """Where samples begin and end in a packed sequence."""
+        packed = inputs.arguments.get("packed_seq_params")
+        return None if packed is None else _moved(packed, torch.device("cpu"))
+
+    def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
+        """On a rank without a batch, attention within each packed sample as everywhere else."""
+        if shared is not None and inputs.arguments.get("input_ids") is None:
+            cuda = torch.cuda.is_available()
+            device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+            inputs.arguments["packed_seq_params"] = _moved(shared, device)
+
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage; see StageProgram."""
         arguments = microbatch.arguments
         if stage.module == VISION:
-            images = arguments["images"][unit.first : unit.first + unit.count]
             if inputs:
+                # Only their number matters now; ranks after the first may have been given no pixels at all.
+                images = inputs[0]["hidden"].new_empty(unit.count, 0)
                 _inner(chunk).vision_model.set_input_tensor(inputs[0]["hidden"])
+            else:
+                images = arguments["images"][unit.first : unit.first + unit.count]
             output = chunk(images, arguments["input_ids"])
         else:
             self._set_language_input(chunk, stage, inputs, arguments["input_ids"])
@@ -230,7 +248,7 @@ class LlavaProgram(SegmentedProgram):
         return output
 
     def _set_language_input(
-        self, chunk: torch.nn.Module, stage: StageKey, inputs: list[Tensors], ids: torch.Tensor
+        self, chunk: torch.nn.Module, stage: Operation, inputs: list[Tensors], ids: torch.Tensor
     ) -> None:
         model = _inner(chunk)
         if stage.segment > 0 or stage.rank > 0:
@@ -245,17 +263,13 @@ class LlavaProgram(SegmentedProgram):
             )
 
 
-def packed_sequences(parameters: Any, total: int) -> tuple[int, ...]:
-    """Lengths of the samples packed into one sequence of ``total`` positions, padding between and after them included.
-
-    Raises ValueError if ``parameters`` (Megatron's PackedSeqParams) say otherwise.
-    """
-    bounds = parameters.cu_seqlens_q_padded if parameters.cu_seqlens_q_padded is not None else parameters.cu_seqlens_q
-    lengths = [int(n) for n in bounds.diff() if n > 0]
-    rest = total - sum(lengths)
-    if rest < 0:
-        raise ValueError(f"packed_seq_params end at position {sum(lengths)}, the packed sequence has {total} positions")
-    return (*lengths, rest) if rest else tuple(lengths)
+def _moved(packed: PackedSeqParams, device: torch.device) -> PackedSeqParams:
+    """A copy with its tensors on ``device``, and without process groups."""
+    values = {field.name: getattr(packed, field.name) for field in fields(PackedSeqParams) if field.init}
+    plain = {name: value for name, value in values.items() if isinstance(value, (torch.Tensor, int, str))}
+    return PackedSeqParams(
+        **{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in plain.items()}
+    )  # fmt: skip
 
 
 _PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")

@@ -44,3 +44,16 @@ def lengths_of(packed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ends = packed.cu_seqlens_q, packed.cu_seqlens_kv
     queries, keys = (tuple((e[1:] - e[:-1]).tolist()) for e in ends)
     return queries, keys
+
+
+def packed_lengths(parameters: Any, total: int) -> tuple[int, ...]:
+    """Lengths of the samples packed into one sequence of ``total`` positions, padding between and after them included.
+
+    Raises ValueError if ``parameters`` (Megatron's PackedSeqParams) say otherwise.
+    """
+    bounds = parameters.cu_seqlens_q_padded if parameters.cu_seqlens_q_padded is not None else parameters.cu_seqlens_q
+    lengths = [int(n) for n in bounds.diff() if n > 0]
+    rest = total - sum(lengths)
+    if rest < 0:
+        raise ValueError(f"packed_seq_params end at position {sum(lengths)}, the packed sequence has {total} positions")
+    return (*lengths, rest) if rest else tuple(lengths)

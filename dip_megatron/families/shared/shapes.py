@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...core import Payload, StageKey, TensorSpec, Unit
+from ...core import Operation, Payload, TensorSpec, Unit
 from ...describe.workload import Microbatch
 
 VISION, LANGUAGE, DIFFUSION = "vision", "language", "diffusion"
@@ -52,7 +52,7 @@ class MixedLlavaShapes:
     shapes: LlavaShapes
     ends: tuple[tuple[StageEnd, ...], ...]
 
-    def stage_payload(self, stage: StageKey, load: Microbatch) -> Payload:
+    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
         """What one stage sends on."""
         tokens = sum(load.sequences or (load.tokens,))
         shape = self.shapes.hidden(self.ends[stage.segment][stage.rank], images=len(load.images), tokens=tokens)

@@ -8,9 +8,10 @@ import struct
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..core import Plan
+from ..core.protocols import Exchange
 from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
 from .request import PlannerStatistics, PlanRequest, Service
@@ -22,33 +23,21 @@ class PlanMismatchError(RuntimeError):
     """Ranks hold different plans for one iteration; running them would hang or mix up tensors."""
 
 
-class Exchange(Protocol):
-    """The two collectives the feed needs, among the ranks of one replica, on the host and bounded in time."""
-
-    rank: int
-
-    def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, to all."""
-        ...
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all."""
-        ...
-
-
 @dataclass(frozen=True)
-class FedPlan:
+class DeliveredPlan:
     """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it.
-    ``statistics``: the service's, when the plan was sent. ``news``: what the ranks of the replica sent along."""
+    ``statistics``: the service's, when the plan was sent. ``shared``: what rank 0 sent along; ``news``: what each rank
+    of the replica did."""
 
     request: int
     plan: Plan
     stall_seconds: float
     statistics: PlannerStatistics
+    shared: Any = None
     news: tuple[bytes, ...] = ()
 
 
-class PlanFeed:
+class PlanDelivery:
     """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service, and learns
     from what all ranks measured."""
 
@@ -66,9 +55,9 @@ class PlanFeed:
         self._corrections: dict[int, Corrections] = {}
         self._running: tuple[int, Plan, Corrections] | None = None
 
-    def request(self, request: PlanRequest, wait_seconds: float) -> None:
+    def request(self, request: PlanRequest, wait_seconds: float, shared: Any = None) -> None:
         """Begin to plan and to broadcast; every rank calls it with the same requests in the same order (only rank 0's
-        loads matter). ``wait_seconds``: how long to wait for a worker's final plan."""
+        loads, and what is ``shared`` there, matter). ``wait_seconds``: how long to wait for a worker's final plan."""
         if self._service is not None:
             # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
             request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
@@ -76,7 +65,7 @@ class PlanFeed:
                 request = replace(request, corrections=self._recalibration.corrections())
                 self._corrections[request.request] = request.corrections
             self._service.submit(request)
-        delivery = self._thread.submit(self._deliver, request.request, wait_seconds)
+        delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared)
         self._coming[request.request] = request.subject, delivery
 
     @property
@@ -93,7 +82,7 @@ class PlanFeed:
         """Everyone's bytes, to all: before the first request, or between a ``take`` and the next request."""
         return self._exchange.gather(data)
 
-    def take(self, request: int, news: bytes = b"") -> FedPlan:
+    def take(self, request: int, news: bytes = b"") -> DeliveredPlan:
         """The plan, once all ranks have shown to hold the same; what each has to tell the others travels with it.
         Raises PlanMismatchError on all ranks alike."""
         start = time.perf_counter()
@@ -120,7 +109,7 @@ class PlanFeed:
         self._measured = None
         self._running = (request, plan, self._corrections.pop(request, Corrections()))
         told = tuple(data[:n] for data, n in zip(rest, lengths, strict=True))
-        return FedPlan(request, plan, stall, answer[1], told)
+        return DeliveredPlan(request, plan, stall, answer[1], answer[2], told)
 
     def _learn(self, measurements: list[Measurement]) -> None:
         if self._recalibration is None or self._service is None or self._running is None or not measurements:
@@ -134,13 +123,16 @@ class PlanFeed:
         if self._service is not None:
             self._service.close()
 
-    def _deliver(self, request: int, wait_seconds: float) -> bytes:
+    def _deliver(self, request: int, wait_seconds: float, shared: Any) -> bytes:
         if self._service is None:
             return self._exchange.broadcast(None)
         answer: Any
         try:
             plan = self._service.take(request, wait_seconds)
-            answer = plan, replace(self._service.statistics)
+            made_with = self._service.corrections(request)
+            if made_with is not None and request in self._corrections:
+                self._corrections[request] = made_with
+            answer = plan, replace(self._service.statistics), shared
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))

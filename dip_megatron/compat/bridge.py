@@ -1,0 +1,35 @@
+"""Megatron-Bridge from the inside, and the vision transformer that it takes from Hugging Face."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .names import Name, Topic
+
+_VISION = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
+TOPIC = Topic(
+    "Qwen2.5-VL in segments",
+    "megatron-bridge",
+    "0.6.2 with transformers 5.12.1",
+    "Megatron-Bridge's Qwen2.5-VL can't be trained under DIP",
+    (
+        Name(
+            f"{_VISION}:Qwen2_5_VisionTransformerPretrainedModel",
+            has=("patch_embed", "blocks", "merger", "fullatt_block_indexes", "spatial_merge_unit"),
+        ),
+        Name(f"{_VISION}:Qwen2_5_VLVisionBlock", has=("attn", "mlp")),
+        Name("megatron.bridge.utils.common_utils:hook_hf_module_setattr_for_tp_grad_sync", ("module",)),
+        Name(
+            "megatron.bridge.models.qwen_vl.modeling_qwen25_vl:Qwen25VLModel",
+            has=("visual", "get_image_features", "get_video_features", "language_model", "freeze"),
+        ),
+    ),
+)
+
+
+def vision_transformer(config: Any) -> Any:
+    """Hugging Face's vision transformer of Qwen2.5-VL, as Bridge builds it."""
+    from megatron.bridge.utils.common_utils import hook_hf_module_setattr_for_tp_grad_sync
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    return hook_hf_module_setattr_for_tp_grad_sync(Qwen2_5_VisionTransformerPretrainedModel._from_config(config))

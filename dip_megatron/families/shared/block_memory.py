@@ -1,0 +1,49 @@
+"""Memory strategies of Hugging Face's transformer blocks, chosen anew for every stage, as :mod:`.layer_memory` has them
+for Megatron-Core's layers.
+
+A block has no switches inside its attention and its MLP, so that what a strategy drops is dropped with all of the half
+it is in: ``selective`` recomputes the attention, ``mlp`` and ``activation`` the MLP. That holds no more than planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ...runtime.modes import StageMode
+from .layer_memory import offloaded
+
+_HALVES = {"selective": "attn", "mlp": "mlp", "activation": "mlp"}
+
+
+def install(blocks: Sequence[torch.nn.Module], mode: StageMode) -> None:
+    """Let a chunk's blocks, in their order, follow ``mode.strategies``. Each has halves ``attn`` and ``mlp``."""
+    for index, block in enumerate(blocks):
+        block.forward = _switched(block, index, mode)
+
+
+def _switched(block: torch.nn.Module, index: int, mode: StageMode) -> Callable[..., Any]:
+    plain = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not mode.strategies or not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        strategy = mode.strategies[index]
+        if strategy == "none":
+            return plain(*args, **kwargs)
+        if strategy == "offload":
+            return offloaded(block, index, mode, plain, args, kwargs)
+        if strategy == "full":
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+        half = getattr(block, _HALVES[strategy])
+        half.forward = partial(checkpoint, half.forward, use_reentrant=False)
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            del half.forward
+
+    return forward
