@@ -147,9 +147,8 @@ def payloads(
         load = loads[unit.microbatch]
         if isinstance(shapes, StageShapes):
             for r in range(graph.ranks):
-                sent = settled(
-                    shapes.stage_payload(graph.operation(Kind.F, s, r), load), bool(graph.has_backward[s, r])
-                )
+                payload = shapes.stage_payload(graph.operation(Kind.F, s, r), load)
+                sent = settled(payload, bool(graph.has_backward[s, r]))
                 for target in graph.next_virtual_microbatches[s] if r == graph.exit_rank(s) else (s,):
                     out[s, target, r] = sent
             continue

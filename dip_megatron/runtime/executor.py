@@ -241,9 +241,8 @@ def payload_of(plan: Plan, message: Message) -> Payload:
     gradient = message.channel.gradient
     if gradient:
         source, target = target, source
-    payload = plan.payload(
-        plan.graph.virtual_microbatch_of(source), plan.graph.virtual_microbatch_of(target), source.rank
-    )
+    ends = [plan.graph.virtual_microbatch_of(end) for end in (source, target)]
+    payload = plan.payload(*ends, source.rank)
     if payload is None:
         raise PayloadError(f"{message}: the plan doesn't say what it carries")
     return tuple(spec for spec in payload if spec.differentiable) if gradient else payload

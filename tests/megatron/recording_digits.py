@@ -7,7 +7,8 @@ is told to reject once, on the last rank, and ``fatal``; ``node``: the host's na
 lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``trains``: expressions by iteration (0: after
 ``get_model``), of names of parameters that train from then on; ``described``: arguments of ``freeze`` that DIP's
 description of the model is told of, and the model is not; ``loader``: the folder for states of a data loader that can
-save its own, ``restore``: the file of one to begin from (``--dataloader-type external``); ``path``: a folder for the import path.
+save its own, ``restore``: the file of one to begin from (``--dataloader-type external``); ``path``: a folder for
+the import path.
 """
 
 from __future__ import annotations

@@ -229,10 +229,14 @@ class MixedLlavaProgram(LlavaProgram):
     ) -> Any:  # fmt: skip
         images, nothing = arguments["images"], None
         run = self._run(segment, rank, VISION)
-        if run is not None and (images is None or images.shape[0] == 0):
-            shape = self.sizes.hidden(self._end(run), images=0, tokens=0)
-            dtype = getattr(torch, self.sizes.dtype)
-            nothing = torch.empty(shape, dtype=dtype, device=arguments["input_ids"].device)
+        if run is not None:
+            if hidden is not None:
+                # Only their number matters now; ranks after the first may have been given no pixels at all.
+                images = hidden.new_empty(hidden.shape[1], 0)
+            if images is None or images.shape[0] == 0:
+                shape = self.sizes.hidden(self._end(run), images=0, tokens=0)
+                device = hidden.device if hidden is not None else arguments["input_ids"].device
+                nothing = torch.empty(shape, dtype=getattr(torch, self.sizes.dtype), device=device)
         return chunk(images if run is not None else None, hidden, nothing=nothing, arguments=arguments)
 
 
