@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..core import Kind, ModalityModule, Plan, Unit
 from ..core.files import PlanFileError, read_plans
+from ..core.strategies import StrategyError, parse_strategy
 from ..core.verify import PlanError, verify
-from ..describe.cost.strategies import StrategyError, parse_strategy
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
