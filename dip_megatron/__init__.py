@@ -6,13 +6,15 @@ What is public, and what is promised of it, stands in ``docs/api.md``.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .api import DEPRECATED, HOMES
 from .deprecation import moved
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from .core import ModalityModule as ModalityModule
     from .core import Payload as Payload
     from .core import Plan as Plan
@@ -79,21 +81,41 @@ __all__ = [*HOMES, "__version__"]
 
 
 def install(families: Sequence[ModelFamily] = ()) -> None:
-    """Hook DIP into ``megatron.training``: adds the argument group ``dip`` and acts only where ``--dip-schedule`` asks.
+    """Hook DIP into Megatron-Core's schedules and into the training loops it knows; it acts only where it is asked to.
 
-    Call it before Megatron parses its arguments. ``families`` are models of yours that DIP shall segment
-    (docs/add-a-model.md); calling it again only adds families. Raises ImportError if ``megatron.training`` can't be
-    imported, ValueError if a model class has a family already.
+    Call it before the loop parses its arguments or builds its model; modules may be imported before or after. With
+    ``megatron.training`` it adds the argument group ``dip``, other loops ask through the environment or
+    :func:`build_model`. ``families`` are models of yours that DIP shall segment (docs/add-a-model.md); calling it again
+    only adds families. Raises ImportError if Megatron-Core can't be imported, ValueError if a model class has a family
+    already.
     """
-    from .megatron.hooks import Hooks, warn_of_version
+    from .megatron.hooks import Hooks
 
-    hooks = Hooks.installed()
-    if hooks is not None:
-        hooks.add_families(families)
-        return
-    hooks = Hooks()
-    hooks.add_families(families)
-    warn_of_version(hooks.install())
+    Hooks.installed().add_families(families)
+
+
+def build_model(
+    provider: Callable[..., Module], *, micro_batch_size: int, num_microbatches: int, **settings: Any
+) -> list[Module]:
+    """Build this pipeline rank's chunks of a model for a loop that DIP doesn't know (docs/any-loop.md).
+
+    ``provider(pre_process=..., post_process=...)`` builds the model as Megatron's providers do. Wrap each chunk as a
+    stage of an interleaved pipeline, and give all of them to Megatron-Core's schedule; what
+    ``get_forward_backward_func()`` returns runs them under DIP's plans. ``num_microbatches`` of an iteration and data
+    parallel rank is a guess by which the model is cut; iterations may have any number.
+
+    ``settings`` are those of the YAML file by their names (``schedule="dynamic"``, ``search_budget=0.1``, ...), over
+    the environment and over the file at ``config``; and of the loop: ``seed``, ``log_interval`` (iterations a line of
+    the log), ``read_ahead`` (whether the data iterator may be read while an iteration trains), ``another_follows()``
+    (whether the iteration about to run is followed by another; asked only with ``read_ahead``), ``sequence_parallel``
+    and ``distributed_optimizer``. With ``schedule`` off, or one pipeline rank, it returns the provider's stage.
+
+    Raises ConfigurationError, in one line, for settings or a model that DIP can't take, RuntimeError before Megatron's
+    parallel state is initialized.
+    """
+    from .megatron.adapters.generic import build
+
+    return build(provider, micro_batch_size=micro_batch_size, num_microbatches=num_microbatches, **settings)
 
 
 def __getattr__(name: str) -> Any:

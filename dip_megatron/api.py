@@ -11,6 +11,7 @@ from .deprecation import Deprecated
 PUBLIC: dict[str, dict[str, str]] = {
     "Train under DIP": {
         "install": "",
+        "build_model": "",
         "ConfigurationError": "describe.files",
         "CPU_FLAGS": "megatron.cpu",
         "install_cpu_platform": "megatron.cpu",

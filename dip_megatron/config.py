@@ -43,6 +43,8 @@ class DipConfig(BaseModel):
     recompute: bool = Field(True, description="let plans recompute activations, layer by layer")
     offload: bool = Field(False, description="let plans move activations to host memory")
     memory_limit: PositiveFloat | None = Field(None, description="bytes a rank may use; null: the cluster's")
+    override: bool = Field(False, description="replace the virtual stages and layouts that a loop's own settings give")
+    read_ahead: bool = Field(True, description="let the next iteration's microbatches be read while one trains")
     trace_dir: Path | None = Field(None, description="where to write iterations.jsonl, trace.json and timeline.png")
     timeout_seconds: PositiveFloat = Field(600.0, description="bound on every wait for another rank")
 

@@ -3,7 +3,8 @@
 
 On a uniform text-only GPT, where DIP can gain nothing: the same order of the same stages as Megatron's interleaved
 schedule; what the executor costs shows. With few microbatches: the backward in two against Megatron's 1F1B; whether it
-gains what the simulator predicts from stage costs measured in the same run. Both sides run in turns in the same
+gains what the simulator predicts from stage costs measured in the same run. What the hook costs a call of Megatron's
+``get_forward_backward_func`` where DIP is off. Both sides run in turns in the same
 processes on equal weights, and must agree on losses and gradients; a ratio is the median over pairs of iterations.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +38,7 @@ OVERHEAD, PREDICTION = 1.01, 0.05
 @click.option("--microbatches", type=click.IntRange(min=2), default=8, show_default=True, help="An even number.")
 @click.option("--bubble-microbatches", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=2), default=20, show_default=True, help="Pairs of iterations.")
-@click.option("--cases", default="interleaved,split", show_default=True, help="Comma-separated.")
+@click.option("--cases", default="interleaved,split,hook", show_default=True, help="Comma-separated.")
 @click.option("--limit", type=float, default=900.0, show_default=True, help="Seconds after which all is stopped.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write all numbers to this file, too.")
@@ -56,10 +58,19 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         (out / "setting.json").write_text(json.dumps(setting))
-        command = [sys.executable, "-m", "executor.worker", str(out / "setting.json"), str(out / "results.json"), cases]
-        if run_ranks(command, 2, out, limit):
-            sys.exit(1)
-        results: dict[str, Any] = json.loads((out / "results.json").read_text())
+        command = [sys.executable, "-m", "executor.worker", str(out / "setting.json"), str(out / "results.json")]
+        names = [name for name in cases.split(",") if name != "hook"]
+        results: dict[str, Any] = {}
+        if names:
+            if run_ranks([*command, ",".join(names)], 2, out, limit):
+                sys.exit(1)
+            results = json.loads((out / "results.json").read_text())
+        if "hook" in cases.split(","):
+            done = subprocess.run(
+                [sys.executable, "-m", "executor.hook"], capture_output=True, text=True, check=True, timeout=limit,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])},
+            )  # fmt: skip
+            results["hook"] = json.loads(done.stdout.splitlines()[-1])
     record = {"setting": setting, "load_average": os.getloadavg(), "results": results}
     if path is not None:
         path.write_text(json.dumps(record, indent=1))
@@ -82,6 +93,10 @@ def _table(results: dict[str, Any]) -> list[str]:
         met = abs(r["ratio"] / r["predicted"] - 1) <= PREDICTION
         rows.append(["split backward, against 1F1B", *_numbers(r), f"{r['predicted']:.4f}",
                      f"predicted +- {PREDICTION:.0%}", _met(met)])  # fmt: skip
+    if "hook" in results:
+        r = results["hook"]
+        rows.append(["a call of get_forward_backward_func, DIP off", f"{1e-3 * r['ours']:.6f}",
+                     f"{1e-3 * r['theirs']:.6f}", f"+{r['ours'] - r['theirs']:.2f} us", "", "", "", ""])  # fmt: skip
     head = ["case", "DIP ms", "Megatron ms", "ratio", "middle half of pairs", "predicted", "bar", ""]
     return text_table(head, rows).splitlines()
 

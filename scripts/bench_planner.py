@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pickle
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,13 +43,19 @@ from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import load_cluster, segmented_graph
 from dip_megatron.describe.model import Partition, load_model
 from dip_megatron.describe.workload import load_workload
+from dip_megatron.families.shared.shapes import LlavaShapes
+from dip_megatron.planner.live import ModelGraphs
+from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.partitioning import paper_partition
+from dip_megatron.planner.request import PlanRequest
+from dip_megatron.planner.searchers import DipSearcher
+from dip_megatron.planner.service import AT_CALL_SECONDS, PlannerService
 from dip_megatron.schedulers import BaselineError
 from dip_megatron.schedulers.dip import SearchResult, search, warm_up
 from scripts.bench_search import microseconds, optimum, tight
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
-PARTS = ("quality", "baselines", "latency", "noise", "kernels", "scale", "tight", "optimum")
+PARTS = ("quality", "baselines", "latency", "noise", "kernels", "scale", "tight", "optimum", "call")
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,51 @@ def latency(cases: Sequence[Case]) -> list[Bar]:
     ]
 
 
+def at_the_call(names: Sequence[str], batches: int) -> list[Bar]:
+    """Seconds from a batch to its plan where a loop shows it only when it is to run, on 8 ranks: from a worker process
+    that may search for 20 ms; made in the trainer, as while no worker has started; and of a batch that comes again."""
+    rows, worst = [], np.zeros(3)
+    for name in names:
+        case = make_case(name, batches, 16, 3.0, pp=8)
+        setting = case.setting
+        maker = LivePlanMaker(
+            ModelGraphs(setting.model, setting.cluster, case.ours),
+            LlavaShapes(576, 1024, 576, 4096, 1, 1, "bfloat16"), DipSearcher(),
+        )  # fmt: skip
+        service = PlannerService(maker, 1, improve_seconds=1.0)
+        numbers = itertools.count(1)
+        mix = "t2v-mix" if name.startswith("t2v") else "vlm-mix"
+
+        def planned(
+            loads: Sequence[object], service: PlannerService = service, numbers: Iterator[int] = numbers
+        ) -> tuple[float, bool]:
+            start, number = time.perf_counter(), next(numbers)
+            service.submit(PlanRequest(number, tuple(loads), AT_CALL_SECONDS))  # type: ignore[arg-type]
+            plan = service.take(number, AT_CALL_SECONDS + 0.03)
+            pickle.dumps(plan)
+            return time.perf_counter() - start, plan.name == "dip"
+
+        while not planned(load_workload(mix, setting.model, 1, 1, next(numbers))[0])[1]:
+            time.sleep(0.5)  # until the worker is warm
+        seconds: list[list[float]] = [[], [], []]
+        searched = 0
+        for loads in setting.microbatches:
+            first, by_worker = planned(loads)
+            seconds[0].append(first)
+            searched += by_worker
+            seconds[2].append(planned(loads)[0])
+            start = time.perf_counter()
+            pickle.dumps(maker.quick(PlanRequest(0, tuple(loads), 0.0)))
+            seconds[1].append(time.perf_counter() - start)
+        service.close()
+        medians = np.median(np.array(seconds), axis=1)
+        worst = np.maximum(worst, medians)
+        rows.append([name, f"{searched} of {len(setting.microbatches)}", *(f"{1e3 * m:.1f}" for m in medians)])
+    head = ["model", "searched in time", "by the worker ms", "in the trainer ms", "again ms"]
+    show("Plan at the call, 16 microbatches on 8 ranks, median from the batch to a pickled plan", head, rows)
+    return [Bar("plan at the call, worst model", float(worst[0]), 0.05, unit=" s")]
+
+
 class _FirstFound(Exception):
     """Ends a search at its first schedule."""
 
@@ -323,6 +375,7 @@ def main() -> int:
         "quality": lambda: quality(cases, budgets, workers),
         "baselines": lambda: baselines(cases, budgets[-1], workers),
         "latency": lambda: latency(cases),
+        "call": lambda: at_the_call(names, 4 if quick else 12),
         "noise": lambda: noise(cases, 20 if quick else 100),
         "kernels": lambda: kernels(cases),
         "scale": lambda: scale((2.0, 6.0) if quick else (5.0, 30.0), workers),

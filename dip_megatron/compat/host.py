@@ -50,9 +50,9 @@ def adapt_core(get_state: Callable[..., Any], set_state: Callable[..., None]) ->
     )
 
 
-def adapt_training() -> None:
-    """Let ``megatron.training`` begin without CUDA, and compile nothing for it."""
-    initialize = importlib.import_module("megatron.training.initialize")
+def adapt_training(package: str = "megatron.training") -> None:
+    """Let ``megatron.training``, or a copy of it under another name, begin without CUDA, and compile nothing for it."""
+    initialize = importlib.import_module(f"{package}.initialize")
     function = initialize.initialize_megatron
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     # In place: several modules have imported the function by name.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.tensor_parallel import layers
-from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Multiplication
+from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
 from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
 
 from .names import Name, Topic
@@ -42,6 +42,7 @@ TOPIC = Topic(
     ),
 )  # fmt: skip
 
+Multiplication: Any = LinearWithGradAccumulationAndAsyncCommunication
 ARGUMENTS = tuple(inspect.signature(Multiplication.forward).parameters)[1:]
 """What Megatron's linear takes; releases add to it at the end."""
 DEFAULTS: dict[str, Any] = {

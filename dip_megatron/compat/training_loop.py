@@ -12,7 +12,7 @@ CORE = Topic(
     (Name("megatron.core.pipeline_parallel.schedules:get_forward_backward_func"),),
 )
 TOPIC = Topic(
-    "flags, models and schedule of megatron.training",
+    "flags, models and checkpoints of megatron.training",
     "megatron.training",
     "0.19.2",
     "--dip-schedule doesn't work in full",
@@ -20,8 +20,8 @@ TOPIC = Topic(
         Name("megatron.training.arguments:add_megatron_arguments", ("parser",)),
         Name("megatron.training.arguments:validate_args", ("args",)),
         Name("megatron.training.training:get_model", ("model_provider_func",)),
-        Name("megatron.training.training:get_forward_backward_func"),
         Name("megatron.training.checkpointing:generate_state_dict"),
+        Name("megatron.training.checkpointing:maybe_save_dataloader_state", ("train_iterator",)),
         Name("megatron.training.global_vars:get_tensorboard_writer", ()),
         Name("megatron.training.global_vars:get_wandb_writer", ()),
         # From 0.19 on scripts may give a model's config instead of a provider.

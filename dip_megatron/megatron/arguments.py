@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import DipConfig
 from ..describe.files import ConfigurationError
+from ..environment import load_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -21,23 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-search-budget", type=float, default=None,
                        help="seconds of search per plan (default: what the running iteration leaves)")  # fmt: skip
     group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")
+    group.add_argument("--dip-override", action="store_true", default=None,
+                       help="let DIP's partition replace virtual stages and layouts that other flags give")  # fmt: skip
     group.add_argument("--dip-trace-dir", type=Path, default=None,
                        help="write iterations.jsonl; trace.json and timeline.png of the last iteration")  # fmt: skip
     return parser
 
 
-def dip_config(args: argparse.Namespace) -> DipConfig:
-    """The run's configuration. Raises ConfigurationError."""
-    return DipConfig.load(
-        args.dip_config,
-        {
-            "schedule": args.dip_schedule,
-            "planner_workers": args.dip_planner_workers,
-            "search_budget": args.dip_search_budget,
-            "memory_limit": args.dip_memory_limit,
-            "trace_dir": args.dip_trace_dir,
-        },
-    )
+def run_config(args: argparse.Namespace) -> DipConfig:
+    """The run's configuration, from flags, environment, file and defaults. Raises ConfigurationError."""
+    flags = ("config", "schedule", "planner_workers", "search_budget", "memory_limit", "trace_dir", "override")
+    return load_settings({name: getattr(args, f"dip_{name}") for name in flags}).config
 
 
 _WITH_OFF = "or use --dip-schedule off"
@@ -50,35 +45,13 @@ def check_arguments(args: Any) -> None:
         if condition:
             raise ConfigurationError(f"--dip-schedule {config.schedule} and {flag}: {reason}; {way_out}")
 
-    config = dip_config(args)
+    config = run_config(args)
     if config.schedule == "off":
         return
     refuse(
         args.pipeline_model_parallel_size < 2, f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
         "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",
     )  # fmt: skip
-    refuse(
-        any(
-            getattr(args, name, None) is not None
-            for name in (
-                "virtual_pipeline_model_parallel_size",  # derived from either of the others
-                "num_layers_per_virtual_pipeline_stage",
-                "num_virtual_stages_per_pipeline_rank",
-            )
-        ),
-        "virtual pipeline stages",
-        "DIP cuts every module into segments of its own",
-        f"leave --num-layers-per-virtual-pipeline-stage (and its like) out {_WITH_OFF}",
-    )  # fmt: skip
-    refuse(
-        getattr(args, "pipeline_model_parallel_layout", None) is not None, "--pipeline-model-parallel-layout",
-        "layers per chunk are part of DIP's partition", f"set modules.NAME.layers in --dip-config {_WITH_OFF}",
-    )  # fmt: skip
-    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
-        refuse(
-            getattr(args, name, None) is not None, f"--{name.replace('_', '-')}",
-            "layers per chunk are part of DIP's partition", f"set modules.NAME.layers in --dip-config {_WITH_OFF}",
-        )  # fmt: skip
     refuse(
         args.context_parallel_size > 1, f"--context-parallel-size {args.context_parallel_size}",
         "payload shapes in plans don't know sequence shards of context parallelism",
@@ -120,7 +93,7 @@ def check_arguments(args: Any) -> None:
     )  # fmt: skip
     checkpoints = args.save or args.load or getattr(args, "pretrained_checkpoint", None)
     refuse(
-        checkpoints and args.ckpt_format != "torch_dist", f"--ckpt-format {args.ckpt_format}",
+        checkpoints and args.ckpt_format not in ("torch_dist", "torch"), f"--ckpt-format {args.ckpt_format}",
         "its files hold layers by their place on a rank, which DIP's partition changes",
         f"use --ckpt-format torch_dist {_WITH_OFF}",
     )  # fmt: skip
@@ -128,9 +101,4 @@ def check_arguments(args: Any) -> None:
         getattr(args, "non_persistent_ckpt_type", None) == "local", "--non-persistent-ckpt-type local",
         "local checkpoints hold layers by their place on a rank, which DIP's partition changes",
         f"use --non-persistent-ckpt-type global {_WITH_OFF}",
-    )  # fmt: skip
-    refuse(
-        getattr(args, "dataloader_save", None), "--dataloader-save",
-        "the data loader's state is past the samples that are read ahead, so resuming would lose them",
-        f"leave it out {_WITH_OFF}",
     )  # fmt: skip

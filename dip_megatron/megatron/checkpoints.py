@@ -25,17 +25,19 @@ class Checkpoint:
     """What is known of the checkpoint at ``path`` before a model is built from it.
 
     ``partition`` is the one it was written under, None if that was not DIP's. ``resumes``: the run goes on with its
-    optimizer. ``bound``: optimizer state is stored by place in the buffers of the chunks that wrote it.
+    optimizer. ``bound``: optimizer state is stored by place in the buffers of the chunks that wrote it. ``by_place``:
+    so are the weights (``--ckpt-format torch``).
     """
 
     path: str
     partition: Partition | None
     resumes: bool
     bound: bool
+    by_place: bool = False
 
     def partition_for(self, model: MultimodalModel) -> Partition | None:
         """The partition to go on with; None if there is none, or it doesn't cut ``model`` over this many ranks."""
-        if self.partition is None or not self.resumes:
+        if self.partition is None or not (self.resumes or self.by_place):
             return None
         try:
             self.partition.check(model)
@@ -46,11 +48,19 @@ class Checkpoint:
     def compare(self, partition: Partition) -> str | None:
         """What the chosen partition means for loading, in a sentence; None if there is nothing to say.
 
-        Raises ConfigurationError if the optimizer's state can't be loaded into other chunks.
+        Raises ConfigurationError if weights or the optimizer's state can't be loaded into other chunks.
         """
-        if not self.resumes or (self.partition is not None and _layers(self.partition) == _layers(partition)):
+        if self.partition is not None and _layers(self.partition) == _layers(partition):
+            return None
+        if not (self.resumes or self.by_place):
             return None
         written = "without DIP" if self.partition is None else f"with {_in_words(self.partition)}"
+        if self.by_place:
+            raise ConfigurationError(
+                f"the checkpoint in {self.path} was written {written}, this run has {_in_words(partition)}, and files "
+                "of --ckpt-format torch hold layers by their place on a rank; save it with --ckpt-format torch_dist "
+                "first, or give the same layers in --dip-config, or use --dip-schedule off"
+            )
         if self.bound:
             raise ConfigurationError(
                 f"the checkpoint in {self.path} was written {written}, this run has {_in_words(partition)}, and its "
@@ -62,40 +72,43 @@ class Checkpoint:
         return f"the checkpoint in {self.path} was written {written}; this run has {_in_words(partition)}"
 
 
-def find_checkpoint(args: Any) -> Checkpoint | None:
+def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
     """The checkpoint that Megatron is going to load, if any. Call it on all ranks, with torch.distributed initialized.
+    ``checkpointing`` is Megatron's module of that name.
 
-    Raises ConfigurationError for a checkpoint that isn't a distributed one.
+    Raises ConfigurationError for a checkpoint of a format whose chunks can't be known again.
     """
-    from megatron.training import checkpointing
-
     folder, finetune = args.load, args.finetune
     pretrained = getattr(args, "pretrained_checkpoint", None)
     if pretrained is not None and not checkpointing.checkpoint_exists(folder):
         folder, finetune = pretrained, True
     if folder is None:
         return None
-    state, path, release, distributed = read_head(checkpointing, folder, args)
+    state, path, release, layout = read_head(checkpointing, folder, args)
     if state is None:
         return None
-    if not distributed:
-        raise ConfigurationError(
-            f"{path or folder} is no distributed checkpoint: its files hold layers by their place on a rank, which "
-            "DIP's partition changes; save it with --ckpt-format torch_dist first, or use --dip-schedule off"
-        )
     saved = state.get("args")
+    partition = _recorded(getattr(saved, "dip_partition", None))
+    by_place = layout == "by place"
+    if layout != "distributed" and not (by_place and partition is not None):
+        raise ConfigurationError(
+            f"{path or folder} is no distributed checkpoint, and not one of DIP's: its files hold layers by their "
+            "place on a rank, which DIP's partition changes; save it with --ckpt-format torch_dist first, or use "
+            "--dip-schedule off"
+        )
     metadata = state.get("content_metadata") or {}
     sharding = metadata.get("distrib_optim_sharding_type")
     resumes = not (finetune or release)
     loads_optimizer = resumes and not args.no_load_optim and not getattr(saved, "no_save_optim", False)
     return Checkpoint(
         str(folder),
-        _recorded(getattr(saved, "dip_partition", None)),
+        partition,
         resumes,
         bound=loads_optimizer
         and args.use_distributed_optimizer
         and sharding is not None
         and not fully_reshardable(sharding),
+        by_place=by_place,
     )
 
 
@@ -107,8 +120,15 @@ def record(args: Any, partition: Partition) -> None:
 
 
 def warn_of_bound_state(args: Any) -> str | None:
-    """A sentence if this run saves optimizer state that no other partition can load."""
-    if args.save is None or not args.use_distributed_optimizer or getattr(args, "no_save_optim", False):
+    """A sentence if this run saves what no other partition can load."""
+    if args.save is None:
+        return None
+    if args.ckpt_format == "torch":
+        return (
+            "checkpoints of this run (--ckpt-format torch) can be loaded under this very partition only; use "
+            "--ckpt-format torch_dist to be free of it"
+        )
+    if not args.use_distributed_optimizer or getattr(args, "no_save_optim", False):
         return None
     if getattr(args, "dist_ckpt_optim_fully_reshardable", False):
         return None

@@ -40,6 +40,11 @@ class PlanningPolicy:
     budget_seconds: float | None = None
     look_ahead: Callable[[], bool] = lambda: True
     """Whether the training iteration that is about to run is followed by another."""
+    before_reading: Callable[[Any], object] = lambda _: None
+    """Takes the iterator that the next iteration's microbatches are about to be read from; None if none are."""
+
+    at_call_seconds: float = 0.0
+    """Search for an iteration that is planned when the schedule is called with it; 0: none, in the trainer."""
 
     def budget(self, seconds_left: float) -> float:
         """Seconds of search for the next plan, so many before this iteration is expected to end; the rest is for
@@ -109,11 +114,9 @@ class DipForwardBackward:
         pg_collection: Any = None,
         force_all_reduce: bool | None = False,
     ) -> list[Any]:
-        """Run one iteration; returns the losses on the last pipeline rank, as Megatron's schedules do."""
+        """Run one iteration; returns the losses on the last pipeline rank, as Megatron's schedules do. What only
+        Megatron's schedules need of the arguments (see :func:`.call.check_call`) is not looked at here."""
         try:
-            if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
-                raise ValueError("DIP doesn't support distillation shapes or pipelines over several grids; use "
-                                 "--dip-schedule off")  # fmt: skip
             chunks = model if isinstance(model, list) else [model]
             iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
             return self._iterate(
@@ -156,7 +159,9 @@ class DipForwardBackward:
             microbatches, fed = self._read(key, source, num_microbatches, chunks)
             if not forward_only:
                 self._repetition.keep(microbatches, fed)
-                if self._policy.look_ahead():
+                ahead = self._policy.look_ahead()
+                self._policy.before_reading(iterator if ahead else None)
+                if ahead:
                     following = self._read_ahead(key, source, num_microbatches, time.perf_counter())
         self._clock.begin()
         outside = None if self._ended is None else time.perf_counter() - self._ended
@@ -190,12 +195,16 @@ class DipForwardBackward:
         microbatches = source.take(count)
         news = b"" if key[1] else self._agreement.news(chunks)
         if request is None:
-            request = self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0)
+            budget = self._policy.at_call_seconds
+            wait = budget + 0.03 if budget else 0.0  # for all but the search
+            request = self._request(microbatches, self._number(), key[1], budget, wait)
         fed = self._feed.take(request, news)
         if self._agreement.learn(fed.news):  # planned for what trained before
             fed = self._feed.take(self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0))
         if not key[1]:
             self._agreement.check(fed.plan, f"iteration {self._number()}")
+        for inputs, shared in zip(microbatches, fed.shared, strict=True):
+            self._program.complete(inputs, shared)
         return microbatches, fed
 
     def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
@@ -215,6 +224,14 @@ class DipForwardBackward:
         self, key: tuple[int, bool], iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any],
         chunks: list[torch.nn.Module],
     ) -> LookAhead:  # fmt: skip
+        other = None if iterator is None else self._look_ahead.get((key[0], not key[1]))
+        if other is not None and other[1].waiting:
+            raise ValueError(
+                f"training and evaluation share a data iterator, of which {other[1].waiting} microbatches have been "
+                "read ahead; set read_ahead: false in --dip-config (DIP_READ_AHEAD=false)"
+            )
+        # Loops may make an iterator for each call: none is kept of which nothing has been read ahead.
+        self._look_ahead = {k: known for k, known in self._look_ahead.items() if k == key or known[1].waiting}
         known = self._look_ahead.get(key)
         # The iterator itself is kept, so that its id can't be another's.
         if known is None or known[0] is not iterator:
@@ -229,10 +246,12 @@ class DipForwardBackward:
         self, microbatches: list[MicrobatchInputs], iteration: int, forward_only: bool, budget: float, wait: float
     ) -> int:
         self._requests += 1
-        loads = tuple(self._program.load(m) for m in microbatches) if self._feed.plans_here else ()
+        here = self._feed.plans_here
+        loads = tuple(self._program.load(m) for m in microbatches) if here else ()
+        shared = tuple(self._program.shared(m) for m in microbatches) if here else ()
         training = None if forward_only else self._agreement.training
         request = PlanRequest(
             self._requests, loads, budget, forward_only, iteration=iteration, training=training
         )  # fmt: skip
-        self._feed.request(request, wait)
+        self._feed.request(request, wait, shared)
         return self._requests

@@ -1,4 +1,7 @@
-"""The hooks in Megatron's training loop: attributes of its modules, all looked up when they are called."""
+"""DIP's hooks: in Megatron-Core's schedules, and in the modules of every loop that an adapter knows.
+
+Light to import, because it may have to be while Megatron-Core is being imported: sessions load when a run begins.
+"""
 
 from __future__ import annotations
 
@@ -8,160 +11,184 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from megatron.core.package_info import __version__ as megatron_version
-
+from ..compat.releases import TESTED, megatron_version, version_numbers
 from ..describe.files import ConfigurationError
-from ..families.family import ModelFamily
-from ..families.known import known_families
-from .arguments import add_arguments, check_arguments, dip_config
-from .checkpoints import share_step
-from .session import DipSession
+from ..environment import asks
+from .adapters.loop import LoopAdapter, Target, TrainingLoop
+from .adapters.megatron_training import MegatronTraining
+from .marks import MARK, ours_inside, owner_of
+from .schedule_hook import HOME, NAME, hook_schedule
+from .watching import ModuleWatch
 
-_MARK = "dip_megatron_hook"
-TESTED = ((0, 16), (0, 19))
-"""The oldest and the newest minor release that the tests cover; README.md lists them."""
-_BUILDERS = "models that Megatron's builders build, as for pretrain_gpt.py"
+if TYPE_CHECKING:
+    from ..config import DipConfig
+    from ..families.family import ModelFamily
+    from .session import DipSession
 
+logger = logging.getLogger(__name__)
 
-def version_numbers() -> tuple[int, int]:
-    """Major and minor number of the installed Megatron-Core."""
-    major, minor = megatron_version.split(".")[:2]
-    return int(major), int(minor)
-
-
-def warn_of_version(missing: Sequence[str]) -> None:
-    """Say once what could not be hooked, or that this Megatron is not a tested one. ``missing`` is from install()."""
-    untested = not TESTED[0] <= version_numbers() <= TESTED[1]
-    if os.environ.get("RANK", "0") != "0" or not (missing or untested):
-        return
-    tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)
-    found = "has all it hooks into"
-    if missing:
-        found = f"has no {', no '.join(missing)}: --dip-schedule will not work fully"
-    logging.getLogger(__name__).warning(
-        "dip: Megatron-Core %s %s. DIP is tested with %s (README.md, Versions)", megatron_version, found, tested
-    )
+_installed: Hooks | None = None
 
 
 class Hooks:
-    """Wraps Megatron's functions; with ``--dip-schedule off`` each calls straight through."""
+    """All hooks of the process; without a run under DIP each calls straight through."""
 
     def __init__(self) -> None:
-        self._session: DipSession | None = None
-        self._families = list(known_families())
+        self._sessions: list[DipSession] = []
+        self._families: list[ModelFamily] = []
+        self._adapters: list[LoopAdapter] = [MegatronTraining(self)]
+        self._placed: list[tuple[ModuleType, str, Callable[..., Any]]] = []
+        self._missing: list[str] = []
+        self._unfinished: list[ModuleType] = []
+        self._told: set[str] = set()
+        self._installing = False
+        # Whether a run has been asked for, though no loop has begun one yet.
+        self._expected = False
+
+    @staticmethod
+    def installed(import_core: bool = True) -> Hooks:
+        """The hooks of this process, in place: in what is loaded and in what will be. Raises ImportError if
+        Megatron-Core can't be imported; with ``import_core`` off it is left to whoever needs it."""
+        global _installed
+        if _installed is None:
+            _installed = Hooks()
+            _installed._install()
+        if import_core:
+            importlib.import_module(HOME)
+        return _installed
 
     def add_families(self, families: Sequence[ModelFamily]) -> None:
         """Look for models of these families, too. Raises ValueError if a class has another family already."""
         for family in families:
-            known = next((f for f in self._families if f.model_class is family.model_class), None)
+            known = next((f for f in self.families() if f.model_class is family.model_class), None)
             if known is None:
                 self._families.append(family)
             elif known is not family:
                 raise ValueError(f"{family.model_class.__name__} already belongs to the model family {known.name!r}")
 
-    @staticmethod
-    def installed() -> Hooks | None:
-        """The hooks that are in place already, if any."""
-        loaded = importlib.import_module("megatron.training.training")
-        hooks: Hooks | None = getattr(getattr(loaded, "get_model", None), _MARK, None)
-        return hooks
+    def families(self) -> list[ModelFamily]:
+        """All that are known."""
+        if not self._families:
+            from ..families.known import known_families
 
-    def install(self) -> list[str]:
-        """Hook in whatever is there; returns the names of what could not be hooked, with what it is for."""
+            self._families = list(known_families())
+        return self._families
+
+    def begin(self, loop: TrainingLoop, config: DipConfig) -> DipSession:
+        """A run under DIP, of which an adapter knows the loop. ``config.schedule`` is not ``off``."""
+        from .session import DipSession
+
+        self._finish()
+        for module, attribute, wrapped in self._placed:
+            found = getattr(module, attribute, None)
+            if found is not wrapped and not ours_inside(found):
+                self.tell(
+                    f"{module.__name__}.{attribute}, a hook of DIP's, has been replaced by {owner_of(found)}; if that "
+                    "doesn't call DIP's, install DIP after it"
+                )
+        self._sessions.append(DipSession(loop, config, self.families(), self.tell))
+        return self._sessions[-1]
+
+    @property
+    def session(self) -> DipSession | None:
+        """The run that began last, if any."""
+        return self._sessions[-1] if self._sessions else None
+
+    def tell(self, sentence: str) -> None:
+        """Say it once, on the first rank."""
+        if sentence not in self._told and os.environ.get("RANK", "0") == "0":
+            self._told.add(sentence)
+            logger.warning("dip: %s", sentence)
+
+    # -- places --------------------------------------------------------------------------------------------------
+    def _install(self) -> None:
+        ModuleWatch(self._wanted, self._hook).install()
+        self._installing = True
+        for module in [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and self._wanted(name)]:
+            if getattr(module.__spec__, "_initializing", False):
+                self._unfinished.append(module)  # it is being imported, and has called us meanwhile
+            else:
+                self._hook(module)
+        self._installing = False
+        if HOME in sys.modules:
+            self._warn_of_version()
+
+    def _wanted(self, name: str) -> bool:
+        return name == HOME or any(adapter.wanted(name) for adapter in self._adapters)
+
+    def _hook(self, module: ModuleType) -> None:
+        """Wrap what DIP needs of a module that has been loaded."""
+        if module.__name__ == HOME:
+            self._hook_schedule(module)
         missing = []
-        for module, attribute, wrap, purpose in (
-            ("arguments", "add_megatron_arguments", self._arguments, "the --dip- flags"),
-            ("arguments", "validate_args", self._validated, "checking flags, starting DIP"),
-            # initialize.py imported it by name in releases before 0.17.
-            ("initialize", "validate_args", self._validated, ""),
-            ("training", "get_model", self._get_model, "models of a script's provider"),
-            ("training", "get_forward_backward_func", self._forward_backward, "the schedule"),
-            ("checkpointing", "generate_state_dict", self._state_dict, "the optimizer's step in checkpoints"),
-            # From 0.19 on scripts may give a model's config instead of a provider.
-            ("models.dist_utils", "build_virtual_pipeline_stages", self._stages, _BUILDERS),
-            ("models.dist_utils", "prepare_existing_model_chunks_for_distributed_training", self._prepared, _BUILDERS),
-        ):
-            name = f"megatron.training.{module}"
-            try:
-                loaded = importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name is None or not name.startswith(error.name):
-                    raise
-                loaded = None
-            original = getattr(loaded, attribute, None)
+        wanting = [adapter for adapter in self._adapters if adapter.wanted(module.__name__)]
+        for target in (target for adapter in wanting for target in adapter.targets(module)):
+            original = getattr(module, target.attribute, None)
             if original is None:
-                if purpose and not (purpose == _BUILDERS and version_numbers() < (0, 19)):
-                    missing.append(f"{name}.{attribute} ({purpose})")
-            elif not hasattr(original, _MARK):
-                wrapped = functools.wraps(original)(wrap(original))
-                setattr(wrapped, _MARK, self)
-                setattr(loaded, attribute, wrapped)
-        return missing
+                if target.purpose:
+                    missing.append(f"{module.__name__}.{target.attribute} ({target.purpose})")
+            elif not hasattr(original, MARK):
+                self._wrap(module, target, original)
+        self._missing += missing
+        if (missing or module.__name__ == HOME) and not self._installing:
+            self._warn_of_version()
+        self._finish()
 
-    def _arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda parser: add_arguments(original(parser))
+    def _finish(self) -> None:
+        """Hook the modules that were being imported when the hooks were installed, and are there now."""
+        done = [m for m in self._unfinished if not getattr(m.__spec__, "_initializing", False)]
+        self._unfinished = [m for m in self._unfinished if m not in done]
+        for module in done:
+            self._hook(module)
 
-    def _validated(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def validate(args: Any, *rest: Any, **kwargs: Any) -> Any:
-            try:
-                check_arguments(args)
-                result = original(args, *rest, **kwargs)
-                check_arguments(args)  # validation derives sizes that the check looks at
-            except ConfigurationError as error:
-                sys.exit(f"dip: {error}")
-            config = dip_config(args)
-            if config.schedule != "off":
-                self._session = DipSession(args, config, self._families)
-            return result
+    def _hook_schedule(self, home: ModuleType) -> None:
+        try:
+            self._expected = asks()
+        except ConfigurationError as error:
+            sys.exit(f"dip: {error}")
+        schedule = hook_schedule(home, self._choose, self)
+        if schedule is None:
+            self._missing.append(f"{HOME}.{NAME} (the schedule)")
+        else:
+            self._placed.append((home, NAME, schedule))
 
-        return validate
+    def _wrap(self, module: ModuleType, target: Target, original: Callable[..., Any]) -> None:
+        wrapped = functools.wraps(original)(target.wrap(original))
+        setattr(wrapped, MARK, self)
+        setattr(module, target.attribute, wrapped)
+        self._placed.append((module, target.attribute, wrapped))
 
-    def _get_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_model(provider: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-            if self._session is None:
-                return original(provider, *rest, **kwargs)
-            try:
-                return original(self._session.segmented(provider), *rest, **kwargs)
-            except ConfigurationError as error:
-                sys.exit(f"dip: {error}")
+    def _warn_of_version(self) -> None:
+        """Say what could not be hooked, or that this Megatron is not a tested one."""
+        untested = not TESTED[0] <= version_numbers() <= TESTED[1]
+        if not (self._missing or untested):
+            return
+        tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)
+        found = "has all it hooks into"
+        if self._missing:
+            found = f"has no {', no '.join(sorted(self._missing))}: --dip-schedule will not work fully"
+        self._missing = []
+        self.tell(f"Megatron-Core {megatron_version()} {found}. DIP is tested with {tested} (README.md, Versions)")
 
-        return get_model
+    # -- calls ---------------------------------------------------------------------------------------------------
+    def _choose(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        """What a loop gets instead of Megatron's ``schedule``: the same where there is no run under DIP. Loops may ask
+        before they build their model, and keep the answer; so whose model it is, is found at each call."""
+        if not self._sessions and not self._expected:
+            return schedule
 
-    def _stages(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def build_virtual_pipeline_stages(build: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-            if self._session is None:
-                return original(build, *rest, **kwargs)
-            try:
-                # One stage as Megatron asks for it, which is all chunks of this rank.
-                return original(self._session.segmented(build), *rest, **kwargs)[0]
-            except ConfigurationError as error:
-                sys.exit(f"dip: {error}")
+        @functools.wraps(schedule)
+        def forward_backward(*args: Any, **kwargs: Any) -> Any:
+            for session in self._sessions:
+                if session.owns(kwargs.get("model")):
+                    return session.run(**kwargs)
+            self.tell(
+                "a model that DIP didn't build runs under Megatron's own schedule; to have DIP schedule it, build it "
+                "with dip_megatron.build_model (docs/any-loop.md)"
+            )
+            return schedule(*args, **kwargs)
 
-        return build_virtual_pipeline_stages
-
-    def _prepared(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def prepare(chunks: list[Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
-            # Wrappers for mixed precision must know how many chunks there are: the whole model's config doesn't.
-            return original(chunks, config if self._session is None else chunks[0].config, *rest, **kwargs)
-
-        return prepare
-
-    def _forward_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-            if self._session is None:
-                return original(*args, **kwargs)
-            return self._session.forward_backward()
-
-        return get_forward_backward_func
-
-    def _state_dict(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
-            state = original(*args, **kwargs)
-            loading = (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False)
-            if self._session is not None and not loading:
-                share_step(state)
-            return state
-
-        return generate_state_dict
+        return forward_backward

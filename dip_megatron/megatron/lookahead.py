@@ -110,6 +110,11 @@ class LookAhead:
         self._buffer: deque[MicrobatchInputs] = deque()
         self.exhausted = False
 
+    @property
+    def waiting(self) -> int:
+        """How many microbatches have been read and not taken."""
+        return len(self._buffer)
+
     def take(self, count: int) -> list[MicrobatchInputs]:
         """The next ``count`` microbatches. Raises StopIteration if the data ends before."""
         if not self.fill(count):

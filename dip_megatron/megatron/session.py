@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
-from ..describe.model import MultimodalModel, Parallel, Partition, Training, TrainingMismatchError
+from ..describe.model import ModulePartition, MultimodalModel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.feed import PlanFeed
@@ -25,7 +25,7 @@ from ..planner.live import ModelGraphs
 from ..planner.maker import LivePlanMaker
 from ..planner.partitioning import choose_partition
 from ..planner.searchers import make_searcher, static_order
-from ..planner.service import PlannerService
+from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
 from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
@@ -33,12 +33,12 @@ from ..runtime.executor import Executor
 from ..runtime.protocol import StageProgram
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
+from .adapters.loop import TrainingLoop
 from .build import ChunkList, configured_partition, record_blueprint
-from .checkpoints import Checkpoint, find_checkpoint, record, warn_of_bound_state
+from .call import check_call
+from .checkpoints import Checkpoint
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
-from .scalars import write_scalars
-from .shared_gpu import single_ranks_on_nccl
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,20 @@ logger = logging.getLogger(__name__)
 class DipSession:
     """What the hooks share between building the model and running its iterations."""
 
-    def __init__(self, args: Any, config: DipConfig, families: Sequence[ModelFamily]):
-        """``args`` are Megatron's, validated; ``config`` is not ``off``; ``families`` are the models to look for."""
-        single_ranks_on_nccl(args)
-        self._args = args
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        config: DipConfig,
+        families: Sequence[ModelFamily],
+        tell: Callable[[str], object] = logger.warning,
+    ):
+        """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
+        self._loop = loop
         self._config = config
         self._families = families
+        self._tell = tell
+        self._own: dict[int, torch.nn.Module] = {}
+        self._running = False
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
@@ -63,18 +71,16 @@ class DipSession:
         """A model provider that builds what ``provider`` would, in segments."""
 
         def build(*args: Any, **kwargs: Any) -> ChunkList:
+            if self._program is not None:
+                self._tell("a second model of this run is built and runs as without DIP")
+                return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
-            a = self._args
-            parallel = Parallel(
-                a.tensor_model_parallel_size, a.pipeline_model_parallel_size, a.data_parallel_size,
-                a.sequence_parallel, a.use_distributed_optimizer,
-            )  # fmt: skip
-            model = family.describe(blueprint, parallel)
+            loop = self._loop
+            model = family.describe(blueprint, loop.parallel)
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
-            checkpoint = find_checkpoint(a)
+            checkpoint = loop.checkpoint()
             partition = self._partition(model, cluster, costs, family.workload, checkpoint)
-            record(a, partition)
-            for sentence in (checkpoint and checkpoint.compare(partition), warn_of_bound_state(a)):
+            for sentence in (loop.record(partition), checkpoint and checkpoint.compare(partition)):
                 if sentence:
                     _tell(sentence)
             self._graphs = ModelGraphs(
@@ -88,9 +94,12 @@ class DipSession:
             )
             self._program = family.program(
                 blueprint, {m.module: m.layers for m in partition.modules},
-                rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=a.micro_batch_size,
+                rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=loop.micro_batch_size,
             )  # fmt: skip
             chunks = ChunkList(self._program.build_chunks())
+            for chunk in chunks:
+                chunk.register_forward_pre_hook(self._guard())
+            self._own = {id(chunk): chunk for chunk in chunks}
             self._start_planner(self._program, self._graphs)
             return chunks
 
@@ -116,7 +125,9 @@ class DipSession:
                 order,
             )
             # One worker process, whose threads search together: only one iteration is planned ahead.
-            self._service = PlannerService(maker, min(config.planner_workers, 1) if config.schedule == "dynamic" else 0)
+            workers = min(config.planner_workers, 1) if config.schedule == "dynamic" else 0
+            improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
+            self._service = PlannerService(maker, workers, improve_seconds=0.0 if self._reads_ahead() else improve)
             atexit.register(self._service.close)
 
     def _cluster(self) -> Cluster:
@@ -132,6 +143,9 @@ class DipSession:
         """As configured, or that of the checkpoint to go on from, or the partitioner's choice: made on one rank,
         because a search may be timed."""
         chosen = configured_partition(model, self._config)
+        if chosen is not None:
+            return chosen
+        chosen = self._given_partition(model)
         if chosen is not None:
             return chosen
         chosen = None if checkpoint is None else checkpoint.partition_for(model)
@@ -152,38 +166,89 @@ class DipSession:
             _tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
         return partition
 
+    def _given_partition(self, model: MultimodalModel) -> Partition | None:
+        """The layout that the loop's own settings give, where it says all of the partition: a model of one module."""
+        layout = self._loop.layout
+        if layout is None or self._config.override:
+            return None
+        if len(model.modules) > 1:
+            _tell(
+                f"{layout} lay out one of {len(model.modules)} modules: DIP's partition of all of them replaces it (as "
+                "with --dip-override; modules.NAME.layers in --dip-config fixes layers)"
+            )
+            return None
+        partition = Partition((ModulePartition(model.modules[0].name, layout.layers, None),))
+        partition.check(model)
+        _tell(f"{model.modules[0].name}: layers {layout.layers}, as {layout} say")
+        return partition
+
     def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
         """Chunks are built before the first batch is read, so the partitioner judges by a published mix, packed to the
         model's sequence length."""
-        args = self._args
-        count = max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1)
-        batches = load_workload(workload, model, 2, count, args.seed)
+        batches = load_workload(workload, model, 2, self._loop.num_microbatches, self._loop.seed)
         return choose_partition(
             model, cluster, batches, costs=costs, memory_limit=self._config.memory_limit, budget_seconds=5.0
         )
 
     # -- iterations ----------------------------------------------------------------------------------------------
-    def forward_backward(self, *_: Any, **__: Any) -> DipForwardBackward:
-        """What Megatron's ``get_forward_backward_func`` returns under DIP."""
+    def owns(self, model: Any) -> bool:
+        """Whether ``model``, as a schedule is given it, has a chunk that this session has built."""
+        return any(self._is_own(chunk) for chunk in (model if isinstance(model, list) else [model]))
+
+    def run(self, **arguments: Any) -> list[Any]:
+        """Run an iteration: what Megatron's schedules do, with their keyword arguments.
+
+        Raises ValueError, before any step, for a call that DIP can't follow.
+        """
+        if self._running:
+            raise ValueError(
+                "the schedule is called while it runs, from within an iteration of the same model; DIP can't nest them"
+            )
+        check_call(arguments, len(self._own), self._is_own, self._pipeline())
         if self._step is None:
             self._step = self._start()
-        return self._step
+        self._running = True
+        try:
+            return self._step(**arguments)
+        finally:
+            self._running = False
+
+    def _is_own(self, chunk: Any) -> bool:
+        while chunk is not None and id(chunk) not in self._own:
+            chunk = getattr(chunk, "module", None)  # within Megatron's wrappers
+        return chunk is not None
+
+    def _guard(self) -> Callable[[torch.nn.Module, Any], None]:
+        """A chunk has a part of its module's layers, in an order of its own: run by anything but its plan, it would
+        compute something else than the model."""
+
+        def only_in_a_stage(chunk: torch.nn.Module, _: Any) -> None:  # a function, so that models can be copied
+            if not self._running:
+                raise RuntimeError(
+                    f"a {type(chunk).__name__} that DIP built is run without DIP's schedule: the loop calls the model "
+                    "by itself, or has got its schedule before dip_megatron.install(); see docs/any-loop.md, or use "
+                    "--dip-schedule off"
+                )
+
+        return only_in_a_stage
+
+    @staticmethod
+    def _pipeline() -> list[int]:
+        """Global ranks of this rank's pipeline."""
+        return list(dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()))
 
     def _start(self) -> DipForwardBackward:
-        if self._program is None or self._exchange is None:
-            raise RuntimeError(
-                "DIP found no model to schedule: it must be built through megatron.training's get_model after "
-                "dip_megatron.install(); or use --dip-schedule off"
-            )
+        assert self._program is not None, "run() is for chunks built here"
+        assert self._exchange is not None
         config, program = self._config, self._program
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        pipeline = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        pipeline = self._pipeline()
         rank = pipeline.index(dist.get_rank())
         clock = Clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = Executor(
             rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
-            alone=self._args.tensor_model_parallel_size == 1,
+            alone=self._loop.parallel.tp == 1,
         )  # fmt: skip
         feed = PlanFeed(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
@@ -196,23 +261,21 @@ class DipSession:
         atexit.register(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
-            policy=PlanningPolicy(config.search_budget, self._another_follows), iteration=self._iteration,
+            policy=PlanningPolicy(
+                config.search_budget, self._another_follows, self._loop.about_to_read_ahead,
+                at_call_seconds=0.0 if self._reads_ahead() or config.schedule == "static" else AT_CALL_SECONDS,
+            ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(), everyone=self._everyone(),
             on_training=self._training_is,
         )  # fmt: skip
 
-    def _iteration(self) -> int:
-        """As Megatron's log counts; evaluations have that of the iteration before."""
-        return int(getattr(self._args, "curr_iteration", self._args.iteration - 1)) + 1
-
     def _another_follows(self) -> bool:
-        """Whether the running iteration is followed by one that trains: data sets may hold no more than is trained on,
-        and iterations to skip are read by Megatron itself."""
-        following = int(self._args.curr_iteration) + 1
-        skipped = self._args.iterations_to_skip or []  # counted from 0 in releases before 0.17
-        return following < self._args.train_iters and not {following, following + 1} & set(skipped)
+        return self._reads_ahead() and self._loop.another_follows()
+
+    def _reads_ahead(self) -> bool:
+        return self._config.read_ahead and self._loop.read_ahead
 
     def _tensor_parallel_exchange(self) -> GlooExchange | None:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
@@ -239,13 +302,13 @@ class DipSession:
 
     def _progress(self, exchange: GlooExchange) -> RunProgress:
         """Megatron writes its log, and everything else, on the last rank."""
-        args, last = self._args, dist.get_rank() == dist.get_world_size() - 1
+        loop, last = self._loop, dist.get_rank() == dist.get_world_size() - 1
 
         def say(line: str) -> None:
             if last:
                 print(line, flush=True)
 
-        return RunProgress(exchange, args.log_interval, say, write_scalars)
+        return RunProgress(exchange, loop.log_interval, say, loop.write_scalars)
 
     @staticmethod
     def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:

@@ -40,12 +40,14 @@ class Exchange(Protocol):
 @dataclass(frozen=True)
 class FedPlan:
     """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it.
-    ``statistics``: the service's, when the plan was sent. ``news``: what the ranks of the replica sent along."""
+    ``statistics``: the service's, when the plan was sent. ``shared``: what rank 0 sent along with it; ``news``: what
+    the ranks of the replica sent along."""
 
     request: int
     plan: Plan
     stall_seconds: float
     statistics: PlannerStatistics
+    shared: Any = None
     news: tuple[bytes, ...] = ()
 
 
@@ -67,9 +69,9 @@ class PlanFeed:
         self._corrections: dict[int, Corrections] = {}
         self._running: tuple[int, Plan, Corrections] | None = None
 
-    def request(self, request: PlanRequest, wait_seconds: float) -> None:
+    def request(self, request: PlanRequest, wait_seconds: float, shared: Any = None) -> None:
         """Begin to plan and to broadcast; every rank calls it with the same requests in the same order (only rank 0's
-        loads matter). ``wait_seconds``: how long to wait for a worker's final plan."""
+        loads, and what is ``shared`` there, matter). ``wait_seconds``: how long to wait for a worker's final plan."""
         if self._service is not None:
             # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
             request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
@@ -77,7 +79,7 @@ class PlanFeed:
                 request = replace(request, corrections=self._recalibration.corrections())
                 self._corrections[request.request] = request.corrections
             self._service.submit(request)
-        delivery = self._thread.submit(self._deliver, request.request, wait_seconds)
+        delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared)
         self._coming[request.request] = request.subject, delivery
 
     @property
@@ -121,7 +123,7 @@ class PlanFeed:
         self._measured = None
         self._running = (request, plan, self._corrections.pop(request, Corrections()))
         told = tuple(data[:n] for data, n in zip(rest, lengths, strict=True))
-        return FedPlan(request, plan, stall, answer[1], told)
+        return FedPlan(request, plan, stall, answer[1], answer[2], told)
 
     def _learn(self, measurements: list[Measurement]) -> None:
         if self._recalibration is None or self._service is None or self._running is None or not measurements:
@@ -135,13 +137,16 @@ class PlanFeed:
         if self._service is not None:
             self._service.close()
 
-    def _deliver(self, request: int, wait_seconds: float) -> bytes:
+    def _deliver(self, request: int, wait_seconds: float, shared: Any) -> bytes:
         if self._service is None:
             return self._exchange.broadcast(None)
         answer: Any
         try:
             plan = self._service.take(request, wait_seconds)
-            answer = plan, replace(self._service.statistics)
+            made_with = self._service.corrections(request)
+            if made_with is not None and request in self._corrections:
+                self._corrections[request] = made_with
+            answer = plan, replace(self._service.statistics), shared
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import pickle
 import socket
@@ -17,15 +18,22 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
 from ..core import Plan
 from ..core.verify import PlanError, verify
+from ..describe.cost import Corrections
+from .known import KnownPlan, KnownPlans
 from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 
 logger = logging.getLogger(__name__)
+
+AT_CALL_SECONDS = 0.02
+"""Of search for an iteration that is planned when the schedule is called: with all else within 50 milliseconds."""
+IMPROVE_SECONDS = 1.0
+"""Of search for batches that come again, while others train."""
 
 
 @dataclass
@@ -72,17 +80,26 @@ class PlannerService:
     """Plans requests in worker processes.
 
     A request goes to the worker with the least to do. ``take`` returns the best plan that has arrived, verified; or a
-    quick one made in this process.
+    quick one made in this process. With ``improve_seconds`` a batch that holds what an earlier one held gets that one's
+    plan at once, and workers search longer for such batches meanwhile.
     """
 
-    def __init__(self, maker: PlanMaker, workers: int = 1, hang_seconds: float = 60.0, silent_seconds: int = 5):
+    def __init__(
+        self, maker: PlanMaker, workers: int = 1, hang_seconds: float = 60.0, silent_seconds: int = 5,
+        improve_seconds: float = 0.0,
+    ):  # fmt: skip
         """``workers`` 0 plans in this process only. A worker that is ``hang_seconds`` late, or silent for
-        ``silent_seconds`` in the middle of a message, is killed and replaced."""
+        ``silent_seconds`` in the middle of a message, is killed and replaced. ``improve_seconds``: the search for a
+        better plan of a batch that comes again; 0: every batch is planned anew."""
         self.statistics = PlannerStatistics()
         self._maker = maker
         self._hang_seconds = hang_seconds
         self._silent_seconds = silent_seconds
         self._workers = [self._start() for _ in range(workers)]
+        self._improve_seconds = improve_seconds
+        self._known = KnownPlans()
+        self._corrections: dict[int, Corrections] = {}
+        self._improving: dict[int, PlanRequest] = {}
         self._asked: dict[int, _Asked] = {}
         self._arrived: dict[int, _Arrived] = {}
         # An evaluation submits its batch while the feed's thread still waits for the next training batch's plan.
@@ -98,9 +115,14 @@ class PlannerService:
     def _submit(self, request: PlanRequest) -> None:
         self._collect()
         self._asked[request.request] = _Asked(request, time.monotonic())
-        if request.budget_seconds <= 0:
-            return  # needed now: made in this process when it is taken
-        free = [w for w in self._workers if w.ready and len(w.busy_with) < _QUEUE]
+        if request.budget_seconds <= 0 or self._known.plan(request) is not None:
+            return  # needed now: made in this process when it is taken, or known
+        if not self._send(request, _QUEUE) and any(worker.ready for worker in self._workers):
+            logger.info("all planner workers are busy; %s is planned in the trainer", request.subject)
+
+    def _send(self, request: PlanRequest, most: int) -> bool:
+        """Give it to the worker with the least to do, if one has less than ``most`` requests."""
+        free = [w for w in self._workers if w.ready and len(w.busy_with) < most]
         for worker in sorted(free, key=lambda w: len(w.busy_with)):
             try:
                 worker.connection.send_bytes(pickle.dumps(request))
@@ -110,9 +132,8 @@ class PlannerService:
             if not worker.busy_with:
                 worker.busy_since = time.monotonic()
             worker.busy_with.append(request.request)
-            return
-        if any(worker.ready for worker in self._workers):
-            logger.info("all planner workers are busy; %s is planned in the trainer", request.subject)
+            return True
+        return False
 
     def take(self, request: int, wait_seconds: float) -> Plan:
         """The best plan for a submitted request, waiting at most ``wait_seconds`` for a worker's final one.
@@ -136,15 +157,42 @@ class PlannerService:
         statistics = self.statistics
         statistics.plans += 1
         if arrived is None:
-            # What is needed at once (a first batch, an evaluation) is no worker's business and no failure of one.
-            statistics.fallbacks += asked.request.budget_seconds > 0
-            plan = self._maker.quick(asked.request)
-            verify(plan)
+            known = self._known.plan(asked.request)
+            if known is None:
+                # What is needed at once (a first batch, an evaluation) is no worker's business and no failure of one.
+                statistics.fallbacks += asked.request.budget_seconds > 0
+                plan = self._maker.quick(asked.request)
+                verify(plan)
+                self._keep(asked.request, plan)
+            else:
+                plan = known.plan
+                self._corrections[request] = known.corrections
+                self._improve(asked.request, known)
             statistics.latency_seconds, statistics.core_seconds = time.monotonic() - asked.at, 0.0
             return plan
         statistics.late += not arrived.final
         statistics.latency_seconds, statistics.core_seconds = arrived.at - asked.at, arrived.core_seconds
+        self._keep(asked.request, arrived.plan)
         return arrived.plan
+
+    def _keep(self, request: PlanRequest, plan: Plan) -> None:
+        if self._improve_seconds > 0:
+            self._known.keep(request, plan, searched=False)
+
+    def corrections(self, request: int) -> Corrections | None:
+        """Those that the plan just taken was made with, if they aren't the request's; to be asked once."""
+        return self._corrections.pop(request, None)
+
+    def _improve(self, request: PlanRequest, known: KnownPlan) -> None:
+        """Have an idle worker search for a better plan of such batches, under a number that no request has."""
+        with self._lock:
+            if known.searched or any(self._known.same(request, r) for r in self._improving.values()):
+                return
+            wanted = replace(
+                request, request=_LONGER + request.request, budget_seconds=self._improve_seconds, deadline=math.inf
+            )
+            if self._send(wanted, 1):
+                self._improving[wanted.request] = request
 
     def close(self) -> None:
         """End all workers."""
@@ -215,7 +263,8 @@ class PlannerService:
     def _patience(self, request: int) -> float:
         """Seconds after which a worker that still plans ``request`` counts as hung."""
         asked = self._asked.get(request)
-        return self._hang_seconds + (0.0 if asked is None else asked.request.budget_seconds)
+        budget = self._improve_seconds if asked is None else asked.request.budget_seconds
+        return self._hang_seconds + budget
 
     def _subject(self, request: int) -> str:
         asked = self._asked.get(request)
@@ -231,18 +280,23 @@ class PlannerService:
             worker.busy_since = time.monotonic()
         if error is not None:
             logger.warning("planner worker failed on %s: %s", self._subject(request), error)
+            self._improving.pop(request, None)
             return
-        if request not in self._asked:
+        if request not in self._asked and request not in self._improving:
             return
         try:
             verify(plan)
         except PlanError as fault:
             logger.warning("planner worker made an invalid plan for %s (%s); not used", self._subject(request), fault)
             return
-        self._arrived[request] = _Arrived(plan, final, time.monotonic(), core_seconds)
+        if request in self._asked:
+            self._arrived[request] = _Arrived(plan, final, time.monotonic(), core_seconds)
+        elif final:
+            self._known.keep(self._improving.pop(request), plan, searched=True)
 
 
 _QUEUE = 2  # requests at a time: a worker that is late for one iteration may begin with the next as soon as it can
+_LONGER = 1 << 40  # numbers of the searches for batches that have come again start here
 _LARGEST_MESSAGE = 1 << 28
 _WORKER_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",

@@ -107,6 +107,15 @@ class StageProgram(RunnableStages, Protocol):
         """This rank's chunks, in the order (module, segment)."""
         ...
 
+    def shared(self, inputs: MicrobatchInputs) -> Any:
+        """What of a microbatch on the first rank all stages need, though a loop may give ranks in the middle of the
+        pipeline no batch: something small that can be pickled, or None."""
+        ...
+
+    def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
+        """Add to a microbatch of this rank what the first rank shares of it, where the loop has not given it."""
+        ...
+
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
         """What it holds, for the planner. Raises ValueError for a batch the model can't take."""
         ...

@@ -2,9 +2,11 @@
 
     launch.py WAY SCRIPT ARGUMENTS...
 
-WAY is ``run`` (through ``dip run``), ``tree`` (as ``python SCRIPT``: whatever the Megatron tree itself does) or
-``absent`` (likewise, and ``dip_megatron`` can't be imported). Weights are drawn from their names, so that runs of the
-same script at other pipeline sizes and partitions start alike; nothing else is changed.
+WAY is ``run`` (through ``dip run``), ``tree`` (as ``python SCRIPT``: whatever the Megatron tree itself does),
+``absent`` (likewise, and ``dip_megatron`` can't be imported) or ``startup`` (as ``tree``, with the start-up file of
+``dip_megatron``'s wheel). ``LAUNCH_PACKAGE`` is the training loop's package if it isn't ``megatron.training``. Weights
+are drawn from their names, so that runs of the same script at other pipeline sizes and partitions start alike; nothing
+else is changed.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import importlib
 import importlib.util
 import os
 import runpy
+import site
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = os.environ.get("LAUNCH_PACKAGE", "megatron.training")
 
 
 class _Absent:
@@ -43,9 +47,9 @@ def _load(path: Path) -> ModuleType:
 def draw_weights_before_the_optimizer() -> None:
     """Let Megatron's training loop draw the model's weights by name, right before it builds the optimizer."""
     # The drawing is a file of dip_megatron that imports nothing of it, and must work where it can't be imported.
-    draw_by_name = _load(ROOT / "dip_megatron" / "models" / "weights.py").draw_by_name
+    draw_by_name = _load(ROOT / "dip_megatron" / "families" / "shared" / "weights.py").draw_by_name
     deviations = _load(ROOT / "examples" / "llava_digits" / "weights.py").deviations
-    training = importlib.import_module("megatron.training.training")
+    training = importlib.import_module(f"{PACKAGE}.training")
     build = training.get_megatron_optimizer
 
     def build_from_drawn(config: Any, chunks: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -53,6 +57,19 @@ def draw_weights_before_the_optimizer() -> None:
         return build(config, chunks, *rest, **kwargs)
 
     training.get_megatron_optimizer = build_from_drawn
+
+
+def begin_on_this_host() -> None:
+    """On a host without a GPU, let Megatron run on the CPU."""
+    from dip_megatron.compat.host import adapt_training
+    from dip_megatron.megatron.cpu import install_cpu_platform
+
+    if install_cpu_platform():
+        adapt_training(PACKAGE)
+        return
+    import torch
+
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _main() -> None:
@@ -71,14 +88,15 @@ def _main() -> None:
         dip_megatron.install = install_and_draw
         run([script, *arguments])
         return
-    if way == "absent":
-        sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    if not _load(ROOT / "dip_megatron" / "megatron" / "cpu.py").install_cpu_platform():
-        import torch
-
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if way == "startup":
+        site.addsitedir(str(ROOT))
+    begin_on_this_host()
+    if way == "absent":
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dip_megatron"]:
+            del sys.modules[name]
+        sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     draw_weights_before_the_optimizer()
     runpy.run_path(script, run_name="__main__")
 

@@ -1,4 +1,4 @@
-"""Points Megatron-LM's unit tests of pipeline schedules at DIP's forward-backward function.
+"""Points Megatron-LM's unit tests of pipeline schedules at DIP's forward-backward function, behind DIP's hook.
 
 Loaded into pytest by ``scripts/upstream_tests``, on every rank. Without a GPU, Megatron runs on the CPU platform, and
 the tests' process groups are gloo's instead of NCCL's.
@@ -26,6 +26,7 @@ if ON_CPU:
 
 from megatron.core.pipeline_parallel import schedules  # noqa: E402  (after the platform)
 
+import dip_megatron  # noqa: E402
 from dip_megatron.testing.plain import PlainForwardBackward  # noqa: E402
 
 FUNCTION = PlainForwardBackward(timeout_seconds=120.0)
@@ -40,6 +41,8 @@ def _counted(**kwargs: Any) -> Any:
 
 schedules.forward_backward_pipelining_with_interleaving = _counted
 schedules.forward_backward_pipelining_without_interleaving = _counted
+
+dip_megatron.install()  # the tests' look-ups pass through DIP's hook, with DIP off
 
 _CALLS_BEFORE = pytest.StashKey[int]()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,3 +39,16 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "how-a-batch-travels" / "index.html").is_file()
+
+
+def test_the_reach_page_is_what_its_data_say() -> None:
+    loader = importlib.machinery.SourceFileLoader("make_reach", str(ROOT / "scripts" / "make_reach"))
+    script = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_reach", loader))
+    loader.exec_module(script)
+    data = yaml.safe_load((ROOT / "docs" / "reach.yaml").read_text(encoding="utf-8"))
+    assert script.page(data) == (ROOT / "docs" / "reach.md").read_text(encoding="utf-8"), "run scripts/make_reach"
+    rows = [row for rows in data.values() for row in rows]
+    assert {row["state"] for row in rows} == {"runs", "refused", "untried"}
+    for row in rows:
+        assert (row["shown"] == "read") == (row["state"] == "untried"), row["name"]
+        assert row["shown"] == "read" or (ROOT / row["shown"]).is_file(), row["name"]

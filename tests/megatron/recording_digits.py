@@ -4,7 +4,9 @@
 computed; ``limit``: the number of items of the training set; ``broadcast``: read on one tensor-parallel rank only and
 broadcast, as upstream's scripts do; ``reject``: the validated loss (counted from 0) that Megatron's rerun state machine
 is told to reject once, on the last rank, and ``fatal``; ``node``: the host's name; ``cut``: sequences of varying
-lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``trains``: expressions by iteration (0: after
+lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``loader``: the folder for states of a data
+loader that can save its own, ``restore``: the file of one to begin from (``--dataloader-type external``);
+``trains``: expressions by iteration (0: after
 ``get_model``), of names of parameters that train from then on; ``described``: arguments of ``freeze`` that DIP's
 description of the model is told of, and the model is not.
 """
@@ -115,9 +117,31 @@ def indexed(get: Any) -> Any:
     return get_item
 
 
+class Loader:
+    """A data loader that can save where it is, like Energon's."""
+
+    def __init__(self, dataset: Any, position: int):
+        self.dataset, self.position = dataset, position
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        self.position += 1
+        return torch.utils.data.default_collate([self.dataset[(7 * self.position) % len(self.dataset)]])
+
+    def save_state(self) -> int:
+        return self.position
+
+
 def pretrain(config: Any, datasets_provider: Any, model_type: Any, forward_step: Any, *rest: Any, **kwargs: Any) -> Any:
     def provider(sizes: Any) -> Any:
-        return datasets_provider((OPTIONS.get("limit") or sizes[0], *(max(size, 1) for size in sizes[1:])))
+        datasets = datasets_provider((OPTIONS.get("limit") or sizes[0], *(max(size, 1) for size in sizes[1:])))
+        if "loader" not in OPTIONS:
+            return datasets
+        megatron.training.get_args().dataloader_save = OPTIONS["loader"]
+        at = torch.load(OPTIONS["restore"])["dataloader_state_dict"] if "restore" in OPTIONS else 0
+        return Loader(datasets[0], at), None, None
 
     provider.is_distributed = not OPTIONS.get("broadcast")  # type: ignore[attr-defined]
     return original(config, provider, model_type, recording(forward_step), *rest, **kwargs)

@@ -43,12 +43,12 @@ def test_a_tested_release_is_no_news() -> None:
 
 def test_an_unknown_release_is_named_once_with_what_could_not_be_hooked() -> None:
     said = installed_after(
-        "megatron.core.package_info.__version__ = '0.42.1'; del training.get_forward_backward_func; "
+        "megatron.core.package_info.__version__ = '0.42.1'; del training.get_model; "
         "del dist_utils.build_virtual_pipeline_stages"
     )
     assert said.count("dip:") == 1
-    assert "Megatron-Core 0.42.1 has no megatron.training.training.get_forward_backward_func (the schedule)" in said
-    assert "no megatron.training.models.dist_utils.build_virtual_pipeline_stages (models that Megatron's" in said
+    assert "0.42.1 has no megatron.training.models.dist_utils.build_virtual_pipeline_stages (models that Meg" in said
+    assert "no megatron.training.training.get_model (models of a script's provider)" in said
     assert "DIP is tested with 0.16 to 0.19" in said
 
 

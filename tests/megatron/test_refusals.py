@@ -12,7 +12,8 @@ from dip_megatron.megatron.arguments import check_arguments
 
 FINE: dict[str, Any] = {
     "dip_schedule": "dynamic", "dip_config": None, "dip_planner_workers": None, "dip_search_budget": None,
-    "dip_memory_limit": None, "dip_trace_dir": None, "pipeline_model_parallel_size": 2, "context_parallel_size": 1,
+    "dip_memory_limit": None, "dip_trace_dir": None, "dip_override": None,
+    "pipeline_model_parallel_size": 2, "context_parallel_size": 1,
     "micro_batch_size": 1, "save": None, "load": None, "ckpt_format": "torch_dist",
 }  # fmt: skip
 
@@ -25,7 +26,6 @@ FINE: dict[str, Any] = {
         ({"mtp_num_layers": 1}, "--mtp-num-layers: .* no segment yet; leave it out"),
         ({"use_torch_fsdp2": True}, "FSDP: .* use --use-distributed-optimizer"),
         ({"use_megatron_fsdp": True}, "FSDP: .* use --use-distributed-optimizer"),
-        ({"num_virtual_stages_per_pipeline_rank": 2}, "virtual pipeline stages: DIP cuts every module"),
         ({"eval_micro_batch_size": 2}, "--eval-micro-batch-size 2: payload shapes .* leave it out"),
         ({"perform_rl_step": True}, "--perform-rl-step: .* can't be read ahead; use --dip-schedule off"),
         ({"cuda_graph_impl": "local"}, r"CUDA graphs \(local\): .* leave --cuda-graph-impl out"),

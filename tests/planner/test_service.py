@@ -58,6 +58,21 @@ def test_plans_of_workers_arrive(service_of):
     assert service.statistics.fallbacks == before
 
 
+def test_a_batch_that_comes_again_has_a_plan_at_once_and_soon_a_searched_one(service_of):
+    service = service_of(improve_seconds=0.1)
+    service.submit(request(1, budget=0.0))
+    assert service.take(1, 0.0).name == "greedy"
+    wait_until_ready(service)  # all its batches are the first again: what comes from a worker was searched meanwhile
+    service.submit(request(20_000))
+    known = service.take(20_000, 0.0)
+    service.submit(request(20_001, budget=0.0))
+    assert service.take(20_001, 0.0).digest() == known.digest()
+    service.submit(PlanRequest(20_002, (Microbatch(9),), 0.1))
+    assert service.take(20_002, 60.0).digest() != known.digest()
+    service.submit(PlanRequest(20_003, (Microbatch(8),), 0.0, forward_only=True))
+    assert service.take(20_003, 0.0).name == "greedy"
+
+
 def test_one_thread_submits_while_another_takes(service_of):
     """As an evaluation does while the next training batch's plan is awaited."""
     service = service_of()

@@ -124,28 +124,3 @@ def test_a_disk_that_fills_up_at_the_end_stops_no_exit(tmp_path: Path, caplog: p
     (tmp_path / "trace.json").symlink_to("/dev/full")
     record(tmp_path, 1)
     assert "training goes on without them" in caplog.text
-
-
-def test_scalars_go_to_the_writers_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("megatron.training")
-    from megatron.training import global_vars
-
-    from dip_megatron.megatron.scalars import write_scalars
-
-    class Writer:
-        def __init__(self) -> None:
-            self.written: list[object] = []
-
-        def add_scalar(self, name: str, value: float, iteration: int) -> None:
-            self.written.append((name, value, iteration))
-
-        def log(self, scalars: dict[str, float], iteration: int) -> None:
-            self.written.append((scalars, iteration))
-
-    board, online = Writer(), Writer()
-    write_scalars({"dip/stall_seconds": 1.0}, 3)  # neither is on
-    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", board)
-    monkeypatch.setattr(global_vars, "_GLOBAL_WANDB_WRITER", online)
-    write_scalars({"dip/stall_seconds": 1.0}, 7)
-    assert board.written == [("dip/stall_seconds", 1.0, 7)]
-    assert online.written == [({"dip/stall_seconds": 1.0}, 7)]

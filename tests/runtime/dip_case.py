@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.runtime.llava_case import (
     initialize,
     llava_kwargs,
     seed_parameters,
+    sparse_forward_step,
 )
 
 
@@ -91,12 +93,15 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
     feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
     step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), feed, clock)
     losses = []
-    data = iter([b for i in range(iterations) for b in batches(case, seed=i)])
+    data: Any = iter([b for i in range(iterations) for b in batches(case, seed=i)])
+    read = forward_step
+    if case.sparse:
+        read, data = partial(sparse_forward_step, rank, world), data if rank in (0, world - 1) else None
     for _ in range(iterations):
         for chunk in chunks:
             chunk.zero_grad(set_to_none=True)
         losses.append(
-            step(forward_step_func=forward_step, data_iterator=data, model=chunks,
+            step(forward_step_func=read, data_iterator=data, model=chunks,
                  num_microbatches=len(case.images), forward_only=False)
         )  # fmt: skip
     feed.close()

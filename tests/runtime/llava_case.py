@@ -31,6 +31,7 @@ class Case:
     deallocate: bool = True
     freeze: tuple[str, ...] = ()
     packed: bool = False
+    sparse: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -192,6 +193,22 @@ def forward_step(data_iterator: Any, model: Any) -> Any:
         return total, tokens, {"lm loss": torch.stack([total.detach().clone(), tokens.float()])}
 
     return output, partial(loss_func, loss_mask)
+
+
+def sparse_forward_step(rank: int, world: int, data_iterator: Any, model: Any) -> Any:
+    """In the manner of upstream's examples/multimodal: ranks in the middle get no batch, the last one no pixels."""
+
+    def passed(images: Any, *rest: Any, **more: Any) -> Any:
+        if 0 < rank < world - 1:
+            images, rest, more = None, (None,) * len(rest), dict.fromkeys(more)
+        if rank == world - 1:
+            more["num_image_tiles"] = torch.ones(images.shape[0], dtype=torch.int)
+            images = None
+        return model(images, *rest, **more)
+
+    if data_iterator is None:
+        passed(None, None, None, None, None, None, packed_seq_params=None)
+    return forward_step(data_iterator, passed)
 
 
 def gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:

@@ -90,6 +90,12 @@ def test_packed_sequences():
     check(Case((2, 0, 3), language=((1, 1), (1, 1)), packed=True), 2)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_ranks_in_the_middle_that_get_no_batch(packed):
+    """Iterators on the first and the last rank, pixels on the first; attention within packed samples everywhere."""
+    check(Case((2, 0, 3), vision=((1, 1, 0, 1), (1, 1, 1, 1)), language=((1, 1, 1, 1),), packed=packed, sparse=True), 4)
+
+
 def test_outputs_that_stay_allocated():
     check(Case((2, 1, 0), deallocate=False), 2)
 

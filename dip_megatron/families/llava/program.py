@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from ...compat.llava import UnpaddedLLaVA, forget_input
 from ...core import ModalityModule, StageKey, Unit
@@ -202,15 +204,30 @@ class LlavaProgram(SegmentedProgram):
         sequences = (padded,) * len(per_sample) if packed is None else packed_lengths(packed, padded)
         return Microbatch(total - seen, (self.shapes.image_tokens,) * count, sequences=sequences)
 
+    def shared(self, inputs: MicrobatchInputs) -> Any:
+        """Where samples begin and end in a packed sequence."""
+        packed = inputs.arguments.get("packed_seq_params")
+        return None if packed is None else _moved(packed, torch.device("cpu"))
+
+    def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
+        """On a rank without a batch, attention within each packed sample as everywhere else."""
+        if shared is not None and inputs.arguments.get("input_ids") is None:
+            cuda = torch.cuda.is_available()
+            device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+            inputs.arguments["packed_seq_params"] = _moved(shared, device)
+
     def forward(
         self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage; see StageProgram."""
         arguments = microbatch.arguments
         if stage.module == VISION:
-            images = arguments["images"][unit.first : unit.first + unit.count]
             if inputs:
+                # Only their number matters now; ranks after the first may have been given no pixels at all.
+                images = inputs[0]["hidden"].new_empty(unit.count, 0)
                 _inner(chunk).vision_model.set_input_tensor(inputs[0]["hidden"])
+            else:
+                images = arguments["images"][unit.first : unit.first + unit.count]
             output = chunk(images, arguments["input_ids"])
         else:
             self._set_language_input(chunk, stage, inputs, arguments["input_ids"])
@@ -239,6 +256,15 @@ class LlavaProgram(SegmentedProgram):
             model.encoder_hidden_state = torch.empty(
                 0, 0, hidden, dtype=getattr(torch, self.shapes.dtype), device=ids.device
             )
+
+
+def _moved(packed: PackedSeqParams, device: torch.device) -> PackedSeqParams:
+    """A copy with its tensors on ``device``, and without process groups."""
+    values = {field.name: getattr(packed, field.name) for field in fields(PackedSeqParams) if field.init}
+    plain = {name: value for name, value in values.items() if isinstance(value, (torch.Tensor, int, str))}
+    return PackedSeqParams(
+        **{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in plain.items()}
+    )  # fmt: skip
 
 
 _PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")

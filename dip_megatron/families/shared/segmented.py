@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from ...core import Unit
 from ...runtime.modes import StageMode
+from ...runtime.protocol import MicrobatchInputs
 from . import deferred_linear, layer_memory
 
 Chunk = TypeVar("Chunk", bound=torch.nn.Module)
@@ -59,6 +60,13 @@ class SegmentedProgram:
     def loss_share(self, unit: Unit, arguments: Mapping[str, Any]) -> float:
         """All of it: a last module that doesn't say otherwise works on whole microbatches."""
         return 1.0
+
+    def shared(self, inputs: MicrobatchInputs) -> Any:
+        """Nothing, for a model whose stages in the middle need no batch."""
+        return None
+
+    def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
+        """Nothing to add."""
 
     def check_layers(self, module: str, count: int) -> None:
         """Raises ValueError unless the partition gives ``module`` its ``count`` layers, on all ranks' chunks."""

@@ -1,0 +1,77 @@
+"""What DIP asks of a training loop, whichever it is, and where an adapter hooks into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .layout import GivenLayout
+
+if TYPE_CHECKING:  # hooks are installed while Megatron is being imported
+    from ...describe.model import Parallel, Partition
+    from ..checkpoints import Checkpoint
+
+
+@dataclass
+class TrainingLoop:
+    """One run of a loop. The methods are those of a loop that keeps nothing DIP could use; adapters override them.
+
+    ``num_microbatches`` of an iteration and replica, as far as it is known before the first; ``log_interval`` in
+    iterations. ``read_ahead``: whether the next iteration's microbatches may be read while one trains; without it they
+    are planned when the schedule is called with them. ``iteration()`` is the number of the iteration that runs, or ran
+    last, as the loop counts (None: DIP counts those that train, from 1). ``layout``: of layers, that the loop's own
+    settings ask for; it must not apply it itself.
+    """
+
+    parallel: Parallel
+    micro_batch_size: int
+    num_microbatches: int
+    seed: int = 0
+    log_interval: int = 100
+    read_ahead: bool = False
+    iteration: Callable[[], int] | None = None
+    layout: GivenLayout | None = None
+
+    def another_follows(self) -> bool:
+        """Whether the training iteration that is about to run is followed by another: data sets may hold no more than
+        is trained on, and some loops read what they skip by themselves."""
+        return True
+
+    def about_to_read_ahead(self, data_iterator: Any) -> None:
+        """Called in every training iteration once its microbatches are read: ``data_iterator`` gives the next
+        iteration's from now on, None if none are read ahead."""
+
+    def checkpoint(self) -> Checkpoint | None:
+        """What the run is going to load, called on all ranks before the model is built. Raises ConfigurationError."""
+        return None
+
+    def record(self, partition: Partition) -> str | None:
+        """Have checkpoints carry the partition; a sentence if there is something to say of them."""
+        return None
+
+    def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:
+        """Beside the loop's own, on the ranks that write any."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function of a loop's module to wrap. ``purpose`` is what can't be done where it is missing; empty if nothing
+    is lost."""
+
+    attribute: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    purpose: str = ""
+
+
+class LoopAdapter(Protocol):
+    """Hooks into the modules of one loop. Modules may load at any time, before or after the hooks are installed."""
+
+    def wanted(self, module: str) -> bool:
+        """Whether the module of this name may be one of the loop's; asked of every module before it loads."""
+        ...
+
+    def targets(self, module: ModuleType) -> Sequence[Target]:
+        """What to wrap in a module whose name is wanted, now that it has been loaded."""
+        ...

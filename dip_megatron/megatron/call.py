@@ -1,0 +1,46 @@
+"""What may stand in a call of a schedule that DIP is to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+
+def check_call(
+    arguments: Mapping[str, Any], chunks: int, is_own: Callable[[Any], bool], pipeline: Sequence[int]
+) -> None:
+    """Raises ValueError, the reason in a line, for keyword arguments of Megatron's schedules that DIP can't follow.
+
+    ``chunks`` is the number of chunks of the model that was built, of which ``is_own`` knows each; ``pipeline`` lists
+    the global ranks of its pipeline.
+    """
+    given = arguments["model"] if isinstance(arguments["model"], list) else [arguments["model"]]
+    if len(given) != chunks or not all(map(is_own, given)):
+        own = sum(map(is_own, given))
+        raise ValueError(
+            f"the schedule is called with {len(given)} chunks, of which DIP built {own}; it has built {chunks} for "
+            "this rank, and runs all of them together"
+        )
+    if arguments.get("adjust_tensor_shapes_fn") is not None:
+        raise ValueError(
+            "adjust_tensor_shapes_fn (knowledge distillation) changes what travels between stages, which DIP's plans "
+            "don't know; use --dip-schedule off"
+        )
+    for name, group in (
+        ("p2p_communicator", getattr(arguments.get("p2p_communicator"), "pp_group", None)),
+        ("pg_collection", getattr(arguments.get("pg_collection"), "pp", None)),
+    ):
+        if arguments.get(name) is None:
+            continue
+        if group is None:
+            raise ValueError(
+                f"{name} is a {type(arguments[name]).__name__} without one pipeline group: DIP schedules one pipeline, "
+                "not several grids; use --dip-schedule off"
+            )
+        ranks = list(dist.get_process_group_ranks(group))
+        if ranks != list(pipeline):
+            raise ValueError(
+                f"{name} is among ranks {ranks}, the model's pipeline among {list(pipeline)}; use --dip-schedule off"
+            )
