@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -65,6 +66,14 @@ class DipSession:
         self._exchange: GlooExchange | None = None
         self._service: PlannerService | None = None
         self._step: DipForwardBackward | None = None
+        self._closing = contextlib.ExitStack()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End threads and processes, and write what is left to write, while the ranks can still talk. Done at the end
+        of the process, unless before."""
+        atexit.unregister(self.close)
+        self._closing.close()
 
     # -- model ---------------------------------------------------------------------------------------------------
     def segmented(self, provider: Callable[..., Any]) -> Callable[..., ChunkList]:
@@ -128,7 +137,7 @@ class DipSession:
             workers = min(config.planner_workers, 1) if config.schedule == "dynamic" else 0
             improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
             self._service = PlannerService(maker, workers, improve_seconds=0.0 if self._reads_ahead() else improve)
-            atexit.register(self._service.close)
+            self._closing.callback(self._service.close)
 
     def _cluster(self) -> Cluster:
         name = self._config.cluster
@@ -258,7 +267,7 @@ class DipSession:
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
             consumers.append(recorder.record)
-        atexit.register(self._close, feed, watchdog, recorder)
+        self._closing.callback(self._close, feed, watchdog, recorder)
         return DipForwardBackward(
             program, executor, feed, clock,
             policy=PlanningPolicy(
