@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from .core import ModalityModule as ModalityModule
+    from .core import Operation as Operation
     from .core import Payload as Payload
     from .core import Plan as Plan
     from .core import Schedule as Schedule
     from .core import StageGraph as StageGraph
-    from .core import StageKey as StageKey
     from .core import TensorSpec as TensorSpec
     from .core import Unit as Unit
     from .core.files import PlanFileError as PlanFileError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .describe.cost import load_cluster as load_cluster
     from .describe.files import ConfigurationError as ConfigurationError
     from .describe.model import EVERY_PART as EVERY_PART
+    from .describe.model import FeatureEmbedding as FeatureEmbedding
     from .describe.model import LanguageHead as LanguageHead
     from .describe.model import LatentEmbedding as LatentEmbedding
     from .describe.model import LatentHead as LatentHead

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)  # fmt: skip
 
 from .describe.files import ConfigurationError, training_file
-
-ScheduleMode = Literal["off", "static", "dynamic"]
 
 
 class ModuleConfig(BaseModel):
@@ -28,8 +36,8 @@ class DipConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
-    schedule: ScheduleMode = Field("off", description="off: Megatron as it was; static: one order for every batch; "
-                                   "dynamic: a plan for each batch")  # fmt: skip
+    schedule: str = Field("off", description="off: Megatron as it was; static: one order for every batch; dynamic: a "
+                          "plan for each batch; or any other schedule by its name")  # fmt: skip
     modules: dict[str, ModuleConfig] = Field(default_factory=dict, description="by module name: vision, language, ...")
     cluster: str = Field("auto", description="cost model's hardware: a name (h100, h800, h20, cpu) or a YAML file; "
                          "auto: by the device")  # fmt: skip
@@ -37,6 +45,8 @@ class DipConfig(BaseModel):
     planner_workers: NonNegativeInt = Field(1, description="searching threads per replica, in one planner process, at "
                                              "most half the cores; 0: plan in the trainer")  # fmt: skip
     search_budget: NonNegativeFloat | None = Field(None, description="seconds; null: what the running iteration leaves")
+    search_evaluations: PositiveInt | None = Field(None, description="schedules tried per plan instead of seconds: "
+                                                   "plans then depend on search_seed, not on time")  # fmt: skip
     search_seed: int = 0
     recalibrate: bool = Field(True, description="correct the cost model by what the stages of earlier iterations took")
     split_backward: bool = Field(True, description="let plans defer weight gradients (W) where the layers can")
@@ -47,6 +57,16 @@ class DipConfig(BaseModel):
     read_ahead: bool = Field(True, description="let the next iteration's microbatches be read while one trains")
     trace_dir: Path | None = Field(None, description="where to write iterations.jsonl, trace.json and timeline.png")
     timeout_seconds: PositiveFloat = Field(600.0, description="bound on every wait for another rank")
+
+    @field_validator("schedule")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        """Any name of the registry, which is imported only where it is needed."""
+        if name not in ("off", "static", "dynamic"):
+            from .schedulers.registry import check_name
+
+            check_name(name)
+        return name
 
     @staticmethod
     def load(path: str | Path | None, overrides: dict[str, Any]) -> DipConfig:

@@ -101,9 +101,20 @@ def load_recipe(name: str) -> Recipe:
             f"{folder / 'megatron.args'}: not the flags of {model.name}; run scripts/make_recipes.py {name}"
         )
     return Recipe(
-        name, folder, model, cluster, data.nodes, data.workload, data.microbatches, data.script, tuple(data.lacks),
-        data.planned, partition, config, flags,
-    )  # fmt: skip
+        name=name,
+        folder=folder,
+        model=model,
+        cluster=cluster,
+        nodes=data.nodes,
+        workload=data.workload,
+        microbatches=data.microbatches,
+        script=data.script,
+        lacks=tuple(data.lacks),
+        planned=data.planned,
+        partition=partition,
+        config=config,
+        flags=flags,
+    )
 
 
 def dip_settings(cluster: str, partition: Partition) -> dict[str, Any]:

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from gpu.ranks import run_ranks  # noqa: E402
 
-from dip_megatron.commands.tables import text_table  # noqa: E402
+from dip_megatron.report.schedules import text_table  # noqa: E402
 
 OVERHEAD, PREDICTION = 1.01, 0.05
 

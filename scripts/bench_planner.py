@@ -26,15 +26,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.commands.planning import (
-    SCHEDULES,
-    DoesNotFit,
-    Effort,
-    Setting,
-    make_planner,
-    searched_partition,
-)  # fmt: skip
-from dip_megatron.commands.tables import text_table
 from dip_megatron.core import Schedule, StageGraph
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
@@ -44,13 +35,20 @@ from dip_megatron.describe.cost import load_cluster, segmented_graph
 from dip_megatron.describe.model import Partition, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.families.shared.shapes import LlavaShapes
+from dip_megatron.planner.facade import (
+    DoesNotFitError,
+    Effort,
+    Setting,
+    live_maker,
+    make_planner,
+    searched_partition,
+)  # fmt: skip
 from dip_megatron.planner.live import ModelGraphs
-from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.planner.request import PlanRequest
-from dip_megatron.planner.searchers import DipSearcher
 from dip_megatron.planner.service import AT_CALL_SECONDS, PlannerService
-from dip_megatron.schedulers import BaselineError
+from dip_megatron.report.schedules import text_table
+from dip_megatron.schedulers import BaselineError, schedule_names
 from dip_megatron.schedulers.dip import SearchResult, search, warm_up
 from scripts.bench_search import microseconds, optimum, tight
 
@@ -151,11 +149,11 @@ def baselines(cases: Sequence[Case], budget: float, workers: int) -> list[Bar]:
         effort = Effort(budget, workers)
         times: dict[str, float] = {}
         work = mean_over([float((g.forward + g.fused).min(axis=0).sum()) / g.ranks for g in case.graphs])
-        for name in SCHEDULES:
+        for name in schedule_names():
             try:
                 planner = make_planner(name, case.setting, effort, searched=case.ours)
                 found = [planner(m) for m in case.setting.microbatches]
-            except (BaselineError, DoesNotFit) as error:
+            except (BaselineError, DoesNotFitError) as error:
                 rows.append([case.name, name, "-", "-", "-", "-", "-", str(error)[:30]])
                 continue
             time_ = mean_over([p.iteration_time for p in found])
@@ -211,9 +209,9 @@ def at_the_call(names: Sequence[str], batches: int) -> list[Bar]:
     for name in names:
         case = make_case(name, batches, 16, 3.0, pp=8)
         setting = case.setting
-        maker = LivePlanMaker(
-            ModelGraphs(setting.model, setting.cluster, case.ours),
-            LlavaShapes(576, 1024, 576, 4096, 1, 1, "bfloat16"), DipSearcher(),
+        maker = live_maker(
+            "dynamic", ModelGraphs(setting.model, setting.cluster, case.ours),
+            LlavaShapes(576, 1024, 576, 4096, 1, 1, "bfloat16"), Effort(),
         )  # fmt: skip
         service = PlannerService(maker, 1, improve_seconds=1.0)
         numbers = itertools.count(1)
@@ -304,7 +302,7 @@ def kernels(cases: Sequence[Case]) -> list[Bar]:
         schedule = (case.best[0] if case.best else search(graph, budget_seconds=0.2)).schedule
         arrays = graph_arrays(graph)
         orders, lengths = pad_orders(schedule)
-        nodes = arrays.rows * arrays.ranks
+        nodes = arrays.virtual_microbatches * arrays.ranks
         inputs = (
             arrays, orders, lengths, np.ascontiguousarray(schedule.strategy.reshape(-1)), np.zeros(orders.shape),
             np.zeros(orders.shape), np.zeros(arrays.ranks, dtype=np.int32), np.zeros(nodes), np.zeros(nodes),

@@ -73,7 +73,7 @@ def optimum(count: int, seconds: float = 20.0) -> tuple[float, float]:
     gaps, bounds, skipped, limited = [], [], 0, 0
     for seed in (*SOLVED_QUICKLY, *range(103, 100_000)):
         graph = random_graph(seed, ranks=2 + seed % 2, microbatches=3, max_units=2, integer=True)
-        if graph.rows * graph.ranks > 24:
+        if graph.virtual_microbatches * graph.ranks > 24:
             continue
         best = solve(graph, seconds=seconds, workers=2)
         if not best.optimal:
@@ -151,7 +151,7 @@ def speed() -> None:
         schedule = search(graph, budget_seconds=0.2).schedule
         g = graph_arrays(graph)
         orders, lengths = pad_orders(schedule)
-        nodes = g.rows * g.ranks
+        nodes = g.virtual_microbatches * g.ranks
         inputs = (
             g, orders, lengths, schedule.strategy.reshape(-1), np.zeros(orders.shape), np.zeros(orders.shape),
             np.zeros(g.ranks, dtype=np.int32), np.zeros(nodes), np.zeros(nodes),

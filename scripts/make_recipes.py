@@ -17,11 +17,11 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.commands.planning import Effort, Setting, make_planner, searched_partition
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.partition import read_partition, write_partition
 from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.facade import Effort, Setting, make_planner, searched_partition
 from dip_megatron.recipes import FOLDER, dip_settings, load_recipe, megatron_flags, recipe_names
 
 BATCHES = 2

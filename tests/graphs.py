@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -20,20 +20,20 @@ def smallest_need(graph: StageGraph) -> np.ndarray:
     """
     lean = np.maximum(graph.activation.min(axis=0), 0.0)
     need = np.where(graph.has_backward, 0.0, lean).max(axis=0, initial=0.0)
-    feeders: dict[int, list[int]] = {u.id: [] for u in graph.units}
+    upstream_units: dict[int, list[int]] = {u.id: [] for u in graph.units}
     for u in graph.units:
-        for v in u.feeds:
-            feeders[v].append(u.id)
+        for v in u.downstream:
+            upstream_units[v].append(u.id)
     for u in graph.units:
-        if u.feeds:
+        if u.downstream:
             continue
         seen, stack = {u.id}, [u.id]
         while stack:
-            for q in feeders[stack.pop()]:
+            for q in upstream_units[stack.pop()]:
                 if q not in seen:
                     seen.add(q)
                     stack.append(q)
-        rows = [s for s in range(graph.rows) if int(graph.row_unit[s]) in seen]
+        rows = [s for s in range(graph.virtual_microbatches) if int(graph.unit_of[s]) in seen]
         need = np.maximum(need, np.where(graph.has_backward, lean, 0.0)[rows].sum(axis=0))
     return need
 
@@ -43,10 +43,7 @@ def with_memory(graph: StageGraph, factor: float) -> StageGraph:
     limit = np.full(graph.ranks, np.inf) if np.isinf(factor) else graph.static_bytes + np.ceil(
         factor * smallest_need(graph)
     )  # fmt: skip
-    return StageGraph(
-        graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-        graph.activation, graph.hold, graph.hop, graph.static_bytes, limit, graph.strategies,
-    )  # fmt: skip
+    return replace(graph, memory_limit=limit)
 
 
 def random_graph(
@@ -98,8 +95,8 @@ def random_graph(
         members: dict[str, list[int]] = {}
         sizes = {}
         for name, upstream in chains:
-            downstream = [n for n, up in chains if name in up]
-            if not upstream and downstream and downstream[0] == "text":
+            readers = [n for n, up in chains if name in up]
+            if not upstream and readers and readers[0] == "text":
                 count = int(rng.integers(0, max_units + 1))
             elif name == "video":
                 count = int(rng.integers(1, max_units + 1))
@@ -111,8 +108,8 @@ def random_graph(
             members[name] = list(range(first, first + sizes[name]))
             first += sizes[name]
         for name, _ in chains:
-            feeds = tuple(v for n, up in chains if name in up for v in members[n])
-            units.extend(Unit(i, name, m, j, 1, feeds) for j, i in enumerate(members[name]))
+            downstream = tuple(v for n, up in chains if name in up for v in members[n])
+            units.extend(Unit(i, name, m, j, 1, downstream) for j, i in enumerate(members[name]))
     module_of = {m.name: m for m in modules}
     rows = sum(module_of[u.module].segments for u in units)
     speed = {m.name: float(rng.uniform(2.0, 12.0)) for m in modules}
@@ -136,19 +133,29 @@ def random_graph(
     lean = np.linspace(1.0, 0.25, candidates)[:, None, None] if candidates > 1 else np.ones((1, 1, 1))
     held = np.round(base * rng.uniform(0.5, 1.5, (rows, 1)) * 1e8)
     activation = np.round(held[None] * lean)
-    hold = np.round(np.repeat(held[None], candidates, axis=0) * rng.uniform(0.2, 0.7))
-    hop = np.round(rng.uniform(0, 2.0, rows)) * 1e-3 if integer else rng.uniform(0, 5e-4, rows)
+    deferred_activation = np.round(np.repeat(held[None], candidates, axis=0) * rng.uniform(0.2, 0.7))
+    transfer = np.round(rng.uniform(0, 2.0, rows)) * 1e-3 if integer else rng.uniform(0, 5e-4, rows)
     if rng.random() < 0.3:
-        hop = np.zeros(rows)
+        transfer = np.zeros(rows)
     graph = StageGraph(
-        ranks, tuple(modules), tuple(units), forward, backward, weight, fused, activation, hold, hop,
-        np.round(rng.uniform(1e9, 2e9, ranks)), np.full(ranks, np.inf),
-    )  # fmt: skip
+        ranks=ranks,
+        modules=tuple(modules),
+        units=tuple(units),
+        forward=forward,
+        backward=backward,
+        weight=weight,
+        fused=fused,
+        activation=activation,
+        deferred_activation=deferred_activation,
+        transfer=transfer,
+        static_bytes=np.round(rng.uniform(1e9, 2e9, ranks)),
+        memory_limit=np.full(ranks, np.inf),
+    )
     # Frozen chunks have no weight gradient to pay for.
     frozen_mask = ~graph.has_weight[None] | np.zeros_like(weight, dtype=bool)
     weight[frozen_mask] = 0.0
     fused[frozen_mask] = backward[frozen_mask]
-    hold[frozen_mask] = 0.0
+    deferred_activation[frozen_mask] = 0.0
     if memory is None:
         memory = float(rng.choice([1.0, 1.05, 1.3, 1.7, 2.5, np.inf]))
     return with_memory(graph, memory)
@@ -217,12 +224,22 @@ def paper_graph(
     backward = forward * (1.08 + extra)
     weight = forward * 0.92
     activation = np.round(np.array(held)[None] * (1.0 - 0.92 * extra))
-    hold = np.round(np.repeat(np.array(held)[None] * 0.5, candidates, axis=0))
+    deferred_activation = np.round(np.repeat(np.array(held)[None] * 0.5, candidates, axis=0))
     limit = np.full(ranks, 80 * GIB if limited else np.inf)
     return StageGraph(
-        ranks, tuple(modules), tuple(units), forward, backward, weight, (backward + weight) * 0.99, activation, hold,
-        np.full(len(base), 2e-4), np.full(ranks, (80.0 - model.budget_gib) * GIB), limit,
-    )  # fmt: skip
+        ranks=ranks,
+        modules=tuple(modules),
+        units=tuple(units),
+        forward=forward,
+        backward=backward,
+        weight=weight,
+        fused=(backward + weight) * 0.99,
+        activation=activation,
+        deferred_activation=deferred_activation,
+        transfer=np.full(len(base), 2e-4),
+        static_bytes=np.full(ranks, (80.0 - model.budget_gib) * GIB),
+        memory_limit=limit,
+    )
 
 
 def small_graphs(**fixed: object) -> st.SearchStrategy[StageGraph]:

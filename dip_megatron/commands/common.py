@@ -17,7 +17,7 @@ from ..describe.cost import Costs, load_cluster
 from ..describe.model import Partition, load_model
 from ..describe.partition import read_partition
 from ..describe.workload import load_workload
-from .planning import Setting
+from ..planner.facade import Setting
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

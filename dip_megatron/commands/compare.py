@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from ..describe.model import Partition
-from ..schedulers import BaselineError
+from ..planner.facade import DoesNotFitError, Effort, Setting, make_planner, searched_partition
+from ..report.schedules import Entry, compare_table, entry, mean_entries, missing_entry
+from ..schedulers import BaselineError, UnknownScheduleError, find_schedule, schedule_names
 from .common import (
     fail,
     json_option,
@@ -22,13 +24,11 @@ from .common import (
     setting_options,
     worker_count,
 )  # fmt: skip
-from .planning import SCHEDULES, SEARCHED, SEGMENTED, DoesNotFit, Effort, Setting, make_planner, searched_partition
-from .tables import Entry, compare_table, entry, mean_entries, missing_entry
 
 
 @click.command()
 @setting_options
-@click.option("--schedules", help=f"Comma-separated (default: all): {', '.join(SCHEDULES)}.")
+@click.option("--schedules", help=f"Comma-separated (default: all): {', '.join(schedule_names())}.")
 @search_options
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Save the comparison as JSON.")
 @json_option
@@ -42,16 +42,18 @@ def compare(
     Static baselines are tuned on the very batches they are measured on, with the least recompute that fits: they are as
     good as a careful engineer could make them.
     """
-    names = [n.strip() for n in schedules.split(",")] if schedules else list(SCHEDULES)
-    for name in names:
-        if name not in SCHEDULES:
-            fail(f"--schedules: unknown schedule {name!r}; choose from {', '.join(SCHEDULES)}")
+    names = [n.strip() for n in schedules.split(",")] if schedules else list(schedule_names())
+    try:
+        entries = [find_schedule(name) for name in names]
+    except UnknownScheduleError as error:
+        fail(f"--schedules: {error}")
     setting = setting_of(values)
     given = partition_of(partition, setting)
     effort = Effort(budget, worker_count(workers), seed)
+    names = [e.name for e in entries]
     with progress_bar(f"comparing on {setting.model.name}", len(names) + 1, as_json) as advance:
         searched = None
-        if given is None and {"dip", *SEGMENTED} & set(names):
+        if given is None and any(e.mixed is None and e.partition != "paper" for e in entries):
             advance("choosing a partition")
             searched = searched_partition(setting, partition_budget)
         columns = {}
@@ -66,7 +68,7 @@ def compare(
     if as_json:
         print_json(data)
     else:
-        click.echo(compare_table(mean, next((n for n in SEARCHED if n in names), names[0])))
+        click.echo(compare_table(mean, next((e.name for e in entries if e.searches), entries[0].name)))
         if out is not None:
             click.echo(f"saved to {out}")
 
@@ -83,6 +85,6 @@ def _column(
     for batch in setting.batches:
         try:
             column.append(entry(planner(batch.microbatches)))
-        except (BaselineError, DoesNotFit):
+        except (BaselineError, DoesNotFitError):
             column.append(missing_entry())
     return column

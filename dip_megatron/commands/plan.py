@@ -9,6 +9,9 @@ import click
 
 from ..core.files import write_plans
 from ..core.verify import verify
+from ..planner.facade import Effort, make_planner
+from ..report.schedules import entry, plan_table
+from ..schedulers.registry import check_name, schedule_names
 from .common import (
     fail,
     json_option,
@@ -21,13 +24,11 @@ from .common import (
     setting_options,
     worker_count,
 )  # fmt: skip
-from .planning import SCHEDULES, Effort, make_planner
-from .tables import entry, plan_table
 
 
 @click.command()
 @setting_options
-@click.option("--schedule", type=click.Choice(SCHEDULES), default="dip", show_default=True)
+@click.option("--schedule", default="dip", show_default=True, help=f"One of {', '.join(schedule_names())}.")
 @search_options
 @click.option("--evaluations", type=click.IntRange(min=1), help="Schedules tried an iteration, instead of a budget.")
 @click.option("--deterministic", is_flag=True, help="Depend on --seed and --evaluations alone.")
@@ -41,6 +42,7 @@ def plan(
     """Plan every batch of a workload, verify the plans, and write them to a file."""
     if deterministic and evaluations is None:
         fail("--deterministic needs --evaluations: a time limit would not repeat")
+    check_name(schedule)
     setting = setting_of(values)
     effort = Effort(budget, worker_count(workers), seed, evaluations, deterministic)
     given = partition_of(partition, setting)

@@ -2,7 +2,7 @@
 
 from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message, parse_action
 from .graph import GraphError, ModalityModule, StageGraph, Unit
-from .operations import Kind, StageKey
+from .operations import Kind, Operation
 from .order import Schedule, check_complete
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec, used_strategies
 
@@ -16,13 +16,13 @@ __all__ = [
     "Kind",
     "Message",
     "ModalityModule",
+    "Operation",
     "Payload",
     "Plan",
     "Predicted",
     "Schedule",
     "SearchStatistics",
     "StageGraph",
-    "StageKey",
     "TensorSpec",
     "Unit",
     "check_complete",

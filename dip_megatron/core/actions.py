@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .operations import Kind, StageKey
+from .operations import Kind, Operation
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -32,8 +32,8 @@ class Message:
     """An edge of the stage graph that crosses ranks: the output of ``source`` that ``target`` waits for. Backward
     messages name both ends with kind B, whether the plan splits the backward or not."""
 
-    source: StageKey
-    target: StageKey
+    source: Operation
+    target: Operation
 
     @property
     def channel(self) -> Channel:
@@ -47,18 +47,18 @@ class Message:
         source, separator, target = text.partition(">")
         if not separator:
             raise ValueError(f"not a message: {text!r} (expected STAGE>STAGE)")
-        return cls(StageKey.parse(source), StageKey.parse(target))
+        return cls(Operation.parse(source), Operation.parse(target))
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
     """Run one operation of one stage with a memory strategy (of the stage pair; named on F, repeated on B)."""
 
-    key: StageKey
+    operation: Operation
     strategy: str = "none"
 
     def __str__(self) -> str:
-        return f"{self.key}" if self.strategy == "none" else f"{self.key}{{{self.strategy}}}"
+        return f"{self.operation}" if self.strategy == "none" else f"{self.operation}{{{self.strategy}}}"
 
 
 class CommunicationKind(StrEnum):
@@ -94,4 +94,4 @@ def parse_action(text: str) -> Action:
     key, brace, strategy = text.partition("{")
     if brace and not strategy.endswith("}"):
         raise ValueError(f"not an action: {text!r} (missing closing brace)")
-    return Compute(StageKey.parse(key), strategy[:-1] if brace else "none")
+    return Compute(Operation.parse(key), strategy[:-1] if brace else "none")

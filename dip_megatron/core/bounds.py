@@ -18,10 +18,10 @@ Three bounds, each valid by itself; the largest is returned.
 2. *Filling the pipeline* (a flow-shop path argument). Let U be a set of modules with all that they feed, the rest D; no
    segment may be reversed. Before rank q's first operation of U, which starts at T(q), it runs forwards of D only, X(q)
    say: a backward follows forwards of U on its rank. With f(q, X) their work, idle(q) = T(q) - f(q, X(q)) is the time
-   lost until then. Rows in X(q + 1) but not in X(q) ran on rank q after its first U forward, and on rank q + 1 before
+   lost until then. Those in X(q + 1) but not in X(q) ran on rank q after its first U forward, and on rank q + 1 before
    T(q + 1): their work on q is at most T(q + 1) - T(q) - u(q) - d, with u(q) the least U forward on q and d the
-   least hop of either kind (if there is none, T(q + 1) >= T(q) + u(q) + d still holds, as that U row arrives from q).
-   So idle(q + 1) >= idle(q) + u(q) + d - sum over D rows of max(0, f(q + 1) - f(q)). A rank's time is at least
+   least transfer of either kind (if there is none, T(q + 1) >= T(q) + u(q) + d still holds, as that U comes from q).
+   So idle(q + 1) >= idle(q) + u(q) + d - sum over D of max(0, f(q + 1) - f(q)). A rank's time is at least
    this idle time plus all of its work plus the least tail. Without split backwards the same holds for the drain, where
    the last backward of U passes from the last rank to the first.
 
@@ -135,7 +135,7 @@ class _Operations:
     """The operations F, B, W of all nodes (numbers n, N + n, 2N + n) as one graph with delays."""
 
     def __init__(self, g: GraphArrays, f: Floats, b: Floats, w: Floats) -> None:
-        nodes = g.rows * g.ranks
+        nodes = g.virtual_microbatches * g.ranks
         self.length = np.concatenate([f, b, w])
         self.rank = np.tile(np.arange(nodes, dtype=np.int32) % g.ranks, 3)
         source = np.repeat(np.arange(nodes), np.diff(g.after_start))
@@ -143,7 +143,7 @@ class _Operations:
         held = np.flatnonzero(g.has_backward)
         start = np.concatenate([source, nodes + g.after[live], held, nodes + held])
         end = np.concatenate([g.after, nodes + source[live], nodes + held, 2 * nodes + held])
-        delay = np.concatenate([g.after_hop, g.after_hop[live], np.zeros(2 * len(held))])
+        delay = np.concatenate([g.after_transfer, g.after_transfer[live], np.zeros(2 * len(held))])
         self.count = 3 * nodes
         self.forward = self._lists(start, end, delay)
         self.backward = self._lists(end, start, delay)
@@ -203,7 +203,7 @@ def lower_bound(graph: StageGraph, *, split: bool = True) -> float:
     """Seconds below which no plan of ``graph`` can be, whatever its order and memory strategies; see the module for the
     proof. With ``split`` False, no plan without split backwards."""
     g = graph_arrays(graph)
-    rows, ranks = g.rows, g.ranks
+    rows, ranks = g.virtual_microbatches, g.ranks
     f, b, w, whole = _relaxed(g, split)
     operations = _Operations(g, f, b, w)
     head, tail = operations.heads(turned=False), operations.heads(turned=True)
@@ -231,26 +231,26 @@ def _filling(graph: StageGraph, least: Sequence[Floats], split: bool) -> tuple[F
     the best U."""
     ranks = graph.ranks
     filling, draining = np.zeros(ranks), np.zeros(ranks)
-    if graph.row_reversed.any():
+    if graph.is_reversed.any():
         return filling, draining
-    module = np.array([[m.name for m in graph.modules].index(graph.units[int(u)].module) for u in graph.row_unit])
+    module = np.array([[m.name for m in graph.modules].index(graph.units[int(u)].module) for u in graph.unit_of])
     trained = bool(graph.has_backward.all())
     for upper in _closed_sets(graph):
         inside = np.isin(module, list(upper))
         if not inside.any() or not _all_lead_to(graph, inside):
             continue
-        filling = np.maximum(filling, _passing(least[0], inside, graph.hop))
+        filling = np.maximum(filling, _passing(least[0], inside, graph.transfer))
         if not split and trained:
-            draining = np.maximum(draining, _passing(least[1], inside, graph.hop))
+            draining = np.maximum(draining, _passing(least[1], inside, graph.transfer))
     return filling, draining
 
 
-def _passing(length: Floats, inside: NDArray[np.bool_], hop: Floats) -> Floats:
+def _passing(length: Floats, inside: NDArray[np.bool_], transfer: Floats) -> Floats:
     """The recursion of argument 2 over ranks; ``length`` ``[S, P]``."""
     idle = np.zeros(length.shape[1])
     for q in range(length.shape[1] - 1):
         slack = np.maximum(length[~inside, q + 1] - length[~inside, q], 0.0).sum()
-        idle[q + 1] = max(0.0, idle[q] + length[inside, q].min() + hop.min() - slack)
+        idle[q + 1] = max(0.0, idle[q] + length[inside, q].min() + transfer.min() - slack)
     return idle
 
 
@@ -267,13 +267,13 @@ def _closed_sets(graph: StageGraph) -> list[frozenset[int]]:
 
 
 def _all_lead_to(graph: StageGraph, inside: NDArray[np.bool_]) -> bool:
-    """Whether every row outside has a row inside among those it leads to, so that its backward follows one."""
+    """Whether each one outside has one inside among those it leads to, so that its backward follows one."""
     leads = inside.copy()
     changed = True
     while changed:
         changed = False
         for s in np.flatnonzero(~leads):
-            if any(leads[n] for n in graph.next_rows[s]):
+            if any(leads[n] for n in graph.next_virtual_microbatches[s]):
                 leads[s] = changed = True
     return bool(leads.all())
 
@@ -283,7 +283,7 @@ def _memory(
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """Argument 3: time lost before the first backward and after the last forward, each ``[2, P]``: as losses that add
     up, and with charges for strategies, alone; and whether both add up ``[P]``."""
-    ranks, nodes = g.ranks, g.rows * g.ranks
+    ranks, nodes = g.ranks, g.virtual_microbatches * g.ranks
     early, late, both = np.zeros((2, ranks)), np.zeros((2, ranks)), np.zeros(ranks, dtype=np.bool_)
     f, b, w = least
     for p in range(ranks):
@@ -291,14 +291,20 @@ def _memory(
         n = np.arange(p, nodes, ranks)
         if not np.isfinite(room) or not g.has_backward[n].all():
             continue
-        size, hold = g.activation[:, n], g.hold[:, n]
+        size, deferred_activation = g.activation[:, n], g.deferred_activation[:, n]
         rest = b[n] + w[n]
         both[p] = size.min(axis=0).sum() > room
         nothing = np.zeros((1, len(n)))
         for i in range(2):
             done = _worth(f[n] - i * (whole[:, n] - rest), size, nothing, nothing, room)
             early[i, p] = max(0.0, float(head[nodes + n].min()) - done)
-            done = _worth(rest - i * (g.duration[FORWARD][:, n] - f[n]), size, w[n] + 0 * hold, hold, room)
+            done = _worth(
+                rest - i * (g.duration[FORWARD][:, n] - f[n]),
+                size,
+                w[n] + 0 * deferred_activation,
+                deferred_activation,
+                room,
+            )
             late[i, p] = max(0.0, float(tail[n].min()) - done)
     return early, late, both
 

@@ -1,8 +1,8 @@
 """Actions as whole numbers: what plans are made of, sent as and checked as; objects are made of them where people look.
 
-With S rows and E edges (:attr:`StageGraph.edges`): codes below 4S are operations, ``kind * S + row``. Then come the
-sends, receives, waits for sends and waits for receives of the 2E messages; message e is the output that travels along
-edge e, message E + e the gradient that travels back.
+With S virtual microbatches and E edges (:attr:`StageGraph.edges`): codes below 4S are operations, ``kind * S + s``.
+Then come the sends, receives, waits for sends and waits for receives of the 2E messages; message e is the output that
+travels along edge e, message E + e the gradient that travels back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from .actions import Action, Communicate, CommunicationKind, Compute, Message
 from .graph import GraphError, Ints, StageGraph
-from .operations import Kind, StageKey
+from .operations import Kind, Operation
 
 COMMUNICATIONS = (
     CommunicationKind.ISEND,
@@ -27,7 +27,7 @@ COMMUNICATIONS = (
 
 def code_count(graph: StageGraph) -> int:
     """Codes are below this."""
-    return 4 * graph.rows + 4 * 2 * len(graph.edges.source)
+    return 4 * graph.virtual_microbatches + 4 * 2 * len(graph.edges.source)
 
 
 class Decoder:
@@ -40,10 +40,10 @@ class Decoder:
 
     def action(self, code: int, rank: int) -> Action:
         """The action of ``code`` on ``rank``."""
-        graph, rows = self._graph, self._graph.rows
+        graph, rows = self._graph, self._graph.virtual_microbatches
         if code < 4 * rows:
             kind, row = divmod(code, rows)
-            return Compute(graph.key(Kind(kind), row, rank), graph.strategy_name(0, row, rank))
+            return Compute(graph.operation(Kind(kind), row, rank), graph.strategy_name(0, row, rank))
         kind, message = divmod(code - 4 * rows, 2 * self._edges)
         return Communicate(COMMUNICATIONS[kind], self.message(message))
 
@@ -53,7 +53,7 @@ class Decoder:
             graph, edges = self._graph, self._graph.edges
             gradient, e = divmod(number, self._edges)
             kind = Kind.B if gradient else Kind.F
-            ends = [graph.key(kind, *divmod(int(n), graph.ranks)) for n in (edges.source[e], edges.target[e])]
+            ends = [graph.operation(kind, *divmod(int(n), graph.ranks)) for n in (edges.source[e], edges.target[e])]
             self._messages[number] = Message(*(reversed(ends) if gradient else ends))
         return self._messages[number]
 
@@ -62,18 +62,18 @@ class Decoder:
         ends = zip(self._graph.edges.source.tolist(), self._graph.edges.target.tolist(), strict=True)
         return {pair: e for e, pair in enumerate(ends)}
 
-    def _node(self, key: StageKey) -> int:
-        return self._graph.row_of(key) * self._graph.ranks + key.rank
+    def _node(self, operation: Operation) -> int:
+        return self._graph.virtual_microbatch_of(operation) * self._graph.ranks + operation.rank
 
     def code(self, action: Action) -> int:
         """Inverse of :meth:`action`. Raises GraphError for stages and messages that the graph doesn't have."""
-        graph, rows = self._graph, self._graph.rows
+        graph, rows = self._graph, self._graph.virtual_microbatches
         if isinstance(action, Compute):
-            row = graph.row_of(action.key)
-            expected = graph.strategy_name(0, row, action.key.rank)
+            row = graph.virtual_microbatch_of(action.operation)
+            expected = graph.strategy_name(0, row, action.operation.rank)
             if action.strategy != expected:
                 raise GraphError(f"{action}: strategy differs from the graph's {expected!r}")
-            return int(action.key.kind) * rows + row
+            return int(action.operation.kind) * rows + row
         message = action.message
         ends = [self._node(message.source), self._node(message.target)]
         gradient = message.channel.gradient
@@ -123,8 +123,8 @@ def encode(graph: StageGraph, actions: Sequence[Sequence[Action]]) -> tuple[Ints
     for rank, line in enumerate(actions):
         numbers = np.empty(len(line), dtype=np.int32)
         for i, action in enumerate(line):
-            if isinstance(action, Compute) and action.key.rank != rank:
-                raise GraphError(f"rank {rank}, action {i} ({action}): is rank {action.key.rank}'s")
+            if isinstance(action, Compute) and action.operation.rank != rank:
+                raise GraphError(f"rank {rank}, action {i} ({action}): is rank {action.operation.rank}'s")
             try:
                 numbers[i] = decoder.code(action)
             except GraphError as error:

@@ -1,13 +1,14 @@
 """Plan files: JSON lines, one iteration's plan a line, self-contained so that anyone can check it again.
 
 ``docs/plan-format.md`` is the reference, ``plan.schema.json`` beside this module the JSON schema. Writing what was read
-gives the same line, character by character.
+gives the same line, character by character (lines of version 1 are read, and written as version 2).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +17,12 @@ from pydantic import ValidationError
 
 from .actions import Compute, parse_action
 from .codes import encode
-from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord
+from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord, upgraded
 from .graph import Floats, GraphError, ModalityModule, StageGraph, Unit
-from .operations import StageKey
+from .operations import Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec
+from .versions import is_version
 
 Row = TypeVar("Row", StageTimes, StageBytes)
 
@@ -74,7 +76,7 @@ def format_plan(plan: Plan) -> str:
         for segment in range(graph.module(unit.module).segments)
     ]
     times = {"F": graph.forward, "B": graph.backward, "W": graph.weight, "BW": graph.fused}
-    held = {"held": graph.activation, "kept": graph.hold}
+    held = {"activation": graph.activation, "deferred_activation": graph.deferred_activation}
     record = {
         "version": VERSION,
         "schedule": plan.name,
@@ -89,13 +91,13 @@ def format_plan(plan: Plan) -> str:
         "units": [
             {
                 "id": u.id, "module": u.module, "microbatch": u.microbatch, "instances": [u.first, u.count],
-                "feeds": u.feeds,
+                "downstream": u.downstream,
             }
             for u in graph.units
         ],
         "durations": [row | {k: a[0, s].tolist() for k, a in times.items()} for s, row in enumerate(rows)],
         "activation_bytes": [row | {k: a[0, s].tolist() for k, a in held.items()} for s, row in enumerate(rows)],
-        "latency": graph.hop.tolist(),
+        "transfer": graph.transfer.tolist(),
         "memory_limit": [limit if np.isfinite(limit) else None for limit in graph.memory_limit.tolist()],
         "static_bytes": graph.static_bytes.tolist(),
         "payloads": [
@@ -144,14 +146,23 @@ def parse_plan(line: str) -> Plan:
         _length(name, getattr(record, name), record.ranks, "ranks")
     _length("predicted.peak_bytes", record.predicted.peak_bytes, record.ranks, "ranks")
     _length("actions", record.actions, record.ranks, "ranks")
-    _length("latency", record.latency, len(times), "rows in durations")
+    _length("transfer", record.transfer, len(times), "entries in durations")
     limit = [np.inf if b is None else b for b in record.memory_limit]
     try:
         graph = StageGraph(
-            record.ranks, modules, units, _array(times, "F"), _array(times, "B"), _array(times, "W"),
-            _array(times, "BW"), _array(held, "held"), _array(held, "kept"), np.array(record.latency, dtype=np.float64),
-            np.array(record.static_bytes, dtype=np.float64), np.array(limit, dtype=np.float64),
-        )  # fmt: skip
+            ranks=record.ranks,
+            modules=modules,
+            units=units,
+            forward=_array(times, "F"),
+            backward=_array(times, "B"),
+            weight=_array(times, "W"),
+            fused=_array(times, "BW"),
+            activation=_array(held, "activation"),
+            deferred_activation=_array(held, "deferred_activation"),
+            transfer=np.array(record.transfer, dtype=np.float64),
+            static_bytes=np.array(record.static_bytes, dtype=np.float64),
+            memory_limit=np.array(limit, dtype=np.float64),
+        )
     except GraphError as error:
         raise PlanFileError(f"modules, units: {error}") from error
     actions = tuple(
@@ -165,19 +176,21 @@ def parse_plan(line: str) -> Plan:
     except GraphError as error:
         raise PlanFileError(f"actions: {error}") from error
     return Plan(
-        graph,
-        schedule,
-        codes,
-        Predicted(
-            record.predicted.iteration_time, record.predicted.lower_bound, record.predicted.bubble_ratio,
+        graph=graph,
+        schedule=schedule,
+        codes=codes,
+        predicted=Predicted(
+            record.predicted.iteration_time,
+            record.predicted.lower_bound,
+            record.predicted.bubble_ratio,
             tuple(record.predicted.peak_bytes),
         ),
-        record.schedule,
-        _payloads(record),
-        SearchStatistics(
+        name=record.schedule,
+        payloads=_payloads(record),
+        search=SearchStatistics(
             record.search.seconds, record.search.evaluations, record.search.workers, record.search.seed
         ),
-    )  # fmt: skip
+    )
 
 
 def _load(line: str) -> Any:
@@ -205,8 +218,12 @@ def _load(line: str) -> Any:
 def _validated(data: Any) -> PlanRecord:
     if not isinstance(data, dict):
         raise PlanFileError(f"line: expected an object, got {type(data).__name__}")
-    if "version" in data and data["version"] != VERSION:
-        raise PlanFileError(f"version: {json.dumps(data['version'])} is not supported, only {VERSION}; plan again")
+    if is_version(data, 1):
+        data = upgraded(data)
+    elif "version" in data and data["version"] != VERSION:
+        raise PlanFileError(
+            f"version: {json.dumps(data['version'])} is not supported, only 1 and {VERSION}; plan again"
+        )
     try:
         return PlanRecord.model_validate(data)
     except ValidationError as error:
@@ -215,7 +232,7 @@ def _validated(data: Any) -> PlanRecord:
 
 
 def _place(location: Sequence[str | int]) -> str:
-    """``units[3].feeds[0]`` for pydantic's location."""
+    """``units[3].downstream[0]`` for pydantic's location."""
     text = ""
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -226,7 +243,7 @@ def _unit(place: int, record: UnitRecord) -> Unit:
     if record.id != place:
         raise PlanFileError(f"units[{place}].id: {record.id} stands at place {place}; ids are positions")
     first, count = record.instances
-    return Unit(record.id, record.module, record.microbatch, first, count, tuple(record.feeds))
+    return Unit(record.id, record.module, record.microbatch, first, count, tuple(record.downstream))
 
 
 def _length(place: str, values: Sequence[object], expected: int, of: str) -> None:
@@ -263,11 +280,11 @@ def _action(place: str, text: str) -> Any:
         raise PlanFileError(f"{place}: {error}") from error
 
 
-def _row_of(graph: StageGraph, rank: int, place: str, key: StageKey) -> int:
-    if key.rank != rank:
-        raise PlanFileError(f"{place}: {key} is rank {key.rank}'s, the list is rank {rank}'s")
+def _virtual_microbatch_of(graph: StageGraph, rank: int, place: str, operation: Operation) -> int:
+    if operation.rank != rank:
+        raise PlanFileError(f"{place}: {operation} is rank {operation.rank}'s, the list is rank {rank}'s")
     try:
-        return graph.row_of(key)
+        return graph.virtual_microbatch_of(operation)
     except GraphError as error:
         raise PlanFileError(f"{place}: {error}") from error
 
@@ -279,10 +296,10 @@ def _schedule(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Schedule:
         order = []
         for i, action in enumerate(line):
             if isinstance(action, Compute):
-                row = _row_of(graph, rank, f"actions[{rank}][{i}]", action.key)
-                order.append(int(action.key.kind) * graph.rows + row)
+                row = _virtual_microbatch_of(graph, rank, f"actions[{rank}][{i}]", action.operation)
+                order.append(int(action.operation.kind) * graph.virtual_microbatches + row)
         orders.append(np.array(order, dtype=np.int32))
-    return Schedule(tuple(orders), np.zeros((graph.rows, graph.ranks), dtype=np.int8))
+    return Schedule(tuple(orders), np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
 
 
 def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> StageGraph:
@@ -292,15 +309,14 @@ def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Sta
         for i, action in enumerate(line):
             if isinstance(action, Compute):
                 place = f"actions[{rank}][{i}]"
-                row = _row_of(graph, rank, place, action.key)
+                row = _virtual_microbatch_of(graph, rank, place, action.operation)
                 known = names.setdefault((row, rank), action.strategy)
                 if known != action.strategy:
                     raise PlanFileError(f"{place}: strategy {action.strategy!r} differs from {known!r} before")
-    strategies = tuple(tuple((names.get((s, p), "none"),) for p in range(graph.ranks)) for s in range(graph.rows))
-    return StageGraph(
-        graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-        graph.activation, graph.hold, graph.hop, graph.static_bytes, graph.memory_limit, strategies,
-    )  # fmt: skip
+    strategies = tuple(
+        tuple((names.get((s, p), "none"),) for p in range(graph.ranks)) for s in range(graph.virtual_microbatches)
+    )
+    return replace(graph, strategies=strategies)
 
 
 def _payloads(record: PlanRecord) -> dict[tuple[int, int], Payload]:
@@ -308,6 +324,6 @@ def _payloads(record: PlanRecord) -> dict[tuple[int, int], Payload]:
     for i, payload in enumerate(record.payloads):
         pair = (payload.source, payload.target)
         if pair in payloads:
-            raise PlanFileError(f"payloads[{i}]: row {pair[0]} to row {pair[1]} comes twice")
+            raise PlanFileError(f"payloads[{i}]: {pair[0]} to {pair[1]} comes twice")
         payloads[pair] = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype, t.differentiable) for t in payload.tensors)
     return payloads

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-VERSION = 1
+from .versions import renamed
+
+VERSION = 2
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -38,7 +40,7 @@ class UnitRecord(Strict):
     module: Name
     microbatch: Count
     instances: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    feeds: Annotated[list[Count], Field(description="ids of the downstream units that wait for this one")]
+    downstream: Annotated[list[Count], Field(description="ids of the downstream units that wait for this one")]
 
 
 class StageTimes(Strict):
@@ -59,8 +61,10 @@ class StageBytes(Strict):
     module: Name
     segment: Count
     unit: Count
-    held: Annotated[list[Bytes], Field(description="from the start of F to the end of B or BW")]
-    kept: Annotated[list[Bytes], Field(description="by a split stage, from the end of B to the end of W")]
+    activation: Annotated[list[Bytes], Field(description="from the start of F to the end of B or BW")]
+    deferred_activation: Annotated[
+        list[Bytes], Field(description="what a split stage still holds from the end of B to the end of W")
+    ]
 
 
 class TensorRecord(Strict):
@@ -73,7 +77,7 @@ class TensorRecord(Strict):
 
 
 class PayloadRecord(Strict):
-    """What travels from row ``source`` to row ``target`` (equal: between the ranks of one row)."""
+    """What travels from virtual microbatch ``source`` to ``target`` (equal: between the ranks of one)."""
 
     source: Count
     target: Count
@@ -101,15 +105,16 @@ class SearchRecord(Strict):
 class PlanRecord(Strict):
     """One iteration's plan: one line of a plan file."""
 
-    version: Literal[1]
+    version: Literal[2]
     schedule: Annotated[str, Field(min_length=1, description="name of the schedule that made it, e.g. dip")]
     ranks: Annotated[int, Field(ge=1)]
     modules: Annotated[list[ModuleRecord], Field(min_length=1)]
     units: Annotated[list[UnitRecord], Field(min_length=1)]
     durations: Annotated[list[StageTimes], Field(description="by unit, then segment")]
     activation_bytes: Annotated[list[StageBytes], Field(description="by unit, then segment")]
-    latency: Annotated[
-        list[Seconds], Field(description="seconds of one hop of a row's output, in the order of durations")
+    transfer: Annotated[
+        list[Seconds],
+        Field(description="seconds of one transfer of a virtual microbatch's output, in the order of durations"),
     ]
     memory_limit: Annotated[list[Bytes | None], Field(description="per rank; null: none")]
     static_bytes: Annotated[list[Bytes], Field(description="per rank: parameters, gradients, optimizer state")]
@@ -117,6 +122,18 @@ class PlanRecord(Strict):
     actions: Annotated[list[list[str]], Field(description="[rank]: what the rank does, in order")]
     predicted: PredictedRecord
     search: SearchRecord
+
+
+def upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """A line of version 1, whose fields had other names, as version 2 says it."""
+    line: dict[str, Any] = renamed(data, {"latency": "transfer"}) | {"version": VERSION}
+    for name, fields in (
+        ("units", {"feeds": "downstream"}),
+        ("activation_bytes", {"held": "activation", "kept": "deferred_activation"}),
+    ):
+        if name in line:
+            line[name] = renamed(line[name], fields)
+    return line
 
 
 def plan_json_schema() -> dict[str, Any]:

@@ -1,39 +1,52 @@
 """The stage graph: everything the planner knows about one iteration, and the one dependency rule.
 
-Rows and ranks: the stages of one unit in one segment form a *row* with one stage per pipeline rank; rows are numbered
-unit by unit in the order of :attr:`StageGraph.units`, segment by segment. Arrays are indexed ``[strategy, row, rank]``.
+The stages of one unit in one segment form a *virtual microbatch* (Megatron's word for a model chunk's work on a
+microbatch), with one stage per pipeline rank. They are numbered unit by unit in the order of :attr:`StageGraph.units`,
+segment by segment. Arrays are indexed ``[strategy, virtual microbatch, rank]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .operations import Kind, StageKey
+from .operations import Kind, Operation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
+PER_STRATEGY = ("forward", "backward", "weight", "fused", "activation", "deferred_activation")
+"""The arrays of a graph with one value per memory strategy, virtual microbatch and rank."""
 
 
 class Edges(NamedTuple):
-    """The dependencies of forwards, as arrays. A *node* is a stage, ``row * P + rank``; edge e leads from node
-    ``source[e]`` to node ``target[e]``, ``hop[e]`` seconds away; backwards go the other way.
+    """The dependencies of forwards, as arrays. A *node* is stage ``s * P + rank``; edge e leads from node
+    ``source[e]`` to node ``target[e]``, ``transfer[e]`` seconds away; backwards go the other way.
 
     Edges into node n are ``before[before_start[n]:before_start[n + 1]]`` (consecutive numbers), those out of it
-    ``after[after_start[n]:after_start[n + 1]]``, in the order of the rows at their other ends.
+    ``after[after_start[n]:after_start[n + 1]]``, in the order of the nodes at their other ends.
     """
 
     source: Ints
     target: Ints
-    hop: Floats
+    transfer: Floats
     before_start: Ints
     after_start: Ints
     after: Ints
+
+
+class Dependency(NamedTuple):
+    """One end of a dependency: the operation of ``kind`` of the stage (``virtual_microbatch``, ``rank``), ``seconds``
+    of transfer away. ``B`` stands for whichever of B and BW the plan has for that stage."""
+
+    kind: Kind
+    virtual_microbatch: int
+    rank: int
+    seconds: float
 
 
 class GraphError(ValueError):
@@ -90,7 +103,7 @@ class Unit:
     """A sub-microbatch: the slice of one microbatch that one module processes at a time.
 
     ``id`` is its position in :attr:`StageGraph.units`. ``first`` and ``count`` say which instances (images, clips,
-    packed sequences) of the microbatch it holds. ``feeds`` are the ids of the downstream units that wait for it.
+    packed sequences) of the microbatch it holds. ``downstream`` are the ids of the downstream units that wait for it.
     """
 
     id: int
@@ -98,20 +111,21 @@ class Unit:
     microbatch: int
     first: int = 0
     count: int = 1
-    feeds: tuple[int, ...] = ()
+    downstream: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class StageGraph:
     """Stages of one iteration with durations (seconds), bytes and dependencies.
 
-    With C memory strategies, S rows and P ranks: ``forward``, ``backward`` (input gradient), ``weight`` (weight
-    gradient) and ``fused`` (both at once) are seconds ``[C, S, P]``. ``activation`` ``[C, S, P]`` are the bytes held
-    from the start of F to the end of BW or B; ``hold`` ``[C, S, P]`` the bytes a split stage still holds from the end
-    of B to the end of W (inputs and output gradients of its linears). ``hop`` ``[S]`` is the seconds one transfer of
-    the row's output (or of its gradient) takes. ``static_bytes`` ``[P]`` are parameters, gradients and optimizer
-    state; ``memory_limit`` ``[P]`` is what a rank may use in all (inf: no limit). ``strategies[row][rank]`` names the C
-    candidates, fastest first; chunks with fewer candidates repeat their last one.
+    With C memory strategies, S virtual microbatches and P ranks: ``forward``, ``backward`` (input gradient),
+    ``weight`` (weight gradient) and ``fused`` (both at once) are seconds ``[C, S, P]``. ``activation`` ``[C, S, P]``
+    are the bytes held from the start of F to the end of BW or B; ``deferred_activation`` ``[C, S, P]`` the bytes a
+    split stage still holds from the end of B to the end of W (inputs and output gradients of its linears).
+    ``transfer`` ``[S]`` is the seconds that one transfer of the virtual microbatch's output (or of its gradient)
+    takes. ``static_bytes`` ``[P]`` are parameters, gradients and optimizer state; ``memory_limit`` ``[P]`` is what a
+    rank may use in all (inf: no limit). ``strategies[s][rank]`` names the C candidates, fastest first; chunks with
+    fewer candidates repeat their last one.
     """
 
     ranks: int
@@ -122,8 +136,8 @@ class StageGraph:
     weight: Floats
     fused: Floats
     activation: Floats
-    hold: Floats
-    hop: Floats
+    deferred_activation: Floats
+    transfer: Floats
     static_bytes: Floats
     memory_limit: Floats
     strategies: tuple[tuple[tuple[str, ...], ...], ...] = field(default=())
@@ -148,20 +162,22 @@ class StageGraph:
                 raise GraphError(f"unit {u.id} stands at place {i}; ids must be positions")
             if u.module not in known:
                 raise GraphError(f"unit {i}: unknown module {u.module!r}")
-            for v in u.feeds:
+            for v in u.downstream:
                 if not 0 <= v < len(self.units) or u.module not in self.module(self.units[v].module).upstream:
                     raise GraphError(f"unit {i} ({u.module}) cannot feed unit {v}")
         if not self.units:
             raise GraphError("no units: an iteration needs at least one microbatch")
-        shape = (self.forward.shape[0], self.rows, self.ranks)
-        for name in ("forward", "backward", "weight", "fused", "activation", "hold"):
+        shape = (self.forward.shape[0], self.virtual_microbatches, self.ranks)
+        for name in PER_STRATEGY:
             array = getattr(self, name)
             if array.shape != shape:
-                raise GraphError(f"{name} has shape {array.shape}, expected (strategies, rows, ranks) = {shape}")
+                raise GraphError(
+                    f"{name} has shape {array.shape}, expected (strategies, virtual microbatches, ranks) = {shape}"
+                )
             if not np.all(np.isfinite(array)) or np.any(array < 0):
                 raise GraphError(f"{name} must be finite and not negative")
-        if self.hop.shape != (self.rows,):
-            raise GraphError(f"hop has shape {self.hop.shape}, expected ({self.rows},)")
+        if self.transfer.shape != (self.virtual_microbatches,):
+            raise GraphError(f"transfer has shape {self.transfer.shape}, expected ({self.virtual_microbatches},)")
         if self.static_bytes.shape != (self.ranks,) or self.memory_limit.shape != (self.ranks,):
             raise GraphError(f"static_bytes and memory_limit must have shape ({self.ranks},)")
 
@@ -174,8 +190,8 @@ class StageGraph:
         return self._module_by_name[name]
 
     @cached_property
-    def first_row(self) -> tuple[int, ...]:
-        """Row of segment 0 of each unit."""
+    def first_virtual_microbatch(self) -> tuple[int, ...]:
+        """Virtual microbatch of segment 0 of each unit."""
         rows, n = [], 0
         for u in self.units:
             rows.append(n)
@@ -183,91 +199,95 @@ class StageGraph:
         return tuple(rows)
 
     @cached_property
-    def rows(self) -> int:
-        """S: number of rows."""
+    def virtual_microbatches(self) -> int:
+        """S: how many there are."""
         return sum(self._module_by_name[u.module].segments for u in self.units)
 
     @cached_property
-    def row_unit(self) -> Ints:
-        """Unit id of each row, ``[S]``."""
+    def unit_of(self) -> Ints:
+        """Unit id of each virtual microbatch, ``[S]``."""
         return np.concatenate(
             [np.full(self._module_by_name[u.module].segments, u.id, dtype=np.int32) for u in self.units]
         )
 
-    def row(self, unit: int, segment: int) -> int:
-        return self.first_row[unit] + segment
+    def virtual_microbatch(self, unit: int, segment: int) -> int:
+        return self.first_virtual_microbatch[unit] + segment
 
     def segment(self, row: int) -> int:
-        return row - self.first_row[int(self.row_unit[row])]
+        return row - self.first_virtual_microbatch[int(self.unit_of[row])]
 
-    def key(self, kind: Kind, row: int, rank: int) -> StageKey:
-        unit = self.units[int(self.row_unit[row])]
-        return StageKey(kind, unit.module, self.segment(row), unit.id, rank)
+    def operation(self, kind: Kind, row: int, rank: int) -> Operation:
+        unit = self.units[int(self.unit_of[row])]
+        return Operation(kind, unit.module, self.segment(row), unit.id, rank)
 
-    def row_of(self, key: StageKey) -> int:
-        """Row of a stage key. Raises GraphError if the key is not a stage of this graph."""
-        if not 0 <= key.unit < len(self.units) or self.units[key.unit].module != key.module:
-            raise GraphError(f"{key} is not a stage of this graph")
-        if not (0 <= key.segment < self.module(key.module).segments and 0 <= key.rank < self.ranks):
-            raise GraphError(f"{key} is not a stage of this graph")
-        return self.row(key.unit, key.segment)
+    def virtual_microbatch_of(self, operation: Operation) -> int:
+        """Virtual microbatch of an operation. Raises GraphError if it is not one of this graph."""
+        if not 0 <= operation.unit < len(self.units) or self.units[operation.unit].module != operation.module:
+            raise GraphError(f"{operation} is not a stage of this graph")
+        if not (0 <= operation.segment < self.module(operation.module).segments and 0 <= operation.rank < self.ranks):
+            raise GraphError(f"{operation} is not a stage of this graph")
+        return self.virtual_microbatch(operation.unit, operation.segment)
 
     @cached_property
-    def row_reversed(self) -> NDArray[np.bool_]:
-        """``[S]``: the row runs from the last rank to rank 0."""
+    def is_reversed(self) -> NDArray[np.bool_]:
+        """``[S]``: whether it runs from the last rank to rank 0."""
         flags = [
             m.runs_back(k) for u in self.units for m in [self._module_by_name[u.module]] for k in range(m.segments)
         ]
         return np.array(flags, dtype=np.bool_)
 
-    def entry_rank(self, row: int) -> int:
-        """The rank where the row's forward starts (and its backward ends)."""
-        return self.ranks - 1 if self.row_reversed[row] else 0
+    def entry_rank(self, virtual_microbatch: int) -> int:
+        """The rank where its forward starts (and its backward ends)."""
+        return self.ranks - 1 if self.is_reversed[virtual_microbatch] else 0
 
-    def exit_rank(self, row: int) -> int:
-        """The rank where the row's forward ends (and its backward starts)."""
-        return 0 if self.row_reversed[row] else self.ranks - 1
+    def exit_rank(self, virtual_microbatch: int) -> int:
+        """The rank where its forward ends (and its backward starts)."""
+        return 0 if self.is_reversed[virtual_microbatch] else self.ranks - 1
 
-    def link_hop(self, before: int, after: int) -> float:
-        """Seconds from the last stage of row ``before`` to the first of row ``after``: nothing travels at a turn."""
-        return 0.0 if self.row_reversed[before] != self.row_reversed[after] else float(self.hop[before])
+    def link_transfer(self, before: int, after: int) -> float:
+        """Seconds from the last stage of ``before`` to the first of ``after``: nothing travels at a turn."""
+        return 0.0 if self.is_reversed[before] != self.is_reversed[after] else float(self.transfer[before])
 
     # -- the dependency rule -------------------------------------------------------------------------------------
     @cached_property
-    def previous_rows(self) -> tuple[tuple[int, ...], ...]:
-        """Rows that must have ended before row s may start on its entry rank (forward); joins have several."""
-        previous: list[list[int]] = [[] for _ in range(self.rows)]
+    def previous_virtual_microbatches(self) -> tuple[tuple[int, ...], ...]:
+        """Those that must have ended before each may start on its entry rank (forward); joins have several."""
+        previous: list[list[int]] = [[] for _ in range(self.virtual_microbatches)]
         for u in self.units:
-            start = self.first_row[u.id]
+            start = self.first_virtual_microbatch[u.id]
             last = start + self._module_by_name[u.module].segments - 1
             for s in range(start, last):
                 previous[s + 1].append(s)
-            for v in u.feeds:
-                previous[self.first_row[v]].append(last)
+            for v in u.downstream:
+                previous[self.first_virtual_microbatch[v]].append(last)
         return tuple(tuple(p) for p in previous)
 
     @cached_property
-    def next_rows(self) -> tuple[tuple[int, ...], ...]:
-        """Mirror of :attr:`previous_rows`."""
-        following: list[list[int]] = [[] for _ in range(self.rows)]
-        for s, previous in enumerate(self.previous_rows):
+    def next_virtual_microbatches(self) -> tuple[tuple[int, ...], ...]:
+        """Mirror of :attr:`previous_virtual_microbatches`."""
+        following: list[list[int]] = [[] for _ in range(self.virtual_microbatches)]
+        for s, previous in enumerate(self.previous_virtual_microbatches):
             for p in previous:
                 following[p].append(s)
         return tuple(tuple(n) for n in following)
 
     @cached_property
     def edges(self) -> Edges:
-        """All of :meth:`predecessors`' edges between forwards."""
-        ranks, hop = self.ranks, self.hop.tolist()
-        into: list[list[tuple[int, float]]] = [[] for _ in range(self.rows * ranks)]
-        for s in range(self.rows):
-            entry, step = self.entry_rank(s), -1 if self.row_reversed[s] else 1
+        """The dependency rule, from which all others follow: what each stage's forward waits for.
+
+        The previous rank's F; on the entry rank (rank 0; the last rank if the segment is reversed) the F of every
+        previous virtual microbatch on its exit rank. :meth:`inputs` says what that means for backwards.
+        """
+        ranks, transfer = self.ranks, self.transfer.tolist()
+        into: list[list[tuple[int, float]]] = [[] for _ in range(self.virtual_microbatches * ranks)]
+        for s in range(self.virtual_microbatches):
+            entry, step = self.entry_rank(s), -1 if self.is_reversed[s] else 1
             into[s * ranks + entry] += [
-                (q * ranks + self.exit_rank(q), self.link_hop(q, s)) for q in self.previous_rows[s]
+                (q * ranks + self.exit_rank(q), self.link_transfer(q, s)) for q in self.previous_virtual_microbatches[s]
             ]
             for p in range(ranks):
                 if p != entry:
-                    into[s * ranks + p].append((s * ranks + p - step, hop[s]))
+                    into[s * ranks + p].append((s * ranks + p - step, transfer[s]))
         counts = [len(edges) for edges in into]
         source = np.array([n for edges in into for n, _ in edges], dtype=np.int32)
         target = np.repeat(np.arange(len(into), dtype=np.int32), counts)
@@ -284,9 +304,9 @@ class StageGraph:
     @cached_property
     def has_weight(self) -> NDArray[np.bool_]:
         """``[S, P]``: the stage's chunk is trainable."""
-        out = np.zeros((self.rows, self.ranks), dtype=np.bool_)
-        for s in range(self.rows):
-            module = self._module_by_name[self.units[int(self.row_unit[s])].module]
+        out = np.zeros((self.virtual_microbatches, self.ranks), dtype=np.bool_)
+        for s in range(self.virtual_microbatches):
+            module = self._module_by_name[self.units[int(self.unit_of[s])].module]
             out[s] = [module.trains(self.segment(s), r) for r in range(self.ranks)]
         return out
 
@@ -294,31 +314,59 @@ class StageGraph:
     def has_backward(self) -> NDArray[np.bool_]:
         """``[S, P]``: the stage's chunk or anything before it in the model trains (whatever the batch holds)."""
         reached = trained_before(self.modules)
-        out = np.zeros((self.rows, self.ranks), dtype=np.bool_)
-        for s in range(self.rows):
-            out[s] = reached[self.units[int(self.row_unit[s])].module][self.segment(s)]
+        out = np.zeros((self.virtual_microbatches, self.ranks), dtype=np.bool_)
+        for s in range(self.virtual_microbatches):
+            out[s] = reached[self.units[int(self.unit_of[s])].module][self.segment(s)]
         return out | self.has_weight
 
-    def predecessors(self, key: StageKey) -> tuple[StageKey, ...]:
-        """The operations that must end before ``key`` may start, other than by the rank's own order.
+    @cached_property
+    def _neighbours(self) -> tuple[list[tuple[Dependency, ...]], list[tuple[Dependency, ...]]]:
+        """Per node, the forwards that its forward waits for, and the backwards that its backward waits for."""
+        e, ranks = self.edges, self.ranks
+        source, target, seconds = e.source.tolist(), e.target.tolist(), e.transfer.tolist()
+        into, out_of, after = e.before_start.tolist(), e.after_start.tolist(), e.after.tolist()
 
-        F: the previous rank's F; on the entry rank (rank 0; the last rank if the segment is reversed) the F of every
-        previous row on its exit rank. B and BW mirror F (the next rank's B; on the exit rank the B of every next row on
-        its entry rank) and follow the stage's own F. W follows its own B. ``B`` in the answer stands for whichever of B
-        and BW the plan has for that stage.
+        def end(kind: Kind, node: int, edge: int) -> Dependency:
+            return Dependency(kind, node // ranks, node % ranks, seconds[edge])
+
+        nodes = range(self.virtual_microbatches * ranks)
+        forwards = [tuple(end(Kind.F, source[i], i) for i in range(into[n], into[n + 1])) for n in nodes]
+        backwards = [tuple(end(Kind.B, target[i], i) for i in after[out_of[n] : out_of[n + 1]]) for n in nodes]
+        return forwards, backwards
+
+    def inputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:
+        """What must end before an operation may start, other than by its rank's own order.
+
+        F waits along :attr:`edges`. B and BW follow the stage's own F, and wait along the same edges the other way:
+        for the next rank's B; on the exit rank for the B of every next virtual microbatch on its entry rank. W follows
+        its own B.
         """
-        s, p = self.row_of(key), key.rank
-        step = -1 if self.row_reversed[s] else 1
-        if key.kind == Kind.F:
-            if p != self.entry_rank(s):
-                return (self.key(Kind.F, s, p - step),)
-            return tuple(self.key(Kind.F, q, self.exit_rank(q)) for q in self.previous_rows[s])
-        if key.kind == Kind.W:
-            return (self.key(Kind.B, s, p),)
-        own = (self.key(Kind.F, s, p),)
-        if p != self.exit_rank(s):
-            return (*own, self.key(Kind.B, s, p + step))
-        return own + tuple(self.key(Kind.B, n, self.entry_rank(n)) for n in self.next_rows[s])
+        forwards, backwards = self._neighbours
+        if kind == Kind.F:
+            return forwards[virtual_microbatch * self.ranks + rank]
+        if kind == Kind.W:
+            return (Dependency(Kind.B, virtual_microbatch, rank, 0.0),)
+        own = Dependency(Kind.F, virtual_microbatch, rank, 0.0)
+        return (own, *backwards[virtual_microbatch * self.ranks + rank])
+
+    def outputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:
+        """Who waits for the data that an operation leaves: the other end of :meth:`inputs` between stages. A gradient
+        has no reader where nothing trains."""
+        forwards, backwards = self._neighbours
+        node = virtual_microbatch * self.ranks + rank
+        if kind == Kind.W:
+            return ()
+        if kind == Kind.F:
+            return tuple(d._replace(kind=Kind.F) for d in backwards[node])
+        readers = (d._replace(kind=Kind.B) for d in forwards[node])
+        return tuple(d for d in readers if self.has_backward[d.virtual_microbatch, d.rank])
+
+    def predecessors(self, operation: Operation) -> tuple[Operation, ...]:
+        """:meth:`inputs` of an operation, as operations."""
+        s = self.virtual_microbatch_of(operation)
+        return tuple(
+            self.operation(d.kind, d.virtual_microbatch, d.rank) for d in self.inputs(operation.kind, s, operation.rank)
+        )
 
     # -- views ---------------------------------------------------------------------------------------------------
     @property
@@ -329,6 +377,11 @@ class StageGraph:
     def strategy_name(self, strategy: int, row: int, rank: int) -> str:
         return self.strategies[row][rank][strategy] if self.strategies else "none"
 
+    def changed(self, change: Callable[[Floats], Floats], **others: Any) -> StageGraph:
+        """The graph with ``change`` made to each array that has a value per strategy; ``others`` are replaced."""
+        arrays: dict[str, Any] = {name: change(getattr(self, name)) for name in PER_STRATEGY}
+        return replace(self, **arrays, **others)
+
     def project(self, strategy: NDArray[np.int8]) -> StageGraph:
         """The graph with one strategy per stage (``strategy`` is ``[S, P]``), so that C = 1."""
         index = strategy[None].astype(np.int64)
@@ -337,12 +390,10 @@ class StageGraph:
             return np.ascontiguousarray(np.take_along_axis(array, index, axis=0))
 
         names = tuple(
-            tuple((self.strategy_name(int(strategy[s, p]), s, p),) for p in range(self.ranks)) for s in range(self.rows)
+            tuple((self.strategy_name(int(strategy[s, p]), s, p),) for p in range(self.ranks))
+            for s in range(self.virtual_microbatches)
         )
-        projected = StageGraph(
-            self.ranks, self.modules, self.units, pick(self.forward), pick(self.backward), pick(self.weight),
-            pick(self.fused), pick(self.activation), pick(self.hold), self.hop, self.static_bytes, self.memory_limit,
-            names,
-        )  # fmt: skip
-        projected.__dict__["edges"] = self.edges  # the structure is the same: not to be worked out again
+        projected = self.changed(pick, strategies=names)
+        for name in ("edges", "_neighbours"):  # the structure is the same: not to be worked out again
+            projected.__dict__[name] = getattr(self, name)
         return projected

@@ -25,19 +25,19 @@ def idle_before(
 ) -> tuple[Idle, ...]:
     """One for each rank. ``start[rank][i]`` and ``end[rank][i]`` are seconds, on one clock for all ranks that starts
     with the iteration, of the operation ``orders[rank][i]`` (``kind * S + row``)."""
-    ended = {kind: np.full(graph.rows * graph.ranks, -np.inf) for kind in (Kind.F, Kind.B)}
+    ended = {kind: np.full(graph.virtual_microbatches * graph.ranks, -np.inf) for kind in (Kind.F, Kind.B)}
     for rank, order in enumerate(orders):
-        kinds, nodes = order // graph.rows, (order % graph.rows) * graph.ranks + rank
+        kinds, nodes = order // graph.virtual_microbatches, (order % graph.virtual_microbatches) * graph.ranks + rank
         ended[Kind.F][nodes[kinds == Kind.F]] = end[rank][kinds == Kind.F]
         backward = (kinds == Kind.B) | (kinds == Kind.BW)
         ended[Kind.B][nodes[backward]] = end[rank][backward]
     edges = graph.edges
-    ready = {kind: np.full(graph.rows * graph.ranks, -np.inf) for kind in (Kind.F, Kind.B)}
+    ready = {kind: np.full(graph.virtual_microbatches * graph.ranks, -np.inf) for kind in (Kind.F, Kind.B)}
     np.maximum.at(ready[Kind.F], edges.target, ended[Kind.F][edges.source])
     np.maximum.at(ready[Kind.B], edges.source, ended[Kind.B][edges.target])
     found = []
     for rank, order in enumerate(orders):
-        kinds, nodes = order // graph.rows, (order % graph.rows) * graph.ranks + rank
+        kinds, nodes = order // graph.virtual_microbatches, (order % graph.virtual_microbatches) * graph.ranks + rank
         arrived = np.where(kinds == Kind.F, ready[Kind.F][nodes], ready[Kind.B][nodes])
         arrived[kinds == Kind.W] = -np.inf  # its own B is on this rank
         free = np.concatenate([[0.0], end[rank][:-1]]) if len(order) else np.zeros(0)

@@ -29,7 +29,7 @@ class Messages(NamedTuple):
     """The messages of a graph: ``source`` and ``target`` ``[2E]`` are ranks; ``exists``: a gradient travels only to
     stages that have a backward. Edges as in :class:`.graph.Edges`."""
 
-    rows: int
+    virtual_microbatches: int
     ranks: int
     edges: int
     source: Ints
@@ -46,18 +46,23 @@ def messages_of(graph: StageGraph) -> Messages:
     back, forth = edges.target % graph.ranks, edges.source % graph.ranks
     trains = graph.has_backward.reshape(-1)
     return Messages(
-        graph.rows, graph.ranks, len(edges.source),
-        np.concatenate([forth, back]).astype(np.int32), np.concatenate([back, forth]).astype(np.int32),
-        np.concatenate([np.ones(len(edges.source), dtype=np.bool_), trains[edges.source]]),
-        edges.before_start, edges.after_start, edges.after,
-    )  # fmt: skip
+        virtual_microbatches=graph.virtual_microbatches,
+        ranks=graph.ranks,
+        edges=len(edges.source),
+        source=np.concatenate([forth, back]).astype(np.int32),
+        target=np.concatenate([back, forth]).astype(np.int32),
+        exists=np.concatenate([np.ones(len(edges.source), dtype=np.bool_), trains[edges.source]]),
+        before_start=edges.before_start,
+        after_start=edges.after_start,
+        after=edges.after,
+    )
 
 
 @compiled
 def _incoming(g: Messages, code: int, rank: int, out: Ints) -> int:
     """Fill ``out`` with the messages an operation waits for; returns how many."""
-    kind = code // g.rows
-    n = (code - kind * g.rows) * g.ranks + rank
+    kind = code // g.virtual_microbatches
+    n = (code - kind * g.virtual_microbatches) * g.ranks + rank
     count = 0
     if kind == FORWARD:
         for e in range(g.before_start[n], g.before_start[n + 1]):
@@ -73,8 +78,8 @@ def _incoming(g: Messages, code: int, rank: int, out: Ints) -> int:
 @compiled
 def _outgoing(g: Messages, code: int, rank: int, out: Ints) -> int:
     """Fill ``out`` with the messages an operation's end sets off; returns how many."""
-    kind = code // g.rows
-    n = (code - kind * g.rows) * g.ranks + rank
+    kind = code // g.virtual_microbatches
+    n = (code - kind * g.virtual_microbatches) * g.ranks + rank
     count = 0
     if kind == FORWARD:
         for i in range(g.after_start[n], g.after_start[n + 1]):
@@ -88,88 +93,134 @@ def _outgoing(g: Messages, code: int, rank: int, out: Ints) -> int:
     return count
 
 
-@compiled
-def lower_codes(
-    g: Messages, orders: Ints, lengths: Ints, start: Floats, end: Floats, some: Ints, needed_at: Ints, place: Ints,
-    begun: Floats, channel_start: Ints, by_channel: Ints, slot: Ints, by_place: Ints, codes: Ints, counts: Ints,
-) -> None:  # fmt: skip
-    """Fill ``codes`` ``[P, .]`` and ``counts`` ``[P]`` with the actions of the orders, timed by ``start``, ``end``.
+class Lowering(NamedTuple):
+    """What :func:`lower_codes` works on. ``orders``, ``lengths``, ``start`` and ``end`` (seconds) are the ranks' orders
+    and their times, padded to arrays. The rest is work space: ``some`` holds any node's messages; ``needed_at``,
+    ``place``, ``begun``, ``by_channel``, ``by_place`` ``[2E]``; ``channel_start`` ``[2PP + 1]``, zeros; ``slot``
+    ``[P * (longest order + 1)]``, zeros."""
 
-    Work space: ``some`` holds any node's messages; ``needed_at``, ``place``, ``begun``, ``by_channel``, ``by_place``
-    ``[2E]``; ``channel_start`` ``[2PP + 1]``, zeros; ``slot`` ``[P * (longest order + 1)]``, zeros.
-    """
-    ranks, longest = g.ranks, orders.shape[1] + 1
-    channels = len(channel_start) - 1
-    # The remote messages of each channel, in the order of their sends.
+    orders: Ints
+    lengths: Ints
+    start: Floats
+    end: Floats
+    some: Ints
+    needed_at: Ints
+    place: Ints
+    begun: Floats
+    channel_start: Ints
+    by_channel: Ints
+    slot: Ints
+    by_place: Ints
+
+
+def make_lowering(g: Messages, orders: Ints, lengths: Ints, start: Floats, end: Floats) -> Lowering:
+    """Work space for one lowering."""
+    messages = 2 * g.edges
+
+    def ints(size: int) -> Ints:
+        return np.zeros(size, dtype=np.int32)
+
+    return Lowering(
+        orders=orders,
+        lengths=lengths,
+        start=start,
+        end=end,
+        some=ints(messages + 1),
+        needed_at=ints(messages),
+        place=ints(messages),
+        begun=np.zeros(messages),
+        channel_start=ints(2 * g.ranks**2 + 1),
+        by_channel=ints(messages),
+        slot=ints(g.ranks * (orders.shape[1] + 1)),
+        by_place=ints(messages),
+    )
+
+
+@compiled
+def _sort_sends(g: Messages, x: Lowering) -> None:
+    """The remote messages of each channel, in the order of their sends; when each begins, and where it is needed."""
+    channels = len(x.channel_start) - 1
     for fill in range(2):
-        for rank in range(ranks):
-            for i in range(lengths[rank]):
-                code = orders[rank, i]
-                for k in range(_outgoing(g, code, rank, some)):
-                    m = some[k]
+        for rank in range(g.ranks):
+            for i in range(x.lengths[rank]):
+                code = x.orders[rank, i]
+                for k in range(_outgoing(g, code, rank, x.some)):
+                    m = x.some[k]
                     if g.target[m] == rank:
                         continue
-                    channel = (rank * ranks + g.target[m]) * 2 + (1 if m >= g.edges else 0)
+                    channel = (rank * g.ranks + g.target[m]) * 2 + (1 if m >= g.edges else 0)
                     if fill == 0:
-                        channel_start[channel + 1] += 1
-                        begun[m] = start[rank, i]
+                        x.channel_start[channel + 1] += 1
+                        x.begun[m] = x.start[rank, i]
                     else:
-                        by_channel[channel_start[channel]] = m
-                        channel_start[channel] += 1
+                        x.by_channel[x.channel_start[channel]] = m
+                        x.channel_start[channel] += 1
                 if fill == 0:
-                    for k in range(_incoming(g, code, rank, some)):
-                        needed_at[some[k]] = i
+                    for k in range(_incoming(g, code, rank, x.some)):
+                        x.needed_at[x.some[k]] = i
         if fill == 0:
             for channel in range(channels):
-                channel_start[channel + 1] += channel_start[channel]
+                x.channel_start[channel + 1] += x.channel_start[channel]
     for channel in range(channels, 0, -1):  # filling moved each start to its end
-        channel_start[channel] = channel_start[channel - 1]
-    channel_start[0] = 0
-    # Where each receive is posted: when its send begins, before it is needed, in the order of the sends.
-    for channel in range(channels):
-        target = (channel // 2) % ranks
-        latest = lengths[target]
-        for j in range(channel_start[channel + 1] - 1, channel_start[channel] - 1, -1):
-            m = by_channel[j]
-            low, high = 0, lengths[target]
+        x.channel_start[channel] = x.channel_start[channel - 1]
+    x.channel_start[0] = 0
+
+
+@compiled
+def _place_receives(g: Messages, x: Lowering) -> None:
+    """Where each receive is posted: when its send begins, before it is needed, in the order of the sends."""
+    longest = x.orders.shape[1] + 1
+    for channel in range(len(x.channel_start) - 1):
+        target = (channel // 2) % g.ranks
+        latest = x.lengths[target]
+        for j in range(x.channel_start[channel + 1] - 1, x.channel_start[channel] - 1, -1):
+            m = x.by_channel[j]
+            low, high = 0, x.lengths[target]
             while low < high:
                 middle = (low + high) >> 1
-                if end[target, middle] <= begun[m]:
+                if x.end[target, middle] <= x.begun[m]:
                     low = middle + 1
                 else:
                     high = middle
-            latest = min(latest, needed_at[m], low)
-            place[m] = latest
-            slot[target * longest + latest] += 1
+            latest = min(latest, x.needed_at[m], low)
+            x.place[m] = latest
+            x.slot[target * longest + latest] += 1
     total = 0
-    for x in range(len(slot)):
-        here = slot[x]
-        slot[x] = total
+    for i in range(len(x.slot)):
+        here = x.slot[i]
+        x.slot[i] = total
         total += here
     for j in range(total):
-        m = by_channel[j]
-        x = g.target[m] * longest + place[m]
-        by_place[slot[x]] = m
-        slot[x] += 1
-    # The actions.
-    sends, receives = 4 * g.rows, 4 * g.rows + 2 * g.edges * IRECV
-    for rank in range(ranks):
+        m = x.by_channel[j]
+        i = g.target[m] * longest + x.place[m]
+        x.by_place[x.slot[i]] = m
+        x.slot[i] += 1
+
+
+@compiled
+def lower_codes(g: Messages, x: Lowering, codes: Ints, counts: Ints) -> None:
+    """Fill ``codes`` ``[P, .]`` and ``counts`` ``[P]`` with the actions of the orders."""
+    _sort_sends(g, x)
+    _place_receives(g, x)
+    longest = x.orders.shape[1] + 1
+    sends, receives = 4 * g.virtual_microbatches, 4 * g.virtual_microbatches + 2 * g.edges * IRECV
+    for rank in range(g.ranks):
         count = 0
-        for i in range(lengths[rank]):
-            x = rank * longest + i
-            for j in range(slot[x - 1] if x > 0 else 0, slot[x]):
-                codes[rank, count] = receives + by_place[j]
+        for i in range(x.lengths[rank]):
+            at = rank * longest + i
+            for j in range(x.slot[at - 1] if at > 0 else 0, x.slot[at]):
+                codes[rank, count] = receives + x.by_place[j]
                 count += 1
-            code = orders[rank, i]
-            for k in range(_incoming(g, code, rank, some)):
-                if g.source[some[k]] != rank:
-                    codes[rank, count] = 4 * g.rows + 2 * g.edges * WAIT_IRECV + some[k]
+            code = x.orders[rank, i]
+            for k in range(_incoming(g, code, rank, x.some)):
+                if g.source[x.some[k]] != rank:
+                    codes[rank, count] = 4 * g.virtual_microbatches + 2 * g.edges * WAIT_IRECV + x.some[k]
                     count += 1
             codes[rank, count] = code
             count += 1
-            for k in range(_outgoing(g, code, rank, some)):
-                if g.target[some[k]] != rank:
-                    codes[rank, count] = sends + some[k]
+            for k in range(_outgoing(g, code, rank, x.some)):
+                if g.target[x.some[k]] != rank:
+                    codes[rank, count] = sends + x.some[k]
                     count += 1
         for j in range(count):
             if sends <= codes[rank, j] < receives:
@@ -192,7 +243,7 @@ def check_codes(
         for i in range(counts[rank]):
             code = codes[rank, i]
             fault[1], fault[2], fault[3] = rank, i, -1
-            if code < 4 * g.rows:
+            if code < 4 * g.virtual_microbatches:
                 if at >= lengths[rank] or orders[rank, at] != code:
                     fault[0] = WRONG_ORDER
                     return
@@ -205,8 +256,8 @@ def check_codes(
                     if g.target[some[k]] != rank:
                         state[some[k]] |= DUE
                 continue
-            kind = (code - 4 * g.rows) // (2 * g.edges)
-            m = code - 4 * g.rows - 2 * g.edges * kind
+            kind = (code - 4 * g.virtual_microbatches) // (2 * g.edges)
+            m = code - 4 * g.virtual_microbatches - 2 * g.edges * kind
             sending = kind in (ISEND, WAIT_ISEND)
             if (g.source[m] if sending else g.target[m]) != rank:
                 fault[0] = OTHER_RANK
@@ -265,7 +316,7 @@ def replay_codes(
         progressed = False
         for rank in range(g.ranks):
             while place[rank] < counts[rank]:
-                code = codes[rank, place[rank]] - 4 * g.rows
+                code = codes[rank, place[rank]] - 4 * g.virtual_microbatches
                 if code >= 0:
                     kind = code // (2 * g.edges)
                     m = code - 2 * g.edges * kind

@@ -13,42 +13,35 @@ import numpy as np
 
 from .actions import Message
 from .graph import Ints, StageGraph
-from .kernels import lower_codes, messages_of
-from .operations import Kind, StageKey
+from .kernels import lower_codes, make_lowering, messages_of
+from .operations import Kind, Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics
 from .simulate.kernels import pad_orders, simulate_compiled
 from .simulate.reference import Timeline
 
 
-def outgoing(graph: StageGraph, key: StageKey) -> tuple[Message, ...]:
+def outgoing(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
     """Messages that an operation's end sets off, those between stages of one rank included."""
-    s, p = graph.row_of(key), key.rank
-    step = -1 if graph.row_reversed[s] else 1
-    if key.kind == Kind.W:
-        return ()
-    if key.kind == Kind.F:
-        if p != graph.exit_rank(s):
-            targets = [graph.key(Kind.F, s, p + step)]
-        else:
-            targets = [graph.key(Kind.F, n, graph.entry_rank(n)) for n in graph.next_rows[s]]
-        return tuple(Message(graph.key(Kind.F, s, p), t) for t in targets)
-    if p != graph.entry_rank(s):
-        back = [(s, p - step)]
-    else:
-        back = [(q, graph.exit_rank(q)) for q in graph.previous_rows[s]]
-    source = graph.key(Kind.B, s, p)
-    return tuple(Message(source, graph.key(Kind.B, q, r)) for q, r in back if graph.has_backward[q, r])
+    s, p = graph.virtual_microbatch_of(operation), operation.rank
+    source = graph.operation(_gradient_or_output(operation.kind), s, p)
+    readers = graph.outputs(operation.kind, s, p)
+    return tuple(Message(source, graph.operation(d.kind, d.virtual_microbatch, d.rank)) for d in readers)
 
 
-def incoming(graph: StageGraph, key: StageKey) -> tuple[Message, ...]:
+def incoming(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
     """Messages an operation waits for, those between stages of one rank included."""
-    if key.kind == Kind.W:
+    if operation.kind == Kind.W:
         return ()
-    kind = Kind.F if key.kind == Kind.F else Kind.B
-    target = StageKey(kind, key.module, key.segment, key.unit, key.rank)
-    sources = [k for k in graph.predecessors(target) if kind == Kind.F or k.kind == Kind.B]
-    return tuple(Message(source, target) for source in sources)
+    s, p, kind = graph.virtual_microbatch_of(operation), operation.rank, _gradient_or_output(operation.kind)
+    target = graph.operation(kind, s, p)
+    senders = [d for d in graph.inputs(kind, s, p) if d.kind == kind]
+    return tuple(Message(graph.operation(kind, d.virtual_microbatch, d.rank), target) for d in senders)
+
+
+def _gradient_or_output(kind: Kind) -> Kind:
+    """The kind that a message names at both ends."""
+    return Kind.F if kind == Kind.F else Kind.B
 
 
 def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = None) -> tuple[Ints, ...]:
@@ -60,18 +53,9 @@ def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = Non
     for rank in range(graph.ranks):
         start[rank, : lengths[rank]] = timeline.start[rank]
         end[rank, : lengths[rank]] = timeline.end[rank]
-    messages = 2 * g.edges
-    codes = np.zeros((graph.ranks, orders.shape[1] + 2 * messages), dtype=np.int32)
+    codes = np.zeros((graph.ranks, orders.shape[1] + 4 * g.edges), dtype=np.int32)
     counts = np.zeros(graph.ranks, dtype=np.int32)
-
-    def ints(size: int) -> Ints:
-        return np.zeros(size, dtype=np.int32)
-
-    lower_codes(
-        g, orders, lengths, start, end, ints(messages + 1), ints(messages), ints(messages), np.zeros(messages),
-        ints(2 * graph.ranks**2 + 1), ints(messages), ints(graph.ranks * (orders.shape[1] + 1)), ints(messages),
-        codes, counts,
-    )  # fmt: skip
+    lower_codes(g, make_lowering(g, orders, lengths, start, end), codes, counts)
     return tuple(codes[rank, : counts[rank]].copy() for rank in range(graph.ranks))
 
 
@@ -86,12 +70,17 @@ def make_plan(
 ) -> Plan:
     """Project the graph on the chosen strategies, simulate, lower. Raises DeadlockError if the orders can't end."""
     projected = graph.project(schedule.strategy)
-    single = Schedule(schedule.orders, np.zeros((graph.rows, graph.ranks), dtype=np.int8))
+    single = Schedule(schedule.orders, np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
     timeline = simulate_compiled(projected, single)
     predicted = Predicted(
         timeline.iteration_time, lower_bound, timeline.bubble_ratio, tuple(float(b) for b in timeline.peak_bytes)
     )
     return Plan(
-        projected, single, lower(projected, single, timeline), predicted, name, dict(payloads or {}),
-        search or SearchStatistics(),
-    )  # fmt: skip
+        graph=projected,
+        schedule=single,
+        codes=lower(projected, single, timeline),
+        predicted=predicted,
+        name=name,
+        payloads=dict(payloads or {}),
+        search=search or SearchStatistics(),
+    )

@@ -26,7 +26,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class StageKey:
+class Operation:
     """One operation of one stage; ``str()`` and :meth:`parse` are exact inverses, e.g. ``F:vision.0#3@1``."""
 
     kind: Kind
@@ -39,7 +39,7 @@ class StageKey:
         return f"{self.kind.name}:{self.module}.{self.segment}#{self.unit}@{self.rank}"
 
     @classmethod
-    def parse(cls, text: str) -> StageKey:
+    def parse(cls, text: str) -> Operation:
         """Inverse of ``str()``. Raises ValueError naming ``text``."""
         match = _STAGE.fullmatch(text)
         if match is None:

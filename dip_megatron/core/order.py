@@ -8,36 +8,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .graph import Ints, StageGraph
-from .operations import Kind, StageKey
+from .operations import Kind, Operation
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """``orders[rank]`` lists operation codes ``kind * S + row`` (int32) in the order the rank executes them;
+    """``orders[rank]`` lists operation codes ``kind * S + s`` (int32) in the order the rank executes them;
     ``strategy`` ``[S, P]`` (int8) picks one of the graph's C candidates per stage."""
 
     orders: tuple[Ints, ...]
     strategy: NDArray[np.int8]
 
-    def operations(self, graph: StageGraph, rank: int) -> list[StageKey]:
-        """The rank's operations as stage keys, in order."""
-        rows = graph.rows
-        return [graph.key(Kind(int(code) // rows), int(code) % rows, rank) for code in self.orders[rank]]
+    def operations(self, graph: StageGraph, rank: int) -> list[Operation]:
+        """The rank's operations, in order."""
+        return [self.operation(graph, rank, i) for i in range(len(self.orders[rank]))]
+
+    def operation(self, graph: StageGraph, rank: int, index: int) -> Operation:
+        """The operation that the rank executes at place ``index`` of its order."""
+        kind, virtual_microbatch = divmod(int(self.orders[rank][index]), graph.virtual_microbatches)
+        return graph.operation(Kind(kind), virtual_microbatch, rank)
 
     @staticmethod
-    def from_keys(graph: StageGraph, keys: list[list[StageKey]], strategy: NDArray[np.int8] | None = None) -> Schedule:
+    def from_operations(
+        graph: StageGraph, operations: list[list[Operation]], strategy: NDArray[np.int8] | None = None
+    ) -> Schedule:
         """Inverse of :meth:`operations`, all ranks at once; without ``strategy`` every stage uses candidate 0."""
         orders = tuple(
-            np.array([int(k.kind) * graph.rows + graph.row_of(k) for k in line], dtype=np.int32) for line in keys
+            np.array(
+                [int(k.kind) * graph.virtual_microbatches + graph.virtual_microbatch_of(k) for k in line],
+                dtype=np.int32,
+            )
+            for line in operations
         )
         if strategy is None:
-            strategy = np.zeros((graph.rows, graph.ranks), dtype=np.int8)
+            strategy = np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8)
         return Schedule(orders, strategy)
 
 
 def check_complete(graph: StageGraph, schedule: Schedule) -> str | None:
     """None if every rank has each operation exactly once and W after its B after its F; else the first fault."""
-    rows = graph.rows
+    rows = graph.virtual_microbatches
     if len(schedule.orders) != graph.ranks:
         return f"{len(schedule.orders)} ranks have an order, the graph has {graph.ranks}"
     for rank, order in enumerate(schedule.orders):
@@ -46,29 +56,29 @@ def check_complete(graph: StageGraph, schedule: Schedule) -> str | None:
             if not 0 <= code < 4 * rows:
                 return f"rank {rank}: operation code {code} is out of range"
             if code in place:
-                return f"rank {rank}: {graph.key(Kind(code // rows), code % rows, rank)} comes twice"
+                return f"rank {rank}: {graph.operation(Kind(code // rows), code % rows, rank)} comes twice"
             place[code] = i
         for s in range(rows):
             has = {k: place.get(int(k) * rows + s) for k in Kind}
             forward, back, weight, fused = has[Kind.F], has[Kind.B], has[Kind.W], has[Kind.BW]
             if forward is None:
-                return f"rank {rank}: {graph.key(Kind.F, s, rank)} is missing"
+                return f"rank {rank}: {graph.operation(Kind.F, s, rank)} is missing"
             if fused is not None and (back is not None or weight is not None):
-                return f"rank {rank}: {graph.key(Kind.BW, s, rank)} stands beside a B or W of the same stage"
+                return f"rank {rank}: {graph.operation(Kind.BW, s, rank)} stands beside a B or W of the same stage"
             if not graph.has_backward[s, rank]:
                 if fused is not None or back is not None or weight is not None:
-                    return f"rank {rank}: {graph.key(Kind.B, s, rank)} has nothing to train before it"
+                    return f"rank {rank}: {graph.operation(Kind.B, s, rank)} has nothing to train before it"
                 continue
             first = fused if fused is not None else back
             if first is None:
-                return f"rank {rank}: {graph.key(Kind.B, s, rank)} is missing"
+                return f"rank {rank}: {graph.operation(Kind.B, s, rank)} is missing"
             if first < forward:
-                return f"rank {rank}: {graph.key(Kind.B, s, rank)} comes before its forward"
+                return f"rank {rank}: {graph.operation(Kind.B, s, rank)} comes before its forward"
             if fused is None and graph.has_weight[s, rank]:
                 if weight is None:
-                    return f"rank {rank}: {graph.key(Kind.W, s, rank)} is missing"
+                    return f"rank {rank}: {graph.operation(Kind.W, s, rank)} is missing"
                 if weight < first:
-                    return f"rank {rank}: {graph.key(Kind.W, s, rank)} comes before its B"
+                    return f"rank {rank}: {graph.operation(Kind.W, s, rank)} comes before its B"
             elif weight is not None or (fused is not None and not graph.has_weight[s, rank]):
-                return f"rank {rank}: {graph.key(Kind.W, s, rank)} asks for weights that are frozen"
+                return f"rank {rank}: {graph.operation(Kind.W, s, rank)} asks for weights that are frozen"
     return None

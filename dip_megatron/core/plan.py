@@ -58,8 +58,8 @@ class Plan:
     """One iteration's plan.
 
     ``graph`` has one candidate per stage (the chosen memory strategy). ``codes[rank]`` are the rank's actions as
-    numbers (:mod:`.codes`), ``actions[rank]`` the same as objects. ``payloads[(row, next_row)]`` says what travels from
-    the last rank of a row to rank 0 of the next; ``payloads[(row, row)]`` what travels between the ranks of a row.
+    numbers (:mod:`.codes`), ``actions[rank]`` the same as objects. ``payloads[(s, t)]`` says what travels from
+    the last stage of virtual microbatch s to the first of t; ``payloads[(s, s)]`` what travels between the ranks of s.
     Planning without a model to run leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``.
     """
 
@@ -81,7 +81,7 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 over all that decides what ranks do and exchange: units, actions of all ranks, payload shapes."""
-        units = [(u.module, u.microbatch, u.first, u.count, u.feeds) for u in self.graph.units]
+        units = [(u.module, u.microbatch, u.first, u.count, u.downstream) for u in self.graph.units]
         modules = [(m.name, m.layers, m.upstream, m.trainable, m.reversed) for m in self.graph.modules]
         payloads = sorted(
             (key, [(t.name, t.shape, t.dtype, t.differentiable) for t in payload])
@@ -97,7 +97,11 @@ class Plan:
 def used_strategies(plan: Plan) -> dict[str, int]:
     """How many stages use each memory strategy."""
     names, counts = np.unique(
-        [plan.graph.strategy_name(0, s, p) for s in range(plan.graph.rows) for p in range(plan.graph.ranks)],
+        [
+            plan.graph.strategy_name(0, s, p)
+            for s in range(plan.graph.virtual_microbatches)
+            for p in range(plan.graph.ranks)
+        ],
         return_counts=True,
     )
     return {str(n): int(c) for n, c in zip(names, counts, strict=True)}

@@ -41,11 +41,11 @@ def verify(plan: Plan) -> None:
             f"predicted {plan.predicted.iteration_time} s lies under the bound {plan.predicted.lower_bound} s"
         )
     if plan.payloads:
-        for s in range(graph.rows):
-            pairs = ([(s, s)] if graph.ranks > 1 else []) + [(s, n) for n in graph.next_rows[s]]
+        for s in range(graph.virtual_microbatches):
+            pairs = ([(s, s)] if graph.ranks > 1 else []) + [(s, n) for n in graph.next_virtual_microbatches[s]]
             for pair in pairs:
                 if pair not in plan.payloads:
-                    raise PlanError(f"no payload for row {pair[0]} to row {pair[1]}")
+                    raise PlanError(f"no payload for virtual microbatch {pair[0]} to {pair[1]}")
 
 
 def _padded(graph: StageGraph, lines: tuple[Ints, ...]) -> tuple[Ints, Ints]:

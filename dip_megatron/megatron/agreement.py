@@ -13,9 +13,10 @@ import torch
 from megatron.core import parallel_state
 
 from ..core import Plan
+from ..core.protocols import Exchange
 from ..describe.model import Training, TrainingMismatchError
 from ..describe.model.training import Report, check_replicas
-from ..planner.feed import Exchange, PlanFeed
+from ..planner.delivery import PlanDelivery
 from ..runtime.protocol import RunnableStages
 from ..runtime.trained import TrainedParameters, report
 
@@ -30,7 +31,7 @@ class TrainingAgreement:
         self,
         program: RunnableStages,
         rank: int,
-        feed: PlanFeed,
+        delivery: PlanDelivery,
         *,
         everyone: Exchange | None = None,
         on_change: TrainingConsumer | None = None,
@@ -39,7 +40,7 @@ class TrainingAgreement:
         self.training: Training | None = None
         self._modules = program.modules
         self._rank = rank
-        self._feed = feed
+        self._delivery = delivery
         self._everyone = everyone
         self._on_change = on_change
         self._parameters = TrainedParameters()
@@ -58,7 +59,7 @@ class TrainingAgreement:
         if self.training is not None:
             return pickle.dumps(mine)
         self._compare_replicas(mine[1])
-        self._learn([pickle.loads(data) for data in self._feed.share(pickle.dumps(mine))], first=True)
+        self._learn([pickle.loads(data) for data in self._delivery.share(pickle.dumps(mine))], first=True)
         return b""
 
     def learn(self, news: Sequence[bytes]) -> bool:

@@ -11,7 +11,7 @@ from ..runtime.groups import local_group
 
 
 class GlooExchange:
-    """See :class:`dip_megatron.planner.feed.Exchange`."""
+    """See :class:`dip_megatron.core.protocols.Exchange`."""
 
     def __init__(self, global_ranks: list[int], timeout_seconds: float):
         """All ranks of the replica construct it at the same time; the first of ``global_ranks`` plans."""

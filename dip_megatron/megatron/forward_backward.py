@@ -16,7 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from ..core import Plan
-from ..planner.feed import Exchange, FedPlan, PlanFeed
+from ..core.protocols import Exchange
+from ..planner.delivery import DeliveredPlan, PlanDelivery
 from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport
@@ -61,7 +62,7 @@ class DipForwardBackward:
         self,
         program: StageProgram,
         executor: Executor,
-        feed: PlanFeed,
+        delivery: PlanDelivery,
         clock: Clock,
         *,
         policy: PlanningPolicy | None = None,
@@ -77,7 +78,7 @@ class DipForwardBackward:
         they are several; ``everyone`` and ``on_training`` see :class:`TrainingAgreement`."""
         self._program = program
         self._executor = executor
-        self._feed = feed
+        self._delivery = delivery
         self._clock = clock
         self._policy = policy or PlanningPolicy()
         self._watchdog = watchdog
@@ -90,7 +91,7 @@ class DipForwardBackward:
         self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
         self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
         self._agreement = TrainingAgreement(
-            program, executor.position.rank, feed, everyone=everyone, on_change=on_training
+            program, executor.position.rank, delivery, everyone=everyone, on_change=on_training
         )
         self._repetition = Repetition()
         self._last_seconds = 0.0
@@ -152,13 +153,13 @@ class DipForwardBackward:
             self._trained += 1
         number = self._number()
         if repeated is not None:
-            microbatches, fed = repeated
+            microbatches, delivered = repeated
         else:
             key = (id(iterator), forward_only)
             source = self._source(key, iterator, forward_step_func, chunks)
-            microbatches, fed = self._read(key, source, num_microbatches, chunks)
+            microbatches, delivered = self._read(key, source, num_microbatches, chunks)
             if not forward_only:
-                self._repetition.keep(microbatches, fed)
+                self._repetition.keep(microbatches, delivered)
                 ahead = self._policy.look_ahead()
                 self._policy.before_reading(iterator if ahead else None)
                 if ahead:
@@ -166,7 +167,7 @@ class DipForwardBackward:
         self._clock.begin()
         outside = None if self._ended is None else time.perf_counter() - self._ended
         iteration = Iteration(
-            self._program, self._executor, fed.plan, chunks, microbatches, forward_step_func,
+            self._program, self._executor, delivered.plan, chunks, microbatches, forward_step_func,
             forward_only=forward_only, collect_non_loss_data=collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
         )  # fmt: skip
@@ -176,21 +177,21 @@ class DipForwardBackward:
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
             self._last_seconds = seconds
-            self._feed.measured(Measurement.of(fed.request, self._executor.position.rank, spans))
+            self._delivery.measured(Measurement.of(delivered.request, self._executor.position.rank, spans))
             iteration.finalize(pg_collection, force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
-            self._on_iteration(IterationReport.of(number, fed, spans, outside), fed.plan, spans)
+            self._on_iteration(IterationReport.of(number, delivered, spans, outside), delivered.plan, spans)
         return iteration.losses
 
     def _read(
         self, key: tuple[int, bool], source: LookAhead, count: int, chunks: list[torch.nn.Module]
-    ) -> tuple[list[MicrobatchInputs], FedPlan]:
+    ) -> tuple[list[MicrobatchInputs], DeliveredPlan]:
         """This iteration's microbatches and plan."""
         request, planned = self._next_request.pop(key, (None, count))
         if request is not None and planned != count:
-            self._feed.take(request)  # planned for another number of microbatches: all ranks drop it alike
+            self._delivery.take(request)  # planned for another number of microbatches: all ranks drop it alike
             request = None
         microbatches = source.take(count)
         news = b"" if key[1] else self._agreement.news(chunks)
@@ -198,14 +199,14 @@ class DipForwardBackward:
             budget = self._policy.at_call_seconds
             wait = budget + 0.03 if budget else 0.0  # for all but the search
             request = self._request(microbatches, self._number(), key[1], budget, wait)
-        fed = self._feed.take(request, news)
-        if self._agreement.learn(fed.news):  # planned for what trained before
-            fed = self._feed.take(self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0))
+        delivered = self._delivery.take(request, news)
+        if self._agreement.learn(delivered.news):  # planned for what trained before
+            delivered = self._delivery.take(self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0))
         if not key[1]:
-            self._agreement.check(fed.plan, f"iteration {self._number()}")
-        for inputs, shared in zip(microbatches, fed.shared, strict=True):
+            self._agreement.check(delivered.plan, f"iteration {self._number()}")
+        for inputs, shared in zip(microbatches, delivered.shared, strict=True):
             self._program.complete(inputs, shared)
-        return microbatches, fed
+        return microbatches, delivered
 
     def _read_ahead(self, key: tuple[int, bool], source: LookAhead, count: int, began: float) -> Iterator[None]:
         """Read the next iteration's microbatches step by step, then request its plan; this one ``began`` at that time.
@@ -246,12 +247,12 @@ class DipForwardBackward:
         self, microbatches: list[MicrobatchInputs], iteration: int, forward_only: bool, budget: float, wait: float
     ) -> int:
         self._requests += 1
-        here = self._feed.plans_here
+        here = self._delivery.plans_here
         loads = tuple(self._program.load(m) for m in microbatches) if here else ()
         shared = tuple(self._program.shared(m) for m in microbatches) if here else ()
         training = None if forward_only else self._agreement.training
         request = PlanRequest(
             self._requests, loads, budget, forward_only, iteration=iteration, training=training
         )  # fmt: skip
-        self._feed.request(request, wait, shared)
+        self._delivery.request(request, wait, shared)
         return self._requests

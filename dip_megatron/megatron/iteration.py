@@ -50,9 +50,9 @@ class Iteration:
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
         remaining = dict.fromkeys(places, 0)
         if not forward_only:
-            for row in range(graph.rows):
+            for row in range(graph.virtual_microbatches):
                 if graph.has_weight[row, rank]:
-                    remaining[graph.units[int(graph.row_unit[row])].module, graph.segment(row)] += 1
+                    remaining[graph.units[int(graph.unit_of[row])].module, graph.segment(row)] += 1
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
         self._sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))

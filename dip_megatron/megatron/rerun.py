@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..compat import rerun
-from ..planner.feed import FedPlan
+from ..planner.delivery import DeliveredPlan
 from ..runtime.protocol import MicrobatchInputs
 
 
@@ -20,9 +20,9 @@ class Repetition:
     """What an iteration ran, for as long as Megatron may ask for it again."""
 
     def __init__(self) -> None:
-        self._kept: tuple[list[MicrobatchInputs], FedPlan] | None = None
+        self._kept: tuple[list[MicrobatchInputs], DeliveredPlan] | None = None
 
-    def again(self) -> tuple[list[MicrobatchInputs], FedPlan] | None:
+    def again(self) -> tuple[list[MicrobatchInputs], DeliveredPlan] | None:
         """The microbatches and the plan to repeat, if the state machine has asked for that."""
         if not rerun.repeats():
             return None
@@ -30,10 +30,10 @@ class Repetition:
             raise RuntimeError("Megatron asks for an iteration again that DIP has not run")
         return self._kept
 
-    def keep(self, microbatches: list[MicrobatchInputs], fed: FedPlan) -> None:
+    def keep(self, microbatches: list[MicrobatchInputs], delivered: DeliveredPlan) -> None:
         """About to run these: called after all reading, right before the first stage."""
         if rerun.watches():
-            self._kept = (microbatches, fed)
+            self._kept = (microbatches, delivered)
             # Repetitions read nothing: random numbers must start where the stages began, not where reading did.
             rerun.begin_here()
 

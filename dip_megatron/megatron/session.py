@@ -20,12 +20,10 @@ from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.model import ModulePartition, MultimodalModel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
-from ..planner.feed import PlanFeed
-from ..planner.greedy import greedy
+from ..planner.delivery import PlanDelivery
+from ..planner.facade import Setting, live_maker, searched_partition
 from ..planner.live import ModelGraphs
-from ..planner.maker import LivePlanMaker
-from ..planner.partitioning import choose_partition
-from ..planner.searchers import make_searcher, static_order
+from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
 from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
@@ -34,6 +32,7 @@ from ..runtime.executor import Executor
 from ..runtime.protocol import StageProgram
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
+from ..schedulers.registry import find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, configured_partition, record_blueprint
 from .call import check_call
@@ -57,6 +56,7 @@ class DipSession:
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
         self._loop = loop
         self._config = config
+        self._entry = find_schedule(config.schedule)
         self._families = families
         self._tell = tell
         self._own: dict[int, torch.nn.Module] = {}
@@ -125,16 +125,10 @@ class DipSession:
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
-            order = static_order if config.schedule == "static" else greedy
-            maker = LivePlanMaker(
-                graphs,
-                program.shapes,
-                make_searcher(config, planners_here, not torch.cuda.is_available()),
-                config.schedule,
-                order,
-            )
+            effort = live_effort(config, planners_here, thrifty=not torch.cuda.is_available())
+            maker = live_maker(config.schedule, graphs, program.shapes, effort, label=config.schedule)
             # One worker process, whose threads search together: only one iteration is planned ahead.
-            workers = min(config.planner_workers, 1) if config.schedule == "dynamic" else 0
+            workers = min(config.planner_workers, 1) if self._entry.ahead else 0
             improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
             self._service = PlannerService(maker, workers, improve_seconds=0.0 if self._reads_ahead() else improve)
             self._closing.callback(self._service.close)
@@ -195,9 +189,7 @@ class DipSession:
         """Chunks are built before the first batch is read, so the partitioner judges by a published mix, packed to the
         model's sequence length."""
         batches = load_workload(workload, model, 2, self._loop.num_microbatches, self._loop.seed)
-        return choose_partition(
-            model, cluster, batches, costs=costs, memory_limit=self._config.memory_limit, budget_seconds=5.0
-        )
+        return searched_partition(Setting(model, cluster, batches, costs, self._config.memory_limit), 5.0)
 
     # -- iterations ----------------------------------------------------------------------------------------------
     def owns(self, model: Any) -> bool:
@@ -259,7 +251,7 @@ class DipSession:
             rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
             alone=self._loop.parallel.tp == 1,
         )  # fmt: skip
-        feed = PlanFeed(self._exchange, self._service, config.recalibrate)
+        delivery = PlanDelivery(self._exchange, self._service, config.recalibrate)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)
@@ -267,12 +259,12 @@ class DipSession:
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
             consumers.append(recorder.record)
-        self._closing.callback(self._close, feed, watchdog, recorder)
+        self._closing.callback(self._close, delivery, watchdog, recorder)
         return DipForwardBackward(
-            program, executor, feed, clock,
+            program, executor, delivery, clock,
             policy=PlanningPolicy(
                 config.search_budget, self._another_follows, self._loop.about_to_read_ahead,
-                at_call_seconds=0.0 if self._reads_ahead() or config.schedule == "static" else AT_CALL_SECONDS,
+                at_call_seconds=AT_CALL_SECONDS if self._entry.ahead and not self._reads_ahead() else 0.0,
             ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
@@ -320,9 +312,9 @@ class DipSession:
         return RunProgress(exchange, loop.log_interval, say, loop.write_scalars)
 
     @staticmethod
-    def _close(feed: PlanFeed, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
+    def _close(delivery: PlanDelivery, watchdog: Watchdog, recorder: RunRecorder | None) -> None:
         watchdog.close()
-        feed.close()
+        delivery.close()
         if recorder is not None:
             recorder.close()
 

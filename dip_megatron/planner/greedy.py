@@ -1,8 +1,8 @@
 """The paper's dual-queue greedy (section 4.2) in plain Python: what is left when no planner worker answers.
 
 It needs neither a process nor compiled kernels, takes milliseconds to tens of milliseconds, and always ends: admission
-of forwards follows the banker's rule of :mod:`..search.dispatch`, so that the work at the head of the line can always
-finish.
+of forwards follows the banker's rule of :mod:`..schedulers.dip.admission`, so that the work at the head of the line can
+always finish.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def greedy(graph: StageGraph) -> Schedule:
     did not run last (1F1B). Stages use the fastest strategy if everything fits at once, else the leanest. Raises
     DoesNotFitError if not even that fits.
     """
-    rows, ranks = graph.rows, graph.ranks
+    rows, ranks = graph.virtual_microbatches, graph.ranks
     room = graph.memory_limit - graph.static_bytes
     fast = np.zeros((rows, ranks), dtype=np.int8)
     # A stage without backward holds its bytes only while it runs.
@@ -43,7 +43,7 @@ def greedy(graph: StageGraph) -> Schedule:
         check_fits(chosen, problem)
     lines = [_Rank(chosen, problem, p, unlimited) for p in range(ranks)]
     edges = graph.edges
-    source, target, hop = edges.source.tolist(), edges.target.tolist(), edges.hop.tolist()
+    source, target, transfer = edges.source.tolist(), edges.target.tolist(), edges.transfer.tolist()
     into, out_of = edges.before_start.tolist(), edges.after_start.tolist()
     after = edges.after.tolist()
     nodes = rows * ranks
@@ -72,28 +72,28 @@ def greedy(graph: StageGraph) -> Schedule:
         n = row * ranks + p
         if backward:
             for e in range(into[n], into[n + 1]):
-                known(True, source[e], end + hop[e])
+                known(True, source[e], end + transfer[e])
         else:
             known(True, n, end)
             for i in range(out_of[n], out_of[n + 1]):
-                known(False, target[after[i]], end + hop[after[i]])
+                known(False, target[after[i]], end + transfer[after[i]])
         remaining -= 1
     return Schedule(tuple(np.array(line.order, dtype=np.int32) for line in lines), strategy)
 
 
 class _Rank:
-    """One rank's queues, clock and memory. Per sink (:class:`..search.problem.Problem`) ``need`` is what it will still
-    take, ``give`` what its end gives back, both in the problem's counts."""
+    """One rank's queues, clock and memory. Per sink (:class:`..schedulers.dip.problem.Problem`) ``need`` is what it
+    will still take, ``give`` what its end gives back, both in the problem's counts."""
 
     def __init__(self, graph: StageGraph, q: Problem, rank: int, unlimited: bool):
-        self._rows = graph.rows
+        self._rows = graph.virtual_microbatches
         self._forward, self._backward = graph.forward[0, :, rank].tolist(), graph.backward[0, :, rank].tolist()
         self._fused = graph.fused[0, :, rank].tolist()
         self._size, self._lean = (a[rank :: graph.ranks].tolist() for a in (q.activation[0], q.lean))
         self._has_backward = graph.has_backward[:, rank].tolist()
         self._has_weight = graph.has_weight[:, rank].tolist()
         self._first, self._last = q.first.tolist(), q.last.tolist()
-        self._need, self._give = q.claim[:, rank].tolist(), q.freed[:, rank].tolist()
+        self._need, self._give = q.reservation[:, rank].tolist(), q.freed[:, rank].tolist()
         self._passing, self._passing_count = q.passing[:, rank].tolist(), q.passing_count[:, rank].tolist()
         self._free = int(q.capacity[rank])
         self._unlimited = unlimited

@@ -21,7 +21,7 @@ class KnownPlan:
 
 class KnownPlans:
     """The plans of the last ``most`` different batches. A batch is the same if its microbatches hold the same, in the
-    same order: shapes travel in plans."""
+    same order, and the same parameters train: shapes travel in plans."""
 
     def __init__(self, most: int = 64):
         self._most = most
@@ -47,4 +47,4 @@ class KnownPlans:
 
 
 def _signature(request: PlanRequest) -> object:
-    return request.forward_only, request.training, request.loads
+    return request.forward_only, request.loads, request.training

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ..core import StageGraph
-from ..describe.cost import LAYER_STRATEGIES, Cluster, CostModel, Costs, segmented_graph
+from ..core.strategies import LayerStrategy, allowed_strategies, known_strategies, register
+from ..describe.cost import Cluster, CostModel, Costs, segmented_graph
 from ..describe.model import MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
+from ..schedulers.static import StaticChoice, static_graph
+
+Chunks = Partition | StaticChoice
+"""What ranks hold: chunks of one module each, cut by a partition, or stages that mix modules."""
 
 
 @dataclass(frozen=True)
 class ModelGraphs:
     """Graph builder of a described model (see :class:`planner.maker.GraphBuilder`); picklable. Without ``recompute``
-    every stage keeps all its activations; without ``offload`` none go to host memory."""
+    every stage keeps all its activations; without ``offload`` none go to host memory. ``paper_costs``: with the memory
+    strategies, and the choice among their mixes, that the DIP paper describes."""
 
     model: MultimodalModel
     cluster: Cluster
-    partition: Partition
+    chunks: Chunks
     costs: Costs | None = None
     memory_limit: float | None = None
     recompute: bool = True
     offload: bool = True
+    paper_costs: bool = False
+    strategies: tuple[LayerStrategy, ...] = field(default_factory=known_strategies)
 
     def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         """The stage graph of one iteration, of the model as built where ``training`` is known."""
-        pricer = _pricer(self.model, self.cluster, self.costs, self.recompute, self.offload)
-        graph = segmented_graph(pricer, self.partition, loads, self.memory_limit, training)
+        for strategy in self.strategies:
+            register(strategy)  # this may be another process
+        costs = pricer(self.model, self.cluster, self.costs, self.recompute, self.offload, self.paper_costs)
+        if isinstance(self.chunks, StaticChoice):
+            graph = static_graph(costs, self.chunks, loads, self.memory_limit)
+        else:
+            graph = segmented_graph(costs, self.chunks, loads, self.memory_limit, training)
         return without_training(graph) if forward_only else graph
 
 
-@lru_cache(maxsize=4)
-def _pricer(model: MultimodalModel, cluster: Cluster, costs: Costs | None, recompute: bool, offload: bool) -> CostModel:
-    """One cost model, and with it its caches, for all iterations."""
-    dropped = (() if recompute else ("activation", "selective", "mlp", "full")) + (() if offload else ("offload",))
-    return CostModel(model, cluster, costs, strategies=[s for s in LAYER_STRATEGIES if s not in dropped])
+@lru_cache(maxsize=16)
+def pricer(
+    model: MultimodalModel, cluster: Cluster, costs: Costs | None, recompute: bool, offload: bool, paper: bool = False
+) -> CostModel:
+    """The cost model for these arguments; equal ones share one, and with it its caches, for all iterations."""
+    strategies = allowed_strategies(recompute=recompute, offload=offload)
+    if paper:
+        strategies = tuple(name for name in strategies if name != "activation")
+    return CostModel(model, cluster, costs, strategies=strategies, corners=not paper)
 
 
 def without_training(graph: StageGraph) -> StageGraph:

@@ -15,6 +15,7 @@ from ..core.lower import make_plan
 from ..core.simulate import simulate_compiled
 from ..describe.model import Training
 from ..describe.workload import Microbatch
+from ..schedulers.entry import Found
 from .greedy import greedy
 from .request import PlanRequest
 
@@ -43,22 +44,21 @@ class Searcher(Protocol):
         """Load or compile what the search needs."""
         ...
 
-    def __call__(
-        self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]
-    ) -> tuple[Schedule, SearchStatistics]:
+    def __call__(self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]) -> Found:
         """Best schedule found; ``on_first`` takes the first valid one."""
         ...
 
 
 @dataclass(frozen=True)
 class LivePlanMaker:
-    """Plan maker of a training run; picklable. ``search`` None: ``order``, which needs no search, is all there is."""
+    """Plan maker of a training run; picklable. ``search`` None: the greedy order is all there is. ``always_search``:
+    what is needed at once is searched for, too, rather than made by the greedy."""
 
     builder: GraphBuilder
     shapes: PayloadShapes
     search: Searcher | None = None
     name: str = "dip"
-    order: Callable[[StageGraph], Schedule] = greedy
+    always_search: bool = False
 
     def warm_up(self) -> None:
         """See :class:`planner.request.PlanMaker`."""
@@ -67,24 +67,29 @@ class LivePlanMaker:
 
     def quick(self, request: PlanRequest) -> Plan:
         """By default the dual-queue greedy, which needs neither a search nor a worker."""
+        if self.always_search and not request.forward_only:
+            return self.best(request, lambda _: None)
         start = time.perf_counter()
-        graph = request.corrections.apply(self._graph(request))
-        schedule = self.order(graph)
-        statistics = SearchStatistics(time.perf_counter() - start, 1, 0, 0)
-        return self._plan(graph, schedule, request, statistics, "greedy" if self.order is greedy else self.name)
+        return self._greedy(request.corrections.apply(self._graph(request)), request, start)
 
     def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
-        """Search within the request's budget; the first valid schedule is given at once."""
-        if self.search is None:
-            return self.quick(request)
+        """Search within the request's budget; the first valid schedule is given at once. What fits in no way under
+        this schedule is ordered by the greedy, which admits no microbatch that doesn't fit."""
+        start = time.perf_counter()
         built = self._graph(request)
         graph = request.corrections.apply(built)
+        if self.search is None:
+            return self._greedy(graph, request, start)
 
         def first(schedule: Schedule) -> None:
             give(self._plan(graph, schedule, request, SearchStatistics(workers=1), self.name))
 
-        schedule, statistics = self.search(graph, request.seconds_left(), first)
-        plan = self._plan(graph, schedule, request, statistics, self.name)
+        found = self.search(graph, request.seconds_left(), first)
+        schedule = found.schedule
+        if not np.all(simulate_compiled(graph, schedule).peak_bytes <= graph.memory_limit):
+            return self._greedy(graph, request, start)
+        statistics = found.statistics or SearchStatistics()
+        plan = self._plan(graph, schedule, request, statistics, self.name, found.lower_bound)
         if graph is built:
             return plan
         plain = simulate_compiled(built.project(schedule.strategy), plan.schedule).iteration_time
@@ -93,11 +98,16 @@ class LivePlanMaker:
     def _graph(self, request: PlanRequest) -> StageGraph:
         return self.builder.build(request.loads, request.forward_only, request.training)
 
+    def _greedy(self, graph: StageGraph, request: PlanRequest, start: float) -> Plan:
+        schedule = greedy(graph)
+        return self._plan(graph, schedule, request, SearchStatistics(time.perf_counter() - start, 1, 0, 0), "greedy")
+
     def _plan(
-        self, graph: StageGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str
-    ) -> Plan:
+        self, graph: StageGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str,
+        bound: float | None = None,
+    ) -> Plan:  # fmt: skip
         return make_plan(
-            graph, schedule, lower_bound=work_bound(graph), name=name,
+            graph, schedule, lower_bound=work_bound(graph) if bound is None else bound, name=name,
             payloads=payloads(graph, request.loads, self.shapes), search=statistics,
         )  # fmt: skip
 
@@ -121,12 +131,12 @@ def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadSh
             for t in payload
         )
 
-    for s in range(graph.rows):
-        unit = graph.units[int(graph.row_unit[s])]
+    for s in range(graph.virtual_microbatches):
+        unit = graph.units[int(graph.unit_of[s])]
         load = loads[unit.microbatch]
         out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
-        for n in graph.next_rows[s]:
-            leaves = graph.units[int(graph.row_unit[n])].module != unit.module
+        for n in graph.next_virtual_microbatches[s]:
+            leaves = graph.units[int(graph.unit_of[n])].module != unit.module
             leaving = shapes.payload(unit, load, leaves_module=leaves)
             out[s, n] = settled(leaving, bool(graph.has_backward[s, graph.exit_rank(s)]))
     return out

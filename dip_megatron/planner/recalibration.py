@@ -5,13 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from ..core import Kind, Plan
 from ..core.graph import Floats
 from ..core.idle import Idle, idle_before
+from ..core.protocols import Timed
 from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
 
 MEMORY = 0.8  # what an iteration's weight shrinks to with each that follows
@@ -23,14 +23,6 @@ _HEAD = struct.Struct("<ii")
 _BACKWARD = (KINDS.index(Kind.B), KINDS.index(Kind.W), KINDS.index(Kind.BW))
 
 
-class _Timed(Protocol):
-    @property
-    def start(self) -> float: ...
-
-    @property
-    def end(self) -> float: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """One rank's iteration: ``seconds`` ``[operations, 2]``, start and end of each in the order of its plan."""
@@ -40,7 +32,7 @@ class Measurement:
     seconds: Floats
 
     @staticmethod
-    def of(request: int, rank: int, spans: Sequence[_Timed]) -> Measurement:
+    def of(request: int, rank: int, spans: Sequence[Timed]) -> Measurement:
         """``request`` is the number of the plan's request, ``rank`` the pipeline rank."""
         return Measurement(request, rank, np.array([(s.start, s.end) for s in spans]).reshape(-1, 2))
 
@@ -89,7 +81,7 @@ class Recalibration:
         mean = [np.mean(here, axis=0) for here in ran]
         idle = idle_before(graph, orders, [m[:, 0] for m in mean], [m[:, 1] for m in mean])
         for rank, order in enumerate(orders):
-            kind, row = code_kind[order // graph.rows], order % graph.rows
+            kind, row = code_kind[order // graph.virtual_microbatches], order % graph.virtual_microbatches
             x = planned[kind, row, rank]
             y = mean[rank][:, 1] - mean[rank][:, 0]
             y = y + _overhead(idle[rank], y)

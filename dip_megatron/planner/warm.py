@@ -14,8 +14,18 @@ def warm_up_plans() -> None:
     one."""
     one = np.ones((1, 1, 2))
     graph = StageGraph(
-        2, (ModalityModule("warm", ((1, 1),)),), (Unit(0, "warm", 0),), one, one, one, 2 * one, one, one, np.zeros(1),
-        np.zeros(2), np.full(2, np.inf),
-    )  # fmt: skip
+        ranks=2,
+        modules=(ModalityModule("warm", ((1, 1),)),),
+        units=(Unit(0, "warm", 0),),
+        forward=one,
+        backward=one,
+        weight=one,
+        fused=2 * one,
+        activation=one,
+        deferred_activation=one,
+        transfer=np.zeros(1),
+        static_bytes=np.zeros(2),
+        memory_limit=np.full(2, np.inf),
+    )
     order = np.array([int(Kind.F), int(Kind.BW)], dtype=np.int32)
     verify(make_plan(graph, Schedule((order, order.copy()), np.zeros((1, 2), dtype=np.int8)), lower_bound=0.0))

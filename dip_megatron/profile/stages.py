@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from ..core import Kind, Payload, StageKey, TensorSpec, Unit
-from ..describe.cost import LAYER_STRATEGIES, Costs, LayerRun, Table
+from ..core import Kind, Operation, Payload, TensorSpec, Unit
+from ..core.strategies import offloads, strategy_names
+from ..describe.cost import Costs, LayerRun, Table
 from ..describe.cost.calibration import QUANTITIES, STRATEGY_QUANTITIES
 from ..describe.model import MultimodalModel
 from ..describe.workload import Microbatch
@@ -45,7 +46,7 @@ class PartSample:
     backward: float
     weight: float
     activation: float | None = None
-    hold: float | None = None
+    deferred_activation: float | None = None
     strategy: str = "none"
 
 
@@ -91,17 +92,27 @@ def profile_llava(
             progress(f"{module} {part}, {size} tokens")
             arguments = _arguments(draw_batch(microbatch, kwargs, device, 0))
             share = layers if part == "layer" else 1
-            for strategy in LAYER_STRATEGIES if part == "layer" else ("none",):
+            for strategy in strategy_names() if part == "layer" else ("none",):
                 stage = StageRun(
-                    program, chunks[k], StageKey(Kind.F, MODEL, k, 0, 0), MicrobatchInputs(arguments),
+                    program, chunks[k], Operation(Kind.F, MODEL, k, 0, 0), MicrobatchInputs(arguments),
                     _before(program, k, microbatch), device, final=k == len(PARTS) - 1,
                     strategies=() if strategy == "none" else (strategy,) * layers,
                 )  # fmt: skip
                 steps = [stage.forward, stage.backward, stage.weight]
                 forward, backward, weight = (s / share for s in measure(steps, device, repeats=repeats))
-                activation, hold = (None if b is None else b / share for b in stage.bytes_held())
+                activation, deferred_activation = (None if b is None else b / share for b in stage.bytes_held())
                 samples.append(
-                    PartSample(module, part, float(size), forward, backward, weight, activation, hold, strategy)
+                    PartSample(
+                        module=module,
+                        part=part,
+                        tokens=float(size),
+                        forward=forward,
+                        backward=backward,
+                        weight=weight,
+                        activation=activation,
+                        deferred_activation=deferred_activation,
+                        strategy=strategy,
+                    )
                 )
     return samples
 
@@ -148,13 +159,13 @@ class StageSeconds:
 
 
 def profile_stage(
-    program: StageProgram, chunk: torch.nn.Module, key: StageKey, inputs: MicrobatchInputs, payload: Payload,
+    program: StageProgram, chunk: torch.nn.Module, operation: Operation, inputs: MicrobatchInputs, payload: Payload,
     device: torch.device, *, final: bool, repeats: int = 5,
 ) -> StageSeconds:  # fmt: skip
     """Measure a whole stage of a rank's chunk. ``payload`` is what it receives, empty where nothing comes before;
     ``final``: it has the loss."""
-    split = StageRun(program, chunk, key, inputs, payload, device, final=final)
-    whole = StageRun(program, chunk, key, inputs, payload, device, final=final, split=False)
+    split = StageRun(program, chunk, operation, inputs, payload, device, final=final)
+    whole = StageRun(program, chunk, operation, inputs, payload, device, final=final, split=False)
     forward, backward, weight = measure([split.forward, split.backward, split.weight], device, repeats=repeats)
     _, fused = measure([whole.forward, whole.backward], device, repeats=repeats)
     return StageSeconds(forward, backward, weight, fused)
@@ -164,11 +175,11 @@ class StageRun:
     """One stage with inputs of one size: its F, B (or BW) and W, to be called in this order, again and again."""
 
     def __init__(
-        self, program: StageProgram, chunk: torch.nn.Module, key: StageKey, inputs: MicrobatchInputs, payload: Payload,
-        device: torch.device, *, final: bool, split: bool = True, strategies: tuple[str, ...] = (),
+        self, program: StageProgram, chunk: torch.nn.Module, operation: Operation, inputs: MicrobatchInputs,
+        payload: Payload, device: torch.device, *, final: bool, split: bool = True, strategies: tuple[str, ...] = (),
     ):  # fmt: skip
         """``strategies``: the memory strategy of each layer, empty for none; the rest as in :func:`profile_stage`."""
-        self._program, self._chunk, self._key, self._inputs = program, chunk, key, inputs
+        self._program, self._chunk, self._key, self._inputs = program, chunk, operation, inputs
         self._payload, self._device, self._final = payload, device, final
         self._weights = WeightGradients() if split else None
         self._strategies = strategies
@@ -186,7 +197,7 @@ class StageRun:
         inputs = [received] if received else []
         del received
         mode = self._program.mode
-        self._offloaded = mode.offload() if "offload" in self._strategies else None
+        self._offloaded = mode.offload() if offloads(self._strategies) else None
         with mode.stage(self._weights, self._strategies, self._offloaded):
             if self._final:
                 losses = self._program.final(self._chunk, Inputs(inputs), self._inputs.arguments)

@@ -68,8 +68,8 @@ def plot_timeline(
 
 def _colors(spans: Sequence[Span]) -> dict[tuple[str, Kind], tuple[float, float, float]]:
     """Colour of each module and kind that occurs; by the names' order, so that pictures of one model look alike."""
-    hues = {module: _HUES[i % len(_HUES)] for i, module in enumerate(sorted({span.key.module for span in spans}))}
-    pairs = {(span.key.module, span.key.kind) for span in spans}
+    hues = {module: _HUES[i % len(_HUES)] for i, module in enumerate(sorted({span.operation.module for span in spans}))}
+    pairs = {(span.operation.module, span.operation.kind) for span in spans}
     return {pair: _shade(hues[pair[0]], pair[1]) for module in hues for pair in sorted(pairs) if pair[0] == module}
 
 
@@ -92,7 +92,7 @@ def _draw_panel(
     row = {rank: place for place, rank in enumerate(ranks)}
     axis.barh(list(row.values()), [end * scale] * len(row), height=0.84, color=_IDLE, linewidth=0)
     for kind in Kind:
-        some = [span for span in spans if span.key.kind == kind]
+        some = [span for span in spans if span.operation.kind == kind]
         if not some:
             continue
         axis.barh(
@@ -100,7 +100,7 @@ def _draw_panel(
             [(s.end - s.start) * scale for s in some],
             left=[s.start * scale for s in some],
             height=0.84,
-            color=[colors[s.key.module, kind] for s in some],
+            color=[colors[s.operation.module, kind] for s in some],
             edgecolor="white",
             linewidth=0.3,
         )
@@ -110,7 +110,7 @@ def _draw_panel(
         if (span.end - span.start) * points_per_second > 4.2 * len(text) + 2:
             axis.text(
                 (span.start + span.end) / 2 * scale, row[span.rank], text, ha="center", va="center_baseline",
-                fontsize=6.5, color="white" if span.key.kind in (Kind.B, Kind.BW) else "#222222", clip_on=True,
+                fontsize=6.5, color="white" if span.operation.kind in (Kind.B, Kind.BW) else "#222222", clip_on=True,
             )  # fmt: skip
     axis.set_yticks(list(row.values()), [f"rank {rank}" for rank in ranks], fontsize=8.5)
     axis.set_ylim(len(ranks) - 0.5, -0.5)

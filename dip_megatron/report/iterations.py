@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from ..core.protocols import Timed
 from ..core.simulate import idle_share
-from ..planner.feed import FedPlan
-
-
-class _Timed(Protocol):
-    @property
-    def start(self) -> float: ...
-
-    @property
-    def end(self) -> float: ...
+from ..planner.delivery import DeliveredPlan
 
 
 @dataclass(frozen=True)
@@ -53,10 +46,10 @@ class IterationReport:
 
     @staticmethod
     def of(
-        iteration: int, fed: FedPlan, spans: Sequence[_Timed], outside_seconds: float | None = None
+        iteration: int, delivered: DeliveredPlan, spans: Sequence[Timed], outside_seconds: float | None = None
     ) -> IterationReport:
         """Report of a rank that executed ``spans``."""
-        plan, statistics = fed.plan, fed.statistics
+        plan, statistics = delivered.plan, delivered.statistics
         seconds = max((s.end for s in spans), default=0.0)
         busy = sum(s.end - s.start for s in spans)
         return IterationReport(
@@ -68,7 +61,7 @@ class IterationReport:
             bubble_ratio_planned=plan.predicted.bubble_ratio,
             bubble_ratio_measured=idle_share(busy, seconds),
             plan_seconds=plan.search.seconds,
-            stall_seconds=fed.stall_seconds,
+            stall_seconds=delivered.stall_seconds,
             evaluations=plan.search.evaluations,
             fallback=plan.name == "greedy",
             uncorrected_seconds=plan.predicted.uncorrected_time,

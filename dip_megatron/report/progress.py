@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from ..core import Plan
+from ..core.protocols import Exchange, Timed
 from ..core.simulate import idle_share
 from .iterations import IterationReport
 from .tables import seconds
 
 _ITERATION = struct.Struct("<3d")  # first start, last end, busy seconds of one rank
-
-
-class _Timed(Protocol):
-    @property
-    def start(self) -> float: ...
-
-    @property
-    def end(self) -> float: ...
-
-
-class Exchange(Protocol):
-    """Gathers bytes among the ranks of one pipeline."""
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all."""
-        ...
 
 
 class RunProgress:
@@ -48,7 +32,7 @@ class RunProgress:
         self._reports: list[IterationReport] = []
         self._times = b""
 
-    def record(self, report: IterationReport, plan: Plan, spans: Sequence[_Timed]) -> None:
+    def record(self, report: IterationReport, plan: Plan, spans: Sequence[Timed]) -> None:
         """Call on all ranks of the pipeline after each iteration."""
         first, last = min((s.start for s in spans), default=0.0), max((s.end for s in spans), default=0.0)
         self._times += _ITERATION.pack(first, last, sum(s.end - s.start for s in spans))

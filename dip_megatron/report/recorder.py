@@ -7,9 +7,9 @@ import logging
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from ..core import Plan
+from ..core.protocols import Exchange
 from ..core.simulate import idle_share, simulate
 from ..runtime.clock import MeasuredSpan
 from .breakdown import as_dicts, measured_breakdown, planned_breakdown
@@ -17,16 +17,6 @@ from .iterations import IterationReport
 from .spans import Span, spans_of
 
 logger = logging.getLogger(__name__)
-
-
-class Exchange(Protocol):
-    """Gathers bytes among the ranks of one pipeline."""
-
-    rank: int
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all."""
-        ...
 
 
 class RunRecorder:
@@ -44,7 +34,9 @@ class RunRecorder:
         if self._exchange.rank != 0:
             return
         everyone, outside = zip(*map(pickle.loads, gathered), strict=True)
-        measured = [Span(rank, s.key, s.microbatch, s.start, s.end) for rank, line in enumerate(everyone) for s in line]
+        measured = [
+            Span(rank, s.operation, s.microbatch, s.start, s.end) for rank, line in enumerate(everyone) for s in line
+        ]
         self._last = (plan, measured)
         seconds = max((s.end for s in measured), default=0.0)
         busy = sum(s.end - s.start for s in measured)

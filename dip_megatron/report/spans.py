@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core import Schedule, StageGraph, StageKey
+from ..core import Operation, Schedule, StageGraph
 from ..core.simulate import Timeline
 
 
@@ -13,7 +13,7 @@ class Span:
     """One operation on one pipeline rank; ``start`` and ``end`` in seconds since the iteration's start."""
 
     rank: int
-    key: StageKey
+    operation: Operation
     microbatch: int
     start: float
     end: float

@@ -37,16 +37,21 @@ def _name(what: str, rank: int, lane: int, name: str) -> dict[str, Any]:
 
 
 def _operation(span: Span, lane: int) -> dict[str, Any]:
-    key = span.key
+    operation = span.operation
     return {
-        "name": f"{key.kind.name} {key.module} {span.microbatch}",
-        "cat": f"{key.module},{key.kind.name}",
+        "name": f"{operation.kind.name} {operation.module} {span.microbatch}",
+        "cat": f"{operation.module},{operation.kind.name}",
         "ph": "X",
         "pid": span.rank,
         "tid": lane,
         "ts": span.start * _MICROSECONDS,
         "dur": (span.end - span.start) * _MICROSECONDS,
-        "args": {"stage": str(key), "microbatch": span.microbatch, "segment": key.segment, "unit": key.unit},
+        "args": {
+            "stage": str(operation),
+            "microbatch": span.microbatch,
+            "segment": operation.segment,
+            "unit": operation.unit,
+        },
     }
 
 
@@ -54,8 +59,10 @@ def _arrows(spans: Iterable[Span], lane: int) -> list[dict[str, Any]]:
     """Flow events: a unit's forwards in the order they ran, and its backwards (weight gradients go nowhere)."""
     chains: dict[tuple[bool, str, int], list[Span]] = {}
     for span in spans:
-        if span.key.kind != Kind.W:
-            chains.setdefault((span.key.kind == Kind.F, span.key.module, span.key.unit), []).append(span)
+        if span.operation.kind != Kind.W:
+            chains.setdefault((span.operation.kind == Kind.F, span.operation.module, span.operation.unit), []).append(
+                span
+            )
     events: list[dict[str, Any]] = []
     for (forward, module, unit), chain in sorted(chains.items()):
         chain.sort(key=lambda s: s.start)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..core import StageKey, Unit
+from ..core import Operation, Unit
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class MeasuredSpan:
     others needed the core. ``reading_seconds``: what reading the next batch took right before it.
     """
 
-    key: StageKey
+    operation: Operation
     microbatch: int
     start: float
     end: float
@@ -35,7 +35,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._origin: Any = 0.0
-        self._marks: list[tuple[StageKey, int, Any, Any, float, float]] = []
+        self._marks: list[tuple[Operation, int, Any, Any, float, float]] = []
         self._reading = 0.0
 
     def _now(self) -> Any:
@@ -52,13 +52,13 @@ class Clock:
         self._origin = self._now()
 
     @contextmanager
-    def span(self, key: StageKey, unit: Unit) -> Iterator[None]:
+    def span(self, operation: Operation, unit: Unit) -> Iterator[None]:
         """Time what is done inside."""
         reading, self._reading = self._reading, 0.0
         cores, start = time.thread_time(), self._now()
         yield
         end = self._now()
-        self._marks.append((key, unit.microbatch, start, end, time.thread_time() - cores, reading))
+        self._marks.append((operation, unit.microbatch, start, end, time.thread_time() - cores, reading))
 
     @contextmanager
     def reading(self) -> Iterator[None]:

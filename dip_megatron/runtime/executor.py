@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ..core import Action, Communicate, CommunicationKind, Compute, Kind, Message, Payload, Plan, StageKey, Unit
+from ..core import Action, Communicate, CommunicationKind, Compute, Kind, Message, Operation, Payload, Plan, Unit
 from ..core.lower import incoming, outgoing
 from .clock import Clock
 from .transport import Tensors, Transfer, Transport
@@ -19,15 +19,15 @@ from .transport import Tensors, Transfer, Transport
 class StageRunner(Protocol):
     """Computes stages. ``inputs`` and ``gradients`` stand in the order of the stage's incoming messages."""
 
-    def forward(self, key: StageKey, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
+    def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
         """The stage's output payload; empty after the stage with the loss."""
         ...
 
-    def backward(self, key: StageKey, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
+    def backward(self, operation: Operation, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
         """B or BW: gradients of the forward's inputs, one payload per forward input."""
         ...
 
-    def weight(self, key: StageKey, unit: Unit, strategy: str) -> None:
+    def weight(self, operation: Operation, unit: Unit, strategy: str) -> None:
         """W: the weight gradients its B left."""
         ...
 
@@ -107,7 +107,7 @@ class Executor:
         self._clock = clock
         self._mail = _Mail()
         self._meanwhile: Iterator[object] = iter(())
-        self._routes: dict[StageKey, _Route] = {}
+        self._routes: dict[Operation, _Route] = {}
         self._sees_arrivals = alone and transport.sees_arrivals
         self._handlers: dict[Kind | CommunicationKind, Callable[..., None]] = {}
         for kind in (Kind.F, Kind.B, Kind.BW, Kind.W):
@@ -132,7 +132,7 @@ class Executor:
         self._meanwhile = iter(()) if meanwhile is None else meanwhile
         # Worked out here, in one go: between two operations, when all caches hold the last one's data, it takes longer.
         self._routes = {
-            action.key: self._route(plan, action.key)
+            action.operation: self._route(plan, action.operation)
             for action in plan.actions[self._rank]
             if isinstance(action, Compute)
         }
@@ -140,7 +140,7 @@ class Executor:
         position.plan, position.iteration, position.index = plan, iteration, 0
         for index, action in enumerate(plan.actions[self._rank]):
             position.index = index
-            kind: Kind | CommunicationKind = action.key.kind if isinstance(action, Compute) else action.kind
+            kind: Kind | CommunicationKind = action.operation.kind if isinstance(action, Compute) else action.kind
             self._handlers[kind](plan, runner, action)
         position.index = len(plan.actions[self._rank])
         for _ in self._meanwhile:
@@ -149,36 +149,36 @@ class Executor:
 
     # -- compute -------------------------------------------------------------------------------------------------
     def _forward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        key, route = action.key, self._routes[action.key]
+        operation, route = action.operation, self._routes[action.operation]
         inputs = [self._mail.inbox.pop(m) for m in route.incoming]
-        with self._clock.span(key, route.unit):
-            outputs = runner.forward(key, route.unit, action.strategy, inputs)
+        with self._clock.span(operation, route.unit):
+            outputs = runner.forward(operation, route.unit, action.strategy, inputs)
         for message, payload in zip(route.outgoing, route.payloads, strict=True):
             self._deliver(message, payload, outputs)
 
     def _backward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        key, route = action.key, self._routes[action.key]
+        operation, route = action.operation, self._routes[action.operation]
         gradients = [self._mail.inbox.pop(m) for m in route.incoming]
-        with self._clock.span(key, route.unit):
-            results = runner.backward(key, route.unit, action.strategy, gradients)
+        with self._clock.span(operation, route.unit):
+            results = runner.backward(operation, route.unit, action.strategy, gradients)
         for message, payload, place in zip(route.outgoing, route.payloads, route.results, strict=True):
             self._deliver(message, payload, results[place])
 
     def _weight(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        unit = self._routes[action.key].unit
-        with self._clock.span(action.key, unit):
-            runner.weight(action.key, unit, action.strategy)
+        unit = self._routes[action.operation].unit
+        with self._clock.span(action.operation, unit):
+            runner.weight(action.operation, unit, action.strategy)
 
-    def _route(self, plan: Plan, key: StageKey) -> _Route:
-        taken, given = incoming(plan.graph, key), outgoing(plan.graph, key)
+    def _route(self, plan: Plan, operation: Operation) -> _Route:
+        taken, given = incoming(plan.graph, operation), outgoing(plan.graph, operation)
         places: tuple[int, ...] = ()
-        if key.kind in (Kind.B, Kind.BW):
+        if operation.kind in (Kind.B, Kind.BW):
             # One result per forward input; those whose producer does not train are dropped.
-            forward = StageKey(Kind.F, key.module, key.segment, key.unit, key.rank)
+            forward = Operation(Kind.F, operation.module, operation.segment, operation.unit, operation.rank)
             sources = [replace(m.source, kind=Kind.B) for m in incoming(plan.graph, forward)]
             places = tuple(sources.index(m.target) for m in given)
         payloads = tuple(self._payload(plan, m) for m in given)
-        return _Route(plan.graph.units[key.unit], taken, given, payloads, places)
+        return _Route(plan.graph.units[operation.unit], taken, given, payloads, places)
 
     def _deliver(self, message: Message, payload: Payload, tensors: Tensors) -> None:
         box = self._mail.inbox if message.target.rank == self._rank else self._mail.outbox
@@ -246,7 +246,7 @@ def _as_planned(payload: Payload, tensors: Tensors, message: Message) -> Tensors
 
 def payload_of(plan: Plan, message: Message) -> Payload:
     """Shapes of what a message carries; for gradients, of the tensors that have one."""
-    source, target = plan.graph.row_of(message.source), plan.graph.row_of(message.target)
+    source, target = plan.graph.virtual_microbatch_of(message.source), plan.graph.virtual_microbatch_of(message.target)
     if not message.channel.gradient:
         return plan.payloads[source, target]
     return tuple(spec for spec in plan.payloads[target, source] if spec.differentiable)
@@ -255,5 +255,6 @@ def payload_of(plan: Plan, message: Message) -> Payload:
 def describe(action: Action) -> str:
     """Short name of an action for profilers, e.g. ``vision.0 F u3``."""
     if isinstance(action, Compute):
-        return f"{action.key.module}.{action.key.segment} {action.key.kind.name} u{action.key.unit}"
+        operation = action.operation
+        return f"{operation.module}.{operation.segment} {operation.kind.name} u{operation.unit}"
     return f"{action.kind} {action.message.channel}"

@@ -23,11 +23,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..core import Channel, Payload
+from ..core.protocols import Exchange
 from .sharing import CudaCopies, HostCopies, Mark, layout_of, layout_of_payload, offsets
 from .transport import Tensors, Transfer, TransportError, ring_channels
 
@@ -37,14 +38,6 @@ receive is posted, and plans post receives when the sender begins to compute."""
 
 _LENGTH = struct.Struct("<I")
 _HEADER = struct.Struct("<II?")
-
-
-class Exchange(Protocol):
-    """Gathers bytes among the pipeline ranks."""
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all, in the order of pipeline ranks."""
-        ...
 
 
 class IpcTransport:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..describe.cost.strategies import parse_strategy
+from ..core.strategies import parse_strategy
 from .deferred import WeightGradients
 from .offload import OffloadedActivations
 
@@ -24,7 +24,7 @@ class StageMode:
     """Read by the layers of all chunks of a rank while a stage runs. A rank runs one stage at a time, so there is one.
 
     ``weight_gradients``: where weight gradients are left, None to compute them at once. ``strategies``: the memory
-    strategy of each layer of the chunk, empty for none. ``offloaded``: where layers with strategy ``offload`` leave
+    strategy of each layer of the chunk, empty for none. ``offloaded``: where layers whose strategy offloads leave
     their activations.
     """
 

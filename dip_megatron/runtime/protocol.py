@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..core import ModalityModule, Payload, StageKey, Unit
+from ..core import ModalityModule, Operation, Payload, Unit
 from .modes import StageMode
 
 if TYPE_CHECKING:  # a name for types alone: the runtime runs nothing of planning
@@ -72,7 +72,7 @@ class RunnableStages(Protocol):
         ...
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage's forward, for every stage but the one with the loss. ``inputs`` are the payloads of the stage's
         incoming messages, in the order of the units that feed it (empty where nothing does). The result may hold

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..core import Compute, Kind, Message, Plan, StageKey, Unit
+from ..core import Compute, Kind, Message, Operation, Plan, Unit
 from ..core.lower import incoming
+from ..core.strategies import names_in, offloads
 from .deferred import Slot, WeightGradients, leave, start
 from .modes import layer_strategies
 from .offload import OffloadedActivations
@@ -99,7 +100,7 @@ class StageLookAhead:
     """
 
     split: frozenset[tuple[int, int]] = frozenset()
-    offloaded_next: Mapping[StageKey, tuple[int, int]] = field(default_factory=dict)
+    offloaded_next: Mapping[Operation, tuple[int, int]] = field(default_factory=dict)
     forward_only: frozenset[tuple[int, int]] = frozenset()
     sources: Mapping[tuple[int, int], tuple[Unit, ...]] = field(default_factory=dict)
     constant: Mapping[tuple[int, int], tuple[frozenset[str], ...]] = field(default_factory=dict)
@@ -109,19 +110,19 @@ class StageLookAhead:
     def of(plan: Plan, rank: int) -> StageLookAhead:
         """From the rank's actions."""
         actions = [a for a in plan.actions[rank] if isinstance(a, Compute)]
-        split = frozenset((a.key.unit, a.key.segment) for a in actions if a.key.kind == Kind.W)
+        split = frozenset((a.operation.unit, a.operation.segment) for a in actions if a.operation.kind == Kind.W)
         following = {
-            before.key: (after.key.unit, after.key.segment)
+            before.operation: (after.operation.unit, after.operation.segment)
             for before, after in pairwise(actions)
-            if after.key.kind in (Kind.B, Kind.BW) and "offload" in after.strategy
+            if after.operation.kind in (Kind.B, Kind.BW) and offloads(names_in(after.strategy))
         }
-        backward = {(a.key.unit, a.key.segment) for a in actions if a.key.kind in (Kind.B, Kind.BW)}
+        backward = {(a.operation.unit, a.operation.segment) for a in actions if a.operation.kind in (Kind.B, Kind.BW)}
         sources, constant = {}, {}
         graph = plan.graph
-        for key in (a.key for a in actions if a.key.kind == Kind.F):
-            messages = incoming(graph, key)
-            sources[key.unit, key.segment] = tuple(graph.units[m.source.unit] for m in messages)
-            constant[key.unit, key.segment] = tuple(_constant(plan, m) for m in messages)
+        for operation in (a.operation for a in actions if a.operation.kind == Kind.F):
+            messages = incoming(graph, operation)
+            sources[operation.unit, operation.segment] = tuple(graph.units[m.source.unit] for m in messages)
+            constant[operation.unit, operation.segment] = tuple(_constant(plan, m) for m in messages)
         last = [u for u in graph.units if u.module == graph.modules[-1].name]
         several = Counter(u.microbatch for u in last)
         return StageLookAhead(
@@ -133,7 +134,7 @@ class StageLookAhead:
 def _constant(plan: Plan, message: Message) -> frozenset[str]:
     """Names of the tensors of a message that get no gradient: nothing trains before them."""
     graph = plan.graph
-    source, target = graph.row_of(message.source), graph.row_of(message.target)
+    source, target = graph.virtual_microbatch_of(message.source), graph.virtual_microbatch_of(message.target)
     alive = graph.has_backward[source, message.source.rank]
     return frozenset(t.name for t in plan.payloads.get((source, target), ()) if not (alive and t.differentiable))
 
@@ -167,11 +168,11 @@ class ModelStages:
         final = program.modules[-1]
         self._final = (final.name, final.segments - 1, last_rank)
 
-    def forward(self, key: StageKey, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
-        self._prefetch_after(key)
-        chunk = self._chunks[self._index[key.module, key.segment]]
+    def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
+        self._prefetch_after(operation)
+        chunk = self._chunks[self._index[operation.module, operation.segment]]
         microbatch = self._state.microbatches[unit.microbatch]
-        place = (key.unit, key.segment)
+        place = (operation.unit, operation.segment)
         train = not self._state.forward_only and place not in self._look_ahead.forward_only
         slots: list[dict[str, Slot]] = []
         if train:
@@ -189,12 +190,12 @@ class ModelStages:
         weights = offloaded = None
         strategies: tuple[str, ...] = ()
         if train:
-            strategies = layer_strategies(strategy, self._layers[key.module, key.segment][key.rank])
+            strategies = layer_strategies(strategy, self._layers[operation.module, operation.segment][operation.rank])
             if place in self._look_ahead.split:
                 weights = WeightGradients()
-            if "offload" in strategies:
+            if offloads(strategies):
                 offloaded = self._mode.offload()
-        is_loss = (key.module, key.segment, key.rank) == self._final
+        is_loss = (operation.module, operation.segment, operation.rank) == self._final
         given = Inputs(inputs, unit, self._look_ahead.sources.get(place, ()))
         del inputs
         outputs: Tensors = {}
@@ -209,24 +210,26 @@ class ModelStages:
                     part = LossPart(unit.first, self._program.loss_share(unit, microbatch.arguments))
                 loss = self._step.loss(chunk, model, microbatch.items, unit.microbatch, part)
             else:
-                outputs = self._step.forward(chunk, lambda: self._program.forward(chunk, key, unit, given, microbatch))
+                outputs = self._step.forward(
+                    chunk, lambda: self._program.forward(chunk, operation, unit, given, microbatch)
+                )
         if train:
             left = {name: leave(t) for name, t in outputs.items() if t.requires_grad}
             self._state.saved[place] = _Saved(slots, left, weights, offloaded, loss)
         return outputs
 
-    def backward(self, key: StageKey, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
-        saved = self._state.saved.pop((key.unit, key.segment))
+    def backward(self, operation: Operation, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
+        saved = self._state.saved.pop((operation.unit, operation.segment))
         if saved.offloaded is not None:
             saved.offloaded.prefetch()
-        self._prefetch_after(key)
+        self._prefetch_after(operation)
         with self._mode.stage(saved.weights):
             self._differentiate(saved, gradients)
         results = [{name: slot.take() for name, slot in payload.items()} for payload in saved.inputs]
         if saved.weights is not None:
-            self._state.left[key.unit, key.segment] = saved.weights
-        elif key.kind == Kind.BW:
-            self._chunk_progress(key)
+            self._state.left[operation.unit, operation.segment] = saved.weights
+        elif operation.kind == Kind.BW:
+            self._chunk_progress(operation)
         return results
 
     def _differentiate(self, saved: _Saved, gradients: list[Tensors]) -> None:
@@ -242,21 +245,21 @@ class ModelStages:
         if entrances:
             self._step.backward(entrances, [torch.empty_like(entrance) for entrance in entrances])
 
-    def weight(self, key: StageKey, unit: Unit, strategy: str) -> None:
-        self._prefetch_after(key)
-        self._step.weight(self._state.left.pop((key.unit, key.segment)))
-        self._chunk_progress(key)
+    def weight(self, operation: Operation, unit: Unit, strategy: str) -> None:
+        self._prefetch_after(operation)
+        self._step.weight(self._state.left.pop((operation.unit, operation.segment)))
+        self._chunk_progress(operation)
 
-    def _prefetch_after(self, key: StageKey) -> None:
+    def _prefetch_after(self, operation: Operation) -> None:
         """Bring back the first layer of the next backward while this operation computes."""
-        following = self._look_ahead.offloaded_next.get(key)
+        following = self._look_ahead.offloaded_next.get(operation)
         if following is not None and following in self._state.saved:
             offloaded = self._state.saved[following].offloaded
             if offloaded is not None:
                 offloaded.prefetch()
 
-    def _chunk_progress(self, key: StageKey) -> None:
-        place = (key.module, key.segment)
+    def _chunk_progress(self, operation: Operation) -> None:
+        place = (operation.module, operation.segment)
         self._state.remaining[place] -= 1
         if not self._state.remaining[place]:
             self._on_chunk_done(self._index[place])

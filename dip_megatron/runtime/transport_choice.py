@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from .ipc import Exchange, IpcTransport
+from ..core.protocols import Exchange
+from .ipc import IpcTransport
 from .staging import StagingTransport
 from .transport import DistributedTransport, Transport
 

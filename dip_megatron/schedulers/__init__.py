@@ -1,12 +1,14 @@
 """The schedules DIP is measured against, as plans through the same simulator and verifier."""
 
 from .common import BaselineError
+from .entry import Effort, Found, LeastRecompute, MixedChunks, Problem, ScheduleEntry
 from .fit import Fitted, least_recompute, least_recompute_by_module
 from .mean import mean_graph
 from .megatron import interleaved, legal_group, one_forward_one_backward
 from .optimus import optimus_coarse, optimus_leads
+from .registry import UnknownScheduleError, find_schedule, register, schedule_names
 from .segmented import segmented_static
-from .static import STATIC_BASELINES, StaticChoice, StaticName, static_graph, static_plan, tune_static
+from .static import StaticChoice, given_choice, static_graph, static_plan, tune_static
 from .static_partition import (
     chain,
     item_parameters,
@@ -18,12 +20,19 @@ from .static_partition import (
 from .zero_bubble import zb_h1, zb_v
 
 __all__ = [
-    "STATIC_BASELINES",
     "BaselineError",
+    "Effort",
     "Fitted",
+    "Found",
+    "LeastRecompute",
+    "MixedChunks",
+    "Problem",
+    "ScheduleEntry",
     "StaticChoice",
-    "StaticName",
+    "UnknownScheduleError",
     "chain",
+    "find_schedule",
+    "given_choice",
     "interleaved",
     "item_parameters",
     "item_seconds",
@@ -37,6 +46,8 @@ __all__ = [
     "optimus_coarse",
     "optimus_leads",
     "parameter_balanced",
+    "register",
+    "schedule_names",
     "segmented_static",
     "static_graph",
     "static_plan",

@@ -16,8 +16,8 @@ class BaselineError(ValueError):
 
 
 def code(graph: StageGraph, kind: Kind, row: int) -> int:
-    """Operation code of ``kind`` on ``row``, as in :class:`Schedule`."""
-    return int(kind) * graph.rows + row
+    """Operation code of ``kind`` on virtual microbatch ``row``, as in :class:`Schedule`."""
+    return int(kind) * graph.virtual_microbatches + row
 
 
 def fused_backward(graph: StageGraph, row: int, rank: int) -> list[int]:
@@ -39,7 +39,7 @@ def weight_gradient(graph: StageGraph, row: int, rank: int) -> list[int]:
 
 def uniform(graph: StageGraph, orders: Sequence[Sequence[int]], strategy: int = 0) -> Schedule:
     """A schedule whose stages all use one memory strategy."""
-    choice = np.full((graph.rows, graph.ranks), strategy, dtype=np.int8)
+    choice = np.full((graph.virtual_microbatches, graph.ranks), strategy, dtype=np.int8)
     return Schedule(tuple(np.array(order, dtype=np.int32) for order in orders), choice)
 
 

@@ -33,7 +33,7 @@ def least_recompute(graph: StageGraph, build: Callable[[StageGraph], Sequence[Sc
     """
     best: Fitted | None = None
     for strategy in range(graph.candidates):
-        choice = np.full((graph.rows, graph.ranks), strategy, dtype=np.int8)
+        choice = np.full((graph.virtual_microbatches, graph.ranks), strategy, dtype=np.int8)
         projected = graph.project(choice)
         arrays = graph_arrays(projected)
         for schedule in build(projected):
@@ -57,7 +57,7 @@ def least_recompute_by_module(graph: StageGraph, build: Callable[[StageGraph], S
     """
     orders = build(graph).orders
     modules = sorted({u.module for u in graph.units})
-    module = np.array([modules.index(graph.units[int(u)].module) for u in graph.row_unit])
+    module = np.array([modules.index(graph.units[int(u)].module) for u in graph.unit_of])
     best: Fitted | None = None
     for strategies in itertools.product(range(graph.candidates), repeat=len(modules)):
         choice = np.repeat(np.array(strategies, dtype=np.int8)[module][:, None], graph.ranks, axis=1)

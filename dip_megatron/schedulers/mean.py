@@ -9,7 +9,7 @@ from .common import mixed_shape
 
 
 def mean_graph(graph: StageGraph) -> StageGraph:
-    """The mixed graph with every microbatch replaced by the mean of all (durations, bytes and hops alike)."""
+    """The mixed graph with every microbatch replaced by the mean of all (durations, bytes and transfers alike)."""
     microbatches, segments = mixed_shape(graph)
 
     def average(array: Floats) -> Floats:
@@ -18,9 +18,5 @@ def mean_graph(graph: StageGraph) -> StageGraph:
             array.shape
         )
 
-    hop = np.tile(graph.hop.reshape(microbatches, segments).mean(axis=0), microbatches)
-    return StageGraph(
-        graph.ranks, graph.modules, graph.units, average(graph.forward), average(graph.backward),
-        average(graph.weight), average(graph.fused), average(graph.activation), average(graph.hold), hop,
-        graph.static_bytes, graph.memory_limit, graph.strategies,
-    )  # fmt: skip
+    transfer = np.tile(graph.transfer.reshape(microbatches, segments).mean(axis=0), microbatches)
+    return graph.changed(average, transfer=transfer)

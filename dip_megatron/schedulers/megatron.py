@@ -91,8 +91,8 @@ def legal_group(microbatches: int, ranks: int) -> int:
 
 def _in_turns(graph: StageGraph, rank: int, warmup: int, table: list[tuple[int, int]], segments: int) -> list[int]:
     """Warm up with ``warmup`` forwards of the table, then one forward and one backward in turns, then backwards."""
-    forwards = [code(graph, Kind.F, graph.row(m, chunk)) for m, chunk in table]
-    backwards = [fused_backward(graph, graph.row(m, segments - 1 - chunk), rank) for m, chunk in table]
+    forwards = [code(graph, Kind.F, graph.virtual_microbatch(m, chunk)) for m, chunk in table]
+    backwards = [fused_backward(graph, graph.virtual_microbatch(m, segments - 1 - chunk), rank) for m, chunk in table]
     order = forwards[:warmup]
     steady = len(table) - warmup
     for i in range(steady):

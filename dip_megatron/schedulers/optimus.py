@@ -44,8 +44,8 @@ def _backbone(graph: StageGraph) -> str:
     later forwards, so that Megatron's order of it can't hang."""
     feeding = {name for m in graph.modules for name in m.upstream}
     work = {m.name: 0.0 for m in graph.modules if m.name not in feeding}
-    for s in range(graph.rows):
-        name = graph.units[int(graph.row_unit[s])].module
+    for s in range(graph.virtual_microbatches):
+        name = graph.units[int(graph.unit_of[s])].module
         if name in work:
             work[name] += float((graph.forward[0, s] + graph.fused[0, s]).sum())
     return max(work, key=lambda name: work[name])
@@ -65,8 +65,8 @@ def _backbone_order(graph: StageGraph, name: str, rank: int) -> list[tuple[int, 
     backward: list[tuple[int, int]] = []
     for first in range(0, count, size if segments > 1 else 1):
         group = units[first : first + (size if segments > 1 else 1)]
-        forward += [(_FORWARD, graph.row(u.id, k)) for k in range(segments) for u in group]
-        backward += [(_BACKWARD, graph.row(u.id, k)) for k in reversed(range(segments)) for u in group]
+        forward += [(_FORWARD, graph.virtual_microbatch(u.id, k)) for k in range(segments) for u in group]
+        backward += [(_BACKWARD, graph.virtual_microbatch(u.id, k)) for k in reversed(range(segments)) for u in group]
     order = forward[:warmup]
     for i in range(len(forward) - warmup):
         order += [forward[warmup + i], backward[i]]
@@ -79,14 +79,18 @@ def _fill_bubbles(graph: StageGraph, ahead: int) -> Schedule:
     ranks = graph.ranks
     fixed = [_backbone_order(graph, name, rank) for rank in range(ranks)]
     place_of = {m: i for i, m in enumerate(sorted({u.microbatch for u in graph.units}))}
-    place = [place_of[graph.units[int(u)].microbatch] for u in graph.row_unit]
+    place = [place_of[graph.units[int(u)].microbatch] for u in graph.unit_of]
     module_place = {m.name: i for i, m in enumerate(graph.modules)}
-    depth = [module_place[graph.units[int(u)].module] for u in graph.row_unit]
+    depth = [module_place[graph.units[int(u)].module] for u in graph.unit_of]
     backbone = module_place[name]
-    heads = set(graph.first_row)
+    heads = set(graph.first_virtual_microbatch)
     # By rank 0, where the backbone starts: a later rank may wait for an encoder stage that rank 0 needs first.
     reached = _reached(fixed[0], place, heads, len(place_of))
-    others = [(place[s], module, graph.segment(s), s) for s in range(graph.rows) if (module := depth[s]) != backbone]
+    others = [
+        (place[s], module, graph.segment(s), s)
+        for s in range(graph.virtual_microbatches)
+        if (module := depth[s]) != backbone
+    ]
     forwards = [s for *_, s in sorted(others)]
     backwards = [s for *_, s in sorted(others, key=lambda key: (key[0], -key[1], -key[2], key[3]))]
 
@@ -112,7 +116,7 @@ def _fill_bubbles(graph: StageGraph, ahead: int) -> Schedule:
             found.append((start(_BACKWARD, row, rank), 2, _BACKWARD, row))
         return [f for f in found if np.isfinite(f[0])]
 
-    remaining = 2 * graph.rows * ranks
+    remaining = 2 * graph.virtual_microbatches * ranks
     while remaining:
         begin, _, kind, row, rank = min((*min(c), r) for r in range(ranks) if (c := candidates(r)))
         if kind == _FORWARD:
@@ -148,17 +152,8 @@ def _reached(line: list[tuple[int, int]], place: list[int], heads: set[int], cou
 
 def _arrival(graph: StageGraph, end: dict[tuple[int, int, int], float], kind: int, row: int, rank: int) -> float:
     """When the inputs of an operation are there (seconds; inf if one has not been scheduled)."""
-    never = float("inf")
-    step = -1 if graph.row_reversed[row] else 1
-    if kind == _FORWARD:
-        if rank != graph.entry_rank(row):
-            return end.get((kind, row, rank - step), never) + float(graph.hop[row])
-        ends = [
-            end.get((kind, q, graph.exit_rank(q)), never) + graph.link_hop(q, row) for q in graph.previous_rows[row]
-        ]
-        return max([0.0, *ends])
-    own = end.get((_FORWARD, row, rank), never)
-    if rank != graph.exit_rank(row):
-        return max(own, end.get((kind, row, rank + step), never) + float(graph.hop[row]))
-    ends = [end.get((kind, n, graph.entry_rank(n)), never) + graph.link_hop(row, n) for n in graph.next_rows[row]]
-    return max([own, *ends])
+    ends = [
+        end.get((_FORWARD if d.kind == Kind.F else _BACKWARD, d.virtual_microbatch, d.rank), float("inf")) + d.seconds
+        for d in graph.inputs(Kind(kind), row, rank)
+    ]
+    return max([0.0, *ends])

@@ -47,7 +47,9 @@ def _static_tables(graph: StageGraph) -> tuple[list[tuple[int, int]], list[tuple
         group = set(microbatches[first : first + size])
         units = sorted((u for u in graph.units if u.microbatch in group), key=lambda u: (u.microbatch, u.id))
         for table, order in ((forwards, chunks), (backwards, chunks[::-1])):
-            table.extend((c, graph.row(u.id, k)) for c, (name, k) in order for u in units if u.module == name)
+            table.extend(
+                (c, graph.virtual_microbatch(u.id, k)) for c, (name, k) in order for u in units if u.module == name
+            )
     return forwards, backwards
 
 
@@ -100,13 +102,7 @@ def _replay(
 
 
 def _inputs_done(graph: StageGraph, done: set[tuple[int, int, int]], kind: int, row: int, rank: int) -> bool:
-    step = -1 if graph.row_reversed[row] else 1
-    if kind == _FORWARD:
-        if rank != graph.entry_rank(row):
-            return (kind, row, rank - step) in done
-        return all((kind, q, graph.exit_rank(q)) in done for q in graph.previous_rows[row])
-    if (_FORWARD, row, rank) not in done:
-        return False
-    if rank != graph.exit_rank(row):
-        return (kind, row, rank + step) in done
-    return all((kind, n, graph.entry_rank(n)) in done for n in graph.next_rows[row])
+    return all(
+        (_FORWARD if d.kind == Kind.F else _BACKWARD, d.virtual_microbatch, d.rank) in done
+        for d in graph.inputs(Kind(kind), row, rank)
+    )

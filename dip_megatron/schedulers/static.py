@@ -9,50 +9,70 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ..core.graph import Floats, StageGraph
-from ..core.order import Schedule
-from ..describe.cost import CostModel, mixed_graph
+from ..core.simulate import simulate_compiled
+from ..describe.cost import CostModel, LayerRun, mixed_graph
+from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
 from ..describe.workload import Microbatch
 from .common import BaselineError
-from .fit import Fitted, least_recompute
+from .entry import Found, MixedChunks, Problem
+from .fit import Fitted
 from .mean import mean_graph
-from .megatron import check_group, interleaved, legal_group, one_forward_one_backward
+from .megatron import legal_group
+from .registry import find_schedule
 from .static_partition import Stages, item_seconds, latency_balanced, parameter_balanced
-from .zero_bubble import zb_h1_options, zb_v_options
 
-StaticName = Literal[
-    "megatron-1f1b", "megatron-interleaved", "megatron-parameter-balanced", "zb-h1", "zb-v", "nnscaler"
-]
-STATIC_BASELINES: tuple[StaticName, ...] = (
-    "megatron-1f1b", "megatron-interleaved", "megatron-parameter-balanced", "zb-h1", "zb-v", "nnscaler",
-)  # fmt: skip
-
-SEGMENTS = (1, 2, 3, 4, 6, 8)
 MEMORY_WEIGHTS = (0.0, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
 class StaticChoice:
-    """What a static baseline fixed: its virtual stages, how many of them a rank has, whether they are placed in a V,
-    and Megatron's microbatch group size (None: :func:`legal_group`)."""
+    """What a static schedule (``name``) fixed: its virtual stages, how many of them a rank has, whether they are placed
+    in a V, and Megatron's microbatch group size (None: :func:`legal_group`)."""
 
-    name: StaticName
+    name: str
     stages: Stages
     segments: int
     turned: bool = False
     group: int | None = None
+
+    @property
+    def reversed(self) -> tuple[bool, ...]:
+        """Whether each segment runs from the last rank to the first; empty: none does."""
+        return (False, True) if self.turned else ()
+
+    def layers(self, module: str) -> tuple[tuple[int, ...], ...]:
+        """A module's layers, ``[segment][rank]``."""
+        ranks = len(self.stages) // self.segments
+        counts = [sum(run.layers for run in stage if run.module == module) for stage in self.stages]
+        rows = [tuple(counts[k * ranks : (k + 1) * ranks]) for k in range(self.segments)]
+        return tuple(row[::-1] if self.turned and k == 1 else row for k, row in enumerate(rows))
+
+    def partition(self, model: MultimodalModel) -> Partition | None:
+        """The same chunks as a partition, where there is nothing to mix: a model of one module, stages not in a V."""
+        if len(model.modules) > 1 or self.turned:
+            return None
+        name = model.modules[0].name
+        return Partition((ModulePartition(name, self.layers(name)),))
+
+    def explain(self) -> str:
+        """The stages in words, on one line."""
+
+        def words(run: LayerRun) -> str:
+            return f"{'stem ' * run.stem}{run.layers} {run.module}{' head' * run.head}"
+
+        stages = " | ".join(" + ".join(map(words, stage)) for stage in self.stages)
+        return f"{self.segments} stage{'s' * (self.segments > 1)} a rank: {stages}"
 
 
 def static_graph(
     pricer: CostModel, choice: StaticChoice, microbatches: Sequence[Microbatch], memory_limit: float | None = None
 ) -> StageGraph:
     """The mixed graph of a batch on the choice's virtual stages, one unit per microbatch; ``memory_limit`` in bytes."""
-    back = (False, True) if choice.turned else ()
-    return mixed_graph(pricer, choice.stages, microbatches, memory_limit, reversed=back)
+    return mixed_graph(pricer, choice.stages, microbatches, memory_limit, reversed=choice.reversed)
 
 
 def static_plan(
@@ -61,29 +81,35 @@ def static_plan(
     """The choice applied to one batch, with the least uniform recompute that fits it (kind to the baseline: a static
     run must fix that too). Raises BaselineError where the schedule can't run the batch."""
     graph = static_graph(pricer, choice, microbatches, memory_limit)
-    return graph, least_recompute(graph, _builder(choice))
+    found = find_schedule(choice.name).find(Problem(graph, group=choice.group))
+    return graph, _fitted(graph, found)
 
 
 def tune_static(
-    name: StaticName,
+    name: str,
     pricer: CostModel,
     batches: Sequence[Sequence[Microbatch]],
     memory_limit: float | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> StaticChoice:
-    """The best choice of a baseline for these batches: the least mean iteration time of those that fit all of them.
+    """The best choice of a schedule over mixed chunks (an entry's name) for these batches: the least mean iteration
+    time of those that fit all of them.
 
-    ``progress`` is called after each candidate. Raises BaselineError if no candidate can run the batches at all.
+    ``progress`` is called after each candidate. Raises BaselineError if no candidate can run the batches at all, or
+    if the schedule runs over segments.
     """
+    rules = find_schedule(name).mixed
+    if rules is None:
+        raise BaselineError(f"{name} runs over chunks of one modality each: a partition says which")
     seconds = item_seconds(pricer, [m for batch in batches for m in batch])
     best: tuple[tuple[bool, float], StaticChoice] | None = None
     reason: BaselineError | None = None
-    for family in _families(name, pricer, seconds, min(len(batch) for batch in batches)):
+    for family in _families(name, rules, pricer, seconds, min(len(batch) for batch in batches)):
         for memory_weight in MEMORY_WEIGHTS:
             tried = []
             for choice in family(memory_weight):
                 try:
-                    tried.append((_worth(pricer, choice, batches, memory_limit), choice))
+                    tried.append((_worth(pricer, choice, rules, batches, memory_limit), choice))
                 except BaselineError as error:
                     reason = error
                 progress()
@@ -91,22 +117,70 @@ def tune_static(
                 if best is None or worth[:2] < best[0]:
                     best = worth[:2], choice
             # Counting parameters only pays where memory forced recompute, or nothing fitted at all.
-            if not tried or min(worth[2] for worth, _ in tried) == 0 or name == "megatron-parameter-balanced":
+            if not tried or min(worth[2] for worth, _ in tried) == 0 or rules.by_parameters:
                 break
     if best is None:
         raise reason or BaselineError(f"{name}: no partition to try")
     return best[1]
 
 
+def given_choice(name: str, model: MultimodalModel, layers: dict[str, tuple[tuple[int, ...], ...]]) -> StaticChoice:
+    """The choice of a schedule over mixed chunks whose layers are given, ``[segment][rank]`` of each module.
+
+    A module's stem stands with its first layers, its head with its last ones. Raises ModelError for layers that are
+    not the model's, or chunks without any.
+    """
+    rules = find_schedule(name).mixed
+    segments, ranks = len(next(iter(layers.values()))), model.parallel.pp
+    if rules is None or segments not in rules.segments:
+        allowed = ", ".join(map(str, rules.segments if rules else ()))
+        raise ModelError(f"{name} takes {allowed} chunks a rank, the layers given have {segments}")
+    runs: list[tuple[LayerRun, ...]] = [()] * (segments * ranks)
+    for shape in model.modules:
+        if len(layers[shape.name]) != segments or any(len(row) != ranks for row in layers[shape.name]):
+            raise ModelError(f"{name}: {shape.name} needs layers for {segments} segments of {ranks} ranks, as all have")
+        rows = [row[::-1] if rules.turned and k == 1 else row for k, row in enumerate(layers[shape.name])]
+        counts = [n for row in rows for n in row]
+        held = [v for v, n in enumerate(counts) if n]
+        if sum(counts) != shape.layers:
+            raise ModelError(f"{name}: {shape.name} gets {sum(counts)} layers, the model has {shape.layers}")
+        for v in held:
+            runs[v] += (LayerRun(shape.name, counts[v], stem=v == held[0], head=v == held[-1]),)
+    _check_chain(name, model, runs)
+    return StaticChoice(name, tuple(runs), segments, rules.turned)
+
+
+def _check_chain(name: str, model: MultimodalModel, runs: Sequence[tuple[LayerRun, ...]]) -> None:
+    """Raises ModelError unless every stage has layers and each module ends before the next one begins."""
+    order = [m.name for m in model.modules]
+    flat = [order.index(run.module) for stage in runs for run in stage]
+    empty = next((v for v, stage in enumerate(runs) if not stage), None)
+    if empty is not None:
+        raise ModelError(f"{name}: stage {empty} has no layers; every chunk of a schedule over mixed chunks needs some")
+    if flat != sorted(flat):
+        raise ModelError(f"{name}: {order[flat[0]]} must end before the next module begins")
+
+
+def _fitted(graph: StageGraph, found: Found) -> Fitted:
+    timeline = simulate_compiled(graph, found.schedule)
+    fits = bool(np.all(timeline.peak_bytes <= graph.memory_limit))
+    return Fitted(found.schedule, timeline, int(found.schedule.strategy.max(initial=0)), fits)
+
+
 def _worth(
-    pricer: CostModel, choice: StaticChoice, batches: Sequence[Sequence[Microbatch]], memory_limit: float | None
+    pricer: CostModel,
+    choice: StaticChoice,
+    rules: MixedChunks,
+    batches: Sequence[Sequence[Microbatch]],
+    memory_limit: float | None,
 ) -> tuple[bool, float, int]:
     """(does not fit, mean seconds or greatest excess bytes, most recompute) over the batches."""
     times, excess, level = [], 0.0, 0
+    entry = find_schedule(choice.name)
     for microbatches in batches:
         graph = static_graph(pricer, choice, microbatches, memory_limit)
-        graph = mean_graph(graph) if choice.name == "nnscaler" else graph
-        fitted = least_recompute(graph, _builder(choice))
+        graph = mean_graph(graph) if rules.on_mean else graph
+        fitted = _fitted(graph, entry.find(Problem(graph, group=choice.group)))
         times.append(fitted.timeline.iteration_time)
         level = max(level, fitted.strategy)
         if not fitted.fits:
@@ -115,53 +189,32 @@ def _worth(
 
 
 def _families(
-    name: StaticName, pricer: CostModel, seconds: Floats, microbatches: int
+    name: str, rules: MixedChunks, pricer: CostModel, seconds: Floats, microbatches: int
 ) -> Iterator[Callable[[float], Iterator[StaticChoice]]]:
     """Per number of segments, the choices to try at a given weight of memory."""
     model = pricer.model
-    ranks = model.parallel.pp
-    turned = name == "zb-v"
-    fixed = {"megatron-1f1b": (1,), "zb-h1": (1,), "zb-v": (2,)}.get(name, SEGMENTS)
-    for segments in fixed:
+    ranks, turned = model.parallel.pp, rules.turned
+    for segments in rules.segments:
         if segments * ranks > len(seconds) or (segments > 1 and not turned and (ranks < 2 or microbatches < ranks)):
             continue
 
         def family(memory_weight: float, segments: int = segments) -> Iterator[StaticChoice]:
-            if name == "megatron-parameter-balanced":
+            if rules.by_parameters:
                 partitions: tuple[Stages, ...] = (parameter_balanced(model, segments),)
             else:
                 partitions = latency_balanced(seconds, model, segments, turned=turned, memory_weight=memory_weight)
             for stages in partitions:
-                for group in _groups(name, segments, microbatches, ranks):
+                for group in _groups(rules, segments, microbatches, ranks):
                     yield StaticChoice(name, stages, segments, turned, group)
 
         yield family
 
 
-def _groups(name: StaticName, segments: int, microbatches: int, ranks: int) -> list[int | None]:
-    if segments == 1 or name == "zb-v":
+def _groups(rules: MixedChunks, segments: int, microbatches: int, ranks: int) -> list[int | None]:
+    if segments == 1 or rules.turned:
         return [None]
     first = legal_group(microbatches, ranks)
     groups: list[int | None] = [None]
-    if name != "megatron-parameter-balanced":
+    if rules.groups:
         groups += [g for g in (2 * ranks,) if g > first and g <= microbatches and not 0 < microbatches % g < ranks]
     return groups
-
-
-def _builder(choice: StaticChoice) -> Callable[[StageGraph], Sequence[Schedule]]:
-    def build(graph: StageGraph) -> Sequence[Schedule]:
-        if choice.name == "zb-h1":
-            return zb_h1_options(graph)
-        if choice.name == "zb-v":
-            return zb_v_options(graph)
-        if choice.segments == 1:
-            return [one_forward_one_backward(graph)]
-        group = choice.group
-        if group is not None:
-            try:
-                check_group(len(graph.units), graph.ranks, group)
-            except BaselineError:
-                group = None
-        return [interleaved(graph, group)]
-
-    return build

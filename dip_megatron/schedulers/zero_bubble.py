@@ -56,15 +56,15 @@ def handcrafted_h1(graph: StageGraph, delay: int | None = None) -> Schedule:
     for rank in range(graph.ranks):
         warmup = min(graph.ranks - rank - 1, microbatches)
         late = rank if delay is None else min(rank, delay)
-        order = [code(graph, Kind.F, graph.row(m, 0)) for m in range(warmup)]
+        order = [code(graph, Kind.F, graph.virtual_microbatch(m, 0)) for m in range(warmup)]
         for m in range(microbatches):
             if m + warmup < microbatches:
-                order.append(code(graph, Kind.F, graph.row(m + warmup, 0)))
-            order += input_gradient(graph, graph.row(m, 0), rank)
+                order.append(code(graph, Kind.F, graph.virtual_microbatch(m + warmup, 0)))
+            order += input_gradient(graph, graph.virtual_microbatch(m, 0), rank)
             if m >= late:
-                order += weight_gradient(graph, graph.row(m - late, 0), rank)
+                order += weight_gradient(graph, graph.virtual_microbatch(m - late, 0), rank)
         for m in range(max(0, microbatches - late), microbatches):
-            order += weight_gradient(graph, graph.row(m, 0), rank)
+            order += weight_gradient(graph, graph.virtual_microbatch(m, 0), rank)
         orders.append(order)
     return uniform(graph, orders)
 
@@ -118,7 +118,7 @@ def _v_order(graph: StageGraph, rank: int, padded: int, microbatches: int) -> li
     for kind, chunk, m in pattern:
         if m >= microbatches:
             continue
-        row = graph.row(m, chunk)
+        row = graph.virtual_microbatch(m, chunk)
         if kind == Kind.F:
             order.append(code(graph, kind, row))
         else:
@@ -136,40 +136,31 @@ def automatic(graph: StageGraph, limit: int, *, eager: bool = False) -> Schedule
     """
     microbatches, segments = mixed_shape(graph)
     mean = mean_graph(graph)
-    ranks, rows = graph.ranks, graph.rows
+    ranks, rows = graph.ranks, graph.virtual_microbatches
     order: list[list[int]] = [[] for _ in range(ranks)]
     clock = np.zeros(ranks)
     forward_end = np.full((rows, ranks), np.inf)
     backward_end = np.full((rows, ranks), np.inf)
+    end_of = {Kind.F: forward_end, Kind.B: backward_end}
     next_forward = np.zeros((ranks, segments), dtype=int)
     next_backward = np.zeros((ranks, segments), dtype=int)
     owed: list[list[int]] = [[] for _ in range(ranks)]
     in_flight = [0] * ranks
 
     def arrival(kind: Kind, row: int, rank: int) -> float:
-        step = -1 if mean.row_reversed[row] else 1
-        if kind == Kind.F:
-            if rank != mean.entry_rank(row):
-                return float(forward_end[row, rank - step] + mean.hop[row])
-            ends = [forward_end[q, mean.exit_rank(q)] + mean.link_hop(q, row) for q in mean.previous_rows[row]]
-            return float(max([0.0, *ends]))
-        if rank != mean.exit_rank(row):
-            later = backward_end[row, rank + step] + mean.hop[row]
-        else:
-            ends = [backward_end[n, mean.entry_rank(n)] + mean.link_hop(row, n) for n in mean.next_rows[row]]
-            later = max([0.0, *ends])
-        return float(max(forward_end[row, rank], later))
+        ends = [end_of[d.kind][d.virtual_microbatch, d.rank] + d.seconds for d in mean.inputs(kind, row, rank)]
+        return float(max([0.0, *ends]))
 
     def options(rank: int) -> list[tuple[float, int, Kind, int]]:
         """(start, preference, kind, row) of what the rank could run next."""
         found = []
         for chunk in range(segments):
             if next_backward[rank, chunk] < next_forward[rank, chunk]:
-                row = graph.row(int(next_backward[rank, chunk]), chunk)
+                row = graph.virtual_microbatch(int(next_backward[rank, chunk]), chunk)
                 found.append((max(clock[rank], arrival(Kind.B, row, rank)), chunk - segments, Kind.B, row))
             # The reserve grows towards the head: chunk c may use all but (segments - 1 - c) of the slots.
             if next_forward[rank, chunk] < microbatches and in_flight[rank] < limit - (segments - 1 - chunk):
-                row = graph.row(int(next_forward[rank, chunk]), chunk)
+                row = graph.virtual_microbatch(int(next_forward[rank, chunk]), chunk)
                 found.append((max(clock[rank], arrival(Kind.F, row, rank)), segments - chunk, Kind.F, row))
         if owed[rank]:
             found.append((float(clock[rank]), -2 * segments if eager else 2 * segments, Kind.W, owed[rank][0]))

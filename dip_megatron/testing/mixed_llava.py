@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 
-from ..core import Message, ModalityModule, Payload, Plan, StageKey, TensorSpec, Unit
+from ..core import Message, ModalityModule, Operation, Payload, Plan, TensorSpec, Unit
 from ..describe.cost import LayerRun
 from ..families.llava.program import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
 from ..families.shared import deferred_linear, layer_memory
@@ -149,7 +149,7 @@ class MixedLlavaProgram(LlavaProgram):
         )  # fmt: skip
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage; see StageProgram."""
         hidden = inputs[0]["hidden"] if inputs else None

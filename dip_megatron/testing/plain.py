@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from ..core import ModalityModule, Payload, Plan, StageGraph, StageKey, TensorSpec, Unit
+from ..core import ModalityModule, Operation, Payload, Plan, StageGraph, TensorSpec, Unit
 from ..core.lower import make_plan
 from ..core.verify import verify
 from ..megatron.exchange import GlooExchange
@@ -48,7 +48,7 @@ class PlainStages:
         return {"args": args, "kwargs": kwargs}
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
         """A stage before the last, through the script's ``forward_step``."""
         _set_input(chunk, inputs)
@@ -177,11 +177,21 @@ def _plan(ranks: int, segments: int, microbatches: int, group: int, forward_only
     rows = microbatches * segments
     second = np.ones((1, rows, ranks))
     graph = StageGraph(
-        ranks, (module,), tuple(Unit(m, _MODULE, m) for m in range(microbatches)), second, second, second, 2 * second,
-        second, 0 * second, np.zeros(rows), np.zeros(ranks), np.full(ranks, np.inf),
-    )  # fmt: skip
+        ranks=ranks,
+        modules=(module,),
+        units=tuple(Unit(m, _MODULE, m) for m in range(microbatches)),
+        forward=second,
+        backward=second,
+        weight=second,
+        fused=2 * second,
+        activation=second,
+        deferred_activation=0 * second,
+        transfer=np.zeros(rows),
+        static_bytes=np.zeros(ranks),
+        memory_limit=np.full(ranks, np.inf),
+    )
     schedule = one_forward_one_backward(graph) if segments == 1 else interleaved(graph, group)
-    payloads = {(s, t): payload for s in range(rows) for t in (s, *graph.next_rows[s])}
+    payloads = {(s, t): payload for s in range(rows) for t in (s, *graph.next_virtual_microbatches[s])}
     plan = make_plan(graph, schedule, lower_bound=0.0, name="megatron", payloads=payloads)
     verify(plan)
     return plan

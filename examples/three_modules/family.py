@@ -24,12 +24,12 @@ from dip_megatron import (
     ModelFamily,
     ModuleShape,
     MultimodalModel,
+    Operation,
     Packing,
     Parallel,
     PatchEmbedding,
     Projector,
     SegmentedProgram,
-    StageKey,
     Tensors,
     TokenEmbedding,
     Unit,
@@ -122,7 +122,7 @@ class ThreeModuleProgram(SegmentedProgram):
         return Microbatch(text, images=counts[VISION], audios=counts[AUDIO])
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage: of an encoder on the images or clips of ``unit``, or of the language model."""
         if stage.module == LANGUAGE:

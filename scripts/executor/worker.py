@@ -29,7 +29,7 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 
-from dip_megatron.core import Kind, ModalityModule, Plan, Schedule, StageGraph, StageKey, Unit  # noqa: E402
+from dip_megatron.core import Kind, ModalityModule, Operation, Plan, Schedule, StageGraph, Unit  # noqa: E402
 from dip_megatron.core.lower import make_plan  # noqa: E402
 from dip_megatron.core.simulate import simulate  # noqa: E402
 from dip_megatron.describe.model import (  # noqa: E402
@@ -46,7 +46,7 @@ from dip_megatron.families.gpt.program import GptProgram  # noqa: E402
 from dip_megatron.families.shared.shapes import LANGUAGE  # noqa: E402
 from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
 from dip_megatron.megatron.forward_backward import DipForwardBackward  # noqa: E402
-from dip_megatron.planner.feed import PlanFeed  # noqa: E402
+from dip_megatron.planner.delivery import PlanDelivery  # noqa: E402
 from dip_megatron.planner.maker import payloads  # noqa: E402
 from dip_megatron.planner.request import PlanRequest  # noqa: E402
 from dip_megatron.planner.service import PlannerService  # noqa: E402
@@ -189,7 +189,7 @@ class Bench:
         clock, reports = Clock(self.device), []
         step = DipForwardBackward(
             program, Executor(self.rank, self.transport, clock),
-            PlanFeed(GlooExchange(list(range(self.ranks)), TIMEOUT), service), clock,
+            PlanDelivery(GlooExchange(list(range(self.ranks)), TIMEOUT), service), clock,
             on_iteration=lambda report, plan, spans: reports.append((plan, spans)),
         )  # fmt: skip
         data = itertools.repeat(self.text)
@@ -232,7 +232,7 @@ class Bench:
                 profile_stage(
                     program,
                     chunk,
-                    StageKey(Kind.F, LANGUAGE, k, 0, self.rank),
+                    Operation(Kind.F, LANGUAGE, k, 0, self.rank),
                     MicrobatchInputs(arguments),
                     payload,
                     self.device,
@@ -250,10 +250,19 @@ class Bench:
 
         rows, zeros = count * module.segments, np.zeros(self.ranks)
         return StageGraph(
-            self.ranks, (module,), tuple(Unit(i, module.name, i) for i in range(count)),
-            seconds("forward"), seconds("backward"), seconds("weight"), seconds("fused"),
-            np.zeros((1, rows, self.ranks)), np.zeros((1, rows, self.ranks)), np.zeros(rows), zeros, zeros + np.inf,
-        )  # fmt: skip
+            ranks=self.ranks,
+            modules=(module,),
+            units=tuple(Unit(i, module.name, i) for i in range(count)),
+            forward=seconds("forward"),
+            backward=seconds("backward"),
+            weight=seconds("weight"),
+            fused=seconds("fused"),
+            activation=np.zeros((1, rows, self.ranks)),
+            deferred_activation=np.zeros((1, rows, self.ranks)),
+            transfer=np.zeros(rows),
+            static_bytes=zeros,
+            memory_limit=zeros + np.inf,
+        )
 
     # -- pairs ---------------------------------------------------------------------------------------------------
     def pairs(self, ours: Callable[[], Any], theirs: Callable[[], Any]) -> list[tuple[float, float]]:

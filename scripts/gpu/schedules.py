@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dip_megatron.commands.planning import Effort, Planned, describe, make_planner
-from dip_megatron.commands.planning import Setting as Planning
 from dip_megatron.describe.model import Partition
+from dip_megatron.planner.facade import Effort, Planned, describe, make_planner, searched_partition
+from dip_megatron.planner.facade import Setting as Planning
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers import StaticChoice, parameter_balanced, static_plan, tune_static
+from dip_megatron.schedulers import (
+    MixedChunks,
+    StaticChoice,
+    find_schedule,
+    register,
+    static_plan,
+    tune_static,
+)  # fmt: skip
 from dip_megatron.schedulers.dip import SearchOptions
 
 Log = Callable[[str], None]
+
+# What Megatron does without a cost model: one stage a rank, of equal parameters.
+register(
+    replace(
+        find_schedule("megatron-1f1b"), name="megatron-1f1b-by-parameters",
+        mixed=MixedChunks((1,), by_parameters=True, groups=False),
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,8 +44,7 @@ class Candidate:
     def describe(self) -> str:
         """Where the layers are, in a line."""
         if self.choice is not None:
-            stages = [" + ".join(f"{run.layers} {run.module}" for run in stage) for stage in self.choice.stages]
-            return f"{self.choice.segments} stages a rank: {' | '.join(stages)}"
+            return self.choice.explain()
         if self.partition is not None:
             return "; ".join(f"{m.module} {m.layers} units of {m.unit_size or 'all'}" for m in self.partition.modules)
         return self.failure
@@ -54,8 +68,8 @@ def plan_all(
 
 
 def _plan(name: str, planning: Planning, effort: Effort, partition_seconds: float) -> Candidate:
-    if not name.startswith("dip"):
-        choice = _choice(name, planning)
+    if find_schedule(name).mixed is not None:
+        choice = tune_static(name, planning.pricer, planning.microbatches, planning.memory_limit)
         planned = []
         for batch in planning.microbatches:
             graph, fitted = static_plan(planning.pricer, choice, batch, planning.memory_limit)
@@ -65,17 +79,9 @@ def _plan(name: str, planning: Planning, effort: Effort, partition_seconds: floa
     if name == "dip-paper":
         partition = paper_partition(planning.model, planning.cluster, planning.batches, costs=planning.costs)
     else:
-        from dip_megatron.commands.planning import searched_partition
-
         partition = searched_partition(planning, partition_seconds)
     planner = make_planner(name, planning, effort, partition)
     return Candidate(name, tuple(planner(batch) for batch in planning.microbatches), partition=partition)
-
-
-def _choice(name: str, planning: Planning) -> StaticChoice:
-    if name == "megatron-1f1b-by-parameters":
-        return StaticChoice("megatron-parameter-balanced", parameter_balanced(planning.model, 1), 1)
-    return tune_static(name, planning.pricer, planning.microbatches, planning.memory_limit)  # type: ignore[arg-type]
 
 
 def _check_fits(planned: Sequence[Planned]) -> None:

@@ -24,7 +24,6 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
-from dip_megatron.commands.planning import Setting as Planning  # noqa: E402
 from dip_megatron.core import Channel, Plan, TensorSpec  # noqa: E402
 from dip_megatron.core.lower import make_plan  # noqa: E402
 from dip_megatron.core.simulate import idle_share, simulate  # noqa: E402
@@ -34,6 +33,7 @@ from dip_megatron.describe.workload import GlobalBatch  # noqa: E402
 from dip_megatron.families.llava.program import LlavaProgram  # noqa: E402
 from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
 from dip_megatron.megatron.iteration import Iteration  # noqa: E402
+from dip_megatron.planner.facade import Setting as Planning  # noqa: E402
 from dip_megatron.planner.maker import payloads  # noqa: E402
 from dip_megatron.profile.stages import costs_of, profile_llava  # noqa: E402
 from dip_megatron.profile.timing import measure  # noqa: E402
@@ -106,11 +106,11 @@ class Bench:
             self.arguments, self.model.with_parallel(pp=1), self.device, images=images, tokens=tokens
         )
         self.release()
-        hop = self.measure_hop()
+        transfer = self.measure_transfer()
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return costs_of(self.gather(samples), f"{name}, {self.ranks} ranks", hop_seconds=hop)
+        return costs_of(self.gather(samples), f"{name}, {self.ranks} ranks", transfer_seconds=transfer)
 
-    def measure_hop(self, laps: int = 20) -> float:
+    def measure_transfer(self, laps: int = 20) -> float:
         """Seconds from rank to rank of one hidden state of the LLM, in a ring."""
         hidden = self.model.module("language").layer.hidden
         shape = (self.model.packing.max_tokens, 1, hidden)
@@ -264,7 +264,7 @@ class Bench:
         first = min(line[0] for line in everyone)
         seconds = max(line[1] for line in everyone) - first
         measured = [
-            Span(rank, s.key, s.microbatch, s.start + line[0] - first, s.end + line[0] - first)
+            Span(rank, s.operation, s.microbatch, s.start + line[0] - first, s.end + line[0] - first)
             for rank, line in enumerate(everyone)
             for s in line[2]
         ]
@@ -338,7 +338,9 @@ def main() -> None:
         if bench.rank == 0:
             costs.save(out / "costs.json")
     peak = bench.measure_peak()
-    bench.log(f"a hop takes {1e6 * (costs.hop_seconds or 0):.0f} us; matmuls reach {peak / 1e12:.1f} TFLOP/s in all")
+    bench.log(
+        f"a transfer takes {1e6 * (costs.transfer_seconds or 0):.0f} us; matmuls reach {peak / 1e12:.1f} TFLOP/s in all"
+    )
     candidates = bench.candidates(costs)
     results = []
     for candidate in candidates:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.commands.planning import Setting
 from dip_megatron.core import StageGraph
 from dip_megatron.describe.cost import segmented_graph
+from dip_megatron.planner.facade import Setting
 from dip_megatron.schedulers import least_recompute_by_module, segmented_static
 from dip_megatron.schedulers.dip import DoesNotFitError, search
 
@@ -120,7 +120,7 @@ def _uniform(setting: Setting, budget: Budget) -> float:
     for graph in _graphs(setting):
         found = []
         for c in range(graph.candidates):
-            one = graph.project(np.full((graph.rows, graph.ranks), c, dtype=np.int8))
+            one = graph.project(np.full((graph.virtual_microbatches, graph.ranks), c, dtype=np.int8))
             try:
                 found.append(search(one, schedule="dip-paper", budget_seconds=budget.search / 3).iteration_time)
             except DoesNotFitError:

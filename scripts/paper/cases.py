@@ -8,12 +8,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from dip_megatron.commands.planning import DoesNotFit, Effort, Planned, Setting, make_planner, searched_partition
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import Partition, load_model
 from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.facade import DoesNotFitError, Effort, Planned, Setting, make_planner, searched_partition
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers import BaselineError
+from dip_megatron.schedulers import BaselineError, find_schedule
 
 FIVE = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
 
@@ -93,17 +93,15 @@ def plan_all(
     ``given``: the partition of all segmented schedules.
     """
     searched = None
-    if given is None and name in ("dip", *_EITHER):
+    entry = find_schedule(name)
+    if given is None and entry.mixed is None and entry.partition != "paper":
         searched = our_partition(setting, budget.partition)
     try:
         planner = make_planner(name, setting, budget.effort(seconds), given, searched=searched)
         found = [planner(batch.microbatches) for batch in setting.batches]
-    except (BaselineError, DoesNotFit):
+    except (BaselineError, DoesNotFitError):
         return None
     return found if all(p.fits for p in found) else None
-
-
-_EITHER = ("optimus", "segmented-static")
 
 
 def mean_time(found: Sequence[Planned]) -> float:

@@ -38,12 +38,12 @@ def solve_orders(graph: StageGraph, tick: float, limit: float, workers: int = 2)
 
     backward = np.where(graph.has_weight, graph.fused[0], np.where(graph.has_backward, graph.backward[0], 0.0))
     horizon = sum(ticks(float(x)) for x in (*graph.forward[0].ravel(), *backward.ravel()))
-    horizon += 2 * graph.ranks * sum(ticks(float(h)) for h in graph.hop)
+    horizon += 2 * graph.ranks * sum(ticks(float(h)) for h in graph.transfer)
     last = model.new_int_var(0, horizon, "end")
     begin, end = {}, {}
     for p in range(graph.ranks):
         machine = []
-        for s in range(graph.rows):
+        for s in range(graph.virtual_microbatches):
             operations = [("F", graph.forward[0, s, p])] + [("B", backward[s, p])] * bool(graph.has_backward[s, p])
             for kind, seconds in operations:
                 at = model.new_int_var(0, horizon, "")
@@ -54,18 +54,13 @@ def solve_orders(graph: StageGraph, tick: float, limit: float, workers: int = 2)
                 model.add(begin["B", s, p] >= end["F", s, p])
         model.add_no_overlap(machine)
 
-    def link(s: int, p: int, t: int, q: int, hop: float) -> None:
-        """Forward from stage (s, p) to (t, q), and backward the other way where both have one."""
-        model.add(begin["F", t, q] >= end["F", s, p] + ticks(hop))
+    # Forwards along the edges, and backwards the other way where both ends have one.
+    edges = graph.edges
+    for source, target, transfer in zip(edges.source, edges.target, edges.transfer, strict=True):
+        (s, p), (t, q) = divmod(int(source), graph.ranks), divmod(int(target), graph.ranks)
+        model.add(begin["F", t, q] >= end["F", s, p] + ticks(float(transfer)))
         if graph.has_backward[s, p] and graph.has_backward[t, q]:
-            model.add(begin["B", s, p] >= end["B", t, q] + ticks(hop))
-
-    for s in range(graph.rows):
-        for p in range(1, graph.ranks):
-            before, after = (p, p - 1) if graph.row_reversed[s] else (p - 1, p)
-            link(s, before, s, after, float(graph.hop[s]))
-        for t in graph.previous_rows[s]:
-            link(t, graph.exit_rank(t), s, graph.entry_rank(s), graph.link_hop(t, s))
+            model.add(begin["B", s, p] >= end["B", t, q] + ticks(float(transfer)))
     model.minimize(last)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = limit

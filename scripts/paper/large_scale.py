@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.commands.planning import Planned
+from dip_megatron.planner.facade import Planned
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mean_time, mix_of, plan_all

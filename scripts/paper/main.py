@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dip_megatron.commands.tables import text_table
+from dip_megatron.report.schedules import text_table
 
 from . import ablation, dynamic, large_scale, memory, search_time, throughput, unit_size
 from .cases import FULL, QUICK, Budget

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.commands.planning import Planned
 from dip_megatron.core import Kind
 from dip_megatron.core.simulate import simulate_compiled
+from dip_megatron.planner.facade import Planned
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mean_time, mix_of, plan_all
@@ -59,9 +59,12 @@ def timeline(planned: Planned, rank: int) -> list[tuple[float, float]]:
     held = float(graph.static_bytes[rank])
     line = [(0.0, held)]
     for code, start, end in zip(schedule.orders[rank].tolist(), run_.start[rank], run_.end[rank], strict=True):
-        kind, row = divmod(code, graph.rows)
+        kind, row = divmod(code, graph.virtual_microbatches)
         c = int(schedule.strategy[row, rank])
-        activation, hold = float(graph.activation[c, row, rank]), float(graph.hold[c, row, rank])
+        activation, deferred_activation = (
+            float(graph.activation[c, row, rank]),
+            float(graph.deferred_activation[c, row, rank]),
+        )
         if kind == Kind.F:
             held += activation
             line.append((float(start), held))
@@ -70,9 +73,9 @@ def timeline(planned: Planned, rank: int) -> list[tuple[float, float]]:
                 line.append((float(end), held))
             continue
         if kind == Kind.W:
-            held -= hold
+            held -= deferred_activation
         else:
-            held += (hold if kind == Kind.B and graph.has_weight[row, rank] else 0.0) - activation
+            held += (deferred_activation if kind == Kind.B and graph.has_weight[row, rank] else 0.0) - activation
         line.append((float(end), held))
     return line
 

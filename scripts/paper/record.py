@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dip_megatron.commands.tables import text_table
+from dip_megatron.report.schedules import text_table
 
 CLOSE = 0.10
 """A share by which a number may differ from the paper's without an explanation."""

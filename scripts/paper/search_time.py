@@ -104,7 +104,7 @@ class _Scale:
     def __init__(self, microbatches: int, graph: StageGraph, found: SearchResult, solved: Solved) -> None:
         self.microbatches, self.found, self.solved = microbatches, found.iteration_time, solved
         self.floor = max(found.lower_bound, solved.bound)
-        self.operations = 2 * graph.rows * graph.ranks
+        self.operations = 2 * graph.virtual_microbatches * graph.ranks
 
     def row(self) -> list[str]:
         time_ = f"{self.solved.time:.3f}" if self.solved.found else "none found"
@@ -115,7 +115,7 @@ class _Scale:
 def _scale(microbatches: int, budget: Budget) -> _Scale:
     setting = load_case(SMALL, CLUSTER, 1, microbatches)
     graph = segmented_graph(setting.pricer, papers_partition(setting), setting.microbatches[0], 1e15)
-    graph = in_ticks(graph.project(np.zeros((graph.rows, graph.ranks), dtype=np.int8)))
+    graph = in_ticks(graph.project(np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8)))
     found = search(graph, schedule="dip-paper", budget_seconds=budget.search, workers=budget.workers)
     start = time.perf_counter()
     solved = solve_orders(graph, TICK, budget.solver)
@@ -128,7 +128,7 @@ def in_ticks(graph: StageGraph) -> StageGraph:
     def rounded(array):  # type: ignore[no-untyped-def]
         return np.ceil(array / TICK - 1e-9) * TICK
 
-    changed = {name: rounded(getattr(graph, name)) for name in ("forward", "backward", "weight", "fused", "hop")}
+    changed = {name: rounded(getattr(graph, name)) for name in ("forward", "backward", "weight", "fused", "transfer")}
     return replace(graph, **changed)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.commands.planning import Setting
+from dip_megatron.planner.facade import Setting
 from dip_megatron.schedulers import BaselineError, StaticChoice, parameter_balanced, static_plan
 
 from . import draw, quoted

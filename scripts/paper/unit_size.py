@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.commands.planning import Setting
 from dip_megatron.describe.cost import segmented_graph
 from dip_megatron.describe.model import Partition
 from dip_megatron.describe.partition.unit_size import mean_instance, module_seconds, times
+from dip_megatron.planner.facade import Setting
 from dip_megatron.schedulers.dip import search
 
 from . import draw, quoted

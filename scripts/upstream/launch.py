@@ -77,7 +77,7 @@ def _main() -> None:
     sys.path[0] = str(ROOT)  # not this folder
     if way == "run":
         import dip_megatron
-        from dip_megatron.commands.run import run
+        from dip_megatron.cli import main
 
         install = dip_megatron.install
 
@@ -86,7 +86,7 @@ def _main() -> None:
             draw_weights_before_the_optimizer()
 
         dip_megatron.install = install_and_draw
-        run([script, *arguments])
+        main(["run", script, *arguments])
         return
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))

@@ -13,10 +13,10 @@ import pytest
 
 import dip_megatron
 from dip_megatron.cli import main
-from dip_megatron.commands.planning import SCHEDULES
 from dip_megatron.core.files import format_plan, read_plans
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.partition import read_partition
+from dip_megatron.schedulers import schedule_names
 
 SETTING = ["--model", "vlm-s", "--cluster", "h100", "--workload", "vlm-mix", "--iterations", "2", "--microbatches", "4"]
 QUICK = ["--budget", "0.05", "--workers", "1"]
@@ -65,7 +65,7 @@ def test_plan_writes_plans_that_check(plans, capsys):
     assert json.loads(capsys.readouterr().out) == {"plans": 2, "ok": True, "fault": None}
 
 
-@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "dip"])
+@pytest.mark.parametrize("schedule", [s for s in schedule_names() if s != "dip"])
 def test_every_schedule_plans(schedule, partition, tmp_path, capsys):
     path = tmp_path / "plans.jsonl"
     arguments = ["--schedule", schedule, "--memory-gb", "300", "--partition", partition, "-o", str(path), "--json"]

@@ -59,7 +59,7 @@ def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = Non
                 for m in incoming(graph, key)
                 if m.channel.source != rank
             ]  # fmt: skip
-            s = graph.row_of(key)
+            s = graph.virtual_microbatch_of(key)
             actions.append(Compute(key, graph.strategy_name(int(schedule.strategy[s, rank]), s, rank)))
             for message in outgoing(graph, key):
                 if message.channel.target != rank:
@@ -79,7 +79,7 @@ def check(graph: StageGraph, schedule: Schedule, actions: tuple[tuple[Action, ..
 
 def check_rank(graph: StageGraph, schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> None:
     """The rank's actions are its order's operations, and each has begun and awaited just the messages it must."""
-    computed = [a.key for a in actions if isinstance(a, Compute)]
+    computed = [a.operation for a in actions if isinstance(a, Compute)]
     if computed != schedule.operations(graph, rank):
         raise PlanError(f"rank {rank}: its actions are not in the order of its operations")
     posted: set[Message] = set()
@@ -90,13 +90,13 @@ def check_rank(graph: StageGraph, schedule: Schedule, rank: int, actions: tuple[
     for i, action in enumerate(actions):
         place = f"rank {rank}, action {i} ({action})"
         if isinstance(action, Compute):
-            s = graph.row_of(action.key)
+            s = graph.virtual_microbatch_of(action.operation)
             if action.strategy != graph.strategy_name(0, s, rank):
                 raise PlanError(f"{place}: strategy differs from the graph's {graph.strategy_name(0, s, rank)!r}")
-            for message in incoming(graph, action.key):
+            for message in incoming(graph, action.operation):
                 if message.channel.source != rank and message not in waited:
                     raise PlanError(f"{place}: runs before it has awaited {message}")
-            due.update(m for m in outgoing(graph, action.key) if m.channel.target != rank)
+            due.update(m for m in outgoing(graph, action.operation) if m.channel.target != rank)
             continue
         message, kind = action.message, action.kind
         own = message.channel.source if kind in _SENDING else message.channel.target

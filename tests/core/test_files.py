@@ -30,7 +30,17 @@ def plan_of(seed: int, **fixed):
     )  # fmt: skip
 
 
-ARRAYS = ("forward", "backward", "weight", "fused", "activation", "hold", "hop", "static_bytes", "memory_limit")
+ARRAYS = (
+    "forward",
+    "backward",
+    "weight",
+    "fused",
+    "activation",
+    "deferred_activation",
+    "transfer",
+    "static_bytes",
+    "memory_limit",
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -57,12 +67,16 @@ def test_a_plan_comes_back_exactly(seed):
 
 def test_limits_payloads_and_strategies_come_back(tmp_path):
     graph = paper_graph("vlm-s", microbatches=4)
-    names = tuple(tuple(("none", "full:2", "full:4") for _ in range(graph.ranks)) for _ in range(graph.rows))
+    names = tuple(
+        tuple(("none", "full:2", "full:4") for _ in range(graph.ranks)) for _ in range(graph.virtual_microbatches)
+    )
     graph = replace(graph, strategies=names)
     schedule = optimus_coarse(graph)
     schedule = replace(schedule, strategy=(schedule.strategy + np.arange(graph.ranks) % 3).astype(np.int8))
     spec = (TensorSpec("hidden", (8192, 1, 4096), "bfloat16"), TensorSpec("timestep", (3,), "int64", False))
-    payloads = {(s, n): spec for s in range(graph.rows) for n in (s, *graph.next_rows[s])}
+    payloads = {
+        (s, n): spec for s in range(graph.virtual_microbatches) for n in (s, *graph.next_virtual_microbatches[s])
+    }
     plan = make_plan(graph, schedule, lower_bound=0.25, name="optimus", payloads=payloads)
     path = tmp_path / "plans.jsonl"
     write_plans(path, [plan, plan])
@@ -92,8 +106,11 @@ FAULTS = [
     (lambda r: r["durations"][0].update(unit=1), "durations[0]: expected module"),
     (lambda r: r["durations"][0]["F"].append(1.0), "durations[0].F: 3 entries for 2 ranks"),
     (lambda r: r["durations"][0]["F"].__setitem__(1, -1.0), "durations[0].F[1]: Input should be greater than or equal"),
-    (lambda r: r["activation_bytes"][1].update(held=[1.0]), "activation_bytes[1].held: 1 entries for 2 ranks"),
-    (lambda r: r["latency"].append(0.0), "latency: "),
+    (
+        lambda r: r["activation_bytes"][1].update(activation=[1.0]),
+        "activation_bytes[1].activation: 1 entries for 2",
+    ),
+    (lambda r: r["transfer"].append(0.0), "transfer: "),
     (lambda r: r["static_bytes"].pop(), "static_bytes: 1 entries for 2 ranks"),
     (lambda r: r["memory_limit"].append(None), "memory_limit: 3 entries for 2 ranks"),
     (lambda r: r["actions"].append([]), "actions: 3 entries for 2 ranks"),
@@ -103,14 +120,36 @@ FAULTS = [
     (lambda r: r["units"][0].update(module="nowhere"), "units[0].module: no module is called 'nowhere'"),
     (lambda r: r["units"][1].update(id=0), "units[1].id: 0 stands at place 1"),
     (lambda r: r["units"][0].update(instances=[0]), "units[0].instances: "),
-    (lambda r: r["units"][0].update(feeds=[99]), "modules, units: unit 0"),
+    (lambda r: r["units"][0].update(downstream=[99]), "modules, units: unit 0"),
     (lambda r: r["modules"][0].update(segments=9), "modules[0].layers: "),
     (lambda r: r["modules"][0].update(name="no name"), "modules[0].name: String should match"),
     (lambda r: r["predicted"].update(bubble_ratio=1.5), "predicted.bubble_ratio: Input should be less"),
     (lambda r: r["predicted"].update(peak_bytes=[]), "predicted.peak_bytes: 0 entries for 2 ranks"),
     (lambda r: r["search"].pop("seed"), "search.seed: Field required"),
-    (lambda r: r.update(payloads=[{"source": 0, "target": 0, "tensors": []}] * 2), "payloads[1]: row 0 to row 0"),
+    (lambda r: r.update(payloads=[{"source": 0, "target": 0, "tensors": []}] * 2), "payloads[1]: 0 to 0 comes twice"),
 ]
+
+
+def of_version_1(record: dict) -> dict:
+    """The same line with the names of version 1."""
+    record["version"], record["latency"] = 1, record.pop("transfer")
+    for unit in record["units"]:
+        unit["feeds"] = unit.pop("downstream")
+    for stage in record["activation_bytes"]:
+        stage["held"], stage["kept"] = stage.pop("activation"), stage.pop("deferred_activation")
+    return record
+
+
+def test_lines_of_version_1_are_read():
+    line = format_plan(plan_of(7, ranks=2, microbatches=2))
+    assert format_plan(parse_plan(json.dumps(of_version_1(json.loads(line))))) == line
+
+
+@pytest.mark.parametrize(("name", "value"), [("version", True), ("version", 1.0), ("transfer", [])])
+def test_half_a_version_1_is_refused(name, value):
+    record = of_version_1(json.loads(format_plan(plan_of(7, ranks=2, microbatches=2))))
+    with pytest.raises(PlanFileError, match=r"version|latency"):
+        parse_plan(json.dumps(record | {name: value}))
 
 
 @pytest.mark.parametrize(("edit", "message"), FAULTS)

@@ -19,7 +19,7 @@ TIMES = ("forward", "backward", "weight", "fused")
 
 def case(seed: int) -> tuple[StageGraph, Schedule]:
     graph = random_graph(seed, ranks=2 + seed % 3, microbatches=3, candidates=1)
-    graph = replace(graph, memory_limit=np.full(graph.ranks, np.inf), hop=np.zeros_like(graph.hop))
+    graph = replace(graph, memory_limit=np.full(graph.ranks, np.inf), transfer=np.zeros_like(graph.transfer))
     return graph, greedy(graph)
 
 
@@ -48,7 +48,7 @@ def test_what_passes_before_each_operation_is_found(seed: int, overhead: float) 
 
 def test_an_evaluation_has_forwards_alone() -> None:
     graph, schedule = case(3)
-    orders = tuple(order[order < graph.rows] for order in schedule.orders)
+    orders = tuple(order[order < graph.virtual_microbatches] for order in schedule.orders)
     start = [np.arange(len(o), dtype=float) for o in orders]
     found = idle_before(graph, orders, start, [s + 1.0 for s in start])
     assert all(np.allclose(idle.waiting + idle.between, 0.0) for idle in found)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.core.strategies import strategy_names
 from dip_megatron.describe.model import Parallel
 from examples.llava_digits.runs import train
 from tests.drawn import settings
@@ -80,7 +80,7 @@ def held(images: int, clips: int):
     sizes=st.tuples(st.sampled_from([None, 1, 2]), st.sampled_from([None, 1, 2])),
     segments=st.booleans(),
     frozen=st.sampled_from([(), (), ("vision",), ("vision", "audio")]),
-    strategies=st.sets(st.sampled_from(LAYER_STRATEGIES), min_size=1).map(sorted).map(tuple),
+    strategies=st.sets(st.sampled_from(strategy_names()), min_size=1).map(sorted).map(tuple),
     per_token=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -95,14 +95,14 @@ def test_two_ranks_equal_one(microbatches, sizes, segments, frozen, strategies, 
 @pytest.mark.parametrize("trains", ["coin 1", "coin 2", "^language", r"^(vision|audio)\.projector", r"^audio"])
 def test_what_a_script_froze_later(trains):
     layers = ((1, 1), (1, 2)), ((1, 0), (1, 1)), ((1, 1), (0, 1))
-    check(ThreeModuleCase(MIXED, *layers, trains=trains), 2, Drawn(2, 0.6, LAYER_STRATEGIES))
+    check(ThreeModuleCase(MIXED, *layers, trains=trains), 2, Drawn(2, 0.6, strategy_names()))
 
 
 def test_four_ranks_equal_one():
     case = ThreeModuleCase(
         MIXED, vision=((1, 1, 1, 1), (1, 0, 1, 1)), audio=((0, 1, 0, 1),), language=((1, 1, 1, 1), (1, 1, 1, 0))
     )
-    check(case, 4, Drawn(5, 0.6, LAYER_STRATEGIES))
+    check(case, 4, Drawn(5, 0.6, strategy_names()))
 
 
 def test_a_frozen_encoder_trains_its_projector_alone():

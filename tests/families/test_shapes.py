@@ -15,7 +15,7 @@ from dip_megatron.planner.maker import payloads
 LOADS = (Microbatch(clips=(Clip(5, 4, 32, 32),)),)
 SHAPES = T2vShapes(24, 32, (4, 8, 8), (1, 2, 2), "float32")
 ENCODER, TRANSFORMER = ModalityModule(LANGUAGE, ((1, 1),)), ModalityModule(DIFFUSION, ((1, 1),), (LANGUAGE,))
-UNITS = (Unit(0, LANGUAGE, 0, feeds=(1,)), Unit(1, DIFFUSION, 0))
+UNITS = (Unit(0, LANGUAGE, 0, downstream=(1,)), Unit(1, DIFFUSION, 0))
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,19 @@ def test_the_condition_of_a_frozen_encoder_gets_no_gradient(encoder, within, con
     """Nor on its way through the transformer, which trains and hands it on."""
     second = np.ones((1, 2, 2))
     graph = StageGraph(
-        2, (replace(ENCODER, trainable=encoder), TRANSFORMER), UNITS, second, second, second, 2 * second, second,
-        second, np.zeros(2), np.zeros(2), np.full(2, np.inf),
-    )  # fmt: skip
+        ranks=2,
+        modules=(replace(ENCODER, trainable=encoder), TRANSFORMER),
+        units=UNITS,
+        forward=second,
+        backward=second,
+        weight=second,
+        fused=2 * second,
+        activation=second,
+        deferred_activation=second,
+        transfer=np.zeros(2),
+        static_bytes=np.zeros(2),
+        memory_limit=np.full(2, np.inf),
+    )
     found = {
         row: {t.name: t.differentiable for t in payload} for row, payload in payloads(graph, LOADS, SHAPES).items()
     }

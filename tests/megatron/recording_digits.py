@@ -4,11 +4,10 @@
 computed; ``limit``: the number of items of the training set; ``broadcast``: read on one tensor-parallel rank only and
 broadcast, as upstream's scripts do; ``reject``: the validated loss (counted from 0) that Megatron's rerun state machine
 is told to reject once, on the last rank, and ``fatal``; ``node``: the host's name; ``cut``: sequences of varying
-lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``loader``: the folder for states of a data
-loader that can save its own, ``restore``: the file of one to begin from (``--dataloader-type external``);
-``trains``: expressions by iteration (0: after
+lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``trains``: expressions by iteration (0: after
 ``get_model``), of names of parameters that train from then on; ``described``: arguments of ``freeze`` that DIP's
-description of the model is told of, and the model is not.
+description of the model is told of, and the model is not; ``loader``: the folder for states of a data loader that can
+save its own, ``restore``: the file of one to begin from (``--dataloader-type external``).
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dip_megatron.commands.planning import describe
 from dip_megatron.core.simulate import simulate
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.facade import describe
 from dip_megatron.schedulers import segmented_static
 from dip_megatron.schedulers.dip import search
 from scripts.paper import cases, large_scale, main, throughput
@@ -125,7 +125,7 @@ def test_fluctuation_counts_time_between_the_first_and_the_last_backward():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_solver_is_never_slower_than_the_search_once_it_has_proved(seed):
     graph = random_graph(seed, ranks=2, microbatches=2, max_units=1)
-    graph = in_ticks(graph.project(np.zeros((graph.rows, graph.ranks), dtype=np.int8)))
+    graph = in_ticks(graph.project(np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8)))
     solved = solve_orders(graph, 1e-3, 10.0, workers=1)
     assert solved.optimal
     free = replace(graph, memory_limit=np.full(graph.ranks, 1e18))

@@ -37,6 +37,6 @@ def test_says_how_much_is_missing():
 
 def test_alternates_forwards_and_backwards():
     graph = random_graph(0, ranks=1, microbatches=4, memory=np.inf, frozen=False)
-    kinds = [code // graph.rows for code in greedy(graph).orders[0].tolist()]
+    kinds = [code // graph.virtual_microbatches for code in greedy(graph).orders[0].tolist()]
     assert kinds[0] == Kind.F
     assert kinds != sorted(kinds)

@@ -15,7 +15,7 @@ from dip_megatron.core.lower import make_plan
 from dip_megatron.describe.cost import Corrections, Line
 from dip_megatron.describe.cost.corrections import KINDS, seconds_of
 from dip_megatron.describe.workload import Microbatch
-from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.recalibration import Measurement, Recalibration
 from dip_megatron.planner.request import PlanRequest
@@ -23,7 +23,7 @@ from dip_megatron.planner.service import PlannerService
 from tests.drawn import settings
 from tests.graphs import random_graph
 from tests.planner.makers import Maker
-from tests.planner.test_feed import Shared, ThreadExchange
+from tests.planner.test_delivery import Shared, ThreadExchange
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ran:
 def graph_of(seed: int) -> StageGraph:
     """Batches of one model: the modules are drawn from ``seed // 100``, the durations from ``seed``."""
     graph = random_graph(seed // 100, ranks=2, microbatches=4, candidates=1, frozen=False)
-    scale = np.random.default_rng(seed).uniform(0.5, 2.0, (1, graph.rows, 1))
+    scale = np.random.default_rng(seed).uniform(0.5, 2.0, (1, graph.virtual_microbatches, 1))
     arrays = {name: getattr(graph, name) * scale for name in ("forward", "backward", "weight", "fused")}
     return replace(graph, memory_limit=np.full(2, np.inf), **arrays)
 
@@ -51,7 +51,7 @@ def run(plan: Plan, truth: StageGraph, noise=lambda i: 1.0, overhead: float = 0.
     for rank, order in enumerate(plan.schedule.orders):
         clock, spans = 0.0, []
         for i, code in enumerate(order.tolist()):
-            kind, row = divmod(code, truth.rows)
+            kind, row = divmod(code, truth.virtual_microbatches)
             seconds = float(seconds_of(truth, Kind(kind))[0, row, rank]) * noise(i)
             spans.append(Ran(clock, clock + seconds))
             clock += seconds + overhead
@@ -157,15 +157,17 @@ def test_measurements_travel_with_the_next_plan(recalibrate: bool) -> None:
     shared = Shared(2)
 
     def one(rank: int) -> list[str]:
-        feed = PlanFeed(ThreadExchange(shared, rank), PlannerService(Asking(), 0) if rank == 0 else None, recalibrate)
+        delivery = PlanDelivery(
+            ThreadExchange(shared, rank), PlannerService(Asking(), 0) if rank == 0 else None, recalibrate
+        )
         names = []
         for iteration in range(4):
-            feed.request(PlanRequest(iteration, (Microbatch(8),), 0.0), 0.0)
-            fed = feed.take(iteration)
-            names.append(fed.plan.name)
-            operations = len(fed.plan.schedule.orders[rank])
-            feed.measured(Measurement.of(iteration, rank, [Ran(i, i + 0.5) for i in range(operations)]))
-        feed.close()
+            delivery.request(PlanRequest(iteration, (Microbatch(8),), 0.0), 0.0)
+            delivered = delivery.take(iteration)
+            names.append(delivered.plan.name)
+            operations = len(delivered.plan.schedule.orders[rank])
+            delivery.measured(Measurement.of(iteration, rank, [Ran(i, i + 0.5) for i in range(operations)]))
+        delivery.close()
         return names
 
     with ThreadPoolExecutor(2) as pool:

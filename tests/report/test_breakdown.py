@@ -11,9 +11,9 @@ import pytest
 from dip_megatron.cli import main
 from dip_megatron.core.simulate import simulate
 from dip_megatron.report.breakdown import Breakdown, gaps, measured_breakdown, planned_breakdown
-from tests.report.test_run import fed, record, spans_of_rank
+from tests.report.test_run import delivered, record, spans_of_rank
 
-PLAN = fed(3).plan
+PLAN = delivered(3).plan
 RANKS = range(PLAN.graph.ranks)
 
 

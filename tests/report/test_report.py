@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dip_megatron.core import Kind, Schedule, StageKey
+from dip_megatron.core import Kind, Operation, Schedule
 from dip_megatron.core.simulate import simulate
 from dip_megatron.report.figure import plot_timeline
 from dip_megatron.report.spans import Span, spans_of
@@ -19,7 +19,7 @@ from tests.graphs import random_graph
 
 
 def span(rank: int, kind: Kind, unit: int, start: float, end: float, module: str = "text") -> Span:
-    return Span(rank, StageKey(kind, module, 0, unit, rank), unit, start, end)
+    return Span(rank, Operation(kind, module, 0, unit, rank), unit, start, end)
 
 
 TWO_RANKS = [
@@ -35,14 +35,14 @@ TWO_RANKS = [
 @given(st.integers(0, 1000))
 def test_spans_of_a_simulation_hold_every_operation_once(seed: int) -> None:
     graph = random_graph(seed, ranks=1, microbatches=2)
-    keys = [graph.key(Kind.F, s, 0) for s in range(graph.rows)]
-    keys += [graph.key(Kind.BW if graph.has_weight[s, 0] else Kind.B, s, 0)
-             for s in reversed(range(graph.rows)) if graph.has_backward[s, 0]]  # fmt: skip
-    schedule = Schedule.from_keys(graph, [keys])
+    keys = [graph.operation(Kind.F, s, 0) for s in range(graph.virtual_microbatches)]
+    keys += [graph.operation(Kind.BW if graph.has_weight[s, 0] else Kind.B, s, 0)
+             for s in reversed(range(graph.virtual_microbatches)) if graph.has_backward[s, 0]]  # fmt: skip
+    schedule = Schedule.from_operations(graph, [keys])
     timeline = simulate(graph, schedule)
     spans = spans_of(graph, schedule, timeline)
-    assert [s.key for s in spans] == keys
-    assert all(s.microbatch == graph.units[s.key.unit].microbatch for s in spans)
+    assert [s.operation for s in spans] == keys
+    assert all(s.microbatch == graph.units[s.operation.unit].microbatch for s in spans)
     assert max(s.end for s in spans) == timeline.iteration_time
 
 
@@ -53,7 +53,7 @@ def test_a_trace_has_a_process_per_rank_and_both_lanes(tmp_path: Path) -> None:
     assert [(e["pid"], e["tid"]) for e in slices] == [(0, 0), (1, 0), (1, 0), (0, 0), (1, 0), (0, 1)]
     assert slices[2]["ts"] == pytest.approx(200_000)
     assert slices[2]["dur"] == pytest.approx(200_000)
-    assert StageKey.parse(slices[2]["args"]["stage"]) == TWO_RANKS[2].key
+    assert Operation.parse(slices[2]["args"]["stage"]) == TWO_RANKS[2].operation
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert names == {(0, 0): "planned", (0, 1): "measured", (1, 0): "planned", (1, 1): "measured"}
 

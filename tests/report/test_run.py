@@ -14,14 +14,14 @@ import pytest
 
 from dip_megatron.core import Plan
 from dip_megatron.core.simulate import simulate
-from dip_megatron.planner.feed import FedPlan
+from dip_megatron.planner.delivery import DeliveredPlan
 from dip_megatron.planner.service import PlannerStatistics
 from dip_megatron.report.iterations import IterationReport
 from dip_megatron.report.progress import RunProgress
 from dip_megatron.report.recorder import RunRecorder
 from dip_megatron.runtime.clock import MeasuredSpan
 from tests.planner.makers import Maker
-from tests.planner.test_feed import Shared, ThreadExchange
+from tests.planner.test_delivery import Shared, ThreadExchange
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Request:
     request: int
 
 
-def fed(request: int) -> FedPlan:
+def delivered(request: int) -> DeliveredPlan:
     statistics = PlannerStatistics(plans=request, fallbacks=2, worker_deaths=1, late=3, latency_seconds=0.25)
-    return FedPlan(request, Maker().quick(Request(request)), 0.5, statistics)  # type: ignore[arg-type]
+    return DeliveredPlan(request, Maker().quick(Request(request)), 0.5, statistics)  # type: ignore[arg-type]
 
 
 def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSpan]:
@@ -47,14 +47,14 @@ def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSp
 
 def test_a_line_and_scalars_every_so_many_iterations() -> None:
     shared = Shared(2)
-    reports = [IterationReport.of(i + 1, fed(i), ()) for i in range(5)]
+    reports = [IterationReport.of(i + 1, delivered(i), ()) for i in range(5)]
 
     def one(rank: int) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:
         lines: list[str] = []
         scalars: list[tuple[int, dict[str, float]]] = []
         progress = RunProgress(ThreadExchange(shared, rank), 2, lines.append, lambda s, i: scalars.append((i, s)))
         for report in reports:
-            plan = fed(report.iteration - 1).plan
+            plan = delivered(report.iteration - 1).plan
             progress.record(report, plan, spans_of_rank(plan, rank))
         return lines, scalars
 
@@ -62,7 +62,7 @@ def test_a_line_and_scalars_every_so_many_iterations() -> None:
         (lines, scalars), others = pool.map(one, range(2))
     assert others == (lines, scalars)
     assert [i for i, _ in scalars] == [2, 4]
-    planned = [fed(i).plan.predicted for i in range(5)]
+    planned = [delivered(i).plan.predicted for i in range(5)]
     for (_, written), pair in zip(scalars, (planned[0:2], planned[2:4]), strict=True):
         predicted = np.mean([p.iteration_time for p in pair])
         assert written["dip/predicted_seconds"] == pytest.approx(predicted)
@@ -92,7 +92,7 @@ def record(folder: Path, iterations: int, outside: float | None = None) -> None:
     exchange = FirstOfTwo()
     recorder = RunRecorder(folder, exchange)
     for i in range(iterations):
-        here = fed(i)
+        here = delivered(i)
         exchange.plan = here.plan
         spans = spans_of_rank(here.plan, 0)
         recorder.record(IterationReport.of(i + 1, here, spans, outside), here.plan, spans)

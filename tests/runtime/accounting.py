@@ -71,7 +71,7 @@ class Held:
     """Bytes that one stage holds between its F and its B, and between its B and its W."""
 
     activation: int
-    hold: int
+    deferred_activation: int
 
 
 def model_arguments(sizes: Sizes) -> tuple[Case, dict[str, Any]]:
@@ -153,15 +153,15 @@ def measure(rank: int, world: int, sizes: Sizes, strategies: list[str]) -> Any:
 
 
 def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Sizes, strategy: str) -> Any:
-    from dip_megatron.core import Kind, StageKey, Unit
+    from dip_megatron.core import Kind, Operation, Unit
     from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
 
     units = {"vision": Unit(0, "vision", 0, 0, sizes.images, (1,)), "language": Unit(1, "language", 0)}
-    keys = {(m, k): [StageKey(kind, m, k, units[m].id, 0) for kind in (Kind.F, Kind.B, Kind.W)] for m, k in PLACES}
+    keys = {(m, k): [Operation(kind, m, k, units[m].id, 0) for kind in (Kind.F, Kind.B, Kind.W)] for m, k in PLACES}
     state = IterationState([microbatch], False, remaining=dict.fromkeys(PLACES, 1))
     look_ahead = StageLookAhead(frozenset((units[m].id, k) for m, k in PLACES))
     stages = ModelStages(program, chunks, step, state, last_rank=0, look_ahead=look_ahead)
-    activation, hold = {}, {}
+    activation, deferred_activation = {}, {}
 
     def received(payloads: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         return [{k: t.detach().clone() for k, t in payload.items()} for payload in payloads]
@@ -186,11 +186,11 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
         for place in PLACES:
             before = live.now()
             stages.weight(keys[place][2], units[place[0]], strategy)
-            hold[place] = before - live.now()
+            deferred_activation[place] = before - live.now()
         losses = step.forward_data_store
         assert len(losses) == 1
         left = Left(live.now(), early, matrices_with_gradients(chunks))
-    return {place: Held(activation[place], hold[place]) for place in PLACES}, left
+    return {place: Held(activation[place], deferred_activation[place]) for place in PLACES}, left
 
 
 def _offloaded(state: Any) -> int:
@@ -275,8 +275,8 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     pricer = CostModel(describe_gpt(kwargs, Parallel(1, world, 1, False, False)), load_cluster("cpu"))
     graph = segmented_graph(pricer, Partition((ModulePartition("language", layers),)), loads)
     draw = np.random.default_rng(what.seed)
-    choice = draw.integers(0, graph.forward.shape[0], (graph.rows, graph.ranks)).astype(np.int8)
-    orders = split_orders(greedy(graph), graph.rows, 0.7, draw)
+    choice = draw.integers(0, graph.forward.shape[0], (graph.virtual_microbatches, graph.ranks)).astype(np.int8)
+    orders = split_orders(greedy(graph), graph.virtual_microbatches, 0.7, draw)
     plan = make_plan(graph, Schedule(orders, choice), lower_bound=0.0,
                      payloads=payloads(graph, loads, program.shapes))  # fmt: skip
     step = MegatronStep(

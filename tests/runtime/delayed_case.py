@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dip_megatron.core import Channel, Kind, Payload, Plan, StageGraph, StageKey, TensorSpec, Unit
+from dip_megatron.core import Channel, Kind, Operation, Payload, Plan, StageGraph, TensorSpec, Unit
 from dip_megatron.core.lower import incoming, make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.runtime.clock import Clock
@@ -40,12 +40,12 @@ def constant(*parts: object) -> int:
     return zlib.crc32(" ".join(map(str, parts)).encode())
 
 
-def output(stage: StageKey, inputs: list[int]) -> int:
+def output(stage: Operation, inputs: list[int]) -> int:
     """Of a forward; the order of inputs matters."""
     return (sum((i + 2) * x for i, x in enumerate(inputs)) + constant("F", *place(stage))) % PRIME
 
 
-def gradient(stage: StageKey, own_output: int, gradients: list[int]) -> int:
+def gradient(stage: Operation, own_output: int, gradients: list[int]) -> int:
     """Of a backward, before it is handed to each of the forward's inputs."""
     return (sum((i + 3) * g for i, g in enumerate(gradients)) + own_output + constant("B", *place(stage))) % PRIME
 
@@ -55,7 +55,7 @@ def share(total: int, number: int) -> int:
     return total * (number + 5) % PRIME
 
 
-def place(stage: StageKey) -> tuple[str, int, int, int]:
+def place(stage: Operation) -> tuple[str, int, int, int]:
     return stage.module, stage.segment, stage.unit, stage.rank
 
 
@@ -64,18 +64,20 @@ class PlainOrder:
 
     def __init__(self, graph: StageGraph):
         self._graph = graph
-        self._readers: dict[StageKey, list[StageKey]] = defaultdict(list)
-        self.stages = [graph.key(Kind.F, s, p) for s in range(graph.rows) for p in range(graph.ranks)]
+        self._readers: dict[Operation, list[Operation]] = defaultdict(list)
+        self.stages = [
+            graph.operation(Kind.F, s, p) for s in range(graph.virtual_microbatches) for p in range(graph.ranks)
+        ]
         for stage in self.stages:
             for source in graph.predecessors(stage):
                 self._readers[source].append(stage)
         self.forward = cache(self._forward)
         self.backward = cache(self._backward)
 
-    def _forward(self, stage: StageKey) -> int:
+    def _forward(self, stage: Operation) -> int:
         return output(stage, [self.forward(source) for source in self._graph.predecessors(stage)])
 
-    def _backward(self, stage: StageKey) -> int:
+    def _backward(self, stage: Operation) -> int:
         gradients = []
         for key in self._graph.predecessors(replace(stage, kind=Kind.B)):
             if key.kind == Kind.B:
@@ -88,7 +90,7 @@ class PlainOrder:
         """Sums of all gradients of each of a rank's chunks that train."""
         sums: dict[tuple[str, int], int] = defaultdict(int)
         for stage in self.stages:
-            s = self._graph.row_of(stage)
+            s = self._graph.virtual_microbatch_of(stage)
             if stage.rank == rank and self._graph.has_weight[s, rank]:
                 sums[stage.module, stage.segment] += self.backward(stage)
         return dict(sums)
@@ -104,23 +106,26 @@ class WholeNumbers:
     sums: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
     sizes: dict[tuple, int] = field(default_factory=dict)
 
-    def forward(self, key: StageKey, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
+    def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
         values = [value(payload) for payload in inputs]
-        self.inputs[place(key)] = values
-        self.outputs[place(key)] = output(key, values)
-        return tensors(self.outputs[place(key)], key.unit)
+        self.inputs[place(operation)] = values
+        self.outputs[place(operation)] = output(operation, values)
+        return tensors(self.outputs[place(operation)], operation.unit)
 
-    def backward(self, key: StageKey, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
-        total = gradient(key, self.outputs[place(key)], [value(payload) for payload in gradients])
-        if key.kind == Kind.BW:
-            self.sums[key.module, key.segment] += total
+    def backward(self, operation: Operation, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
+        total = gradient(operation, self.outputs[place(operation)], [value(payload) for payload in gradients])
+        if operation.kind == Kind.BW:
+            self.sums[operation.module, operation.segment] += total
         else:
-            self.left[place(key)] = total
+            self.left[place(operation)] = total
         # A gradient has the shape of the input it belongs to, and that of the unit which the input came from.
-        return [tensors(share(total, i), self.sizes[(*place(key), i)]) for i in range(len(self.inputs[place(key)]))]
+        return [
+            tensors(share(total, i), self.sizes[(*place(operation), i)])
+            for i in range(len(self.inputs[place(operation)]))
+        ]
 
-    def weight(self, key: StageKey, unit: Unit, strategy: str) -> None:
-        self.sums[key.module, key.segment] += self.left.pop(place(key))
+    def weight(self, operation: Operation, unit: Unit, strategy: str) -> None:
+        self.sums[operation.module, operation.segment] += self.left.pop(place(operation))
 
 
 def tensors(number: int, unit: int) -> Tensors:
@@ -138,9 +143,9 @@ def plan_of(seed: int, ranks: int) -> Plan:
     graph = random_graph(seed, ranks=ranks, microbatches=1 + seed % 4, candidates=1)
     graph = replace(graph, memory_limit=np.full(ranks, np.inf))
     payloads: dict[tuple[int, int], Payload] = {}
-    for s in range(graph.rows):
-        unit = int(graph.row_unit[s])
-        for n in (s, *graph.next_rows[s]):
+    for s in range(graph.virtual_microbatches):
+        unit = int(graph.unit_of[s])
+        for n in (s, *graph.next_virtual_microbatches[s]):
             payloads[s, n] = (TensorSpec("x", (1 + unit % 3,), "int64"),)
     plan = make_plan(graph, drawn_schedule(graph, seed), lower_bound=0.0, payloads=payloads)
     verify(plan)
@@ -255,7 +260,11 @@ def run_plans(rank: int, world: int, folder: str, seeds: list[int]) -> list[int]
         executor.run(plan, runner, seed)
         same = all(runner.outputs[place(stage)] == plain.forward(stage) for stage in mine)
         # A frozen stage has a B and no W.
-        left = [stage for stage in runner.left if plan.graph.has_weight[plan.graph.row(stage[2], stage[1]), rank]]
+        left = [
+            stage
+            for stage in runner.left
+            if plan.graph.has_weight[plan.graph.virtual_microbatch(stage[2], stage[1]), rank]
+        ]
         if not same or dict(runner.sums) != plain.weights(rank) or left:
             wrong.append(seed)
     return wrong

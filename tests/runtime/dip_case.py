@@ -13,7 +13,7 @@ from dip_megatron.core import ModalityModule, StageGraph, Unit
 from dip_megatron.describe.model import Training
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.describe.workload.units import even_slices
-from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.live import without_training
 from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.service import PlannerService
@@ -54,9 +54,19 @@ class DrawnGraphs:
         rows = sum(segments[u.module] for u in units)
         draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
         graph = StageGraph(
-            ranks, modules, tuple(units), draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
-            np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
-        )  # fmt: skip
+            ranks=ranks,
+            modules=modules,
+            units=tuple(units),
+            forward=draw[0],
+            backward=draw[1],
+            weight=draw[2],
+            fused=draw[1] + draw[2],
+            activation=draw[3],
+            deferred_activation=draw[4],
+            transfer=np.full(rows, 0.05),
+            static_bytes=np.zeros(ranks),
+            memory_limit=np.full(ranks, np.inf),
+        )
         return without_training(graph) if forward_only else followed(graph, training)
 
 
@@ -90,8 +100,8 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
     device = torch.device("cpu")
     clock = Clock(device)
     maker = LivePlanMaker(DrawnGraphs(program.modules, case.unit_size, seed), program.shapes)
-    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
-    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), feed, clock)
+    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), delivery, clock)
     losses = []
     data: Any = iter([b for i in range(iterations) for b in batches(case, seed=i)])
     read = forward_step
@@ -104,5 +114,5 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
             step(forward_step_func=read, data_iterator=data, model=chunks,
                  num_microbatches=len(case.images), forward_only=False)
         )  # fmt: skip
-    feed.close()
+    delivery.close()
     return losses, gradients(chunks)

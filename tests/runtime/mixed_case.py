@@ -46,9 +46,19 @@ def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
     ranks, rows = len(module.layers[0]), count * module.segments
     draw = np.random.default_rng(seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
     return StageGraph(
-        ranks, (module,), tuple(Unit(i, module.name, i) for i in range(count)), draw[0], draw[1], draw[2],
-        draw[1] + draw[2], draw[3], draw[4], np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
-    )  # fmt: skip
+        ranks=ranks,
+        modules=(module,),
+        units=tuple(Unit(i, module.name, i) for i in range(count)),
+        forward=draw[0],
+        backward=draw[1],
+        weight=draw[2],
+        fused=draw[1] + draw[2],
+        activation=draw[3],
+        deferred_activation=draw[4],
+        transfer=np.full(rows, 0.05),
+        static_bytes=np.zeros(ranks),
+        memory_limit=np.full(ranks, np.inf),
+    )
 
 
 def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], order: str, transport: str) -> Any:

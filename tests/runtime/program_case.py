@@ -15,7 +15,7 @@ import torch
 from dip_megatron.core import Kind, ModalityModule, StageGraph
 from dip_megatron.describe.model import MultimodalModel, Training
 from dip_megatron.describe.workload import Microbatch, make_units
-from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
@@ -118,9 +118,19 @@ class DrawnUnitGraphs:
         rows = sum(segments[u.module] for u in units)
         draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
         graph = StageGraph(
-            ranks, self.modules, units, draw[0], draw[1], draw[2], draw[1] + draw[2], draw[3], draw[4],
-            np.full(rows, 0.05), np.zeros(ranks), np.full(ranks, np.inf),
-        )  # fmt: skip
+            ranks=ranks,
+            modules=self.modules,
+            units=units,
+            forward=draw[0],
+            backward=draw[1],
+            weight=draw[2],
+            fused=draw[1] + draw[2],
+            activation=draw[3],
+            deferred_activation=draw[4],
+            transfer=np.full(rows, 0.05),
+            static_bytes=np.zeros(ranks),
+            memory_limit=np.full(ranks, np.inf),
+        )
         return without_training(graph) if forward_only else followed(graph, training)
 
 
@@ -153,15 +163,15 @@ def drawn_run(
     ranks = list(range(world))
     clock = Clock(torch.device("cpu"))
     maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, unit_size, drawn.seed), program.shapes, drawn)
-    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
     ran: list[tuple[str, Kind]] = []
     step = DipForwardBackward(
-        program, Executor(rank, transport(world, rank), clock), feed, clock,
-        on_iteration=lambda report, plan, spans: ran.extend((s.key.module, s.key.kind) for s in spans),
+        program, Executor(rank, transport(world, rank), clock), delivery, clock,
+        on_iteration=lambda report, plan, spans: ran.extend((s.operation.module, s.operation.kind) for s in spans),
     )  # fmt: skip
     losses = step(
         forward_step_func=forward_step, data_iterator=iter(batches), model=chunks, num_microbatches=len(batches),
         forward_only=forward_only,
     )  # fmt: skip
-    feed.close()
+    delivery.close()
     return [losses], gradients(chunks), ran

@@ -10,8 +10,8 @@ import torch
 
 from dip_megatron.core import Kind, Schedule
 from dip_megatron.core.lower import make_plan
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES, format_strategy
-from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.core.strategies import format_strategy, strategy_names
+from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.service import PlannerService
@@ -58,13 +58,13 @@ class DrawnMaker:
         names = tuple(
             tuple(
                 (format_strategy(draw.choice(self.drawn.strategies, layers)),)
-                for layers in graph.module(graph.units[int(graph.row_unit[s])].module).layers[graph.segment(s)]
+                for layers in graph.module(graph.units[int(graph.unit_of[s])].module).layers[graph.segment(s)]
             )
-            for s in range(graph.rows)
+            for s in range(graph.virtual_microbatches)
         )
         graph = replace(graph, strategies=names)
         schedule = greedy(graph)
-        orders = split_orders(schedule, graph.rows, self.drawn.split, draw)
+        orders = split_orders(schedule, graph.virtual_microbatches, self.drawn.split, draw)
         return make_plan(
             graph, Schedule(orders, schedule.strategy), lower_bound=0.0, name="drawn",
             payloads=payloads(graph, request.loads, self.shapes),
@@ -132,17 +132,17 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
     device = torch.device("cpu")
     clock = Clock(device)
     maker = DrawnMaker(DrawnGraphs(program.modules, getattr(case, "unit_size", 1), drawn.seed), program.shapes, drawn)
-    feed = PlanFeed(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
     seen = []
     step = DipForwardBackward(
-        program, Executor(rank, transport(world, rank), clock), feed, clock,
-        on_iteration=lambda report, plan, spans: seen.extend(s.key.kind for s in spans),
+        program, Executor(rank, transport(world, rank), clock), delivery, clock,
+        on_iteration=lambda report, plan, spans: seen.extend(s.operation.kind for s in spans),
     )  # fmt: skip
     losses = step(
         forward_step_func=of.forward_step, data_iterator=iter(data), model=chunks,
         num_microbatches=len(data), forward_only=False,
     )  # fmt: skip
-    feed.close()
+    delivery.close()
     if wrap.fused:
         layers._grad_accum_fusion_available = False
     return [losses], gradients(chunks), seen.count(Kind.W)
@@ -194,7 +194,7 @@ def with_ddp(chunks: list[torch.nn.Module], overlap: bool) -> list[torch.nn.Modu
     return wrapped
 
 
-STRATEGIES = LAYER_STRATEGIES
+STRATEGIES = strategy_names()
 
 
 def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple[str, int]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from dip_megatron.describe.workload import Microbatch
-from dip_megatron.planner.feed import PlanFeed, PlanMismatchError
+from dip_megatron.planner.delivery import PlanDelivery, PlanMismatchError
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from tests.planner.makers import Maker
@@ -31,15 +31,15 @@ def take_three(rank: int, world: int) -> list[str]:
             # One action less: no message is missing yet, but ranks would wait for each other at the end.
             return pickle.dumps((replace(plan, codes=(plan.codes[0][:-1], *plan.codes[1:])), statistics))
 
-    feed = PlanFeed(Failing(list(range(world)), 60.0), PlannerService(Maker(), 0) if rank == 0 else None)
+    delivery = PlanDelivery(Failing(list(range(world)), 60.0), PlannerService(Maker(), 0) if rank == 0 else None)
     outcomes = []
     for iteration in range(3):
-        feed.request(PlanRequest(iteration, (Microbatch(8),), 0.0), 0.0)
+        delivery.request(PlanRequest(iteration, (Microbatch(8),), 0.0), 0.0)
         try:
-            outcomes.append(feed.take(iteration).plan.digest())
+            outcomes.append(delivery.take(iteration).plan.digest())
         except PlanMismatchError as error:
             outcomes.append(str(error))
-    feed.close()
+    delivery.close()
     return outcomes
 
 

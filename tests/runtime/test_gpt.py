@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.core.strategies import strategy_names
 from dip_megatron.runtime.protocol import MicrobatchInputs
 from tests.drawn import settings
 from tests.processes import team
@@ -66,7 +66,7 @@ def ours(case, world, drawn, wrap=DDP):
         recompute=st.booleans(),
         per_token_loss=st.booleans(),
     ),
-    strategies=st.sets(st.sampled_from(LAYER_STRATEGIES), min_size=1).map(sorted).map(tuple),
+    strategies=st.sets(st.sampled_from(strategy_names()), min_size=1).map(sorted).map(tuple),
     wrap=st.sampled_from([DDP, Wrap(ddp=True, overlap=True), Wrap(ddp=True, overlap=True, fused=True)]),
     seed=st.integers(0, 1000),
 )
@@ -92,7 +92,7 @@ def test_equals_megatrons_1f1b():
 
 def test_four_ranks_equal_one():
     case = GptCase(3, ((1, 0, 1, 1), (1, 1, 1, 0)), tied=True)
-    assert_equal(reference(case), ours(case, 4, Drawn(2, 0.6, LAYER_STRATEGIES)), 3)
+    assert_equal(reference(case), ours(case, 4, Drawn(2, 0.6, strategy_names())), 3)
 
 
 def refusals(rank, world):

@@ -6,17 +6,17 @@ from functools import cache
 
 import pytest
 
+from dip_megatron.core.strategies import parse_strategy, strategy_names
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.cost.chunks import CostModel
 from dip_megatron.describe.cost.sizes import unit_sizes
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES, parse_strategy
 from dip_megatron.describe.model import Parallel
 from tests.processes import team
 from tests.runtime.accounting import PLACES, Held, Iteration, Sizes, describe, measure, peak
 
 SIZES = Sizes()
 MIXED = "full:1+selective:1+offload:1"
-TEXTS = ["none", *(f"{name}:{SIZES.layers}" for name in LAYER_STRATEGIES[1:]), MIXED]
+TEXTS = ["none", *(f"{name}:{SIZES.layers}" for name in strategy_names()[1:]), MIXED]
 
 RELATIVE = 0.04
 """megatron-core 0.16 keeps a mask also for the ViT, which has none to keep; hence not 0.025."""
@@ -43,10 +43,11 @@ def predicted(text: str, module: str, segment: int) -> tuple[Held, float]:
     model = pricer.model
     sizes = unit_sizes(model.module(module), [load], [(0, 0, SIZES.images if module == "vision" else 1)])
     layer = pricer.layer(module, sizes)
-    rows = [LAYER_STRATEGIES.index(name) for name in parse_strategy(text, SIZES.layers)]
+    rows = [strategy_names().index(name) for name in parse_strategy(text, SIZES.layers)]
     other = pricer.stem(module, sizes) if segment == 0 else pricer.head(module, sizes)
     return Held(
-        int(layer.activation[rows, 0].sum() + other.activation[0]), int(SIZES.layers * layer.hold[0] + other.hold[0])
+        int(layer.activation[rows, 0].sum() + other.activation[0]),
+        int(SIZES.layers * layer.deferred_activation[0] + other.deferred_activation[0]),
     ), 4.0 * SIZES.hidden * float(sizes.tokens[0])
 
 
@@ -60,7 +61,7 @@ def test_bytes_held(text, place):
     if "full" in text or "offload" in text:
         absolute = HIDDEN_STATES * hidden_state * (place[0] == "vision") + RANDOM_STATES * SIZES.layers
     assert measured.activation == pytest.approx(expected.activation, rel=RELATIVE, abs=absolute)
-    assert measured.hold == pytest.approx(expected.hold, rel=RELATIVE)
+    assert measured.deferred_activation == pytest.approx(expected.deferred_activation, rel=RELATIVE)
 
 
 def test_nothing_stays():

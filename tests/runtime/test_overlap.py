@@ -99,7 +99,7 @@ def test_only_what_needs_a_message_waits_for_it(seed, rank, release):
     graph = random_graph(seed)
     rank %= graph.ranks
     plan = make_plan(graph, greedy(graph), lower_bound=0.0)
-    stages = [a.key for a in plan.actions[rank] if isinstance(a, Compute)]
+    stages = [a.operation for a in plan.actions[rank] if isinstance(a, Compute)]
     arriving = defaultdict(list)
     for action in plan.actions[rank]:
         if not isinstance(action, Compute) and action.kind == "irecv":

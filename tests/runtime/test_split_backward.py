@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.core.strategies import strategy_names
 from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.llava_case import Case, reference
@@ -28,7 +28,7 @@ def check(case, world, drawn, wrap=None):
 @given(
     images=st.lists(st.sampled_from([0, 1, 2, 5]), min_size=2, max_size=4).map(tuple),
     segments=st.booleans(),
-    strategies=st.sets(st.sampled_from(LAYER_STRATEGIES), min_size=1).map(sorted).map(tuple),
+    strategies=st.sets(st.sampled_from(strategy_names()), min_size=1).map(sorted).map(tuple),
     micro_batch_size=st.integers(1, 2),
     wrap=st.sampled_from(
         [Wrap(), Wrap(ddp=True), Wrap(ddp=True, overlap=True), Wrap(ddp=True, overlap=True, fused=True)]
@@ -43,7 +43,7 @@ def test_two_ranks_equal_one(images, segments, strategies, micro_batch_size, wra
 
 def test_four_ranks_equal_one():
     case = Case((3, 0, 1, 2, 2), vision=((1, 1, 0, 1),), language=((1, 2, 1, 1), (1, 1, 1, 0)))
-    check(case, 4, Drawn(5, 0.7, LAYER_STRATEGIES))
+    check(case, 4, Drawn(5, 0.7, strategy_names()))
 
 
 @pytest.mark.parametrize("wrap", [Wrap(), Wrap(ddp=True, fused=True)], ids=["autograd", "fused accumulation"])
@@ -62,7 +62,7 @@ def test_frozen_modules(freeze, weights):
     assert check(case, 2, Drawn(3, 1.0, ("none", "mlp", "full"))) == weights
 
 
-@pytest.mark.parametrize("strategy", LAYER_STRATEGIES[1:])
+@pytest.mark.parametrize("strategy", strategy_names()[1:])
 def test_dropout_is_repeated(strategy):
     """What is recomputed drops the same elements: gradients are those of a run that keeps everything."""
     case, dropout = Case((2, 0, 3)), Wrap(dropout=0.2)
@@ -72,3 +72,20 @@ def test_dropout_is_repeated(strategy):
     assert_equal(case, (losses[0], gradients), again)
     without = team(2).run(split_run, case, Drawn(2, 0.0))[-1][0]
     assert (without[0][0]["lm loss"] != losses[0][0]["lm loss"]).any()
+
+
+def outside_run(rank, world, case, drawn):
+    """As :func:`split_run`, with a memory strategy of another package; instead of the number of W, that of its runs."""
+    from tests import outside_strategy
+
+    outside_strategy.RAN.clear()
+    with outside_strategy.registered():
+        answer = split_run(rank, world, case, drawn, None)
+    return (*answer[:2], len(outside_strategy.RAN))
+
+
+def test_a_strategy_from_outside_runs():
+    case = Case((2, 0, 3))
+    answers = team(2).run(outside_run, case, Drawn(2, 0.5, ("outside", "full", "none")))
+    assert_equal(case, merged(team(1).run(reference, case)), merged([a[:2] for a in answers]))
+    assert all(a[2] > 0 for a in answers)

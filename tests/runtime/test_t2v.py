@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.core.strategies import strategy_names
 from dip_megatron.describe.model import Parallel
 from tests.drawn import settings
 from tests.processes import ProcessFailure, Team, team
@@ -51,7 +51,7 @@ def assert_equal(case, theirs, losses, grads):
     sizes=st.tuples(st.sampled_from([None, 1, 2, 3]), st.sampled_from([None, 1, 2])),
     segments=st.booleans(),
     freeze=st.sampled_from([(), (), ("text_encoder",), ("text_encoder", "text_projection")]),
-    strategies=st.sets(st.sampled_from(LAYER_STRATEGIES), min_size=1).map(sorted).map(tuple),
+    strategies=st.sets(st.sampled_from(strategy_names()), min_size=1).map(sorted).map(tuple),
     recompute=st.booleans(),
     loss=st.sampled_from(LOSSES),
     seed=st.integers(0, 1000),
@@ -66,7 +66,7 @@ def test_two_ranks_equal_one(clips, sizes, segments, freeze, strategies, recompu
 
 def test_four_ranks_equal_one():
     case = T2vCase(MIXED, ((1, 0, 1, 1),), ((1, 1, 1, 1), (1, 0, 1, 1)), {"language": 2, "diffusion": 2})
-    check(case, 4, Drawn(5, 0.6, LAYER_STRATEGIES))
+    check(case, 4, Drawn(5, 0.6, strategy_names()))
 
 
 def test_a_frozen_text_encoder_has_no_backward():
@@ -85,7 +85,7 @@ def test_a_projector_alone_trains():
 
 @pytest.mark.parametrize("trains", ["coin 1", "coin 2", "text_projection", r"diffusion.*layers\.1\.", "embedding"])
 def test_what_a_script_froze_later(trains):
-    check(T2vCase(MIXED, ((1, 1), (1, 0)), ((1, 1), (0, 1)), trains=trains), 2, Drawn(2, 0.6, LAYER_STRATEGIES))
+    check(T2vCase(MIXED, ((1, 1), (1, 0)), ((1, 1), (0, 1)), trains=trains), 2, Drawn(2, 0.6, strategy_names()))
 
 
 def test_tensor_parallel_ranks_equal_one():

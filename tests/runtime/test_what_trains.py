@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
-from dip_megatron.describe.cost.strategies import LAYER_STRATEGIES
+from dip_megatron.core.strategies import strategy_names
 from tests.drawn import settings
 from tests.processes import ProcessFailure, team
 from tests.runtime.gpt_case import GptCase
@@ -18,7 +18,7 @@ from tests.runtime.trained_case import ALL, Trained, dip_run, reference
 
 IMAGES = Case((2, 0, 3), vision=((1, 1), (1, 1)), language=((1, 1), (1, 1)))
 PROJECTOR, LANGUAGE, ADAPTERS = r"^vision_projection", r"^language_model", r"adapter_"
-SPLIT = Drawn(3, 0.7, LAYER_STRATEGIES)
+SPLIT = Drawn(3, 0.7, strategy_names())
 
 
 def check(trained: Trained, world: int = 2, drawn: Drawn = SPLIT):
@@ -84,7 +84,7 @@ def test_layers_of_one_chunk_alone_train():
 @given(
     coin=st.integers(0, 1000),
     case=st.sampled_from([IMAGES, Case((0, 2), ((0, 1),), ((1, 2),)), GptCase(3, ((1, 2), (1, 0)), tied=False)]),
-    strategies=st.sets(st.sampled_from(LAYER_STRATEGIES), min_size=1).map(sorted).map(tuple),
+    strategies=st.sets(st.sampled_from(strategy_names()), min_size=1).map(sorted).map(tuple),
     adapters=st.sampled_from(["", "megatron"]),
     ddp=st.booleans(),
     seed=st.integers(0, 1000),

@@ -14,7 +14,7 @@ import torch
 
 from dip_megatron.core import Communicate, CommunicationKind, Kind, Plan, StageGraph
 from dip_megatron.describe.model import Training
-from dip_megatron.planner.feed import PlanFeed
+from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
 from tests.runtime import gpt_case, llava_case
@@ -154,19 +154,21 @@ def dip_run(rank: int, world: int, trained: Trained, drawn: Drawn) -> list[Any]:
     graphs = (StubbornGraphs if trained.stubborn else DrawnGraphs)(program.modules, unit_size, drawn.seed)
     maker = DrawnMaker(graphs, program.shapes, drawn)
     service = PlannerService(maker, workers=0) if rank == 0 else None
-    feed = PlanFeed(GlooExchange(list(range(world)), 60.0), service)
+    delivery = PlanDelivery(GlooExchange(list(range(world)), 60.0), service)
     ran: list[tuple[str, Kind]] = []
     sent: list[str] = []
 
     def seen(report: Any, plan: Plan, spans: Any) -> None:
-        ran.extend((s.key.module, s.key.kind) for s in spans)
+        ran.extend((s.operation.module, s.operation.kind) for s in spans)
         sent.extend(
             a.message.target.module
             for a in plan.actions[rank]
             if isinstance(a, Communicate) and a.kind is CommunicationKind.ISEND and a.message.channel.gradient
         )
 
-    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), feed, clock, on_iteration=seen)
+    step = DipForwardBackward(
+        program, Executor(rank, transport(world, rank), clock), delivery, clock, on_iteration=seen
+    )
     data = of.batches(case)
     iterator = iter(data * len(trained.trains))
     out = []
@@ -181,5 +183,5 @@ def dip_run(rank: int, world: int, trained: Trained, drawn: Drawn) -> list[Any]:
         out.append((losses, gradients(chunks), tuple(ran), tuple(sent), program.supports_split))
         ran.clear()
         sent.clear()
-    feed.close()
+    delivery.close()
     return out

@@ -15,7 +15,7 @@ def mixed_graph(
     turned: bool = False,
     times: tuple[float, float, float] = (1.0, 1.0, 1.0),
     scale: np.ndarray | None = None,
-    hop: float = 0.0,
+    transfer: float = 0.0,
     held: float = 1.0,
     limit: float = np.inf,
     recompute: float = 0.0,
@@ -26,14 +26,24 @@ def mixed_graph(
     factor = np.ones(microbatches) if scale is None else scale
     base = np.repeat(factor, segments)[:, None] * np.ones((rows, ranks)) / segments
     forward, backward, weight = (np.array([base * t]) for t in times)
-    activation, hold = np.array([base * held]), np.array([base * held])
+    activation, deferred_activation = np.array([base * held]), np.array([base * held])
     if recompute:
-        forward, weight, hold = (np.repeat(a, 2, axis=0) for a in (forward, weight, hold))
+        forward, weight, deferred_activation = (np.repeat(a, 2, axis=0) for a in (forward, weight, deferred_activation))
         backward = np.concatenate([backward, backward + recompute * base[None]])
         activation = np.concatenate([activation, activation / 10])
     layers = tuple((1,) * ranks for _ in range(segments))
     module = ModalityModule("model", layers, reversed=(False, True) if turned else ())
     return StageGraph(
-        ranks, (module,), tuple(Unit(i, "model", i) for i in range(microbatches)), forward, backward, weight,
-        backward + weight, activation, hold, np.full(rows, hop), np.zeros(ranks), np.full(ranks, limit),
-    )  # fmt: skip
+        ranks=ranks,
+        modules=(module,),
+        units=tuple(Unit(i, "model", i) for i in range(microbatches)),
+        forward=forward,
+        backward=backward,
+        weight=weight,
+        fused=backward + weight,
+        activation=activation,
+        deferred_activation=deferred_activation,
+        transfer=np.full(rows, transfer),
+        static_bytes=np.zeros(ranks),
+        memory_limit=np.full(ranks, limit),
+    )

@@ -125,11 +125,14 @@ def test_bubble_is_the_textbook_one(segments):
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32 - 1))
 def test_orders_end_and_verify_on_uneven_batches(ranks, segments, microbatches, seed):
     scale = np.random.default_rng(seed).uniform(0.2, 3.0, microbatches)
-    graph = mixed_graph(ranks, microbatches, segments, scale=scale, hop=0.01)
+    graph = mixed_graph(ranks, microbatches, segments, scale=scale, transfer=0.01)
     if segments > 1 and (microbatches < ranks or ranks == 1):
         with pytest.raises(BaselineError):
             interleaved(graph)
         return
     schedule = one_forward_one_backward(graph) if segments == 1 else interleaved(graph)
-    assert {int(c) // graph.rows for order in schedule.orders for c in order} == {int(Kind.F), int(Kind.BW)}
+    assert {int(c) // graph.virtual_microbatches for order in schedule.orders for c in order} == {
+        int(Kind.F),
+        int(Kind.BW),
+    }
     verify(make_plan(graph, schedule, lower_bound=0.0))

@@ -115,7 +115,7 @@ def test_each_module_may_recompute_by_itself():
         assert simulate(tight, fitted.schedule).iteration_time == fitted.timeline.iteration_time
         chosen: dict[str, set[int]] = {}
         for row, strategies in enumerate(fitted.schedule.strategy):
-            chosen.setdefault(tight.units[int(tight.row_unit[row])].module, set()).update(strategies.tolist())
+            chosen.setdefault(tight.units[int(tight.unit_of[row])].module, set()).update(strategies.tolist())
         assert [len(strategies) for strategies in chosen.values()] == [1, 1]
         gains.append(uniform.timeline.iteration_time / fitted.timeline.iteration_time)
     assert min(gains) >= 1.0

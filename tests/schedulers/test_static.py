@@ -15,14 +15,15 @@ from dip_megatron.describe.cost import cost_model, load_cluster
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.schedulers import (
-    STATIC_BASELINES,
     BaselineError,
     chain,
+    find_schedule,
     item_parameters,
     item_seconds,
     latency_balanced,
     least_maximum,
     parameter_balanced,
+    schedule_names,
     static_plan,
     tune_static,
 )  # fmt: skip
@@ -97,7 +98,7 @@ def test_parameter_balance_is_not_latency_balance():
     assert greatest(by_parameters, parameters) < greatest(by_latency, parameters)
 
 
-@pytest.mark.parametrize("name", STATIC_BASELINES)
+@pytest.mark.parametrize("name", [name for name in schedule_names() if find_schedule(name).mixed])
 def test_every_static_baseline_gives_plans_that_verify(name):
     limit = 300e9  # zero bubble without recompute of its own needs more than a GPU has
     choice = tune_static(name, PRICER, BATCHES[:1], limit)

@@ -76,7 +76,7 @@ def test_every_order_ends_and_verifies(ranks, microbatches, turned, seed):
     times = tuple(rng.uniform(0.3, 2.0, 3))
     graph = mixed_graph(
         ranks, microbatches, 2 if turned else 1, turned=turned, times=times, scale=rng.uniform(0.2, 3.0, microbatches),
-        hop=0.01,
+        transfer=0.01,
     )  # fmt: skip
     limit = 2 * ranks if turned else ranks
     choices = (
@@ -98,7 +98,7 @@ def test_automatic_stays_within_its_limit():
 def test_eager_weight_gradients_hold_less():
     graph = mixed_graph(4, 12, times=(1.0, 1.6, 0.5))
     for rank, order in enumerate(automatic(graph, 4, eager=True).orders):
-        kinds = [int(code) // graph.rows for code in order]
+        kinds = [int(code) // graph.virtual_microbatches for code in order]
         assert all(kinds[i + 1] == Kind.W for i, kind in enumerate(kinds) if kind == Kind.B), rank
 
 
@@ -117,9 +117,9 @@ def test_graphs_of_the_wrong_shape_are_refused():
 
 
 def test_reversed_segment_starts_where_the_first_one_ends():
-    graph = mixed_graph(3, 1, 2, turned=True, hop=0.5)
-    turn = graph.key(Kind.F, 1, 2)
-    assert graph.predecessors(turn) == (graph.key(Kind.F, 0, 2),)
+    graph = mixed_graph(3, 1, 2, turned=True, transfer=0.5)
+    turn = graph.operation(Kind.F, 1, 2)
+    assert graph.predecessors(turn) == (graph.operation(Kind.F, 0, 2),)
     # Down over two hops, no hop at the turn, and up again; the same way back, with a W at the turn and one at the end.
     one_way = 6 * 0.5 + 4 * 0.5
     assert simulate(graph, handcrafted_v(graph)).iteration_time == pytest.approx(2 * one_way + 2 * 0.5)

@@ -17,25 +17,25 @@ FORWARD, BACKWARD, WEIGHT, FUSED = int(Kind.F), int(Kind.B), int(Kind.W), int(Ki
 
 
 class GraphArrays(NamedTuple):
-    """A stage graph for kernels. A *node* is a stage, ``row * P + rank``; N = S * P of them.
+    """A stage graph for kernels. A *node* is stage ``s * P + rank``; N = S * P of them.
 
-    ``duration`` ``[4 kinds, C, N]`` seconds; ``activation`` and ``hold`` ``[C, N]`` bytes. The forward of node n waits
-    for nodes ``before[before_start[n]:before_start[n + 1]]``, each ``before_hop`` seconds away; ``after`` is the same
-    graph seen from the other side, which backwards wait for.
+    ``duration`` ``[4 kinds, C, N]`` seconds; ``activation`` and ``deferred_activation`` ``[C, N]`` bytes. The forward
+    of node n waits for nodes ``before[before_start[n]:before_start[n + 1]]``, each ``before_transfer`` seconds away;
+    ``after`` is the same graph seen from the other side, which backwards wait for.
     """
 
-    rows: int
+    virtual_microbatches: int
     ranks: int
     candidates: int
     duration: Floats
     activation: Floats
-    hold: Floats
+    deferred_activation: Floats
     before_start: Ints
     before: Ints
-    before_hop: Floats
+    before_transfer: Floats
     after_start: Ints
     after: Ints
-    after_hop: Floats
+    after_transfer: Floats
     has_backward: NDArray[np.bool_]
     has_weight: NDArray[np.bool_]
     static_bytes: Floats
@@ -43,7 +43,7 @@ class GraphArrays(NamedTuple):
 
 def graph_arrays(graph: StageGraph) -> GraphArrays:
     """Lay out ``graph`` for the kernels."""
-    rows, ranks, edges = graph.rows, graph.ranks, graph.edges
+    rows, ranks, edges = graph.virtual_microbatches, graph.ranks, graph.edges
     nodes = rows * ranks
     c = graph.candidates
 
@@ -54,12 +54,22 @@ def graph_arrays(graph: StageGraph) -> GraphArrays:
         np.stack([nodewise(x) for x in (graph.forward, graph.backward, graph.weight, graph.fused)])
     )
     return GraphArrays(
-        rows, ranks, c, duration, nodewise(graph.activation), nodewise(graph.hold),
-        edges.before_start, edges.source, edges.hop,
-        edges.after_start, edges.target[edges.after], edges.hop[edges.after],
-        np.ascontiguousarray(graph.has_backward.reshape(nodes)), np.ascontiguousarray(graph.has_weight.reshape(nodes)),
-        graph.static_bytes.astype(np.float64),
-    )  # fmt: skip
+        virtual_microbatches=rows,
+        ranks=ranks,
+        candidates=c,
+        duration=duration,
+        activation=nodewise(graph.activation),
+        deferred_activation=nodewise(graph.deferred_activation),
+        before_start=edges.before_start,
+        before=edges.source,
+        before_transfer=edges.transfer,
+        after_start=edges.after_start,
+        after=edges.target[edges.after],
+        after_transfer=edges.transfer[edges.after],
+        has_backward=np.ascontiguousarray(graph.has_backward.reshape(nodes)),
+        has_weight=np.ascontiguousarray(graph.has_weight.reshape(nodes)),
+        static_bytes=graph.static_bytes.astype(np.float64),
+    )
 
 
 def pad_orders(schedule: Schedule) -> tuple[Ints, Ints]:
@@ -82,7 +92,7 @@ def replay(
     ``orders`` ``[P, L]`` codes; ``strategy`` ``[N]``; ``start``, ``end`` ``[P, L]``, ``place`` ``[P]``, ``forward_end``
     and ``backward_end`` ``[N]`` are overwritten.
     """
-    rows, ranks = g.rows, g.ranks
+    rows, ranks = g.virtual_microbatches, g.ranks
     forward_end[:] = np.nan
     backward_end[:] = np.nan
     place[:] = 0
@@ -102,7 +112,7 @@ def replay(
                 ready = clock
                 if kind == FORWARD:
                     for e in range(g.before_start[n], g.before_start[n + 1]):
-                        at = forward_end[g.before[e]] + g.before_hop[e]
+                        at = forward_end[g.before[e]] + g.before_transfer[e]
                         if not at <= ready:
                             ready = at
                             if np.isnan(at):
@@ -115,7 +125,7 @@ def replay(
                         ready = forward_end[n]
                     if not np.isnan(ready):
                         for e in range(g.after_start[n], g.after_start[n + 1]):
-                            at = backward_end[g.after[e]] + g.after_hop[e]
+                            at = backward_end[g.after[e]] + g.after_transfer[e]
                             if not at <= ready:
                                 ready = at
                                 if np.isnan(at):
@@ -143,25 +153,25 @@ def replay(
 @compiled
 def peak_memory(g: GraphArrays, p: int, order: Ints, length: int, strategy: NDArray[np.int8]) -> float:
     """Peak bytes of rank ``p`` when it runs ``order``, static bytes included; it depends on that order alone."""
-    rows, ranks = g.rows, g.ranks
+    rows, ranks = g.virtual_microbatches, g.ranks
     held = g.static_bytes[p]
     peak = held
     for i in range(length):
         code = order[i]
         kind = code // rows
         n = (code - kind * rows) * ranks + p
-        activation, hold = g.activation[strategy[n], n], g.hold[strategy[n], n]
+        activation, deferred_activation = g.activation[strategy[n], n], g.deferred_activation[strategy[n], n]
         if kind == FORWARD:
             held += activation
             peak = max(peak, held)
             if not g.has_backward[n]:
                 held -= activation
         elif kind == WEIGHT:
-            held -= hold
+            held -= deferred_activation
         else:
             held -= activation
             if kind == BACKWARD and g.has_weight[n]:
-                held += hold
+                held += deferred_activation
                 peak = max(peak, held)
     return float(peak)
 
@@ -176,11 +186,11 @@ def simulate_compiled(graph: StageGraph, schedule: Schedule, arrays: GraphArrays
     strategy = np.ascontiguousarray(schedule.strategy.reshape(-1))
     start, end = np.zeros(orders.shape), np.zeros(orders.shape)
     place = np.zeros(g.ranks, dtype=np.int32)
-    nodes = g.rows * g.ranks
+    nodes = g.virtual_microbatches * g.ranks
     time = replay(g, orders, lengths, strategy, start, end, place, np.empty(nodes), np.empty(nodes))
     if np.isnan(time):
         stuck = ", ".join(
-            f"rank {p} at {graph.key(Kind(int(o[place[p]]) // g.rows), int(o[place[p]]) % g.rows, p)}"
+            f"rank {p} at {schedule.operation(graph, p, int(place[p]))}"
             for p, o in enumerate(schedule.orders)
             if place[p] < len(o)
         )

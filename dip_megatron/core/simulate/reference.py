@@ -41,13 +41,15 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
     """Run each rank's order as early as its inputs allow. Raises DeadlockError when the orders can't end.
 
     Memory, per rank: ``activation`` is taken at the start of F; it is given back at the end of BW, or at the end of B
-    down to ``hold``, and ``hold`` at the end of W; a stage without backward gives all back at the end of its F.
+    down to ``deferred_activation``, and that at the end of W; a stage without backward gives all back at the end of
+    its F.
     """
-    rows, ranks = graph.rows, graph.ranks
+    rows, ranks = graph.virtual_microbatches, graph.ranks
     durations = {Kind.F: graph.forward, Kind.B: graph.backward, Kind.W: graph.weight, Kind.BW: graph.fused}
     choice = schedule.strategy
     forward_end = np.full((rows, ranks), np.nan)
     backward_end = np.full((rows, ranks), np.nan)
+    end_of = {Kind.F: forward_end, Kind.B: backward_end}
     place = [0] * ranks
     clock = np.zeros(ranks)
     held = graph.static_bytes.astype(np.float64).copy()
@@ -57,19 +59,8 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
 
     def ready_time(kind: Kind, s: int, p: int) -> float:
         """When the inputs of an operation are there; nan if one is not known yet."""
-        step = -1 if graph.row_reversed[s] else 1
-        if kind == Kind.F:
-            if p != graph.entry_rank(s):
-                return float(forward_end[s, p - step] + graph.hop[s])
-            ends = [forward_end[q, graph.exit_rank(q)] + graph.link_hop(q, s) for q in graph.previous_rows[s]]
-            return float(np.max([0.0, *ends]))
-        if kind == Kind.W:
-            return float(backward_end[s, p])
-        own = forward_end[s, p]
-        if p != graph.exit_rank(s):
-            return float(np.maximum(own, backward_end[s, p + step] + graph.hop[s]))
-        arrivals = [backward_end[n, graph.entry_rank(n)] + graph.link_hop(s, n) for n in graph.next_rows[s]]
-        return float(np.max([own, *arrivals]))
+        arrivals = [end_of[d.kind][d.virtual_microbatch, d.rank] + d.seconds for d in graph.inputs(kind, s, p)]
+        return float(np.max([0.0, *arrivals]))
 
     remaining = sum(len(order) for order in schedule.orders)
     while remaining:
@@ -87,7 +78,7 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
                 start[p].append(begin)
                 end[p].append(finish)
                 clock[p] = finish
-                activation, hold = graph.activation[c, s, p], graph.hold[c, s, p]
+                activation, deferred_activation = graph.activation[c, s, p], graph.deferred_activation[c, s, p]
                 if kind == Kind.F:
                     held[p] += activation
                     peak[p] = max(peak[p], held[p])
@@ -95,19 +86,19 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
                     if not graph.has_backward[s, p]:
                         held[p] -= activation
                 elif kind == Kind.W:
-                    held[p] -= hold
+                    held[p] -= deferred_activation
                 else:
                     backward_end[s, p] = finish
                     held[p] -= activation
                     if kind == Kind.B and graph.has_weight[s, p]:
-                        held[p] += hold
+                        held[p] += deferred_activation
                         peak[p] = max(peak[p], held[p])
                 place[p] += 1
                 remaining -= 1
                 progressed = True
         if not progressed:
             stuck = ", ".join(
-                f"rank {p} at {graph.key(Kind(int(o[place[p]]) // rows), int(o[place[p]]) % rows, p)}"
+                f"rank {p} at {schedule.operation(graph, p, place[p])}"
                 for p, o in enumerate(schedule.orders)
                 if place[p] < len(o)
             )

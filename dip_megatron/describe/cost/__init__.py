@@ -9,10 +9,8 @@ from .operators import Operators
 from .parts import LayerCost, PartCost
 from .sizes import Sizes, unit_sizes, whole_sizes
 from .static import StaticBytes
-from .strategies import LAYER_STRATEGIES, StrategyError, format_strategy, parse_strategy
 
 __all__ = [
-    "LAYER_STRATEGIES",
     "Chunk",
     "ChunkCost",
     "Cluster",
@@ -27,16 +25,13 @@ __all__ = [
     "Scale",
     "Sizes",
     "StaticBytes",
-    "StrategyError",
     "Table",
     "build_graph",
     "build_mixed_graph",
     "cost_model",
-    "format_strategy",
     "load_cluster",
     "mixed_graph",
     "paper_cost_model",
-    "parse_strategy",
     "segmented_graph",
     "unit_sizes",
     "whole_sizes",

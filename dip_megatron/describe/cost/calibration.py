@@ -6,20 +6,21 @@ import json
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from ...core.graph import Floats
+from ...core.strategies import strategy_names
+from ...core.versions import is_version, renamed
 from ..files import ConfigurationError, validate
 from .hardware import Cluster, Curve, Operator, check_curve
 from .parts import LayerCost, PartCost
 from .sizes import Sizes
-from .strategies import LAYER_STRATEGIES
 
 Part = Literal["stem", "layer", "head"]
-QUANTITIES = ("forward", "backward", "weight", "activation", "hold")
+QUANTITIES = ("forward", "backward", "weight", "activation", "deferred_activation")
 STRATEGY_QUANTITIES = ("forward", "backward", "activation")
 """What a layer's memory strategy changes; its W needs the same inputs and does the same products under all."""
 
@@ -61,14 +62,14 @@ class Scale:
 class Costs:
     """What is known beyond the formula: operator efficiencies, measured parts, factors, and fixed numbers.
 
-    ``hop_seconds`` replaces the seconds of every transfer, ``static_bytes`` the parameters, gradients and optimizer
-    state of each rank, ``memory_limit`` what a rank may use. Empty: the formula alone.
+    ``transfer_seconds`` replaces the seconds of every transfer, ``static_bytes`` the parameters, gradients and
+    optimizer state of each rank, ``memory_limit`` what a rank may use. Empty: the formula alone.
     """
 
     efficiency: tuple[tuple[Operator, Curve], ...] = ()
     tables: tuple[Table, ...] = ()
     scales: tuple[Scale, ...] = ()
-    hop_seconds: float | None = None
+    transfer_seconds: float | None = None
     static_bytes: tuple[float, ...] = ()
     memory_limit: float | None = None
     device: str = field(default="", compare=False)
@@ -100,16 +101,21 @@ class Costs:
         values = {q: getattr(cost, q).copy() for q in STRATEGY_QUANTITIES}
         for table in measured:
             factors = [s.factor for s in self.scales if s.concerns(module, "layer", table.quantity)]
-            row = LAYER_STRATEGIES.index(table.strategy)
+            row = strategy_names().index(table.strategy)
             values[table.quantity][row] = table.at(sizes.tokens) * np.prod(factors)
         return replace(cost, **values)
 
     def scaled(self, factor: float, module: str = "*", part: str = "*", quantity: str = "*") -> Costs:
         """These costs with one more factor."""
         return Costs(
-            self.efficiency, self.tables, (*self.scales, Scale(module, part, quantity, factor)),
-            self.hop_seconds, self.static_bytes, self.memory_limit, self.device,
-        )  # fmt: skip
+            efficiency=self.efficiency,
+            tables=self.tables,
+            scales=(*self.scales, Scale(module, part, quantity, factor)),
+            transfer_seconds=self.transfer_seconds,
+            static_bytes=self.static_bytes,
+            memory_limit=self.memory_limit,
+            device=self.device,
+        )
 
     @staticmethod
     def load(path: str | Path) -> Costs:
@@ -120,7 +126,7 @@ class Costs:
             raise ConfigurationError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{path}: file: {error}") from error
-        return _to_costs(validate(str(path), data, _File))
+        return _to_costs(validate(str(path), _upgraded(data), _File))
 
     def save(self, path: str | Path) -> None:
         """Write a costs file that :meth:`load` gives back equal."""
@@ -132,12 +138,12 @@ class Costs:
             )
             entry[t.quantity] = list(t.values)
         data = {
-            "version": 1,
+            "version": 2,
             "device": self.device,
             "efficiency": {name: [list(p) for p in curve] for name, curve in self.efficiency},
             "measured": list(measured.values()),
             "scale": [vars(s) for s in self.scales],
-            "hop_seconds": self.hop_seconds,
+            "transfer_seconds": self.transfer_seconds,
             "static_bytes": list(self.static_bytes),
             "memory_limit": self.memory_limit,
         }
@@ -157,14 +163,14 @@ class _Measured(_Strict):
     backward: list[NonNegativeFloat] | None = None
     weight: list[NonNegativeFloat] | None = None
     activation: list[NonNegativeFloat] | None = None
-    hold: list[NonNegativeFloat] | None = None
+    deferred_activation: list[NonNegativeFloat] | None = None
 
     @model_validator(mode="after")
     def _aligned(self) -> _Measured:
         if any(b <= a for a, b in pairwise(self.tokens)):
             raise ValueError(f"tokens must rise, got {self.tokens}")
-        if self.strategy not in LAYER_STRATEGIES:
-            raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(LAYER_STRATEGIES)}")
+        if self.strategy not in strategy_names():
+            raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(strategy_names())}")
         if self.strategy != "none" and self.part != "layer":
             raise ValueError(f"strategy: a {self.part} has none, only a layer has")
         for q in QUANTITIES:
@@ -179,19 +185,19 @@ class _Measured(_Strict):
 class _Scale(_Strict):
     module: str = "*"
     part: Literal["stem", "layer", "head", "*"] = "*"
-    quantity: Literal["forward", "backward", "weight", "activation", "hold", "*"] = "*"
+    quantity: Literal["forward", "backward", "weight", "activation", "deferred_activation", "*"] = "*"
     factor: PositiveFloat
 
 
 class _File(_Strict):
-    version: Literal[1]
+    version: Literal[2]
     device: str = ""
     efficiency: dict[Operator, Annotated[list[tuple[PositiveFloat, PositiveFloat]], Field(min_length=1)]] = Field(
         default_factory=dict
     )
     measured: list[_Measured] = Field(default_factory=list)
     scale: list[_Scale] = Field(default_factory=list)
-    hop_seconds: NonNegativeFloat | None = None
+    transfer_seconds: NonNegativeFloat | None = None
     static_bytes: list[NonNegativeFloat] = Field(default_factory=list)
     memory_limit: PositiveFloat | None = None
 
@@ -200,6 +206,19 @@ class _File(_Strict):
         for name, points in self.efficiency.items():
             check_curve(name, points)
         return self
+
+
+def _upgraded(data: Any) -> Any:
+    """A file of version 1, which called ``deferred_activation`` ``hold`` and ``transfer_seconds`` ``hop_seconds``."""
+    if not is_version(data, 1):
+        return data
+    new = renamed(data, {"hop_seconds": "transfer_seconds"}) | {"version": 2}
+    if "measured" in new:
+        new["measured"] = renamed(new["measured"], {"hold": "deferred_activation"})
+    for scale in new["scale"] if isinstance(new.get("scale"), list) else ():
+        if isinstance(scale, dict) and scale.get("quantity") == "hold":
+            scale["quantity"] = "deferred_activation"
+    return new
 
 
 def _to_costs(data: _File) -> Costs:
@@ -213,7 +232,7 @@ def _to_costs(data: _File) -> Costs:
         efficiency=tuple(sorted((k, check_curve(k, v)) for k, v in data.efficiency.items())),
         tables=tables,
         scales=tuple(Scale(s.module, s.part, s.quantity, s.factor) for s in data.scale),
-        hop_seconds=data.hop_seconds,
+        transfer_seconds=data.transfer_seconds,
         static_bytes=tuple(data.static_bytes),
         memory_limit=data.memory_limit,
         device=data.device,

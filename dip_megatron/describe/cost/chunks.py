@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...core.graph import Floats
+from ...core.strategies import LayerStrategy, format_strategy, known_strategies
 from ..model import ChunkTraining, LanguageHead, ModuleShape, MultimodalModel
 from ..model.modules import TrainablePart
 from ..workload import Microbatch
@@ -19,12 +20,10 @@ from .operators import Operators
 from .parts import LayerCost, PartCost, head_cost, layer_cost, stem_cost, with_strategies
 from .sizes import Sizes, whole_sizes
 from .static import INBOX_MESSAGES, StaticBytes, run_bytes
-from .strategies import LAYER_STRATEGIES, Counts, combine, format_strategy, pick
+from .strategies import Counts, combine, pick
 
 _LEAST_SAVED = 0.01
 _TRAINABLE: dict[Part, TrainablePart] = {"stem": "stem", "layer": "layers", "head": "head"}
-_FULL = LAYER_STRATEGIES.index("full")
-_PLACING = ("full", "mlp", "selective", "activation", "offload", "none")
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,14 @@ Chunk = tuple[LayerRun, ...]
 @dataclass(frozen=True, eq=False)
 class ChunkCost:
     """A chunk's cost under C memory strategies for U units: ``forward``, ``backward``, ``weight``, ``activation``,
-    ``hold`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C strategies."""
+    ``deferred_activation`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C
+    strategies."""
 
     forward: Floats
     backward: Floats
     weight: Floats
     activation: Floats
-    hold: Floats
+    deferred_activation: Floats
     names: tuple[tuple[str, ...], ...]
 
     @property
@@ -70,9 +70,9 @@ class _Candidates:
 
 class CostModel:
     """The costs of one model on one cluster. Holds caches of what depends on chunks and rounded sizes only, so that one
-    object should live as long as the model does. ``strategies`` are the layer strategies that may be chosen (``none``
-    always may), ``candidates`` how many of their mixes a chunk gets at most (S in section 2c of the paper), chosen with
-    or without ``corners`` (:func:`.strategies.pick`)."""
+    object should live as long as the model does. ``strategies`` are the names of the layer strategies that may be
+    chosen (``none`` always may; None: all), ``candidates`` how many of their mixes a chunk gets at most (S in section
+    2c of the paper), chosen with or without ``corners`` (:func:`.strategies.pick`)."""
 
     def __init__(
         self,
@@ -80,19 +80,23 @@ class CostModel:
         cluster: Cluster,
         costs: Costs | None = None,
         *,
-        strategies: Sequence[str] = LAYER_STRATEGIES,
+        strategies: Sequence[str] | None = None,
         candidates: int = 10,
         corners: bool = True,
     ) -> None:
-        unknown = set(strategies) - set(LAYER_STRATEGIES)
+        self.strategies: tuple[LayerStrategy, ...] = known_strategies()
+        names = [s.name for s in self.strategies]
+        allowed = names if strategies is None else strategies
+        unknown = set(allowed) - set(names)
         if unknown:
-            raise ValueError(f"unknown memory strategies {sorted(unknown)}; known: {', '.join(LAYER_STRATEGIES)}")
+            raise ValueError(f"unknown memory strategies {sorted(unknown)}; known: {', '.join(names)}")
         self.model = model
         self.costs = costs or Costs()
         self.cluster = self.costs.calibrate(cluster)
         self.operators = Operators(self.cluster, model.parallel.tp)
         self.candidates, self.corners = candidates, corners
-        self._allowed = np.array([s == "none" or s in strategies for s in LAYER_STRATEGIES])
+        self._allowed = np.array([name == "none" or name in allowed for name in names])
+        self._full = names.index("full")
         self._reached = _reached(model)
         self._cache: dict[tuple[Chunk, tuple[tuple[float, ...], ...]], _Candidates] = {}
         self._as_built: dict[tuple[Any, ...], CostModel] = {}
@@ -154,10 +158,10 @@ class CostModel:
         dropped = dropped * _ratio(cost.activation, formula.activation)
         if not self.part_alive(module, "layer"):
             recompute, dropped = recompute * 0, dropped * 0
-            count = len(LAYER_STRATEGIES)
+            count = len(self.strategies)
             zero = np.zeros((count, len(sizes)))
             return LayerCost(np.repeat(cost.forward[None], count, axis=0), zero, zero[0], zero, zero[0])
-        derived = with_strategies(self.operators, cost, recompute, dropped, layer_input)
+        derived = with_strategies(self.operators, cost, recompute, dropped, layer_input, self.strategies)
         return self.costs.adjust_strategies(module, derived, sizes)
 
     # -- chunks --------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ class CostModel:
                 out[name] += np.einsum("ucs,su->cu", counts[:, :, k], getattr(layer, name))
             total = counts[0, 0, k].sum()
             out["weight"] += total * layer.weight
-            out["hold"] += total * layer.hold
+            out["deferred_activation"] += total * layer.deferred_activation
         return _fastest_first(ChunkCost(**out, names=tuple(texts[g] for g in group)))
 
     def _kinds(self, chunk: Chunk) -> list[tuple[str, bool]]:
@@ -245,17 +249,17 @@ class CostModel:
             # offloading over links too slow for it, which saves a little more than recomputing and costs many times as
             # much.
             extra, saved = seconds - seconds[0], size[0] - size
-            usable[1:] &= (saved[1:] >= _LEAST_SAVED * size[0]) & ((extra <= 2 * extra[_FULL]) | ~self._allowed[_FULL])[
-                1:
-            ]
+            usable[1:] &= (saved[1:] >= _LEAST_SAVED * size[0]) & (
+                (extra <= 2 * extra[self._full]) | ~self._allowed[self._full]
+            )[1:]
             offered.append(np.flatnonzero(usable))
             parts.append((place.count(k), seconds[usable], size[usable]))
         found, seconds, size = combine(parts)
         chosen = pick(seconds, size, self.candidates, corners=self.corners)
-        counts = np.zeros((len(chosen), len(kinds), len(LAYER_STRATEGIES)), dtype=np.int64)
+        counts = np.zeros((len(chosen), len(kinds), len(self.strategies)), dtype=np.int64)
         for k, table in enumerate(found):
             counts[:, k, offered[k]] = table[chosen]
-        return _Candidates(counts, tuple(_name(place, line) for line in counts))
+        return _Candidates(counts, tuple(_name(place, line, self.strategies) for line in counts))
 
     # -- memory and messages -------------------------------------------------------------------------------------
     def static(
@@ -298,10 +302,10 @@ class CostModel:
         elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
         return self.cluster.element_bytes * elements / shard
 
-    def hop_seconds(self, message: Floats) -> Floats:
+    def transfer_seconds(self, message: Floats) -> Floats:
         """Seconds of one transfer of ``message`` bytes between neighbouring pipeline ranks."""
-        if self.costs.hop_seconds is not None:
-            return np.full_like(message, self.costs.hop_seconds)
+        if self.costs.transfer_seconds is not None:
+            return np.full_like(message, self.costs.transfer_seconds)
         return self.operators.send(message, self.model.parallel.pp)
 
 
@@ -317,9 +321,10 @@ def _ratio(measured: Floats, formula: Floats) -> Floats:
     return np.divide(measured, formula, out=np.ones_like(formula), where=formula > 0)
 
 
-def _name(place: list[int], counts: Counts) -> str:
+def _name(place: list[int], counts: Counts, strategies: Sequence[LayerStrategy]) -> str:
     """The strategy text of a chunk whose i-th layer is of kind ``place[i]``, with ``counts[kind, strategy]``."""
-    queues = [[s for s in _PLACING for _ in range(int(line[LAYER_STRATEGIES.index(s)]))] for line in counts]
+    order = sorted(range(len(strategies)), key=lambda i: strategies[i].place)
+    queues = [[strategies[i].name for i in order for _ in range(int(line[i]))] for line in counts]
     taken = [0] * len(queues)
     names = []
     for kind in place:

@@ -58,5 +58,5 @@ def _rows(graph: StageGraph) -> dict[tuple[str, int], list[int]]:
     rows: dict[tuple[str, int], list[int]] = {}
     for unit in graph.units:
         for segment in range(graph.module(unit.module).segments):
-            rows.setdefault((unit.module, segment), []).append(graph.row(unit.id, segment))
+            rows.setdefault((unit.module, segment), []).append(graph.virtual_microbatch(unit.id, segment))
     return rows

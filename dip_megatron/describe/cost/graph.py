@@ -17,9 +17,10 @@ from .chunks import Chunk, ChunkCost, CostModel, LayerRun
 from .hardware import Cluster
 from .parts import LayerCost
 from .sizes import unit_sizes
-from .strategies import LAYER_STRATEGIES, Counts
+from .strategies import Counts
 
-_FIELDS = ("forward", "backward", "weight", "activation", "hold")
+_PAPERS_STRATEGIES = ("none", "selective", "mlp", "full", "offload")
+_FIELDS = ("forward", "backward", "weight", "activation", "deferred_activation")
 
 
 @lru_cache(maxsize=16)
@@ -31,8 +32,7 @@ def cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = N
 @lru_cache(maxsize=8)
 def paper_cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = None) -> CostModel:
     """The same with the memory strategies and the choice of candidates that the paper describes."""
-    strategies = [s for s in LAYER_STRATEGIES if s != "activation"]
-    return CostModel(model, cluster, costs, strategies=strategies, corners=False)
+    return CostModel(model, cluster, costs, strategies=_PAPERS_STRATEGIES, corners=False)
 
 
 def build_graph(
@@ -69,11 +69,11 @@ def segmented_graph(
     units = make_units(model, microbatches, {m.module: m.unit_size for m in partition.modules})
     modules = tuple(_module(partition, shape, training) for shape in model.modules)
     reached = trained_before(modules)
-    first_row = np.cumsum([0] + [partition.module(u.module).segments for u in units])
-    rows = int(first_row[-1])
+    first_virtual_microbatch = np.cumsum([0] + [partition.module(u.module).segments for u in units])
+    rows = int(first_virtual_microbatch[-1])
     chunks = {m.name: _chunks(partition, m) for m in model.modules}
     costs: list[tuple[Counts, int, ChunkCost]] = []
-    hop = np.zeros(rows)
+    transfer = np.zeros(rows)
     sizes = {}
     built: dict[LayerRun, ModuleShape] = {}
     for shape in model.modules:
@@ -82,13 +82,13 @@ def segmented_graph(
         if not mine:
             continue
         here = {shape.name: sizes[shape.name]}
-        first = first_row[[u.id for u in mine]]
+        first = first_virtual_microbatch[[u.id for u in mine]]
         layers: dict[CostModel, dict[tuple[str, bool], LayerCost]] = {}
         priced: dict[tuple[CostModel, Chunk], ChunkCost] = {}
         trained = None if training is None else training.of_module(shape.name)
-        message = pricer.hop_seconds(pricer.message_bytes(shape, sizes[shape.name]))
+        message = pricer.transfer_seconds(pricer.message_bytes(shape, sizes[shape.name]))
         for k, line in enumerate(chunks[shape.name]):
-            hop[first + k] = message
+            transfer[first + k] = message
             for rank, run in enumerate(line):
                 own = pricer
                 if trained is not None:
@@ -102,7 +102,7 @@ def segmented_graph(
     arrays, names = _fill(rows, ranks, costs)
     ranked = [[(line[rank],) for m in model.modules for line in chunks[m.name]] for rank in range(ranks)]
     static = [s.total for s in pricer.static(ranked, sizes, built)]
-    return _graph(pricer, modules, units, arrays, names, hop, static, memory_limit)
+    return _graph(pricer, modules, units, arrays, names, transfer, static, memory_limit)
 
 
 def build_mixed_graph(
@@ -146,7 +146,7 @@ def mixed_graph(
     holder = [(v // ranks, ranks - 1 - v % ranks if back[v // ranks] else v % ranks) for v in range(len(stages))]
     layers_of, trains = [[0] * ranks for _ in range(segments)], [[True] * ranks for _ in range(segments)]
     ranked: list[list[Chunk]] = [[] for _ in range(ranks)]
-    hop = np.zeros(count * segments)
+    transfer = np.zeros(count * segments)
     first = np.arange(count) * segments
     priced: dict[tuple[str, bool], LayerCost] = {}
     costs: list[tuple[Counts, int, ChunkCost]] = []
@@ -159,8 +159,8 @@ def mixed_graph(
         if chunk:  # a stage without layers passes on what it got
             last = model.module(chunk[-1].module)
             message = pricer.message_bytes(last, sizes[last.name])
-        # A row has one transfer time: the mean over its stages keeps the sum along a microbatch's way.
-        hop[first + k] += pricer.hop_seconds(message) / ranks
+        # A virtual microbatch has one transfer time: the mean over its stages keeps the sum along a microbatch's way.
+        transfer[first + k] += pricer.transfer_seconds(message) / ranks
     module = ModalityModule(
         "model",
         tuple(map(tuple, layers_of)),
@@ -169,9 +169,9 @@ def mixed_graph(
         back if any(back) else (),
     )
     units = tuple(Unit(i, "model", i) for i in range(count))
-    arrays, names = _fill(len(hop), ranks, costs)
+    arrays, names = _fill(len(transfer), ranks, costs)
     static = [s.total for s in pricer.static(ranked, sizes)]
-    return _graph(pricer, (module,), units, arrays, names, hop, static, memory_limit)
+    return _graph(pricer, (module,), units, arrays, names, transfer, static, memory_limit)
 
 
 def _empty(units: int) -> ChunkCost:
@@ -263,7 +263,7 @@ def _graph(
     units: tuple[Unit, ...],
     arrays: dict[str, Floats],
     names: tuple[tuple[tuple[str, ...], ...], ...],
-    hop: Floats,
+    transfer: Floats,
     static: Sequence[float],
     memory_limit: float | Sequence[float] | None,
 ) -> StageGraph:
@@ -285,8 +285,8 @@ def _graph(
         weight=arrays["weight"],
         fused=arrays["backward"] + arrays["weight"],
         activation=arrays["activation"],
-        hold=arrays["hold"],
-        hop=hop,
+        deferred_activation=arrays["deferred_activation"],
+        transfer=transfer,
         static_bytes=np.array(static, dtype=np.float64),
         memory_limit=np.broadcast_to(np.asarray(memory_limit, dtype=np.float64), (ranks,)).copy(),
         strategies=names,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
@@ -15,7 +15,6 @@ from ...core.graph import Floats
 from ..files import read_yaml, resolve
 
 Operator = Literal["matmul", "attention", "attention_backward", "memory", "collective", "p2p", "host"]
-OPERATORS: tuple[Operator, ...] = get_args(Operator)
 Curve = tuple[tuple[float, float], ...]
 """Points (size, efficiency), sizes rising; the size of matmul and attention is FLOPs, of all others bytes."""
 

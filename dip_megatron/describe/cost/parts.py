@@ -6,13 +6,16 @@ strategy dropped), ``weight`` the weight gradients. A fused backward takes exact
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...core.graph import Floats
+from ...core.strategies import LayerFacts, LayerStrategy
 from ..model import (
     AudioEmbedding,
+    FeatureEmbedding,
     LanguageHead,
     LatentEmbedding,
     LatentHead,
@@ -25,20 +28,19 @@ from ..model import (
 )
 from .operators import Operators
 from .sizes import Sizes
-from .strategies import LAYER_STRATEGIES
 
 
 @dataclass(frozen=True, eq=False)
 class PartCost:
     """One part of a module, arrays ``[U]``: seconds of forward, input gradient and weight gradient; bytes of
     activations kept for the backward, and of what the weight gradient still needs after the input gradient
-    (``hold``)."""
+    (``deferred_activation``)."""
 
     forward: Floats
     backward: Floats
     weight: Floats
     activation: Floats
-    hold: Floats
+    deferred_activation: Floats
 
     @staticmethod
     def nothing(units: int) -> PartCost:
@@ -48,13 +50,13 @@ class PartCost:
 @dataclass(frozen=True, eq=False)
 class LayerCost:
     """One transformer layer under each memory strategy: ``forward``, ``backward``, ``activation`` ``[strategies, U]``
-    in the order of LAYER_STRATEGIES; ``weight``, ``hold`` ``[U]``."""
+    in the cost model's order; ``weight``, ``deferred_activation`` ``[U]``."""
 
     forward: Floats
     backward: Floats
     weight: Floats
     activation: Floats
-    hold: Floats
+    deferred_activation: Floats
 
 
 def layer_cost(
@@ -96,7 +98,9 @@ def layer_cost(
             # The probabilities (dropout is taken to be off), and a byte for the mask.
             core_bytes = (e * layer.heads / tp + causal) * pair
         kept = e * (2 * width * q + 2 * kv_width * kv)
-        hold = e * (2 * width * q + 2 * kv_width * kv)  # the output's input, and the gradients of q, k and v
+        deferred_activation = e * (
+            2 * width * q + 2 * kv_width * kv
+        )  # the output's input, and the gradients of q, k and v
         return (
             project + core + out,
             core,
@@ -104,7 +108,7 @@ def layer_cost(
             project_weight + out_weight,
             kept,
             core_bytes,
-            hold,
+            deferred_activation,
         )
 
     rope = operators.memory(2 * e * (width + kv_width) * tokens) if layer.causal else 0.0
@@ -112,7 +116,7 @@ def layer_cost(
     modulate = operators.memory(3 * local) if layer.adaln != "none" else 0.0
     one = norm_and_residual + modulate
 
-    forward, core, backward, weight, kept, core_bytes, hold = attend(
+    forward, core, backward, weight, kept, core_bytes, deferred_activation = attend(
         tokens, hidden, tokens, hidden, pairs, layer.causal
     )
     # Layer input and normalised input of the attention; the modulated one and the gated output too if there is adaLN.
@@ -120,15 +124,15 @@ def layer_cost(
     forward, backward = forward + one + rope + exchange(2), backward + 2 * one + rope + exchange(2)
     weight, activation = weight + exchange(1), kept + core_bytes + (2 + extra) * local
     # Input of the projection and gradient of the output: with sequence parallelism the latter has been gathered.
-    hold = hold + local + whole
+    deferred_activation = deferred_activation + local + whole
     if layer.cross_attention:
-        c_forward, c_core, c_backward, c_weight, c_kept, c_bytes, c_hold = attend(
+        c_forward, c_core, c_backward, c_weight, c_kept, c_bytes, c_deferred = attend(
             tokens, hidden, sizes.condition, layer.cross_attention, sizes.cross_pairs, False
         )
         forward, backward = forward + c_forward + one + exchange(2), backward + c_backward + 2 * one + exchange(2)
         weight, core = weight + c_weight + exchange(1), core + c_core
         activation, core_bytes = activation + c_kept + c_bytes + 2 * local, core_bytes + c_bytes
-        hold = hold + c_hold + local + whole
+        deferred_activation = deferred_activation + c_deferred + local + whole
 
     up, up_weight = linear(hidden, fc1)
     down, down_weight = linear(ffn, hidden)
@@ -138,48 +142,41 @@ def layer_cost(
     weight = weight + up_weight + down_weight + exchange(1)
     mlp_bytes = e * (fc1 + ffn) * tokens
     activation = activation + mlp_bytes + (2 + extra) * local
-    hold = hold + e * (fc1 + ffn) * tokens + local + whole
+    deferred_activation = deferred_activation + e * (fc1 + ffn) * tokens + local + whole
     if layer.adaln == "block":
         modulation, modulation_weight = linear(hidden, 6 * hidden / tp, np.minimum(tokens, 1.0))
         forward, backward, weight = forward + modulation, backward + modulation, weight + modulation_weight
-    cost = PartCost(forward, backward, weight, activation, hold)
+    cost = PartCost(forward, backward, weight, activation, deferred_activation)
     activated = e * ffn * tokens  # what the second linear keeps, if nothing is recomputed
     return cost, np.stack([act, core, mlp]), np.stack([activated, core_bytes, mlp_bytes]), local
 
 
 def with_strategies(
-    operators: Operators, cost: PartCost, recompute: Floats, dropped: Floats, layer_input: Floats
-) -> LayerCost:
-    """A layer's cost under every memory strategy of LAYER_STRATEGIES, from what :func:`layer_cost` gives.
+    operators: Operators, cost: PartCost, recompute: Floats, dropped: Floats, layer_input: Floats,
+    strategies: Sequence[LayerStrategy],
+) -> LayerCost:  # fmt: skip
+    """A layer's cost under each of ``strategies``, from what :func:`layer_cost` gives.
 
     Recomputing runs the part's forward again at the start of the input gradient. Offloading copies the layer's
-    activations out behind its forward and back behind its backward: what the copy takes longer is waited for, and the
-    reads and writes of the copy take memory bandwidth from the layer.
+    activations out behind its forward and back behind its backward; the reads and writes of the copy take memory
+    bandwidth from the layer.
     """
-    copy = operators.to_host(cost.activation)
-    traffic = cost.activation / operators.cluster.memory_bandwidth
-    forward = {"offload": np.maximum(cost.forward, copy) + traffic}
-    backward = {
-        "activation": cost.backward + recompute[0],
-        "selective": cost.backward + recompute[1],
-        "mlp": cost.backward + recompute[2],
-        "full": cost.backward + cost.forward,
-        "offload": np.maximum(cost.backward, copy) + traffic,
-    }
-    activation = {
-        "activation": cost.activation - dropped[0],
-        "selective": cost.activation - dropped[1],
-        "mlp": cost.activation - dropped[2],
-        "full": np.minimum(layer_input, cost.activation),
-        "offload": np.zeros_like(cost.activation),
-    }
-    return LayerCost(
-        np.stack([forward.get(s, cost.forward) for s in LAYER_STRATEGIES]),
-        np.stack([backward.get(s, cost.backward) for s in LAYER_STRATEGIES]),
-        cost.weight,
-        np.stack([activation.get(s, cost.activation) for s in LAYER_STRATEGIES]),
-        cost.hold,
+    facts = LayerFacts(
+        forward=cost.forward,
+        backward=cost.backward,
+        activation=cost.activation,
+        layer_input=layer_input,
+        recompute_activation=recompute[0],
+        recompute_attention=recompute[1],
+        recompute_mlp=recompute[2],
+        saved_by_activation=dropped[0],
+        saved_by_attention=dropped[1],
+        saved_by_mlp=dropped[2],
+        copy=operators.to_host(cost.activation),
+        traffic=cost.activation / operators.cluster.memory_bandwidth,
     )
+    forward, backward, activation = zip(*(s.price(facts) for s in strategies), strict=True)
+    return LayerCost(np.stack(forward), np.stack(backward), cost.weight, np.stack(activation), cost.deferred_activation)
 
 
 def stem_cost(module: ModuleShape, parallel: Parallel, operators: Operators, sizes: Sizes) -> PartCost:
@@ -192,6 +189,8 @@ def stem_cost(module: ModuleShape, parallel: Parallel, operators: Operators, siz
         inner = stem.patch**2 * stem.channels * stem.temporal
     elif isinstance(stem, AudioEmbedding):
         inner = 3 * (2 * stem.mels + hidden)  # the first convolution runs at twice the rate of tokens
+    elif isinstance(stem, FeatureEmbedding):
+        inner = stem.features
     elif isinstance(stem, LatentEmbedding):
         inner = stem.channels * stem.patch[0] * stem.patch[1] * stem.patch[2]
     elif isinstance(stem, TokenEmbedding):

@@ -65,8 +65,8 @@ class Sizes:
 def instance_sizes(module: ModuleShape, microbatch: Microbatch) -> Floats:
     """Rows (tokens, pairs, window pairs, condition, cross pairs, outputs) of the microbatch's instances of
     ``module``."""
-    if module.input in ("images", "audios"):
-        outputs = np.array(getattr(microbatch, module.input), dtype=np.float64)
+    if module.encodes:
+        outputs = np.array(microbatch.encoded.get(module.input, ()), dtype=np.float64)
         lengths = outputs * module.reduction
         return _rows(module, lengths, np.zeros_like(lengths), outputs)
     if module.input == "clips":

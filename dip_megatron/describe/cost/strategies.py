@@ -1,14 +1,9 @@
-"""Memory strategies: what each layer of a chunk keeps between its forward and its backward, and how that is written.
-
-A strategy is a name per layer, run-length encoded in the order of the chunk's layers: ``full:2+selective:3+offload:1``.
-Layers past the end of the text keep everything (``none``), and ``none`` alone means that of the whole chunk.
-"""
+"""Which mixes of memory strategies a chunk is offered: the frontier of its layers' seconds and bytes."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 from math import comb
 
 import numpy as np
@@ -17,48 +12,6 @@ from numpy.typing import NDArray
 from ...core.graph import Floats
 
 Counts = NDArray[np.int64]
-LAYER_STRATEGIES = ("none", "activation", "selective", "mlp", "full", "offload")
-"""``none`` keeps all activations; ``activation`` recomputes the MLP's activation function (as Megatron-Core's module
-moe_act does in experts), ``selective`` the attention core, ``mlp`` the MLP, ``full`` the whole layer (Megatron-Core's
-modules core_attn and mlp, and its full granularity); ``offload`` moves all to host memory."""
-
-_RUN = re.compile(r"([a-z_]+):([1-9]\d*)")
-
-
-class StrategyError(ValueError):
-    """A text that names no memory strategy."""
-
-
-def format_strategy(layers: Iterable[str]) -> str:
-    """The text of one strategy per layer; inverse of :func:`parse_strategy`. Raises StrategyError for unknown names."""
-    runs = [(name, len(list(group))) for name, group in groupby(layers)]
-    for name, _ in runs:
-        if name not in LAYER_STRATEGIES:
-            raise StrategyError(f"unknown layer strategy {name!r}; known: {', '.join(LAYER_STRATEGIES)}")
-    if runs and runs[-1][0] == "none":
-        runs.pop()
-    return "+".join(f"{name}:{count}" for name, count in runs) or "none"
-
-
-def parse_strategy(text: str, layers: int) -> tuple[str, ...]:
-    """One name per layer of a chunk of ``layers`` layers. Raises StrategyError if the text is not canonical or longer
-    than the chunk."""
-    if text == "none":
-        return ("none",) * layers
-    out: list[str] = []
-    for run in text.split("+"):
-        match = _RUN.fullmatch(run)
-        if match is None or match[1] not in LAYER_STRATEGIES:
-            raise StrategyError(
-                f"not a memory strategy: {text!r} (expected runs such as full:2+selective:3, "
-                f"with {', '.join(LAYER_STRATEGIES)})"
-            )
-        out += [match[1]] * int(match[2])
-        if len(out) > layers:
-            raise StrategyError(f"memory strategy {text!r} covers {len(out)} layers or more, the chunk has {layers}")
-    if format_strategy(out) != text:
-        raise StrategyError(f"memory strategy {text!r} must be written {format_strategy(out)!r}")
-    return (*out, *("none",) * (layers - len(out)))
 
 
 def pareto(seconds: Floats, size: Floats) -> Counts:

@@ -3,6 +3,7 @@
 from .modules import (
     EVERY_PART,
     AudioEmbedding,
+    FeatureEmbedding,
     Head,
     LanguageHead,
     LatentEmbedding,
@@ -27,6 +28,7 @@ __all__ = [
     "EVERY_PART",
     "AudioEmbedding",
     "ChunkTraining",
+    "FeatureEmbedding",
     "Head",
     "LanguageHead",
     "LatentEmbedding",

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-Input = Literal["images", "audios", "clips", "text"]
 TrainablePart = Literal["stem", "layers", "head"]
 EVERY_PART: tuple[TrainablePart, ...] = ("stem", "layers", "head")
 
@@ -98,6 +97,16 @@ class AudioEmbedding:
 
 
 @dataclass(frozen=True)
+class FeatureEmbedding:
+    """Instances of any kind to tokens: ``features`` values a token, one linear."""
+
+    features: int
+
+    def parameters(self, hidden: int) -> int:
+        return self.features * hidden
+
+
+@dataclass(frozen=True)
 class TokenEmbedding:
     """Token ids to hidden states: a table of ``vocabulary`` rows, split over the tensor-parallel ranks."""
 
@@ -168,7 +177,7 @@ class Nothing:
         return 0
 
 
-Stem = PatchEmbedding | AudioEmbedding | TokenEmbedding | LatentEmbedding | Nothing
+Stem = PatchEmbedding | AudioEmbedding | FeatureEmbedding | TokenEmbedding | LatentEmbedding | Nothing
 Head = Projector | LanguageHead | LatentHead | Nothing
 
 
@@ -180,14 +189,15 @@ def _volume(patch: tuple[int, int, int]) -> int:
 class ModuleShape:
     """One modality module: ``layers`` equal layers between a stem (on its first chunk) and a head (on its last).
 
-    ``input`` is what of a microbatch it reads: ``images`` or ``audios`` (an encoder; one instance each), ``clips`` (a
-    DiT), or ``text`` (a language model: packed sequences, or the prompts of the clips). ``upstream`` names the modules
-    whose outputs it waits for. ``trainable`` lists the parts that have weight gradients;
-    ``trained_share`` says of how many of the parameters of stem, layers and head, where they do (adapters: few).
+    ``input`` is what of a microbatch it reads: ``text`` (a language model: packed sequences, or the prompts of the
+    clips), ``clips`` (a DiT), or the name of a kind of instances (an encoder, one instance each): ``images``,
+    ``audios``, or any other. ``upstream`` names the modules whose outputs it waits for. ``trainable`` lists the parts
+    that have weight gradients; ``trained_share`` says of how many of the parameters of stem, layers and head, where
+    they do (adapters: few).
     """
 
     name: str
-    input: Input
+    input: str
     layers: int
     layer: TransformerLayer
     stem: Stem = field(default_factory=Nothing)
@@ -205,8 +215,18 @@ class ModuleShape:
             )
         if self.input == "clips" and not isinstance(self.stem, LatentEmbedding):
             raise ModelError(f"modules.{self.name}.stem: a module of clips needs a latent_embedding")
-        if isinstance(self.head, LanguageHead | LatentHead) and self.input in ("images", "audios"):
-            raise ModelError(f"modules.{self.name}.head: an encoder's head is a projector or none, not a loss")
+        if isinstance(self.stem, TokenEmbedding) and self.input != "text":
+            raise ModelError(f"modules.{self.name}.input: a token_embedding reads text, not {self.input}")
+        if isinstance(self.head, LanguageHead | LatentHead) and self.encodes:
+            raise ModelError(
+                f"modules.{self.name}.head: an encoder's ({self.input}) head is a projector or none, not a loss; "
+                "a language model's input is text"
+            )
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it reads instances of a kind, neither text nor clips."""
+        return self.input not in ("text", "clips")
 
     def share(self, part: TrainablePart) -> float:
         """Of the part's parameters, those that train; 0 for a frozen part."""

@@ -11,7 +11,7 @@ from ..files import ConfigurationError, read_yaml, resolve
 from .modules import (
     EVERY_PART,
     AudioEmbedding,
-    Input,
+    FeatureEmbedding,
     LanguageHead,
     LatentEmbedding,
     LatentHead,
@@ -66,6 +66,11 @@ class _AudioEmbedding(_Strict):
     mels: PositiveInt = 128
 
 
+class _FeatureEmbedding(_Strict):
+    kind: Literal["feature_embedding"]
+    features: PositiveInt
+
+
 class _TokenEmbedding(_Strict):
     kind: Literal["token_embedding"]
     vocabulary: PositiveInt
@@ -103,18 +108,20 @@ class _Nothing(_Strict):
 
 
 _STEMS = {
-    _PatchEmbedding: PatchEmbedding, _AudioEmbedding: AudioEmbedding, _TokenEmbedding: TokenEmbedding,
+    _PatchEmbedding: PatchEmbedding, _AudioEmbedding: AudioEmbedding, _FeatureEmbedding: FeatureEmbedding,
+    _TokenEmbedding: TokenEmbedding,
     _LatentEmbedding: LatentEmbedding, _Nothing: Nothing,
 }  # fmt: skip
 _HEADS = {_Projector: Projector, _LanguageHead: LanguageHead, _LatentHead: LatentHead, _Nothing: Nothing}
 
 
 class _Module(_Strict):
-    input: Input
+    input: Name
     layers: PositiveInt
     layer: _Layer
     stem: Annotated[
-        _PatchEmbedding | _AudioEmbedding | _TokenEmbedding | _LatentEmbedding | _Nothing, Field(discriminator="kind")
+        _PatchEmbedding | _AudioEmbedding | _FeatureEmbedding | _TokenEmbedding | _LatentEmbedding | _Nothing,
+        Field(discriminator="kind"),
     ] = _Nothing()
     head: Annotated[_Projector | _LanguageHead | _LatentHead | _Nothing, Field(discriminator="kind")] = _Nothing()
     upstream: tuple[Name, ...] = ()

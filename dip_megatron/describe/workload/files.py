@@ -47,7 +47,9 @@ def format_batch(batch: GlobalBatch) -> str:
         if m.clips:
             microbatches.append({"clips": [{f: getattr(c, f) for f in _CLIP_FIELDS} for c in m.clips]})
         else:
-            lists = {name: list(getattr(m, name)) for name in _LISTS if getattr(m, name)}
+            lists: dict[str, Any] = {name: list(getattr(m, name)) for name in _LISTS if getattr(m, name)}
+            if m.others:
+                lists["others"] = {kind: list(tokens) for kind, tokens in dict(m.others).items()}
             microbatches.append({"text_tokens": m.text_tokens, **lists})
     return json.dumps({"microbatches": microbatches})
 
@@ -68,8 +70,11 @@ def parse_batch(line: str) -> GlobalBatch:
 
 
 def _microbatch(place: str, data: Any) -> Microbatch:
-    _mapping(place, data, ("text_tokens", "clips", *_LISTS))
+    _mapping(place, data, ("text_tokens", "clips", *_LISTS, "others"))
     lists = {name: _integers(f"{place}.{name}", data.get(name, [])) for name in _LISTS}
+    others = data.get("others", {})
+    if not isinstance(others, dict):
+        raise WorkloadError(f"{place}.others: expected an object of lists by kind, got {type(others).__name__}")
     clips = data.get("clips", [])
     if not isinstance(clips, list):
         raise WorkloadError(f"{place}.clips: expected a list, got {type(clips).__name__}")
@@ -80,6 +85,7 @@ def _microbatch(place: str, data: Any) -> Microbatch:
             audios=lists["audios"],
             clips=tuple(_clip(f"{place}.clips[{i}]", clip) for i, clip in enumerate(clips)),
             sequences=lists["sequences"],
+            others={kind: _integers(f"{place}.others.{kind}", tokens) for kind, tokens in others.items()},
         )
     except WorkloadError as error:
         text = str(error)

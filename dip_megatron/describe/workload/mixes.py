@@ -44,8 +44,16 @@ class _Spread(_Strict):
         return float(self.mean * np.exp(random.normal(-0.5 * self.sigma**2, self.sigma))) if self.sigma else self.mean
 
 
+class _Instances(_Strict):
+    """Instances of one more kind: ``share`` of the documents have one."""
+
+    share: float = Field(ge=0, le=1)
+    tokens: _Spread
+
+
 class _Source(_Strict):
-    """One corpus. ``images`` a document: exactly one, or 1 + a geometric count with mean ``mean_images``; 0: none."""
+    """One corpus. ``images`` a document: exactly one, or 1 + a geometric count with mean ``mean_images``; 0: none.
+    ``others``: what documents have of further kinds, drawn for models that read them."""
 
     name: str
     weight: Weight
@@ -54,6 +62,7 @@ class _Source(_Strict):
     image_tokens: _Spread | None = None
     audio_share: float = Field(default=0.0, ge=0, le=1)
     audio_tokens: _Spread | None = None
+    others: dict[str, _Instances] = Field(default_factory=dict)
 
 
 class _Documents(_Strict):
@@ -135,15 +144,15 @@ def _draw(
         for i in range(iterations):
             yield GlobalBatch(tuple(_bounded(draw, packing, i, random) for _ in range(microbatches)))
         return
-    has_audio = any(m.input == "audios" for m in model.modules)
+    kinds = {m.input for m in model.modules}
     if isinstance(draw, _Clips):
         packed = [pack_clips(_clips(draw, packing, random), packing)]
         weights = np.ones(1)
     elif draw.blend == "document":
-        packed = [pack_documents(_documents(draw.sources, packing, has_audio, random), packing)]
+        packed = [pack_documents(_documents(draw.sources, packing, kinds, random), packing)]
         weights = np.ones(1)
     else:
-        packed = [pack_documents(_documents([s], packing, has_audio, random), packing) for s in draw.sources]
+        packed = [pack_documents(_documents([s], packing, kinds, random), packing) for s in draw.sources]
         weights = np.array([s.weight for s in draw.sources])
     if not isinstance(draw, _Clips) and any(m.input == "clips" for m in model.modules):
         raise ConfigurationError(f"{path}: draw.kind: documents don't feed {model.name}, which trains on clips")
@@ -153,7 +162,7 @@ def _draw(
 
 
 def _documents(
-    sources: list[_Source], packing: Packing, has_audio: bool, random: np.random.Generator
+    sources: list[_Source], packing: Packing, kinds: set[str], random: np.random.Generator
 ) -> Iterator[Sample]:
     weights = np.array([s.weight for s in sources])
     while True:
@@ -169,9 +178,14 @@ def _documents(
             for _ in range(count)
         )
         audios: tuple[int, ...] = ()
-        if has_audio and source.audio_tokens is not None and random.random() < source.audio_share:
+        if "audios" in kinds and source.audio_tokens is not None and random.random() < source.audio_share:
             audios = (max(1, round(source.audio_tokens.draw(random))),)
-        yield Sample(max(1, round(source.text_tokens.draw(random))), images, audios)
+        others = {
+            kind: (max(1, round(instances.tokens.draw(random))),)
+            for kind, instances in source.others.items()
+            if kind in kinds and random.random() < instances.share
+        }
+        yield Sample(max(1, round(source.text_tokens.draw(random))), images, audios, others)
 
 
 def _clips(draw: _Clips, packing: Packing, random: np.random.Generator) -> Iterator[Clip]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from ..model import Packing
 from .batch import Clip, Microbatch, WorkloadError
@@ -13,28 +13,35 @@ MOST_SAMPLES = 100_000
 
 @dataclass(frozen=True)
 class Sample:
-    """One document: its text tokens, and the language-model tokens of each of its images and audio clips."""
+    """One document: its text tokens, and the language-model tokens of each of its images, audio clips and instances of
+    further kinds, by name."""
 
     text_tokens: int
     images: tuple[int, ...] = ()
     audios: tuple[int, ...] = ()
+    others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        return self.text_tokens + sum(self.images) + sum(self.audios)
+        return self.text_tokens + sum(self.images) + sum(self.audios) + sum(map(sum, self.others.values()))
 
 
 def cut(sample: Sample, packing: Packing) -> Sample:
     """The sample cut down to what one microbatch may hold: images that don't fit go first, then text."""
-    images: list[int] = []
-    audios: list[int] = []
     room = packing.max_tokens
-    for kept, tokens_of in ((images, sample.images[: packing.max_images]), (audios, sample.audios)):
-        for tokens in tokens_of:
+
+    def fitting(instances: tuple[int, ...]) -> tuple[int, ...]:
+        nonlocal room
+        kept = []
+        for tokens in instances:
             if tokens <= room:
                 kept.append(tokens)
                 room -= tokens
-    return Sample(min(sample.text_tokens, room), tuple(images), tuple(audios))
+        return tuple(kept)
+
+    images, audios = fitting(sample.images[: packing.max_images]), fitting(sample.audios)
+    others = {kind: fitting(instances) for kind, instances in sample.others.items()}
+    return Sample(min(sample.text_tokens, room), images, audios, others)
 
 
 def pack_documents(samples: Iterable[Sample], packing: Packing) -> Iterator[Microbatch]:
@@ -63,11 +70,13 @@ def pack_documents(samples: Iterable[Sample], packing: Packing) -> Iterator[Micr
 
 
 def _join(samples: list[Sample]) -> Microbatch:
+    kinds = {kind for s in samples for kind in s.others}
     return Microbatch(
         text_tokens=sum(s.text_tokens for s in samples),
         images=tuple(t for s in samples for t in s.images),
         audios=tuple(t for s in samples for t in s.audios),
         sequences=tuple(s.tokens for s in samples),
+        others={kind: tuple(t for s in samples for t in s.others.get(kind, ())) for kind in kinds},
     )
 
 

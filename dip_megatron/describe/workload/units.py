@@ -44,12 +44,12 @@ def make_units(
                 units.append(Unit(len(units), shape.name, number, first, count))
         here = units[start:]
         for unit in here:
-            feeds = tuple(
+            downstream = tuple(
                 other.id
                 for other in here
                 if unit.module in shapes[other.module].upstream and (not microbatch.clips or _overlap(unit, other))
             )
-            units[unit.id] = Unit(unit.id, unit.module, unit.microbatch, unit.first, unit.count, feeds)
+            units[unit.id] = Unit(unit.id, unit.module, unit.microbatch, unit.first, unit.count, downstream)
     return tuple(units)
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from ...core import ModalityModule, StageKey, Unit
+from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import segment_config
@@ -91,7 +91,7 @@ class GptProgram(SegmentedProgram):
         return Microbatch(samples * length, sequences=(int(length),) * samples)
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage; see StageProgram."""
         return {"hidden": self._compute(chunk, inputs, microbatch.arguments)}

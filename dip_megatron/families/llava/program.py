@@ -17,7 +17,7 @@ from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from ...compat.llava import UnpaddedLLaVA, forget_input
-from ...core import ModalityModule, StageKey, Unit
+from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import order_free, segment_config
@@ -217,7 +217,7 @@ class LlavaProgram(SegmentedProgram):
             inputs.arguments["packed_seq_params"] = _moved(shared, device)
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage; see StageProgram."""
         arguments = microbatch.arguments
@@ -243,7 +243,7 @@ class LlavaProgram(SegmentedProgram):
         return output
 
     def _set_language_input(
-        self, chunk: torch.nn.Module, stage: StageKey, inputs: list[Tensors], ids: torch.Tensor
+        self, chunk: torch.nn.Module, stage: Operation, inputs: list[Tensors], ids: torch.Tensor
     ) -> None:
         model = _inner(chunk)
         if stage.segment > 0 or stage.rank > 0:

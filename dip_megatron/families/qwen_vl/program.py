@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.bridge.models.qwen_vl.modeling_qwen25_vl import Qwen25VLModel
 
-from ...core import ModalityModule, StageKey, Unit
+from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import Inputs, MicrobatchInputs, Tensors
 from ..shared.layout import segment_config
@@ -76,7 +76,7 @@ class QwenVlProgram(SegmentedProgram):
         if provider.context_parallel_size > 1:
             raise ValueError("DIP can't run Qwen2.5-VL with context parallelism; use --dip-schedule off")
         self.modules = (
-            ModalityModule(VISION, layers[VISION]), ModalityModule(LANGUAGE, layers[LANGUAGE], (VISION,))
+            ModalityModule(VISION, layers[VISION]), ModalityModule(LANGUAGE, layers[LANGUAGE], (VISION,)),
         )  # fmt: skip
         self._merged = vision.spatial_merge_size**2
         self.shapes = QwenVlShapes(
@@ -101,8 +101,8 @@ class QwenVlProgram(SegmentedProgram):
         ]
         for chunk in chunks:
             chunk.freeze(**self._freeze)
-        for chunk in vision:
-            chunk.follow(self.mode)
+        for encoder in vision:
+            encoder.follow(self.mode)
         return self.finish(chunks, language)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class QwenVlProgram(SegmentedProgram):
         return Microbatch(samples * int(length) - sum(images), images, sequences=sequences)
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage; see StageProgram."""
         if stage.module == VISION:

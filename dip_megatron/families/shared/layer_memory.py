@@ -1,7 +1,8 @@
 """Memory strategies of single layers, chosen anew for every stage: recompute through Megatron's own checkpointing, and
 offload.
 
-Each transformer layer of a chunk gets a ``forward`` that looks up its strategy in the stage's mode. ``full`` is what
+Each transformer layer of a chunk gets a ``forward`` that looks up its strategy in the stage's mode; the functions
+``run_...`` are what :mod:`dip_megatron.core.strategies` names. ``full`` is what
 ``--recompute-granularity full`` does to a layer. ``selective`` sets, for the call, the layer's own flag that
 ``--recompute-modules core_attn`` sets for good. ``mlp`` doesn't use Megatron's flag for it: that returns the MLP's bias
 from inside the checkpoint, which makes the parameter itself a result of the checkpoint, and a later backward through it
@@ -12,9 +13,10 @@ to experts, with the same Megatron class.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -24,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ...compat import transformer_engine
 from ...compat.recompute import CORE_ATTENTION, CheckpointWithoutOutput
+from ...core.strategies import strategy
 from ...runtime.deferred import AtOnce
 from ...runtime.modes import StageMode
 
@@ -39,35 +42,77 @@ def install(chunk: torch.nn.Module, mode: StageMode) -> None:
         layer.forward = _switched(layer, index, mode)
 
 
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """One forward of a layer under a memory strategy: what a strategy's ``run`` works with. ``forward(*args,
+    **kwargs)`` is Megatron's; ``index`` is the layer's in its chunk; ``mlp`` runs the layer's MLP as its ``recomputed``
+    says, ``attentions`` are its attentions, cross attention included."""
+
+    layer: torch.nn.Module
+    index: int
+    mode: StageMode
+    mlp: SwitchedMLP
+    attentions: tuple[Any, ...]
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> Any:
+        """The layer as Megatron runs it."""
+        return self.forward(*self.args, **self.kwargs)
+
+
 def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[..., Any]:
     megatrons = layer.forward
-    mlp = _SwitchedMLP(layer)
+    mlp = SwitchedMLP(layer)
     # A layer without cross attention has a placeholder there.
-    attentions: list[Any] = [a for a in (layer.self_attention, layer.cross_attention) if isinstance(a, Attention)]
+    attentions = tuple(a for a in (layer.self_attention, layer.cross_attention) if isinstance(a, Attention))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not mode.strategies or not torch.is_grad_enabled():
             return megatrons(*args, **kwargs)
-        strategy = mode.strategies[index]
-        if strategy == "none":
+        name = mode.strategies[index]
+        if name == "none":
             return megatrons(*args, **kwargs)
-        if strategy == "offload":
-            return offloaded(layer, index, mode, megatrons, args, kwargs)
-        if strategy == "full":
-            return _checkpointed(layer, megatrons, args, kwargs)
-        owners, name, value = attentions, CORE_ATTENTION, cast(Any, True)
-        if strategy in ("mlp", "activation"):
-            owners, name, value = [mlp], "recomputed", strategy
-        before = [getattr(owner, name) for owner in owners]
-        for owner in owners:
-            setattr(owner, name, value)
-        try:
-            return megatrons(*args, **kwargs)
-        finally:
-            for owner, earlier in zip(owners, before, strict=True):
-                setattr(owner, name, earlier)
+        return strategy(name).runner()(LayerCall(layer, index, mode, mlp, attentions, megatrons, args, kwargs))
 
     return forward
+
+
+@contextlib.contextmanager
+def _set(owners: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Within, an attribute of all ``owners`` has this value."""
+    before = [getattr(owner, name) for owner in owners]
+    for owner in owners:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, earlier in zip(owners, before, strict=True):
+            setattr(owner, name, earlier)
+
+
+def run_without_attention(call: LayerCall) -> Any:
+    """Strategy ``selective``."""
+    with _set(call.attentions, CORE_ATTENTION, True):
+        return call()
+
+
+def run_without_mlp(call: LayerCall) -> Any:
+    """Strategy ``mlp``."""
+    with _set([call.mlp], "recomputed", "mlp"):
+        return call()
+
+
+def run_without_activation(call: LayerCall) -> Any:
+    """Strategy ``activation``."""
+    with _set([call.mlp], "recomputed", "activation"):
+        return call()
+
+
+def run_offloaded(call: LayerCall) -> Any:
+    """Strategy ``offload``."""
+    return offloaded(call.layer, call.index, call.mode, call.forward, call.args, call.kwargs)
 
 
 def offloaded(
@@ -87,7 +132,7 @@ def offloaded(
         mode.weight_gradients = deferred
 
 
-class _SwitchedMLP:
+class SwitchedMLP:
     """The ``forward`` of a layer's MLP, all of it (``mlp``) or its activation function (``activation``) under a
     checkpoint, as ``recomputed`` says."""
 
@@ -159,8 +204,9 @@ def _checkpoint(config: Any, run: Callable[..., Any], distribute: bool, *tensors
     return tensor_parallel.checkpoint(run, distribute, *tensors)
 
 
-def _checkpointed(layer: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """The whole layer under Megatron's checkpoint, as its transformer block does it."""
+def run_checkpointed(call: LayerCall) -> Any:
+    """Strategy ``full``: the whole layer under Megatron's checkpoint, as its transformer block does it."""
+    layer, forward, args, kwargs = call.layer, call.forward, call.args, call.kwargs
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     if not hidden.requires_grad:
         # Checkpointing gives gradients only to what follows from an input that needs one.

@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ...core import ModalityModule, StageKey, Unit
+from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Clip, Microbatch
 from ...runtime.protocol import Inputs, MicrobatchInputs, Tensors
 from ..shared.layout import segment_config
@@ -302,7 +302,7 @@ class T2vProgram(SegmentedProgram):
         return Microbatch(clips=tuple(Clip(n, *size) for n, size in zip(batch.prompt_lengths, sizes, strict=True)))
 
     def forward(
-        self, chunk: torch.nn.Module, stage: StageKey, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
         """One stage; see StageProgram."""
         return self._compute(chunk, unit, inputs, microbatch.arguments["batch"])

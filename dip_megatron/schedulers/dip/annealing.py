@@ -30,7 +30,7 @@ def _reinsert(order: Floats, group: int, place: int) -> None:
 
 @compiled
 def _bend(q: Problem, shift: Floats, random: NDArray[np.uint64]) -> None:
-    """Change the shift of one row, of a microbatch's backbone or of its other rows, or of all rows of a kind."""
+    """Change the shift of one virtual microbatch, of a microbatch's backbone or of its others, or of all of a kind."""
     s = below(random, len(shift))
     scope = uniform(random)
     step = 4.0 * (uniform(random) + uniform(random) - 1.0)
@@ -48,8 +48,8 @@ def _bend(q: Problem, shift: Floats, random: NDArray[np.uint64]) -> None:
 
 @compiled
 def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
-    """Change the fastest strategy allowed: of a stage, of a row, of a microbatch on a rank, or of a rank."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    """Change the fastest strategy allowed: of a stage, a virtual microbatch, a microbatch on a rank, or a rank."""
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     if uniform(random) < 0.1:
         x.flags[LEAN_AT_ONCE] = not x.flags[LEAN_AT_ONCE]
         return
@@ -76,8 +76,8 @@ def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
 
 @compiled
 def _fuse(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
-    """Split or fuse the backward of a stage, of a row, of a microbatch on a rank, or of a rank."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    """Split or fuse the backward of a stage, of a virtual microbatch, of a microbatch on a rank, or of a rank."""
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     s, p, scope, choice = below(random, rows), below(random, ranks), uniform(random), uniform(random) < 0.5
     for i in range(rows):
         for r in range(ranks):
@@ -109,7 +109,7 @@ def mutate(q: Problem, x: Keys, may: NDArray[np.bool_], random: NDArray[np.uint6
             one = below(random, len(x.window)) if uniform(random) < 0.6 else -1
             for p in range(len(x.window)):
                 if one < 0 or p == one:
-                    x.window[p] = min(max(1.0, x.window[p] + step), float(len(q.claim)))
+                    x.window[p] = min(max(1.0, x.window[p] + step), float(len(q.reservation)))
         elif which < 0.3:
             x.flags[ALTERNATE] = not x.flags[ALTERNATE]
         elif which < 0.5:

@@ -104,7 +104,7 @@ class SequenceChain:
     def schedule(self) -> Schedule:
         s = self.sequences
         orders = tuple(s.best_orders[p, : s.lengths[p]].copy() for p in range(self.q.graph.ranks))
-        return Schedule(orders, s.best_strategy.reshape(self.q.graph.rows, self.q.graph.ranks).copy())
+        return Schedule(orders, s.best_strategy.reshape(self.q.graph.virtual_microbatches, self.q.graph.ranks).copy())
 
 
 def greedy(
@@ -230,9 +230,15 @@ def search(
         search_paper(searched, q, incumbent, bound, until, evaluations, 1 if deterministic else workers, seed)
     assert incumbent.schedule is not None
     return SearchResult(
-        incumbent.outward(incumbent.schedule), incumbent.time, bound, incumbent.evaluations, incumbent.elapsed(),
-        tuple(incumbent.history), workers, seed,
-    )  # fmt: skip
+        schedule=incumbent.outward(incumbent.schedule),
+        iteration_time=incumbent.time,
+        lower_bound=bound,
+        evaluations=incumbent.evaluations,
+        seconds=incumbent.elapsed(),
+        history=tuple(incumbent.history),
+        workers=workers,
+        seed=seed,
+    )
 
 
 def _check_warm_start(graph: StageGraph, schedule: Schedule) -> None:
@@ -317,8 +323,18 @@ def warm_up() -> None:
     use after installation, well under one later)."""
     one, none = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
     graph = StageGraph(
-        1, (ModalityModule("warm", ((1,),)),), (Unit(0, "warm", 0),), one, one, one, 2 * one, one, none, np.zeros(1),
-        np.zeros(1), np.full(1, 1.0),
-    )  # fmt: skip
+        ranks=1,
+        modules=(ModalityModule("warm", ((1,),)),),
+        units=(Unit(0, "warm", 0),),
+        forward=one,
+        backward=one,
+        weight=one,
+        fused=2 * one,
+        activation=one,
+        deferred_activation=none,
+        transfer=np.zeros(1),
+        static_bytes=np.zeros(1),
+        memory_limit=np.full(1, 1.0),
+    )
     for schedule in ("dip", "dip-paper"):
         search(graph, schedule=schedule, budget_seconds=600.0, evaluations=100, options=SearchOptions(gap=-1.0))

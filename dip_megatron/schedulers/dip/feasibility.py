@@ -31,17 +31,17 @@ def check_fits(graph: StageGraph, q: Problem) -> None:
     for g in range(q.groups):
         held[:] = 0
         for k in range(q.sink_start[g], q.sink_start[g + 1]):
-            most = np.maximum(held + q.claim[k], np.where(q.passing_count[k] > 0, held + q.passing[k], 0))
+            most = np.maximum(held + q.reservation[k], np.where(q.passing_count[k] > 0, held + q.passing[k], 0))
             where = np.where(most > need, k, where)
             need = np.maximum(need, most)
-            held += q.claim[k] - q.freed[k]
+            held += q.reservation[k] - q.freed[k]
     short = need - q.capacity
     rank = int(np.argmax(short))
     if short[rank] <= 0:
         return
     missing = float(short[rank]) * q.bytes_per_count
     row = int(np.flatnonzero(q.last == where[rank])[0])
-    microbatch = graph.units[int(graph.row_unit[row])].microbatch
+    microbatch = graph.units[int(graph.unit_of[row])].microbatch
     knobs = [
         "raise --dip-memory-limit" if graph.static_bytes[rank] < graph.memory_limit[rank] else "lower static memory"
     ]

@@ -71,7 +71,7 @@ class Incumbent:
 
 def listed(q: Problem, w: Work) -> Schedule:
     """The schedule that the list scheduler left in ``w``."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     orders = tuple(w.orders[p, : w.lengths[p]].copy() for p in range(ranks))
     return Schedule(orders, w.strategy.reshape(rows, ranks).copy())
 

@@ -42,13 +42,20 @@ class Keys(NamedTuple):
 
 def make_keys(q: Problem, split: bool) -> Keys:
     """Natural order of microbatches, fastest strategies, no waiting."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     order = np.arange(q.groups, dtype=np.float64)
     return Keys(
-        order, order.copy(), np.zeros(rows), np.zeros(rows), np.zeros(ranks), np.zeros(WAITS),
-        np.zeros(rows * ranks, dtype=np.int8), q.graph.has_weight & split, np.zeros(FLAGS, dtype=np.bool_),
-        np.full(ranks, float(len(q.claim))),
-    )  # fmt: skip
+        order_forward=order,
+        order_backward=order.copy(),
+        shift_forward=np.zeros(rows),
+        shift_backward=np.zeros(rows),
+        offset=np.zeros(ranks),
+        waits=np.zeros(WAITS),
+        base=np.zeros(rows * ranks, dtype=np.int8),
+        split=q.graph.has_weight & split,
+        flags=np.zeros(FLAGS, dtype=np.bool_),
+        window=np.full(ranks, float(len(q.reservation))),
+    )
 
 
 def copy_keys(keys: Keys) -> Keys:

@@ -16,9 +16,10 @@ from scipy.sparse import coo_array
 from ...core.graph import Floats, Ints
 from ...core.simulate.compiled import compiled
 from ...core.simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT, replay
-from .dispatch import dispatch, insertion_sort
+from .dispatch import dispatch
 from .keys import Keys
 from .problem import Problem
+from .queues import insertion_sort
 from .work import Work
 
 
@@ -40,12 +41,19 @@ class Refill(NamedTuple):
 
 def make_refill(q: Problem) -> Refill:
     """Buffers for ``q``."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     return Refill(
-        np.zeros((ranks, 3 * rows)), np.zeros((ranks, 3 * rows)), np.zeros(ranks, dtype=np.int32),
-        np.zeros(rows * ranks), np.zeros(rows * ranks), np.zeros(3 * rows, dtype=np.int64),
-        np.zeros((3, rows), dtype=np.int32), np.zeros(rows), np.zeros(rows, dtype=np.int32), np.array([1.0, 1.2, 1.2]),
-    )  # fmt: skip
+        start=np.zeros((ranks, 3 * rows)),
+        end=np.zeros((ranks, 3 * rows)),
+        at=np.zeros(ranks, dtype=np.int32),
+        forward_end=np.zeros(rows * ranks),
+        backward_end=np.zeros(rows * ranks),
+        profile=np.zeros(3 * rows, dtype=np.int64),
+        place=np.zeros((3, rows), dtype=np.int32),
+        rating=np.zeros(rows),
+        ranked=np.zeros(rows, dtype=np.int32),
+        gain=np.array([1.0, 1.2, 1.2]),
+    )
 
 
 @compiled
@@ -53,9 +61,9 @@ def fill_memory(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[
     """Give the stages of rank ``p`` faster strategies while memory lasts, most seconds saved per byte first; the given
     ``strategy`` ``[N]`` must fit."""
     g = q.graph
-    rows, ranks = g.rows, g.ranks
+    rows, ranks = g.virtual_microbatches, g.ranks
     duration, has_backward, has_weight = g.duration, g.has_backward, g.has_weight
-    activation, hold, capacity = q.activation, q.hold, q.capacity[p]
+    activation, deferred_activation, capacity = q.activation, q.deferred_activation, q.capacity[p]
     profile, place, rating, ranked = r.profile, r.place, r.rating, r.ranked
     # place: where the stage's F, B and W stand; profile: bytes held from the start of an operation to that of the next.
     held = np.int64(0)
@@ -77,12 +85,12 @@ def fill_memory(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[
                 held += activation[c, n]
         else:
             if kind == WEIGHT:
-                held -= hold[c, n]
+                held -= deferred_activation[c, n]
             else:
                 place[1, s] = i
                 held -= activation[c, n]
                 if kind == BACKWARD and has_weight[n]:
-                    held += hold[c, n]
+                    held += deferred_activation[c, n]
             place[2, s] = i
             profile[i] = held
     for s in range(rows):
@@ -108,7 +116,10 @@ def fill_memory(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[
         for i in range(place[1, s], place[2, s]):
             room_after = min(room_after, capacity - profile[i])
         for c in range(now):
-            more, more_after = activation[c, n] - activation[now, n], hold[c, n] - hold[now, n]
+            more, more_after = (
+                activation[c, n] - activation[now, n],
+                deferred_activation[c, n] - deferred_activation[now, n],
+            )
             if more <= room and more_after <= room_after:
                 for i in range(place[0, s], place[1, s]):
                     profile[i] += more
@@ -154,7 +165,7 @@ def solve_memory(
     strategies ``[S]``, or None if nothing better than ``greedy`` by more than ``gap`` was found.
     """
     g = q.graph
-    rows, ranks, count = g.rows, g.ranks, g.candidates
+    rows, ranks, count = g.virtual_microbatches, g.ranks, g.candidates
     nodes = np.arange(rows) * ranks + p
     has_weight, has_backward = g.has_weight[nodes], g.has_backward[nodes]
     back = np.where(

@@ -10,7 +10,9 @@ from ...core.graph import StageGraph
 from ...core.order import Schedule
 from ...core.simulate.kernels import GraphArrays, simulate_compiled
 from ...core.simulate.reference import DeadlockError
-from .. import BaselineError, interleaved, one_forward_one_backward, segmented_static
+from ..common import BaselineError
+from ..megatron import interleaved, one_forward_one_backward
+from ..segmented import segmented_static
 
 Baseline = Callable[[StageGraph], Schedule]
 

@@ -105,8 +105,8 @@ def program_memory(q: Problem, schedule: Schedule, seconds: float) -> Schedule |
 
 
 def _items(graph: StageGraph) -> Ints:
-    """Number of the (microbatch, module) pair of each row, in natural order."""
+    """Number of the (microbatch, module) pair of each virtual microbatch, in natural order."""
     module = {m.name: i for i, m in enumerate(graph.modules)}
-    pairs = [(graph.units[int(u)].microbatch, module[graph.units[int(u)].module]) for u in graph.row_unit]
+    pairs = [(graph.units[int(u)].microbatch, module[graph.units[int(u)].module]) for u in graph.unit_of]
     number = {pair: i for i, pair in enumerate(sorted(set(pairs)))}
     return np.array([number[pair] for pair in pairs], dtype=np.int32)

@@ -16,7 +16,7 @@ BACKWARD_FIRST = 1e6
 
 def microbatch_orders(q: Problem) -> list[Floats]:
     """Places of the groups: as they come, small ones at both ends, zigzag, ascending, descending by work."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     work = np.bincount(q.group, weights=q.graph.duration[0, 0].reshape(rows, ranks).sum(axis=1), minlength=q.groups)
     up = np.argsort(work, kind="stable")
     both_ends = np.concatenate([up[0::2], up[1::2][::-1]])
@@ -36,7 +36,7 @@ WINDOWS = (8, 4, 3, 6, 2, 1)
 def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
     """The natural order, forwards and backwards by priority or in turns; where memory matters, also with few
     microbatches under way at a time and leaner strategies as everyone's fastest."""
-    sinks = len(q.claim)
+    sinks = len(q.reservation)
     matters = bool(q.bounded.any())
     most = q.graph.candidates - 1
     # A stage's last strategy need not be its leanest: never start past the one that its claim counts on.

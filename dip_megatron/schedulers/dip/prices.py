@@ -43,7 +43,7 @@ class Prices(NamedTuple):
 
 def make_prices(q: Problem) -> Prices:
     """Nothing costs anything yet."""
-    rows = q.graph.rows
+    rows = q.graph.virtual_microbatches
     return Prices(
         np.zeros(3 * rows), np.zeros(3 * rows), np.zeros(3 * rows + 1), np.zeros(3 * rows + 1),
         np.zeros((3, rows), dtype=np.int32), np.zeros(rows, dtype=np.int8),
@@ -66,7 +66,7 @@ def extra_time(q: Problem, c: int, n: int) -> float:
 def _answer(q: Problem, p: int, length: int, x: Prices) -> float:
     """Each stage's cheapest strategy at the present prices, into ``choice``; ``over`` is then what they hold. Returns
     the sum of their costs, memory included, less the price of all memory: a lower bound on the extra time."""
-    rows, ranks, candidates = q.graph.rows, q.graph.ranks, q.graph.candidates
+    rows, ranks, candidates = q.graph.virtual_microbatches, q.graph.ranks, q.graph.candidates
     capacity = float(q.capacity[p])
     value = 0.0
     for i in range(length):
@@ -79,12 +79,12 @@ def _answer(q: Problem, p: int, length: int, x: Prices) -> float:
         early, late = x.total[b] - x.total[f], x.total[w] - x.total[b]
         best, least = 0, np.inf
         for c in range(candidates):
-            cost = extra_time(q, c, n) + (q.activation[c, n] * early + q.hold[c, n] * late) / capacity
+            cost = extra_time(q, c, n) + (q.activation[c, n] * early + q.deferred_activation[c, n] * late) / capacity
             if cost < least:
                 best, least = c, cost
         value += least
         x.choice[s] = best
-        held, kept = q.activation[best, n] / capacity, q.hold[best, n] / capacity
+        held, kept = q.activation[best, n] / capacity, q.deferred_activation[best, n] / capacity
         x.over[f] += held
         x.over[b] -= held
         if w > b:
@@ -103,7 +103,7 @@ def choose_by_prices(
 ) -> bool:
     """Write strategies for rank ``p`` and its ``order`` into ``strategy`` ``[N]`` that fit and take less than ``limit``
     seconds extra; False if none were found, and nothing is written."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     for i in range(length):
         x.price[i] = 0.0
         kind = order[i] // rows
@@ -158,7 +158,7 @@ def refine_strategies(q: Problem, schedule: Schedule) -> Schedule:
     strategies must fit; so do those returned."""
     orders, lengths = pad_orders(schedule)
     strategy = np.ascontiguousarray(schedule.strategy.reshape(-1)).copy()
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     refill, prices = make_refill(q), make_prices(q)
     for p in range(ranks):
         extra = sum(extra_time(q, int(strategy[s * ranks + p]), s * ranks + p) for s in range(rows))

@@ -20,17 +20,18 @@ class Problem(NamedTuple):
     Memory is counted in integers (``bytes_per_count`` bytes each), so that sums are exact; ``capacity`` ``[P]`` is the
     limit less the static bytes. Units that are connected form a *group* (as a rule a microbatch); a unit that feeds
     nothing is a *sink*. Sinks are numbered group by group: group g has sinks ``sink_start[g]`` to
-    ``sink_start[g + 1]``. Row s is first needed by sink ``first[s]`` and last by ``last[s]``, when sinks are worked off
-    in that order. ``claim`` ``[K, P]`` is what sink k adds with the leanest strategies, ``freed`` ``[K, P]`` what its
-    end gives back, ``passing`` ``[K, P]`` the largest of its stages without backward (``passing_count`` of them), which
-    hold memory only while they run. ``backbone`` ``[S]`` marks the rows of modules that feed no other;
-    ``least`` ``[P]`` is the smallest forward of a rank (0 if some hold memory only while they run).
+    ``sink_start[g + 1]``. Virtual microbatch s is first needed by sink ``first[s]`` and last by ``last[s]``, when sinks
+    are worked off in that order. ``reservation`` ``[K, P]`` is what sink k adds with the leanest strategies, ``freed``
+    ``[K, P]`` what its end gives back, ``passing`` ``[K, P]`` the largest of its stages without backward
+    (``passing_count`` of them), which hold memory only while they run. ``backbone`` ``[S]`` marks the virtual
+    microbatches of modules that feed no other; ``least`` ``[P]`` is the smallest forward of a rank (0 if some hold
+    memory only while they run).
     """
 
     graph: GraphArrays
     bytes_per_count: float
     activation: Longs
-    hold: Longs
+    deferred_activation: Longs
     lean: Longs
     capacity: Longs
     bounded: NDArray[np.bool_]
@@ -39,7 +40,7 @@ class Problem(NamedTuple):
     sink_start: Ints
     first: Ints
     last: Ints
-    claim: Longs
+    reservation: Longs
     freed: Longs
     passing: Longs
     passing_count: Longs
@@ -50,16 +51,16 @@ class Problem(NamedTuple):
 def make_problem(graph: StageGraph) -> Problem:
     """Lay out ``graph`` for the list scheduler."""
     g = graph_arrays(graph)
-    rows, ranks = g.rows, g.ranks
-    per_count, activation, hold, capacity = _counted(graph, g)
+    rows, ranks = g.virtual_microbatches, g.ranks
+    per_count, activation, deferred_activation, capacity = _counted(graph, g)
     lean = activation.min(axis=0)
     # A stage that can hold nothing (all of it offloaded) still claims a count until its forward has run: a sink without
     # claims is one that has ended.
     lean = np.where(g.has_backward, np.maximum(lean, 1), lean)
     group_of_unit, sinks = _groups(graph)
     groups = max(group_of_unit) + 1
-    group = np.array([group_of_unit[int(u)] for u in graph.row_unit], dtype=np.int32)
-    feeders = _feeders(graph)
+    group = np.array([group_of_unit[int(u)] for u in graph.unit_of], dtype=np.int32)
+    upstream_units = _units_upstream(graph)
     number: dict[int, int] = {}
     sink_start = np.zeros(groups + 1, dtype=np.int32)
     for i in range(groups):
@@ -70,31 +71,47 @@ def make_problem(graph: StageGraph) -> Problem:
     last = np.full(rows, -1, dtype=np.int32)
     unit_rows: list[list[int]] = [[] for _ in graph.units]
     for s in range(rows):
-        unit_rows[int(graph.row_unit[s])].append(s)
+        unit_rows[int(graph.unit_of[s])].append(s)
     for u, k in number.items():
-        for v in _ancestors(feeders, u):
+        for v in _ancestors(upstream_units, u):
             for s in unit_rows[v]:
                 first[s] = min(int(first[s]), k)
                 last[s] = max(int(last[s]), k)
-    claim = np.zeros((len(number), ranks), dtype=np.int64)
-    freed = np.zeros_like(claim)
-    passing = np.zeros_like(claim)
-    passing_count = np.zeros_like(claim)
+    reservation = np.zeros((len(number), ranks), dtype=np.int64)
+    freed = np.zeros_like(reservation)
+    passing = np.zeros_like(reservation)
+    passing_count = np.zeros_like(reservation)
     held = np.where(g.has_backward, lean, 0).reshape(rows, ranks)
     shown = np.where(g.has_backward, 0, lean).reshape(rows, ranks)
     for s in range(rows):
-        claim[first[s]] += held[s]
+        reservation[first[s]] += held[s]
         freed[last[s]] += held[s]
         passing[first[s]] = np.maximum(passing[first[s]], shown[s])
         passing_count[first[s]] += ~g.has_backward.reshape(rows, ranks)[s]
-    most = np.maximum(activation, hold).max(axis=0).reshape(rows, ranks).sum(axis=0)
+    most = np.maximum(activation, deferred_activation).max(axis=0).reshape(rows, ranks).sum(axis=0)
     least = np.where(g.has_backward, lean, 0).reshape(rows, ranks).min(axis=0)
-    ends = {u.module for u in graph.units if not u.feeds and u.module not in _feeding(graph)}
-    backbone = np.array([graph.units[int(u)].module in ends for u in graph.row_unit], dtype=np.bool_)
+    ends = {u.module for u in graph.units if not u.downstream and u.module not in _upstream_modules(graph)}
+    backbone = np.array([graph.units[int(u)].module in ends for u in graph.unit_of], dtype=np.bool_)
     return Problem(
-        g, per_count, activation, hold, lean, capacity, most > capacity, groups, group, sink_start, first, last, claim,
-        freed, passing, passing_count, backbone, least,
-    )  # fmt: skip
+        graph=g,
+        bytes_per_count=per_count,
+        activation=activation,
+        deferred_activation=deferred_activation,
+        lean=lean,
+        capacity=capacity,
+        bounded=most > capacity,
+        groups=groups,
+        group=group,
+        sink_start=sink_start,
+        first=first,
+        last=last,
+        reservation=reservation,
+        freed=freed,
+        passing=passing,
+        passing_count=passing_count,
+        backbone=backbone,
+        least=least,
+    )
 
 
 def _counted(graph: StageGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Longs]:
@@ -102,36 +119,36 @@ def _counted(graph: StageGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Lo
     margin for the float sums of the simulator."""
     room = graph.memory_limit - graph.static_bytes
     finite = np.isfinite(room)
-    exact = all(np.all(x == np.floor(x)) for x in (g.activation, g.hold, room[finite]))
-    total = float(np.maximum(g.activation, g.hold).max(axis=0).sum()) + 1.0
+    exact = all(np.all(x == np.floor(x)) for x in (g.activation, g.deferred_activation, room[finite]))
+    total = float(np.maximum(g.activation, g.deferred_activation).max(axis=0).sum()) + 1.0
     if exact and total < 2.0**52:
         per_count, margin = 1.0, 0
     else:
         top = max(total, float(np.max(np.abs(graph.memory_limit[finite]), initial=1.0)))
-        per_count, margin = 2.0 ** (np.ceil(np.log2(top)) - 50), 4 * graph.rows
+        per_count, margin = 2.0 ** (np.ceil(np.log2(top)) - 50), 4 * graph.virtual_microbatches
     activation = np.ceil(g.activation / per_count).astype(np.int64)
-    hold = np.ceil(g.hold / per_count).astype(np.int64)
+    deferred_activation = np.ceil(g.deferred_activation / per_count).astype(np.int64)
     capacity = np.full(graph.ranks, UNBOUNDED, dtype=np.int64)
     capacity[finite] = np.minimum(np.floor(room[finite] / per_count), float(UNBOUNDED)).astype(np.int64) - margin
-    return float(per_count), activation, hold, capacity
+    return float(per_count), activation, deferred_activation, capacity
 
 
-def _feeding(graph: StageGraph) -> set[str]:
+def _upstream_modules(graph: StageGraph) -> set[str]:
     return {name for m in graph.modules for name in m.upstream}
 
 
-def _feeders(graph: StageGraph) -> list[list[int]]:
-    feeders: list[list[int]] = [[] for _ in graph.units]
+def _units_upstream(graph: StageGraph) -> list[list[int]]:
+    upstream_units: list[list[int]] = [[] for _ in graph.units]
     for u in graph.units:
-        for v in u.feeds:
-            feeders[v].append(u.id)
-    return feeders
+        for v in u.downstream:
+            upstream_units[v].append(u.id)
+    return upstream_units
 
 
-def _ancestors(feeders: list[list[int]], unit: int) -> set[int]:
+def _ancestors(upstream_units: list[list[int]], unit: int) -> set[int]:
     seen, stack = {unit}, [unit]
     while stack:
-        for q in feeders[stack.pop()]:
+        for q in upstream_units[stack.pop()]:
             if q not in seen:
                 seen.add(q)
                 stack.append(q)
@@ -141,7 +158,7 @@ def _ancestors(feeders: list[list[int]], unit: int) -> set[int]:
 def _groups(graph: StageGraph) -> tuple[list[int], list[list[int]]]:
     """Group of each unit, numbered by their first units; and each group's sinks, depth first from the lowest source,
     so that what several sinks share is held for as few of them as possible."""
-    feeders = _feeders(graph)
+    upstream_units = _units_upstream(graph)
     group = [-1] * len(graph.units)
     sinks: list[list[int]] = []
     for u in graph.units:
@@ -150,22 +167,22 @@ def _groups(graph: StageGraph) -> tuple[list[int], list[list[int]]]:
         members, stack = {u.id}, [u.id]
         while stack:
             v = stack.pop()
-            for n in (*graph.units[v].feeds, *feeders[v]):
+            for n in (*graph.units[v].downstream, *upstream_units[v]):
                 if n not in members:
                     members.add(n)
                     stack.append(n)
         found: list[int] = []
         seen: set[int] = set()
-        for source in sorted(v for v in members if not feeders[v]):
+        for source in sorted(v for v in members if not upstream_units[v]):
             stack = [source]
             while stack:
                 v = stack.pop()
                 if v in seen:
                     continue
                 seen.add(v)
-                if not graph.units[v].feeds:
+                if not graph.units[v].downstream:
                     found.append(v)
-                stack.extend(reversed(graph.units[v].feeds))
+                stack.extend(reversed(graph.units[v].downstream))
         for v in members:
             group[v] = len(sinks)
         sinks.append(found)

@@ -46,15 +46,27 @@ class Sequences(NamedTuple):
 def make_sequences(q: Problem, schedule: Schedule) -> Sequences:
     """A walk that starts from ``schedule``."""
     orders, lengths = pad_orders(schedule)
-    nodes = q.graph.rows * q.graph.ranks
+    nodes = q.graph.virtual_microbatches * q.graph.ranks
     strategy = schedule.strategy.reshape(-1).copy()
     times = [np.zeros(orders.shape) for _ in range(4)]
     return Sequences(
-        orders, lengths, strategy, orders.copy(), strategy.copy(), times[0], times[1], times[2], times[3],
-        np.zeros((2, nodes)), np.zeros((2, nodes)), np.zeros(q.graph.ranks, dtype=np.int32),
-        np.zeros(q.graph.ranks, dtype=np.int32), np.zeros((2, nodes), dtype=np.int32),
-        np.zeros((orders.size, 2), dtype=np.int32), np.zeros(1, dtype=np.int32),
-    )  # fmt: skip
+        orders=orders,
+        lengths=lengths,
+        strategy=strategy,
+        best_orders=orders.copy(),
+        best_strategy=strategy.copy(),
+        start=times[0],
+        end=times[1],
+        trial_start=times[2],
+        trial_end=times[3],
+        ends=np.zeros((2, nodes)),
+        trial_ends=np.zeros((2, nodes)),
+        at=np.zeros(q.graph.ranks, dtype=np.int32),
+        first=np.zeros(q.graph.ranks, dtype=np.int32),
+        place=np.zeros((2, nodes), dtype=np.int32),
+        arcs=np.zeros((orders.size, 2), dtype=np.int32),
+        arc_count=np.zeros(1, dtype=np.int32),
+    )
 
 
 @compiled
@@ -62,7 +74,7 @@ def fits(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[np.int8
     """Whether rank ``p`` stays within its capacity."""
     if not q.bounded[p]:
         return True
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     held = 0
     for i in range(length):
         kind = order[i] // rows
@@ -71,11 +83,11 @@ def fits(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[np.int8
         if kind == FORWARD:
             held += q.activation[c, n]
         elif kind == WEIGHT:
-            held -= q.hold[c, n]
+            held -= q.deferred_activation[c, n]
         else:
             held -= q.activation[c, n]
             if kind == BACKWARD and q.graph.has_weight[n]:
-                held += q.hold[c, n]
+                held += q.deferred_activation[c, n]
         if held > q.capacity[p]:
             return False
         if kind == FORWARD and not q.graph.has_backward[n]:
@@ -87,7 +99,7 @@ def fits(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[np.int8
 def trace(q: Problem, s: Sequences, random: NDArray[np.uint64]) -> None:
     """Follow one longest path from the end to the start, branching at random; fill ``arcs``."""
     g = q.graph
-    rows, ranks = g.rows, g.ranks
+    rows, ranks = g.virtual_microbatches, g.ranks
     p, latest = 0, -1.0
     for r in range(ranks):
         if s.lengths[r] > 0 and s.end[r, s.lengths[r] - 1] > latest:
@@ -103,12 +115,12 @@ def trace(q: Problem, s: Sequences, random: NDArray[np.uint64]) -> None:
         if kind == FORWARD:
             for e in range(g.before_start[n], g.before_start[n + 1]):
                 m = g.before[e]
-                if s.end[m % ranks, s.place[0, m]] + g.before_hop[e] == begin:
+                if s.end[m % ranks, s.place[0, m]] + g.before_transfer[e] == begin:
                     next_p, next_i = m % ranks, s.place[0, m]
         elif kind != WEIGHT:
             for e in range(g.after_start[n], g.after_start[n + 1]):
                 m = g.after[e]
-                if s.end[m % ranks, s.place[1, m]] + g.after_hop[e] == begin:
+                if s.end[m % ranks, s.place[1, m]] + g.after_transfer[e] == begin:
                     next_p, next_i = m % ranks, s.place[1, m]
         if i > 0 and s.end[p, i - 1] == begin and (next_i < 0 or uniform(random) < 0.5):
             s.arcs[count, 0] = p
@@ -150,7 +162,7 @@ def passes_itself(order: Ints, rows: int, source: int, target: int) -> bool:
 def settle(q: Problem, s: Sequences, accepted: bool) -> None:
     """After :func:`replay_after`: make the trial's times the current ones, or forget them. The orders must be those
     that were tried."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     for r in range(ranks):
         for i in range(s.first[r], s.lengths[r]):
             if accepted:
@@ -188,7 +200,7 @@ def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) 
     """The time after a change to rank ``p``'s order from ``position`` on, or to the length of the operation there; nan
     if it deadlocks, inf if it is over ``limit``. What started before that position could start is not touched."""
     g = q.graph
-    rows, ranks = g.rows, g.ranks
+    rows, ranks = g.virtual_microbatches, g.ranks
     duration = g.duration
     since = s.end[p, position - 1] if position > 0 else 0.0
     remaining = 0
@@ -223,7 +235,7 @@ def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) 
                 ready = clock
                 if kind == FORWARD:
                     for e in range(g.before_start[n], g.before_start[n + 1]):
-                        arrival = s.trial_ends[0, g.before[e]] + g.before_hop[e]
+                        arrival = s.trial_ends[0, g.before[e]] + g.before_transfer[e]
                         if not arrival <= ready:
                             ready = arrival
                             if np.isnan(arrival):
@@ -231,7 +243,7 @@ def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) 
                 elif kind != WEIGHT:
                     # Its own F and, for a W, its own B come earlier in this very order.
                     for e in range(g.after_start[n], g.after_start[n + 1]):
-                        arrival = s.trial_ends[1, g.after[e]] + g.after_hop[e]
+                        arrival = s.trial_ends[1, g.after[e]] + g.after_transfer[e]
                         if not arrival <= ready:
                             ready = arrival
                             if np.isnan(arrival):
@@ -265,7 +277,7 @@ def improve(
 ) -> None:
     """``evaluations`` moves of annealing at temperature ``heat`` (seconds); ``values`` ``[2]`` are the times of the
     schedule under way and of the best."""
-    rows, ranks = q.graph.rows, q.graph.ranks
+    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
     for _ in range(evaluations):
         kind = uniform(random)
         p, source, target, n, old = -1, 0, 0, -1, np.int8(0)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.graph import Floats, StageGraph
+from ...core.strategies import allowed_strategies, names_in, strategy_names
 
 
 def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[StageGraph, NDArray[np.int8]]:
@@ -13,8 +14,8 @@ def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[Stag
     (``[C, S, P]``). A forbidden candidate is replaced by the last allowed one before it, or by the first
     allowed; of a graph without names all candidates but the first count as recomputing."""
     count = graph.candidates
-    origin = np.zeros((count, graph.rows, graph.ranks), dtype=np.int8)
-    for s in range(graph.rows):
+    origin = np.zeros((count, graph.virtual_microbatches, graph.ranks), dtype=np.int8)
+    for s in range(graph.virtual_microbatches):
         for p in range(graph.ranks):
             allowed = [c for c in range(count) if _allowed(graph, c, s, p, recompute, offload)] or [0]
             for c in range(count):
@@ -26,20 +27,15 @@ def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[Stag
 
     names = tuple(
         tuple(tuple(graph.strategy_name(int(origin[c, s, p]), s, p) for c in range(count)) for p in range(graph.ranks))
-        for s in range(graph.rows)
+        for s in range(graph.virtual_microbatches)
     )
-    restricted = StageGraph(
-        graph.ranks, graph.modules, graph.units, pick(graph.forward), pick(graph.backward), pick(graph.weight),
-        pick(graph.fused), pick(graph.activation), pick(graph.hold), graph.hop, graph.static_bytes, graph.memory_limit,
-        names,
-    )  # fmt: skip
-    return restricted, origin
+    return graph.changed(pick, strategies=names), origin
 
 
 def _allowed(graph: StageGraph, c: int, s: int, p: int, recompute: bool, offload: bool) -> bool:
     name = graph.strategy_name(c, s, p) if graph.strategies else ("none" if c == 0 else "full")
-    kinds = {part.split(":")[0] for part in name.split("+")}
-    return (offload or "offload" not in kinds) and (recompute or kinds <= {"none", "offload"})
+    left, known = allowed_strategies(recompute=recompute, offload=offload), strategy_names()
+    return all(kind in left or (recompute and kind not in known) for kind in names_in(name))
 
 
 def restore(strategy: NDArray[np.int8], origin: NDArray[np.int8]) -> NDArray[np.int8]:

@@ -53,7 +53,16 @@ def make_tree(nodes: int) -> Tree:
         return np.full(nodes, value, dtype=np.int32)
 
     size = np.zeros(1, dtype=np.int32)
-    tree = Tree(ints(-1), ints(-1), ints(0), ints(-1), ints(-1), ints(0), np.zeros(nodes), size)
+    tree = Tree(
+        item=ints(-1),
+        parent=ints(-1),
+        children=ints(0),
+        youngest=ints(-1),
+        elder=ints(-1),
+        visits=ints(0),
+        score=np.zeros(nodes),
+        size=size,
+    )
     tree.size[0] = 1
     return tree
 
@@ -134,7 +143,7 @@ def back_up(tree: Tree, node: int, score: float) -> None:
 def evaluate_order(q: Problem, item: Ints, order: Ints, x: Keys, w: Work, f: Refill, r: Rollouts) -> float:
     """Time of one priority order after phases b and c: interleaving with the leanest strategies, then memory filled
     greedily rank by rank, then the simulator. Orders and strategies are left in ``w``."""
-    rows = q.graph.rows
+    rows = q.graph.virtual_microbatches
     for i in range(len(order)):
         r.place[order[i]] = i
     for i in range(q.groups):

@@ -17,7 +17,7 @@ Words = NDArray[np.uint64]
 NODE = np.dtype(
     [("arrives_forward", "f8"), ("arrives_backward", "f8"), ("waits_forward", "i4"), ("waits_backward", "i4")]
 )
-ROW = np.dtype([("key_forward", "f8"), ("key_backward", "f8"), ("place_forward", "i4"), ("place_backward", "i4")])
+QUEUED = np.dtype([("key_forward", "f8"), ("key_backward", "f8"), ("place_forward", "i4"), ("place_backward", "i4")])
 # attention: when the rank should look at its queues again; pending: what split backwards hold for weight gradients.
 RANK = np.dtype(
     [
@@ -29,7 +29,7 @@ RANK = np.dtype(
 )  # fmt: skip
 # closed: the first sink in order for which not even the smallest forward is admitted, nor for any later one.
 # A rank's view of one sink; room: the most that may be taken from those before it; ahead: what it finds once they end.
-CLAIM = np.dtype([(x, "i8") for x in ("need", "give", "passing", "passing_count", "room", "ahead")])
+RESERVATION = np.dtype([(x, "i8") for x in ("need", "give", "passing", "passing_count", "room", "ahead")])
 
 
 class Work(NamedTuple):
@@ -40,9 +40,9 @@ class Work(NamedTuple):
     lengths: Ints
     strategy: NDArray[np.int8]
     node: Records
-    row: Records
+    queued: Records
     rank: Records
-    claim: Records
+    reservation: Records
     by_forward: Ints
     by_backward: Ints
     group_order: Ints
@@ -56,17 +56,27 @@ class Work(NamedTuple):
 
 def make_work(q: Problem) -> Work:
     """Buffers for :func:`dispatch` on ``q``."""
-    rows, ranks, sinks = q.graph.rows, q.graph.ranks, len(q.claim)
+    rows, ranks, sinks = q.graph.virtual_microbatches, q.graph.ranks, len(q.reservation)
     words = (rows + 63) // 64
 
     def numbers(count: int) -> Ints:
         return np.arange(count, dtype=np.int32)
 
     return Work(
-        np.zeros((ranks, 3 * rows), dtype=np.int32), np.zeros(ranks, dtype=np.int32),
-        np.zeros(rows * ranks, dtype=np.int8), np.zeros(rows * ranks, dtype=NODE), np.zeros(rows, dtype=ROW),
-        np.zeros(ranks, dtype=RANK), np.zeros((ranks, sinks), dtype=CLAIM), numbers(rows), numbers(rows),
-        numbers(q.groups), numbers(sinks), numbers(rows), np.zeros((ranks, words), dtype=np.uint64),
-        np.zeros((ranks, words), dtype=np.uint64), np.zeros((ranks, rows), dtype=np.int32),
-        np.zeros(max(rows, q.groups)),
-    )  # fmt: skip
+        orders=np.zeros((ranks, 3 * rows), dtype=np.int32),
+        lengths=np.zeros(ranks, dtype=np.int32),
+        strategy=np.zeros(rows * ranks, dtype=np.int8),
+        node=np.zeros(rows * ranks, dtype=NODE),
+        queued=np.zeros(rows, dtype=QUEUED),
+        rank=np.zeros(ranks, dtype=RANK),
+        reservation=np.zeros((ranks, sinks), dtype=RESERVATION),
+        by_forward=numbers(rows),
+        by_backward=numbers(rows),
+        group_order=numbers(q.groups),
+        position=numbers(sinks),
+        earliest=numbers(rows),
+        known_forward=np.zeros((ranks, words), dtype=np.uint64),
+        known_backward=np.zeros((ranks, words), dtype=np.uint64),
+        queue=np.zeros((ranks, rows), dtype=np.int32),
+        keys=np.zeros(max(rows, q.groups)),
+    )

@@ -25,7 +25,7 @@ def drawn_schedule(graph: StageGraph, seed: int) -> Schedule:
     keys, work = make_keys(q, split=True), make_work(q)
     keys.order_forward[:] = random.permutation(q.groups)
     keys.order_backward[:] = random.permutation(q.groups)
-    keys.shift_forward[:] = random.normal(size=graph.rows)
+    keys.shift_forward[:] = random.normal(size=graph.virtual_microbatches)
     keys.offset[:] = 3.0 * random.normal(size=graph.ranks)
     keys.split[:] &= random.random(len(keys.split)) < 0.6
     assert np.isfinite(dispatch(q, keys, work, np.inf))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dip_megatron.core.strategies import parse_strategy, strategy_names
 from dip_megatron.describe.cost import (
-    LAYER_STRATEGIES,
     Cluster,
     CostModel,
     Costs,
@@ -19,7 +19,6 @@ from dip_megatron.describe.cost import (
     Sizes,
     Table,
     load_cluster,
-    parse_strategy,
     whole_sizes,
 )
 from dip_megatron.describe.cost.static import state_bytes
@@ -56,7 +55,7 @@ def test_on_ideal_hardware_only_the_products_count() -> None:
     norms = 2 * shape.layer.hidden
     matmul = 2 * (shape.layer.parameters - norms) * 8192 / 1e15
     attention = 4 * (5000**2 + 3192**2) / 2 * shape.layer.hidden / 1e15
-    none = LAYER_STRATEGIES.index("none")
+    none = strategy_names().index("none")
     assert layer.forward[none, 0] == pytest.approx(matmul + attention)
     assert layer.backward[none, 0] == pytest.approx(matmul + 2.5 * attention)
     assert layer.weight[0] == pytest.approx(matmul)
@@ -93,7 +92,7 @@ def test_more_work_costs_more(images: int, more: int, tokens: int) -> None:
     small = pricer.chunk_cost(chunk, {"vision": _images(images, tokens)})
     for larger in (_images(images + more, tokens), _images(images, tokens + more)):
         large = pricer.chunk_cost(chunk, {"vision": larger})
-        for name in ("forward", "backward", "weight", "activation", "hold"):
+        for name in ("forward", "backward", "weight", "activation", "deferred_activation"):
             assert getattr(large, name)[0, 0] > getattr(small, name)[0, 0] * (1 - 1e-9)
 
 
@@ -102,7 +101,7 @@ def test_more_work_costs_more(images: int, more: int, tokens: int) -> None:
 def test_layers_add_up(first: int, second: int, images: int) -> None:
     pricer, sizes = PRICERS["vlm"], {"vision": _images(images)}
     parts = [pricer.chunk_cost((LayerRun("vision", n),), sizes) for n in (first, second, first + second)]
-    for name in ("forward", "fused", "activation", "hold"):
+    for name in ("forward", "fused", "activation", "deferred_activation"):
         a, b, both = (getattr(p, name)[0, 0] for p in parts)
         assert a + b == pytest.approx(both)
 
@@ -148,7 +147,7 @@ def test_candidates_cost_what_their_names_say() -> None:
     layer = pricer.layer("vision", sizes)
     cost = pricer.chunk_cost((LayerRun("vision", 9),), {"vision": sizes})
     for c, name in enumerate(cost.names[0]):
-        index = [LAYER_STRATEGIES.index(s) for s in parse_strategy(name, 9)]
+        index = [strategy_names().index(s) for s in parse_strategy(name, 9)]
         assert cost.forward[c, 0] == pytest.approx(layer.forward[index, 0].sum())
         assert cost.backward[c, 0] == pytest.approx(layer.backward[index, 0].sum())
         assert cost.activation[c, 0] == pytest.approx(layer.activation[index, 0].sum())
@@ -169,7 +168,7 @@ def test_selective_recompute_pays_where_scores_are_kept() -> None:
     """Unfused attention keeps its score matrix: dropping it saves most of a long sequence's bytes."""
     cpu = CostModel(VLM, replace(H100, fused_attention=False))
     layer = cpu.layer("vision", _images(4))
-    none, selective = (layer.activation[LAYER_STRATEGIES.index(s), 0] for s in ("none", "selective"))
+    none, selective = (layer.activation[strategy_names().index(s), 0] for s in ("none", "selective"))
     assert selective < 0.7 * none
 
 
@@ -188,7 +187,7 @@ def test_measured_tables_replace_the_formula() -> None:
     assert pricer.layer("vision", _images(1)).forward[0, 0] == pytest.approx(1e-3)
     assert pricer.layer("vision", _images(10)).forward[0, 0] == pytest.approx(9e-3)
     assert pricer.layer("vision", _images(20)).forward[0, 0] == pytest.approx(18e-3)  # beyond: in proportion
-    full = LAYER_STRATEGIES.index("full")
+    full = strategy_names().index("full")
     layer = pricer.layer("vision", _images(1))
     assert layer.backward[full, 0] - layer.backward[0, 0] == pytest.approx(1e-3)  # recomputing takes the measured time
     other = pricer.layer("language", whole_sizes(VLM.module("language"), [Microbatch(100)]))
@@ -213,11 +212,11 @@ def test_costs_survive_their_file(tmp_path: Path) -> None:
         efficiency=(("collective", ((1e6, 0.2), (1e8, 0.7))), ("matmul", ((1e9, 0.5),))),
         tables=(
             Table("vision", "layer", "forward", (1.0, 2.0), (0.1, 0.2)),
-            Table("vision", "layer", "hold", (1.0, 2.0), (5.0, 6.0)),
+            Table("vision", "layer", "deferred_activation", (1.0, 2.0), (5.0, 6.0)),
             Table("vision", "stem", "forward", (3.0,), (0.1,)),
         ),
         scales=(Scale("*", "layer", "backward", 1.25),),
-        hop_seconds=1e-4,
+        transfer_seconds=1e-4,
         static_bytes=(1.0, 2.0),
         memory_limit=3e9,
         device="NVIDIA H100",
@@ -228,21 +227,35 @@ def test_costs_survive_their_file(tmp_path: Path) -> None:
     assert Costs.load(path).device == "NVIDIA H100"
 
 
+def test_costs_of_version_1_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    part = {"module": "vision", "part": "layer", "tokens": [1.0, 2.0], "hold": [5.0, 6.0]}
+    data = {"version": 1, "measured": [part], "scale": [{"quantity": "hold", "factor": 2.0}], "hop_seconds": 1e-4}
+    path.write_text(json.dumps(data))
+    assert Costs.load(path) == Costs(
+        tables=(Table("vision", "layer", "deferred_activation", (1.0, 2.0), (5.0, 6.0)),),
+        scales=(Scale("*", "*", "deferred_activation", 2.0),),
+        transfer_seconds=1e-4,
+    )
+
+
 @pytest.mark.parametrize(
     ("data", "place", "reason"),
     [
-        ({"version": 2}, "version", "1"),
-        ({"version": 1, "speed": 3}, "speed", "not permitted"),
-        ({"version": 1, "efficiency": {"matmul": [[5, 0.1], [4, 0.2]]}}, "top level", "sizes must rise"),
-        ({"version": 1, "efficiency": {"matmul": [[5, 7.0]]}}, "top level", "efficiency"),
-        ({"version": 1, "efficiency": {"conv": [[5, 0.7]]}}, "efficiency.conv", "matmul"),
+        ({"version": 3}, "version", "2"),
+        ({"version": 1, "hop_seconds": 1.0, "transfer_seconds": 1.0}, "hop_seconds", "not permitted"),
+        ({"version": 1, "measured": 7}, "measured", "list"),
+        ({"version": 2, "speed": 3}, "speed", "not permitted"),
+        ({"version": 2, "efficiency": {"matmul": [[5, 0.1], [4, 0.2]]}}, "top level", "sizes must rise"),
+        ({"version": 2, "efficiency": {"matmul": [[5, 7.0]]}}, "top level", "efficiency"),
+        ({"version": 2, "efficiency": {"conv": [[5, 0.7]]}}, "efficiency.conv", "matmul"),
         (
-            {"version": 1, "measured": [{"module": "v", "part": "layer", "tokens": [1, 2], "forward": [1]}]},
+            {"version": 2, "measured": [{"module": "v", "part": "layer", "tokens": [1, 2], "forward": [1]}]},
             "measured.0",
             "1 values for 2 sizes",
         ),
-        ({"version": 1, "measured": [{"module": "v", "part": "layer", "tokens": [2, 1]}]}, "measured.0", "rise"),
-        ({"version": 1, "scale": [{"factor": 0}]}, "scale.0.factor", "greater than 0"),
+        ({"version": 2, "measured": [{"module": "v", "part": "layer", "tokens": [2, 1]}]}, "measured.0", "rise"),
+        ({"version": 2, "scale": [{"factor": 0}]}, "scale.0.factor", "greater than 0"),
     ],
 )
 def test_faults_in_costs_files_are_named(tmp_path: Path, data: dict, place: str, reason: str) -> None:
@@ -262,7 +275,13 @@ def test_the_documented_file_can_be_read(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs" / "cost-model.md").read_text(encoding="utf-8")
     path = tmp_path / "costs.json"
     path.write_text(text.split("```json\n")[1].split("```")[0])
-    assert {t.quantity for t in Costs.load(path).tables} == {"forward", "backward", "weight", "activation", "hold"}
+    assert {t.quantity for t in Costs.load(path).tables} == {
+        "forward",
+        "backward",
+        "weight",
+        "activation",
+        "deferred_activation",
+    }
 
 
 def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
@@ -280,12 +299,12 @@ def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
     loaded = Costs.load(tmp_path / "costs.json")
     assert loaded.tables == tables
     plain, priced = CostModel(VLM, H100).layer("vision", sizes), CostModel(VLM, H100, loaded).layer("vision", sizes)
-    for row, strategy in enumerate(LAYER_STRATEGIES):
+    for row, strategy in enumerate(strategy_names()):
         value = measured.get(strategy)
         assert priced.forward[row, 0] == pytest.approx(plain.forward[row, 0] if value is None else value)
         assert priced.backward[row, 0] == pytest.approx(2 * (plain.backward[row, 0] if value is None else value))
-    assert priced.activation[LAYER_STRATEGIES.index("mlp"), 0] == plain.activation[LAYER_STRATEGIES.index("mlp"), 0]
-    assert priced.activation[LAYER_STRATEGIES.index("full"), 0] == pytest.approx(5.0)
+    assert priced.activation[strategy_names().index("mlp"), 0] == plain.activation[strategy_names().index("mlp"), 0]
+    assert priced.activation[strategy_names().index("full"), 0] == pytest.approx(5.0)
     assert priced.weight == pytest.approx(plain.weight)
     assert (CostModel(VLM, H100, loaded).layer("language", _images(4)).forward == PRICERS["vlm"].layer(
         "language", _images(4)).forward).all()  # fmt: skip
@@ -302,6 +321,6 @@ def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
 def test_strategies_that_cannot_be_measured_are_refused(tmp_path: Path, entry: dict, complaint: str) -> None:
     path = tmp_path / "costs.json"
     line = {"module": "vision", "part": "layer", "tokens": [100.0], "forward": [1.0]} | entry
-    path.write_text(json.dumps({"version": 1, "measured": [line]}))
+    path.write_text(json.dumps({"version": 2, "measured": [line]}))
     with pytest.raises(ConfigurationError, match=complaint):
         Costs.load(path)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dip_megatron.core.strategies import parse_strategy
 from dip_megatron.describe.cost import (
     CostModel,
     Costs,
@@ -14,7 +15,6 @@ from dip_megatron.describe.cost import (
     build_graph,
     build_mixed_graph,
     load_cluster,
-    parse_strategy,
     segmented_graph,
 )
 from dip_megatron.describe.model import ModelError, MultimodalModel, Partition, even_partition, load_model
@@ -36,7 +36,7 @@ def test_work_is_the_same_however_layers_are_cut(vision: int, language: int, siz
     """Chunks only move layers about: per unit size the seconds over all stages are those of the uncut model."""
     one = build_graph(VLM, H100, _cut(VLM, {}, {"vision": size}), BATCH)
     cut = build_graph(VLM, H100, _cut(VLM, {"vision": vision, "language": language}, {"vision": size}), BATCH)
-    for name in ("forward", "backward", "weight", "fused", "activation", "hold"):
+    for name in ("forward", "backward", "weight", "fused", "activation", "deferred_activation"):
         assert getattr(cut, name)[0].sum() == pytest.approx(getattr(one, name)[0].sum())
     state = [g.static_bytes.sum() for g in (one, cut)]
     assert state[0] == pytest.approx(state[1], rel=0.05)  # but for the workspace, all of it is the model's weights
@@ -68,10 +68,10 @@ def test_graphs_of_shipped_models_are_sound(model: str, workload: str) -> None:
     assert (graph.fused == graph.backward + graph.weight).all()
     assert (np.diff(graph.forward + graph.fused, axis=0) >= -1e-12).all()  # candidates stand fastest first
     assert (graph.forward > 0).all()
-    assert (graph.hop > 0).all()
+    assert (graph.transfer > 0).all()
     assert (graph.static_bytes < graph.memory_limit).all()
-    for s in range(graph.rows):
-        module = graph.module(graph.units[int(graph.row_unit[s])].module)
+    for s in range(graph.virtual_microbatches):
+        module = graph.module(graph.units[int(graph.unit_of[s])].module)
         for r in range(graph.ranks):
             assert len(graph.strategies[s][r]) == graph.candidates
             for text in graph.strategies[s][r]:
@@ -107,9 +107,9 @@ def test_frozen_parts_have_no_weight_gradient_and_keep_nothing_before_the_first_
     assert ((graph.weight[0] > 0) == graph.has_weight).all()
     assert ((graph.backward[0] > 0) == graph.has_backward).all()
     assert ((graph.activation[0] > 0) == graph.has_backward).all()
-    assert ((graph.hold[0] > 0) == graph.has_weight).all()
+    assert ((graph.deferred_activation[0] > 0) == graph.has_weight).all()
     for name, backward, weight in expected:
-        rows = [s for s in range(graph.rows) if graph.units[int(graph.row_unit[s])].module == name]
+        rows = [s for s in range(graph.virtual_microbatches) if graph.units[int(graph.unit_of[s])].module == name]
         assert graph.has_backward[rows][:, 0].all() == backward
         assert graph.has_weight[rows][:, 0].all() == weight
     if trainable.get("vision") == ("head",):
@@ -134,7 +134,7 @@ def test_mixed_stages_hold_the_same_work() -> None:
     whole = build_graph(VLM, H100, _cut(VLM, {}, {}), BATCH)
     mixed = build_mixed_graph(VLM, H100, _mixed(), BATCH)
     assert mixed.forward.shape[1:] == (len(BATCH), 4)
-    for name in ("forward", "fused", "activation", "hold"):
+    for name in ("forward", "fused", "activation", "deferred_activation"):
         assert getattr(mixed, name)[0].sum() == pytest.approx(getattr(whole, name)[0].sum())
     # No images, no work on a stage of ViT layers; the stage beside it still has its share of the LLM.
     assert mixed.forward[0, 1, 0] == 0.0
@@ -147,7 +147,7 @@ def test_reversed_segments_turn_ranks_round() -> None:
     stages = [*_mixed()[:3], [fifth], [fifth], [replace(fifth, head=True)], [], []]
     straight = build_mixed_graph(VLM, H100, stages, BATCH)
     turned = build_mixed_graph(VLM, H100, stages, BATCH, reversed=(False, True))
-    rows = np.arange(1, straight.rows, 2)
+    rows = np.arange(1, straight.virtual_microbatches, 2)
     assert turned.forward[0][rows] == pytest.approx(straight.forward[0][rows][:, ::-1])
     assert turned.module("model").layers[1] == straight.module("model").layers[1][::-1]
     assert turned.module("model").reversed == (False, True)
@@ -168,9 +168,9 @@ def test_incomplete_stages_are_refused(change, reason: str) -> None:  # type: ig
 
 
 def test_costs_override_the_fixed_numbers() -> None:
-    costs = Costs(hop_seconds=5e-3, static_bytes=(1e9, 2e9, 3e9, 4e9), memory_limit=50e9)
+    costs = Costs(transfer_seconds=5e-3, static_bytes=(1e9, 2e9, 3e9, 4e9), memory_limit=50e9)
     graph = build_graph(VLM, H100, _cut(VLM, {}, {}), BATCH, costs=costs)
-    assert set(graph.hop) == {5e-3}
+    assert set(graph.transfer) == {5e-3}
     assert graph.static_bytes.tolist() == [1e9, 2e9, 3e9, 4e9]
     assert set(graph.memory_limit) == {50e9}
     assert build_graph(VLM, H100, _cut(VLM, {}, {}), BATCH, memory_limit=[1e9] * 4).memory_limit.tolist() == [1e9] * 4
@@ -185,11 +185,11 @@ def test_parallel_settings_count() -> None:
 
     base = graph()
     assert graph(sequence_parallel=False).activation[0].sum() > base.activation[0].sum()
-    assert graph(sequence_parallel=False).hop.sum() > base.hop.sum()
+    assert graph(sequence_parallel=False).transfer.sum() > base.transfer.sum()
     assert graph(dp=8).static_bytes.sum() < base.static_bytes.sum()
     assert graph(dp=8, distributed_optimizer=False).static_bytes.sum() == pytest.approx(base.static_bytes.sum())
     assert graph(tp=8).forward[0].sum() < base.forward[0].sum()
-    assert (graph(pp=1).hop == 0).all()
+    assert (graph(pp=1).transfer == 0).all()
 
 
 def test_several_encoders_feed_one_llm() -> None:
@@ -222,7 +222,7 @@ def test_misfits_are_refused() -> None:
 def test_prompts_and_clips_are_priced_apart() -> None:
     short, long = (Microbatch(clips=(Clip(n, 64, 256, 256),)) for n in (20, 400))
     graph = build_graph(T2V, H100, _cut(T2V, {}, {}), [short, long])
-    rows = {(graph.units[int(u)].module, graph.units[int(u)].microbatch): s for s, u in enumerate(graph.row_unit)}
+    rows = {(graph.units[int(u)].module, graph.units[int(u)].microbatch): s for s, u in enumerate(graph.unit_of)}
     assert graph.forward[0, rows["language", 1]].sum() > graph.forward[0, rows["language", 0]].sum()
     # The DiT's tokens are the same; the longer prompt only adds to the cross attention.
     a, b = (graph.forward[0, rows["diffusion", m]].sum() for m in (0, 1))

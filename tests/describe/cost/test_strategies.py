@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.describe.cost import LAYER_STRATEGIES, StrategyError, format_strategy, parse_strategy
+from dip_megatron.core.strategies import StrategyError, format_strategy, parse_strategy, strategy_names
 from dip_megatron.describe.cost.strategies import combine, frontier, pareto, pick
 from tests.drawn import settings
 
-names = st.lists(st.sampled_from(LAYER_STRATEGIES), max_size=12)
+names = st.lists(st.sampled_from(strategy_names()), max_size=12)
 costs = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=4)
 
 

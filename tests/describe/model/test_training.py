@@ -66,7 +66,16 @@ def test_a_model_as_described_is_priced_as_described(parts: dict) -> None:
     followed = segmented_graph(CostModel(MODEL, CLUSTER), PARTITION, BATCH, training=built(model, PARTITION))
     assert followed.modules == described.modules
     assert followed.strategies == described.strategies
-    for name in ("forward", "backward", "weight", "fused", "activation", "hold", "hop", "static_bytes"):
+    for name in (
+        "forward",
+        "backward",
+        "weight",
+        "fused",
+        "activation",
+        "deferred_activation",
+        "transfer",
+        "static_bytes",
+    ):
         np.testing.assert_array_equal(getattr(followed, name), getattr(described, name), err_msg=name)
 
 
@@ -77,7 +86,7 @@ def test_adapters_cost_little() -> None:
         CostModel(MODEL, CLUSTER), PARTITION, BATCH, training=built(trained(), PARTITION, share=0.01)
     )
     np.testing.assert_array_equal(adapters.backward, whole.backward)
-    inner = [s for s in range(whole.rows) if whole.units[int(whole.row_unit[s])].module == "language"]
+    inner = [s for s in range(whole.virtual_microbatches) if whole.units[int(whole.unit_of[s])].module == "language"]
     np.testing.assert_allclose(adapters.weight[:, inner, 1], 0.01 * whole.weight[:, inner, 1])
     assert adapters.has_weight.all()
     assert (adapters.static_bytes < 0.6 * whole.static_bytes).all()

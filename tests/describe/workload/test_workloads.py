@@ -72,6 +72,10 @@ def test_a_file_survives_writing_and_reading(tmp_path: Path) -> None:
         ('{"microbatches": [{"text_tokens": 1.0}]}', "microbatches[0].text_tokens", "1.0"),
         ('{"microbatches": [{"text_tokens": 1, "images": [3, 0]}]}', "microbatches[0].images[1]", "at least 1 token"),
         ('{"microbatches": [{"text_tokens": 1, "images": 3}]}', "microbatches[0].images", "list"),
+        ('{"microbatches": [{"text_tokens": 1, "points": [3]}]}', "microbatches[0].points", "unknown field"),
+        ('{"microbatches": [{"text_tokens": 1, "others": [3]}]}', "microbatches[0].others", "object"),
+        ('{"microbatches": [{"text_tokens": 1, "others": {"points": [0]}}]}', "others.points[0]", "at least 1 token"),
+        ('{"microbatches": [{"text_tokens": 1, "others": {"images": [2]}}]}', "others.images", "beside others"),
         ('{"microbatches": [{"text_tokens": 0}]}', "microbatches[0].text_tokens", "empty"),
         ('{"microbatches": [{"text_tokens": -1}]}', "microbatches[0].text_tokens", "negative"),
         ('{"microbatches": [{"text_tokens": 9, "sequences": [4]}]}', "microbatches[0].sequences", "add up to 4"),
@@ -130,8 +134,8 @@ def test_vlm_units_cover_the_images_and_all_feed_the_llm(images: list[int], size
         vision = [u for u in units if u.microbatch == m and u.module == "vision"]
         (language,) = [u for u in units if u.microbatch == m and u.module == "language"]
         assert sum(u.count for u in vision) == count
-        assert all(u.feeds == (language.id,) for u in vision)
-        assert language.feeds == ()
+        assert all(u.downstream == (language.id,) for u in vision)
+        assert language.downstream == ()
         assert size is None or all(u.count <= size for u in vision)
 
 
@@ -146,7 +150,7 @@ def test_text_to_video_units_wait_for_the_prompts_of_their_clips(
     for unit in units:
         if unit.module != "diffusion":
             continue
-        feeding = [u for u in units if unit.id in u.feeds]
+        feeding = [u for u in units if unit.id in u.downstream]
         covered = {i for u in feeding for i in range(u.first, u.first + u.count)}
         needed = set(range(unit.first, unit.first + unit.count))
         assert needed <= covered

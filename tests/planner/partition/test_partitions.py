@@ -142,7 +142,7 @@ def test_the_judge_decides() -> None:
     batches = [GlobalBatch((Microbatch(100, (169,) * 4),))]
 
     def judge(graph: StageGraph) -> float:
-        return 1.0 / graph.rows
+        return 1.0 / graph.virtual_microbatches
 
     chosen = choose_partition(model, H100, batches, judge=judge)
     assert [m.segments for m in chosen.modules] == [3, 3]

@@ -30,7 +30,7 @@ def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, worke
     of F to the end of B or BW, hold from there to the end of W.
     """
     model = cp_model.CpModel()
-    rows, ranks, count = graph.rows, graph.ranks, graph.candidates
+    rows, ranks, count = graph.virtual_microbatches, graph.ranks, graph.candidates
 
     def ticks(seconds_: float) -> int:
         whole = round(seconds_ * TICKS)
@@ -40,7 +40,7 @@ def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, worke
     horizon = sum(
         ticks(graph.forward[:, s, p].max()) + ticks(graph.backward[:, s, p].max()) + ticks(graph.weight[:, s, p].max())
         for s in range(rows) for p in range(ranks)
-    ) + sum(ticks(h) * 2 * ranks for h in graph.hop)  # fmt: skip
+    ) + sum(ticks(h) * 2 * ranks for h in graph.transfer)  # fmt: skip
     end = model.new_int_var(0, horizon, "end")
     start: dict[tuple[str, int, int], cp_model.IntVar] = {}
     finish: dict[tuple[str, int, int], cp_model.IntVar] = {}
@@ -88,26 +88,28 @@ def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, worke
                 operation("W", s, p, [(a, ticks(graph.weight[c, s, p])) for c, _, a in modes])
                 model.add(start["W", s, p] >= finish["B", s, p])
                 for c, _, a in modes:
-                    hold(finish["B", s, p], finish["W", s, p], a, graph.hold[c, s, p])
+                    hold(finish["B", s, p], finish["W", s, p], a, graph.deferred_activation[c, s, p])
         model.add_no_overlap(machine)
         if np.isfinite(graph.memory_limit[p]):
             model.add_cumulative(held, demand, int(graph.memory_limit[p] - graph.static_bytes[p]))
     for s in range(rows):
-        step = -1 if graph.row_reversed[s] else 1
+        step = -1 if graph.is_reversed[s] else 1
         for p in range(ranks):
             if p != graph.entry_rank(s):
-                model.add(start["F", s, p] >= finish["F", s, p - step] + ticks(graph.hop[s]))
+                model.add(start["F", s, p] >= finish["F", s, p - step] + ticks(graph.transfer[s]))
             else:
-                for q in graph.previous_rows[s]:
-                    model.add(start["F", s, p] >= finish["F", q, graph.exit_rank(q)] + ticks(graph.link_hop(q, s)))
+                for q in graph.previous_virtual_microbatches[s]:
+                    model.add(start["F", s, p] >= finish["F", q, graph.exit_rank(q)] + ticks(graph.link_transfer(q, s)))
             if not graph.has_backward[s, p]:
                 continue
             model.add(start["B", s, p] >= finish["F", s, p])
             if p != graph.exit_rank(s):
-                model.add(start["B", s, p] >= finish["B", s, p + step] + ticks(graph.hop[s]))
+                model.add(start["B", s, p] >= finish["B", s, p + step] + ticks(graph.transfer[s]))
             else:
-                for n in graph.next_rows[s]:
-                    model.add(start["B", s, p] >= finish["B", n, graph.entry_rank(n)] + ticks(graph.link_hop(s, n)))
+                for n in graph.next_virtual_microbatches[s]:
+                    model.add(
+                        start["B", s, p] >= finish["B", n, graph.entry_rank(n)] + ticks(graph.link_transfer(s, n))
+                    )
     model.minimize(end)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = seconds

@@ -1,5 +1,7 @@
 """The search and the lower bound against proven optima of small instances."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,9 +54,6 @@ def test_agrees_that_nothing_fits(seed: int) -> None:
 
 def test_bound_scales_with_time() -> None:
     graph = random_graph(17)
-    slow = graph.__class__(
-        graph.ranks, graph.modules, graph.units, 2 * graph.forward, 2 * graph.backward, 2 * graph.weight,
-        2 * graph.fused, graph.activation, graph.hold, 2 * graph.hop, graph.static_bytes, graph.memory_limit,
-        graph.strategies,
-    )  # fmt: skip
+    seconds = ("forward", "backward", "weight", "fused", "transfer")
+    slow = replace(graph, **{name: 2 * getattr(graph, name) for name in seconds})
     assert np.isclose(lower_bound(slow), 2 * lower_bound(graph), rtol=1e-9)

@@ -1,6 +1,7 @@
 """What every search must hold, whatever the graph."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,10 +92,7 @@ def test_says_what_is_missing(graph: StageGraph) -> None:
         assert short.rank not in named
         named.append(short.rank)
         limit[short.rank] += short.missing
-        enlarged = StageGraph(
-            graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-            graph.activation, graph.hold, graph.hop, graph.static_bytes, limit.copy(), graph.strategies,
-        )  # fmt: skip
+        enlarged = replace(graph, memory_limit=limit.copy())
         short = missing(enlarged)
     check(enlarged, search(enlarged, budget_seconds=60, evaluations=10))
 
@@ -112,16 +110,15 @@ def test_options_switch_things_off() -> None:
     graph = paper_graph("vlm-s", microbatches=10)
     assert (graph.memory_limit - graph.static_bytes < graph.activation[0].sum(axis=0)).any()
     whole = search(graph, budget_seconds=60, evaluations=300, options=SearchOptions(split_backward=False))
-    assert not any(int(c) // graph.rows in (Kind.W,) for o in whole.schedule.orders for c in o)
+    assert not any(int(c) // graph.virtual_microbatches in (Kind.W,) for o in whole.schedule.orders for c in o)
     assert whole.lower_bound == lower_bound(graph, split=False) >= lower_bound(graph)
     fastest = search(graph, budget_seconds=60, evaluations=300, options=SearchOptions(recompute=False))
     assert not fastest.schedule.strategy.any()
     check(graph, fastest)
-    names = tuple(tuple(("none", "offload:1", "full:1") for _ in range(graph.ranks)) for _ in range(graph.rows))
-    named = StageGraph(
-        graph.ranks, graph.modules, graph.units, graph.forward, graph.backward, graph.weight, graph.fused,
-        graph.activation, graph.hold, graph.hop, graph.static_bytes, with_memory(graph, 1.2).memory_limit, names,
-    )  # fmt: skip
+    names = tuple(
+        tuple(("none", "offload:1", "full:1") for _ in range(graph.ranks)) for _ in range(graph.virtual_microbatches)
+    )
+    named = replace(with_memory(graph, 1.2), strategies=names)
     for options, banned in ((SearchOptions(offload=False), 1), (SearchOptions(recompute=False), 2)):
         try:
             result = search(named, budget_seconds=60, evaluations=200, options=options)

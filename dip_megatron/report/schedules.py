@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .planning import Planned
+from ..planner.planned import Planned
 
 Entry = dict[str, Any]
 FIELDS = (

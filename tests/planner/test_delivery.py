@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from dip_megatron.describe.workload import Microbatch
-from dip_megatron.planner.feed import PlanFeed, PlanMismatchError
+from dip_megatron.planner.delivery import PlanDelivery, PlanMismatchError
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from tests.planner.makers import Maker
@@ -40,24 +40,24 @@ class ThreadExchange:
         return self._shared.corrupt(self.rank, self.gather(data or b"")[0])
 
 
-def feed_all(shared: Shared, ranks: int, maker: Maker):
+def deliver_all(shared: Shared, ranks: int, maker: Maker):
     def one(rank: int):
         service = PlannerService(maker, 0) if rank == 0 else None
-        feed = PlanFeed(ThreadExchange(shared, rank), service)
-        feed.request(PlanRequest(7, (Microbatch(8),), 0.0), 0.0)
+        delivery = PlanDelivery(ThreadExchange(shared, rank), service)
+        delivery.request(PlanRequest(7, (Microbatch(8),), 0.0), 0.0)
         try:
-            return feed.take(7).plan.digest()
+            return delivery.take(7).plan.digest()
         except Exception as error:
             return error
         finally:
-            feed.close()
+            delivery.close()
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(one, range(ranks)))
 
 
 def test_all_ranks_get_the_same_plan():
-    digests = feed_all(Shared(3), 3, Maker())
+    digests = deliver_all(Shared(3), 3, Maker())
     assert len(set(digests)) == 1
     assert len(digests[0]) == 64
 
@@ -69,7 +69,7 @@ def test_a_corrupted_plan_stops_all_ranks_with_one_message():
             return data
         return pickle.dumps((replace(plan, codes=(plan.codes[0][::-1], *plan.codes[1:])), *rest))
 
-    answers = feed_all(Shared(3, corrupt), 3, Maker())
+    answers = deliver_all(Shared(3, corrupt), 3, Maker())
     assert all(isinstance(a, PlanMismatchError) for a in answers)
     assert {str(a) for a in answers} == {str(answers[0])}
     assert "ranks [1]" in str(answers[0])
@@ -81,11 +81,11 @@ class Hopeless(Maker):
 
 
 def test_what_cannot_be_planned_is_told_to_all_ranks():
-    for answer in feed_all(Shared(2), 2, Hopeless()):
+    for answer in deliver_all(Shared(2), 2, Hopeless()):
         assert isinstance(answer, RuntimeError)
         assert "rank 0 lacks 12 bytes" in str(answer)
 
 
 def test_only_rank_0_plans():
     with pytest.raises(ValueError, match="exactly rank 0"):
-        PlanFeed(ThreadExchange(Shared(2), 1), PlannerService(Maker(), 0))
+        PlanDelivery(ThreadExchange(Shared(2), 1), PlannerService(Maker(), 0))

@@ -8,9 +8,10 @@ import struct
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..core import Plan
+from ..core.protocols import Exchange
 from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
 from .request import PlanRequest
@@ -23,25 +24,11 @@ class PlanMismatchError(RuntimeError):
     """Ranks hold different plans for one iteration; running them would hang or mix up tensors."""
 
 
-class Exchange(Protocol):
-    """The two collectives the feed needs, among the ranks of one replica, on the host and bounded in time."""
-
-    rank: int
-
-    def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, to all."""
-        ...
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all."""
-        ...
-
-
 @dataclass(frozen=True)
-class FedPlan:
+class DeliveredPlan:
     """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it.
-    ``statistics``: the service's, when the plan was sent. ``shared``: what rank 0 sent along with it; ``news``: what
-    the ranks of the replica sent along."""
+    ``statistics``: the service's, when the plan was sent. ``shared``: what rank 0 sent along; ``news``: what each rank
+    of the replica did."""
 
     request: int
     plan: Plan
@@ -51,7 +38,7 @@ class FedPlan:
     news: tuple[bytes, ...] = ()
 
 
-class PlanFeed:
+class PlanDelivery:
     """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service, and learns
     from what all ranks measured."""
 
@@ -96,7 +83,7 @@ class PlanFeed:
         """Everyone's bytes, to all: before the first request, or between a ``take`` and the next request."""
         return self._exchange.gather(data)
 
-    def take(self, request: int, news: bytes = b"") -> FedPlan:
+    def take(self, request: int, news: bytes = b"") -> DeliveredPlan:
         """The plan, once all ranks have shown to hold the same; what each has to tell the others travels with it.
         Raises PlanMismatchError on all ranks alike."""
         start = time.perf_counter()
@@ -123,7 +110,7 @@ class PlanFeed:
         self._measured = None
         self._running = (request, plan, self._corrections.pop(request, Corrections()))
         told = tuple(data[:n] for data, n in zip(rest, lengths, strict=True))
-        return FedPlan(request, plan, stall, answer[1], answer[2], told)
+        return DeliveredPlan(request, plan, stall, answer[1], answer[2], told)
 
     def _learn(self, measurements: list[Measurement]) -> None:
         if self._recalibration is None or self._service is None or self._running is None or not measurements:
