@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -72,6 +73,14 @@ class DipSession:
         self._exchange: GlooExchange | None = None
         self._service: Service | None = None
         self._step: DipForwardBackward | None = None
+        self._closing = contextlib.ExitStack()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End threads and processes, and write what is left to write, while the ranks can still talk. Done at the end
+        of the process, unless before."""
+        atexit.unregister(self.close)
+        self._closing.close()
 
     @staticmethod
     def _plan_file(config: DipConfig, ranks: int, replica: str = ".") -> PlanFile | None:
@@ -153,7 +162,7 @@ class DipSession:
             self._service = service = PlannerService(maker, workers, improve_seconds=improve)
             if self._file is not None:
                 self._service = FilePlanner(self._file, graphs.model, program.shapes, service, falls_back=asked)
-            atexit.register(service.close)
+            self._closing.callback(service.close)
 
     def _cluster(self) -> Cluster:
         name = self._config.cluster
@@ -301,7 +310,7 @@ class DipSession:
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
-        atexit.register(self._close, delivery, watchdog, recorder)
+        self._closing.callback(self._close, delivery, watchdog, recorder)
         return DipForwardBackward(
             program, executor, delivery, clock,
             policy=PlanningPolicy(
