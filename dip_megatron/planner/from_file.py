@@ -10,6 +10,7 @@ from ..core import Kind, ModalityModule, Plan, Unit
 from ..core.files import PlanFileError, read_plans
 from ..core.strategies import StrategyError, parse_strategy
 from ..core.verify import PlanError, verify
+from ..describe.cost import Corrections
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
@@ -181,6 +182,10 @@ class FilePlanner:
             raise found
         self.statistics.plans += 1
         return found
+
+    def corrections(self, request: int) -> Corrections | None:
+        """See :class:`planner.service.PlannerService`; those of a plan of the file are not known."""
+        return self.otherwise.corrections(request)
 
     def close(self) -> None:
         """End what plans otherwise."""

@@ -92,6 +92,10 @@ class Service(Protocol):
         """The plan for a submitted request."""
         ...
 
+    def corrections(self, request: int) -> Corrections | None:
+        """Those that the plan just taken was made with, if they aren't the request's; to be asked once."""
+        ...
+
     def close(self) -> None:
         """End all that plans."""
         ...

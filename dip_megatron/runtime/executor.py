@@ -241,8 +241,8 @@ def payload_of(plan: Plan, message: Message) -> Payload:
     gradient = message.channel.gradient
     if gradient:
         source, target = target, source
-    ends = [plan.graph.virtual_microbatch_of(end) for end in (source, target)]
-    payload = plan.payload(*ends, source.rank)
+    start, end = plan.graph.virtual_microbatch_of(source), plan.graph.virtual_microbatch_of(target)
+    payload = plan.payload(start, end, source.rank)
     if payload is None:
         raise PayloadError(f"{message}: the plan doesn't say what it carries")
     return tuple(spec for spec in payload if spec.differentiable) if gradient else payload
