@@ -76,6 +76,15 @@ if TYPE_CHECKING:
     from .runtime.protocol import MicrobatchInputs as MicrobatchInputs
     from .runtime.protocol import StageProgram as StageProgram
     from .runtime.protocol import Tensors as Tensors
+    from .schedulers.common import BaselineError as BaselineError
+    from .schedulers.entry import Found as Found
+    from .schedulers.entry import LeastRecompute as LeastRecompute
+    from .schedulers.entry import MixedChunks as MixedChunks
+    from .schedulers.entry import Problem as Problem
+    from .schedulers.entry import ScheduleEntry as ScheduleEntry
+    from .schedulers.registry import find_schedule as find_schedule
+    from .schedulers.registry import register_schedule as register_schedule
+    from .schedulers.registry import schedule_names as schedule_names
 
 __version__ = "0.1.0"
 __all__ = [*HOMES, "__version__"]

@@ -19,6 +19,7 @@ from ..compat.releases import TESTED, megatron_version, version_numbers
 from ..describe.files import ConfigurationError
 from ..environment import asks
 from .adapters.loop import LoopAdapter, Target, TrainingLoop
+from .adapters.megatron_bridge import MegatronBridge
 from .adapters.megatron_training import MegatronTraining
 from .marks import MARK, ours_inside, owner_of
 from .schedule_hook import HOME, NAME, hook_schedule
@@ -40,7 +41,7 @@ class Hooks:
     def __init__(self) -> None:
         self._sessions: list[DipSession] = []
         self._families: list[ModelFamily] = []
-        self._adapters: list[LoopAdapter] = [MegatronTraining(self)]
+        self._adapters: list[LoopAdapter] = [MegatronTraining(self), MegatronBridge(self)]
         self._placed: list[tuple[ModuleType, str, Callable[..., Any]]] = []
         self._missing: list[str] = []
         self._unfinished: list[ModuleType] = []
@@ -97,6 +98,11 @@ class Hooks:
     def session(self) -> DipSession | None:
         """The run that began last, if any."""
         return self._sessions[-1] if self._sessions else None
+
+    def end(self, session: DipSession) -> None:
+        """A run is over, and its ranks are about to lose each other."""
+        self._sessions.remove(session)
+        session.close()
 
     def tell(self, sentence: str) -> None:
         """Say it once, on the first rank."""
