@@ -13,7 +13,7 @@ from .api import DEPRECATED, HOMES
 from .deprecation import moved
 
 if TYPE_CHECKING:
-    from torch.nn import Module
+    import torch
 
     from .core import ModalityModule as ModalityModule
     from .core import Operation as Operation
@@ -76,6 +76,15 @@ if TYPE_CHECKING:
     from .runtime.protocol import MicrobatchInputs as MicrobatchInputs
     from .runtime.protocol import StageProgram as StageProgram
     from .runtime.protocol import Tensors as Tensors
+    from .schedulers.common import BaselineError as BaselineError
+    from .schedulers.entry import Found as Found
+    from .schedulers.entry import LeastRecompute as LeastRecompute
+    from .schedulers.entry import MixedChunks as MixedChunks
+    from .schedulers.entry import Problem as Problem
+    from .schedulers.entry import ScheduleEntry as ScheduleEntry
+    from .schedulers.registry import find_schedule as find_schedule
+    from .schedulers.registry import register_schedule as register_schedule
+    from .schedulers.registry import schedule_names as schedule_names
 
 __version__ = "0.1.0"
 __all__ = [*HOMES, "__version__"]
@@ -96,8 +105,8 @@ def install(families: Sequence[ModelFamily] = ()) -> None:
 
 
 def build_model(
-    provider: Callable[..., Module], *, micro_batch_size: int, num_microbatches: int, **settings: Any
-) -> list[Module]:
+    provider: Callable[..., torch.nn.Module], *, micro_batch_size: int, num_microbatches: int, **settings: Any
+) -> list[torch.nn.Module]:
     """Build this pipeline rank's chunks of a model for a loop that DIP doesn't know (docs/any-loop.md).
 
     ``provider(pre_process=..., post_process=...)`` builds the model as Megatron's providers do. Wrap each chunk as a

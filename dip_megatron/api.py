@@ -64,6 +64,17 @@ PUBLIC: dict[str, dict[str, str]] = {
         "patchify": "families.t2v.diffusion",
         "draw_by_name": "families.shared.weights",
     },
+    "Add a schedule": {
+        "ScheduleEntry": "schedulers.entry",
+        "Problem": "schedulers.entry",
+        "Found": "schedulers.entry",
+        "LeastRecompute": "schedulers.entry",
+        "MixedChunks": "schedulers.entry",
+        "BaselineError": "schedulers.common",
+        "register_schedule": "schedulers.registry",
+        "find_schedule": "schedulers.registry",
+        "schedule_names": "schedulers.registry",
+    },
     "Plan without training": {
         "load_model": "describe.model",
         "load_cluster": "describe.cost",

@@ -38,6 +38,9 @@ class DipConfig(BaseModel):
 
     schedule: str = Field("off", description="off: Megatron as it was; static: one order for every batch; dynamic: a "
                           "plan for each batch; or any other schedule by its name")  # fmt: skip
+    plan_file: Path | None = Field(None, description="plans to run, written by `dip plan` or by a run with trace_plans "
+                                   "(or that run's trace_dir); a batch that none of them matches is planned under "
+                                   "schedule, or ends the run if that is off")  # fmt: skip
     modules: dict[str, ModuleConfig] = Field(default_factory=dict, description="by module name: vision, language, ...")
     cluster: str = Field("auto", description="cost model's hardware: a name (h100, h800, h20, cpu) or a YAML file; "
                          "auto: by the device")  # fmt: skip
@@ -56,6 +59,8 @@ class DipConfig(BaseModel):
     override: bool = Field(False, description="replace the virtual stages and layouts that a loop's own settings give")
     read_ahead: bool = Field(True, description="let the next iteration's microbatches be read while one trains")
     trace_dir: Path | None = Field(None, description="where to write iterations.jsonl, trace.json and timeline.png")
+    trace_plans: bool = Field(False, description="also write the plans that ran to trace_dir, as plans.jsonl: a run "
+                              "can be repeated from them")  # fmt: skip
     timeout_seconds: PositiveFloat = Field(600.0, description="bound on every wait for another rank")
 
     @field_validator("schedule")
@@ -67,6 +72,11 @@ class DipConfig(BaseModel):
 
             check_name(name)
         return name
+
+    @property
+    def on(self) -> bool:
+        """Whether DIP does anything."""
+        return self.schedule != "off" or self.plan_file is not None
 
     @staticmethod
     def load(path: str | Path | None, overrides: dict[str, Any]) -> DipConfig:
@@ -91,4 +101,4 @@ class DipConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(p) for p in first["loc"])
-            raise ConfigurationError(f"{place}: {where}: {first['msg']}") from error
+            raise ConfigurationError(f"{place}: {where}: {first['msg'].removeprefix('Value error, ')}") from error

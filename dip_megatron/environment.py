@@ -60,9 +60,9 @@ def asks(environ: Mapping[str, str] = os.environ) -> bool:
 
     Raises ConfigurationError.
     """
-    if not any(variable(name) in environ for name in ("schedule", "config")):
+    if not any(variable(name) in environ for name in ("schedule", "plan_file", "config")):
         return False
-    return load_settings({}, environ).config.schedule != "off"
+    return load_settings({}, environ).config.on
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

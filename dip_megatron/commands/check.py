@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from ..core import Plan
+from ..core.action_csv import ActionCsvError, read_actions
 from ..core.files import PlanFileError, read_plans
+from ..core.lower import make_plan
 from ..core.simulate import simulate
+from ..core.simulate.reference import DeadlockError
 from ..core.verify import PlanError, verify
 from .common import fail, json_option, print_json
 
@@ -20,17 +24,18 @@ TOLERANCE = 1e-9
 @json_option
 @click.pass_context
 def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
-    """Verify every plan of PLANS (JSON lines): exit 1 and name the first fault, 2 if the file is malformed."""
+    """Verify every plan of PLANS (JSON lines, or a CSV of actions as torch.distributed.pipelining reads it): exit 1
+    and name the first fault, 2 if the file is malformed."""
     count, fault = 0, None
     try:
-        for count, plan in enumerate(read_plans(plans), start=1):
+        for count, plan in enumerate(_plans(plans), start=1):
             try:
                 verify(plan)
                 check_prediction(plan)
             except ValueError as error:
                 fault = f"{plans}: plan {count}: {' '.join(str(error).split())}"
                 break
-    except PlanFileError as error:
+    except (PlanFileError, ActionCsvError) as error:
         fail(str(error))
     if as_json:
         print_json({"plans": count, "ok": fault is None, "fault": fault})
@@ -40,6 +45,18 @@ def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
         click.echo(f"{plans}: {count} plan{'s' * (count > 1)}, no fault")
     if fault is not None:
         ctx.exit(1)
+
+
+def _plans(path: Path) -> Iterator[Plan]:
+    """The plans of a file; of a CSV the one order, with stages of equal length."""
+    if path.suffix != ".csv":
+        yield from read_plans(path)
+        return
+    graph, schedule = read_actions(path)
+    try:
+        yield make_plan(graph, schedule, lower_bound=0.0, name="csv")
+    except DeadlockError as error:
+        raise ActionCsvError(f"{path}: {error}") from error
 
 
 def check_prediction(plan: Plan) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from ..core.action_csv import ActionCsvError, format_actions, parse_actions
 from ..core.files import write_plans
 from ..core.verify import verify
 from ..planner.facade import Effort, make_planner
 from ..report.schedules import entry, plan_table
-from ..schedulers.registry import check_name, schedule_names
+from ..schedulers import LeastRecompute, find_schedule, schedule_names
 from .common import (
     fail,
     json_option,
@@ -33,26 +34,54 @@ from .common import (
 @click.option("--evaluations", type=click.IntRange(min=1), help="Schedules tried an iteration, instead of a budget.")
 @click.option("--deterministic", is_flag=True, help="Depend on --seed and --evaluations alone.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the plans (JSON lines).")
+@click.option(
+    "--orders",
+    type=click.Path(path_type=Path),
+    help="Take the order from a CSV of actions, as torch.distributed.pipelining reads it, on the chunks of --schedule.",
+)
+@click.option(
+    "--csv",
+    "csv_out",
+    type=click.Path(path_type=Path),
+    help="Write the orders as such a CSV (NAME-1.csv, ... for further batches).",
+)
 @json_option
 @one_line_errors
 def plan(
     schedule: str, budget: float, workers: int | None, seed: int, partition: Path | None, partition_budget: float,
-    evaluations: int | None, deterministic: bool, out: Path | None, as_json: bool, **values: Any,
+    evaluations: int | None, deterministic: bool, out: Path | None, orders: Path | None, csv_out: Path | None,
+    as_json: bool, **values: Any,
 ) -> None:  # fmt: skip
-    """Plan every batch of a workload, verify the plans, and write them to a file."""
+    """Plan every batch of a workload, verify the plans, and write them to a file.
+
+    A CSV of actions says orders of whole microbatches through one chain of stages; not durations, payloads or memory
+    strategies (an order that is read gets the least recompute that fits).
+    """
     if deterministic and evaluations is None:
         fail("--deterministic needs --evaluations: a time limit would not repeat")
-    check_name(schedule)
+    chosen = find_schedule(schedule)
+    text = None if orders is None else orders.read_text(encoding="utf-8")
     setting = setting_of(values)
     effort = Effort(budget, worker_count(workers), seed, evaluations, deterministic)
     given = partition_of(partition, setting)
-    found, plans = [], []
+    found, plans, csvs = [], [], []
     with progress_bar(f"planning {setting.model.name}", None, as_json) as advance:
         planner = make_planner(
-            schedule, setting, effort, given, partition_seconds=partition_budget, progress=lambda: advance(None)
+            chosen,
+            setting,
+            effort,
+            given,
+            partition_seconds=partition_budget,
+            progress=lambda: advance(None),
+            find=None if text is None else LeastRecompute(lambda problem: [parse_actions(text, problem.graph)]),
         )
         for number, batch in enumerate(setting.batches):
-            planned = planner(batch.microbatches)
+            try:
+                planned = planner(batch.microbatches)
+                if csv_out is not None:
+                    csvs.append(format_actions(planned.graph, planned.schedule))
+            except ActionCsvError as error:
+                fail(f"iteration {number}: {orders or csv_out}: {error}")
             if not planned.fits:
                 over = max(p - float(m) for p, m in zip(planned.peak_bytes, planned.graph.memory_limit, strict=True))
                 fail(f"iteration {number}: {schedule} does not fit, {over:.0f} bytes over a rank's limit even with the "
@@ -64,6 +93,10 @@ def plan(
             advance(f"iteration {number}: {planned.iteration_time:.3f} s")
     if out is not None:
         write_plans(out, plans)
+    for number, lines in enumerate(csvs):
+        assert csv_out is not None
+        path = csv_out if number == 0 else csv_out.with_name(f"{csv_out.stem}-{number}{csv_out.suffix}")
+        path.write_text(lines, encoding="utf-8")
     if as_json:
         data = [entry(p) | {"evaluations": p.statistics.evaluations} for p in found]
         print_json({"schedule": schedule, "iterations": data, "out": str(out) if out else None})

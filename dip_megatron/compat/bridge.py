@@ -6,6 +6,20 @@ from typing import Any
 
 from .names import Name, Topic
 
+HOOKS = Topic(
+    "hooks in Megatron-Bridge's loop",
+    "megatron-bridge",
+    "0.6.2",
+    "Megatron-Bridge's pretrain() and finetune() can't run under DIP",
+    (
+        Name("megatron.bridge.training.pretrain:setup", ("state",)),
+        Name("megatron.bridge.training.pretrain:_finish_train"),
+        Name("megatron.bridge.training.setup:_update_model_config_funcs", ("model", "model_config")),
+        Name("megatron.bridge.models.model_provider:_create_model", ("model_provider",)),
+        Name("megatron.bridge.training.train:make_data_iterator_list", ("model", "data_iterator")),
+        Name("megatron.bridge.training.eval:make_data_iterator_list", ("model", "data_iterator")),
+    ),
+)
 _VISION = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 TOPIC = Topic(
     "Qwen2.5-VL in segments",

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, Literal
 
 Package = Literal["megatron-core", "megatron.training", "transformer-engine", "megatron-bridge", "torch"]
@@ -66,6 +66,11 @@ def find(path: str) -> Any:
     for attribute in filter(None, attributes.split(".")):
         found = getattr(found, attribute)
     return found
+
+
+def being_imported(module: ModuleType) -> bool:
+    """Whether a module is in ``sys.modules`` and not yet through: importlib tells it in no public way."""
+    return bool(getattr(module.__spec__, "_initializing", False))
 
 
 def in_releases(name: Name, version: str) -> bool:

@@ -102,13 +102,13 @@ def format_plan(plan: Plan) -> str:
         "static_bytes": graph.static_bytes.tolist(),
         "payloads": [
             {
-                "source": source, "target": target,
+                **dict(zip(("source", "target", "rank"), key, strict=False)),
                 "tensors": [
                     {"name": t.name, "shape": t.shape, "dtype": t.dtype, "differentiable": t.differentiable}
-                    for t in plan.payloads[source, target]
+                    for t in plan.payloads[key]
                 ],
             }
-            for source, target in sorted(plan.payloads)
+            for key in sorted(plan.payloads)
         ],
         "actions": [[str(action) for action in line] for line in plan.actions],
         "predicted": {
@@ -319,10 +319,10 @@ def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Sta
     return replace(graph, strategies=strategies)
 
 
-def _payloads(record: PlanRecord) -> dict[tuple[int, int], Payload]:
-    payloads: dict[tuple[int, int], Payload] = {}
+def _payloads(record: PlanRecord) -> dict[tuple[int, ...], Payload]:
+    payloads: dict[tuple[int, ...], Payload] = {}
     for i, payload in enumerate(record.payloads):
-        pair = (payload.source, payload.target)
+        pair = (payload.source, payload.target, *(() if payload.rank is None else (payload.rank,)))
         if pair in payloads:
             raise PlanFileError(f"payloads[{i}]: {pair[0]} to {pair[1]} comes twice")
         payloads[pair] = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype, t.differentiable) for t in payload.tensors)

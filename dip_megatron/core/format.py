@@ -77,10 +77,12 @@ class TensorRecord(Strict):
 
 
 class PayloadRecord(Strict):
-    """What travels from virtual microbatch ``source`` to ``target`` (equal: between the ranks of one)."""
+    """What travels from virtual microbatch ``source`` to ``target`` (equal: between the ranks of one); with ``rank``,
+    from that rank's stage alone."""
 
     source: Count
     target: Count
+    rank: Annotated[Count | None, Field(description="the rank that sends, where ranks send different things")] = None
     tensors: list[TensorRecord]
 
 

@@ -65,7 +65,7 @@ def make_plan(
     *,
     lower_bound: float,
     name: str = "dip",
-    payloads: Mapping[tuple[int, int], Payload] | None = None,
+    payloads: Mapping[tuple[int, ...], Payload] | None = None,
     search: SearchStatistics | None = None,
 ) -> Plan:
     """Project the graph on the chosen strategies, simulate, lower. Raises DeadlockError if the orders can't end."""

@@ -60,7 +60,8 @@ class Plan:
     ``graph`` has one candidate per stage (the chosen memory strategy). ``codes[rank]`` are the rank's actions as
     numbers (:mod:`.codes`), ``actions[rank]`` the same as objects. ``payloads[(s, t)]`` says what travels from
     the last stage of virtual microbatch s to the first of t; ``payloads[(s, s)]`` what travels between the ranks of s.
-    Planning without a model to run leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``.
+    A third number names the rank whose stage sends, where what they send differs. Planning without a model to run
+    leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``.
     """
 
     graph: StageGraph
@@ -68,13 +69,18 @@ class Plan:
     codes: tuple[Ints, ...]
     predicted: Predicted
     name: str = "dip"
-    payloads: Mapping[tuple[int, int], Payload] = field(default_factory=dict)
+    payloads: Mapping[tuple[int, ...], Payload] = field(default_factory=dict)
     search: SearchStatistics = SearchStatistics()
 
     @cached_property
     def actions(self) -> RankActions:
         """What each rank does, in order."""
         return RankActions(self.graph, self.codes)
+
+    def payload(self, source: int, target: int, rank: int) -> Payload | None:
+        """What the forward of row ``source`` on ``rank`` sends to row ``target`` (equal: to the next rank); None if the
+        plan doesn't say."""
+        return self.payloads.get((source, target, rank), self.payloads.get((source, target)))
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "actions"}

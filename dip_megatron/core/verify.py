@@ -42,10 +42,10 @@ def verify(plan: Plan) -> None:
         )
     if plan.payloads:
         for s in range(graph.virtual_microbatches):
-            pairs = ([(s, s)] if graph.ranks > 1 else []) + [(s, n) for n in graph.next_virtual_microbatches[s]]
-            for pair in pairs:
-                if pair not in plan.payloads:
-                    raise PlanError(f"no payload for virtual microbatch {pair[0]} to {pair[1]}")
+            inner = [(s, r) for r in range(graph.ranks) if r != graph.exit_rank(s)]
+            for target, rank in inner + [(n, graph.exit_rank(s)) for n in graph.next_virtual_microbatches[s]]:
+                if plan.payload(s, target, rank) is None:
+                    raise PlanError(f"no payload for virtual microbatch {s} to {target}")
 
 
 def _padded(graph: StageGraph, lines: tuple[Ints, ...]) -> tuple[Ints, Ints]:

@@ -33,7 +33,8 @@ def places() -> Iterator[Check]:
 def _applies(topic: Topic) -> bool:
     if topic.package == "megatron.training":
         return has_training_loop()
-    return topic.package != "transformer-engine" or importable("transformer_engine")
+    optional = {"transformer-engine": "transformer_engine", "megatron-bridge": "megatron.bridge"}
+    return topic.package not in optional or importable(optional[topic.package])
 
 
 def _of(topic: Topic, file: str) -> Check:

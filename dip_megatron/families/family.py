@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from ..describe.cost import LayerRun
 from ..describe.model import MultimodalModel, Parallel
 from ..runtime.protocol import StageProgram
 
@@ -33,11 +34,22 @@ class MakeProgram(Protocol):
     def __call__(self, blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> StageProgram: ...
 
 
+class MakeMixedProgram(Protocol):
+    """Makes the stage program of one rank's stages that mix modules; ``stages`` in the order in which a microbatch
+    passes them, segment k from the last rank to the first where ``reversed_segments[k]``."""
+
+    def __call__(
+        self, blueprint: Blueprint, stages: Sequence[Sequence[LayerRun]], *, rank: int, ranks: int,
+        reversed_segments: Sequence[bool], micro_batch_size: int,
+    ) -> StageProgram: ...  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """``model_class`` is what scripts construct. ``describe`` gives the planner's view of a blueprint, ``program`` its
     stages; both raise ValueError for what can't be segmented. ``workload`` names the mix (``configs/workloads``) by
-    which the partitioner judges before the first batch is read."""
+    which the partitioner judges before the first batch is read. ``mixed_program`` None: its chunks can't mix modules,
+    as Megatron's own schedules and zero bubble need them of a model of several."""
 
     name: str
     model_class: type[torch.nn.Module]
@@ -45,3 +57,4 @@ class ModelFamily:
     program: MakeProgram
     workload: str
     recorded_methods: tuple[str, ...] = ()
+    mixed_program: MakeMixedProgram | None = None

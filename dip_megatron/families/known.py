@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 
+from ..describe.cost import LayerRun
 from ..describe.model import MultimodalModel, Parallel
 from .describe import describe_gpt, describe_llava, describe_t2v
 from .family import Blueprint, Layers, ModelFamily
 from .gpt.program import GptProgram
+from .llava.mixed import MixedLlavaProgram
 from .llava.program import LlavaProgram
 from .t2v.program import T2vProgram, TextToVideoModel
 
@@ -16,7 +20,7 @@ from .t2v.program import T2vProgram, TextToVideoModel
 def known_families() -> tuple[ModelFamily, ...]:
     """Families whose classes are looked for in every script."""
     return (
-        ModelFamily("llava", LLaVAModel, _describe_llava, _llava_program, "vlm-documents", ("freeze",)),
+        ModelFamily("llava", LLaVAModel, _describe_llava, _llava_program, "vlm-documents", ("freeze",), _mixed_llava),
         ModelFamily("gpt", GPTModel, _describe_gpt, _gpt_program, "text-packed"),
         ModelFamily("t2v", TextToVideoModel, _describe_t2v, _t2v_program, "t2v-mix", ("freeze",)),
     )
@@ -30,6 +34,16 @@ def _llava_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_bat
     return LlavaProgram(
         blueprint.kwargs, layers, rank=rank, micro_batch_size=micro_batch_size, freeze=blueprint.calls.get("freeze")
     )
+
+
+def _mixed_llava(
+    blueprint: Blueprint, stages: Sequence[Sequence[LayerRun]], *, rank: int, ranks: int,
+    reversed_segments: Sequence[bool], micro_batch_size: int,
+) -> MixedLlavaProgram:  # fmt: skip
+    return MixedLlavaProgram(
+        blueprint.kwargs, stages, rank=rank, ranks=ranks, reversed_segments=reversed_segments,
+        micro_batch_size=micro_batch_size, freeze=blueprint.calls.get("freeze"),
+    )  # fmt: skip
 
 
 def _describe_gpt(blueprint: Blueprint, parallel: Parallel) -> MultimodalModel:

@@ -14,9 +14,13 @@ from ..environment import load_settings
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group ``dip``; everything else is set in the YAML file."""
     group = parser.add_argument_group("dip", "dynamic, modality-aware pipeline schedules (dip_megatron)")
-    group.add_argument("--dip-schedule", choices=["off", "static", "dynamic"], default=None,
+    group.add_argument("--dip-schedule", metavar="NAME", default=None,
                        help="off (default): Megatron's own schedule; static: one order of modality segments for every "
-                       "batch; dynamic: a plan for each batch")  # fmt: skip
+                       "batch; dynamic: a plan for each batch; or any other schedule that `dip compare` knows, by its "
+                       "name")  # fmt: skip
+    group.add_argument("--dip-plan-file", type=Path, default=None,
+                       help="run the plans of this file; batches that match none are planned under --dip-schedule, or "
+                       "end the run")  # fmt: skip
     group.add_argument("--dip-config", type=Path, default=None, help="YAML file; flags override it")
     group.add_argument("--dip-planner-workers", type=int, default=None, help="searching threads per replica (1)")
     group.add_argument("--dip-search-budget", type=float, default=None,
@@ -26,13 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="let DIP's partition replace virtual stages and layouts that other flags give")  # fmt: skip
     group.add_argument("--dip-trace-dir", type=Path, default=None,
                        help="write iterations.jsonl; trace.json and timeline.png of the last iteration")  # fmt: skip
+    group.add_argument("--dip-trace-plans", action="store_true", default=None,
+                       help="write the plans that ran there, too, as plans.jsonl")  # fmt: skip
     return parser
 
 
 def run_config(args: argparse.Namespace) -> DipConfig:
     """The run's configuration, from flags, environment, file and defaults. Raises ConfigurationError."""
-    flags = ("config", "schedule", "planner_workers", "search_budget", "memory_limit", "trace_dir", "override")
-    return load_settings({name: getattr(args, f"dip_{name}") for name in flags}).config
+    flags = (
+        "config", "schedule", "plan_file", "planner_workers", "search_budget", "memory_limit", "trace_dir",
+        "trace_plans", "override",
+    )  # fmt: skip
+    return load_settings({name: getattr(args, f"dip_{name}", None) for name in flags}).config
 
 
 _WITH_OFF = "or use --dip-schedule off"
@@ -43,11 +52,14 @@ def check_arguments(args: Any) -> None:
 
     def refuse(condition: Any, flag: str, reason: str, way_out: str) -> None:
         if condition:
-            raise ConfigurationError(f"--dip-schedule {config.schedule} and {flag}: {reason}; {way_out}")
+            raise ConfigurationError(f"{asked} and {flag}: {reason}; {way_out}")
 
     config = run_config(args)
-    if config.schedule == "off":
+    if not config.on:
         return
+    asked = f"--dip-schedule {config.schedule}" if config.schedule != "off" else "--dip-plan-file"
+    if config.trace_plans and config.trace_dir is None:
+        raise ConfigurationError("--dip-trace-plans needs --dip-trace-dir, which says where to")
     refuse(
         args.pipeline_model_parallel_size < 2, f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
         "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",

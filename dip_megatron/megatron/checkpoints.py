@@ -8,14 +8,16 @@ same chunks could read is refused before anything is built.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from ..compat.checkpointing import fully_reshardable, read_head
+from ..describe.cost import LayerRun
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
+from ..schedulers.static import StaticChoice
 
 _RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 
@@ -24,9 +26,9 @@ _RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 class Checkpoint:
     """What is known of the checkpoint at ``path`` before a model is built from it.
 
-    ``partition`` is the one it was written under, None if that was not DIP's. ``resumes``: the run goes on with its
-    optimizer. ``bound``: optimizer state is stored by place in the buffers of the chunks that wrote it. ``by_place``:
-    so are the weights (``--ckpt-format torch``).
+    ``partition`` is the one it was written under, or ``stages`` the mixed chunks; both None if they were not DIP's.
+    ``resumes``: the run goes on with its optimizer. ``bound``: optimizer state is stored by place in the buffers of the
+    chunks that wrote it. ``by_place``: so are the weights (``--ckpt-format torch``).
     """
 
     path: str
@@ -34,6 +36,15 @@ class Checkpoint:
     resumes: bool
     bound: bool
     by_place: bool = False
+    stages: StaticChoice | None = None
+
+    def stages_for(self, schedule: str, model: MultimodalModel) -> StaticChoice | None:
+        """The mixed chunks to go on with under the same schedule; None if there are none, or not for this many
+        ranks."""
+        stages = self.stages
+        if stages is None or not self.resumes or stages.name != schedule:
+            return None
+        return stages if len(stages.stages) == stages.segments * model.parallel.pp else None
 
     def partition_for(self, model: MultimodalModel) -> Partition | None:
         """The partition to go on with; None if there is none, or it doesn't cut ``model`` over this many ranks."""
@@ -45,31 +56,32 @@ class Checkpoint:
             return None
         return self.partition
 
-    def compare(self, partition: Partition) -> str | None:
-        """What the chosen partition means for loading, in a sentence; None if there is nothing to say.
+    def compare(self, chunks: Partition | StaticChoice) -> str | None:
+        """What the chosen chunks mean for loading, in a sentence; None if there is nothing to say.
 
         Raises ConfigurationError if weights or the optimizer's state can't be loaded into other chunks.
         """
-        if self.partition is not None and _layers(self.partition) == _layers(partition):
+        before = self.partition or self.stages
+        if before is not None and _layers(before) == _layers(chunks):
             return None
         if not (self.resumes or self.by_place):
             return None
-        written = "without DIP" if self.partition is None else f"with {_in_words(self.partition)}"
+        written = "without DIP" if before is None else f"with {_in_words(before)}"
         if self.by_place:
             raise ConfigurationError(
-                f"the checkpoint in {self.path} was written {written}, this run has {_in_words(partition)}, and files "
+                f"the checkpoint in {self.path} was written {written}, this run has {_in_words(chunks)}, and files "
                 "of --ckpt-format torch hold layers by their place on a rank; save it with --ckpt-format torch_dist "
                 "first, or give the same layers in --dip-config, or use --dip-schedule off"
             )
         if self.bound:
             raise ConfigurationError(
-                f"the checkpoint in {self.path} was written {written}, this run has {_in_words(partition)}, and its "
+                f"the checkpoint in {self.path} was written {written}, this run has {_in_words(chunks)}, and its "
                 f"distributed optimizer's state can only be loaded into the chunks that wrote it; write it with "
                 f"{_RESHARDABLE}, or give the same layers in --dip-config, or use --no-load-optim"
             )
-        if self.partition is None:
+        if before is None:
             return None
-        return f"the checkpoint in {self.path} was written {written}; this run has {_in_words(partition)}"
+        return f"the checkpoint in {self.path} was written {written}; this run has {_in_words(chunks)}"
 
 
 def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
@@ -109,14 +121,22 @@ def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
         and sharding is not None
         and not fully_reshardable(sharding),
         by_place=by_place,
+        stages=_recorded_stages(getattr(saved, "dip_stages", None)),
     )
 
 
-def record(args: Any, partition: Partition) -> None:
-    """Have every checkpoint of the run carry its partition, as plain data: Megatron saves ``args``."""
-    args.dip_partition = {
-        m.module: {"layers": [list(line) for line in m.layers], "unit_size": m.unit_size} for m in partition.modules
-    }
+def record(args: Any, chunks: Partition | StaticChoice) -> None:
+    """Have every checkpoint of the run carry its chunks, as plain data: Megatron saves ``args``."""
+    args.dip_partition = args.dip_stages = None
+    if isinstance(chunks, Partition):
+        args.dip_partition = {
+            m.module: {"layers": [list(line) for line in m.layers], "unit_size": m.unit_size} for m in chunks.modules
+        }
+        return
+    args.dip_stages = {
+        "name": chunks.name, "segments": chunks.segments, "turned": chunks.turned, "group": chunks.group,
+        "stages": [[asdict(run) for run in stage] for stage in chunks.stages],
+    }  # fmt: skip
 
 
 def warn_of_bound_state(args: Any) -> str | None:
@@ -183,9 +203,22 @@ def _recorded(entry: Mapping[str, Any] | None) -> Partition | None:
     )
 
 
-def _layers(partition: Partition) -> dict[str, tuple[tuple[int, ...], ...]]:
-    return {m.module: m.layers for m in partition.modules}
+def _recorded_stages(entry: Mapping[str, Any] | None) -> StaticChoice | None:
+    if not entry:
+        return None
+    stages = tuple(tuple(LayerRun(**run) for run in stage) for stage in entry["stages"])
+    return StaticChoice(entry["name"], stages, entry["segments"], entry["turned"], entry["group"])
 
 
-def _in_words(partition: Partition) -> str:
+def _layers(chunks: Partition | StaticChoice) -> object:
+    """Equal where the chunks are."""
+    if isinstance(chunks, Partition):
+        return {m.module: m.layers for m in chunks.modules}
+    return chunks.stages, chunks.turned
+
+
+def _in_words(chunks: Partition | StaticChoice) -> str:
+    if isinstance(chunks, StaticChoice):
+        return chunks.explain()
+    partition = chunks
     return ", ".join(f"{m.module} layers {[list(line) for line in m.layers]}" for m in partition.modules)

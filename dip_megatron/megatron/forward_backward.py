@@ -70,12 +70,14 @@ class DipForwardBackward:
         watchdog: Watchdog | None = None,
         on_iteration: IterationConsumer | None = None,
         tensor_parallel: Exchange | None = None,
+        pipeline: Exchange | None = None,
         everyone: Exchange | None = None,
         on_training: TrainingConsumer | None = None,
     ):
         """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
         calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
-        they are several; ``everyone`` and ``on_training`` see :class:`TrainingAgreement`."""
+        they are several; ``pipeline`` among the pipeline's, which hand over losses that the last one doesn't compute;
+        ``everyone`` and ``on_training`` see :class:`TrainingAgreement`."""
         self._program = program
         self._executor = executor
         self._delivery = delivery
@@ -87,6 +89,7 @@ class DipForwardBackward:
         self._number = iteration or (lambda: self._trained)
         self._requests = 0
         self._tensor_parallel = tensor_parallel
+        self._pipeline = pipeline
         # By iterator and by forward_only: ranks without data have None for the iterators of training and evaluation.
         self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
         self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
@@ -170,8 +173,11 @@ class DipForwardBackward:
             self._program, self._executor, delivered.plan, chunks, microbatches, forward_step_func,
             forward_only=forward_only, collect_non_loss_data=collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
+            loss_rank=getattr(self._program, "loss_rank", None),
         )  # fmt: skip
         iteration.run(number, following, weights_changed=not forward_only or bool(first_val_step))
+        if self._pipeline is not None:
+            iteration.hand_over(self._pipeline.gather)
         spans = self._clock.spans()
         self._ended = None if forward_only else time.perf_counter()
         seconds = max((span.end for span in spans), default=0.0)

@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..compat.names import being_imported
 from ..compat.releases import TESTED, megatron_version, version_numbers
 from ..describe.files import ConfigurationError
 from ..environment import asks
 from .adapters.loop import LoopAdapter, Target, TrainingLoop
+from .adapters.megatron_bridge import MegatronBridge
 from .adapters.megatron_training import MegatronTraining
 from .marks import MARK, ours_inside, owner_of
 from .schedule_hook import HOME, NAME, hook_schedule
@@ -39,7 +41,7 @@ class Hooks:
     def __init__(self) -> None:
         self._sessions: list[DipSession] = []
         self._families: list[ModelFamily] = []
-        self._adapters: list[LoopAdapter] = [MegatronTraining(self)]
+        self._adapters: list[LoopAdapter] = [MegatronTraining(self), MegatronBridge(self)]
         self._placed: list[tuple[ModuleType, str, Callable[..., Any]]] = []
         self._missing: list[str] = []
         self._unfinished: list[ModuleType] = []
@@ -97,6 +99,11 @@ class Hooks:
         """The run that began last, if any."""
         return self._sessions[-1] if self._sessions else None
 
+    def end(self, session: DipSession) -> None:
+        """A run is over, and its ranks are about to lose each other."""
+        self._sessions.remove(session)
+        session.close()
+
     def tell(self, sentence: str) -> None:
         """Say it once, on the first rank."""
         if sentence not in self._told and os.environ.get("RANK", "0") == "0":
@@ -108,7 +115,7 @@ class Hooks:
         ModuleWatch(self._wanted, self._hook).install()
         self._installing = True
         for module in [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and self._wanted(name)]:
-            if getattr(module.__spec__, "_initializing", False):
+            if being_imported(module):
                 self._unfinished.append(module)  # it is being imported, and has called us meanwhile
             else:
                 self._hook(module)
@@ -139,7 +146,7 @@ class Hooks:
 
     def _finish(self) -> None:
         """Hook the modules that were being imported when the hooks were installed, and are there now."""
-        done = [m for m in self._unfinished if not getattr(m.__spec__, "_initializing", False)]
+        done = [m for m in self._unfinished if not being_imported(m)]
         self._unfinished = [m for m in self._unfinished if m not in done]
         for module in done:
             self._hook(module)

@@ -5,6 +5,7 @@ Whoever executes plans comes here: the training loop, Megatron's own orders on c
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,18 +54,35 @@ class Iteration:
             for row in range(graph.virtual_microbatches):
                 if graph.has_weight[row, rank]:
                     remaining[graph.units[int(graph.unit_of[row])].module, graph.segment(row)] += 1
+        self._loss_rank = graph.ranks - 1 if loss_rank is None else loss_rank
+        self._handed: list[Any] | None = None
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
         self._sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
         self._stages = ModelStages(
-            program, chunks, self._step, state, last_rank=graph.ranks - 1 if loss_rank is None else loss_rank,
+            program, chunks, self._step, state, last_rank=self._loss_rank,
             look_ahead=StageLookAhead.of(plan, rank), on_chunk_done=self._sync.chunk_done,
         )  # fmt: skip
 
     @property
     def losses(self) -> list[Any]:
-        """What the loss functions reported, in the order of microbatches; empty but on the loss's rank."""
-        return self._step.forward_data_store
+        """What the loss functions reported, in the order of microbatches; empty but on the loss's rank, and on the last
+        one after :meth:`hand_over`."""
+        return self._step.forward_data_store if self._handed is None else self._handed
+
+    def hand_over(self, gather: Callable[[bytes], list[bytes]]) -> None:
+        """Bring losses and the number of tokens to the pipeline's last rank, where Megatron looks for them, if the
+        loss is computed on another one. ``gather`` is among the pipeline's ranks, which all call it."""
+        rank, last = self._executor.position.rank, self._plan.graph.ranks - 1
+        if self._loss_rank == last:
+            return
+        mine = b""
+        if rank == self._loss_rank:
+            mine = pickle.dumps(_moved((self.losses, self._step.total_num_tokens), torch.device("cpu")))
+        found = gather(mine)[self._loss_rank]
+        if rank == last:
+            device = next(p for chunk in self._chunks for p in chunk.parameters()).device
+            self._handed, self._step.total_num_tokens = _moved(pickle.loads(found), device)
 
     def run(self, number: int = 0, meanwhile: Iterator[None] | None = None, *, weights_changed: bool = True) -> None:
         """Execute the plan. ``number`` is the loop's, for messages; ``meanwhile`` see :meth:`Executor.run`; with
@@ -103,3 +121,14 @@ class Iteration:
             ordered, tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
             **({"force_all_reduce": True} if force_all_reduce else {}),
         )  # fmt: skip
+
+
+def _moved(data: Any, device: torch.device) -> Any:
+    """Lists, tuples and dicts of tensors, on another device."""
+    if isinstance(data, torch.Tensor):
+        return data.detach().to(device)
+    if isinstance(data, dict):
+        return {name: _moved(value, device) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(_moved(value, device) for value in data)
+    return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -21,9 +22,13 @@ from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.delivery import PlanDelivery
 from ..planner.facade import Setting, live_maker, searched_partition
-from ..planner.live import ModelGraphs
+from ..planner.from_file import FilePlanner, PlanFile
+from ..planner.live import Chunks, ModelGraphs
+from ..planner.request import Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
+from ..report.plans import NAME as PLANS
+from ..report.plans import PlanWriter
 from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
@@ -31,13 +36,15 @@ from ..runtime.executor import Executor
 from ..runtime.protocol import StageProgram
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
-from ..schedulers.registry import find_schedule
+from ..schedulers.entry import ScheduleEntry
+from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, configured_partition, record_blueprint
 from .call import check_call
 from .checkpoints import Checkpoint
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
+from .mixed import check_entry, configured_choice, make_program, tuned_choice
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +62,8 @@ class DipSession:
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
         self._loop = loop
         self._config = config
-        self._entry = find_schedule(config.schedule)
+        self._file = self._plan_file(config, loop.parallel.pp)
+        self._entry = self._schedule()
         self._families = families
         self._tell = tell
         self._own: dict[int, torch.nn.Module] = {}
@@ -63,8 +71,31 @@ class DipSession:
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
-        self._service: PlannerService | None = None
+        self._service: Service | None = None
         self._step: DipForwardBackward | None = None
+        self._closing = contextlib.ExitStack()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End threads and processes, and write what is left to write, while the ranks can still talk. Done at the end
+        of the process, unless before."""
+        atexit.unregister(self.close)
+        self._closing.close()
+
+    @staticmethod
+    def _plan_file(config: DipConfig, ranks: int, replica: str = ".") -> PlanFile | None:
+        """The plans to run; of a folder of traces, those of one replica."""
+        path = config.plan_file
+        return None if path is None else PlanFile.read(path / replica / PLANS if path.is_dir() else path, ranks)
+
+    def _schedule(self) -> ScheduleEntry:
+        """The schedule that is asked for; without one, the one that made the plans of the file, if it is known."""
+        if self._config.schedule != "off" or self._file is None:
+            return find_schedule(self._config.schedule)
+        try:
+            return find_schedule(self._file.plans[0].name)
+        except UnknownScheduleError:  # the greedy's, or a person's own
+            return find_schedule("dynamic")
 
     # -- model ---------------------------------------------------------------------------------------------------
     def segmented(self, provider: Callable[..., Any]) -> Callable[..., ChunkList]:
@@ -76,26 +107,29 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
+            if self._file is not None and self._file.path.parent == self._config.plan_file:
+                self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
             model = family.describe(blueprint, loop.parallel)
+            check_entry(self._entry, model, family, loop.num_microbatches)
             cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
             checkpoint = loop.checkpoint()
-            partition = self._partition(model, cluster, costs, family.workload, checkpoint)
-            for sentence in (loop.record(partition), checkpoint and checkpoint.compare(partition)):
+            held = self._chunks(model, cluster, costs, family.workload, checkpoint)
+            for sentence in (loop.record(held), checkpoint and checkpoint.compare(held)):
                 if sentence:
                     _tell(sentence)
             self._graphs = ModelGraphs(
                 model,
                 cluster,
-                partition,
+                held,
                 costs,
                 self._config.memory_limit,
                 self._config.recompute,
                 self._config.offload,
             )
-            self._program = family.program(
-                blueprint, {m.module: m.layers for m in partition.modules},
-                rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=loop.micro_batch_size,
-            )  # fmt: skip
+            rank = parallel_state.get_pipeline_model_parallel_rank()
+            self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=loop.micro_batch_size)
+            if self._file is not None:
+                self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
@@ -117,12 +151,18 @@ class DipSession:
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
             effort = live_effort(config, planners_here, thrifty=not torch.cuda.is_available())
-            maker = live_maker(config.schedule, graphs, program.shapes, effort, label=config.schedule)
+            asked = config.schedule != "off"
+            label = config.schedule if asked else self._entry.name
+            maker = live_maker(self._entry, graphs, program.shapes, effort, label=label)
             # One worker process, whose threads search together: only one iteration is planned ahead.
-            workers = min(config.planner_workers, 1) if self._entry.ahead else 0
+            workers = min(config.planner_workers, 1) if asked and self._entry.ahead else 0
             improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
-            self._service = PlannerService(maker, workers, improve_seconds=0.0 if self._reads_ahead() else improve)
-            atexit.register(self._service.close)
+            if self._reads_ahead() or config.search_evaluations is not None:
+                improve = 0.0
+            self._service = service = PlannerService(maker, workers, improve_seconds=improve)
+            if self._file is not None:
+                self._service = FilePlanner(self._file, graphs.model, program.shapes, service, falls_back=asked)
+            self._closing.callback(service.close)
 
     def _cluster(self) -> Cluster:
         name = self._config.cluster
@@ -130,22 +170,31 @@ class DipSession:
             name = "h100" if torch.cuda.is_available() else "cpu"
         return load_cluster(name)
 
-    def _partition(
+    def _chunks(
         self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str,
         checkpoint: Checkpoint | None,
-    ) -> Partition:  # fmt: skip
-        """As configured, or that of the checkpoint to go on from, or the partitioner's choice: made on one rank,
-        because a search may be timed."""
-        chosen = configured_partition(model, self._config)
-        if chosen is not None:
-            return chosen
-        chosen = self._given_partition(model)
-        if chosen is not None:
-            return chosen
-        chosen = None if checkpoint is None else checkpoint.partition_for(model)
-        if chosen is not None:
-            _tell(f"going on with the checkpoint's partition:\n{chosen.explain()}")
-            return chosen
+    ) -> Chunks:  # fmt: skip
+        """As configured, or those of the plan file, or of the checkpoint to go on from, or chosen for the schedule."""
+        mixed = self._entry.mixed is not None
+        given: Chunks | None
+        if mixed:
+            given = configured_choice(self._entry, model, self._config)
+        else:
+            given = configured_partition(model, self._config)
+        if given is None and self._file is not None and (not mixed or len(model.modules) == 1):
+            return self._file.partition(model)
+        if given is None and not mixed:
+            given = self._given_partition(model)
+        if given is None and checkpoint is not None:
+            given = checkpoint.stages_for(self._entry.name, model) if mixed else checkpoint.partition_for(model)
+            if given is not None:
+                _tell(f"going on with the checkpoint's partition:\n{given.explain()}")
+        if given is None:
+            given = self._chosen(model, cluster, costs, workload)
+        return given if isinstance(given, Partition) else given.partition(model) or given
+
+    def _chosen(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
+        """On one rank, because a search may be timed."""
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
@@ -155,10 +204,13 @@ class DipSession:
         dist.broadcast_object_list(found, 0)
         if isinstance(found[0], Exception):
             raise found[0]
-        partition: Partition = found[0]
-        for m in partition.modules:
-            _tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
-        return partition
+        chunks: Chunks = found[0]
+        if isinstance(chunks, Partition):
+            for m in chunks.modules:
+                _tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
+        else:
+            _tell(chunks.explain())
+        return chunks
 
     def _given_partition(self, model: MultimodalModel) -> Partition | None:
         """The layout that the loop's own settings give, where it says all of the partition: a model of one module."""
@@ -176,11 +228,17 @@ class DipSession:
         _tell(f"{model.modules[0].name}: layers {layout.layers}, as {layout} say")
         return partition
 
-    def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Partition:
-        """Chunks are built before the first batch is read, so the partitioner judges by a published mix, packed to the
-        model's sequence length."""
+    def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
+        """Chunks are built before the first batch is read, so they are judged by a published mix, packed to the model's
+        sequence length."""
+        config = self._config
         batches = load_workload(workload, model, 2, self._loop.num_microbatches, self._loop.seed)
-        return searched_partition(Setting(model, cluster, batches, costs, self._config.memory_limit), 5.0)
+        setting = Setting(
+            model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload
+        )
+        if self._entry.mixed is not None:
+            return tuned_choice(self._entry, setting)
+        return searched_partition(setting, 5.0)
 
     # -- iterations ----------------------------------------------------------------------------------------------
     def owns(self, model: Any) -> bool:
@@ -250,18 +308,24 @@ class DipSession:
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
             consumers.append(recorder.record)
-        atexit.register(self._close, delivery, watchdog, recorder)
+            if config.trace_plans and rank == 0:
+                consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
+        self._closing.callback(self._close, delivery, watchdog, recorder)
         return DipForwardBackward(
             program, executor, delivery, clock,
             policy=PlanningPolicy(
-                config.search_budget, self._another_follows, self._loop.about_to_read_ahead,
+                self._budget(), self._another_follows, self._loop.about_to_read_ahead,
                 at_call_seconds=AT_CALL_SECONDS if self._entry.ahead and not self._reads_ahead() else 0.0,
             ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
-            tensor_parallel=self._tensor_parallel_exchange(), everyone=self._everyone(),
+            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
             on_training=self._training_is,
         )  # fmt: skip
+
+    def _budget(self) -> float | None:
+        """Seconds for a plan; a search that counts its evaluations may take as long as they need."""
+        return self._config.search_budget if self._config.search_evaluations is None else self._config.timeout_seconds
 
     def _another_follows(self) -> bool:
         return self._reads_ahead() and self._loop.another_follows()
@@ -285,6 +349,8 @@ class DipSession:
             _tell("what trains has changed; plans follow it from this iteration on")
             return
         assert self._graphs is not None
+        if not isinstance(self._graphs.chunks, Partition):
+            return  # mixed chunks are no parts of one module: plans take what trains from the model alone
         try:
             sentences = training.against(self._graphs.model)
         except TrainingMismatchError as error:  # on all ranks alike

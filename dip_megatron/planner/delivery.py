@@ -14,8 +14,7 @@ from ..core import Plan
 from ..core.protocols import Exchange
 from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
-from .request import PlanRequest
-from .service import PlannerService, PlannerStatistics
+from .request import PlannerStatistics, PlanRequest, Service
 
 _HEAD = struct.Struct(f"<{hashlib.sha256().digest_size}sI")  # a plan's hash, bytes of news
 
@@ -42,7 +41,7 @@ class PlanDelivery:
     """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service, and learns
     from what all ranks measured."""
 
-    def __init__(self, exchange: Exchange, service: PlannerService | None, recalibrate: bool = False):
+    def __init__(self, exchange: Exchange, service: Service | None, recalibrate: bool = False):
         """``exchange`` is the feed's alone: a thread broadcasts over it at any time. ``recalibrate`` (the same on all
         ranks): plan with costs corrected by measurements."""
         if (exchange.rank == 0) != (service is not None):

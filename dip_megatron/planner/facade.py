@@ -18,11 +18,11 @@ from ..describe.cost import Cluster, CostModel, Costs
 from ..describe.model import MultimodalModel, Partition
 from ..describe.workload import GlobalBatch, Microbatch
 from ..schedulers.dip import DoesNotFitError
-from ..schedulers.entry import Effort, Problem, ScheduleEntry
+from ..schedulers.entry import Effort, Found, Problem, ScheduleEntry
 from ..schedulers.registry import find_schedule
 from ..schedulers.static import StaticChoice, tune_static
 from .live import Chunks, ModelGraphs, pricer
-from .maker import LivePlanMaker, PayloadShapes
+from .maker import LivePlanMaker, PayloadShapes, StageShapes
 from .partitioning import choose_partition, paper_partition
 from .planned import Planned, describe
 from .searchers import searcher_of
@@ -74,21 +74,23 @@ Planner = Callable[[Sequence[Microbatch]], Planned]
 
 
 def make_planner(
-    name: str, setting: Setting, effort: Effort, given: Partition | None = None, *,
+    schedule: str | ScheduleEntry, setting: Setting, effort: Effort, given: Partition | None = None, *,
     searched: Partition | None = None, partition_seconds: float = 20.0, progress: Callable[[], None] = lambda: None,
+    find: Callable[[Problem], Found] | None = None,
 ) -> Planner:  # fmt: skip
-    """What plans one batch after the other under schedule ``name``; all that is chosen before training is chosen
-    here.
+    """What plans one batch after the other under a schedule; all that is chosen before training is chosen here.
 
-    ``given`` is the partition of all schedules over modality-segmented chunks; see :func:`choose_chunks`. Raises
-    UnknownScheduleError, and what the partitioner and the schedules raise.
+    ``given`` is the partition of all schedules over modality-segmented chunks; see :func:`choose_chunks`. ``find`` puts
+    batches in order instead of the schedule, on its chunks. Raises UnknownScheduleError, and what the partitioner and
+    the schedules raise.
     """
-    entry = find_schedule(name)
+    entry = find_schedule(schedule) if isinstance(schedule, str) else schedule
     chunks = choose_chunks(
         entry, setting, effort, given, searched=searched, partition_seconds=partition_seconds, progress=progress
     )
     graphs = setting.graphs(entry, chunks)
     group = chunks.group if isinstance(chunks, StaticChoice) else None
+    entry = entry if find is None else replace(entry, find=find)
     return lambda microbatches: plan_batch(entry, graphs, microbatches, effort, group)
 
 
@@ -148,14 +150,14 @@ def searched_partition(setting: Setting, seconds: float) -> Partition:
 
 
 def live_maker(
-    name: str, graphs: ModelGraphs, shapes: PayloadShapes, effort: Effort, *, label: str | None = None
-) -> LivePlanMaker:
-    """What plans the batches of a run under schedule ``name``, on chunks that are chosen; picklable.
+    entry: ScheduleEntry, graphs: ModelGraphs, shapes: PayloadShapes | StageShapes, effort: Effort, *,
+    label: str | None = None,
+) -> LivePlanMaker:  # fmt: skip
+    """What plans the batches of a run under a schedule, on chunks that are chosen; picklable.
 
     With ``effort.evaluations`` every plan is the search's, however long it takes; without them a batch that is needed
-    at once gets the greedy's. ``label`` names the plans instead of the schedule. Raises UnknownScheduleError.
+    at once gets the greedy's. ``label`` names the plans instead of the schedule.
     """
-    entry = find_schedule(name)
     searcher = searcher_of(entry, graphs, effort)
     return LivePlanMaker(
         replace(graphs, paper_costs=entry.paper_costs), shapes, searcher, label or entry.name,

@@ -39,6 +39,7 @@ class ModelGraphs:
         costs = pricer(self.model, self.cluster, self.costs, self.recompute, self.offload, self.paper_costs)
         if isinstance(self.chunks, StaticChoice):
             graph = static_graph(costs, self.chunks, loads, self.memory_limit)
+            graph = graph if training is None else training.on(graph)
         else:
             graph = segmented_graph(costs, self.chunks, loads, self.memory_limit, training)
         return without_training(graph) if forward_only else graph

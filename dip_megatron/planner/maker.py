@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..core import Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
+from ..core import Kind, Operation, Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
 from ..core.graph import trained_before
 from ..core.lower import make_plan
 from ..core.simulate import simulate_compiled
@@ -37,6 +37,15 @@ class PayloadShapes(Protocol):
         ...
 
 
+@runtime_checkable
+class StageShapes(Protocol):
+    """The same, where the stages of one row send different things; picklable."""
+
+    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
+        """Shapes sent on by the forward of ``stage``."""
+        ...
+
+
 class Searcher(Protocol):
     """Finds a schedule within a budget; picklable."""
 
@@ -55,7 +64,7 @@ class LivePlanMaker:
     what is needed at once is searched for, too, rather than made by the greedy."""
 
     builder: GraphBuilder
-    shapes: PayloadShapes
+    shapes: PayloadShapes | StageShapes
     search: Searcher | None = None
     name: str = "dip"
     always_search: bool = False
@@ -112,10 +121,12 @@ class LivePlanMaker:
         )  # fmt: skip
 
 
-def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes) -> dict[tuple[int, int], Payload]:
-    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows (see :class:`Plan`). A tensor
-    is differentiable where something trains before it."""
-    out: dict[tuple[int, int], Payload] = {}
+def payloads(
+    graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes | StageShapes
+) -> dict[tuple[int, ...], Payload]:
+    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows; with the sending rank where
+    that matters (see :class:`Plan`). A tensor is differentiable where something trains before it."""
+    out: dict[tuple[int, ...], Payload] = {}
     before = trained_before(graph.modules)
     through = {  # whether a gradient enters the module from behind
         m.name: any(map(any, before[m.name]))
@@ -134,6 +145,13 @@ def payloads(graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadSh
     for s in range(graph.virtual_microbatches):
         unit = graph.units[int(graph.unit_of[s])]
         load = loads[unit.microbatch]
+        if isinstance(shapes, StageShapes):
+            for r in range(graph.ranks):
+                payload = shapes.stage_payload(graph.operation(Kind.F, s, r), load)
+                sent = settled(payload, bool(graph.has_backward[s, r]))
+                for target in graph.next_virtual_microbatches[s] if r == graph.exit_rank(s) else (s,):
+                    out[s, target, r] = sent
+            continue
         out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
         for n in graph.next_virtual_microbatches[s]:
             leaves = graph.units[int(graph.unit_of[n])].module != unit.module

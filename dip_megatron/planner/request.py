@@ -61,3 +61,41 @@ class PlanMaker(Protocol):
     def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
         """The best plan found within the request's budget; ``give`` takes a first valid plan early."""
         ...
+
+
+@dataclass
+class PlannerStatistics:
+    """Counts since the start of training: ``plans`` taken; ``late`` ones, whose search was not over when they were
+    needed; ``fallbacks``, made in the trainer because no worker's plan was there; ``worker_deaths``, replaced workers.
+    ``latency_seconds``: from the request of the last plan taken to its arrival; ``core_seconds``: what of a core the
+    worker's process needed for it."""
+
+    plans: int = 0
+    fallbacks: int = 0
+    worker_deaths: int = 0
+    late: int = 0
+    latency_seconds: float = 0.0
+    core_seconds: float = 0.0
+
+
+class Service(Protocol):
+    """What answers requests with plans that have passed the verifier; see :class:`planner.service.PlannerService`."""
+
+    @property
+    def statistics(self) -> PlannerStatistics: ...
+
+    def submit(self, request: PlanRequest) -> None:
+        """Begin planning; returns at once."""
+        ...
+
+    def take(self, request: int, wait_seconds: float) -> Plan:
+        """The plan for a submitted request."""
+        ...
+
+    def corrections(self, request: int) -> Corrections | None:
+        """Those that the plan just taken was made with, if they aren't the request's; to be asked once."""
+        ...
+
+    def close(self) -> None:
+        """End all that plans."""
+        ...

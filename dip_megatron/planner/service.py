@@ -25,7 +25,7 @@ from ..core import Plan
 from ..core.verify import PlanError, verify
 from ..describe.cost import Corrections
 from .known import KnownPlan, KnownPlans
-from .request import READY, PlanMaker, PlanRequest
+from .request import READY, PlanMaker, PlannerStatistics, PlanRequest
 from .warm import warm_up_plans
 
 logger = logging.getLogger(__name__)
@@ -34,21 +34,6 @@ AT_CALL_SECONDS = 0.02
 """Of search for an iteration that is planned when the schedule is called: with all else within 50 milliseconds."""
 IMPROVE_SECONDS = 1.0
 """Of search for batches that come again, while others train."""
-
-
-@dataclass
-class PlannerStatistics:
-    """Counts since the start of training: ``plans`` taken; ``late`` ones, whose search was not over when they were
-    needed; ``fallbacks``, made in the trainer because no worker's plan was there; ``worker_deaths``, replaced workers.
-    ``latency_seconds``: from the request of the last plan taken to its arrival; ``core_seconds``: what of a core the
-    worker's process needed for it."""
-
-    plans: int = 0
-    fallbacks: int = 0
-    worker_deaths: int = 0
-    late: int = 0
-    latency_seconds: float = 0.0
-    core_seconds: float = 0.0
 
 
 @dataclass

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from ..core import Kind, Operation, Payload, TensorSpec, Unit
+from ..core import Kind, Operation, Payload, Unit
 from ..core.strategies import offloads, strategy_names
 from ..describe.cost import Costs, LayerRun, Table
 from ..describe.cost.calibration import QUANTITIES, STRATEGY_QUANTITIES
 from ..describe.model import MultimodalModel
 from ..describe.workload import Microbatch
+from ..families.llava.mixed import MODEL, MixedLlavaProgram
 from ..families.shared.shapes import LANGUAGE, VISION
 from ..runtime.deferred import Slot, WeightGradients, start
 from ..runtime.offload import OffloadedActivations
 from ..runtime.protocol import Inputs, MicrobatchInputs, StageProgram
-from ..testing.mixed_llava import MODEL, MixedLlavaProgram
-from ..testing.synthetic import draw_batch, draw_weights, llava_parts, wrap
+from ..testing.synthetic import draw_batch, draw_weights, wrap
 from .timing import measure
 
 LAYERS = 4
@@ -75,7 +75,7 @@ def profile_llava(
     program = MixedLlavaProgram(kwargs, stages, rank=0, ranks=1)
     bare = program.build_chunks()
     chunks = wrap(bare, device)
-    draw_weights(llava_parts(bare), 0)
+    draw_weights(bare, 0)
     samples = []
     image_tokens = model.packing.image_tokens
     for k, (module, part) in enumerate(PARTS):
@@ -121,9 +121,7 @@ def _before(program: MixedLlavaProgram, segment: int, microbatch: Microbatch) ->
     """What the part before hands over."""
     if segment == 0:
         return ()
-    module, part = PARTS[segment - 1]
-    shape = program._after(module, part == "head", len(microbatch.images), microbatch.tokens)
-    return (TensorSpec("hidden", shape, program.shapes.dtype),)
+    return program.shapes.stage_payload(Operation(Kind.F, MODEL, segment - 1, 0, 0), microbatch)
 
 
 def _arguments(batch: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -90,17 +90,8 @@ LATEST_READING = 0.4
 class Executor:
     """Runs plans on one pipeline rank."""
 
-    def __init__(
-        self,
-        rank: int,
-        transport: Transport,
-        clock: Clock,
-        payload: Callable[[Plan, Message], Payload] | None = None,
-        alone: bool = True,
-    ):
-        """``payload`` says what a message carries; by default the plan does. ``alone``: no other rank has the same
-        stages, which would have to use the same gaps."""
-        self._payload = payload or payload_of
+    def __init__(self, rank: int, transport: Transport, clock: Clock, *, alone: bool = True):
+        """``alone``: no other rank has the same stages, which would have to use the same gaps."""
         self.position = Position(rank)
         self._rank = rank
         self._transport = transport
@@ -177,7 +168,7 @@ class Executor:
             forward = Operation(Kind.F, operation.module, operation.segment, operation.unit, operation.rank)
             sources = [replace(m.source, kind=Kind.B) for m in incoming(plan.graph, forward)]
             places = tuple(sources.index(m.target) for m in given)
-        payloads = tuple(self._payload(plan, m) for m in given)
+        payloads = tuple(payload_of(plan, m) for m in given)
         return _Route(plan.graph.units[operation.unit], taken, given, payloads, places)
 
     def _deliver(self, message: Message, payload: Payload, tensors: Tensors) -> None:
@@ -194,7 +185,7 @@ class Executor:
 
     def _irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         message = action.message
-        self._mail.receiving[message] = self._transport.receive(message.channel, self._payload(plan, message))
+        self._mail.receiving[message] = self._transport.receive(message.channel, payload_of(plan, message))
 
     def _wait_isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
         self._wait(self._mail.sending.pop(action.message), action.message)
@@ -246,10 +237,15 @@ def _as_planned(payload: Payload, tensors: Tensors, message: Message) -> Tensors
 
 def payload_of(plan: Plan, message: Message) -> Payload:
     """Shapes of what a message carries; for gradients, of the tensors that have one."""
-    source, target = plan.graph.virtual_microbatch_of(message.source), plan.graph.virtual_microbatch_of(message.target)
-    if not message.channel.gradient:
-        return plan.payloads[source, target]
-    return tuple(spec for spec in plan.payloads[target, source] if spec.differentiable)
+    source, target = message.source, message.target
+    gradient = message.channel.gradient
+    if gradient:
+        source, target = target, source
+    start, end = plan.graph.virtual_microbatch_of(source), plan.graph.virtual_microbatch_of(target)
+    payload = plan.payload(start, end, source.rank)
+    if payload is None:
+        raise PayloadError(f"{message}: the plan doesn't say what it carries")
+    return tuple(spec for spec in payload if spec.differentiable) if gradient else payload
 
 
 def describe(action: Action) -> str:

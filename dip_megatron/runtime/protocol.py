@@ -53,6 +53,14 @@ class Shapes(Protocol):
         ...
 
 
+class StageShapes(Protocol):
+    """:class:`Shapes` of chunks whose stages send different things within a row: asked stage by stage."""
+
+    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
+        """What the forward of ``stage`` sends on."""
+        ...
+
+
 class RunnableStages(Protocol):
     """A rank's chunks as the executor runs them. ``modules`` come in an order in which every module stands after its
     upstream ones. Chunks are in the order (module, segment); the loss belongs to the last segment of the last module.
@@ -92,10 +100,10 @@ class RunnableStages(Protocol):
 
 class StageProgram(RunnableStages, Protocol):
     """A model cut into chunks: how to build them, what a batch holds, and how to run one stage. The loss belongs to the
-    last rank."""
+    last rank, unless the program has a ``loss_rank`` that says otherwise."""
 
     @property
-    def shapes(self) -> Shapes: ...
+    def shapes(self) -> Shapes | StageShapes: ...
 
     @property
     def supports_split(self) -> bool:

@@ -136,7 +136,8 @@ def _constant(plan: Plan, message: Message) -> frozenset[str]:
     graph = plan.graph
     source, target = graph.virtual_microbatch_of(message.source), graph.virtual_microbatch_of(message.target)
     alive = graph.has_backward[source, message.source.rank]
-    return frozenset(t.name for t in plan.payloads.get((source, target), ()) if not (alive and t.differentiable))
+    payload = plan.payload(source, target, message.source.rank) or ()
+    return frozenset(t.name for t in payload if not (alive and t.differentiable))
 
 
 class ModelStages:

@@ -6,7 +6,7 @@ from .fit import Fitted, least_recompute, least_recompute_by_module
 from .mean import mean_graph
 from .megatron import interleaved, legal_group, one_forward_one_backward
 from .optimus import optimus_coarse, optimus_leads
-from .registry import UnknownScheduleError, find_schedule, register, schedule_names
+from .registry import UnknownScheduleError, find_schedule, register_schedule, schedule_names
 from .segmented import segmented_static
 from .static import StaticChoice, given_choice, static_graph, static_plan, tune_static
 from .static_partition import (
@@ -46,7 +46,7 @@ __all__ = [
     "optimus_coarse",
     "optimus_leads",
     "parameter_balanced",
-    "register",
+    "register_schedule",
     "schedule_names",
     "segmented_static",
     "static_graph",

@@ -61,7 +61,7 @@ def find_schedule(name: str) -> ScheduleEntry:
     return _loaded(point)
 
 
-def register(entry: ScheduleEntry) -> None:
+def register_schedule(entry: ScheduleEntry) -> None:
     """Add an entry for this process (a script's own schedule). Raises ValueError if its name is another's."""
     if entry.name in (*ALIASES, *_BUILT_IN, "off") or _registered.get(entry.name, entry) is not entry:
         raise ValueError(f"there is a schedule {entry.name!r} already; give yours another name")
@@ -70,7 +70,7 @@ def register(entry: ScheduleEntry) -> None:
 
 def check_name(name: str) -> None:
     """Raise UnknownScheduleError unless a schedule has that name or alias; loads nothing."""
-    if name not in ALIASES and name not in schedule_names():
+    if name not in ALIASES and name not in _BUILT_IN and name not in schedule_names():
         raise UnknownScheduleError(
             f"unknown schedule {name!r}; choose one of {', '.join((*ALIASES, *schedule_names()))}"
         )

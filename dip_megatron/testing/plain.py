@@ -191,7 +191,8 @@ def _plan(ranks: int, segments: int, microbatches: int, group: int, forward_only
         memory_limit=np.full(ranks, np.inf),
     )
     schedule = one_forward_one_backward(graph) if segments == 1 else interleaved(graph, group)
-    payloads = {(s, t): payload for s in range(rows) for t in (s, *graph.next_virtual_microbatches[s])}
+    carried = [(s, t) for s in range(rows) for t in (s, *graph.next_virtual_microbatches[s])]
+    payloads: dict[tuple[int, ...], Payload] = dict.fromkeys(carried, payload)
     plan = make_plan(graph, schedule, lower_bound=0.0, name="megatron", payloads=payloads)
     verify(plan)
     return plan

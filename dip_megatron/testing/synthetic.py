@@ -180,12 +180,3 @@ def gpt_forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
     item = next(data_iterator)
     output = model(item["tokens"], item["position_ids"], None, labels=item["labels"], loss_mask=item["loss_mask"])
     return output, partial(_loss, item["loss_mask"])
-
-
-def llava_parts(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The LLaVAModel pieces of unwrapped chunks, of mixed ones too."""
-    parts = []
-    for chunk in chunks:
-        inner = [getattr(chunk, name, None) for name in (VISION, LANGUAGE)]
-        parts += [p for p in inner if isinstance(p, torch.nn.Module)] or [chunk]
-    return parts

@@ -13,7 +13,7 @@ from dip_megatron.schedulers import (
     MixedChunks,
     StaticChoice,
     find_schedule,
-    register,
+    register_schedule,
     static_plan,
     tune_static,
 )  # fmt: skip
@@ -22,7 +22,7 @@ from dip_megatron.schedulers.dip import SearchOptions
 Log = Callable[[str], None]
 
 # What Megatron does without a cost model: one stage a rank, of equal parameters.
-register(
+register_schedule(
     replace(
         find_schedule("megatron-1f1b"), name="megatron-1f1b-by-parameters",
         mixed=MixedChunks((1,), by_parameters=True, groups=False),

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from dip_megatron.core.simulate import idle_share, simulate  # noqa: E402
 from dip_megatron.core.verify import verify  # noqa: E402
 from dip_megatron.describe.cost import Costs, load_cluster  # noqa: E402
 from dip_megatron.describe.workload import GlobalBatch  # noqa: E402
+from dip_megatron.families.llava.mixed import MixedLlavaProgram  # noqa: E402
 from dip_megatron.families.llava.program import LlavaProgram  # noqa: E402
 from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
 from dip_megatron.megatron.iteration import Iteration  # noqa: E402
@@ -40,16 +40,14 @@ from dip_megatron.profile.timing import measure  # noqa: E402
 from dip_megatron.report.spans import Span, spans_of  # noqa: E402
 from dip_megatron.report.trace import write_trace  # noqa: E402
 from dip_megatron.runtime.clock import Clock  # noqa: E402
-from dip_megatron.runtime.executor import Executor, payload_of  # noqa: E402
+from dip_megatron.runtime.executor import Executor  # noqa: E402
 from dip_megatron.runtime.protocol import MicrobatchInputs  # noqa: E402
 from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
-from dip_megatron.testing.mixed_llava import MixedLlavaProgram  # noqa: E402
 from dip_megatron.testing.synthetic import (  # noqa: E402
     draw_batch,
     draw_weights,
     forward_step,
     llava_arguments,
-    llava_parts,
     wrap,
 )
 
@@ -167,22 +165,17 @@ class Bench:
         program = self._program(candidate)
         bare = program.build_chunks()
         chunks = wrap(bare, self.device)
-        draw_weights(llava_parts(bare), self.setting.seed)
+        draw_weights(bare, self.setting.seed)
         if not all(self.gather(program.supports_split)):
             return result | {"failure": "some layers can't split their backward"}
         optimizer = self._optimizer(chunks) if self.setting.optimizer else None
-        mixed = program if isinstance(program, MixedLlavaProgram) else None
-        loss_rank = mixed.loss_rank if mixed is not None else self.ranks - 1
+        loss_rank = program.loss_rank if isinstance(program, MixedLlavaProgram) else self.ranks - 1
+        executor = Executor(self.rank, self.transport, self.clock)
         for turn in range(1 + self.setting.rounds):
             for number, (batch, planned) in enumerate(zip(self.batches, candidate.planned, strict=True)):
-                if mixed is not None:
-                    plan = planned.plan()
-                    executor = Executor(self.rank, self.transport, self.clock, partial(mixed.payload, loads=batch))
-                else:
-                    shapes = payloads(planned.graph, batch, program.shapes)
-                    plan = make_plan(planned.graph, planned.schedule, lower_bound=planned.lower_bound,
-                                     name=candidate.name, payloads=shapes)  # fmt: skip
-                    executor = Executor(self.rank, self.transport, self.clock, payload_of)
+                shapes = payloads(planned.graph, batch, program.shapes)
+                plan = make_plan(planned.graph, planned.schedule, lower_bound=planned.lower_bound,
+                                 name=candidate.name, payloads=shapes)  # fmt: skip
                 verify(plan)
                 last = turn == self.setting.rounds and number == len(self.batches) - 1
                 measured = self._iterate(program, chunks, executor, plan, number, loss_rank, trace=last)
@@ -192,7 +185,7 @@ class Bench:
         times = [i["seconds"] for i in result["iterations"]]
         self.log(f"{candidate.name}: {statistics.mean(times):.3f} s an iteration, loss "
                  f"{result['iterations'][-1]['loss']:.4f}")  # fmt: skip
-        del program, bare, chunks, optimizer, mixed
+        del program, bare, chunks, optimizer
         self.release()
         return result
 

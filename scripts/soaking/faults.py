@@ -53,8 +53,9 @@ class FaultyService(PlannerService):
 
     every = 0
 
-    def __init__(self, maker: PlanMaker, workers: int = 1):
-        super().__init__(FaultyMaker(maker, self.every), workers, hang_seconds=HANG_SECONDS, silent_seconds=1)
+    def __init__(self, maker: PlanMaker, workers: int = 1, **options: Any):
+        bounds = {"hang_seconds": HANG_SECONDS, "silent_seconds": 1}
+        super().__init__(FaultyMaker(maker, self.every), workers, **options | bounds)
 
 
 def drift(documents: Any, samples: int) -> None:

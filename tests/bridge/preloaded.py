@@ -13,7 +13,7 @@ import tests.preloaded  # noqa: F401  installs the CPU platform
 
 # isort: split
 from megatron.bridge import AutoBridge  # noqa: F401
-from megatron.bridge.training import finetune, initialize, pretrain, vlm_step  # noqa: F401
+from megatron.bridge.training import finetune, gpt_step, initialize, pretrain, vlm_step  # noqa: F401
 
 # setup() doesn't pass allow_no_cuda on.
 _function = initialize.initialize_megatron

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import dip_megatron
+
 IMAGE, VIDEO, START, END, VOCABULARY = 120, 121, 122, 123, 128
 SEQUENCE, PATCH, GLOBAL_BATCH = 64, 14, 4
-GRIDS = ((4, 4), (8, 12), (4, 8))
-"""Heights and widths of the images, in patches; four patches are one token of the language model."""
+CONTENTS: tuple[tuple[tuple[str, tuple[int, int, int]], ...], ...] = (
+    (("image", (1, 4, 4)),),
+    (("image", (1, 8, 12)), ("image", (1, 4, 4))),
+    (),
+    (("video", (2, 4, 4)), ("image", (1, 4, 8))),
+)
+"""What the samples show in turn: frames (of two pictures), heights and widths in patches; four patches become one token
+of the language model."""
 
 
 def save_tiny(folder: Path) -> None:
@@ -38,8 +48,21 @@ def save_tiny(folder: Path) -> None:
     transformers.Qwen2_5_VLForConditionalGeneration(config).float().save_pretrained(folder)
 
 
-class Images(torch.utils.data.Dataset):
-    """Random tokens with one image, whose size differs from sample to sample."""
+def save_text_model(folder: Path) -> None:
+    """Write a Qwen2, text only, with random weights as a Hugging Face folder."""
+    import transformers
+
+    torch.manual_seed(7)
+    config = transformers.Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, dtype=torch.float32,
+        architectures=["Qwen2ForCausalLM"],
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).float().save_pretrained(folder)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Random tokens with images and videos among them."""
 
     def __init__(self, size: int):
         self._size = size
@@ -47,40 +70,60 @@ class Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(index)
-        height, width = GRIDS[index % len(GRIDS)]
         tokens = torch.randint(3, 110, (SEQUENCE + 1,), generator=generator)
-        end = 5 + height * width // 4
-        tokens[4], tokens[5:end], tokens[end] = START, IMAGE, END
+        place = 4
+        seen: dict[str, list[Any]] = {"image": [], "video": []}
+        for kind, grid in CONTENTS[index % len(CONTENTS)]:
+            end = place + 1 + prod(grid) // 4
+            tokens[place], tokens[end] = START, END
+            tokens[place + 1 : end] = IMAGE if kind == "image" else VIDEO
+            place = end + 2
+            seen[kind].append((torch.randn(prod(grid), 3 * 2 * PATCH * PATCH, generator=generator), grid))
         return {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
-            "loss_mask": (tokens[1:] != IMAGE).float(),
+            "loss_mask": (tokens[1:] < IMAGE).float(),
             "position_ids": torch.arange(SEQUENCE),
-            "pixel_values": torch.randn(height * width, 3 * 2 * PATCH * PATCH, generator=generator),
-            "image_grid_thw": torch.tensor([[1, height, width]]),
+            **seen,
         }
 
     @staticmethod
-    def collate_fn(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
         from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 
         batch: dict[str, Any] = {
             name: torch.stack([sample[name] for sample in samples])
             for name in ("tokens", "labels", "loss_mask", "position_ids")
         }
-        images = {name: torch.cat([s[name] for s in samples]) for name in ("pixel_values", "image_grid_thw")}
-        return {**batch, "attention_mask": None, "visual_inputs": GenericVisualInputs(**images)}
+        inputs = {}
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            seen = [item for sample in samples for item in sample[kind]]
+            if seen:
+                inputs[pixels] = torch.cat([values for values, _ in seen])
+                inputs[f"{kind}_grid_thw"] = torch.tensor([grid for _, grid in seen])
+        return {**batch, "attention_mask": None, "visual_inputs": GenericVisualInputs(**inputs) if inputs else None}
 
 
 @dataclass(frozen=True)
 class Run:
-    """How to train; ``virtual`` are virtual stages a rank, ``None`` Megatron's schedule without them."""
+    """How to train. ``virtual`` are virtual stages a rank, ``None`` Megatron's schedule without them; ``dip`` are DIP's
+    settings, None to train without it; ``frozen`` are parts of the model, ``evaluates`` after the second iteration."""
 
     pipeline: int = 1
     virtual: int | None = None
     iterations: int = 3
+    micro_batch_size: int = 1
+    dip: dict[str, Any] | None = None
+    frozen: tuple[str, ...] = ()
+    evaluates: bool = False
+    bf16: bool = False
+    save: Path | None = None
+    load: Path | None = None
+    finetunes: bool = False
+    text: bool = False
+    """whether the folder has a model of text alone"""
 
 
 def configuration(folder: Path, run: Run) -> Any:
@@ -90,59 +133,72 @@ def configuration(folder: Path, run: Run) -> Any:
     from megatron.bridge.training import config as bridge
 
     @dataclass(kw_only=True)
-    class ImagesProvider(DatasetProvider):
+    class SamplesProvider(DatasetProvider):
         seq_length: int
         skip_getting_attention_mask_from_dataset: bool = True
 
         def build_datasets(self, context: Any) -> Any:
             counts = (context.train_samples, context.valid_samples, context.test_samples)
-            return tuple(Images(n) if n else None for n in counts)
+            return tuple(Samples(n) if n else None for n in counts)
 
-    model = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32).to_megatron_provider()
-    model.mrope_section = [2, 3, 3]  # Bridge's provider keeps the section of the published models
+    model = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32).to_megatron_provider(
+        load_weights=not run.finetunes
+    )
+    if not run.text:
+        model.mrope_section = [2, 3, 3]  # Bridge's provider keeps the section of the published models
     model.params_dtype = model.autocast_dtype = model.pipeline_dtype = torch.float32
     model.bf16 = model.gradient_accumulation_fusion = False
     model.seq_length = SEQUENCE
+    for part in run.frozen:
+        setattr(model, f"freeze_{part}", True)
     model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size = run.pipeline, run.virtual
     if run.virtual is not None:
         # gloo pairs messages in the order they are sent, which batched exchanges of two ranks in a ring don't keep.
         model.overlap_p2p_comm, model.batch_p2p_comm = True, False
-    return bridge.ConfigContainer(
+    container = bridge.ConfigContainer(
         model=model,
         train=bridge.TrainingConfig(
-            train_iters=run.iterations, global_batch_size=GLOBAL_BATCH, micro_batch_size=1
+            train_iters=run.iterations, global_batch_size=GLOBAL_BATCH, micro_batch_size=run.micro_batch_size
         ),
-        validation=bridge.ValidationConfig(eval_interval=None, eval_iters=0),
+        validation=bridge.ValidationConfig(eval_interval=2 if run.evaluates else None, eval_iters=int(run.evaluates)),
         optimizer=bridge.OptimizerConfig(
-            optimizer="adam", lr=1e-3, min_lr=1e-3, weight_decay=0.0, clip_grad=1.0, bf16=False, fp16=False,
+            optimizer="adam", lr=1e-3, min_lr=1e-3, weight_decay=0.0, clip_grad=1.0, bf16=run.bf16, fp16=False,
             use_distributed_optimizer=False,
         ),
         scheduler=bridge.SchedulerConfig(
-            lr_decay_style="constant", lr_warmup_iters=0, lr_decay_iters=run.iterations, start_weight_decay=0.0,
+            lr_decay_style="constant", lr_warmup_iters=0, lr_decay_iters=10, override_opt_param_scheduler=True,
+            start_weight_decay=0.0,
             end_weight_decay=0.0, weight_decay_incr_style="constant",
         ),
         ddp=bridge.DistributedDataParallelConfig(
             use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False
         ),
-        dataset=ImagesProvider(seq_length=SEQUENCE, dataloader_type="single", num_workers=0, pin_memory=False),
+        dataset=SamplesProvider(seq_length=SEQUENCE, dataloader_type="single", num_workers=0, pin_memory=False),
         logger=bridge.LoggerConfig(log_interval=1, tensorboard_dir=None),
         tokenizer=bridge.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY),
-        checkpoint=bridge.CheckpointConfig(),
+        checkpoint=bridge.CheckpointConfig(
+            save=run.save and str(run.save), save_interval=2 if run.save else None, load=run.load and str(run.load),
+            pretrained_checkpoint=str(folder) if run.finetunes else None,
+        ),
         rng=bridge.RNGConfig(seed=1234),
         dist=bridge.DistributedInitConfig(distributed_backend="gloo"),
-        mixed_precision=None,
+        mixed_precision="bf16_mixed" if run.bf16 else None,
     )  # fmt: skip
+    container.dip = run.dip
+    return container
 
 
 def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
-    """Train on this rank. ``losses`` of the iterations, on the last stage; ``norms`` of the gradients; ``weights`` as
-    exported to Hugging Face's names, on the first rank."""
+    """Train on this rank. ``losses`` of the iterations and ``evaluated`` ones, on the last stage; ``norms`` of the
+    gradients; ``weights`` as exported to Hugging Face's names, on the first rank."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.pretrain import pretrain
-    from megatron.bridge.training.vlm_step import forward_step
 
-    result: dict[str, Any] = {"losses": [], "norms": [], "weights": {}}
+    step: Any = importlib.import_module(f"megatron.bridge.training.{'gpt_step' if run.text else 'vlm_step'}")
+    dip_megatron.install()
+    result: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "weights": {}}
 
     class Record(Callback):
         def on_train_step_end(self, context: Any) -> None:
@@ -150,11 +206,15 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
             if context.loss_dict:
                 result["losses"].append(float(context.loss_dict["lm loss"]))
 
+        def on_eval_end(self, context: Any) -> None:
+            result["evaluated"] += [float(loss) for loss in (context.total_loss_dict or {}).values()]
+
         def on_train_end(self, context: Any) -> None:
             bridge = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32)
             weights = dict(bridge.export_hf_weights(context.model, cpu=True, show_progress=False))
             if rank == 0:
                 result["weights"] = weights
 
-    pretrain(configuration(folder, run), forward_step, callbacks=[Record()])
+    train = finetune if run.finetunes else pretrain
+    train(configuration(folder, run), step.forward_step, callbacks=[Record()])
     return result

@@ -1,7 +1,8 @@
-"""Megatron-Bridge's own loop on CPU ranks, with DIP off: what DIP is compared with."""
+"""A tiny Qwen2.5-VL trained by Megatron-Bridge's own loop on CPU ranks, without DIP and under it: the same numbers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.bridge.qwen25_vl import Run, save_tiny, trained
+from tests.bridge.qwen25_vl import Run, save_text_model, save_tiny, trained
 from tests.processes import Team
 
 
@@ -25,6 +26,14 @@ def alone(folder: Path) -> dict[str, Any]:
     return run(folder, Run())[0]
 
 
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one rank without DIP, after two of four iterations."""
+    made = tmp_path_factory.mktemp("saved")
+    run(folder, Run(save=made, iterations=2))
+    return made
+
+
 def run(folder: Path, how: Run) -> list[dict[str, Any]]:
     """What each rank of a training of its own processes returns: Bridge initialises a process once."""
     ranks = Team(how.pipeline)
@@ -34,16 +43,23 @@ def run(folder: Path, how: Run) -> list[dict[str, Any]]:
         ranks.close()
 
 
+def assert_same(
+    found: list[dict[str, Any]], expected: dict[str, Any], loss: float = 2e-6, weight: float = 1e-5
+) -> None:
+    """Two ranks' losses, gradients' norms and exported weights are those of one."""
+    first, last = found
+    assert last["losses"]
+    for name in ("losses", "evaluated"):
+        torch.testing.assert_close(last[name], expected[name], rtol=0, atol=loss)
+    torch.testing.assert_close(last["norms"], expected["norms"], rtol=10 * loss, atol=0)
+    assert first["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(first["weights"][name], value, rtol=0, atol=weight)
+
+
 @pytest.mark.parametrize("virtual", [None, 2])
 def test_stages_train_as_one_rank(folder: Path, alone: dict[str, Any], virtual: int | None) -> None:
-    first, last = run(folder, Run(pipeline=2, virtual=virtual))
-
-    assert len(last["losses"]) == 3
-    torch.testing.assert_close(last["losses"], alone["losses"], rtol=0, atol=2e-6)
-    torch.testing.assert_close(last["norms"], alone["norms"], rtol=1e-5, atol=0)
-    assert first["weights"].keys() == alone["weights"].keys()
-    for name, weight in alone["weights"].items():
-        torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=1e-5)
+    assert_same(run(folder, Run(pipeline=2, virtual=virtual)), alone)
 
 
 def test_training_moves_all_weights_of_the_folder(folder: Path, alone: dict[str, Any]) -> None:
@@ -51,3 +67,42 @@ def test_training_moves_all_weights_of_the_folder(folder: Path, alone: dict[str,
 
     assert alone["weights"].keys() == start.keys()
     assert [name for name in start if torch.equal(start[name], alone["weights"][name])] == []
+
+
+LAYERS = {"vision": {"layers": [[1, 1], [2, 0]]}, "language": {"layers": [[1, 1], [1, 1]]}}
+GIVEN = {"schedule": "dynamic", "modules": LAYERS}
+
+
+def test_dip_trains_as_one_rank(folder: Path, alone: dict[str, Any]) -> None:
+    """The encoder in segments over all ranks, one image or video a unit."""
+    by_one = {**GIVEN, "modules": {**LAYERS, "vision": {**LAYERS["vision"], "unit_size": 1}}}
+    assert_same(run(folder, Run(pipeline=2, dip=by_one)), alone)
+
+
+def test_dips_own_partition_replaces_virtual_stages(folder: Path, alone: dict[str, Any]) -> None:
+    assert_same(run(folder, Run(pipeline=2, virtual=2, dip={"schedule": "static"})), alone)
+
+
+@pytest.mark.parametrize("how", [
+    Run(frozen=("vision_model",), evaluates=True),
+    Run(frozen=("vision_model", "vision_projection"), micro_batch_size=2),
+    Run(frozen=("language_model",), finetunes=True),
+], ids=["vision", "encoder", "language"])  # fmt: skip
+def test_dip_keeps_frozen_what_is(folder: Path, how: Run) -> None:
+    assert_same(run(folder, replace(how, pipeline=2, dip=GIVEN)), run(folder, how)[0])
+
+
+def test_dip_goes_on_from_a_checkpoint_without_it_and_the_other_way(folder: Path, saved: Path, tmp_path: Path) -> None:
+    onwards = run(folder, Run(load=saved, iterations=4))[0]
+    assert len(onwards["losses"]) == 2
+    under = Run(load=saved, pipeline=2, iterations=4, dip=GIVEN)
+    assert_same(run(folder, under), onwards)
+
+    run(folder, Run(save=tmp_path, pipeline=2, iterations=2, dip=GIVEN))
+    assert_same([run(folder, Run(load=tmp_path, iterations=4))[0]] * 2, onwards)
+
+
+def test_dip_trains_a_text_model_in_the_virtual_stages_it_asks_for(tmp_path: Path) -> None:
+    save_text_model(tmp_path)
+    expected = run(tmp_path, Run(text=True))[0]
+    assert_same(run(tmp_path, Run(text=True, pipeline=2, virtual=2, dip={"schedule": "dynamic"})), expected)

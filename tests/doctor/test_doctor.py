@@ -38,7 +38,7 @@ def test_this_environment_is_sound() -> None:
     loop = checks["megatron.training"]
     assert loop["status"] == ("ok" if has_training_loop() else "limited")
     assert bool(loop["consequence"] and loop["way_out"]) is not has_training_loop()
-    hooked = checks.get("flags, models and schedule of megatron.training")
+    hooked = checks.get("flags, models and checkpoints of megatron.training")
     assert (hooked is not None and hooked["status"] == "ok") is has_training_loop()
     assert checks["planning"]["status"] == checks["torch"]["status"] == checks["Megatron-Core"]["status"] == "ok"
     assert checks["Apex"]["status"] == checks["Transformer Engine"]["status"] == "limited"

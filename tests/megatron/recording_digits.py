@@ -7,7 +7,8 @@ is told to reject once, on the last rank, and ``fatal``; ``node``: the host's na
 lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``trains``: expressions by iteration (0: after
 ``get_model``), of names of parameters that train from then on; ``described``: arguments of ``freeze`` that DIP's
 description of the model is told of, and the model is not; ``loader``: the folder for states of a data loader that can
-save its own, ``restore``: the file of one to begin from (``--dataloader-type external``).
+save its own, ``restore``: the file of one to begin from (``--dataloader-type external``); ``path``: a folder for
+the import path.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ sys.path.insert(0, str(EXAMPLE))
 import documents  # noqa: E402
 
 OPTIONS = json.loads(os.environ["DIP_TEST"])
+if "path" in OPTIONS:
+    sys.path.insert(0, OPTIONS["path"])
 RANK = int(os.environ["RANK"])
 LAST = int(os.environ["WORLD_SIZE"]) - 1
 validated = 0
@@ -55,10 +58,10 @@ class Tap:
         return self.last
 
 
-def record(index: int, train: bool) -> None:
+def record(index: int, train: bool, loss: float) -> None:
     with (Path(OPTIONS["folder"]) / f"samples.rank{RANK}.jsonl").open("a") as lines:
         iteration = megatron.training.get_args().curr_iteration + 1 if train else None
-        lines.write(json.dumps({"index": index, "train": train, "iteration": iteration}) + "\n")
+        lines.write(json.dumps({"index": index, "train": train, "iteration": iteration, "loss": loss}) + "\n")
     if train and iteration == OPTIONS.get("signal") and RANK == LAST:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -92,8 +95,8 @@ def recording(forward_step: Any) -> Any:
 
         def loss(*arguments: Any) -> Any:
             train = torch.is_grad_enabled()
-            record(int(tap.last["index"]), train)
             result = loss_func(*arguments)
+            record(int(tap.last["index"]), train, float(result[0]))
             if train and OPTIONS.get("reject") is not None:
                 reject_once(result[0])
             return result

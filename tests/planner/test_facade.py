@@ -38,7 +38,7 @@ def test_training_and_the_command_make_the_same_plan(name):
     config = DipConfig(schedule=name, search_evaluations=300, search_seed=3, offload=True, planner_workers=2)
     entry = find_schedule(name)
     graphs = SETTING.graphs(entry, choose_chunks(entry, SETTING, effort, PARTITION))
-    maker = live_maker(name, graphs, NoShapes(), live_effort(config))
+    maker = live_maker(entry, graphs, NoShapes(), live_effort(config))
     for batch in BATCHES:
         theirs = planner(batch.microbatches)
         wanted = replace(theirs.plan(), payloads={})
@@ -56,7 +56,7 @@ def test_training_and_the_command_make_the_same_plan(name):
 def test_an_evaluation_needs_no_search():
     entry = find_schedule("megatron-interleaved")
     graphs = SETTING.graphs(entry, choose_chunks(entry, SETTING, Effort()))
-    maker = live_maker("megatron-interleaved", graphs, NoShapes(), Effort())
+    maker = live_maker(entry, graphs, NoShapes(), Effort())
     plan = maker.quick(PlanRequest(1, BATCHES[0].microbatches[:1], 0.0, forward_only=True))
     verify(plan)  # Megatron's order could not run one microbatch
     assert plan.name == "greedy"

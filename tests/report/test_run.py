@@ -15,7 +15,7 @@ import pytest
 from dip_megatron.core import Plan
 from dip_megatron.core.simulate import simulate
 from dip_megatron.planner.delivery import DeliveredPlan
-from dip_megatron.planner.service import PlannerStatistics
+from dip_megatron.planner.request import PlannerStatistics
 from dip_megatron.report.iterations import IterationReport
 from dip_megatron.report.progress import RunProgress
 from dip_megatron.report.recorder import RunRecorder

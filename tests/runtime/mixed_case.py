@@ -11,6 +11,7 @@ from dip_megatron.core import ModalityModule, StageGraph, Unit
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import LayerRun
+from dip_megatron.planner.maker import payloads
 from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1, zb_v
 from tests.runtime.llava_case import (
     Case,
@@ -64,13 +65,13 @@ def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
 def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], order: str, transport: str) -> Any:
     """Losses (where they arise) and gradients, named as the reference names them."""
     initialize(world)
+    from dip_megatron.families.llava.mixed import MixedLlavaProgram
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.iteration import Iteration
     from dip_megatron.megatron.lookahead import capture_microbatch
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
     from dip_megatron.runtime.transport_choice import choose_transport
-    from dip_megatron.testing.mixed_llava import MixedLlavaProgram
 
     back = (False, True) if order == "zb-v" else ()
     program = MixedLlavaProgram(
@@ -79,23 +80,23 @@ def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], or
     chunks = program.build_chunks()
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_without_ddp
-    seed_parameters([part for chunk in chunks for part in (chunk.vision, chunk.language) if part is not None])
+    seed_parameters(chunks)
     data = iter(batches(case))
     microbatches = [capture_microbatch(forward_step, data, chunks[-1], program) for _ in case.images]
     loads = [program.load(m) for m in microbatches]
     graph = drawn_graph(program.modules[0], len(loads), 3)
-    plan = make_plan(graph, ORDERS[order](graph), lower_bound=0.0, name=order)
+    carried = payloads(graph, tuple(loads), program.shapes)
+    plan = make_plan(graph, ORDERS[order](graph), lower_bound=0.0, name=order, payloads=carried)
     verify(plan)
     device = torch.device("cpu")
     clock = Clock(device)
     carrier = choose_transport(
         list(range(world)), rank, device, 60.0, GlooExchange(list(range(world)), 60.0), transport
     )
-    executor = Executor(rank, carrier, clock, lambda plan, message: program.payload(plan, message, loads))
+    executor = Executor(rank, carrier, clock)
     iteration = Iteration(program, executor, plan, chunks, microbatches, forward_step, loss_rank=program.loss_rank)
     iteration.run()
     torch.distributed.barrier()
     if transport == "ipc":
         carrier.close()
-    parts = [part for chunk in chunks for part in (chunk.vision, chunk.language) if part is not None]
-    return [iteration.losses], gradients(parts)
+    return [iteration.losses], gradients(chunks)

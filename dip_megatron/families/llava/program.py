@@ -19,7 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from ...compat.llava import UnpaddedLLaVA, forget_input
 from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
-from ...runtime.protocol import MicrobatchInputs, Tensors
+from ...runtime.protocol import MicrobatchInputs, Shapes, StageShapes, Tensors
 from ..shared.layout import order_free, segment_config
 from ..shared.packing import packed_lengths
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
@@ -138,7 +138,12 @@ class LlavaProgram(SegmentedProgram):
             )
 
     @property
-    def shapes(self) -> LlavaShapes:
+    def shapes(self) -> Shapes | StageShapes:
+        """What travels between stages; known once the chunks are built."""
+        return self.sizes
+
+    @property
+    def sizes(self) -> LlavaShapes:
         """Known once the chunks are built: the number of tokens an image becomes is the model's to say."""
         if self._built_shapes is None:
             raise RuntimeError("build_chunks() comes first")
@@ -190,19 +195,19 @@ class LlavaProgram(SegmentedProgram):
         lengths, start = [], 0
         for n in per_sample:
             own = sum(per_image[start : start + n])
-            lengths.append(own * self.shapes.image_tokens - n + int(ids.shape[1]))
+            lengths.append(own * self.sizes.image_tokens - n + int(ids.shape[1]))
             start += n
         longest = min(max(lengths), int(self.kwargs["language_max_sequence_length"]))
         padded = -(-longest // self._sequence_parallel) * self._sequence_parallel
-        total, seen = padded * len(per_sample), count * self.shapes.image_tokens
+        total, seen = padded * len(per_sample), count * self.sizes.image_tokens
         if seen > total:
             raise ValueError(
-                f"{count} image tiles of {self.shapes.image_tokens} tokens don't fit the language model's "
+                f"{count} image tiles of {self.sizes.image_tokens} tokens don't fit the language model's "
                 f"{self.kwargs['language_max_sequence_length']} positions; pack fewer images or raise --seq-length"
             )
         packed = inputs.arguments.get("packed_seq_params")
         sequences = (padded,) * len(per_sample) if packed is None else packed_lengths(packed, padded)
-        return Microbatch(total - seen, (self.shapes.image_tokens,) * count, sequences=sequences)
+        return Microbatch(total - seen, (self.sizes.image_tokens,) * count, sequences=sequences)
 
     def shared(self, inputs: MicrobatchInputs) -> Any:
         """Where samples begin and end in a packed sequence."""
@@ -252,9 +257,9 @@ class LlavaProgram(SegmentedProgram):
         if inputs:
             model.encoder_hidden_state = torch.cat([i["hidden"] for i in inputs], dim=1)
         else:
-            hidden = self.shapes.language_hidden
+            hidden = self.sizes.language_hidden
             model.encoder_hidden_state = torch.empty(
-                0, 0, hidden, dtype=getattr(torch, self.shapes.dtype), device=ids.device
+                0, 0, hidden, dtype=getattr(torch, self.sizes.dtype), device=ids.device
             )
 
 

@@ -6,11 +6,14 @@ Nothing here imports torch or Megatron, so that a worker starts in a second.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from ...core import Payload, TensorSpec, Unit
+from ...core import Operation, Payload, TensorSpec, Unit
 from ...describe.workload import Microbatch
 
 VISION, LANGUAGE, DIFFUSION = "vision", "language", "diffusion"
+StageEnd = Literal["vision", "projected", "language"]
+"""What a stage of a LLaVA sends on: the ViT's hidden states, what the projector makes of them, the LLM's."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,33 @@ class LlavaShapes:
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """One tensor of hidden states, or of projected image embeddings."""
-        if unit.module == VISION and leaves_module:
-            shape = (self.image_tokens, unit.count, self.language_hidden)
-        elif unit.module == VISION:
-            shape = (self.vision_tokens, unit.count, self.vision_hidden)
-        else:
-            shape = (
-                sum(load.sequences) // self.micro_batch_size // self.sequence_parallel_size,
-                self.micro_batch_size,
-                self.language_hidden,
-            )
-        return (TensorSpec("hidden", shape, self.dtype),)
+        end: StageEnd = "language"
+        if unit.module == VISION:
+            end = "projected" if leaves_module else "vision"
+        return (TensorSpec("hidden", self.hidden(end, images=unit.count, tokens=sum(load.sequences)), self.dtype),)
+
+    def hidden(self, end: StageEnd, *, images: int, tokens: int) -> tuple[int, ...]:
+        """Shape of what is sent on at such an end, for so many images, or so many positions of all samples."""
+        if end == "vision":
+            return (self.vision_tokens, images, self.vision_hidden)
+        if end == "projected":
+            return (self.image_tokens, images, self.language_hidden)
+        length = tokens // self.micro_batch_size // self.sequence_parallel_size
+        return (length, self.micro_batch_size, self.language_hidden)
+
+
+@dataclass(frozen=True)
+class MixedLlavaShapes:
+    """Payload shapes of a LLaVA in stages that mix modalities; ``ends[segment][rank]``: with what each stage ends."""
+
+    shapes: LlavaShapes
+    ends: tuple[tuple[StageEnd, ...], ...]
+
+    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
+        """What one stage sends on."""
+        tokens = sum(load.sequences or (load.tokens,))
+        shape = self.shapes.hidden(self.ends[stage.segment][stage.rank], images=len(load.images), tokens=tokens)
+        return (TensorSpec("hidden", shape, self.shapes.dtype),)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def build(
         raise ConfigurationError(f"build_model: no setting {sorted(unknown)[0]!r}; docs/any-loop.md lists them")
     config = load_settings(settings).config
     hooks = Hooks.installed()
-    if config.schedule == "off" or parallel_state.get_pipeline_model_parallel_world_size() < 2:
+    if not config.on or parallel_state.get_pipeline_model_parallel_world_size() < 2:
         first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         return [provider(pre_process=first, post_process=last)]
     loop = GenericLoop(micro_batch_size=micro_batch_size, num_microbatches=num_microbatches, **of_loop)

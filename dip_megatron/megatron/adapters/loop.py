@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .layout import GivenLayout
 
 if TYPE_CHECKING:  # hooks are installed while Megatron is being imported
-    from ...describe.model import Parallel, Partition
+    from ...describe.model import Parallel
+    from ...planner.live import Chunks
     from ..checkpoints import Checkpoint
 
 
@@ -47,8 +48,8 @@ class TrainingLoop:
         """What the run is going to load, called on all ranks before the model is built. Raises ConfigurationError."""
         return None
 
-    def record(self, partition: Partition) -> str | None:
-        """Have checkpoints carry the partition; a sentence if there is something to say of them."""
+    def record(self, chunks: Chunks) -> str | None:
+        """Have checkpoints carry what the ranks hold; a sentence if there is something to say of them."""
         return None
 
     def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:

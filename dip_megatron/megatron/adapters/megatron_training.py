@@ -12,12 +12,13 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
-from ...describe.model import Parallel, Partition
+from ...describe.model import Parallel
 from ..arguments import add_arguments, check_arguments, run_config
 from .layout import GivenLayout, given_layout, take_layout
 from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
+    from ...planner.live import Chunks
     from ..checkpoints import Checkpoint
     from ..hooks import Hooks
 
@@ -70,10 +71,10 @@ class MegatronLoop(TrainingLoop):
 
         return find_checkpoint(self._args, importlib.import_module(f"{self._package}.checkpointing"))
 
-    def record(self, partition: Partition) -> str | None:
+    def record(self, chunks: Chunks) -> str | None:
         from ..checkpoints import record, warn_of_bound_state
 
-        record(self._args, partition)
+        record(self._args, chunks)
         return warn_of_bound_state(self._args)
 
     def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:
@@ -136,7 +137,7 @@ class MegatronTraining:
                 config = run_config(args)
             except ConfigurationError as error:
                 sys.exit(f"dip: {error}")
-            if config.schedule != "off":
+            if config.on:
                 from ..shared_gpu import single_ranks_on_nccl
 
                 single_ranks_on_nccl(args)
@@ -144,7 +145,10 @@ class MegatronTraining:
                 layout = given_layout(args)
                 take_layout(args)
                 self._loop = MegatronLoop(args, package, layout)
-                self._hooks.begin(self._loop, config)
+                try:
+                    self._hooks.begin(self._loop, config)
+                except ConfigurationError as error:
+                    sys.exit(f"dip: {error}")
             return result
 
         return validate

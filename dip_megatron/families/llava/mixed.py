@@ -1,0 +1,245 @@
+"""LLaVA in static stages that mix modalities: ViT layers, projector and GPT layers one after the other, cut anywhere.
+
+This is how a LLaVA would be pipelined without DIP. Megatron's own schedules can't run it (its ViT stays on the first
+stage); with it their orders run through the same executor as DIP's plans, on the best partition.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
+
+from ...core import ModalityModule, Operation, Unit
+from ...describe.cost import LayerRun
+from ...runtime.protocol import MicrobatchInputs, Tensors
+from ..shared.layout import SegmentLayout, order_free, segment_config
+from ..shared.segmented import ModelPart, dtype_name, unwrapped
+from ..shared.shapes import LANGUAGE, VISION, LlavaShapes, MixedLlavaShapes, StageEnd
+from .program import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
+
+MODEL = "model"
+Layers = tuple[tuple[int, ...], ...]
+
+
+class StageLayout(SegmentLayout):
+    """:class:`SegmentLayout` whose segments may run from the last rank to the first."""
+
+    def __init__(self, layers: Layers, rank: int, reversed_segments: Sequence[bool]):
+        super().__init__(layers, rank)
+        self.reversed_segments = tuple(reversed_segments)
+
+    def get_num_layers_to_build(
+        self, layer_type: Any = None, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        """As SegmentLayout, of this very rank."""
+        return self.layers[vp_stage or 0][self.rank]
+
+    def get_layer_offset(self, layer_type: Any = None, vp_stage: int | None = None, pp_rank: int | None = None) -> int:
+        """As SegmentLayout, of this very rank."""
+        segment = vp_stage or 0
+        line = self.layers[segment]
+        before = line[self.rank + 1 :] if self.reversed_segments[segment] else line[: self.rank]
+        return sum(map(sum, self.layers[:segment])) + sum(before)
+
+
+class MixedChunk(ModelPart):
+    """One static stage: a piece of the ViT, a piece of the GPT, or both (then the projector and embedding between).
+
+    Modules stand under the names that they have in the whole LLaVAModel, so that checkpoints of any schedule load. The
+    pieces that know how to call them are kept aside.
+    """
+
+    def __init__(self, vision: VisionChunk | None, language: LanguageChunk | None, config: Any, segment: int):
+        super().__init__(
+            config, pre_process=language is not None and language.pre_process,
+            post_process=language is not None and language.post_process, vp_stage=segment,
+        )  # fmt: skip
+        self._pieces = (vision, language)
+        self.vision_model = None if vision is None else vision.vision_model
+        self.vision_projection = None if vision is None else vision.vision_projection
+        self.language_model = None if language is None else language.language_model
+
+    @property
+    def parts(self) -> list[torch.nn.Module]:
+        """The LLaVAModel pieces."""
+        return [piece for piece in self._pieces if piece is not None]
+
+    def train(self, mode: bool = True) -> MixedChunk:
+        """As any module's, for the pieces too."""
+        for piece in self.parts:
+            piece.train(mode)
+        super().train(mode)
+        return self
+
+    def forward(
+        self, images: torch.Tensor | None, hidden: torch.Tensor | None, *, nothing: torch.Tensor | None = None,
+        arguments: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        """What the stage sends on; from the last one what LLaVAModel returns. ``hidden`` is what has come; ``nothing``
+        stands for the ViT's part of a microbatch without images."""
+        vision, language = self._pieces
+        if vision is not None:
+            if nothing is not None:
+                hidden = nothing
+            else:
+                if hidden is not None:
+                    vision.vision_model.set_input_tensor(hidden)
+                hidden = vision(images, arguments["input_ids"])
+                _forget_input(vision)
+        if language is None:
+            return hidden
+        if self.pre_process:
+            # Without images Megatron expects an embedding without positions.
+            assert hidden is not None
+            language.encoder_hidden_state = hidden if hidden.shape[1] else hidden[:0]
+        else:
+            language.language_model.set_input_tensor(hidden)
+        output = language(**_only_forward(arguments))
+        _forget_input(language)
+        return output if self.post_process else output[0]
+
+
+class MixedLlavaProgram(LlavaProgram):
+    """Stage program of a LLaVA in V segments of P mixed stages, one unit per microbatch (see ``cost.mixed_graph``).
+
+    ``stages`` lists the V * P virtual stages in the order in which a microbatch passes them; segment k runs from the
+    last rank to the first where ``reversed_segments[k]``.
+    """
+
+    def __init__(
+        self,
+        kwargs: Mapping[str, Any],
+        stages: Sequence[Sequence[LayerRun]],
+        *,
+        rank: int,
+        ranks: int,
+        reversed_segments: Sequence[bool] = (),
+        micro_batch_size: int = 1,
+        freeze: Mapping[str, bool] | None = None,
+    ):
+        """Raises ValueError for models and stages that can't be."""
+        if not stages or len(stages) % ranks or any(not stage for stage in stages):
+            raise ValueError(f"{len(stages)} stages on {ranks} ranks: must be a multiple, and none empty")
+        if kwargs.get("share_embeddings_and_output_weights"):
+            raise ValueError(
+                "a schedule over mixed chunks can't tie embedding and head, which stand on any two ranks there; use "
+                "one over segments (static, dynamic)"
+            )
+        segments = len(stages) // ranks
+        self._stages = tuple(tuple(stage) for stage in stages)
+        self._back = tuple(reversed_segments) or (False,) * segments
+        runs = [[self._stages[self._stage(k, r, ranks)] for r in range(ranks)] for k in range(segments)]
+
+        def layers(module: str) -> Layers:
+            return tuple(tuple(sum(x.layers for x in s if x.module == module) for s in line) for line in runs)
+
+        super().__init__(
+            kwargs, {VISION: layers(VISION), LANGUAGE: layers(LANGUAGE)}, rank=rank, micro_batch_size=micro_batch_size,
+            freeze=freeze,
+        )  # fmt: skip
+        total = tuple(tuple(sum(x.layers for x in s) for s in line) for line in runs)
+        back = self._back if any(self._back) else ()
+        self.modules = (ModalityModule(MODEL, total, reversed=back),)  # type: ignore[assignment]
+
+    def _stage(self, segment: int, rank: int, ranks: int) -> int:
+        return segment * ranks + (ranks - 1 - rank if self._back[segment] else rank)
+
+    def _run(self, segment: int, rank: int, module: str) -> LayerRun | None:
+        stage = self._stages[self._stage(segment, rank, self.ranks)]
+        return next((run for run in stage if run.module == module), None)
+
+    @property
+    def loss_rank(self) -> int:
+        """The rank that holds the last stage."""
+        return 0 if self._back[-1] else self.ranks - 1
+
+    @property
+    def shapes(self) -> MixedLlavaShapes:
+        """What travels between stages; known once the chunks are built."""
+        ends = tuple(
+            tuple(self._end(self._stages[self._stage(k, r, self.ranks)][-1]) for r in range(self.ranks))
+            for k in range(len(self._back))
+        )
+        return MixedLlavaShapes(self.sizes, ends)
+
+    @staticmethod
+    def _end(run: LayerRun) -> StageEnd:
+        if run.module == LANGUAGE:
+            return "language"
+        return "projected" if run.head else "vision"
+
+    def build_chunks(self) -> list[torch.nn.Module]:
+        """This rank's stages, segment by segment."""
+        chunks: list[MixedChunk] = []
+        for segment in range(len(self._back)):
+            arguments = dict(self.kwargs)
+            for name in (VISION, LANGUAGE):
+                key = f"{name}_transformer_config"
+                arguments[key] = segment_config(arguments[key], self.layers[name], self.rank)
+                arguments[key].pipeline_model_parallel_layout = StageLayout(self.layers[name], self.rank, self._back)
+            arguments["vision_projection_config"] = order_free(arguments["vision_projection_config"])
+            parts: dict[str, Any] = {VISION: None, LANGUAGE: None}
+            for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
+                run = self._run(segment, self.rank, module)
+                if run is not None:
+                    parts[module] = kind(run.stem, run.head, vp_stage=segment, **arguments)
+                    parts[module].freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
+                                            "freeze_vision_projection": False, **self.freeze})  # fmt: skip
+            config = copy.copy(arguments["language_transformer_config"])
+            chunks.append(MixedChunk(parts[VISION], parts[LANGUAGE], config, segment))
+        self._built_shapes = self._shapes()
+        return self.finish(chunks, chunks[0].config)
+
+    def _shapes(self) -> LlavaShapes:
+        kwargs = self.kwargs
+        vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
+        sizes = (kwargs.get("img_h", 336), kwargs.get("img_w", 336), kwargs.get("patch_dim", 14))
+        return LlavaShapes(
+            vision_tokens=get_num_image_embeddings(*sizes, vision.vision_model_type, False, 1, False),
+            vision_hidden=vision.hidden_size,
+            image_tokens=get_num_image_embeddings(
+                *sizes, vision.vision_model_type, kwargs["drop_vision_class_token"], 1,
+                kwargs.get("pixel_shuffle", False),
+            ),
+            language_hidden=language.hidden_size,
+            micro_batch_size=self._micro_batch_size,
+            sequence_parallel_size=self._sequence_parallel,
+            dtype=dtype_name(language),
+        )  # fmt: skip
+
+    def forward(
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
+    ) -> Tensors:
+        """One stage; see StageProgram."""
+        hidden = inputs[0]["hidden"] if inputs else None
+        return {"hidden": self._compute(chunk, stage.segment, stage.rank, hidden, microbatch.arguments)}
+
+    def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
+        """See StageProgram."""
+        hidden = inputs[0]["hidden"] if inputs else None
+        return self._compute(chunk, len(self._back) - 1, self.loss_rank, hidden, arguments)
+
+    def _compute(
+        self, chunk: torch.nn.Module, segment: int, rank: int, hidden: torch.Tensor | None,
+        arguments: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        images, nothing = arguments["images"], None
+        run = self._run(segment, rank, VISION)
+        if run is not None:
+            if hidden is not None:
+                # Only their number matters now; ranks after the first may have been given no pixels at all.
+                images = hidden.new_empty(hidden.shape[1], 0)
+            if images is None or images.shape[0] == 0:
+                shape = self.sizes.hidden(self._end(run), images=0, tokens=0)
+                device = hidden.device if hidden is not None else arguments["input_ids"].device
+                nothing = torch.empty(shape, dtype=getattr(torch, self.sizes.dtype), device=device)
+        return chunk(images if run is not None else None, hidden, nothing=nothing, arguments=arguments)
+
+
+def mixed_chunk(chunk: torch.nn.Module) -> MixedChunk:
+    """The stage inside Megatron's wrappers."""
+    return unwrapped(chunk, MixedChunk)

@@ -1,0 +1,56 @@
+"""What of a Megatron-Bridge configuration DIP can't run, said before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...describe.files import ConfigurationError
+
+
+def check_bridge(config: Any, schedule: str) -> None:
+    """Raises ConfigurationError with the setting, the reason and a way out. ``config`` is a validated
+    ``ConfigContainer``."""
+    for unfit, setting, reason, way_out in _refusals(config):
+        if unfit:
+            raise ConfigurationError(f"schedule {schedule} and {setting}: {reason}; {way_out}, or use schedule off")
+
+
+def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
+    from megatron.training.models.base import ModelConfig
+
+    model, checkpoint = config.model, config.checkpoint
+    if isinstance(model, ModelConfig):
+        kind = type(model).__name__
+        return [(True, f"model {kind}", "untried with models that are no providers", "take the model's provider")]
+    pipeline, context = model.pipeline_model_parallel_size, model.context_parallel_size
+    evaluated, graphs = config.validation.eval_micro_batch_size, getattr(model, "cuda_graph_impl", None)
+    files = checkpoint.save or checkpoint.load or checkpoint.pretrained_checkpoint
+    sharded = config.dist.use_megatron_fsdp or config.dist.use_torch_fsdp2 or config.ddp.use_megatron_fsdp
+    restarts = config.inprocess_restart is not None and config.inprocess_restart.enabled
+    leave = "leave it out"
+    return [
+        (pipeline < 2, f"pipeline_model_parallel_size {pipeline}", "there is no pipeline to schedule", "use 2 or more"),
+        (context > 1, f"context_parallel_size {context}",
+         "payload shapes in plans don't know sequence shards of context parallelism",
+         "use tensor parallelism with sequence_parallel"),
+        (evaluated not in (None, config.train.micro_batch_size), f"eval_micro_batch_size {evaluated}",
+         "payload shapes in plans are those of train.micro_batch_size", leave),
+        (getattr(model, "num_moe_experts", None), "num_moe_experts",
+         "how many tokens an expert gets is not known before it runs, so its time can't be planned",
+         "train a dense model"),
+        (getattr(model, "mtp_num_layers", None), "mtp_num_layers",
+         "multi-token prediction layers have no segment yet", leave),
+        (sharded, "FSDP", "it gathers parameters in one fixed order of layers", "use ddp.use_distributed_optimizer"),
+        (graphs not in (None, "none"), f"cuda_graph_impl {graphs}", "a captured iteration can't change with the batch",
+         "set it to none"),
+        (getattr(model, "defer_embedding_wgrad_compute", False), "defer_embedding_wgrad_compute",
+         "DIP defers weight gradients by plan", leave),
+        (config.peft is not None, "peft", "adapters are put into layers after DIP has prepared them", leave),
+        (config.dist.use_decentralized_pg, "use_decentralized_pg",
+         "DIP asks Megatron-Core's parallel state for its ranks", leave),
+        (restarts, "inprocess_restart", "DIP's threads and planner would outlive the restart", "restart the job"),
+        (files and checkpoint.ckpt_format != "torch_dist", f"ckpt_format {checkpoint.ckpt_format}",
+         "its files hold layers by their place on a rank, which DIP's partition changes", "use torch_dist"),
+        (checkpoint.non_persistent_ckpt_type == "local", "non_persistent_ckpt_type local",
+         "local checkpoints hold layers by their place on a rank, which DIP's partition changes", "use global"),
+    ]  # fmt: skip

@@ -1,0 +1,181 @@
+"""Megatron-Bridge's ``pretrain`` and ``finetune``.
+
+A recipe asks for DIP by its configuration (``config.dip = {"schedule": "dynamic"}``, names as in the YAML file), or the
+environment does. Other loops that take their model from Bridge's providers go through ``dip_megatron.build_model``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ...describe.files import ConfigurationError
+from ...describe.model import Parallel
+from ...environment import load_settings
+from .bridge_checks import check_bridge
+from .layout import GivenLayout, given_layout
+from .loop import Target, TrainingLoop
+
+if TYPE_CHECKING:
+    from ...config import DipConfig
+    from ..hooks import Hooks
+    from ..session import DipSession
+
+_LAYOUT = {
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",
+    "pipeline_model_parallel_layout": "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split": "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split": "account_for_loss_in_pipeline_split",
+}
+"""Bridge's names of what lays out layers, and Megatron-LM's."""
+
+
+class BridgeLoop(TrainingLoop):
+    """A run of Bridge's loop, by its state, which holds the validated configuration."""
+
+    def __init__(self, state: Any, layout: GivenLayout | None):
+        config, model = state.cfg, state.cfg.model
+        replicas = config.data_parallel_size
+        super().__init__(
+            Parallel(
+                model.tensor_model_parallel_size, model.pipeline_model_parallel_size, replicas,
+                model.sequence_parallel, config.ddp.use_distributed_optimizer,
+            ),
+            config.train.micro_batch_size,
+            max(config.train.global_batch_size // (config.train.micro_batch_size * replicas), 1),
+            config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config.dataset),
+            iteration=self._following, layout=layout,
+        )  # fmt: skip
+        self._state = state
+
+    def _following(self) -> int:
+        """Bridge counts an iteration once it is done."""
+        return int(self._state.train_state.step) + 1
+
+    def another_follows(self) -> bool:
+        """Iterations to skip are read by Bridge itself."""
+        train, following = self._state.cfg.train, self._following()
+        skipped = set(getattr(train, "iterations_to_skip", None) or ())  # counted from 0
+        return following < train.train_iters and following not in skipped
+
+    def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:
+        """To Bridge's TensorBoard and Weights & Biases writers, which exist on the last rank of the job."""
+        board, weights_and_biases = self._state.tensorboard_logger, self._state.wandb_logger
+        if board is not None:
+            for name, value in scalars.items():
+                board.add_scalar(name, value, iteration)
+        if weights_and_biases is not None:
+            weights_and_biases.log(scalars, iteration)
+
+
+def _may_be_read_ahead(dataset: Any) -> bool:
+    """Not where an iterator holds one iteration only, nor where its place in the data is saved with checkpoints."""
+    return dataset.dataloader_type != "batch" and getattr(dataset, "dataloader_save", None) is None
+
+
+def _take_layout(model: Any) -> GivenLayout | None:
+    """The layout that a provider asks for; none of it is left, as chunks are DIP's. Raises ConfigurationError."""
+    given = {name: getattr(model, name, None) for name in _LAYOUT}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    if not given:
+        return None
+    args = SimpleNamespace(
+        num_layers=model.num_layers, pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        num_virtual_stages_per_pipeline_rank=given.get("virtual_pipeline_model_parallel_size"),
+        **{_LAYOUT[name]: value for name, value in given.items()},
+    )  # fmt: skip
+    layout = given_layout(args)
+    for name, value in given.items():
+        setattr(model, name, False if value is True else None)
+    return None if layout is None else GivenLayout(tuple(given), layout.layers)
+
+
+class MegatronBridge:
+    """See :class:`.loop.LoopAdapter`."""
+
+    def __init__(self, hooks: Hooks):
+        self._hooks = hooks
+        self._session: DipSession | None = None
+        self._targets = {
+            "megatron.bridge.training.pretrain": (
+                Target("setup", self._setup, "starting DIP"),
+                Target("_finish_train", self._finish, "ending DIP"),
+            ),
+            "megatron.bridge.training.setup": (
+                Target("_update_model_config_funcs", self._functions, "what schedules call of the loop"),
+            ),
+            "megatron.bridge.models.model_provider": (
+                Target("_create_model", self._create, "models of Bridge's providers"),
+            ),
+            "megatron.bridge.training.train": (Target("make_data_iterator_list", self._iterators, "the data"),),
+            "megatron.bridge.training.eval": (Target("make_data_iterator_list", self._iterators, "the data"),),
+        }
+
+    def wanted(self, module: str) -> bool:
+        return module in self._targets
+
+    def targets(self, module: ModuleType) -> Sequence[Target]:
+        return self._targets[module.__name__]
+
+    def _setup(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def setup(state: Any, *rest: Any, **kwargs: Any) -> Any:
+            self._session = None
+            try:
+                config = load_settings(getattr(state.cfg, "dip", None) or {}).config
+                if config.schedule != "off":
+                    check_bridge(state.cfg, config.schedule)
+                    self._session = self._begin(state, config)
+                return original(state, *rest, **kwargs)
+            except ConfigurationError as error:
+                sys.exit(f"dip: {error}")
+
+        return setup
+
+    def _begin(self, state: Any, config: DipConfig) -> DipSession:
+        from ...families.qwen_vl.family import QWEN_VL
+
+        self._hooks.add_families([QWEN_VL])
+        return self._hooks.begin(BridgeLoop(state, _take_layout(state.cfg.model)), config)
+
+    def _finish(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def finish_train(*args: Any, **kwargs: Any) -> Any:
+            # Bridge goes on to end the process groups over which DIP's ranks talk.
+            if self._session is not None:
+                self._hooks.end(self._session)
+                self._session = None
+            return original(*args, **kwargs)
+
+        return finish_train
+
+    def _create(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_model(provider: Any, *rest: Any, **kwargs: Any) -> Any:
+            if self._session is None:
+                return original(provider, *rest, **kwargs)
+            # Of the provider, Bridge asks for no more here, and takes a list of chunks, too.
+            return original(SimpleNamespace(provide=self._session.segmented(provider.provide)), *rest, **kwargs)
+
+        return create_model
+
+    def _functions(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_model_config_funcs(model: list[Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
+            original(model, config, *rest, **kwargs)
+            if self._session is not None and self._session.owns(model):
+                # Schedules look at the first chunk's config, which among DIP's chunks isn't the provider itself.
+                own = model[0].config
+                own.timers = config.timers
+                original(model, own, *rest, **kwargs)
+
+        return update_model_config_funcs
+
+    def _iterators(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def make_data_iterator_list(model: list[Any], data_iterator: Any) -> Any:
+            if self._session is not None and self._session.owns(model):
+                # Views for each chunk, made anew in each iteration, would hide the iterator that can be read ahead.
+                return [data_iterator] * len(model)
+            return original(model, data_iterator)
+
+        return make_data_iterator_list

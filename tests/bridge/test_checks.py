@@ -1,0 +1,68 @@
+"""What DIP says of Bridge configurations that it can't run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dip_megatron.describe.files import ConfigurationError
+from tests.bridge.qwen25_vl import Run, configuration, save_tiny
+from tests.processes import team
+
+UNFIT = {
+    "pipeline_model_parallel_size": 1, "context_parallel_size": 2, "num_moe_experts": 4, "mtp_num_layers": 1,
+    "cuda_graph_impl": "local", "defer_embedding_wgrad_compute": True,
+}  # fmt: skip
+
+
+def said(rank: int, world: int, folder: Path) -> dict[str, str]:
+    """By setting; nothing of a configuration that runs."""
+    from dip_megatron.megatron.adapters.bridge_checks import check_bridge
+
+    def refusal(change: Callable[[Any], None]) -> str:
+        config = configuration(folder, Run(pipeline=2))
+        change(config)
+        try:
+            check_bridge(config, "dynamic")
+        except ConfigurationError as error:
+            return str(error)
+        return ""
+
+    found = {name: refusal(lambda c, n=name, v=value: setattr(c.model, n, v)) for name, value in UNFIT.items()}
+    found["eval_micro_batch_size"] = refusal(lambda c: setattr(c.validation, "eval_micro_batch_size", 2))
+    found["FSDP"] = refusal(lambda c: setattr(c.dist, "use_megatron_fsdp", True))
+    found["use_decentralized_pg"] = refusal(lambda c: setattr(c.dist, "use_decentralized_pg", True))
+    found["non_persistent_ckpt_type"] = refusal(lambda c: setattr(c.checkpoint, "non_persistent_ckpt_type", "local"))
+    found[""] = refusal(lambda c: None)
+    return found
+
+
+def test_what_cannot_run_is_refused_in_one_line_that_names_it(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    (found,) = team(1).run(said, tmp_path)
+
+    assert found.pop("") == ""
+    for setting, line in found.items():
+        assert setting in line
+        assert line.endswith("or use schedule off")
+        assert "\n" not in line
+
+
+def refused_run(rank: int, world: int, folder: Path) -> str:
+    from megatron.bridge.training.pretrain import pretrain
+
+    import dip_megatron
+
+    dip_megatron.install()
+    config = configuration(folder, Run(dip={"schedule": "dynamic"}))
+    with pytest.raises(SystemExit) as ended:
+        pretrain(config, lambda *_: None)
+    return str(ended.value)
+
+
+def test_a_run_ends_with_the_line(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    assert "there is no pipeline to schedule" in team(1).run(refused_run, tmp_path)[0]
