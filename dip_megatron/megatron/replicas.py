@@ -11,16 +11,23 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from ..core.graph import Floats
-from ..planner.balance import Assignment, Mode, Work, assign
+from ..describe.cost import Corrections
+from ..describe.model import Training
+from ..describe.workload import Microbatch
+from ..planner.balance import Assignment, ExchangeReport, Mode, Work, assign, microbatch_work
+from ..planner.delivery import PlanDelivery
+from ..planner.live import ModelGraphs
 from ..runtime.groups import local_group
 from ..runtime.parcels import pack, unpack
 from .exchange import GlooExchange
@@ -29,22 +36,21 @@ LEAST_GAIN = 0.005
 """Share of the job's time that an exchange has to gain, or nobody moves anything."""
 
 
+Price = Callable[[Any], tuple[Floats, Floats]]
+
+
 class ReplicaExchangeError(RuntimeError):
     """An exchange that did not come to its end; no rank may train on what it holds."""
 
 
-@dataclass(frozen=True)
-class ExchangeReport:
-    """One exchange. ``before`` and ``after``: the slowest replica's predicted seconds over the mean. ``moved``:
-    microbatches that changed replicas, in all; ``sent_bytes``: by this rank; ``seconds``: the exchange took here,
-    waiting included. ``reason``: why nobody moved anything, or empty."""
+def price_of(graphs: ModelGraphs, corrections: Callable[[], Corrections]) -> Price:
+    """Prices a replica's microbatches, given with what trains, as its plans would be priced now."""
 
-    before: float
-    after: float
-    moved: int
-    sent_bytes: int
-    seconds: float
-    reason: str = ""
+    def price(given: tuple[tuple[Microbatch, ...], Training | None]) -> tuple[Floats, Floats]:
+        loads, training = given
+        return microbatch_work(corrections().apply(graphs.build(loads, False, training)))
+
+    return price
 
 
 class ReplicaExchange:
@@ -54,7 +60,7 @@ class ReplicaExchange:
         self,
         peers: Sequence[int],
         replica: Sequence[int],
-        price: Callable[[Any], tuple[Floats, Floats]] | None,
+        price: Price | None,
         *,
         mode: Mode = "swap",
         least_gain: float = LEAST_GAIN,
@@ -71,63 +77,60 @@ class ReplicaExchange:
         self._replica = GlooExchange(list(replica), timeout_seconds)
         self._price, self._mode, self._least_gain, self._device = price, mode, least_gain, device
 
-    def exchange(self, loads: Any, microbatches: Sequence[Any]) -> tuple[list[Any], ExchangeReport]:
-        """This replica's microbatches afterwards. ``loads`` is what ``price`` takes, None where there is none.
+    def exchange(
+        self, loads: Any, microbatches: Sequence[Any], complete: bool = True
+    ) -> tuple[list[Any], ExchangeReport]:
+        """This replica's microbatches afterwards. ``loads`` is what ``price`` takes, None where there is none;
+        ``complete``: False where the data of this replica has ended, and it takes part so that no other one waits.
 
         Raises ReplicaExchangeError where a peer doesn't answer in time or answers something else, ParcelError where a
         microbatch can't travel: then the run has to stop.
         """
         began = time.perf_counter()
         try:
-            assignment, reason = self._assignment(loads, len(microbatches))
-            if reason:
-                worth = assignment.before
-                even = float(worth.max() / worth.mean()) if worth.mean() > 0 else 1.0
-                return list(microbatches), ExchangeReport(even, even, 0, 0, time.perf_counter() - began, reason)
+            assignment, before, reason = self._assignment(loads, complete)
+            if assignment is None:
+                return list(microbatches), ExchangeReport(before, before, 0, 0, time.perf_counter() - began, reason)
             result, sent = self._move(assignment, microbatches)
         except (RuntimeError, dist.DistBackendError) as error:
             raise ReplicaExchangeError(
                 f"the exchange of microbatches between replicas (ranks {self._peers}) broke off: {error}; "
                 "nothing was trained on it. Restart from the last checkpoint, or with --dip-balance off"
             ) from error
-        return result, ExchangeReport(
-            float(assignment.before.max() / assignment.before.mean()),
-            float(assignment.after.max() / assignment.after.mean()),
-            int(assignment.moved.sum()), sent, time.perf_counter() - began,
-        )  # fmt: skip
+        after = float(assignment.after.max() / assignment.after.mean())
+        moved = int(assignment.moved.sum())
+        return result, ExchangeReport(before, after, moved, sent, time.perf_counter() - began)
 
-    def _assignment(self, loads: Any, count: int) -> tuple[Assignment, str]:
-        """The same on all ranks of all replicas, with the reason not to follow it, if there is one."""
+    def _assignment(self, loads: Any, complete: bool) -> tuple[Assignment | None, float, str]:
+        """What to do, or None and why, and the slowest replica over the mean: the same on all ranks of all replicas."""
         told = None
         if self._price is not None:
-            seconds, held = self._price(loads)
-            everyone = [pickle.loads(data) for data in self._prices.gather(pickle.dumps((seconds, held)))]
-            work = Work(
-                np.concatenate([s for s, _ in everyone]),
-                np.concatenate([h for _, h in everyone]),
-                np.repeat(np.arange(len(everyone)), [len(s) for s, _ in everyone]),
-                len(everyone),
-            )
-            found = assign(work, self._mode)
-            reason = ""
-            if found.before.max() - found.after.max() < self._least_gain * found.before.max():
-                reason = "there is too little to gain"
-            digests = self._prices.gather(f"{found.digest()} {reason}".encode())
-            if len(set(digests)) > 1:
-                reason = "replicas came to different assignments"
-            told = pickle.dumps((found, reason))
-        answer: tuple[Assignment, str] = pickle.loads(self._replica.broadcast(told))
-        self._first(answer[0], count)
+            mine = self._price(loads) if complete else None
+            everyone = [pickle.loads(data) for data in self._prices.gather(pickle.dumps(mine))]
+            told = pickle.dumps(self._agreed(everyone))
+        answer: tuple[Assignment | None, float, str] = pickle.loads(self._replica.broadcast(told))
         return answer
 
-    def _first(self, assignment: Assignment, count: int) -> int:
-        """Number of this replica's first microbatch among all; every replica brings equally many."""
-        if len(assignment.replica) != count * len(self._peers):
-            raise ReplicaExchangeError(
-                f"{len(self._peers)} replicas bring {len(assignment.replica)} microbatches, this one {count}: they "
-                "must bring equally many"
-            )
-        return self._index * count
+    def _agreed(self, everyone: Sequence[tuple[Floats, Floats] | None]) -> tuple[Assignment | None, float, str]:
+        """From the prices of all replicas; the first ranks alone."""
+        prices = [price for price in everyone if price is not None]
+        if len(prices) < len(everyone):
+            return None, 1.0, "the data of a replica has ended"
+        counts = [len(seconds) for seconds, _ in prices]
+        if len(set(counts)) > 1:
+            return None, 1.0, "replicas have different numbers of microbatches"
+        work = Work(
+            np.concatenate([seconds for seconds, _ in prices]), np.concatenate([held for _, held in prices]),
+            np.repeat(np.arange(len(prices)), counts), len(prices),
+        )  # fmt: skip
+        found = assign(work, self._mode)
+        before = float(found.before.max() / found.before.mean()) if found.before.max() > 0 else 1.0
+        digests = self._prices.gather(found.digest().encode())
+        if len(set(digests)) > 1:
+            return None, before, "replicas came to different assignments"
+        if found.before.max() - found.after.max() < self._least_gain * found.before.max():
+            return None, before, "there is too little to gain"
+        return found, before, ""
 
     def _move(self, assignment: Assignment, microbatches: Sequence[Any]) -> tuple[list[Any], int]:
         """Send what leaves and take what comes, one microbatch a peer at a time, so that little memory is needed."""
@@ -179,3 +182,51 @@ class ReplicaExchange:
                 found[expected[source]] = unpack(arrived[place : place + size].numpy().tobytes(), self._device)
             place += size
         return found
+
+
+class ExchangesAhead:
+    """Exchanges in a thread, one at a time, while an iteration trains."""
+
+    def __init__(self, exchange: ReplicaExchange):
+        self._exchange = exchange
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-exchange")
+        self._running: Future[ExchangeReport] | None = None
+
+    def begin(
+        self, loads: Any, microbatches: Sequence[Any], complete: bool, then: Callable[[list[Any]], object]
+    ) -> None:
+        """Begin an exchange; ``then`` takes what this replica has afterwards, if it is complete, in the thread."""
+
+        def run() -> ExchangeReport:
+            found, report = self._exchange.exchange(loads, microbatches, complete)
+            if complete:
+                then(found)
+            return report
+
+        self._running = self._thread.submit(run)
+
+    def settle(self) -> ExchangeReport | None:
+        """Wait for the exchange that was begun, if any: its report, with how long this took. Raises what it raised."""
+        if self._running is None:
+            return None
+        began, running, self._running = time.perf_counter(), self._running, None
+        report = running.result()
+        return replace(report, stall_seconds=time.perf_counter() - began)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def begin_exchanges(
+    graphs: ModelGraphs | None, delivery: PlanDelivery, timeout_seconds: float, device: torch.device
+) -> ExchangesAhead:
+    """Between the data-parallel replicas of Megatron's groups; all ranks call it together. ``graphs`` price the
+    microbatches where plans are made."""
+    exchange = ReplicaExchange(
+        dist.get_process_group_ranks(parallel_state.get_data_parallel_group()),
+        sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group())),
+        price_of(graphs, delivery.corrections) if delivery.plans_here and graphs is not None else None,
+        timeout_seconds=timeout_seconds, device=device,
+    )  # fmt: skip
+    return ExchangesAhead(exchange)

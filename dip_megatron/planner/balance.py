@@ -83,6 +83,21 @@ class Assignment:
         return hashlib.sha256(self.replica.astype(np.int64).tobytes()).hexdigest()
 
 
+@dataclass(frozen=True)
+class ExchangeReport:
+    """One exchange. ``before`` and ``after``: the slowest replica's predicted seconds over the mean. ``moved``:
+    microbatches that changed replicas, in all; ``sent_bytes``: by this rank; ``seconds``: the exchange took here,
+    waiting included; ``stall_seconds``: of these, training waited. ``reason``: why nobody moved anything, or empty."""
+
+    before: float
+    after: float
+    moved: int
+    sent_bytes: int
+    seconds: float
+    reason: str = ""
+    stall_seconds: float = 0.0
+
+
 def microbatch_work(graph: StageGraph) -> tuple[Floats, Floats]:
     """Seconds and bytes of activations ``[microbatches, ranks]`` of one replica's batch, from its stage graph: forwards
     and backwards of all units of a microbatch, each with the fastest strategy; frozen parts have no backward."""
