@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")
     group.add_argument("--dip-override", action="store_true", default=None,
                        help="let DIP's partition replace virtual stages and layouts that other flags give")  # fmt: skip
+    group.add_argument("--dip-balance", choices=["off", "swap"], default=None,
+                       help="swap: exchange microbatches between replicas so that all end together")  # fmt: skip
     group.add_argument("--dip-trace-dir", type=Path, default=None,
                        help="write iterations.jsonl; trace.json and timeline.png of the last iteration")  # fmt: skip
     group.add_argument("--dip-trace-plans", action="store_true", default=None,
@@ -39,7 +41,7 @@ def run_config(args: argparse.Namespace) -> DipConfig:
     """The run's configuration, from flags, environment, file and defaults. Raises ConfigurationError."""
     flags = (
         "config", "schedule", "plan_file", "planner_workers", "search_budget", "memory_limit", "trace_dir",
-        "trace_plans", "override",
+        "trace_plans", "override", "balance",
     )  # fmt: skip
     return load_settings({name: getattr(args, f"dip_{name}", None) for name in flags}).config
 

@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 
 from ..core import Plan
 from ..core.protocols import Exchange
+from ..planner.balance import ExchangeReport
 from ..planner.delivery import DeliveredPlan, PlanDelivery
 from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
@@ -28,6 +29,7 @@ from ..runtime.watch import Watchdog
 from .agreement import TrainingAgreement, TrainingConsumer
 from .iteration import Iteration
 from .lookahead import LookAhead, RawItems, capture_microbatch
+from .replicas import ExchangesAhead
 from .rerun import Repetition
 
 IterationConsumer = Callable[[IterationReport, Plan, list[MeasuredSpan]], object]
@@ -73,11 +75,12 @@ class DipForwardBackward:
         pipeline: Exchange | None = None,
         everyone: Exchange | None = None,
         on_training: TrainingConsumer | None = None,
+        exchanges: ExchangesAhead | None = None,
     ):
         """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
         calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
         they are several; ``pipeline`` among the pipeline's, which hand over losses that the last one doesn't compute;
-        ``everyone`` and ``on_training`` see :class:`TrainingAgreement`."""
+        ``everyone`` and ``on_training`` see :class:`TrainingAgreement`; ``exchanges`` are between the replicas."""
         self._program = program
         self._executor = executor
         self._delivery = delivery
@@ -90,6 +93,8 @@ class DipForwardBackward:
         self._requests = 0
         self._tensor_parallel = tensor_parallel
         self._pipeline = pipeline
+        self._exchanges = exchanges
+        self._exchanged: ExchangeReport | None = None
         # By iterator and by forward_only: ranks without data have None for the iterators of training and evaluation.
         self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
         self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
@@ -188,13 +193,17 @@ class DipForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:
-            self._on_iteration(IterationReport.of(number, delivered, spans, outside), delivered.plan, spans)
+            report = IterationReport.of(number, delivered, spans, outside, self._exchanged)
+            self._on_iteration(report, delivered.plan, spans)
         return iteration.losses
 
     def _read(
         self, key: tuple[int, bool], source: LookAhead, count: int, chunks: list[torch.nn.Module]
     ) -> tuple[list[MicrobatchInputs], DeliveredPlan]:
         """This iteration's microbatches and plan."""
+        settled = None if self._exchanges is None else self._exchanges.settle()
+        if settled is not None or not key[1]:
+            self._exchanged = settled
         request, planned = self._next_request.pop(key, (None, count))
         if request is not None and planned != count:
             self._delivery.take(request)  # planned for another number of microbatches: all ranks drop it alike
@@ -222,10 +231,24 @@ class DipForwardBackward:
             source.fill(min(ready, count))
             yield
         coming = source.peek(count)
-        if len(coming) == count:
+        number = self._number() + 1
+
+        def ask(microbatches: list[MicrobatchInputs]) -> None:
             budget = self._policy.budget(self._last_seconds - (time.perf_counter() - began))
-            request = self._request(coming, self._number() + 1, False, budget, wait=1.3 * budget + 0.1)
+            request = self._request(microbatches, number, False, budget, wait=1.3 * budget + 0.1)
             self._next_request[key] = (request, count)
+
+        def exchanged(microbatches: list[MicrobatchInputs]) -> None:
+            source.replace(microbatches)
+            ask(microbatches)
+
+        complete = len(coming) == count
+        if self._exchanges is not None:
+            here = self._delivery.plans_here and complete
+            loads = tuple(self._program.load(m) for m in coming) if here else ()
+            self._exchanges.begin((loads, self._agreement.training), coming, complete, exchanged)
+        elif complete:
+            ask(coming)
 
     def _source(
         self, key: tuple[int, bool], iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any],

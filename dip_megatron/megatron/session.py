@@ -45,6 +45,7 @@ from .checkpoints import Checkpoint
 from .exchange import GlooExchange
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
+from .replicas import ExchangesAhead, begin_exchanges
 
 logger = logging.getLogger(__name__)
 
@@ -320,8 +321,19 @@ class DipSession:
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
-            on_training=self._training_is,
+            on_training=self._training_is, exchanges=self._exchanges(delivery, device),
         )  # fmt: skip
+
+    def _exchanges(self, delivery: PlanDelivery, device: torch.device) -> ExchangesAhead | None:
+        """Between replicas, where there are several and microbatches are read ahead."""
+        if self._config.balance == "off" or parallel_state.get_data_parallel_world_size() == 1:
+            return None
+        if not self._reads_ahead():
+            self._tell("balance: this loop's microbatches aren't read ahead; replicas exchange none")
+            return None
+        exchanges = begin_exchanges(self._graphs, delivery, self._config.timeout_seconds, device)
+        self._closing.callback(exchanges.close)
+        return exchanges
 
     def _budget(self) -> float | None:
         """Seconds for a plan; a search that counts its evaluations may take as long as they need."""

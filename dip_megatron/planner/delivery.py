@@ -68,6 +68,10 @@ class PlanDelivery:
         delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared)
         self._coming[request.request] = request.subject, delivery
 
+    def corrections(self) -> Corrections:
+        """Those that a plan asked for now would be made with; on rank 0."""
+        return Corrections() if self._recalibration is None else self._recalibration.corrections()
+
     @property
     def plans_here(self) -> bool:
         """Whether this rank's requests are the ones that count."""

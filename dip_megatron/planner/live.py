@@ -45,7 +45,6 @@ class ModelGraphs:
         return without_training(graph) if forward_only else graph
 
 
-@lru_cache(maxsize=16)
 def pricer(
     model: MultimodalModel, cluster: Cluster, costs: Costs | None, recompute: bool, offload: bool, paper: bool = False
 ) -> CostModel:
@@ -53,7 +52,16 @@ def pricer(
     strategies = allowed_strategies(recompute=recompute, offload=offload)
     if paper:
         strategies = tuple(name for name in strategies if name != "activation")
-    return CostModel(model, cluster, costs, strategies=strategies, corners=not paper)
+    return _pricer(model, cluster, costs, strategies, known_strategies(), not paper)
+
+
+@lru_cache(maxsize=16)
+def _pricer(
+    model: MultimodalModel, cluster: Cluster, costs: Costs | None, strategies: tuple[str, ...],
+    known: tuple[LayerStrategy, ...], corners: bool,
+) -> CostModel:  # fmt: skip
+    """``known``: the strategies there are, which a cost model takes up when it is made."""
+    return CostModel(model, cluster, costs, strategies=strategies, corners=corners)
 
 
 def without_training(graph: StageGraph) -> StageGraph:

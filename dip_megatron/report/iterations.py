@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.protocols import Timed
 from ..core.simulate import idle_share
+from ..planner.balance import ExchangeReport
 from ..planner.delivery import DeliveredPlan
 
 
@@ -22,7 +23,8 @@ class IterationReport:
     ``outside_seconds``: from the end of the iteration before to the start of this one (reductions, optimizer, logging);
     None after a pause, such as an evaluation. ``fallbacks``, ``late_plans`` and ``worker_deaths``
     count since the start of training: plans made in the trainer because no worker's had come, plans whose search was
-    not over, planner workers replaced.
+    not over, planner workers replaced. ``exchange``: of this iteration's microbatches between
+    replicas, if there was one.
     """
 
     iteration: int
@@ -43,11 +45,13 @@ class IterationReport:
     worker_deaths: int = 0
     planner_core_seconds: float = 0.0
     outside_seconds: float | None = None
+    exchange: ExchangeReport | None = None
 
     @staticmethod
     def of(
-        iteration: int, delivered: DeliveredPlan, spans: Sequence[Timed], outside_seconds: float | None = None
-    ) -> IterationReport:
+        iteration: int, delivered: DeliveredPlan, spans: Sequence[Timed], outside_seconds: float | None = None,
+        exchange: ExchangeReport | None = None,
+    ) -> IterationReport:  # fmt: skip
         """Report of a rank that executed ``spans``."""
         plan, statistics = delivered.plan, delivered.statistics
         seconds = max((s.end for s in spans), default=0.0)
@@ -71,6 +75,7 @@ class IterationReport:
             worker_deaths=statistics.worker_deaths,
             planner_core_seconds=statistics.core_seconds,
             outside_seconds=outside_seconds,
+            exchange=exchange,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from ..core import Plan
 from ..core.protocols import Exchange, Timed
 from ..core.simulate import idle_share
+from ..planner.balance import ExchangeReport
 from .iterations import IterationReport
 from .tables import seconds
 
@@ -64,14 +65,38 @@ def _scalars(reports: Sequence[IterationReport], everyone: Sequence[Sequence[tup
         "dip/fallbacks": reports[-1].fallbacks,
         "dip/late_plans": reports[-1].late_plans,
         "dip/worker_deaths": reports[-1].worker_deaths,
+        **_exchanged([r.exchange for r in reports if r.exchange is not None]),
+    }
+
+
+def _exchanged(exchanges: Sequence[ExchangeReport]) -> dict[str, float]:
+    """Means over the exchanges between replicas, if there were any."""
+    if not exchanges:
+        return {}
+    count = len(exchanges)
+    return {
+        "dip/slowest_replica_before": sum(e.before for e in exchanges) / count,
+        "dip/slowest_replica_after": sum(e.after for e in exchanges) / count,
+        "dip/microbatches_moved": sum(e.moved for e in exchanges) / count,
+        "dip/exchange_bytes": sum(e.sent_bytes for e in exchanges) / count,
+        "dip/exchange_seconds": sum(e.seconds for e in exchanges) / count,
+        "dip/exchange_stall_seconds": sum(e.stall_seconds for e in exchanges) / count,
     }
 
 
 def _line(scalars: dict[str, float], last: IterationReport) -> str:
+    balance = ""
+    if "dip/slowest_replica_before" in scalars:
+        balance = (
+            f" | slowest replica {scalars['dip/slowest_replica_before']:.3f} of the mean, "
+            f"{scalars['dip/slowest_replica_after']:.3f} after {scalars['dip/microbatches_moved']:.0f} moved "
+            f"in {seconds(scalars['dip/exchange_seconds'])}, waited {seconds(scalars['dip/exchange_stall_seconds'])}"
+        )
     return (
         f"[dip] iteration {last.iteration}: measured {seconds(scalars['dip/measured_seconds'])}, "
         f"predicted {seconds(scalars['dip/predicted_seconds'])} | bubbles {scalars['dip/bubble_ratio']:.1%}, "
         f"planned {scalars['dip/planned_bubble_ratio']:.1%} | plan after {seconds(scalars['dip/plan_seconds'])}, "
         f"{scalars['dip/search_evaluations']:.0f} schedules tried, waited {seconds(scalars['dip/stall_seconds'])} | "
         f"since start: {last.fallbacks} fallbacks, {last.late_plans} late plans, {last.worker_deaths} workers replaced"
+        + balance
     )

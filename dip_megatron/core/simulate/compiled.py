@@ -33,6 +33,11 @@ def inlined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
     )
 
 
+def allocating(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Like :func:`compiled`, for what runs once an iteration and makes its own buffers."""
+    return cast(Callable[Arguments, Result], njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
 def _trailing_zeros(_: Any, word: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))

@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""How uneven data-parallel replicas are, and what an exchange of microbatches mends. Simulated.
+
+    scripts/bench replicas [--quick] [--models vlm-s,...] [--replicas 2,8,32] [--batches 2] [--json FILE]
+
+Every replica draws its own batches of 16 microbatches of the model's published mix (H100, the shipped partition of the
+model, chosen on other batches); ``shards``: each replica draws from one source of the mix alone. All replicas are
+planned before and after the exchange; of more than 32, the ten costliest and twenty others, the mean being scaled from
+them by work. Rules of others are priced by the same simulator: ``lengths`` (largest first by tokens), ``fitted`` (a
+quadratic in tokens fitted to what microbatches take, largest first, up to 20 moves), ``by module`` (each module's work
+evened by itself, as if its instances could change replicas apart from their microbatch: what no exchange of whole
+microbatches can do, and without what moving the encoder's outputs back costs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dip_megatron.core.graph import Floats
+from dip_megatron.describe.cost import CostModel, cost_model, load_cluster, segmented_graph
+from dip_megatron.describe.files import resolve
+from dip_megatron.describe.model import MultimodalModel, Partition, load_model
+from dip_megatron.describe.partition import read_partition
+from dip_megatron.describe.workload import Microbatch, load_workload
+from dip_megatron.planner.balance import Places, Work, assign, microbatch_work
+from dip_megatron.recipes import FOLDER
+from dip_megatron.report.schedules import text_table
+from dip_megatron.schedulers.dip import search, warm_up
+
+MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l", "qwen2-5-vl-7b")
+COUNT = 16
+EVALUATIONS = 6000
+PLANNED = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A model as it is trained, and the mix it draws from."""
+
+    name: str
+    model: MultimodalModel
+    partition: Partition
+    pricer: CostModel
+    mix: str
+
+    @staticmethod
+    def of(name: str) -> Case:
+        model = load_model(name)
+        mix = "t2v-mix" if name.startswith("t2v") else "vlm-any-resolution" if name.startswith("qwen") else "vlm-mix"
+        partition = read_partition(FOLDER / name / "partition.yaml", model)
+        return Case(name, model, partition, cost_model(model, load_cluster("h100")), mix)
+
+    def seconds(self, microbatches: Sequence[Microbatch]) -> float:
+        """What a replica takes under a plan for these."""
+        graph = segmented_graph(self.pricer, self.partition, microbatches)
+        return search(
+            graph, budget_seconds=1e6, evaluations=EVALUATIONS, deterministic=True, workers=1
+        ).iteration_time  # fmt: skip
+
+    def independent(self, replicas: int, seed: int) -> list[tuple[Microbatch, ...]]:
+        """A batch for each replica, all from the whole mix."""
+        return [b.microbatches for b in load_workload(self.mix, self.model, replicas, COUNT, seed)]
+
+    def shards(self, replicas: int, seed: int) -> list[tuple[Microbatch, ...]]:
+        """A batch for each replica, each from one source of the mix, sources shared out by their weights."""
+        whole = yaml.safe_load(resolve("workloads", self.mix).read_text(encoding="utf-8"))
+        sources = whole["draw"]["sources"]
+        share = np.cumsum([s["weight"] for s in sources]) / sum(s["weight"] for s in sources)
+        batches: list[tuple[Microbatch, ...]] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for r in range(replicas):
+                source = sources[int(np.searchsorted(share, (r + 0.5) / replicas))]
+                file = Path(folder) / "shard.yaml"
+                file.write_text(yaml.safe_dump(whole | {"draw": whole["draw"] | {"sources": [source]}}))
+                batches += [b.microbatches for b in load_workload(file, self.model, 1, COUNT, seed * 10_000 + r)]
+        return batches
+
+
+def largest_first(worth: Floats, replicas: int, most: int | None) -> Places:
+    """Largest first to the least loaded replica, ``most`` microbatches each (None: any number)."""
+    load, count = np.zeros(replicas), np.zeros(replicas, dtype=np.int64)
+    place = np.empty(len(worth), dtype=np.int64)
+    for m in np.argsort(-worth, kind="stable"):
+        free = load if most is None else np.where(count < most, load, np.inf)
+        place[m] = np.argmin(free)
+        load[place[m]] += worth[m]
+        count[place[m]] += 1
+    return place
+
+
+def fitted(work: Work, tokens: Floats) -> Places:
+    """Largest first by a quadratic in the tokens of a microbatch, fitted to what microbatches take, then the twenty
+    best moves from the most to the least loaded."""
+    took = work.seconds.max(axis=1)
+    worth = np.polyval(np.polyfit(tokens, took, 2), tokens)
+    place = largest_first(worth, work.replicas, None)
+    for _ in range(20):
+        load = np.bincount(place, worth, work.replicas)
+        worst, least = int(np.argmax(load)), int(np.argmin(load))
+        mine = np.flatnonzero(place == worst)
+        after = np.maximum(load[worst] - worth[mine], load[least] + worth[mine])
+        if len(mine) < 2 or after.min() >= load[worst]:
+            break
+        place[mine[int(np.argmin(after))]] = least
+    return place
+
+
+def evenly(case: Case, batches: Sequence[Sequence[Microbatch]]) -> float:
+    """Slowest over mean if each module's work could be evened by itself: only the largest instance is in the way."""
+    graph = segmented_graph(case.pricer, case.partition, [m for batch in batches for m in batch])
+    backward = np.where(graph.has_weight, graph.fused[0], graph.backward[0])
+    took = graph.forward[0] + np.where(graph.has_backward, backward, 0.0)
+    excess = 0.0
+    for module in case.model.modules:
+        rows = [s for s, u in enumerate(graph.unit_of) if graph.units[int(u)].module == module.name]
+        units = np.zeros(len(graph.units))
+        np.add.at(units, graph.unit_of[rows], took[rows].max(axis=1))
+        used = units[units > 0]
+        load = np.bincount(largest_first(used, len(batches), None), used, len(batches))
+        excess += float(load.max() - load.mean())
+    _, mean = work_totals(took, len(batches))
+    return 1.0 + excess / mean
+
+
+def work_totals(took: Floats, replicas: int) -> tuple[float, float]:
+    """Seconds of all work on the busiest rank, and a replica's mean share."""
+    total = float(took.sum(axis=0).max())
+    return total, total / replicas
+
+
+def planned(case: Case, work: Work, flat: Sequence[Microbatch], place: Places) -> tuple[float, float]:
+    """(slowest, mean) seconds of the replicas under their plans."""
+    cost = work.cost(place)
+    order = np.argsort(-cost)
+    chosen = order if work.replicas <= PLANNED else np.concatenate([order[:10], order[10 :: max(1, len(order) // 20)]])
+    took = np.array([case.seconds([flat[m] for m in np.flatnonzero(place == r)]) for r in chosen])
+    mean = float(took.mean()) if work.replicas <= PLANNED else float((took / cost[chosen])[10:].mean() * cost.mean())
+    return float(took.max()), mean
+
+
+def measure(case: Case, batches: Sequence[Sequence[Microbatch]], rules: bool) -> dict[str, float]:
+    """One row of the table."""
+    replicas = len(batches)
+    each = [microbatch_work(segmented_graph(case.pricer, case.partition, b)) for b in batches]
+    flat = [m for batch in batches for m in batch]
+    work = Work(
+        np.concatenate([s for s, _ in each]), np.concatenate([h for _, h in each]),
+        np.repeat(np.arange(replicas), COUNT), replicas,
+    )  # fmt: skip
+    start = time.process_time()
+    swapped = assign(work)
+    spent = time.process_time() - start
+    slowest, mean = planned(case, work, flat, work.replica)
+    after, after_mean = planned(case, work, flat, swapped.replica)
+    row = {
+        "before": slowest / mean, "after": after / after_mean, "gain": slowest / after,
+        "moved": float(swapped.moved.mean()), "seconds": spent,
+    }  # fmt: skip
+    if rules:
+        tokens = np.array([float(m.tokens) for m in flat])
+        free = assign(work, "free")
+        others = {
+            "free": free.replica, "lengths": largest_first(tokens, replicas, COUNT), "fitted": fitted(work, tokens)
+        }  # fmt: skip
+        for name, place in others.items():
+            worst, middle = planned(case, work, flat, place)
+            row[name] = worst / middle
+        row["by module"] = evenly(case, batches)
+    return row
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two models, few replicas, one batch")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--replicas", default="2,8,32,128,1024")
+    parser.add_argument("--batches", type=int, default=2, help="global batches a row")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    models, counts = options.models.split(","), [int(r) for r in options.replicas.split(",")]
+    if options.quick:
+        models, counts, options.batches = models[:2], [2, 8], 1
+    warm_up()
+    assign(replace_work())
+    rows, data = [], []
+    for name in models:
+        case = Case.of(name)
+        for draw in ("independent", "shards"):
+            for replicas in counts if draw == "independent" else [r for r in counts if r in (8, 32)]:
+                found = [
+                    measure(case, getattr(case, draw)(replicas, 5 + b), rules=replicas == 32)
+                    for b in range(options.batches)
+                ]
+                mean = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
+                data.append({"model": name, "draw": draw, "replicas": replicas, **mean})
+                rows.append([
+                    name, draw, str(replicas), f"{mean['before']:.3f}", f"{mean['after']:.3f}", f"{mean['gain']:.3f}",
+                    f"{mean['moved']:.0%}", f"{mean['seconds']:.3f}",
+                    *(f"{mean[k]:.3f}" if k in mean else "" for k in ("free", "lengths", "fitted", "by module")),
+                ])  # fmt: skip
+                print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+    print("Slowest replica over the mean, simulated, 16 microbatches a replica\n")
+    print(text_table(
+        ["model", "draw", "replicas", "before", "after", "gain", "moved", "seconds", "free", "lengths", "fitted",
+         "by module"], rows,
+    ))  # fmt: skip
+    if options.json is not None:
+        options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def replace_work() -> Work:
+    """Two microbatches: what compiles the assignment before it is timed."""
+    return Work(np.array([[1.0], [2.0]]), np.ones((2, 1)), np.array([0, 1]), 2)
+
+
+if __name__ == "__main__":
+    main()

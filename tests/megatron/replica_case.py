@@ -1,0 +1,104 @@
+"""Exchanges of made-up microbatches between replicas, for processes of a team."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dip_megatron.megatron.replicas import ReplicaExchange
+from dip_megatron.runtime.protocol import MicrobatchInputs
+
+
+def begin() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def exchange_of(rank: int, stages: int, world: int, **options: Any) -> ReplicaExchange:
+    """Ranks in Megatron's order of pipeline over data: stage p of replica r is rank ``p * replicas + r``."""
+    replicas = world // stages
+    stage, index = divmod(rank, replicas)
+    peers = [stage * replicas + r for r in range(replicas)]
+    replica = [p * replicas + index for p in range(stages)]
+
+    def price(loads: list[float]) -> Any:
+        return np.array(loads)[:, None] * np.ones(stages), np.ones((len(loads), stages))
+
+    return ReplicaExchange(peers, replica, price if stage == 0 else None, timeout_seconds=60.0, **options)
+
+
+def microbatch(number: int, stage: int) -> MicrobatchInputs:
+    """Nested, of many types; not the same on all stages."""
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(number % 4, 3, 2, generator=generator)
+    return MicrobatchInputs(
+        {
+            "images": images, "tokens": torch.arange(number), "mask": torch.ones(2, 0, dtype=torch.bool),
+            "number": number,
+            "half": images.to(torch.bfloat16), "nothing": None, "name": f"sample {number}",
+            "grid": [(1, 2), {"stage": stage}], "slice": torch.arange(20)[::3],
+        },
+        None if stage == 1 else [{"images": images, "path": "x"}],
+    )  # fmt: skip
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, MicrobatchInputs):
+        return same(a.arguments, b.arguments) and same(a.items, b.items)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def changes(rank: int, world: int, stages: int, each: int, seed: int, mode: str) -> tuple[list[int], Any]:
+    """Numbers of the microbatches that this rank has afterwards, and the report."""
+    begin()
+    replicas = world // stages
+    stage, index = divmod(rank, replicas)
+    numbers = list(range(index * each, (index + 1) * each))
+    worth = random.Random(seed).choices([1.0, 2.0, 5.0, 20.0], k=replicas * each)
+    found, report = exchange_of(rank, stages, world, mode=mode).exchange(
+        [worth[n] for n in numbers], [microbatch(n, stage) for n in numbers]
+    )
+    for m in found:
+        assert same(m, microbatch(m.arguments["number"], stage)), m
+    return [m.arguments["number"] for m in found], (report.before, report.after, report.moved, report.reason, worth)
+
+
+def little(rank: int, world: int) -> str:
+    """An exchange with nothing to gain."""
+    begin()
+    data = [microbatch(n, 0) for n in range(2)]
+    found, report = exchange_of(rank, 1, world).exchange([1.0, 1.0], data)
+    assert all(a is b for a, b in zip(found, data, strict=True))
+    return report.reason
+
+
+def stuck(rank: int, world: int) -> str:
+    """A microbatch that can't travel."""
+    begin()
+    bad = MicrobatchInputs({"a": [1, {"b": lambda: 0}]}, None)
+    exchange = exchange_of(rank, 1, world)
+    try:
+        exchange.exchange([1.0 + 10 * rank] * 2, [bad, bad])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def cut(rank: int, world: int) -> None:
+    """The last peer leaves in the middle of an exchange."""
+    begin()
+    exchange = exchange_of(rank, 1, world)
+    if rank == world - 1:
+        exchange._swap = lambda *_: os._exit(0)  # type: ignore[method-assign]
+    exchange.exchange([1.0 + 10 * rank] * 3, [microbatch(n, 0) for n in range(3)])
