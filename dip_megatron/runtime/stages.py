@@ -54,6 +54,10 @@ class StepFunctions(Protocol):
 class ModelStandIn:
     """What a script's forward_step sees as its model: it calls it once, and may read attributes of the real chunk."""
 
+    vp_stage = 0
+    """As in a pipeline without virtual stages, which is what a loop's settings say under DIP: the place of its stage
+    alone says what of a batch a rank needs."""
+
     def __init__(self, chunk: torch.nn.Module, call: Callable[..., Any]):
         self._chunk = chunk
         self._call = call
