@@ -48,7 +48,7 @@ from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import AT_CALL_SECONDS, PlannerService
 from dip_megatron.report.schedules import text_table
-from dip_megatron.schedulers import BaselineError, schedule_names
+from dip_megatron.schedulers import BaselineError, find_schedule, schedule_names
 from dip_megatron.schedulers.dip import SearchResult, search, warm_up
 from scripts.bench_search import microseconds, optimum, tight
 
@@ -204,13 +204,13 @@ def latency(cases: Sequence[Case]) -> list[Bar]:
 
 def at_the_call(names: Sequence[str], batches: int) -> list[Bar]:
     """Seconds from a batch to its plan where a loop shows it only when it is to run, on 8 ranks: from a worker process
-    that may search for 20 ms; made in the trainer, as while no worker has started; and of a batch that comes again."""
+    that may search for 10 ms; made in the trainer, as while no worker has started; and of a batch that comes again."""
     rows, worst = [], np.zeros(3)
     for name in names:
         case = make_case(name, batches, 16, 3.0, pp=8)
         setting = case.setting
         maker = live_maker(
-            "dynamic", ModelGraphs(setting.model, setting.cluster, case.ours),
+            find_schedule("dip"), ModelGraphs(setting.model, setting.cluster, case.ours),
             LlavaShapes(576, 1024, 576, 4096, 1, 1, "bfloat16"), Effort(),
         )  # fmt: skip
         service = PlannerService(maker, 1, improve_seconds=1.0)
@@ -226,7 +226,7 @@ def at_the_call(names: Sequence[str], batches: int) -> list[Bar]:
             pickle.dumps(plan)
             return time.perf_counter() - start, plan.name == "dip"
 
-        while not planned(load_workload(mix, setting.model, 1, 1, next(numbers))[0])[1]:
+        while not planned(load_workload(mix, setting.model, 1, 1, next(numbers))[0].microbatches)[1]:
             time.sleep(0.5)  # until the worker is warm
         seconds: list[list[float]] = [[], [], []]
         searched = 0
