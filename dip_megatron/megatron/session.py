@@ -243,7 +243,7 @@ class DipSession:
 
     # -- iterations ----------------------------------------------------------------------------------------------
     def owns(self, model: Any) -> bool:
-        """Whether ``model``, as a schedule is given it, has a chunk that this session has built."""
+        """Whether ``model``, as a schedule is given it, has a chunk that was built here."""
         return any(self._is_own(chunk) for chunk in (model if isinstance(model, list) else [model]))
 
     def run(self, **arguments: Any) -> list[Any]:
