@@ -104,7 +104,7 @@ def fitted(work: Work, tokens: Floats) -> Places:
     """Largest first by a quadratic in the tokens of a microbatch, fitted to what microbatches take, then the twenty
     best moves from the most to the least loaded."""
     took = work.seconds.max(axis=1)
-    worth = np.polyval(np.polyfit(tokens, took, 2), tokens)
+    worth = np.asarray(np.polyval(np.polyfit(tokens, took, 2), tokens), dtype=float)
     place = largest_first(worth, work.replicas, None)
     for _ in range(20):
         load = np.bincount(place, worth, work.replicas)
@@ -145,7 +145,7 @@ def planned(case: Case, work: Work, flat: Sequence[Microbatch], place: Places) -
     cost = work.cost(place)
     order = np.argsort(-cost)
     chosen = order if work.replicas <= PLANNED else np.concatenate([order[:10], order[10 :: max(1, len(order) // 20)]])
-    took = np.array([case.seconds([flat[m] for m in np.flatnonzero(place == r)]) for r in chosen])
+    took = np.array([case.seconds([flat[int(m)] for m in np.flatnonzero(place == r)]) for r in chosen])
     mean = float(took.mean()) if work.replicas <= PLANNED else float((took / cost[chosen])[10:].mean() * cost.mean())
     return float(took.max()), mean
 
