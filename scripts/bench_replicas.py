@@ -134,7 +134,7 @@ def fitted(work: Work, tokens: Floats) -> Places:
     """Largest first by a quadratic in the tokens of a microbatch, fitted to what microbatches take, then the twenty
     best moves from the most to the least loaded."""
     took = work.seconds.max(axis=1)
-    worth = np.polyval(np.polyfit(tokens, took, 2), tokens)
+    worth = np.asarray(np.polyval(np.polyfit(tokens, took, 2), tokens), dtype=float)
     place = largest_first(worth, work.replicas, None)
     for _ in range(20):
         load = np.bincount(place, worth, work.replicas)
@@ -181,9 +181,8 @@ def by_module(batches: Sequence[Sequence[Microbatch]]) -> list[list[Microbatch]]
 
 def planned(case: Case, work: Work, flat: Sequence[Microbatch], place: Places) -> tuple[float, float]:
     """(slowest, mean) seconds of the replicas under their plans."""
-    return sampled(
-        case, work.cost(place), [[flat[m] for m in np.flatnonzero(place == r)] for r in range(work.replicas)]
-    )
+    batches = [[flat[int(m)] for m in np.flatnonzero(place == r)] for r in range(work.replicas)]
+    return sampled(case, work.cost(place), batches)
 
 
 def sampled(case: Case, cost: Floats, batches: Sequence[Sequence[Microbatch]]) -> tuple[float, float]:
