@@ -38,7 +38,7 @@ from dip_megatron.describe.cost import CostModel, cost_model, load_cluster, segm
 from dip_megatron.describe.files import resolve
 from dip_megatron.describe.model import MultimodalModel, Partition, load_model
 from dip_megatron.describe.partition import read_partition
-from dip_megatron.describe.workload import Microbatch, load_workload
+from dip_megatron.describe.workload import Clip, Microbatch, load_workload
 from dip_megatron.planner.balance import Places, Work, assign, microbatch_work
 from dip_megatron.recipes import FOLDER
 from dip_megatron.report.schedules import text_table
@@ -155,7 +155,7 @@ def by_module(batches: Sequence[Sequence[Microbatch]]) -> list[list[Microbatch]]
     if flat[0].clips:
         clips = [c for m in flat for c in m.clips]
         home = largest_first(np.array([float(c.frames * c.height * c.width) for c in clips]), replicas, None)
-        spread = [[[] for _ in range(count)] for _ in range(replicas)]
+        spread: list[list[list[Clip]]] = [[[] for _ in range(count)] for _ in range(replicas)]
         for clip, r in sorted(zip(clips, home, strict=True), key=lambda c: -c[0].frames * c[0].height * c[0].width):
             min(spread[r], key=lambda line: sum(c.frames * c.height * c.width for c in line)).append(clip)
         return [[Microbatch(clips=tuple(line)) for line in lines if line] for lines in spread]

@@ -127,8 +127,8 @@ def another(rank: int, world: int) -> str:
     exchange = exchange_of(rank, 1, world, timeout_seconds=5.0)
     if rank == world - 1:
         whole = exchange._round
-        exchange._round = lambda out, data, into: whole(  # type: ignore[method-assign]
-            out and out._replace(number=out.number + 1), data, into
+        exchange._round = lambda out, microbatch, into: whole(  # type: ignore[method-assign]
+            out and out._replace(number=out.number + 1), microbatch, into
         )
     try:
         exchange.exchange([1.0 + 10 * rank] * 3, [microbatch(n + 3 * rank, 0) for n in range(3)])
