@@ -120,6 +120,21 @@ def assign(work: Work, mode: Mode = "swap", goal: float = GOAL) -> Assignment:
     return Assignment(replica, replica != start, work.cost(start), work.cost(replica))
 
 
+def lines(before: Places, after: Places, replicas: int) -> list[list[int]]:
+    """The numbers of the microbatches that each replica trains, in its order, if they go from ``before`` to ``after``
+    ``[M]``: those that stay keep their places, and those that come take the places that have become free."""
+    out = []
+    for r in range(replicas):
+        coming = iter(np.flatnonzero((after == r) & (before != r)))
+        line = []
+        for number in np.flatnonzero(before == r):
+            taken = number if after[number] == r else next(coming, None)
+            if taken is not None:
+                line.append(int(taken))
+        out.append(line + [int(number) for number in coming])
+    return out
+
+
 @allocating
 def _swap(
     work: Floats, bytes_of: Floats, stays: NDArray[np.bool_], replica: Places, seconds: Floats, held: Floats,
