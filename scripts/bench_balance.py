@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """scripts/bench balance: replicas that exchange microbatches while they train, on CPU ranks.
 
-    scripts/bench balance [--replicas 2,4] [--iterations 24] [--json FILE]
+    scripts/bench balance [--replicas 2,4] [--iterations 15] [--json FILE]
 
 Pipelines of two ranks train a small GPT through DIP's hook, planner, executor and exchange as any loop would; every
 second replica reads documents twice as long. Each operation lasts as long as its tokens say (it sleeps once it has
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 STAGES, MICROBATCHES = 2, 8
-TOKEN_SECONDS = 2e-3
+TOKEN_SECONDS = 3e-3
 PREDICTION, STALL = 0.05, 0.01
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     """Start the ranks of every run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", default="2,4")
-    parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a run is stopped")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", nargs=3, metavar=("MODE", "ITERATIONS", "FOLDER"), help=argparse.SUPPRESS)
