@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """scripts/bench balance: replicas that exchange microbatches while they train, on CPU ranks.
 
-    scripts/bench balance [--replicas 2,4] [--iterations 15] [--json FILE]
+    scripts/bench balance [--replicas 2,4] [--iterations 15] [--token-seconds 0.003] [--json FILE]
 
 Pipelines of two ranks train a small GPT through DIP's hook, planner, executor and exchange as any loop would; every
 second replica reads documents twice as long. Each operation lasts as long as its tokens say (it sleeps once it has
@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 STAGES, MICROBATCHES = 2, 8
-TOKEN_SECONDS = 3e-3
 PREDICTION, STALL = 0.05, 0.01
 
 
@@ -37,12 +36,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", default="2,4")
     parser.add_argument("--iterations", type=int, default=15)
+    parser.add_argument("--token-seconds", type=float, default=3e-3, help="a stage's forward takes for a token")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a run is stopped")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", nargs=3, metavar=("MODE", "ITERATIONS", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", nargs=4, metavar=("MODE", "ITERATIONS", "TOKEN_SECONDS", "FOLDER"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.worker:
-        work(options.worker[0], int(options.worker[1]), Path(options.worker[2]))
+        mode, iterations, token_seconds, folder = options.worker
+        work(mode, int(iterations), float(token_seconds), Path(folder))
         return
     from dip_megatron.report.schedules import text_table
     from scripts.gpu.ranks import run_ranks
@@ -54,7 +57,10 @@ def main() -> None:
             for mode in ("off", "swap"):
                 out = Path(folder) / mode
                 out.mkdir()
-                command = [sys.executable, __file__, "--worker", mode, str(options.iterations), str(out)]
+                command = [
+                    sys.executable, __file__, "--worker", mode, str(options.iterations), str(options.token_seconds),
+                    str(out),
+                ]  # fmt: skip
                 if run_ranks(command, replicas * STAGES, out, options.limit):
                     sys.exit(1)
                 seen[mode] = read(out, replicas, options.iterations)
@@ -124,7 +130,7 @@ def emulate(seconds_per_token: float) -> None:
         setattr(ModelStages, name, lasting(getattr(ModelStages, name)))
 
 
-def work(mode: str, iterations: int, out: Path) -> None:
+def work(mode: str, iterations: int, token_seconds: float, out: Path) -> None:
     """One rank of a run."""
     import torch
     import torch.distributed as dist
@@ -141,7 +147,7 @@ def work(mode: str, iterations: int, out: Path) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
 
-    emulate(TOKEN_SECONDS)
+    emulate(token_seconds)
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=STAGES)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
