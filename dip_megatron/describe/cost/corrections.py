@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Corrections:
             seconds = arrays[line.kind][:, here, :]
             corrected = np.maximum(np.array(line.fixed) + np.array(line.factor) * seconds, 0.0)
             arrays[line.kind][:, here, :] = np.where(seconds > 0, corrected, 0.0)
-        return replace(graph, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
+        return graph.repriced(**{name: arrays[kind] for kind, name in _ARRAYS.items()})
 
 
 def seconds_of(graph: StageGraph, kind: Kind) -> Floats:
