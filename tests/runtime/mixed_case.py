@@ -12,6 +12,7 @@ from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import LayerRun
 from dip_megatron.planner.maker import payloads
+from dip_megatron.runtime.transport_choice import TransportKind
 from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1, zb_v
 from tests.runtime.llava_case import (
     Case,
@@ -62,7 +63,9 @@ def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
     )
 
 
-def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], order: str, transport: str) -> Any:
+def mixed_run(
+    rank: int, world: int, case: Case, cuts: list[tuple[int, int]], order: str, transport: TransportKind
+) -> Any:
     """Losses (where they arise) and gradients, named as the reference names them."""
     initialize(world)
     from dip_megatron.families.llava.mixed import MixedLlavaProgram
@@ -71,6 +74,7 @@ def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], or
     from dip_megatron.megatron.lookahead import capture_microbatch
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.ipc import IpcTransport
     from dip_megatron.runtime.transport_choice import choose_transport
 
     back = (False, True) if order == "zb-v" else ()
@@ -97,6 +101,6 @@ def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], or
     iteration = Iteration(program, executor, plan, chunks, microbatches, forward_step, loss_rank=program.loss_rank)
     iteration.run()
     torch.distributed.barrier()
-    if transport == "ipc":
+    if isinstance(carrier, IpcTransport):
         carrier.close()
     return [iteration.losses], gradients(chunks)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from dip_megatron.core import Kind, Schedule
@@ -42,7 +43,7 @@ class Drawn:
 class DrawnMaker:
     """Plans in an order given by drawn durations; see :class:`Drawn`."""
 
-    graphs: DrawnGraphs
+    graphs: Any
     shapes: Any
     drawn: Drawn
 
@@ -133,7 +134,7 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
     clock = Clock(device)
     maker = DrawnMaker(DrawnGraphs(program.modules, getattr(case, "unit_size", 1), drawn.seed), program.shapes, drawn)
     delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
-    seen = []
+    seen: list[Kind] = []
     step = DipForwardBackward(
         program, Executor(rank, transport(world, rank), clock), delivery, clock,
         on_iteration=lambda report, plan, spans: seen.extend(s.operation.kind for s in spans),
@@ -224,11 +225,9 @@ def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple
         events.append(("gradient", key.segment))
         progress(self, key)
 
-    GradientSynchronization.begin, _ParamAndGradBucketGroup.start_grad_sync = begun, started
-    ModelStages._chunk_progress = progressed
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientSynchronization, "begin", begun)
+        patch.setattr(_ParamAndGradBucketGroup, "start_grad_sync", started)
+        patch.setattr(ModelStages, "_chunk_progress", progressed)
         split_run(rank, world, case, drawn, Wrap(ddp=True, overlap=True))
-    finally:
-        GradientSynchronization.begin, _ParamAndGradBucketGroup.start_grad_sync = begin, start
-        ModelStages._chunk_progress = progress
     return events
