@@ -46,7 +46,8 @@ def test_two_processes():
     other.start()
     with ours, theirs:
         rung, heard = send_bells(ours, b"x", 2, MOST)
-        under_way, sent, answers = 0, 0, []
+        under_way, sent = 0, 0
+        answers: list[int] = []
         while len(answers) < 2000:
             if under_way < MOST and sent < 2000:
                 rung.ring(sent)
