@@ -37,15 +37,18 @@ class Iteration:
         context_parallel_size: int = 1,
         collect_non_loss_data: bool = False,
         loss_rank: int | None = None,
+        averaged_over: int | None = None,
     ):
         """``plan`` has passed the verifier and is of these ``microbatches``; ``chunks`` are wrapped, in the program's
-        order. ``loss_rank`` is the pipeline rank of the stage with the loss (None: the last)."""
+        order. ``loss_rank`` is the pipeline rank of the stage with the loss (None: the last); ``averaged_over``: how
+        many microbatches a replica has in the mean (None: as many as here)."""
         config = get_model_config(chunks[0])
         graph, rank = plan.graph, executor.position.rank
         self._program, self._executor, self._plan, self._chunks = program, executor, plan, chunks
         self._config, self._forward_only = config, forward_only
         self._step = MegatronStep(
             config, forward_step_func, num_microbatches=len(microbatches),
+            averaged_over=averaged_over,
             context_parallel_size=context_parallel_size, collect_non_loss_data=collect_non_loss_data,
         )  # fmt: skip
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
