@@ -89,7 +89,7 @@ class PlannerService:
         self._improving: dict[int, PlanRequest] = {}
         self._asked: dict[int, _Asked] = {}
         self._arrived: dict[int, _Arrived] = {}
-        # An evaluation submits its batch while the feed's thread still waits for the next training batch's plan.
+        # An evaluation submits its batch while the delivery's thread still waits for the next training batch's plan.
         self._lock = threading.RLock()
         self._closed = False
         self._searches_here = False

@@ -26,8 +26,8 @@ def segmented_static(graph: StageGraph) -> Schedule:
     forwards, backwards = _static_tables(graph)
     last_chunk = len(_chunks(graph)) - 1
     first_last = next(i for i, (chunk, _) in enumerate(forwards) if chunk == last_chunk)
-    rows_forward = [row for _, row in forwards]
-    rows_backward = [row for _, row in backwards]
+    rows_forward = [virtual_microbatch for _, virtual_microbatch in forwards]
+    rows_backward = [virtual_microbatch for _, virtual_microbatch in backwards]
     warmups = [min(first_last + 2 * (graph.ranks - rank - 1), len(rows_forward)) for rank in range(graph.ranks)]
     return uniform(graph, _replay(graph, rows_forward, rows_backward, warmups))
 
@@ -39,7 +39,7 @@ def _chunks(graph: StageGraph) -> list[tuple[str, int]]:
 
 
 def _static_tables(graph: StageGraph) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(chunk, row) in forward and in backward order."""
+    """(chunk, virtual_microbatch) in forward and in backward order."""
     microbatches = sorted({u.microbatch for u in graph.units})
     size = legal_group(len(microbatches), graph.ranks) if len(microbatches) >= graph.ranks else len(microbatches)
     forwards: list[tuple[int, int]] = []
@@ -90,7 +90,7 @@ def _run_in_turns(
 ) -> bool:  # fmt: skip
     """``orders`` ``[P, 2S]`` of operation codes and their ``lengths`` ``[P]``; False if nothing can go on. ``done``
     ``[2, N]`` forwards and backwards and ``place`` ``[2, P]`` are buffers of zeros; ``warmups`` is used up."""
-    rows, ranks = has_backward.shape
+    virtual_microbatches, ranks = has_backward.shape
     count = len(forwards)
     remaining = 2 * count * ranks
     while remaining > 0:
@@ -99,23 +99,24 @@ def _run_in_turns(
             while True:
                 turn = place[0, p] < count and place[0, p] - place[1, p] <= warmups[p]
                 if turn:
-                    row = forwards[place[0, p]]
-                    if not _ready(before_start, before, done[0], row * ranks + p):
+                    virtual_microbatch = forwards[place[0, p]]
+                    if not _ready(before_start, before, done[0], virtual_microbatch * ranks + p):
                         break
-                    done[0, row * ranks + p] = True
-                    orders[p, lengths[p]] = FORWARD * rows + row
+                    done[0, virtual_microbatch * ranks + p] = True
+                    orders[p, lengths[p]] = FORWARD * virtual_microbatches + virtual_microbatch
                     lengths[p] += 1
                     place[0, p] += 1
                 else:
                     if place[1, p] == count:
                         break
-                    row = backwards[place[1, p]]
-                    n = row * ranks + p
+                    virtual_microbatch = backwards[place[1, p]]
+                    n = virtual_microbatch * ranks + p
                     if not done[0, n] or not _ready(after_start, after, done[1], n):
                         break
                     done[1, n] = True
-                    if has_backward[row, p]:
-                        orders[p, lengths[p]] = (FUSED if has_weight[row, p] else BACKWARD) * rows + row
+                    if has_backward[virtual_microbatch, p]:
+                        kind = FUSED if has_weight[virtual_microbatch, p] else BACKWARD
+                        orders[p, lengths[p]] = kind * virtual_microbatches + virtual_microbatch
                         lengths[p] += 1
                     place[1, p] += 1
                 remaining -= 1
