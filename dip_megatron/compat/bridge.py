@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from .names import Name, Topic
@@ -20,6 +21,8 @@ HOOKS = Topic(
         Name("megatron.bridge.training.eval:make_data_iterator_list", ("model", "data_iterator")),
     ),
 )
+TESTED = (0, 6)
+"""The minor release that the tests cover."""
 _VISION = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 TOPIC = Topic(
     "Qwen2.5-VL in segments",
@@ -39,6 +42,12 @@ TOPIC = Topic(
         ),
     ),
 )
+
+
+def bridge_version() -> str:
+    """The installed Megatron-Bridge's. Raises ImportError if there is none."""
+    found: str = importlib.import_module("megatron.bridge.package_info").__version__
+    return found
 
 
 def vision_transformer(config: Any) -> Any:

@@ -7,7 +7,7 @@ its gaps read and submit the next iteration's, finalize gradients. Keyword argum
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,6 +140,12 @@ class DipForwardBackward:
             if self._watchdog is not None:
                 self._watchdog.report(error)
             raise
+
+    def read_ahead_of(self, iterators: Sequence[Any]) -> int:
+        """How many microbatches have been read ahead of these data iterators, and wait for an iteration of this
+        model."""
+        read = [known for at, known in self._look_ahead.values() if at is not None and any(at is i for i in iterators)]
+        return sum(known.waiting for known in read)
 
     # -- one iteration -------------------------------------------------------------------------------------------
     def _iterate(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...describe.files import ConfigurationError
 from ...describe.model import Parallel
 from ...environment import load_settings
-from .bridge_checks import check_bridge
+from .bridge_checks import check_bridge, check_release
 from .layout import GivenLayout, given_layout
 from .loop import Target, TrainingLoop
 
@@ -49,7 +49,7 @@ class BridgeLoop(TrainingLoop):
             max(config.train.global_batch_size // (config.train.micro_batch_size * replicas), 1),
             config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config.dataset),
             iteration=self._following, layout=layout,
-            weights_by_tokens=bool(getattr(model, "calculate_per_token_loss", False)),
+            weights_by_tokens=bool(getattr(model, "calculate_per_token_loss", False)), finalizes=True,
         )  # fmt: skip
         self._state = state
 
@@ -128,6 +128,7 @@ class MegatronBridge:
             try:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
+                    check_release(self._hooks.tell)
                     check_bridge(state.cfg, config.schedule)
                     self._session = self._begin(state, config)
                 return original(state, *rest, **kwargs)
