@@ -47,6 +47,10 @@ class Everyone:
         """What all ranks give."""
         return self._everyone
 
+    def broadcast(self, data: bytes | None) -> bytes:
+        """Not needed."""
+        raise AssertionError("a recorder broadcasts nothing")
+
 
 def write_run(folder: Path, ranks: int, operations: int, iterations: int) -> int:
     """Traces as a run leaves them; how many operations the last iteration has."""
@@ -71,8 +75,8 @@ def write_run(folder: Path, ranks: int, operations: int, iterations: int) -> int
     with (folder / "iterations.jsonl").open("w") as file:
         for number, factor in enumerate(noise, 1):
             time_field = f'"iteration_seconds": {timeline.iteration_time * 1.03}'
-            line = first.replace('"iteration": 1', f'"iteration": {number}')
-            file.write(line.replace(time_field, f'"iteration_seconds": {timeline.iteration_time * 1.03 * factor}'))
+            written = first.replace('"iteration": 1', f'"iteration": {number}')
+            file.write(written.replace(time_field, f'"iteration_seconds": {timeline.iteration_time * 1.03 * factor}'))
     recorder.close()
     return sum(len(order) for order in plan.schedule.orders)
 

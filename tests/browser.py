@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -21,7 +21,9 @@ DRAWN = "html[data-drawn=yes]"
 
 
 @contextmanager
-def opened(path: Path, scheme: str = "light", width: int = 1400) -> Iterator[tuple[Any, list[str]]]:
+def opened(
+    path: Path, scheme: Literal["light", "dark"] = "light", width: int = 1400
+) -> Iterator[tuple[Any, list[str]]]:
     """A page drawn from a file, what it complains about (errors, warnings), and what it asks of a network."""
     from playwright.sync_api import sync_playwright
 

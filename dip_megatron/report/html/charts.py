@@ -67,7 +67,7 @@ def cause_charts(by_kind: Mapping[str, Sequence[IdleCauses]]) -> list[Any]:
                          legend_label=list(CAUSES), line_color=None)  # fmt: skip
         chart.add_tools(HoverTool(tooltips=[("rank", "@rank"), *((c, f"@{c}{{0.00}} %") for c in CAUSES)]))
         chart.add_layout(chart.legend[0], "right")
-        chart.xaxis.ticker.min_interval = 1
+        chart.xaxis.ticker = list(range(0, len(ranks), -(-len(ranks) // 16)))
         charts.append(chart)
     return charts
 
@@ -98,9 +98,7 @@ def memory_chart(found: Observed) -> Any | None:
     chart.add_tools(HoverTool(renderers=[drawn], tooltips=[("rank", "@rank"), ("peak", "@peak{0.00} GB")]))
     finite = limit[np.isfinite(limit)]
     if len(finite):
-        from bokeh.models import Span
-
-        chart.add_layout(Span(location=float(finite.min()) / 1e9, dimension="width", line_dash="dashed"))
+        chart.hspan(y=[float(finite.min()) / 1e9], line_color="#888888", line_dash="dashed")
     chart.y_range.start = 0  # type: ignore[attr-defined]
     return chart
 
@@ -109,7 +107,7 @@ def iteration_charts(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Times, plan over bound, and what training waited, over the iterations."""
     if len(lines) < 2:
         return []
-    data = {"iteration": np.array([line["iteration"] for line in lines], dtype=np.int32)}
+    data: dict[str, Any] = {"iteration": np.array([line["iteration"] for line in lines], dtype=np.int32)}
     for name, (key, _) in _LINES.items():
         if all(key in line for line in lines):
             data[name.replace(" ", "_")] = np.array([line[key] for line in lines], dtype=np.float32)

@@ -21,7 +21,6 @@ PARTS = {
     "Grid": {"grid_line_color": "line"},
     "Title": {"text_color": "ink"},
     "Legend": {"label_text_color": "ink", "background_fill_color": "chart", "border_line_color": "line"},
-    "Span": {"line_color": "soft"},
 }
 
 

@@ -28,7 +28,7 @@ def timelines(found: Observed) -> list[Any]:
     columns, palette = _columns(plan)
     planned, measured = found.planned, found.measured
     longest = max(planned.iteration_time, 0.0 if measured is None else measured.seconds)
-    shared = Range1d(0.0, longest * 1e3 * 1.005, bounds=(-0.05 * longest * 1e3, 1.1 * longest * 1e3))
+    shared = Range1d(start=0.0, end=longest * 1e3 * 1.005, bounds=(-0.05 * longest * 1e3, 1.1 * longest * 1e3))
     sides = {"planned": (planned.start, planned.end)}
     if measured is not None:
         sides["measured"] = (measured.start, measured.end)
@@ -100,7 +100,7 @@ def _figure(
     row = min(ROW_PIXELS[1], max(ROW_PIXELS[0], 500 // ranks))
     chart = figure(
         name="timeline" if name == "planned" else "timeline_measured", title=name, height=60 + row * ranks,
-        sizing_mode="stretch_width", x_range=shared, y_range=Range1d(ranks - 0.5, -0.5),
+        sizing_mode="stretch_width", x_range=shared, y_range=Range1d(start=ranks - 0.5, end=-0.5),
         tools=[PanTool(dimensions="width"), wheel, BoxZoomTool(dimensions="width"), ResetTool(), SaveTool()],
         active_scroll=wheel, output_backend="canvas", lod_threshold=None,
     )  # fmt: skip
