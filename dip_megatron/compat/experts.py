@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,11 @@ def _has_experts(layer: Any) -> bool:
     mlp = getattr(getattr(layer, "submodules", None), "mlp", None)
     kind = mlp.func if isinstance(mlp, partial) else getattr(mlp, "module", mlp)  # a builder, or (0.16) a spec
     return isinstance(kind, type) and issubclass(kind, BaseMoELayer)
+
+
+def configs_of_experts(chunks: Iterable[torch.nn.Module]) -> Iterator[Any]:
+    """The configs of the mixtures of experts that are in ``chunks``."""
+    return (module.config for chunk in chunks for module in chunk.modules() if isinstance(module, BaseMoELayer))
 
 
 def expert_mlps(layer: torch.nn.Module) -> Sequence[torch.nn.Module]:

@@ -13,7 +13,7 @@ from tests.bridge.qwen25_vl import Run, configuration, save_tiny
 from tests.processes import team
 
 UNFIT = {
-    "pipeline_model_parallel_size": 1, "context_parallel_size": 2, "num_moe_experts": 4, "mtp_num_layers": 1,
+    "pipeline_model_parallel_size": 1, "context_parallel_size": 2, "mtp_num_layers": 1,
     "cuda_graph_impl": "local", "defer_embedding_wgrad_compute": True,
 }  # fmt: skip
 
@@ -36,6 +36,9 @@ def said(rank: int, world: int, folder: Path) -> dict[str, str]:
     found["FSDP"] = refusal(lambda c: setattr(c.dist, "use_megatron_fsdp", True))
     found["use_decentralized_pg"] = refusal(lambda c: setattr(c.dist, "use_decentralized_pg", True))
     found["non_persistent_ckpt_type"] = refusal(lambda c: setattr(c.checkpoint, "non_persistent_ckpt_type", "local"))
+    experts = {"expert_model_parallel_size": 2, "moe_enable_routing_replay": True}
+    for name, value in experts.items():
+        found[name] = refusal(lambda c, n=name, v=value: vars(c.model).update({"num_moe_experts": 4, n: v}))
     found[""] = refusal(lambda c: None)
     return found
 

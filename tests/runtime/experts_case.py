@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
+from dip_megatron.families.shared.weights import draw_by_name, global_name
 from dip_megatron.megatron.cpu import install_cpu_platform
 from tests.runtime.gpt_case import LENGTH, GptCase, forward_step
 from tests.runtime.gpt_case import batches as gpt_batches
-from tests.runtime.llava_case import VOCABULARY, gradients, seed_parameter
-from tests.runtime.llava_case import global_name as layer_name
+from tests.runtime.llava_case import VOCABULARY
 from tests.runtime.split_case import Drawn, DrawnMaker
 
 EXPERTS = 4
@@ -60,7 +59,7 @@ def initialize(world: int, ranks: Ranks) -> None:
 
 
 def _norms_of_sequence_shards() -> None:
-    """Megatron's norm without Transformer Engine refuses sequence parallelism; its arithmetic is the same on a shard."""
+    """Without Transformer Engine Megatron's norm refuses sequence parallelism; on a shard it computes the same."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     megatrons = WrappedTorchNorm.__new__
@@ -106,36 +105,9 @@ def gpt_kwargs(case: ExpertsCase, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def name_of(chunk: torch.nn.Module, local: str) -> str:
-    """A parameter's name with layers and experts counted over the whole model."""
-    from megatron.core import parallel_state
-
-    parts = layer_name(chunk, local).split(".")
-    if "local_experts" in parts:
-        place = parts.index("local_experts") + 1
-        here = EXPERTS // parallel_state.get_expert_model_parallel_world_size()
-        parts[place] = str(int(parts[place]) + here * parallel_state.get_expert_model_parallel_rank())
-    return ".".join(parts)
-
-
-def seed(chunks: list[torch.nn.Module]) -> None:
-    """The same weights whatever the partition; each rank its shards of them."""
-    from megatron.core import parallel_state as state
-
-    dense = state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()
-    experts = state.get_expert_tensor_parallel_rank(), state.get_expert_tensor_parallel_world_size()
-    for chunk in chunks:
-        for local, parameter in chunk.named_parameters():
-            rank, shards = experts if "local_experts" in local else dense
-            split = getattr(parameter, "partition_dim", -1) if shards > 1 else -1
-            shape = list(parameter.shape)
-            if split >= 0:
-                shape[split] *= shards
-            whole = torch.nn.Parameter(torch.empty(shape))
-            seed_parameter(whole, name_of(chunk, local))
-            if "router" in local:
-                whole.data *= 10  # so that no two experts are as good as each other to the last bit
-            parameter.data.copy_(whole.data if split < 0 else whole.data.chunk(shards, split)[rank])
+def deviation(name: str, parameter: torch.nn.Parameter) -> float | None:
+    """Of drawn weights; the routers' are large, so that no two experts are as good as each other to the last bit."""
+    return None if parameter.dim() < 2 else 0.5 if "router" in name else 0.05
 
 
 def batches(case: ExpertsCase) -> list[dict[str, torch.Tensor]]:
@@ -166,15 +138,14 @@ def found(losses: list[Any], chunks: list[torch.nn.Module]) -> Any:
 
     grads, buffers = {}, {}
     for chunk in chunks:
-        inner = chunk.module if hasattr(chunk, "module") else chunk
-        names = {layer_name(inner, n): name_of(inner, n) for n, _ in inner.named_parameters()}
-        for name, grad in gradients([chunk]).items():
+        for local, parameter in chunk.named_parameters():
+            name = global_name(chunk, local)
             expert = "local_experts" in name
             shard = state.get_expert_tensor_parallel_rank() if expert else state.get_tensor_model_parallel_rank()
-            grads[names[name], shard] = grad
-        for name, buffer in inner.named_buffers():
-            if "expert" in name:
-                buffers[layer_name(inner, name)] = buffer.double().tolist()
+            grads[name, shard] = parameter.main_grad.detach().clone()
+        for local, buffer in chunk.named_buffers():
+            if "expert" in local:
+                buffers[global_name(chunk, local)] = buffer.double().tolist()
     return losses, grads, buffers
 
 
@@ -193,7 +164,7 @@ def megatrons(rank: int, world: int, ranks: Ranks, case: ExpertsCase) -> Any:
     model = GPTModel(
         **kwargs | {"transformer_layer_spec": spec}, pre_process=stage == 0, post_process=stage == ranks.pp - 1
     )
-    seed([model])
+    draw_by_name([model], 7, deviation)
     chunks = wrapped(case, [model])
     losses = get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
@@ -222,13 +193,11 @@ def dips(rank: int, world: int, ranks: Ranks, case: ExpertsCase, drawn: Drawn) -
     program = GptProgram(gpt_kwargs(case, ranks), {"language": case.layers}, rank=stage)
     built = program.build_chunks()
     assert program.supports_split
-    seed(built)
+    draw_by_name(built, 7, deviation)
     chunks = wrapped(case, built)
-    of = partial(torch.distributed.get_process_group_ranks)
-    replica, pipeline = (
-        of(parallel_state.get_model_parallel_group()),
-        of(parallel_state.get_pipeline_model_parallel_group()),
-    )
+    of = torch.distributed.get_process_group_ranks
+    replica = of(parallel_state.get_model_parallel_group())
+    pipeline = of(parallel_state.get_pipeline_model_parallel_group())
     clock = Clock(torch.device("cpu"))
     maker = DrawnMaker(DrawnGraphs(program.modules, 1, drawn.seed), program.shapes, drawn)
     exchange = GlooExchange(sorted(replica), 60.0)
