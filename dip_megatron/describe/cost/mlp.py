@@ -63,9 +63,9 @@ def experts_cost(layer: TransformerLayer, parallel: Parallel, operators: Operato
     c, e, hidden = operators.cluster, operators.cluster.element_bytes, layer.hidden
     own = tokens / (parallel.tp if parallel.sequence_parallel else 1)
     sent = own * x.active
-    rows = sent * parallel.etp * x.imbalance
+    rows = sent * parallel.expert_tp * x.imbalance
     groups = x.count / parallel.ep
-    ffn = x.ffn / parallel.etp
+    ffn = x.ffn / parallel.expert_tp
     fc1 = ffn * (2 if layer.gated else 1)
 
     router = operators.matmul(own, hidden, x.count)
@@ -73,9 +73,9 @@ def experts_cost(layer: TransformerLayer, parallel: Parallel, operators: Operato
     permute = operators.memory(2 * e * hidden * sent)
     sort = operators.memory(2 * e * hidden * rows) if groups > 1 else np.zeros_like(tokens)
     exchange = operators.exchange(e * hidden * sent * x.imbalance, parallel.ep)
-    exchange = exchange + operators.gather(e * hidden * rows, parallel.etp)
+    exchange = exchange + operators.gather(e * hidden * rows, parallel.expert_tp)
     move = 2 * (permute + sort + exchange)
-    counted = np.where(tokens > 0, c.host_wait + c.node_latency * (parallel.ep * parallel.etp > 1), 0.0)
+    counted = np.where(tokens > 0, c.host_wait + c.node_latency * (parallel.ep * parallel.expert_tp > 1), 0.0)
     up = operators.grouped_matmul(rows, hidden, fc1, groups)
     down = operators.grouped_matmul(rows, ffn, hidden, groups)
     weight = operators.grouped_matmul(rows, hidden, fc1, groups, accumulate=True)

@@ -47,7 +47,7 @@ def state_bytes(
     data-parallel ranks, context-parallel ones among them. ``experts`` are split over ep and etp, their optimizer's
     state over the ranks that hold the same ones."""
     parallel = model.parallel
-    count = parameters / (parallel.ep * parallel.etp if experts else parallel.tp)
+    count = parameters / (parallel.ep * parallel.expert_tp if experts else parallel.tp)
     learned = count * trained
     state = learned * (12 if cluster.element_bytes == 2 else 8)
     if parallel.distributed_optimizer:

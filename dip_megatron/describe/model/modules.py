@@ -305,23 +305,26 @@ class Parallel:
     etp: int = 0
 
     def __post_init__(self) -> None:
-        if self.etp == 0:
-            object.__setattr__(self, "etp", self.tp)
-        _positive("parallel", tp=self.tp, pp=self.pp, dp=self.dp, cp=self.cp, ep=self.ep, etp=self.etp)
+        _positive("parallel", tp=self.tp, pp=self.pp, dp=self.dp, cp=self.cp, ep=self.ep, etp=self.expert_tp)
 
     @property
     def gpus(self) -> int:
         return self.tp * self.cp * self.pp * self.dp
 
     @property
+    def expert_tp(self) -> int:
+        """Ranks that an expert is split over."""
+        return self.etp or self.tp
+
+    @property
     def coupled(self) -> int:
         """Data-parallel replicas that share a group of experts: 1 if each has its own, and so plans alone."""
-        return max(1, -(-self.ep * self.etp // (self.tp * self.cp)))
+        return max(1, -(-self.ep * self.expert_tp // (self.tp * self.cp)))
 
     @property
     def expert_dp(self) -> float:
         """Ranks of a stage, of all replicas, that hold the same experts."""
-        return self.tp * self.cp * self.dp / (self.ep * self.etp)
+        return self.tp * self.cp * self.dp / (self.ep * self.expert_tp)
 
 
 @dataclass(frozen=True)
@@ -382,12 +385,10 @@ class MultimodalModel:
                 raise ModelError(f"{place}.layer.{name}: {value} can't be split over tp {tp}")
         experts = m.layer.experts
         if experts is not None:
-            for what, value, ranks in (("count", experts.count, "ep"), ("ffn", experts.ffn, "etp")):
-                if value % getattr(self.parallel, ranks):
-                    raise ModelError(
-                        f"{place}.layer.experts.{what}: {value} can't be split over {ranks} "
-                        f"{getattr(self.parallel, ranks)}"
-                    )
+            ep, etp = self.parallel.ep, self.parallel.expert_tp
+            for what, value, name, ranks in (("count", experts.count, "ep", ep), ("ffn", experts.ffn, "etp", etp)):
+                if value % ranks:
+                    raise ModelError(f"{place}.layer.experts.{what}: {value} can't be split over {name} {ranks}")
 
     @cached_property
     def _by_name(self) -> dict[str, ModuleShape]:

@@ -48,6 +48,7 @@ class GptProgram(SegmentedProgram):
         self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
         config = kwargs["config"]
         self.check_layers(LANGUAGE, config.num_layers)
+        self.chunk_spec(kwargs["transformer_layer_spec"], LANGUAGE, 0)  # refused now rather than when chunks are built
         if kwargs.get("mtp_block_spec") is not None:
             raise ValueError("DIP can't segment multi-token prediction layers; use --dip-schedule off")
         if kwargs.get("position_embedding_type") == "mrope":
