@@ -296,8 +296,8 @@ def _schedule(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Schedule:
         order = []
         for i, action in enumerate(line):
             if isinstance(action, Compute):
-                row = _virtual_microbatch_of(graph, rank, f"actions[{rank}][{i}]", action.operation)
-                order.append(int(action.operation.kind) * graph.virtual_microbatches + row)
+                s = _virtual_microbatch_of(graph, rank, f"actions[{rank}][{i}]", action.operation)
+                order.append(int(action.operation.kind) * graph.virtual_microbatches + s)
         orders.append(np.array(order, dtype=np.int32))
     return Schedule(tuple(orders), np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
 
@@ -309,8 +309,8 @@ def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Sta
         for i, action in enumerate(line):
             if isinstance(action, Compute):
                 place = f"actions[{rank}][{i}]"
-                row = _virtual_microbatch_of(graph, rank, place, action.operation)
-                known = names.setdefault((row, rank), action.strategy)
+                s = _virtual_microbatch_of(graph, rank, place, action.operation)
+                known = names.setdefault((s, rank), action.strategy)
                 if known != action.strategy:
                     raise PlanFileError(f"{place}: strategy {action.strategy!r} differs from {known!r} before")
     strategies = tuple(

@@ -18,6 +18,7 @@ from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
+from ..describe.files import ConfigurationError
 from ..describe.model import ModulePartition, MultimodalModel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
@@ -47,7 +48,7 @@ from .exchange import GlooExchange
 from .experts import check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
-from .replicas import ExchangesAhead, begin_exchanges
+from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class DipSession:
         tell: Callable[[str], object] = logger.warning,
     ):
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
+        if config.balance == "free" and not loop.weights_by_tokens:
+            raise ConfigurationError(NOT_FREE)
         self._loop = loop
         self._config = config
         self._file = self._plan_file(config, loop.parallel.pp)
@@ -329,13 +332,15 @@ class DipSession:
         )  # fmt: skip
 
     def _exchanges(self, delivery: PlanDelivery, device: torch.device) -> ExchangesAhead | None:
-        """Between replicas, where there are several and microbatches are read ahead."""
-        if self._config.balance == "off" or parallel_state.get_data_parallel_world_size() == 1:
+        """Between replicas, where there are several."""
+        config, at_call = self._config, not self._reads_ahead()
+        if config.balance == "off" or parallel_state.get_data_parallel_world_size() == 1:
             return None
-        if not self._reads_ahead():
-            self._tell("balance: this loop's microbatches aren't read ahead; replicas exchange none")
-            return None
-        exchanges = begin_exchanges(self._graphs, delivery, self._config.timeout_seconds, device)
+        if at_call:
+            _tell(AT_CALL)
+        exchanges = begin_exchanges(
+            self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call=at_call
+        )
         self._closing.callback(exchanges.close)
         return exchanges
 

@@ -70,8 +70,8 @@ class Recalibration:
         if places != self._places or self._sums.shape[3] != graph.ranks:
             self._places, self._sums = places, np.zeros((5, len(KINDS), len(places), graph.ranks))
         number = {place: i for i, place in enumerate(places)}
-        row_place = np.array([number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)])
-        planned = np.stack([_model_seconds(plan, used, i, row_place, places) for i in range(len(KINDS))])
+        place_of = np.array([number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)])
+        planned = np.stack([_model_seconds(plan, used, i, place_of, places) for i in range(len(KINDS))])
         code_kind = np.array([KINDS.index(Kind(k)) for k in range(len(KINDS))])
         fresh = np.zeros_like(self._sums)
         orders = plan.schedule.orders
@@ -81,13 +81,16 @@ class Recalibration:
         mean = [np.mean(here, axis=0) for here in ran]
         idle = idle_before(graph, orders, [m[:, 0] for m in mean], [m[:, 1] for m in mean])
         for rank, order in enumerate(orders):
-            kind, row = code_kind[order // graph.virtual_microbatches], order % graph.virtual_microbatches
-            x = planned[kind, row, rank]
+            kind, virtual_microbatch = (
+                code_kind[order // graph.virtual_microbatches],
+                order % graph.virtual_microbatches,
+            )
+            x = planned[kind, virtual_microbatch, rank]
             y = mean[rank][:, 1] - mean[rank][:, 0]
             y = y + _overhead(idle[rank], y)
             known = (x > 0) & (y > 0)
             so_far = self._sums[:3, :, :, rank].reshape(3, -1)
-            _add(fresh[:, :, :, rank], kind[known], row_place[row[known]], x[known], y[known], so_far)
+            _add(fresh[:, :, :, rank], kind[known], place_of[virtual_microbatch[known]], x[known], y[known], so_far)
         if not self._warm:
             self._warm = True  # the first iteration also allocates, compiles and fills caches
             return
@@ -150,13 +153,13 @@ def _overhead(idle: Idle, durations: Floats) -> float:
 
 
 def _model_seconds(
-    plan: Plan, used: Corrections, kind: int, row_place: np.ndarray, places: list[tuple[str, int]]
+    plan: Plan, used: Corrections, kind: int, place_of: np.ndarray, places: list[tuple[str, int]]
 ) -> Floats:
     """The cost model's own seconds ``[S, P]`` of the plan's stages."""
     seconds: Floats = seconds_of(plan.graph, KINDS[kind])[0].copy()
     for line in used.lines:
         if line.kind == KINDS[kind] and (line.module, line.segment) in places:
-            here = row_place == places.index((line.module, line.segment))
+            here = place_of == places.index((line.module, line.segment))
             fixed, factor = np.array(line.fixed), np.array(line.factor)
             usable = (seconds[here] > 0) & (factor > 0)
             plain = (seconds[here] - fixed) / np.where(factor > 0, factor, 1.0)

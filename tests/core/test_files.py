@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import SearchStatistics, TensorSpec
+from dip_megatron.core import Payload, SearchStatistics, TensorSpec
 from dip_megatron.core.files import PlanFileError, format_plan, parse_plan, read_plans, write_plans
 from dip_megatron.core.format import plan_json_schema
 from dip_megatron.core.lower import make_plan
@@ -74,7 +74,7 @@ def test_limits_payloads_and_strategies_come_back(tmp_path):
     schedule = optimus_coarse(graph)
     schedule = replace(schedule, strategy=(schedule.strategy + np.arange(graph.ranks) % 3).astype(np.int8))
     spec = (TensorSpec("hidden", (8192, 1, 4096), "bfloat16"), TensorSpec("timestep", (3,), "int64", False))
-    payloads = {
+    payloads: dict[tuple[int, ...], Payload] = {
         (s, n): spec for s in range(graph.virtual_microbatches) for n in (s, *graph.next_virtual_microbatches[s])
     }
     plan = make_plan(graph, schedule, lower_bound=0.25, name="optimus", payloads=payloads)

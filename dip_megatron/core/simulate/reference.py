@@ -44,11 +44,11 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
     down to ``deferred_activation``, and that at the end of W; a stage without backward gives all back at the end of
     its F.
     """
-    rows, ranks = graph.virtual_microbatches, graph.ranks
+    virtual_microbatches, ranks = graph.virtual_microbatches, graph.ranks
     durations = {Kind.F: graph.forward, Kind.B: graph.backward, Kind.W: graph.weight, Kind.BW: graph.fused}
     choice = schedule.strategy
-    forward_end = np.full((rows, ranks), np.nan)
-    backward_end = np.full((rows, ranks), np.nan)
+    forward_end = np.full((virtual_microbatches, ranks), np.nan)
+    backward_end = np.full((virtual_microbatches, ranks), np.nan)
     end_of = {Kind.F: forward_end, Kind.B: backward_end}
     place = [0] * ranks
     clock = np.zeros(ranks)
@@ -68,7 +68,10 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
         for p in range(ranks):
             order = schedule.orders[p]
             while place[p] < len(order):
-                kind, s = Kind(int(order[place[p]]) // rows), int(order[place[p]]) % rows
+                kind, s = (
+                    Kind(int(order[place[p]]) // virtual_microbatches),
+                    int(order[place[p]]) % virtual_microbatches,
+                )
                 ready = ready_time(kind, s, p)
                 if np.isnan(ready):
                     break

@@ -35,10 +35,10 @@ class Corrections:
         weights) still takes none."""
         if not self.lines:
             return graph
-        rows = _rows(graph)
+        virtual_microbatches = _virtual_microbatches(graph)
         arrays = {kind: getattr(graph, name).copy() for kind, name in _ARRAYS.items()}
         for line in self.lines:
-            here = rows.get((line.module, line.segment))
+            here = virtual_microbatches.get((line.module, line.segment))
             if here is None or len(line.factor) != graph.ranks:
                 continue
             seconds = arrays[line.kind][:, here, :]
@@ -53,10 +53,12 @@ def seconds_of(graph: StageGraph, kind: Kind) -> Floats:
     return seconds
 
 
-def _rows(graph: StageGraph) -> dict[tuple[str, int], list[int]]:
+def _virtual_microbatches(graph: StageGraph) -> dict[tuple[str, int], list[int]]:
     """Rows of each module's segments."""
-    rows: dict[tuple[str, int], list[int]] = {}
+    virtual_microbatches: dict[tuple[str, int], list[int]] = {}
     for unit in graph.units:
         for segment in range(graph.module(unit.module).segments):
-            rows.setdefault((unit.module, segment), []).append(graph.virtual_microbatch(unit.id, segment))
-    return rows
+            virtual_microbatches.setdefault((unit.module, segment), []).append(
+                graph.virtual_microbatch(unit.id, segment)
+            )
+    return virtual_microbatches
