@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
@@ -28,6 +29,7 @@ from ..planner.live import Chunks, ModelGraphs
 from ..planner.request import Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
+from ..report.about import about_run
 from ..report.plans import NAME as PLANS
 from ..report.plans import PlanWriter
 from ..report.progress import RunProgress
@@ -44,6 +46,7 @@ from .build import ChunkList, configured_partition, record_blueprint
 from .call import as_list, check_call, check_functions
 from .checkpoints import Checkpoint
 from .exchange import GlooExchange
+from .experts import check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
@@ -111,6 +114,7 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
+            check_experts(blueprint.kwargs.values(), loop.parallel)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
             model = family.describe(blueprint, loop.parallel)
@@ -135,6 +139,7 @@ class DipSession:
             if self._file is not None:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
+            check_experts(configs_of_experts(chunks), loop.parallel)  # however a family is told of them
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk): chunk for chunk in chunks}
@@ -330,7 +335,7 @@ class DipSession:
         progress = self._progress(exchange)
         consumers: list[IterationConsumer] = [progress.record]
         if config.trace_dir is not None:
-            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
+            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange, about_run(config))
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)

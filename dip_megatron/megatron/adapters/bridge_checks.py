@@ -9,6 +9,8 @@ from ...compat.bridge import HOOKS, TESTED, bridge_version
 from ...compat.names import fault
 from ...compat.releases import numbers_of
 from ...describe.files import ConfigurationError
+from ...describe.model import Parallel
+from ..experts import expert_refusals
 
 
 def check_release(tell: Callable[[str], object]) -> None:
@@ -33,6 +35,16 @@ def check_bridge(config: Any, schedule: str) -> None:
             raise ConfigurationError(f"schedule {schedule} and {setting}: {reason}; {way_out}, or use schedule off")
 
 
+def parallel_of(config: Any) -> Parallel:
+    """Parallel sizes of a ``ConfigContainer``."""
+    model = config.model
+    return Parallel(
+        model.tensor_model_parallel_size, model.pipeline_model_parallel_size, getattr(config, "data_parallel_size", 1),
+        model.sequence_parallel, config.ddp.use_distributed_optimizer, model.context_parallel_size,
+        model.expert_model_parallel_size or 1, model.expert_tensor_parallel_size or 0,
+    )  # fmt: skip
+
+
 def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
     from megatron.training.models.base import ModelConfig
 
@@ -53,9 +65,7 @@ def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
          "use tensor parallelism with sequence_parallel"),
         (evaluated not in (None, config.train.micro_batch_size), f"eval_micro_batch_size {evaluated}",
          "payload shapes in plans are those of train.micro_batch_size", leave),
-        (getattr(model, "num_moe_experts", None), "num_moe_experts",
-         "how many tokens an expert gets is not known before it runs, so its time can't be planned",
-         "train a dense model"),
+        *(expert_refusals(model, parallel_of(config)) if getattr(model, "num_moe_experts", None) else ()),
         (getattr(model, "mtp_num_layers", None), "mtp_num_layers",
          "multi-token prediction layers have no segment yet", leave),
         (sharded, "FSDP", "it gathers parameters in one fixed order of layers", "use ddp.use_distributed_optimizer"),
