@@ -93,7 +93,7 @@ def estimate(
     if as_json:
         print_json({"cluster": cluster, "gpus": size, "estimate": _as_dict(found)})
     else:
-        click.echo(_told(found, sample, cluster, script, arguments, workload, costs))
+        click.echo(_told(found, sample, cluster, script, workload, costs))
 
 
 def _replica_size(arguments: tuple[str, ...]) -> int:
@@ -150,15 +150,15 @@ def _sampled(
     finally:
         logging.disable(logging.NOTSET)
     raise InputError(
-        f"{script.name} ended without a model that DIP could schedule; see `dip doctor`, and docs/any-loop.md for loops "
-        "of your own"
+        f"{script.name} ended without a model that DIP could schedule; see `dip doctor`, and docs/any-loop.md for "
+        "loops of your own"
     )
 
 
 def _batches(
     sample: Sample, workload: str | None, replicas: int, iterations: int
 ) -> tuple[list[list[Microbatch]], list[list[list[Microbatch]]]]:
-    """A batch of each replica to choose by, and ``iterations`` of each to judge by; fewer replicas if data is short."""
+    """A batch of each replica to choose by, and ``iterations`` to judge by; of fewer replicas if data is short."""
     microbatches = list(sample.microbatches)
     if workload is not None:
         drawn = load_workload(workload, sample.model, replicas * (iterations + 1), sample.each, 0)
@@ -191,8 +191,7 @@ def _as_dict(found: estimating.Estimate) -> dict[str, Any]:
 
 
 def _told(
-    found: estimating.Estimate, sample: Sample, cluster: str, script: Path, arguments: tuple[str, ...], workload: str | None,
-    costs: Path | None,
+    found: estimating.Estimate, sample: Sample, cluster: str, script: Path, workload: str | None, costs: Path | None
 ) -> str:  # fmt: skip
     rows = []
     for key, name in NAMES.items():

@@ -24,7 +24,7 @@ from .lookahead import RawItems, capture_microbatch
 @dataclass
 class Sample:
     """What a script asks for. ``microbatches``: of one replica, as its loader gives them, ``each`` of them an
-    iteration's. ``workload`` names the published mix nearest to the model's data; ``trouble``: why reading ended early."""
+    iteration's. ``workload`` names the published mix nearest to its data; ``trouble``: why reading ended early."""
 
     model: MultimodalModel
     workload: str

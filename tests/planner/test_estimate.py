@@ -38,6 +38,7 @@ def test_every_way_is_over_its_bound_and_dip_is_ahead(found: Estimate) -> None:
     assert dip.job_seconds < megatron.job_seconds <= today.job_seconds
     assert balanced.straggling < dip.straggling
     assert found.gain == pytest.approx(today.job_seconds / dip.job_seconds)
+    assert found.gain is not None
     assert found.gain_between is not None
     assert found.gain_between[0] <= found.gain <= found.gain_between[1]
 
