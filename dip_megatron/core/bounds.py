@@ -312,12 +312,15 @@ def _memory(
 def _worth(gain: Floats, size: Floats, other_gain: Floats, other_size: Floats, room: float) -> float:
     """Upper bound on the gain of any choice within ``room`` bytes of one strategy, in one of two ways, for each stage
     (gains ``[C, n]`` seconds): the best of some prices of a byte."""
-    # Copies, so that the kernel meets one layout of arrays and is compiled once.
-    arrays = [np.array(np.broadcast_to(x, size.shape), order="C") for x in (gain, size, other_gain, other_size)]
-    ratio = arrays[0].max(axis=0) / np.maximum(size.min(axis=0), 1e-9)
-    ratio = np.sort(np.maximum(ratio, 0.0))
+
+    def laid_out(values: Floats) -> Floats:  # one layout of arrays, so that the kernel is compiled once
+        return np.array(np.broadcast_to(values, size.shape), order="C")
+
+    gain = laid_out(gain)
+    ratio = np.sort(np.maximum(gain.max(axis=0) / np.maximum(size.min(axis=0), 1e-9), 0.0))
     quantiles = np.interp(np.linspace(0.0, len(ratio) - 1.0, 17), np.arange(len(ratio)), ratio)
-    return _least_worth(np.concatenate([[0.0], quantiles]), *arrays, room)
+    prices = np.concatenate([[0.0], quantiles])
+    return _least_worth(prices, gain, laid_out(size), laid_out(other_gain), laid_out(other_size), room)
 
 
 @compiled
