@@ -52,14 +52,14 @@ def state_bytes(model: MultimodalModel, cluster: Cluster, parameters: float, tra
 
 
 def run_bytes(
-    model: MultimodalModel, cluster: Cluster, module: ModuleShape, layers: int, stem: bool, head: bool
+    model: MultimodalModel, cluster: Cluster, module: ModuleShape, layers: int, stem: bool, head: bool, taps: int = 0
 ) -> StaticBytes:
-    """State of ``layers`` layers of a module, with its stem and its head where asked for."""
+    """State of ``layers`` layers of a module, with its stem and its head where asked for, and with so many taps."""
     hidden = module.layer.hidden
     parts = (
         (module.layer.parameters * layers, module.share("layers")),
         (module.stem.parameters(hidden) * stem, module.share("stem")),
-        (module.head.parameters(hidden) * head, module.share("head")),
+        (module.head.parameters(hidden) * (head + taps), module.share("head")),
     )
     total = StaticBytes()
     for parameters, trained in parts:
