@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-memory-limit", type=float, default=None, help="bytes a rank may use (the cluster's)")
     group.add_argument("--dip-override", action="store_true", default=None,
                        help="let DIP's partition replace virtual stages and layouts that other flags give")  # fmt: skip
-    group.add_argument("--dip-balance", choices=["off", "swap"], default=None,
-                       help="swap: exchange microbatches between replicas so that all end together")  # fmt: skip
+    group.add_argument("--dip-balance", choices=["off", "swap", "free"], default=None,
+                       help="swap: exchange microbatches between replicas so that all end together; free: also change "
+                       "how many each has (with --calculate-per-token-loss)")  # fmt: skip
     group.add_argument("--dip-trace-dir", type=Path, default=None,
                        help="write iterations.jsonl; trace.json and timeline.png of the last iteration")  # fmt: skip
     group.add_argument("--dip-trace-plans", action="store_true", default=None,

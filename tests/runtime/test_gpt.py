@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given
@@ -20,7 +22,7 @@ DDP = Wrap(ddp=True)
 
 def merged(answers, case):
     """Losses of the last rank; gradients of all ranks, whose copies of a tied table must agree."""
-    grads = {}
+    grads: dict[str, Any] = {}
     for _, own in answers:
         for name, grad in own.items():
             tied = case.tied and name == "output_layer.weight"

@@ -35,7 +35,10 @@ class GenericLoop(TrainingLoop):
         return self._another_follows is None or self._another_follows()
 
 
-_OF_LOOP = ("seed", "log_interval", "read_ahead", "another_follows", "sequence_parallel", "distributed_optimizer")
+_OF_LOOP = (
+    "seed", "log_interval", "read_ahead", "another_follows", "sequence_parallel", "distributed_optimizer",
+    "weights_by_tokens",
+)  # fmt: skip
 
 
 def build(

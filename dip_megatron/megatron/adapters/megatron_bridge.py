@@ -49,6 +49,7 @@ class BridgeLoop(TrainingLoop):
             max(config.train.global_batch_size // (config.train.micro_batch_size * replicas), 1),
             config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config.dataset),
             iteration=self._following, layout=layout,
+            weights_by_tokens=bool(getattr(model, "calculate_per_token_loss", False)),
         )  # fmt: skip
         self._state = state
 
