@@ -14,8 +14,9 @@ What is replaced, for megatron-core 0.16 to 0.19:
    ``Tensor.type()`` answers as CUDA tensors do, because Megatron's optimizers compare that string.
 3. ``torch.compile`` (Megatron's ``jit_fuser``) runs eagerly: there may be no C++ compiler, and tiny models don't gain.
 4. In Megatron: the state functions of the RNG tracker, the default of ``initialize_megatron(allow_no_cuda=...)``, the
-   compilation of fused kernels, and the norm of a ``CLIPViTModel`` built without Transformer Engine (it would be a
-   ``torch.nn.LayerNorm``, which doesn't take the arguments Megatron passes).
+   compilation of fused kernels, the norm of a ``CLIPViTModel`` built without Transformer Engine (it would be a
+   ``torch.nn.LayerNorm``, which doesn't take the arguments Megatron passes), and the sizes by which experts exchange
+   tokens (tensors of the host, which ``all_to_all_single`` refuses).
 
 Flags a script needs beside this: ``--distributed-backend gloo --transformer-impl local --attention-backend unfused
 --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion

@@ -13,7 +13,7 @@ from ...core.graph import Floats, trained_before
 from ..model import ModuleShape, MultimodalModel, Partition, Training
 from ..workload import Microbatch, WorkloadError, make_units
 from .calibration import Costs
-from .chunks import Chunk, ChunkCost, CostModel, LayerRun
+from .chunks import Chunk, ChunkCost, CostModel, Kind, LayerRun
 from .hardware import Cluster
 from .parts import LayerCost
 from .sizes import Sizes, unit_sizes
@@ -83,7 +83,7 @@ def segmented_graph(
             continue
         here = {shape.name: sizes[shape.name]}
         first = first_virtual_microbatch[[u.id for u in mine]]
-        layers: dict[CostModel, dict[tuple[str, bool], LayerCost]] = {}
+        layers: dict[CostModel, dict[Kind, LayerCost]] = {}
         priced: dict[tuple[CostModel, Chunk], ChunkCost] = {}
         trained = None if training is None else training.of_module(shape.name)
         message = pricer.message_bytes(shape, sizes[shape.name])
@@ -95,7 +95,7 @@ def segmented_graph(
                     built[run] = trained[k][rank].of_shape(shape)
                     own = pricer.as_built(shape.name, trained[k][rank], reached[shape.name][k][rank])
                 # Chunks of equal layers cost the same, wherever they stand, unless kinds of layers alternate.
-                same = (own, (run if shape.layer.window or shape.taps else replace(run, first=0),))
+                same = (own, (run if shape.taps or len(set(shape.kinds)) > 1 else replace(run, first=0),))
                 if same not in priced:
                     priced[same] = own._chunk(same[1], here, layers.setdefault(own, {}))
                 costs.append((first + k, rank, priced[same]))
@@ -148,7 +148,7 @@ def mixed_graph(
     ranked: list[list[Chunk]] = [[] for _ in range(ranks)]
     transfer = np.zeros(count * segments)
     first = np.arange(count) * segments
-    priced: dict[tuple[str, bool], LayerCost] = {}
+    priced: dict[Kind, LayerCost] = {}
     costs: list[tuple[Counts, int, ChunkCost]] = []
     message = np.zeros(count)
     for chunk, (k, rank) in zip(chunks, holder, strict=True):
