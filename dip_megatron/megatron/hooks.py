@@ -47,6 +47,8 @@ class Hooks:
         self._unfinished: list[ModuleType] = []
         self._told: set[str] = set()
         self._installing = False
+        # What a run under DIP is; an estimate puts its own here.
+        self.make_session: Callable[..., Any] | None = None
         # Whether a run has been asked for, though no loop has begun one yet.
         self._expected = False
 
@@ -91,7 +93,7 @@ class Hooks:
                     f"{module.__name__}.{attribute}, a hook of DIP's, has been replaced by {owner_of(found)}; if that "
                     "doesn't call DIP's, install DIP after it"
                 )
-        self._sessions.append(DipSession(loop, config, self.families(), self.tell))
+        self._sessions.append((self.make_session or DipSession)(loop, config, self.families(), self.tell))
         return self._sessions[-1]
 
     @property
