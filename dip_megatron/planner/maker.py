@@ -41,8 +41,8 @@ class PayloadShapes(Protocol):
 class StageShapes(Protocol):
     """The same, where the stages of one virtual microbatch send different things; picklable."""
 
-    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
-        """Shapes sent on by the forward of ``stage``."""
+    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+        """Shapes sent on by the forward of ``stage``, which is one of ``unit``."""
         ...
 
 
@@ -147,7 +147,7 @@ def payloads(
         load = loads[unit.microbatch]
         if isinstance(shapes, StageShapes):
             for r in range(graph.ranks):
-                payload = shapes.stage_payload(graph.operation(Kind.F, s, r), load)
+                payload = shapes.stage_payload(graph.operation(Kind.F, s, r), unit, load)
                 sent = settled(payload, bool(graph.has_backward[s, r]))
                 for target in graph.next_virtual_microbatches[s] if r == graph.exit_rank(s) else (s,):
                     out[s, target, r] = sent
