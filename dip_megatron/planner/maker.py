@@ -41,8 +41,8 @@ class PayloadShapes(Protocol):
 class StageShapes(Protocol):
     """The same, where the stages of one virtual microbatch send different things; picklable."""
 
-    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
-        """Shapes sent on by the forward of ``stage``."""
+    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+        """Shapes sent on by the forward of ``stage``, which is one of ``unit``."""
         ...
 
 
@@ -149,9 +149,11 @@ def payloads(
     trains = graph.has_backward
     if isinstance(shapes, StageShapes):
         for s in range(graph.virtual_microbatches):
-            load = loads[graph.units[int(graph.unit_of[s])].microbatch]
+            unit = graph.units[int(graph.unit_of[s])]
+            load = loads[unit.microbatch]
             for r in range(graph.ranks):
-                sent = settled(shapes.stage_payload(graph.operation(Kind.F, s, r), load), bool(trains[s, r]))
+                payload = shapes.stage_payload(graph.operation(Kind.F, s, r), unit, load)
+                sent = settled(payload, bool(trains[s, r]))
                 for target in graph.next_virtual_microbatches[s] if r == graph.exit_rank(s) else (s,):
                     out[s, target, r] = sent
         return out

@@ -134,9 +134,9 @@ class MegatronBridge:
         return setup
 
     def _begin(self, state: Any, config: DipConfig) -> DipSession:
-        from ...families.qwen_vl.family import QWEN_VL
+        from ...families.called.known import BRIDGE_FAMILIES
 
-        self._hooks.add_families([QWEN_VL])
+        self._hooks.add_families(BRIDGE_FAMILIES)
         return self._hooks.begin(BridgeLoop(state, _take_layout(state.cfg.model)), config)
 
     def _finish(self, original: Callable[..., Any]) -> Callable[..., Any]:
