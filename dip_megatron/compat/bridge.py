@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from .names import Name, Topic
 
 HOOKS = Topic(
@@ -18,6 +20,8 @@ HOOKS = Topic(
         Name("megatron.bridge.training.eval:make_data_iterator_list", ("model", "data_iterator")),
     ),
 )
+TESTED = (0, 6)
+"""The minor release that the tests cover."""
 _VISION = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 _QWEN3 = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl"
 TOPIC = Topic(
@@ -77,3 +81,9 @@ TOPIC = Topic(
         ),
     ),
 )
+
+
+def bridge_version() -> str:
+    """The installed Megatron-Bridge's. Raises ImportError if there is none."""
+    found: str = importlib.import_module("megatron.bridge.package_info").__version__
+    return found
