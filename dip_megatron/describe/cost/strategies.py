@@ -63,8 +63,9 @@ def _compositions(total: int, parts: int) -> Counts:
     """
     places = list(combinations(range(total + parts - 1), parts - 1))
     bars = np.array(places, dtype=np.int64).reshape(len(places), parts - 1)
-    ends = np.full((len(bars), 1), total + parts - 1, dtype=np.int64)
-    found = np.diff(np.hstack([np.full_like(ends, -1), bars, ends]), axis=1) - 1
+    edges = np.full((len(bars), parts + 1), -1, dtype=np.int64)
+    edges[:, 1:-1], edges[:, -1] = bars, total + parts - 1
+    found: Counts = edges[:, 1:] - edges[:, :-1] - 1
     found.flags.writeable = False
     return found
 
