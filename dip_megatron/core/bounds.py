@@ -203,18 +203,18 @@ def lower_bound(graph: StageGraph, *, split: bool = True) -> float:
     """Seconds below which no plan of ``graph`` can be, whatever its order and memory strategies; see the module for the
     proof. With ``split`` False, no plan without split backwards."""
     g = graph_arrays(graph)
-    rows, ranks = g.virtual_microbatches, g.ranks
+    virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     f, b, w, whole = _relaxed(g, split)
     operations = _Operations(g, f, b, w)
     head, tail = operations.heads(turned=False), operations.heads(turned=True)
-    real = np.concatenate([np.ones(rows * ranks, dtype=bool), g.has_backward, g.has_backward & (w > 0)])
+    real = np.concatenate([np.ones(virtual_microbatches * ranks, dtype=bool), g.has_backward, g.has_backward & (w > 0)])
     bound = float((head + operations.length + tail)[real].max())
     buffers = np.zeros(operations.count), np.zeros(operations.count, dtype=np.int32)
     for p in range(ranks):
         which = np.flatnonzero(real & (operations.rank == p)).astype(np.int32)
         bound = max(bound, _one_machine(len(which), which, head, operations.length, tail, *buffers))
-    per_rank = tuple(x.reshape(rows, ranks) for x in (f, b, w))
-    work = sum(per_rank, np.zeros((rows, ranks))).sum(axis=0)
+    per_rank = tuple(x.reshape(virtual_microbatches, ranks) for x in (f, b, w))
+    work = sum(per_rank, np.zeros((virtual_microbatches, ranks))).sum(axis=0)
     least_tail = np.array([tail[real & (operations.rank == p)].min() for p in range(ranks)])
     filling, draining = _filling(graph, per_rank, split)
     early, late, both = _memory(graph, g, (f, b, w), whole, head, tail)
@@ -312,10 +312,29 @@ def _memory(
 def _worth(gain: Floats, size: Floats, other_gain: Floats, other_size: Floats, room: float) -> float:
     """Upper bound on the gain of any choice within ``room`` bytes of one strategy, in one of two ways, for each stage
     (gains ``[C, n]`` seconds): the best of some prices of a byte."""
-    gain = np.broadcast_to(gain, size.shape)
-    ratio = gain.max(axis=0) / np.maximum(size.min(axis=0), 1e-9)
-    best = np.inf
-    for price in (0.0, *np.quantile(np.maximum(ratio, 0.0), np.linspace(0.0, 1.0, 17))):
-        ways = np.maximum((gain - price * size).max(axis=0), (other_gain - price * other_size).max(axis=0))
-        best = min(best, price * room + float(np.maximum(ways, 0.0).sum()))
-    return best
+
+    def laid_out(values: Floats) -> Floats:  # one layout of arrays, so that the kernel is compiled once
+        return np.array(np.broadcast_to(values, size.shape), order="C")
+
+    gain = laid_out(gain)
+    ratio = np.sort(np.maximum(gain.max(axis=0) / np.maximum(size.min(axis=0), 1e-9), 0.0))
+    quantiles = np.interp(np.linspace(0.0, len(ratio) - 1.0, 17), np.arange(len(ratio)), ratio)
+    prices = np.concatenate([[0.0], quantiles])
+    return _least_worth(prices, gain, laid_out(size), laid_out(other_gain), laid_out(other_size), room)
+
+
+@compiled
+def _least_worth(
+    prices: Floats, gain: Floats, size: Floats, other_gain: Floats, other_size: Floats, room: float
+) -> float:
+    """Over ``prices``: what ``room`` costs, and what every stage gains at most beyond the price of its bytes."""
+    least = np.inf
+    for price in prices:
+        worth = price * room
+        for n in range(size.shape[1]):
+            best = 0.0
+            for c in range(size.shape[0]):
+                best = max(best, gain[c, n] - price * size[c, n], other_gain[c, n] - price * other_size[c, n])
+            worth += best
+        least = min(least, worth)
+    return float(least)

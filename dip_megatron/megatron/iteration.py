@@ -54,9 +54,11 @@ class Iteration:
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
         remaining = dict.fromkeys(places, 0)
         if not forward_only:
-            for row in range(graph.virtual_microbatches):
-                if graph.has_weight[row, rank]:
-                    remaining[graph.units[int(graph.unit_of[row])].module, graph.segment(row)] += 1
+            for virtual_microbatch in range(graph.virtual_microbatches):
+                if graph.has_weight[virtual_microbatch, rank]:
+                    remaining[
+                        graph.units[int(graph.unit_of[virtual_microbatch])].module, graph.segment(virtual_microbatch)
+                    ] += 1
         self._loss_rank = graph.ranks - 1 if loss_rank is None else loss_rank
         self._handed: list[Any] | None = None
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}

@@ -95,7 +95,7 @@ class Bench:
 
     # -- costs ---------------------------------------------------------------------------------------------------
     def measure_costs(self) -> Costs:
-        """The model's parts, a hop, and nothing else: on all ranks at once, as in training."""
+        """The model's parts, a transfer, and nothing else: on all ranks at once, as in training."""
         packing = self.model.packing
         images = sorted({max(1, packing.max_images * n // 12) for n in (1, 2, 4, 8, 12)})
         tokens = [packing.max_tokens * n // 4 for n in (2, 3, 4)]

@@ -45,8 +45,8 @@ def stages_of(cuts: list[tuple[int, int]]) -> list[list[LayerRun]]:
 
 
 def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
-    ranks, rows = len(module.layers[0]), count * module.segments
-    draw = np.random.default_rng(seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
+    ranks, virtual_microbatches = len(module.layers[0]), count * module.segments
+    draw = np.random.default_rng(seed).uniform(0.2, 2.0, (5, 1, virtual_microbatches, ranks))
     return StageGraph(
         ranks=ranks,
         modules=(module,),
@@ -57,7 +57,7 @@ def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
         fused=draw[1] + draw[2],
         activation=draw[3],
         deferred_activation=draw[4],
-        transfer=np.full(rows, 0.05),
+        transfer=np.full(virtual_microbatches, 0.05),
         static_bytes=np.zeros(ranks),
         memory_limit=np.full(ranks, np.inf),
     )

@@ -72,7 +72,9 @@ class DrawnMaker:
         )  # fmt: skip
 
 
-def split_orders(schedule: Schedule, rows: int, share: float, draw: np.random.Generator) -> tuple[Any, ...]:
+def split_orders(
+    schedule: Schedule, virtual_microbatches: int, share: float, draw: np.random.Generator
+) -> tuple[Any, ...]:
     """Orders with a ``share`` of the backwards in two, each W after its B, at once or at any later place up to the very
     end."""
     orders = []
@@ -80,9 +82,12 @@ def split_orders(schedule: Schedule, rows: int, share: float, draw: np.random.Ge
         line: list[float] = []
         places: list[float] = []
         for i, code in enumerate(order.tolist()):
-            kind, row = divmod(code, rows)
+            kind, virtual_microbatch = divmod(code, virtual_microbatches)
             if kind == Kind.BW and draw.random() < share:
-                line += [Kind.B * rows + row, Kind.W * rows + row]
+                line += [
+                    Kind.B * virtual_microbatches + virtual_microbatch,
+                    Kind.W * virtual_microbatches + virtual_microbatch,
+                ]
                 places += [i, draw.uniform(i, len(order) if draw.random() < 0.5 else i + 3)]
             else:
                 line.append(code)
