@@ -12,9 +12,10 @@ from ..core.graph import Floats
 from ..describe.model import Partition
 from ..describe.workload import Microbatch
 from ..schedulers.entry import Effort
+from ..schedulers.registry import find_schedule
 from ..schedulers.static import StaticChoice
 from .balance import Places, Work, assign, lines, microbatch_work
-from .facade import Setting, choose_chunks, find_schedule, plan_batch
+from .facade import Setting, choose_chunks, plan_batch
 
 Batch = Sequence[Microbatch]
 Balance = Literal["off", "swap", "free"]

@@ -25,32 +25,32 @@ def disturb(every: int, fatal: str, exchanges: int) -> None:
     """Let exchanges of this rank suffer the next of :data:`MILD` every ``every`` times (0: never), and ``fatal`` (one
     of :data:`FATAL`, or nothing) once ``exchanges`` are done, on the last rank alone."""
     from dip_megatron.megatron import replicas
+    from dip_megatron.planner import quotes
 
     rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
     done = itertools.count(1)
-    state = {"number": 0, "fault": ""}
+    at, fault = 0, ""
     draw = random.Random(rank)
-    exchange, settle, move = (
-        replicas.ReplicaExchange.exchange, replicas.settle, replicas.ReplicaExchange._round
-    )  # fmt: skip
+    exchange, move = replicas.ReplicaExchange.exchange, replicas.ReplicaExchange._round
 
     def exchanged(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        state["number"] = next(done)
-        number, rest = divmod(state["number"], every) if every else (0, 1)
-        state["fault"] = MILD[number % len(MILD)] if every and rest == 0 else ""
-        if state["fault"] == "late" and rank == 1:
+        nonlocal at, fault
+        at = next(done)
+        number, rest = divmod(at, every) if every else (0, 1)
+        fault = MILD[number % len(MILD)] if rest == 0 else ""
+        if fault == "late" and rank == 1:
             time.sleep(LATE_SECONDS)
         return exchange(self, *arguments, **keywords)
 
     def settled(proposal: Any, answers: Any) -> Any:
-        if state["fault"] == "differs":
+        if fault == "differs":
             answers = [answers[0]._replace(digest="another"), *answers[1:]]
-        return settle(proposal, answers)
+        return quotes.settle(proposal, answers)
 
     def moved(self: Any, out: Any, microbatch: Any, into: Any) -> Any:
-        if state["fault"] == "slow" and rank == 0:
+        if fault == "slow" and rank == 0:
             time.sleep(draw.uniform(0.0, LATE_SECONDS))
-        if fatal and rank == last and state["number"] > exchanges:
+        if fatal and rank == last and at > exchanges:
             if fatal == "dies":
                 os._exit(3)
             if fatal == "hangs":
@@ -61,7 +61,7 @@ def disturb(every: int, fatal: str, exchanges: int) -> None:
 
     replicas.ReplicaExchange.exchange = exchanged  # type: ignore[method-assign]
     replicas.ReplicaExchange._round = moved  # type: ignore[method-assign]
-    replicas.settle = settled
+    replicas.settle = settled  # type: ignore[attr-defined]
 
 
 def number_samples(documents: Any) -> None:
@@ -89,4 +89,4 @@ def record_samples(folder: Path) -> None:
             if self._trains:
                 lines.write(json.dumps({"iteration": number, "samples": self._held}) + "\n")
 
-    forward_backward.Iteration = Recorded  # type: ignore[misc]
+    forward_backward.Iteration = Recorded  # type: ignore[attr-defined, misc]

@@ -202,13 +202,13 @@ if "--sequence-parallel" in sys.argv:
 if "uneven" in OPTIONS:
     from dip_megatron.planner import balance, quotes
 
-    def uneven(work: balance.Work, mode: balance.Mode) -> balance.Assignment:
+    def uneven(work: balance.Work, mode: balance.Mode = "free", goal: float = 1.0) -> balance.Assignment:
         after = work.replica.copy()
         after[-OPTIONS["uneven"] :] = 0
         worth = work.cost(work.replica)
         return balance.Assignment(after, after != work.replica, 9.0 + worth, worth)
 
-    quotes.assign = uneven
+    quotes.assign = uneven  # type: ignore[attr-defined]
 if "node" in OPTIONS:
     host = os.uname()
     os.uname = lambda: os.uname_result((host.sysname, OPTIONS["node"], *host[2:]))  # type: ignore[assignment]

@@ -60,9 +60,13 @@ def consumed(log: Log) -> dict[int, int]:
     return {int(i): int(n) for i, n in re.findall(r"iteration +(\d+)/.*?consumed samples: +(\d+)", log.text[-1])}
 
 
-def test_replicas_that_exchange_train_the_same(tmp_path: Path) -> None:
-    """As many microbatches each, and any number each with a restart in between."""
-    plain = train(tmp_path / "plain")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    """Without an exchange; losses weighted by tokens."""
+    return train(tmp_path_factory.mktemp("plain"))
+
+
+def test_replicas_that_exchange_train_the_same(plain: Log, tmp_path: Path) -> None:
     swapped = train(tmp_path / "swapped", "--dip-balance", "swap", "--dip-trace-dir", str(tmp_path / "swap"))
     same([swapped], plain)
     found = exchanges(tmp_path / "swap")
@@ -78,6 +82,9 @@ def test_replicas_that_exchange_train_the_same(tmp_path: Path) -> None:
         for rank in (2, 3)
     )
 
+
+def test_replicas_of_other_numbers_of_microbatches_train_the_same(plain: Log, tmp_path: Path) -> None:
+    """With a restart in between."""
     free = (
         "--dip-balance", "free", "--save", str(tmp_path / "saved"), "--save-interval", "1000",
         "--dist-ckpt-optim-fully-reshardable",
