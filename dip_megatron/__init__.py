@@ -117,8 +117,10 @@ def build_model(
     ``settings`` are those of the YAML file by their names (``schedule="dynamic"``, ``search_budget=0.1``, ...), over
     the environment and over the file at ``config``; and of the loop: ``seed``, ``log_interval`` (iterations a line of
     the log), ``read_ahead`` (whether the data iterator may be read while an iteration trains), ``another_follows()``
-    (whether the iteration about to run is followed by another; asked only with ``read_ahead``), ``sequence_parallel``
-    and ``distributed_optimizer``. With ``schedule`` off, or one pipeline rank, it returns the provider's stage.
+    (whether the iteration about to run is followed by another; asked only with ``read_ahead``), ``sequence_parallel``,
+    ``distributed_optimizer``, and ``weights_by_tokens`` (whether losses and gradients of all replicas are added up and
+    divided by their tokens; ``balance="free"`` needs it). With ``schedule`` off, or one pipeline rank, it returns the
+    provider's stage.
 
     Raises ConfigurationError, in one line, for settings or a model that DIP can't take, RuntimeError before Megatron's
     parallel state is initialized.

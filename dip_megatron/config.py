@@ -58,8 +58,9 @@ class DipConfig(BaseModel):
     memory_limit: PositiveFloat | None = Field(None, description="bytes a rank may use; null: the cluster's")
     override: bool = Field(False, description="replace the virtual stages and layouts that a loop's own settings give")
     read_ahead: bool = Field(True, description="let the next iteration's microbatches be read while one trains")
-    balance: Literal["off", "swap"] = Field("off", description="swap: exchange microbatches between data-parallel "
-                                           "replicas, as many each as before, so that all end together")  # fmt: skip
+    balance: Literal["off", "swap", "free"] = Field(
+        "off", description="swap: exchange microbatches between data-parallel replicas, as many each as before, so "
+        "that all end together; free: any number each, where the loop weights by tokens")  # fmt: skip
     trace_dir: Path | None = Field(None, description="where to write iterations.jsonl, trace.json and timeline.png")
     trace_plans: bool = Field(False, description="also write the plans that ran to trace_dir, as plans.jsonl: a run "
                               "can be repeated from them")  # fmt: skip

@@ -21,11 +21,10 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-
-from gpu.ranks import run_ranks  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from dip_megatron.report.schedules import text_table  # noqa: E402
+from scripts.gpu.ranks import run_ranks  # noqa: E402
 
 OVERHEAD, PREDICTION = 1.01, 0.05
 
@@ -58,7 +57,13 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         (out / "setting.json").write_text(json.dumps(setting))
-        command = [sys.executable, "-m", "executor.worker", str(out / "setting.json"), str(out / "results.json")]
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.executor.worker",
+            str(out / "setting.json"),
+            str(out / "results.json"),
+        ]
         names = [name for name in cases.split(",") if name != "hook"]
         results: dict[str, Any] = {}
         if names:
@@ -67,8 +72,8 @@ def main(
             results = json.loads((out / "results.json").read_text())
         if "hook" in cases.split(","):
             done = subprocess.run(
-                [sys.executable, "-m", "executor.hook"], capture_output=True, text=True, check=True, timeout=limit,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])},
+                [sys.executable, "-m", "scripts.executor.hook"], capture_output=True, text=True, check=True,
+                timeout=limit, env={**os.environ, "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
             results["hook"] = json.loads(done.stdout.splitlines()[-1])
     record = {"setting": setting, "load_average": os.getloadavg(), "results": results}

@@ -18,11 +18,12 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT))
 
-from gpu.mps import MpsError, divided_gpu  # noqa: E402
-from gpu.ranks import has_gpu, run_ranks  # noqa: E402
-from gpu.setting import SCHEDULES, Setting  # noqa: E402
+from dip_megatron.runtime.transport_choice import TransportKind  # noqa: E402
+from scripts.gpu.mps import MpsError, divided_gpu  # noqa: E402
+from scripts.gpu.ranks import has_gpu, run_ranks  # noqa: E402
+from scripts.gpu.setting import SCHEDULES, Setting  # noqa: E402
 
 
 @click.command()
@@ -48,8 +49,8 @@ from gpu.setting import SCHEDULES, Setting  # noqa: E402
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
     size: str, batches: int, rounds: int, microbatches: int, workload: str, schedules: str, search: float,
-    partition_search: float, workers: int, percent: float, memory_gb: float, card_gb: float, transport: str | None,
-    costs: str | None, optimizer: bool, mps: bool, limit: float, out: Path, seed: int,
+    partition_search: float, workers: int, percent: float, memory_gb: float, card_gb: float,
+    transport: TransportKind | None, costs: str | None, optimizer: bool, mps: bool, limit: float, out: Path, seed: int,
 ) -> None:  # fmt: skip
     """Measure schedules on one GPU that acts as four."""
     gpu = has_gpu()
@@ -75,7 +76,7 @@ def main(
             except MpsError as error:
                 raise click.ClickException(str(error)) from error
         warming = _warm_up()
-        command = [sys.executable, "-m", "gpu.worker", str(out / "setting.json")]
+        command = [sys.executable, "-m", "scripts.gpu.worker", str(out / "setting.json")]
         status = run_ranks(command, setting.ranks, out, limit, {**shared, "DIP_BENCH_WARMING": str(warming.pid)})
         if warming.poll() is None:
             warming.kill()

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,9 @@ def mean_over(values: Sequence[float]) -> float:
 def quality(cases: Sequence[Case], budgets: Sequence[float], workers: int) -> list[Bar]:
     """Time over the lower bound, and dip-paper's time over dip's at the same budget: as a whole, each on its own
     partition, and the search alone, both on ours."""
-    rows, gaps, wholes = [], {b: [] for b in budgets}, {b: [] for b in budgets}
+    rows = []
+    gaps: dict[float, list[float]] = {b: [] for b in budgets}
+    wholes: dict[float, list[float]] = {b: [] for b in budgets}
     for case in cases:
         for budget in budgets:
             ours = [search(g, budget_seconds=budget, workers=workers) for g in case.graphs]
@@ -307,8 +310,8 @@ def kernels(cases: Sequence[Case]) -> list[Bar]:
             arrays, orders, lengths, np.ascontiguousarray(schedule.strategy.reshape(-1)), np.zeros(orders.shape),
             np.zeros(orders.shape), np.zeros(arrays.ranks, dtype=np.int32), np.zeros(nodes), np.zeros(nodes),
         )  # fmt: skip
-        kernel = microseconds(lambda inputs=inputs: replay(*inputs), 20)
-        whole = microseconds(lambda g=graph, s=schedule, a=arrays: simulate_compiled(g, s, a), 20)
+        kernel = microseconds(partial(replay, *inputs), 20)
+        whole = microseconds(partial(simulate_compiled, graph, schedule, arrays), 20)
         start = time.perf_counter()
         plain = simulate(graph, schedule)
         reference = 1e6 * (time.perf_counter() - start)

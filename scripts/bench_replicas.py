@@ -1,26 +1,30 @@
 #!/usr/bin/env python3
 """How uneven data-parallel replicas are, and what an exchange of microbatches mends. Simulated.
 
-    scripts/bench replicas [--quick] [--models vlm-s,...] [--replicas 2,8,32] [--batches 2] [--json FILE]
+    scripts/bench replicas [--quick] [--models vlm-s,...] [--replicas 2,8,32] [--batches 2] [--cache FILE] [--json FILE]
 
 Every replica draws its own batches of 16 microbatches of the model's published mix (H100, the shipped partition of the
 model, chosen on other batches); ``shards``: each replica draws from one source of the mix alone. All replicas are
 planned before and after the exchange; of more than 32, the ten costliest and twenty others, the mean being scaled from
-them by work. Rules of others are priced by the same simulator: ``lengths`` (largest first by tokens), ``fitted`` (a
-quadratic in tokens fitted to what microbatches take, largest first, up to 20 moves), ``by module`` (each module's work
-evened by itself, as if its instances could change replicas apart from their microbatch: what no exchange of whole
-microbatches can do, and without what moving the encoder's outputs back costs).
+them by work. Rules of others are planned by the same search and priced by the same simulator: ``lengths`` (largest
+first by tokens, equal counts), ``fitted`` (LoongForge's: a quadratic in tokens fitted to what microbatches take,
+largest first, up to 20 moves), ``by module`` (OrchMLLM's: instances of each module evened by their tokens, apart from
+their microbatch; what moving the encoder's outputs back costs is left out, which flatters it).
+
+Thousands of plans are searched; those in ``--cache`` are not searched again, so that the table can be made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sqlite3
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +32,13 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dip_megatron.core import StageGraph
 from dip_megatron.core.graph import Floats
 from dip_megatron.describe.cost import CostModel, cost_model, load_cluster, segmented_graph
 from dip_megatron.describe.files import resolve
 from dip_megatron.describe.model import MultimodalModel, Partition, load_model
 from dip_megatron.describe.partition import read_partition
-from dip_megatron.describe.workload import Microbatch, load_workload
+from dip_megatron.describe.workload import Clip, Microbatch, load_workload
 from dip_megatron.planner.balance import Places, Work, assign, microbatch_work
 from dip_megatron.recipes import FOLDER
 from dip_megatron.report.schedules import text_table
@@ -45,6 +50,33 @@ EVALUATIONS = 6000
 PLANNED = 32
 
 
+class Seconds:
+    """Iteration times of batches under their plans, kept in a file if there is one; many processes may share it."""
+
+    def __init__(self, file: Path | None):
+        self._data = sqlite3.connect(":memory:" if file is None else file, timeout=60.0, isolation_level=None)
+        self._data.execute("CREATE TABLE IF NOT EXISTS plans (batch TEXT PRIMARY KEY, seconds REAL)")
+
+    def of(self, graph: StageGraph) -> float:
+        """Under the plan of a search of :data:`EVALUATIONS`."""
+        key = _digest(graph)
+        known = self._data.execute("SELECT seconds FROM plans WHERE batch = ?", (key,)).fetchone()
+        if known is None:
+            found = search(graph, budget_seconds=1e6, evaluations=EVALUATIONS, deterministic=True, workers=1)
+            known = (found.iteration_time,)
+            self._data.execute("INSERT OR REPLACE INTO plans VALUES (?, ?)", (key, *known))
+        return float(known[0])
+
+
+def _digest(graph: StageGraph) -> str:
+    """Of everything a search looks at."""
+    whole = hashlib.sha256(str(EVALUATIONS).encode())
+    for field in fields(graph):
+        value = getattr(graph, field.name)
+        whole.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return whole.hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """A model as it is trained, and the mix it draws from."""
@@ -54,20 +86,18 @@ class Case:
     partition: Partition
     pricer: CostModel
     mix: str
+    known: Seconds
 
     @staticmethod
-    def of(name: str) -> Case:
+    def of(name: str, known: Seconds) -> Case:
         model = load_model(name)
         mix = "t2v-mix" if name.startswith("t2v") else "vlm-any-resolution" if name.startswith("qwen") else "vlm-mix"
         partition = read_partition(FOLDER / name / "partition.yaml", model)
-        return Case(name, model, partition, cost_model(model, load_cluster("h100")), mix)
+        return Case(name, model, partition, cost_model(model, load_cluster("h100")), mix, known)
 
     def seconds(self, microbatches: Sequence[Microbatch]) -> float:
         """What a replica takes under a plan for these."""
-        graph = segmented_graph(self.pricer, self.partition, microbatches)
-        return search(
-            graph, budget_seconds=1e6, evaluations=EVALUATIONS, deterministic=True, workers=1
-        ).iteration_time  # fmt: skip
+        return self.known.of(segmented_graph(self.pricer, self.partition, microbatches))
 
     def independent(self, replicas: int, seed: int) -> list[tuple[Microbatch, ...]]:
         """A batch for each replica, all from the whole mix."""
@@ -104,7 +134,7 @@ def fitted(work: Work, tokens: Floats) -> Places:
     """Largest first by a quadratic in the tokens of a microbatch, fitted to what microbatches take, then the twenty
     best moves from the most to the least loaded."""
     took = work.seconds.max(axis=1)
-    worth = np.polyval(np.polyfit(tokens, took, 2), tokens)
+    worth = np.asarray(np.polyval(np.polyfit(tokens, took, 2), tokens), dtype=float)
     place = largest_first(worth, work.replicas, None)
     for _ in range(20):
         load = np.bincount(place, worth, work.replicas)
@@ -117,37 +147,57 @@ def fitted(work: Work, tokens: Floats) -> Places:
     return place
 
 
-def evenly(case: Case, batches: Sequence[Sequence[Microbatch]]) -> float:
-    """Slowest over mean if each module's work could be evened by itself: only the largest instance is in the way."""
-    graph = segmented_graph(case.pricer, case.partition, [m for batch in batches for m in batch])
-    backward = np.where(graph.has_weight, graph.fused[0], graph.backward[0])
-    took = graph.forward[0] + np.where(graph.has_backward, backward, 0.0)
-    excess = 0.0
-    for module in case.model.modules:
-        rows = [s for s, u in enumerate(graph.unit_of) if graph.units[int(u)].module == module.name]
-        units = np.zeros(len(graph.units))
-        np.add.at(units, graph.unit_of[rows], took[rows].max(axis=1))
-        used = units[units > 0]
-        load = np.bincount(largest_first(used, len(batches), None), used, len(batches))
-        excess += float(load.max() - load.mean())
-    _, mean = work_totals(took, len(batches))
-    return 1.0 + excess / mean
-
-
-def work_totals(took: Floats, replicas: int) -> tuple[float, float]:
-    """Seconds of all work on the busiest rank, and a replica's mean share."""
-    total = float(took.sum(axis=0).max())
-    return total, total / replicas
+def by_module(batches: Sequence[Sequence[Microbatch]]) -> list[list[Microbatch]]:
+    """Each encoder's instances largest first to the least loaded replica, and what the language model (or the DiT)
+    reads likewise; each replica's instances then spread over its microbatches alike."""
+    replicas, count = len(batches), len(batches[0])
+    flat = [m for batch in batches for m in batch]
+    if flat[0].clips:
+        clips = [c for m in flat for c in m.clips]
+        home = largest_first(np.array([float(c.frames * c.height * c.width) for c in clips]), replicas, None)
+        spread: list[list[list[Clip]]] = [[[] for _ in range(count)] for _ in range(replicas)]
+        for clip, r in sorted(zip(clips, home, strict=True), key=lambda c: -c[0].frames * c[0].height * c[0].width):
+            min(spread[r], key=lambda line: sum(c.frames * c.height * c.width for c in line)).append(clip)
+        return [[Microbatch(clips=tuple(line)) for line in lines if line] for lines in spread]
+    place = largest_first(np.array([float(m.tokens) for m in flat]), replicas, count)
+    images = np.array([i for m in flat for i in m.images], dtype=float)
+    home = largest_first(images, replicas, None) if len(images) else np.zeros(0, dtype=np.int64)
+    out = []
+    for r in range(replicas):
+        mine = [flat[m] for m in np.flatnonzero(place == r)]
+        own = sorted((int(i) for i in images[home == r]), reverse=True)
+        lines: list[list[int]] = [[] for _ in mine]
+        for image in own:
+            # Never more than the sequence has tokens, so that it stays as long as it is.
+            open_ = [k for k, m in enumerate(mine) if sum(lines[k]) + image <= m.tokens]
+            lines[min(open_ or range(len(mine)), key=lambda k: sum(lines[k]) / mine[k].tokens)].append(image)
+        out.append([
+            replace(m, text_tokens=max(m.tokens - sum(line), 0), images=tuple(line),
+                    sequences=m.sequences if sum(line) <= m.tokens else ())
+            for m, line in zip(mine, lines, strict=True)
+        ])  # fmt: skip
+    return out
 
 
 def planned(case: Case, work: Work, flat: Sequence[Microbatch], place: Places) -> tuple[float, float]:
     """(slowest, mean) seconds of the replicas under their plans."""
-    cost = work.cost(place)
+    batches = [[flat[int(m)] for m in np.flatnonzero(place == r)] for r in range(work.replicas)]
+    return sampled(case, work.cost(place), batches)
+
+
+def sampled(case: Case, cost: Floats, batches: Sequence[Sequence[Microbatch]]) -> tuple[float, float]:
+    """(slowest, mean) seconds of the replicas that have these batches, which are worth ``cost``."""
     order = np.argsort(-cost)
-    chosen = order if work.replicas <= PLANNED else np.concatenate([order[:10], order[10 :: max(1, len(order) // 20)]])
-    took = np.array([case.seconds([flat[m] for m in np.flatnonzero(place == r)]) for r in chosen])
-    mean = float(took.mean()) if work.replicas <= PLANNED else float((took / cost[chosen])[10:].mean() * cost.mean())
+    few = len(cost) <= PLANNED
+    chosen = order if few else np.concatenate([order[:10], order[10 :: max(1, len(order) // 20)]])
+    took = np.array([case.seconds(batches[r]) for r in chosen])
+    mean = float(took.mean()) if few else float((took / cost[chosen])[10:].mean() * cost.mean())
     return float(took.max()), mean
+
+
+def worth(case: Case, microbatches: Sequence[Microbatch]) -> float:
+    """Seconds of work on a replica's busiest rank."""
+    return float(microbatch_work(segmented_graph(case.pricer, case.partition, microbatches))[0].sum(axis=0).max())
 
 
 def measure(case: Case, batches: Sequence[Sequence[Microbatch]], rules: bool) -> dict[str, float]:
@@ -177,7 +227,9 @@ def measure(case: Case, batches: Sequence[Sequence[Microbatch]], rules: bool) ->
         for name, place in others.items():
             worst, middle = planned(case, work, flat, place)
             row[name] = worst / middle
-        row["by module"] = evenly(case, batches)
+        apart = by_module(batches)
+        worst, middle = sampled(case, np.array([worth(case, b) for b in apart]), apart)
+        row["by module"] = worst / middle
     return row
 
 
@@ -188,6 +240,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--replicas", default="2,8,32,128,1024")
     parser.add_argument("--batches", type=int, default=2, help="global batches a row")
+    parser.add_argument("--cache", type=Path, help="keep the times of plans in this file")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     models, counts = options.models.split(","), [int(r) for r in options.replicas.split(",")]
@@ -195,9 +248,10 @@ def main() -> None:
         models, counts, options.batches = models[:2], [2, 8], 1
     warm_up()
     assign(replace_work())
+    known = Seconds(options.cache)
     rows, data = [], []
     for name in models:
-        case = Case.of(name)
+        case = Case.of(name, known)
         for draw in ("independent", "shards"):
             for replicas in counts if draw == "independent" else [r for r in counts if r in (8, 32)]:
                 found = [

@@ -14,8 +14,9 @@ import dataclasses
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -157,23 +158,23 @@ def speed() -> None:
             np.zeros(g.ranks, dtype=np.int32), np.zeros(nodes), np.zeros(nodes),
         )  # fmt: skip
         q = make_problem(graph)
-        walk = (
+        walk: Sequence[Any] = (
             q, *(copy_keys(make_keys(q, split=True)) for _ in range(3)), make_work(q), make_refill(q),
-            np.ones(MAY, dtype=bool), seeded(0, 0), np.array([1e9, 1e9]), 1e9,
+            np.ones(MAY, dtype=bool), seeded(0, 0), np.array([1e9, 1e9]), 1e9, 50,
         )  # fmt: skip
         start = time.perf_counter()
         slow = simulate(graph, schedule)
         reference = round((time.perf_counter() - start) * 1e6)
         assert slow.iteration_time == replay(*inputs)
 
-        def simulated(inputs: tuple = inputs) -> float:  # type: ignore[type-arg]
+        def simulated(inputs: Any = inputs) -> float:
             return replay(*inputs)
 
-        def whole(graph=graph, schedule=schedule, g=g) -> object:  # type: ignore[no-untyped-def]
+        def whole(graph=graph, schedule=schedule, g=g) -> object:
             return simulate_compiled(graph, schedule, g)
 
-        def walked(walk: tuple = walk) -> None:  # type: ignore[type-arg]
-            anneal(*walk, 50)
+        def walked(walk: Sequence[Any] = walk) -> None:
+            anneal(*walk)
 
         step = round(microseconds(walked, 1) / 50, 1)
         rows.append([name, int(lengths.sum()), microseconds(simulated, 20), microseconds(whole, 20), reference, step])

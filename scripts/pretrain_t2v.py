@@ -44,9 +44,9 @@ from dip_megatron.families.t2v.program import TextToVideoModel  # noqa: E402
 from dip_megatron.families.t2v.text_encoder import text_layer_spec  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from t2v.digits import BLOCK, CHANNELS, PATCH, VOCABULARY, PackedClips, split_scans  # noqa: E402
-from t2v.sample import draw_digits  # noqa: E402
+sys.path.insert(0, str(HERE.parent))
+from scripts.t2v.digits import BLOCK, CHANNELS, PATCH, VOCABULARY, PackedClips, split_scans  # noqa: E402
+from scripts.t2v.sample import draw_digits  # noqa: E402
 
 
 def add_t2v_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -68,13 +68,14 @@ def random_graph(
     microbatches = microbatches or int(rng.integers(1, 5))
     candidates = candidates or int(rng.choice([1, 1, 2, 3]))
     shape = int(rng.integers(0, 5))
-    chains: list[tuple[str, tuple[str, ...]]] = [
+    shapes: list[list[tuple[str, tuple[str, ...]]]] = [
         [("text", ())],
         [("vision", ()), ("text", ("vision",))],
         [("vision", ()), ("audio", ()), ("text", ("vision", "audio"))],
         [("text", ()), ("video", ("text",))],
         [("vision", ()), ("text", ("vision",)), ("video", ("text",))],
-    ][shape]
+    ]
+    chains = shapes[shape]
     freeze = bool(rng.random() < 0.3) if frozen is None else frozen
     modules = []
     turning = bool(rng.random() < 0.15)

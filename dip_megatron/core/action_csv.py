@@ -80,10 +80,11 @@ class _Chain:
 def format_actions(graph: StageGraph, schedule: Schedule) -> str:
     """The CSV of a schedule. Raises ActionCsvError for what the format can't say."""
     chain, out = _Chain(graph), io.StringIO()
-    rows, ranks = np.nonzero(~graph.has_backward)
-    if len(rows):
+    without, ranks = np.nonzero(~graph.has_backward)
+    if len(without):
         raise ActionCsvError(
-            f"{graph.operation(Kind.F, int(rows[0]), int(ranks[0]))} has no backward: the CSV has one for every stage"
+            f"{graph.operation(Kind.F, int(without[0]), int(ranks[0]))} has no backward: "
+            "the CSV has one for every stage"
         )
     writer = csv.writer(out, lineterminator="\n")
     for rank, order in enumerate(schedule.orders):

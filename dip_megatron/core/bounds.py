@@ -222,18 +222,18 @@ def lower_bound(graph: StageGraph, *, split: bool = True) -> float:
 def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
     """See :class:`Bounded`."""
     g = graph_arrays(graph)
-    rows, ranks = g.virtual_microbatches, g.ranks
+    virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     f, b, w, whole = _relaxed(g, split)
     operations = _Operations(g, f, b, w)
     head, tail = operations.heads(turned=False), operations.heads(turned=True)
-    real = np.concatenate([np.ones(rows * ranks, dtype=bool), g.has_backward, g.has_backward & (w > 0)])
+    real = np.concatenate([np.ones(virtual_microbatches * ranks, dtype=bool), g.has_backward, g.has_backward & (w > 0)])
     bound = float((head + operations.length + tail)[real].max())
     buffers = np.zeros(operations.count), np.zeros(operations.count, dtype=np.int32)
     for p in range(ranks):
         which = np.flatnonzero(real & (operations.rank == p)).astype(np.int32)
         bound = max(bound, _one_machine(len(which), which, head, operations.length, tail, *buffers))
-    per_rank = tuple(x.reshape(rows, ranks) for x in (f, b, w))
-    work = sum(per_rank, np.zeros((rows, ranks))).sum(axis=0)
+    per_rank = tuple(x.reshape(virtual_microbatches, ranks) for x in (f, b, w))
+    work = sum(per_rank, np.zeros((virtual_microbatches, ranks))).sum(axis=0)
     least_tail = np.array([tail[real & (operations.rank == p)].min() for p in range(ranks)])
     filling, draining = _filling(graph, per_rank, split)
     early, late, both = _memory(graph, g, (f, b, w), whole, head, tail)

@@ -40,11 +40,13 @@ class Decoder:
 
     def action(self, code: int, rank: int) -> Action:
         """The action of ``code`` on ``rank``."""
-        graph, rows = self._graph, self._graph.virtual_microbatches
-        if code < 4 * rows:
-            kind, row = divmod(code, rows)
-            return Compute(graph.operation(Kind(kind), row, rank), graph.strategy_name(0, row, rank))
-        kind, message = divmod(code - 4 * rows, 2 * self._edges)
+        graph, virtual_microbatches = self._graph, self._graph.virtual_microbatches
+        if code < 4 * virtual_microbatches:
+            kind, virtual_microbatch = divmod(code, virtual_microbatches)
+            return Compute(
+                graph.operation(Kind(kind), virtual_microbatch, rank), graph.strategy_name(0, virtual_microbatch, rank)
+            )
+        kind, message = divmod(code - 4 * virtual_microbatches, 2 * self._edges)
         return Communicate(COMMUNICATIONS[kind], self.message(message))
 
     def message(self, number: int) -> Message:
@@ -67,13 +69,13 @@ class Decoder:
 
     def code(self, action: Action) -> int:
         """Inverse of :meth:`action`. Raises GraphError for stages and messages that the graph doesn't have."""
-        graph, rows = self._graph, self._graph.virtual_microbatches
+        graph, virtual_microbatches = self._graph, self._graph.virtual_microbatches
         if isinstance(action, Compute):
-            row = graph.virtual_microbatch_of(action.operation)
-            expected = graph.strategy_name(0, row, action.operation.rank)
+            virtual_microbatch = graph.virtual_microbatch_of(action.operation)
+            expected = graph.strategy_name(0, virtual_microbatch, action.operation.rank)
             if action.strategy != expected:
                 raise GraphError(f"{action}: strategy differs from the graph's {expected!r}")
-            return int(action.operation.kind) * rows + row
+            return int(action.operation.kind) * virtual_microbatches + virtual_microbatch
         message = action.message
         ends = [self._node(message.source), self._node(message.target)]
         gradient = message.channel.gradient
@@ -81,7 +83,12 @@ class Decoder:
         kinds = {message.source.kind, message.target.kind}
         if edge is None or kinds != {Kind.B if gradient else Kind.F}:
             raise GraphError(f"{action}: nothing travels between these stages")
-        return 4 * rows + 2 * self._edges * COMMUNICATIONS.index(action.kind) + gradient * self._edges + edge
+        return (
+            4 * virtual_microbatches
+            + 2 * self._edges * COMMUNICATIONS.index(action.kind)
+            + gradient * self._edges
+            + edge
+        )
 
 
 class RankActions(Sequence[tuple[Action, ...]]):

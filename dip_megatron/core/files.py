@@ -99,6 +99,7 @@ def format_plan(plan: Plan) -> str:
         "durations": [row | {k: a[0, s].tolist() for k, a in times.items()} for s, row in enumerate(rows)],
         "activation_bytes": [row | {k: a[0, s].tolist() for k, a in held.items()} for s, row in enumerate(rows)],
         "transfer": graph.transfer.tolist(),
+        **({"overhead": list(graph.overhead)} if graph.overhead else {}),
         "memory_limit": [limit if np.isfinite(limit) else None for limit in graph.memory_limit.tolist()],
         "static_bytes": graph.static_bytes.tolist(),
         "payloads": [
@@ -154,6 +155,8 @@ def parse_plan(line: str) -> Plan:
     _length("predicted.peak_bytes", record.predicted.peak_bytes, record.ranks, "ranks")
     _length("actions", record.actions, record.ranks, "ranks")
     _length("transfer", record.transfer, len(times), "entries in durations")
+    if record.overhead is not None:
+        _length("overhead", record.overhead, record.ranks, "ranks")
     limit = [np.inf if b is None else b for b in record.memory_limit]
     try:
         graph = StageGraph(
@@ -169,6 +172,7 @@ def parse_plan(line: str) -> Plan:
             transfer=np.array(record.transfer, dtype=np.float64),
             static_bytes=np.array(record.static_bytes, dtype=np.float64),
             memory_limit=np.array(limit, dtype=np.float64),
+            overhead=tuple(record.overhead or ()),
         )
     except GraphError as error:
         raise PlanFileError(f"modules, units: {error}") from error
@@ -318,8 +322,8 @@ def _schedule(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Schedule:
         order = []
         for i, action in enumerate(line):
             if isinstance(action, Compute):
-                row = _virtual_microbatch_of(graph, rank, f"actions[{rank}][{i}]", action.operation)
-                order.append(int(action.operation.kind) * graph.virtual_microbatches + row)
+                s = _virtual_microbatch_of(graph, rank, f"actions[{rank}][{i}]", action.operation)
+                order.append(int(action.operation.kind) * graph.virtual_microbatches + s)
         orders.append(np.array(order, dtype=np.int32))
     return Schedule(tuple(orders), np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
 
@@ -331,8 +335,8 @@ def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Sta
         for i, action in enumerate(line):
             if isinstance(action, Compute):
                 place = f"actions[{rank}][{i}]"
-                row = _virtual_microbatch_of(graph, rank, place, action.operation)
-                known = names.setdefault((row, rank), action.strategy)
+                s = _virtual_microbatch_of(graph, rank, place, action.operation)
+                known = names.setdefault((s, rank), action.strategy)
                 if known != action.strategy:
                     raise PlanFileError(f"{place}: strategy {action.strategy!r} differs from {known!r} before")
     strategies = tuple(

@@ -125,7 +125,9 @@ class StageGraph:
     ``transfer`` ``[S]`` is the seconds that one transfer of the virtual microbatch's output (or of its gradient)
     takes. ``static_bytes`` ``[P]`` are parameters, gradients and optimizer state; ``memory_limit`` ``[P]`` is what a
     rank may use in all (inf: no limit). ``strategies[s][rank]`` names the C candidates, fastest first; chunks with
-    fewer candidates repeat their last one.
+    fewer candidates repeat their last one. ``overhead`` (one number per rank; empty: none) are the seconds of each of
+    a rank's operations in which it doesn't compute but sends, receives and launches. They are part of the durations;
+    bubble ratios count them as idle.
     """
 
     ranks: int
@@ -141,6 +143,7 @@ class StageGraph:
     static_bytes: Floats
     memory_limit: Floats
     strategies: tuple[tuple[tuple[str, ...], ...], ...] = field(default=())
+    overhead: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         names = [m.name for m in self.modules]
@@ -148,7 +151,7 @@ class StageGraph:
             raise GraphError(f"two modules share a name: {names}")
         known: set[str] = set()
         for m in self.modules:
-            if any(len(row) != self.ranks for row in m.layers) or not m.layers:
+            if any(len(counts) != self.ranks for counts in m.layers) or not m.layers:
                 raise GraphError(f"module {m.name}: layers must be [segment][{self.ranks} ranks], got {m.layers}")
             if m.trainable and [len(r) for r in m.trainable] != [len(r) for r in m.layers]:
                 raise GraphError(f"module {m.name}: trainable must have the shape of layers")
@@ -180,6 +183,8 @@ class StageGraph:
             raise GraphError(f"transfer has shape {self.transfer.shape}, expected ({self.virtual_microbatches},)")
         if self.static_bytes.shape != (self.ranks,) or self.memory_limit.shape != (self.ranks,):
             raise GraphError(f"static_bytes and memory_limit must have shape ({self.ranks},)")
+        if self.overhead and (len(self.overhead) != self.ranks or not all(0 <= s < np.inf for s in self.overhead)):
+            raise GraphError(f"overhead must be {self.ranks} numbers, finite and not negative: {self.overhead}")
 
     # -- names and numbers ---------------------------------------------------------------------------------------
     @cached_property
@@ -192,11 +197,11 @@ class StageGraph:
     @cached_property
     def first_virtual_microbatch(self) -> tuple[int, ...]:
         """Virtual microbatch of segment 0 of each unit."""
-        rows, n = [], 0
+        first, n = [], 0
         for u in self.units:
-            rows.append(n)
+            first.append(n)
             n += self._module_by_name[u.module].segments
-        return tuple(rows)
+        return tuple(first)
 
     @cached_property
     def virtual_microbatches(self) -> int:
@@ -213,12 +218,12 @@ class StageGraph:
     def virtual_microbatch(self, unit: int, segment: int) -> int:
         return self.first_virtual_microbatch[unit] + segment
 
-    def segment(self, row: int) -> int:
-        return row - self.first_virtual_microbatch[int(self.unit_of[row])]
+    def segment(self, virtual_microbatch: int) -> int:
+        return virtual_microbatch - self.first_virtual_microbatch[int(self.unit_of[virtual_microbatch])]
 
-    def operation(self, kind: Kind, row: int, rank: int) -> Operation:
-        unit = self.units[int(self.unit_of[row])]
-        return Operation(kind, unit.module, self.segment(row), unit.id, rank)
+    def operation(self, kind: Kind, virtual_microbatch: int, rank: int) -> Operation:
+        unit = self.units[int(self.unit_of[virtual_microbatch])]
+        return Operation(kind, unit.module, self.segment(virtual_microbatch), unit.id, rank)
 
     def virtual_microbatch_of(self, operation: Operation) -> int:
         """Virtual microbatch of an operation. Raises GraphError if it is not one of this graph."""
@@ -374,8 +379,8 @@ class StageGraph:
         """C: number of memory strategies."""
         return int(self.forward.shape[0])
 
-    def strategy_name(self, strategy: int, row: int, rank: int) -> str:
-        return self.strategies[row][rank][strategy] if self.strategies else "none"
+    def strategy_name(self, strategy: int, virtual_microbatch: int, rank: int) -> str:
+        return self.strategies[virtual_microbatch][rank][strategy] if self.strategies else "none"
 
     def changed(self, change: Callable[[Floats], Floats], **others: Any) -> StageGraph:
         """The graph with ``change`` made to each array that has a value per strategy; ``others`` are replaced."""

@@ -24,7 +24,7 @@ def idle_before(
     graph: StageGraph, orders: Sequence[Ints], start: Sequence[Floats], end: Sequence[Floats]
 ) -> tuple[Idle, ...]:
     """One for each rank. ``start[rank][i]`` and ``end[rank][i]`` are seconds, on one clock for all ranks that starts
-    with the iteration, of the operation ``orders[rank][i]`` (``kind * S + row``)."""
+    with the iteration, of the operation ``orders[rank][i]`` (``kind * S + s``)."""
     ended = {kind: np.full(graph.virtual_microbatches * graph.ranks, -np.inf) for kind in (Kind.F, Kind.B)}
     for rank, order in enumerate(orders):
         kinds, nodes = order // graph.virtual_microbatches, (order % graph.virtual_microbatches) * graph.ranks + rank

@@ -47,19 +47,20 @@ class Schedule:
 
 def check_complete(graph: StageGraph, schedule: Schedule) -> str | None:
     """None if every rank has each operation exactly once and W after its B after its F; else the first fault."""
-    rows = graph.virtual_microbatches
+    virtual_microbatches = graph.virtual_microbatches
     if len(schedule.orders) != graph.ranks:
         return f"{len(schedule.orders)} ranks have an order, the graph has {graph.ranks}"
     for rank, order in enumerate(schedule.orders):
         place: dict[int, int] = {}
         for i, code in enumerate(order.tolist()):
-            if not 0 <= code < 4 * rows:
+            if not 0 <= code < 4 * virtual_microbatches:
                 return f"rank {rank}: operation code {code} is out of range"
             if code in place:
-                return f"rank {rank}: {graph.operation(Kind(code // rows), code % rows, rank)} comes twice"
+                kind, s = divmod(code, virtual_microbatches)
+                return f"rank {rank}: {graph.operation(Kind(kind), s, rank)} comes twice"
             place[code] = i
-        for s in range(rows):
-            has = {k: place.get(int(k) * rows + s) for k in Kind}
+        for s in range(virtual_microbatches):
+            has = {k: place.get(int(k) * virtual_microbatches + s) for k in Kind}
             forward, back, weight, fused = has[Kind.F], has[Kind.B], has[Kind.W], has[Kind.BW]
             if forward is None:
                 return f"rank {rank}: {graph.operation(Kind.F, s, rank)} is missing"

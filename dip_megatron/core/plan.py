@@ -81,8 +81,8 @@ class Plan:
         return RankActions(self.graph, self.codes)
 
     def payload(self, source: int, target: int, rank: int) -> Payload | None:
-        """What the forward of row ``source`` on ``rank`` sends to row ``target`` (equal: to the next rank); None if the
-        plan doesn't say."""
+        """What the forward of ``source`` on ``rank`` sends to ``target``, both virtual microbatches (equal: to the next
+        rank); None if the plan doesn't say."""
         return self.payloads.get((source, target, rank), self.payloads.get((source, target)))
 
     def __getstate__(self) -> dict[str, object]:

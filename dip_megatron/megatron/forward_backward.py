@@ -17,8 +17,8 @@ from megatron.core.utils import get_model_config
 
 from ..core import Plan
 from ..core.protocols import Exchange
-from ..planner.balance import ExchangeReport
 from ..planner.delivery import DeliveredPlan, PlanDelivery
+from ..planner.quotes import ExchangeReport
 from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport
@@ -97,7 +97,8 @@ class DipForwardBackward:
         self._exchanged: ExchangeReport | None = None
         # By iterator and by forward_only: ranks without data have None for the iterators of training and evaluation.
         self._look_ahead: dict[tuple[int, bool], tuple[Any, LookAhead]] = {}
-        self._next_request: dict[tuple[int, bool], tuple[int, int]] = {}
+        # The request of what has been read ahead, how many microbatches that is, and those that replaced them.
+        self._next_request: dict[tuple[int, bool], tuple[int, int, list[MicrobatchInputs] | None]] = {}
         self._agreement = TrainingAgreement(
             program, executor.position.rank, delivery, everyone=everyone, on_change=on_training
         )
@@ -178,7 +179,7 @@ class DipForwardBackward:
             self._program, self._executor, delivered.plan, chunks, microbatches, forward_step_func,
             forward_only=forward_only, collect_non_loss_data=collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
-            loss_rank=getattr(self._program, "loss_rank", None),
+            loss_rank=getattr(self._program, "loss_rank", None), averaged_over=num_microbatches,
         )  # fmt: skip
         iteration.run(number, following, weights_changed=not forward_only or bool(first_val_step))
         if self._pipeline is not None:
@@ -201,14 +202,16 @@ class DipForwardBackward:
         self, key: tuple[int, bool], source: LookAhead, count: int, chunks: list[torch.nn.Module]
     ) -> tuple[list[MicrobatchInputs], DeliveredPlan]:
         """This iteration's microbatches and plan."""
-        settled = None if self._exchanges is None else self._exchanges.settle()
-        if settled is not None or not key[1]:
-            self._exchanged = settled
-        request, planned = self._next_request.pop(key, (None, count))
+        self._settle(key[1])
+        request, planned, moved = self._next_request.pop(key, (None, count, None))
         if request is not None and planned != count:
-            self._delivery.take(request)  # planned for another number of microbatches: all ranks drop it alike
-            request = None
-        microbatches = source.take(count)
+            # Planned for another number of microbatches: all ranks drop it alike, and what was exchanged for it.
+            self._delivery.take(request)
+            request = moved = None
+        if request is None and self._exchanges is not None and self._exchanges.at_call and not key[1]:
+            moved = self._exchange_now(self._exchanges, source, count)
+        # What has moved is a copy: a replica's own microbatches leave its data in the order in which they were read.
+        microbatches = source.take(count) if moved is None else (source.take(count), moved)[1]
         news = b"" if key[1] else self._agreement.news(chunks)
         if request is None:
             budget = self._policy.at_call_seconds
@@ -233,22 +236,35 @@ class DipForwardBackward:
         coming = source.peek(count)
         number = self._number() + 1
 
-        def ask(microbatches: list[MicrobatchInputs]) -> None:
+        def ask(microbatches: list[MicrobatchInputs], moved: bool = True) -> None:
             budget = self._policy.budget(self._last_seconds - (time.perf_counter() - began))
             request = self._request(microbatches, number, False, budget, wait=1.3 * budget + 0.1)
-            self._next_request[key] = (request, count)
-
-        def exchanged(microbatches: list[MicrobatchInputs]) -> None:
-            source.replace(microbatches)
-            ask(microbatches)
+            self._next_request[key] = (request, count, microbatches if moved else None)
 
         complete = len(coming) == count
         if self._exchanges is not None:
-            here = self._delivery.plans_here and complete
-            loads = tuple(self._program.load(m) for m in coming) if here else ()
-            self._exchanges.begin((loads, self._agreement.training), coming, complete, exchanged)
+            left = self._last_seconds - (time.perf_counter() - began)
+            self._exchanges.begin(self._quoted(coming, complete), coming, complete, left, ask)
         elif complete:
-            ask(coming)
+            ask(coming, False)
+
+    def _settle(self, forward_only: bool) -> None:
+        """Wait for the exchange that is under way, if any."""
+        settled = None if self._exchanges is None else self._exchanges.settle()
+        if settled is not None or not forward_only:
+            self._exchanged = settled
+
+    def _exchange_now(self, exchanges: ExchangesAhead, source: LookAhead, count: int) -> list[MicrobatchInputs] | None:
+        """What this replica has once all have exchanged what they were called with; None if its data has ended."""
+        coming = source.peek(count)
+        complete = len(coming) == count
+        found, self._exchanged = exchanges.now(self._quoted(coming, complete), coming, complete)
+        return found if complete else None
+
+    def _quoted(self, coming: list[MicrobatchInputs], complete: bool) -> Any:
+        """What the price of an exchange takes."""
+        here = self._delivery.plans_here and complete
+        return tuple(self._program.load(m) for m in coming) if here else (), self._agreement.training
 
     def _source(
         self, key: tuple[int, bool], iterator: Iterator[Any] | None, forward_step_func: Callable[..., Any],

@@ -37,23 +37,28 @@ class Iteration:
         context_parallel_size: int = 1,
         collect_non_loss_data: bool = False,
         loss_rank: int | None = None,
+        averaged_over: int | None = None,
     ):
         """``plan`` has passed the verifier and is of these ``microbatches``; ``chunks`` are wrapped, in the program's
-        order. ``loss_rank`` is the pipeline rank of the stage with the loss (None: the last)."""
+        order. ``loss_rank`` is the pipeline rank of the stage with the loss (None: the last); ``averaged_over``: how
+        many microbatches a replica has in the mean (None: as many as here)."""
         config = get_model_config(chunks[0])
         graph, rank = plan.graph, executor.position.rank
         self._program, self._executor, self._plan, self._chunks = program, executor, plan, chunks
         self._config, self._forward_only = config, forward_only
         self._step = MegatronStep(
             config, forward_step_func, num_microbatches=len(microbatches),
+            averaged_over=averaged_over,
             context_parallel_size=context_parallel_size, collect_non_loss_data=collect_non_loss_data,
         )  # fmt: skip
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
         remaining = dict.fromkeys(places, 0)
         if not forward_only:
-            for row in range(graph.virtual_microbatches):
-                if graph.has_weight[row, rank]:
-                    remaining[graph.units[int(graph.unit_of[row])].module, graph.segment(row)] += 1
+            for virtual_microbatch in range(graph.virtual_microbatches):
+                if graph.has_weight[virtual_microbatch, rank]:
+                    remaining[
+                        graph.units[int(graph.unit_of[virtual_microbatch])].module, graph.segment(virtual_microbatch)
+                    ] += 1
         self._loss_rank = graph.ranks - 1 if loss_rank is None else loss_rank
         self._handed: list[Any] | None = None
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -120,12 +120,6 @@ class LookAhead:
         if not self.fill(count):
             raise StopIteration(f"the data has ended: {len(self._buffer)} of {count} microbatches are left")
         return [self._buffer.popleft() for _ in range(count)]
-
-    def replace(self, microbatches: Sequence[MicrobatchInputs]) -> None:
-        """Let as many of the next microbatches be these instead."""
-        for _ in microbatches:
-            self._buffer.popleft()
-        self._buffer.extendleft(reversed(microbatches))
 
     def fill(self, count: int) -> bool:
         """Read until ``count`` microbatches are at hand; False if the data has ended before."""

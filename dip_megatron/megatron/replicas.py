@@ -1,13 +1,14 @@
 """Microbatches change replicas before they are planned, so that all replicas end together.
 
 On each rank there is one exchange with its *peers*: the ranks at the same tensor- and pipeline-parallel place of all
-data-parallel replicas. The first rank of every replica prices its microbatches; the prices are gathered, everyone's
-assignment is worked out alike (:mod:`dip_megatron.planner.balance`), compared, and told to the other ranks of the
-replica; then each rank sends what leaves to its peers, and takes what comes into the places that have become free.
+data-parallel replicas. The first rank of every replica quotes its microbatches; from the quotes everyone makes the same
+proposal (:mod:`dip_megatron.planner.quotes`), which is compared and told to the other ranks of the replica; then each
+rank sends what leaves to its peers, and takes what comes into the places that have become free.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -25,16 +26,26 @@ from ..core.graph import Floats
 from ..describe.cost import Corrections
 from ..describe.model import Training
 from ..describe.workload import Microbatch
-from ..planner.balance import Assignment, ExchangeReport, Mode, Work, assign, microbatch_work
+from ..planner.balance import Mode, microbatch_work
 from ..planner.delivery import PlanDelivery
 from ..planner.live import ModelGraphs
+from ..planner.quotes import Answer, ExchangeReport, Move, Proposal, Quote, propose, settle
 from ..runtime.groups import local_group
-from ..runtime.parcels import pack, unpack
+from ..runtime.parcels import ParcelError, pack, parcel_bytes, unpack
 from .exchange import GlooExchange
 
-LEAST_GAIN = 0.005
-"""Share of the job's time that an exchange has to gain, or nobody moves anything."""
+LARGEST_BYTES = 1 << 30
+"""Microbatches of more bytes stay where they are: while one travels, both ends hold it twice."""
 
+AT_CALL = (
+    "balance: this loop's microbatches aren't read ahead; replicas exchange them when the schedule is called, while "
+    "training waits, and only where that gains more than it takes"
+)
+NOT_FREE = (
+    "balance free: replicas would train on different numbers of microbatches, and this loop averages over "
+    "microbatches, not over tokens; use --calculate-per-token-loss (Bridge: model.calculate_per_token_loss, other "
+    "loops: build_model(weights_by_tokens=True)), or balance swap"
+)
 
 Price = Callable[[Any], tuple[Floats, Floats]]
 
@@ -63,7 +74,7 @@ class ReplicaExchange:
         price: Price | None,
         *,
         mode: Mode = "swap",
-        least_gain: float = LEAST_GAIN,
+        largest_bytes: float = LARGEST_BYTES,
         timeout_seconds: float = 600.0,
         device: torch.device | None = None,
     ):
@@ -72,137 +83,157 @@ class ReplicaExchange:
         of the loads it is handed; the first rank has one, the others None."""
         self._peers = list(peers)
         self._index = self._peers.index(dist.get_rank())
-        self._group = local_group(self._peers, "gloo", timedelta(seconds=timeout_seconds))
-        self._prices = GlooExchange(self._peers, timeout_seconds)
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._group = local_group(self._peers, "gloo", self._timeout)
+        self._quotes = GlooExchange(self._peers, timeout_seconds)
         self._replica = GlooExchange(list(replica), timeout_seconds)
-        self._price, self._mode, self._least_gain, self._device = price, mode, least_gain, device
+        self._price, self._mode, self._largest = price, mode, largest_bytes
+        self._device = device
+        accelerated = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if accelerated else None
+        self._slowness = 1.0
+        self._declined = 0
+
+    def may_begin(self) -> None:
+        """Call it where the microbatches have been read, before the exchange, which may be in another thread."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def exchange(
-        self, loads: Any, microbatches: Sequence[Any], complete: bool = True
+        self, loads: Any, microbatches: Sequence[Any], complete: bool = True, left: float = 0.0
     ) -> tuple[list[Any], ExchangeReport]:
         """This replica's microbatches afterwards. ``loads`` is what ``price`` takes, None where there is none;
-        ``complete``: False where the data of this replica has ended, and it takes part so that no other one waits.
+        ``complete``: False where the data of this replica has ended, and it takes part so that no other one waits;
+        ``left``: seconds until the iteration that runs meanwhile is expected to end.
 
         Raises ReplicaExchangeError where a peer doesn't answer in time or answers something else, ParcelError where a
         microbatch can't travel: then the run has to stop.
         """
         began = time.perf_counter()
         try:
-            assignment, before, reason = self._assignment(loads, complete)
-            if assignment is None:
-                return list(microbatches), ExchangeReport(before, before, 0, 0, time.perf_counter() - began, reason)
-            result, sent = self._move(assignment, microbatches)
-        except (RuntimeError, dist.DistBackendError) as error:
+            proposal = self._agreed(loads, microbatches, complete, began + left if left > 0 else None)
+            result, sent = self._move(proposal, microbatches)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise ReplicaExchangeError(
                 f"the exchange of microbatches between replicas (ranks {self._peers}) broke off: {error}; "
                 "nothing was trained on it. Restart from the last checkpoint, or with --dip-balance off"
             ) from error
-        after = float(assignment.after.max() / assignment.after.mean())
-        moved = int(assignment.moved.sum())
-        return result, ExchangeReport(before, after, moved, sent, time.perf_counter() - began)
+        moved = 0 if proposal.assignment is None else int(proposal.assignment.moved.sum())
+        self._declined += proposal.assignment is None
+        report = ExchangeReport(
+            proposal.before, proposal.after, moved, sent, time.perf_counter() - began, proposal.reason,
+            declined=self._declined,
+        )  # fmt: skip
+        return result, report
 
-    def _assignment(self, loads: Any, complete: bool) -> tuple[Assignment | None, float, str]:
-        """What to do, or None and why, and the slowest replica over the mean: the same on all ranks of all replicas."""
+    def _agreed(self, loads: Any, microbatches: Sequence[Any], complete: bool, until: float | None) -> Proposal:
+        """What to do, the same on all ranks of all replicas. ``until``: when the running iteration ends."""
         told = None
         if self._price is not None:
-            mine = self._price(loads) if complete else None
-            everyone = [pickle.loads(data) for data in self._prices.gather(pickle.dumps(mine))]
-            told = pickle.dumps(self._agreed(everyone))
-        answer: tuple[Assignment | None, float, str] = pickle.loads(self._replica.broadcast(told))
+            mine: Quote | str | None = self._quote(self._price, loads, microbatches) if complete else None
+            everyone = [pickle.loads(data) for data in self._quotes.gather(pickle.dumps(mine))]
+            faults = [quote for quote in everyone if isinstance(quote, str)]
+            told = pickle.dumps(faults[0] if faults else self._settled(everyone, until))
+        answer: Proposal | str = pickle.loads(self._replica.broadcast(told))
+        if isinstance(answer, str):
+            raise ParcelError(answer)
         return answer
 
-    def _agreed(self, everyone: Sequence[tuple[Floats, Floats] | None]) -> tuple[Assignment | None, float, str]:
-        """From the prices of all replicas; the first ranks alone."""
-        prices = [price for price in everyone if price is not None]
-        if len(prices) < len(everyone):
-            return None, 1.0, "the data of a replica has ended"
-        counts = [len(seconds) for seconds, _ in prices]
-        if len(set(counts)) > 1:
-            return None, 1.0, "replicas have different numbers of microbatches"
-        work = Work(
-            np.concatenate([seconds for seconds, _ in prices]), np.concatenate([held for _, held in prices]),
-            np.repeat(np.arange(len(prices)), counts), len(prices),
-        )  # fmt: skip
-        found = assign(work, self._mode)
-        before = float(found.before.max() / found.before.mean()) if found.before.max() > 0 else 1.0
-        digests = self._prices.gather(found.digest().encode())
-        if len(set(digests)) > 1:
-            return None, before, "replicas came to different assignments"
-        if found.before.max() - found.after.max() < self._least_gain * found.before.max():
-            return None, before, "there is too little to gain"
-        return found, before, ""
+    def _quote(self, price: Price, loads: Any, microbatches: Sequence[Any]) -> Quote | str:
+        """What can't travel is told to all, or they would wait for it."""
+        try:
+            sizes = np.array([parcel_bytes(m) for m in microbatches], dtype=np.int64)
+        except ParcelError as error:
+            return str(error)
+        return Quote(*price(loads), sizes, self._slowness)
 
-    def _move(self, assignment: Assignment, microbatches: Sequence[Any]) -> tuple[list[Any], int]:
-        """Send what leaves and take what comes, one microbatch a peer at a time, so that little memory is needed."""
-        count = len(microbatches)
-        owner = np.repeat(np.arange(len(self._peers)), count)
-        leaving = [
-            [int(m) for m in np.flatnonzero((owner == source) & assignment.moved)] for source in range(len(self._peers))
-        ]
-        coming: dict[int, Any] = {}
-        sent = 0
-        for step in range(max(len(line) for line in leaving)):
-            going = [line[step] if step < len(line) else None for line in leaving]
-            mine = going[self._index]
-            parcel = b"" if mine is None else pack(microbatches[mine - self._index * count])
-            target = None if mine is None else int(assignment.replica[mine])
-            expected = {
-                source: m for source, m in enumerate(going) if m is not None and assignment.replica[m] == self._index
-            }
-            coming |= self._swap(parcel, target, expected)
-            sent += len(parcel)
-        free = iter(sorted(coming))
+    def _settled(self, everyone: Sequence[Quote | None], until: float | None) -> Proposal:
+        """From the quotes of all replicas; the first ranks alone."""
+        proposal = propose(everyone, self._mode, self._largest)
+        left = 0.0 if until is None else until - time.perf_counter()
+        answer = Answer(proposal.digest(), max(left, 0.0), until is not None and left <= 0.0)
+        return settle(proposal, [Answer.unpack(data) for data in self._quotes.gather(answer.pack())])
+
+    def _move(self, proposal: Proposal, microbatches: Sequence[Any]) -> tuple[list[Any], int]:
+        """Send what leaves and take what comes, at most one each a round, so that little memory is needed."""
+        first = sum(proposal.counts[: self._index])
+        leaving, coming, sent = set(), [], 0
+        began = time.perf_counter()
+        for moves in proposal.rounds():
+            out = next((move for move in moves if move.source == self._index), None)
+            into = next((move for move in moves if move.target == self._index), None)
+            arrived, size = self._round(out, None if out is None else microbatches[out.number - first], into)
+            if out is not None:
+                leaving.add(out.number - first)
+                sent += size
+            if into is not None:
+                coming.append((into.number, arrived))
+        if proposal.assignment is not None:
+            took = (time.perf_counter() - began) / proposal.nominal_seconds
+            self._slowness = (self._slowness * min(max(took, 0.01), 1000.0)) ** 0.5
+        coming.sort(key=lambda pair: pair[0])
+        new = iter([microbatch for _, microbatch in coming])
         result = []
-        for m in range(self._index * count, (self._index + 1) * count):
-            if not assignment.moved[m]:
-                result.append(microbatches[m - self._index * count])
-            elif (number := next(free, None)) is not None:
-                result.append(coming[number])
-        result += [coming[number] for number in free]
-        return result, sent
+        for m, microbatch in enumerate(microbatches):
+            if m not in leaving:
+                result.append(microbatch)
+            else:
+                result += [found for found in [next(new, None)] if found is not None]
+        return result + list(new), sent
 
-    def _swap(self, parcel: bytes, target: int | None, expected: dict[int, int]) -> dict[int, Any]:
-        """One parcel to ``target``, one from each replica of ``expected``; microbatches by number."""
-        replicas = len(self._peers)
-        sizes = torch.zeros(replicas, dtype=torch.int64)
-        if target is not None:
-            sizes[target] = len(parcel)
-        from_each = torch.zeros(replicas, dtype=torch.int64)
-        dist.all_to_all_single(from_each, sizes, group=self._group)
-        arrived = torch.empty(int(from_each.sum()), dtype=torch.uint8)
-        leaves = torch.empty(0, dtype=torch.uint8)
-        if parcel:
-            leaves = torch.frombuffer(bytearray(parcel), dtype=torch.uint8)
-        dist.all_to_all_single(arrived, leaves, from_each.tolist(), sizes.tolist(), group=self._group)
-        found, place = {}, 0
-        for source, size in enumerate(from_each.tolist()):
-            if (size > 0) != (source in expected):
-                raise ReplicaExchangeError(f"rank {self._peers[source]} sent {size} bytes that were not agreed on")
-            if size:
-                found[expected[source]] = unpack(arrived[place : place + size].numpy().tobytes(), self._device)
-            place += size
-        return found
+    def _round(self, out: Move | None, microbatch: Any, into: Move | None) -> tuple[Any, int]:
+        """Send one microbatch and receive one, either of which may be none; what came, and the bytes sent."""
+        works, parcel = [], None
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            if out is not None:
+                parcel = pack(microbatch, pinned=self._stream is not None)
+                if self._stream is not None:
+                    self._stream.synchronize()
+                head = torch.tensor([out.number, parcel.numel()])
+                works = [dist.isend(part, self._peers[out.target], group=self._group) for part in (head, parcel)]
+            found = None if into is None else unpack(self._receive(into), self._device)
+            for work in works:
+                work.wait(self._timeout)
+            if self._stream is not None:
+                self._stream.synchronize()
+        return found, 0 if parcel is None else parcel.numel()
+
+    def _receive(self, move: Move) -> torch.Tensor:
+        source = self._peers[move.source]
+        head = torch.empty(2, dtype=torch.int64)
+        dist.recv(head, source, group=self._group)
+        number, size = head.tolist()
+        if number != move.number or size < 8:
+            raise ReplicaExchangeError(
+                f"rank {source} sent microbatch {number} ({size} bytes), agreed was {move.number}"
+            )
+        parcel = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
+        dist.recv(parcel, source, group=self._group)
+        return parcel
 
 
 class ExchangesAhead:
-    """Exchanges in a thread, one at a time, while an iteration trains."""
+    """Exchanges in a thread, one at a time, while an iteration trains; or, ``at_call``, before one does."""
 
-    def __init__(self, exchange: ReplicaExchange):
+    def __init__(self, exchange: ReplicaExchange, at_call: bool = False):
         self._exchange = exchange
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-exchange")
         self._running: Future[ExchangeReport] | None = None
+        self.at_call = at_call
 
     def begin(
-        self, loads: Any, microbatches: Sequence[Any], complete: bool, then: Callable[[list[Any]], object]
+        self, loads: Any, microbatches: Sequence[Any], complete: bool, left: float, then: Callable[[list[Any]], object]
     ) -> None:
-        """Begin an exchange; ``then`` takes what this replica has afterwards, if it is complete, in the thread."""
+        """Begin an exchange; ``then`` takes what this replica has afterwards, if it is complete, in the thread. See
+        :meth:`ReplicaExchange.exchange`."""
 
         def run() -> ExchangeReport:
-            found, report = self._exchange.exchange(loads, microbatches, complete)
+            found, report = self._exchange.exchange(loads, microbatches, complete, left)
             if complete:
                 then(found)
             return report
 
+        self._exchange.may_begin()
         self._running = self._thread.submit(run)
 
     def settle(self) -> ExchangeReport | None:
@@ -213,20 +244,27 @@ class ExchangesAhead:
         report = running.result()
         return replace(report, stall_seconds=time.perf_counter() - began)
 
+    def now(self, loads: Any, microbatches: Sequence[Any], complete: bool) -> tuple[list[Any], ExchangeReport]:
+        """Exchange here and now, while training waits."""
+        self._exchange.may_begin()
+        found, report = self._exchange.exchange(loads, microbatches, complete)
+        return found, replace(report, stall_seconds=report.seconds)
+
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def begin_exchanges(
-    graphs: ModelGraphs | None, delivery: PlanDelivery, timeout_seconds: float, device: torch.device
-) -> ExchangesAhead:
+    graphs: ModelGraphs | None, delivery: PlanDelivery, timeout_seconds: float, device: torch.device, mode: Mode,
+    at_call: bool,
+) -> ExchangesAhead:  # fmt: skip
     """Between the data-parallel replicas of Megatron's groups; all ranks call it together. ``graphs`` price the
     microbatches where plans are made."""
     exchange = ReplicaExchange(
         dist.get_process_group_ranks(parallel_state.get_data_parallel_group()),
         sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group())),
         price_of(graphs, delivery.corrections) if delivery.plans_here and graphs is not None else None,
-        timeout_seconds=timeout_seconds, device=device,
+        mode=mode, timeout_seconds=timeout_seconds, device=device,
     )  # fmt: skip
-    return ExchangesAhead(exchange)
+    return ExchangesAhead(exchange, at_call)

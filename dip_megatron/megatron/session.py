@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
+from ..describe.files import ConfigurationError
 from ..describe.model import ModulePartition, MultimodalModel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
@@ -27,6 +29,7 @@ from ..planner.live import Chunks, ModelGraphs
 from ..planner.request import Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
+from ..report.about import about_run
 from ..report.plans import NAME as PLANS
 from ..report.plans import PlanWriter
 from ..report.progress import RunProgress
@@ -43,9 +46,10 @@ from .build import ChunkList, configured_partition, record_blueprint
 from .call import check_call
 from .checkpoints import Checkpoint
 from .exchange import GlooExchange
+from .experts import check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
-from .replicas import ExchangesAhead, begin_exchanges
+from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class DipSession:
         tell: Callable[[str], object] = logger.warning,
     ):
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
+        if config.balance == "free" and not loop.weights_by_tokens:
+            raise ConfigurationError(NOT_FREE)
         self._loop = loop
         self._config = config
         self._file = self._plan_file(config, loop.parallel.pp)
@@ -108,6 +114,7 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
+            check_experts(blueprint.kwargs.values(), loop.parallel)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
             model = family.describe(blueprint, loop.parallel)
@@ -132,6 +139,7 @@ class DipSession:
             if self._file is not None:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
+            check_experts(configs_of_experts(chunks), loop.parallel)  # however a family is told of them
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk): chunk for chunk in chunks}
@@ -307,7 +315,7 @@ class DipSession:
         progress = self._progress(exchange)
         consumers: list[IterationConsumer] = [progress.record]
         if config.trace_dir is not None:
-            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
+            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange, about_run(config))
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
@@ -325,13 +333,15 @@ class DipSession:
         )  # fmt: skip
 
     def _exchanges(self, delivery: PlanDelivery, device: torch.device) -> ExchangesAhead | None:
-        """Between replicas, where there are several and microbatches are read ahead."""
-        if self._config.balance == "off" or parallel_state.get_data_parallel_world_size() == 1:
+        """Between replicas, where there are several."""
+        config, at_call = self._config, not self._reads_ahead()
+        if config.balance == "off" or parallel_state.get_data_parallel_world_size() == 1:
             return None
-        if not self._reads_ahead():
-            self._tell("balance: this loop's microbatches aren't read ahead; replicas exchange none")
-            return None
-        exchanges = begin_exchanges(self._graphs, delivery, self._config.timeout_seconds, device)
+        if at_call:
+            _tell(AT_CALL)
+        exchanges = begin_exchanges(
+            self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call=at_call
+        )
         self._closing.callback(exchanges.close)
         return exchanges
 

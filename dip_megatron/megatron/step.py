@@ -31,13 +31,17 @@ class MegatronStep:
         num_microbatches: int,
         context_parallel_size: int,
         collect_non_loss_data: bool,
+        averaged_over: int | None = None,
     ):
-        """``config`` is ``model[0]``'s, which Megatron's train loop fills with timers and functions."""
+        """``config`` is ``model[0]``'s, which Megatron's train loop fills with timers and functions. A mean loss of a
+        microbatch is divided by ``averaged_over``: the loop's number of microbatches, of which replicas may run more or
+        fewer (None: these), so that all weigh the same."""
         self._data: dict[int, list[tuple[LossPart, Any]]] = {}
         self.total_num_tokens: torch.Tensor | None = None
         self._config = config
         self._forward_step_func = forward_step_func
         self._num_microbatches = num_microbatches
+        self._averaged_over = averaged_over or num_microbatches
         self._context_parallel_size = context_parallel_size
         self._collect_non_loss_data = collect_non_loss_data
 
@@ -114,7 +118,7 @@ class MegatronStep:
         store: list[Any] | None = None,
     ) -> tuple[Any, torch.Tensor]:
         return calculate_loss(
-            chunk, output, loss_func, self._config, None, self._collect_non_loss_data, self._num_microbatches,
+            chunk, output, loss_func, self._config, None, self._collect_non_loss_data, self._averaged_over,
             store, self._context_parallel_size, is_last_stage,
         )  # fmt: skip
 

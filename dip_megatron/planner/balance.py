@@ -33,12 +33,14 @@ GOAL = 1.001
 @dataclass(frozen=True, eq=False)
 class Work:
     """What the microbatches of all replicas are worth: ``seconds`` and ``held`` (bytes of activations) ``[M, P]``, and
-    the replica ``[M]`` that has each now. Raises ValueError where they don't belong together."""
+    the replica ``[M]`` that has each now. Those of ``stays`` ``[M]`` can't move (None: all can). Raises ValueError
+    where they don't belong together."""
 
     seconds: Floats
     held: Floats
     replica: Places
     replicas: int
+    stays: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.seconds)
@@ -47,6 +49,8 @@ class Work:
                 f"seconds {self.seconds.shape} and held {self.held.shape} must be [microbatches, ranks], "
                 f"replica {self.replica.shape} one number each"
             )
+        if self.stays is not None and self.stays.shape != (count,):
+            raise ValueError(f"stays {self.stays.shape} must be one a microbatch")
         if not np.all(np.isfinite(self.seconds)) or np.any(self.seconds < 0):
             raise ValueError("seconds must be finite and not negative")
         if count and not (int(self.replica.min()) >= 0 and int(self.replica.max()) < self.replicas):
@@ -83,21 +87,6 @@ class Assignment:
         return hashlib.sha256(self.replica.astype(np.int64).tobytes()).hexdigest()
 
 
-@dataclass(frozen=True)
-class ExchangeReport:
-    """One exchange. ``before`` and ``after``: the slowest replica's predicted seconds over the mean. ``moved``:
-    microbatches that changed replicas, in all; ``sent_bytes``: by this rank; ``seconds``: the exchange took here,
-    waiting included; ``stall_seconds``: of these, training waited. ``reason``: why nobody moved anything, or empty."""
-
-    before: float
-    after: float
-    moved: int
-    sent_bytes: int
-    seconds: float
-    reason: str = ""
-    stall_seconds: float = 0.0
-
-
 def microbatch_work(graph: StageGraph) -> tuple[Floats, Floats]:
     """Seconds and bytes of activations ``[microbatches, ranks]`` of one replica's batch, from its stage graph: forwards
     and backwards of all units of a microbatch, each with the fastest strategy; frozen parts have no backward."""
@@ -120,8 +109,9 @@ def assign(work: Work, mode: Mode = "swap", goal: float = GOAL) -> Assignment:
     start = work.replica.astype(np.int64)
     replica = start.copy()
     seconds, held = work.sums(work.seconds, start), work.sums(work.held, start)
+    stays = np.zeros(len(start), dtype=np.bool_) if work.stays is None else work.stays
     arrays = (
-        np.ascontiguousarray(work.seconds), np.ascontiguousarray(work.held), replica, seconds, held,
+        np.ascontiguousarray(work.seconds), np.ascontiguousarray(work.held), stays, replica, seconds, held,
         held.max(initial=0.0) * (1 + 1e-9), goal,
     )  # fmt: skip
     if mode == "free":
@@ -132,8 +122,9 @@ def assign(work: Work, mode: Mode = "swap", goal: float = GOAL) -> Assignment:
 
 @allocating
 def _swap(
-    work: Floats, bytes_of: Floats, replica: Places, seconds: Floats, held: Floats, most: float, goal: float
-) -> None:
+    work: Floats, bytes_of: Floats, stays: NDArray[np.bool_], replica: Places, seconds: Floats, held: Floats,
+    most: float, goal: float,
+) -> None:  # fmt: skip
     """Swap in place. ``seconds`` and ``held`` ``[replicas, ranks]`` are the sums of ``replica``'s places."""
     replicas, count = seconds.shape[0], work.shape[0]
     size = np.zeros(replicas, dtype=np.int64)
@@ -161,7 +152,11 @@ def _swap(
             if r == worst:
                 continue
             for i in range(size[worst]):
+                if stays[members[worst, i]]:
+                    continue
                 for j in range(size[r]):
+                    if stays[members[r, j]]:
+                        continue
                     after = _after_swap(
                         work, bytes_of, seconds, held, worst, members[worst, i], r, members[r, j], most, best
                     )
@@ -201,8 +196,9 @@ def _after_swap(
 
 @allocating
 def _move(
-    work: Floats, bytes_of: Floats, replica: Places, seconds: Floats, held: Floats, most: float, goal: float
-) -> None:
+    work: Floats, bytes_of: Floats, stays: NDArray[np.bool_], replica: Places, seconds: Floats, held: Floats,
+    most: float, goal: float,
+) -> None:  # fmt: skip
     """Give microbatches of the costliest replica to the cheapest one as long as that lowers the greater cost; each
     keeps at least one."""
     replicas, count, ranks = seconds.shape[0], work.shape[0], seconds.shape[1]
@@ -218,7 +214,7 @@ def _move(
             return
         best, chosen = cost[worst] * (1 - TOLERANCE), -1
         for m in range(count):
-            if replica[m] != worst:
+            if replica[m] != worst or stays[m]:
                 continue
             after, fits = 0.0, True
             for p in range(ranks):

@@ -42,13 +42,13 @@ class PlanDelivery:
     from what all ranks measured."""
 
     def __init__(self, exchange: Exchange, service: Service | None, recalibrate: bool = False):
-        """``exchange`` is the feed's alone: a thread broadcasts over it at any time. ``recalibrate`` (the same on all
-        ranks): plan with costs corrected by measurements."""
+        """``exchange`` is the delivery's alone: a thread broadcasts over it at any time. ``recalibrate`` (the same
+        on all ranks): plan with costs corrected by measurements."""
         if (exchange.rank == 0) != (service is not None):
             raise ValueError("exactly rank 0 of the exchange has a planner service")
         self._exchange = exchange
         self._service = service
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-feed")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-delivery")
         self._coming: dict[int, tuple[str, Future[bytes]]] = {}
         self._recalibration = Recalibration() if recalibrate else None
         self._measured: Measurement | None = None

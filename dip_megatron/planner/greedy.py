@@ -30,9 +30,9 @@ def greedy(graph: StageGraph) -> Schedule:
     did not run last (1F1B). Stages use the fastest strategy if everything fits at once, else the leanest. Raises
     DoesNotFitError if not even that fits.
     """
-    rows, ranks = graph.virtual_microbatches, graph.ranks
+    virtual_microbatches, ranks = graph.virtual_microbatches, graph.ranks
     room = graph.memory_limit - graph.static_bytes
-    fast = np.zeros((rows, ranks), dtype=np.int8)
+    fast = np.zeros((virtual_microbatches, ranks), dtype=np.int8)
     # A stage without backward holds its bytes only while it runs.
     passing = np.where(graph.has_backward, 0.0, graph.activation[0]).max(axis=0)
     unlimited = bool(np.all(np.where(graph.has_backward, graph.activation[0], 0.0).sum(axis=0) + passing <= room))
@@ -46,7 +46,7 @@ def greedy(graph: StageGraph) -> Schedule:
     source, target, transfer = edges.source.tolist(), edges.target.tolist(), edges.transfer.tolist()
     into, out_of = edges.before_start.tolist(), edges.after_start.tolist()
     after = edges.after.tolist()
-    nodes = rows * ranks
+    nodes = virtual_microbatches * ranks
     arrival = [[0.0] * nodes, [0.0] * nodes]  # of forwards, of backwards: the latest input known so far
     waits = [[into[n + 1] - into[n] for n in range(nodes)], [1 + out_of[n + 1] - out_of[n] for n in range(nodes)]]
     trains = graph.has_backward.reshape(-1).tolist()
@@ -56,8 +56,8 @@ def greedy(graph: StageGraph) -> Schedule:
         arrival[backward][n] = max(arrival[backward][n], at)
         waits[backward][n] -= 1
         if not waits[backward][n] and (not backward or trains[n]):
-            row, p = divmod(n, ranks)
-            lines[p].arrives(backward, row, arrival[backward][n])
+            virtual_microbatch, p = divmod(n, ranks)
+            lines[p].arrives(backward, virtual_microbatch, arrival[backward][n])
 
     for n in range(nodes):
         if not waits[0][n]:
@@ -65,11 +65,11 @@ def greedy(graph: StageGraph) -> Schedule:
     remaining = nodes + sum(trains)
     while remaining:
         p = min(range(ranks), key=lambda r: lines[r].next()[0])
-        start, backward, row = lines[p].next()
+        start, backward, virtual_microbatch = lines[p].next()
         if start == inf:
             raise RuntimeError("no operation may run: the banker's rule has locked up, which it must not")
-        end = lines[p].run(start, backward, row)
-        n = row * ranks + p
+        end = lines[p].run(start, backward, virtual_microbatch)
+        n = virtual_microbatch * ranks + p
         if backward:
             for e in range(into[n], into[n + 1]):
                 known(True, source[e], end + transfer[e])
@@ -86,7 +86,7 @@ class _Rank:
     will still take, ``give`` what its end gives back, both in the problem's counts."""
 
     def __init__(self, graph: StageGraph, q: Problem, rank: int, unlimited: bool):
-        self._rows = graph.virtual_microbatches
+        self._virtual_microbatches = graph.virtual_microbatches
         self._forward, self._backward = graph.forward[0, :, rank].tolist(), graph.backward[0, :, rank].tolist()
         self._fused = graph.fused[0, :, rank].tolist()
         self._size, self._lean = (a[rank :: graph.ranks].tolist() for a in (q.activation[0], q.lean))
@@ -99,70 +99,72 @@ class _Rank:
         self._unlimited = unlimited
         self._clock = 0.0
         self._was_forward = False
-        # Rows that can run now, in their order; and (arrival, row) of those that come later. Forwards, backwards.
+        # What can run now, in its order; (arrival, virtual microbatch) of what comes later. Forwards, backwards.
         self._here: tuple[list[int], list[int]] = ([], [])
         self._coming: tuple[list[tuple[float, int]], list[tuple[float, int]]] = ([], [])
         self._next: tuple[float, bool, int] | None = None
         self.order: list[int] = []
 
-    def arrives(self, backward: bool, row: int, at: float) -> None:
+    def arrives(self, backward: bool, virtual_microbatch: int, at: float) -> None:
         """The inputs of an operation are there at ``at`` seconds."""
-        heappush(self._coming[backward], (at, row))
+        heappush(self._coming[backward], (at, virtual_microbatch))
         self._next = None
 
     def next(self) -> tuple[float, bool, int]:
-        """(start, whether a backward, row) of what it would run next; start is inf if nothing can."""
+        """(start, whether a backward, virtual microbatch) of what it would run next; start is inf if nothing can."""
         if self._next is None:
             options = [(*self._earliest(backward), backward) for backward in (False, True)]
-            start, _, row, backward = min((t, b != self._was_forward, row, b) for t, row, b in options)
-            self._next = (start, backward, row)
+            start, _, virtual_microbatch, backward = min(
+                (t, b != self._was_forward, virtual_microbatch, b) for t, virtual_microbatch, b in options
+            )
+            self._next = (start, backward, virtual_microbatch)
         return self._next
 
     def _earliest(self, backward: bool) -> tuple[float, int]:
         here, coming = self._here[backward], self._coming[backward]
         while coming and coming[0][0] <= self._clock:
             insort(here, heappop(coming)[1])
-        for row in here:
-            if backward or self._admitted(row):
-                return self._clock, row
+        for virtual_microbatch in here:
+            if backward or self._admitted(virtual_microbatch):
+                return self._clock, virtual_microbatch
         if backward or self._unlimited:
             return coming[0] if coming else (inf, -1)
         return min((x for x in coming if self._admitted(x[1])), default=(inf, -1))
 
-    def run(self, start: float, backward: bool, row: int) -> float:
+    def run(self, start: float, backward: bool, virtual_microbatch: int) -> float:
         """Append an operation; returns its end."""
         here = self._here[backward]
-        if row in here:
-            here.remove(row)
+        if virtual_microbatch in here:
+            here.remove(virtual_microbatch)
         else:
-            self._coming[backward].remove((start, row))
+            self._coming[backward].remove((start, virtual_microbatch))
             heapify(self._coming[backward])
-        size = self._size[row]
+        size = self._size[virtual_microbatch]
         if backward:
-            fused = self._has_weight[row]
-            self._clock = start + (self._fused[row] if fused else self._backward[row])
-            self.order.append(int(Kind.BW if fused else Kind.B) * self._rows + row)
+            fused = self._has_weight[virtual_microbatch]
+            self._clock = start + (self._fused[virtual_microbatch] if fused else self._backward[virtual_microbatch])
+            self.order.append(int(Kind.BW if fused else Kind.B) * self._virtual_microbatches + virtual_microbatch)
             self._free += size
-            self._give[self._last[row]] -= size
+            self._give[self._last[virtual_microbatch]] -= size
         else:
-            self._clock = start + self._forward[row]
-            self.order.append(int(Kind.F) * self._rows + row)
-            if self._has_backward[row]:
+            self._clock = start + self._forward[virtual_microbatch]
+            self.order.append(int(Kind.F) * self._virtual_microbatches + virtual_microbatch)
+            if self._has_backward[virtual_microbatch]:
                 self._free -= size
-                self._need[self._first[row]] -= self._lean[row]
-                self._give[self._last[row]] += size - self._lean[row]
+                self._need[self._first[virtual_microbatch]] -= self._lean[virtual_microbatch]
+                self._give[self._last[virtual_microbatch]] += size - self._lean[virtual_microbatch]
             else:
-                self._passing_count[self._first[row]] -= 1
+                self._passing_count[self._first[virtual_microbatch]] -= 1
         self._was_forward = not backward
         self._next = None
         return self._clock
 
-    def _admitted(self, row: int) -> bool:
+    def _admitted(self, virtual_microbatch: int) -> bool:
         """Banker's rule: after this forward its sink and every earlier one can still finish in turn."""
         if self._unlimited:
             return True
-        size, sink = self._size[row], self._first[row]
-        if not self._has_backward[row]:
+        size, sink = self._size[virtual_microbatch], self._first[virtual_microbatch]
+        if not self._has_backward[virtual_microbatch]:
             return bool(size <= self._free)
         room = coming = self._free
         for i in range(sink):

@@ -39,7 +39,7 @@ class PayloadShapes(Protocol):
 
 @runtime_checkable
 class StageShapes(Protocol):
-    """The same, where the stages of one row send different things; picklable."""
+    """The same, where the stages of one virtual microbatch send different things; picklable."""
 
     def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
         """Shapes sent on by the forward of ``stage``."""
@@ -124,8 +124,8 @@ class LivePlanMaker:
 def payloads(
     graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes | StageShapes
 ) -> dict[tuple[int, ...], Payload]:
-    """Shapes of every message: ``(row, row)`` within a row, ``(row, next)`` between rows; with the sending rank where
-    that matters (see :class:`Plan`). A tensor is differentiable where something trains before it."""
+    """Shapes of every message: ``(s, s)`` within virtual microbatch s, ``(s, t)`` from s to t; with the sending rank
+    where that matters (see :class:`Plan`). A tensor is differentiable where something trains before it."""
     out: dict[tuple[int, ...], Payload] = {}
     before = trained_before(graph.modules)
     through = {  # whether a gradient enters the module from behind

@@ -87,7 +87,7 @@ class PlannerService:
         self._improving: dict[int, PlanRequest] = {}
         self._asked: dict[int, _Asked] = {}
         self._arrived: dict[int, _Arrived] = {}
-        # An evaluation submits its batch while the feed's thread still waits for the next training batch's plan.
+        # An evaluation submits its batch while the delivery's thread still waits for the next training batch's plan.
         self._lock = threading.RLock()
         # Plans are verified here: loaded while the model is built.
         threading.Thread(target=warm_up_plans, name="dip-warm-up", daemon=True).start()

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..core.protocols import Timed
 from ..core.simulate import idle_share
-from ..planner.balance import ExchangeReport
 from ..planner.delivery import DeliveredPlan
+from ..planner.quotes import ExchangeReport
 
 
 @dataclass(frozen=True)

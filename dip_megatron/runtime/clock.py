@@ -51,13 +51,15 @@ class Clock:
         self._reading = 0.0
         self._origin = self._now()
 
-    @contextmanager
-    def span(self, operation: Operation, unit: Unit) -> Iterator[None]:
-        """Time what is done inside."""
-        reading, self._reading = self._reading, 0.0
-        cores, start = time.thread_time(), self._now()
-        yield
+    def start(self) -> tuple[float, Any]:
+        """An operation starts; what to give to :meth:`stop`."""
+        return time.thread_time(), self._now()
+
+    def stop(self, operation: Operation, unit: Unit, started: tuple[float, Any]) -> None:
+        """It has ended."""
         end = self._now()
+        cores, start = started
+        reading, self._reading = self._reading, 0.0
         self._marks.append((operation, unit.microbatch, start, end, time.thread_time() - cores, reading))
 
     @contextmanager

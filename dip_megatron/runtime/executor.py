@@ -1,16 +1,19 @@
-"""The executor: runs one rank's actions, each through the handler registered for its kind.
+"""The executor: runs one rank's actions, one after the other.
 
 It knows plans and messages, not models: a :class:`StageRunner` computes, a :class:`Transport` carries. All state of an
-iteration lives in :class:`Position` and the executor's mailboxes, and is gone at its end.
+iteration lives in :class:`Position` and the executor's letters, and is gone at its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
-from ..core import Action, Communicate, CommunicationKind, Compute, Kind, Message, Operation, Payload, Plan, Unit
+import torch
+
+from ..core import CommunicationKind, Compute, Kind, Message, Operation, Payload, Plan, Unit
 from ..core.lower import incoming, outgoing
 from .clock import Clock
 from .transport import Tensors, Transfer, Transport
@@ -61,26 +64,64 @@ class Position:
         return text
 
 
-@dataclass
-class _Mail:
-    """Payloads between their arrival and their use, and transfers under way."""
+class _Letter:
+    """A message of an iteration, at one of its ends. ``tensors`` are here between their arrival and their use, or
+    between their making and their sending; ``transfer`` is under way.
 
-    inbox: dict[Message, Tensors] = field(default_factory=dict)
-    outbox: dict[Message, Tensors] = field(default_factory=dict)
-    receiving: dict[Message, Transfer] = field(default_factory=dict)
-    sending: dict[Message, Transfer] = field(default_factory=dict)
+    All that can be worked out beforehand is: between two operations, when all caches hold the last one's data, every
+    object that is looked at takes its time.
+    """
+
+    __slots__ = ("channel", "expected", "message", "payload", "tensors", "transfer")
+
+    def __init__(self, plan: Plan, message: Message):
+        self.message = message
+        self.channel = message.channel
+        self.payload = payload_of(plan, message)
+        self.expected = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in self.payload]
+        self.tensors: Tensors | None = None
+        self.transfer: Transfer | None = None
+
+    def take(self) -> Tensors:
+        """The tensors, held here no longer."""
+        tensors, self.tensors = self.tensors, None
+        assert tensors is not None, self.message
+        return tensors
+
+    def put(self, tensors: Tensors) -> None:
+        """Those of a stage's tensors that travel, in the plan's order and without their graph. Raises PayloadError: the
+        other end has buffers of the planned shapes and would wait for ever, or take one tensor for another."""
+        found: Tensors = {}
+        for name, shape, dtype in self.expected:
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+                given = "none" if tensor is None else f"{tuple(tensor.shape)} {_dtype(tensor.dtype)}"
+                raise PayloadError(
+                    f"{self.message}: the plan says {name} is {shape} {_dtype(dtype)}, the stage gave {given}"
+                )
+            found[name] = tensor.detach()
+        self.tensors = found
 
 
-@dataclass(frozen=True, slots=True)
-class _Route:
-    """What an operation takes and gives. ``results[i]`` is the place, among what a backward returns, of the gradient
-    that travels in ``outgoing[i]``; a forward gives the same to all."""
+class _Work:
+    """An operation, with what it takes and gives. ``places[i]`` is where, among what a backward returns, the gradient
+    is that travels in ``given[i]``; a forward gives the same to all."""
 
-    unit: Unit
-    incoming: tuple[Message, ...]
-    outgoing: tuple[Message, ...]
-    payloads: tuple[Payload, ...]
-    results: tuple[int, ...]
+    __slots__ = ("given", "operation", "places", "strategy", "taken", "unit")
+
+    def __init__(self, plan: Plan, action: Compute, letters: Callable[[Message], _Letter]):
+        operation = self.operation = action.operation
+        self.unit: Unit = plan.graph.units[operation.unit]
+        self.strategy = action.strategy
+        given = outgoing(plan.graph, operation)
+        self.taken = [letters(m) for m in incoming(plan.graph, operation)]
+        self.given = [letters(m) for m in given]
+        self.places: list[int] = []
+        if operation.kind in (Kind.B, Kind.BW):
+            # One result per forward input; those whose producer does not train are dropped.
+            forward = Operation(Kind.F, operation.module, operation.segment, operation.unit, operation.rank)
+            sources = [replace(m.source, kind=Kind.B) for m in incoming(plan.graph, forward)]
+            self.places = [sources.index(m.target) for m in given]
 
 
 LATEST_READING = 0.4
@@ -96,21 +137,11 @@ class Executor:
         self._rank = rank
         self._transport = transport
         self._clock = clock
-        self._mail = _Mail()
-        self._meanwhile: Iterator[object] = iter(())
-        self._routes: dict[Operation, _Route] = {}
         self._sees_arrivals = alone and transport.sees_arrivals
-        self._handlers: dict[Kind | CommunicationKind, Callable[..., None]] = {}
-        for kind in (Kind.F, Kind.B, Kind.BW, Kind.W):
-            self.register(kind, {Kind.F: self._forward, Kind.W: self._weight}.get(kind, self._backward))
-        self.register(CommunicationKind.ISEND, self._isend)
-        self.register(CommunicationKind.IRECV, self._irecv)
-        self.register(CommunicationKind.WAIT_ISEND, self._wait_isend)
-        self.register(CommunicationKind.WAIT_IRECV, self._wait_irecv)
-
-    def register(self, kind: Kind | CommunicationKind, handler: Callable[..., None]) -> None:
-        """Let ``handler(plan, runner, action)`` run all actions of a kind."""
-        self._handlers[kind] = handler
+        self._letters: dict[Message, _Letter] = {}
+        self._sending: list[_Letter] = []
+        self._meanwhile: Iterator[object] = iter(())
+        self._latest_reading = 0.0
 
     def run(self, plan: Plan, runner: StageRunner, iteration: int = 0, meanwhile: Iterator[None] | None = None) -> None:
         """Execute the rank's actions in order. The plan must have passed :func:`schedule.verify.verify`.
@@ -119,120 +150,105 @@ class Executor:
         Ranks with the same actions (a stage's tensor-parallel ones) do the same step at the same place. Where the
         transport sees what has arrived, and no such ranks have to agree, steps are done while a message is on its way.
         """
-        self._mail = _Mail()
+        self._letters, self._sending = {}, []
         self._meanwhile = iter(()) if meanwhile is None else meanwhile
-        # Worked out here, in one go: between two operations, when all caches hold the last one's data, it takes longer.
-        self._routes = {
-            action.operation: self._route(plan, action.operation)
-            for action in plan.actions[self._rank]
-            if isinstance(action, Compute)
-        }
+        actions = plan.actions[self._rank]
+        self._latest_reading = LATEST_READING * len(actions)
         position = self.position
         position.plan, position.iteration, position.index = plan, iteration, 0
-        for index, action in enumerate(plan.actions[self._rank]):
+        steps = self._steps(plan, runner)
+        for index, (run, what) in enumerate(steps):
             position.index = index
-            kind: Kind | CommunicationKind = action.operation.kind if isinstance(action, Compute) else action.kind
-            self._handlers[kind](plan, runner, action)
-        position.index = len(plan.actions[self._rank])
+            run(what)
+        position.index = len(actions)
         for _ in self._meanwhile:
             pass
         position.plan = None
+        self._letters = {}
+
+    def _steps(self, plan: Plan, runner: StageRunner) -> list[tuple[Callable[[Any], None], Any]]:
+        """What to do for each action, and with what."""
+
+        def letter(message: Message) -> _Letter:
+            if message not in self._letters:
+                self._letters[message] = _Letter(plan, message)
+            return self._letters[message]
+
+        communicate = {
+            CommunicationKind.ISEND: self._isend,
+            CommunicationKind.IRECV: self._irecv,
+            CommunicationKind.WAIT_ISEND: self._wait_isend,
+            CommunicationKind.WAIT_IRECV: self._wait_irecv,
+        }
+        compute = {Kind.F: self._forward, Kind.B: self._backward, Kind.BW: self._backward, Kind.W: self._weight}
+        steps: list[tuple[Callable[[Any], None], Any]] = []
+        for action in plan.actions[self._rank]:
+            if isinstance(action, Compute):
+                run = partial(compute[action.operation.kind], runner)
+                steps.append((run, _Work(plan, action, letter)))
+            else:
+                steps.append((communicate[action.kind], letter(action.message)))
+        return steps
 
     # -- compute -------------------------------------------------------------------------------------------------
-    def _forward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        operation, route = action.operation, self._routes[action.operation]
-        inputs = [self._mail.inbox.pop(m) for m in route.incoming]
-        with self._clock.span(operation, route.unit):
-            outputs = runner.forward(operation, route.unit, action.strategy, inputs)
-        for message, payload in zip(route.outgoing, route.payloads, strict=True):
-            self._deliver(message, payload, outputs)
+    def _forward(self, runner: StageRunner, work: _Work) -> None:
+        inputs = [letter.take() for letter in work.taken]
+        started = self._clock.start()
+        outputs = runner.forward(work.operation, work.unit, work.strategy, inputs)
+        self._clock.stop(work.operation, work.unit, started)
+        for letter in work.given:
+            letter.put(outputs)
 
-    def _backward(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        operation, route = action.operation, self._routes[action.operation]
-        gradients = [self._mail.inbox.pop(m) for m in route.incoming]
-        with self._clock.span(operation, route.unit):
-            results = runner.backward(operation, route.unit, action.strategy, gradients)
-        for message, payload, place in zip(route.outgoing, route.payloads, route.results, strict=True):
-            self._deliver(message, payload, results[place])
+    def _backward(self, runner: StageRunner, work: _Work) -> None:
+        gradients = [letter.take() for letter in work.taken]
+        started = self._clock.start()
+        results = runner.backward(work.operation, work.unit, work.strategy, gradients)
+        self._clock.stop(work.operation, work.unit, started)
+        for letter, place in zip(work.given, work.places, strict=True):
+            letter.put(results[place])
 
-    def _weight(self, plan: Plan, runner: StageRunner, action: Compute) -> None:
-        unit = self._routes[action.operation].unit
-        with self._clock.span(action.operation, unit):
-            runner.weight(action.operation, unit, action.strategy)
-
-    def _route(self, plan: Plan, operation: Operation) -> _Route:
-        taken, given = incoming(plan.graph, operation), outgoing(plan.graph, operation)
-        places: tuple[int, ...] = ()
-        if operation.kind in (Kind.B, Kind.BW):
-            # One result per forward input; those whose producer does not train are dropped.
-            forward = Operation(Kind.F, operation.module, operation.segment, operation.unit, operation.rank)
-            sources = [replace(m.source, kind=Kind.B) for m in incoming(plan.graph, forward)]
-            places = tuple(sources.index(m.target) for m in given)
-        payloads = tuple(payload_of(plan, m) for m in given)
-        return _Route(plan.graph.units[operation.unit], taken, given, payloads, places)
-
-    def _deliver(self, message: Message, payload: Payload, tensors: Tensors) -> None:
-        box = self._mail.inbox if message.target.rank == self._rank else self._mail.outbox
-        box[message] = _as_planned(payload, tensors, message)
+    def _weight(self, runner: StageRunner, work: _Work) -> None:
+        started = self._clock.start()
+        runner.weight(work.operation, work.unit, work.strategy)
+        self._clock.stop(work.operation, work.unit, started)
 
     # -- communicate ---------------------------------------------------------------------------------------------
-    def _isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
-        message = action.message
-        self._mail.sending[message] = self._transport.send(message.channel, self._mail.outbox.pop(message))
+    def _isend(self, letter: _Letter) -> None:
+        letter.transfer = self._transport.send(letter.channel, letter.take())
+        self._sending.append(letter)
         # Buffers of sends that have ended go back to the allocator now, not at the end of the iteration.
-        for earlier in [m for m, transfer in self._mail.sending.items() if transfer.done()]:
-            self._mail.sending[earlier] = _ENDED
+        for earlier in [x for x in self._sending if x.transfer is not None and x.transfer.done()]:
+            earlier.transfer = None
+            self._sending.remove(earlier)
 
-    def _irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
-        message = action.message
-        self._mail.receiving[message] = self._transport.receive(message.channel, payload_of(plan, message))
+    def _irecv(self, letter: _Letter) -> None:
+        letter.transfer = self._transport.receive(letter.channel, letter.payload)
 
-    def _wait_isend(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
-        self._wait(self._mail.sending.pop(action.message), action.message)
+    def _wait_isend(self, letter: _Letter) -> None:
+        if letter.transfer is not None:
+            self._wait(letter, letter.transfer)
+            self._sending.remove(letter)
 
-    def _wait_irecv(self, plan: Plan, runner: StageRunner, action: Communicate) -> None:
-        message = action.message
-        transfer = self._mail.receiving.pop(message)
-        self._use_gap(plan, transfer)
-        self._mail.inbox[message] = self._wait(transfer, message)
+    def _wait_irecv(self, letter: _Letter) -> None:
+        transfer = letter.transfer
+        assert transfer is not None, letter.message
+        self._use_gap(transfer)
+        letter.tensors = self._wait(letter, transfer)
 
-    def _use_gap(self, plan: Plan, transfer: Transfer) -> None:
+    def _use_gap(self, transfer: Transfer) -> None:
         with self._clock.reading():
             if not self._sees_arrivals:
                 next(self._meanwhile, None)
                 return
-            late = self.position.index >= LATEST_READING * len(plan.actions[self._rank])
+            late = self.position.index >= self._latest_reading
             while (late or not transfer.done()) and next(self._meanwhile, self) is not self:
                 pass
 
-    def _wait(self, transfer: Transfer, message: Message) -> Tensors:
-        self.position.waiting_for = message
+    def _wait(self, letter: _Letter, transfer: Transfer) -> Tensors:
+        self.position.waiting_for = letter.message
         tensors = transfer.wait()
-        self.position.waiting_for = None
+        self.position.waiting_for = letter.transfer = None
         return tensors
-
-
-class _Ended:
-    def wait(self) -> Tensors:
-        return {}
-
-    def done(self) -> bool:
-        return True
-
-
-_ENDED = _Ended()
-
-
-def _as_planned(payload: Payload, tensors: Tensors, message: Message) -> Tensors:
-    """The tensors that travel, in the plan's order and without their graph. Raises PayloadError: the other end has
-    buffers of the planned shapes and would wait for ever, or take one tensor for another."""
-    for spec in payload:
-        given = tensors.get(spec.name)
-        found = None if given is None else (tuple(given.shape), str(given.dtype).removeprefix("torch."))
-        if found != (spec.shape, spec.dtype):
-            raise PayloadError(f"{message}: the plan says {spec.name} is {spec.shape} {spec.dtype}, the stage gave "
-                               f"{'none' if found is None else f'{found[0]} {found[1]}'}")  # fmt: skip
-    return {spec.name: tensors[spec.name].detach() for spec in payload}
 
 
 def payload_of(plan: Plan, message: Message) -> Payload:
@@ -248,9 +264,5 @@ def payload_of(plan: Plan, message: Message) -> Payload:
     return tuple(spec for spec in payload if spec.differentiable) if gradient else payload
 
 
-def describe(action: Action) -> str:
-    """Short name of an action for profilers, e.g. ``vision.0 F u3``."""
-    if isinstance(action, Compute):
-        operation = action.operation
-        return f"{operation.module}.{operation.segment} {operation.kind.name} u{operation.unit}"
-    return f"{action.kind} {action.message.channel}"
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

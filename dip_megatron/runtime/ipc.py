@@ -1,9 +1,10 @@
 """Transport for ranks that share a GPU (or a host's memory): mailboxes that both ends map.
 
-A channel has a few slots. The sender copies a message into a free slot and sends a token over a Unix socket; the
-receiver copies it out and sends the slot back. Tokens travel when copies have been *given* to the device, not when they
-have ended: the device orders them by interprocess events, so that neither host waits for it. A host only blocks in
-``wait``, on the socket, until its peer has given its copy; then it sleeps.
+A channel has a few slots. The sender copies a message into a free slot and rings the slot's number; the receiver
+copies it out and rings back that the slot is free. Bells ring when copies have been *given* to the device, not when
+they have ended: the device orders them by interprocess events, so that neither host waits for it. A host only blocks in
+``wait``, until its peer has given its copy: it looks at the bell, and sleeps in between. What a peer needs to map a
+slot (once for each) travels over a Unix socket, whose end also tells that the peer has gone.
 
 Nothing happens in the background: every call moves all channels along, as MPI libraries do. Sends never block (without
 a free slot they queue up), so that a plan that passed the verifier can't hang here.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import select
 import socket
 import struct
 import tempfile
@@ -29,12 +29,18 @@ import torch
 
 from ..core import Channel, Payload
 from ..core.protocols import Exchange
-from .sharing import CudaCopies, HostCopies, Mark, layout_of, layout_of_payload, offsets
+from .bells import Bell, receive_bells, send_bells
+from .sharing import CudaCopies, HostCopies, Mark, slot_size, slot_size_of
 from .transport import Tensors, Transfer, TransportError, ring_channels
 
 SLOTS = 4
 """Messages of one channel that may be under way at once. More only cost memory: receivers empty a slot as soon as their
 receive is posted, and plans post receives when the sender begins to compute."""
+
+PAUSE = 5e-5
+"""Seconds between two looks at a bell. What the system makes of it is about twice as long."""
+LONG_WAIT, LONG_PAUSE = 0.1, 5e-4
+"""After so many seconds of waiting, the pauses are longer."""
 
 _LENGTH = struct.Struct("<I")
 _HEADER = struct.Struct("<II?")
@@ -59,19 +65,14 @@ class IpcTransport:
         self._rank = rank
         self._timeout = timeout_seconds
         self._device = device
-        self._poll = select.poll()
-        self._links: dict[int, _Link] = {}
-        sockets = _connect(ranks, rank, exchange, timeout_seconds)
+        connected = _connect(ranks, rank, exchange, timeout_seconds, slots)
 
         # Each link copies on a stream of its own: a copy that waits for a peer holds up no other channel.
         def copies() -> CudaCopies | HostCopies:
             return CudaCopies(device) if device.type == "cuda" else HostCopies()
 
-        self._outgoing = {c: _Outgoing(c, s, copies(), slots) for c, s in sockets.items() if c.source == rank}
-        self._incoming = {c: _Incoming(c, s, copies()) for c, s in sockets.items() if c.target == rank}
-        for link in (*self._outgoing.values(), *self._incoming.values()):
-            self._links[link.socket.fileno()] = link
-            self._poll.register(link.socket, select.POLLIN)
+        self._outgoing = {c: _Outgoing(w, copies(), slots) for c, w in connected.items() if c.source == rank}
+        self._incoming = {c: _Incoming(w, copies()) for c, w in connected.items() if c.target == rank}
 
     def send(self, channel: Channel, tensors: Tensors) -> Transfer:
         """See Transport."""
@@ -99,42 +100,40 @@ class IpcTransport:
 
     def progress(self) -> None:
         """Take in what peers have sent, and begin every copy that can begin."""
-        self._read(0.0)
+        for outgoing in self._outgoing.values():
+            if outgoing.pending:
+                outgoing.advance()
+        for incoming in self._incoming.values():
+            if incoming.posted:
+                incoming.advance()
 
     def block(self, until: Callable[[], bool], link: _Link, what: str) -> None:
         """Progress until a condition holds. Raises TransportError after the timeout, or when the peer has gone."""
-        deadline = time.monotonic() + self._timeout
-        channel = link.channel
+        channel, began = link.channel, time.monotonic()
         peer = channel.source if channel.target == self._rank else channel.target
         self.progress()
         while not until():
-            if link.closed:
+            gone = link.peer_has_gone()
+            self.progress()  # what it has sent before it went is there
+            if until():
+                return
+            if gone:
                 raise TransportError(f"channel {channel} with pipeline rank {peer}: the peer has gone; {what}")
-            left = deadline - time.monotonic()
-            if left <= 0:
+            waited = time.monotonic() - began
+            if waited >= self._timeout:
                 raise TransportError(
                     f"channel {channel} with pipeline rank {peer}: {what} for {self._timeout:.0f} s; see where that "
                     "rank stands, or raise timeout_seconds"
                 )
-            self._read(left)
+            time.sleep(PAUSE if waited < LONG_WAIT else LONG_PAUSE)
+            self.progress()
 
     def close(self) -> None:
-        """Release buffers and sockets; call it when no transfer is under way any more."""
-        for link in self._links.values():
+        """Release buffers, sockets and bells; call it when no transfer is under way any more."""
+        for link in (*self._outgoing.values(), *self._incoming.values()):
             link.copies.close()
-            link.socket.close()
-        self._links, self._poll = {}, select.poll()
-
-    def _read(self, seconds: float) -> None:
-        for descriptor, _ in self._poll.poll(seconds * 1000.0):
-            link = self._links[descriptor]
-            link.read()
-            if link.closed:
-                self._poll.unregister(descriptor)
-        for outgoing in self._outgoing.values():
-            outgoing.advance()
-        for incoming in self._incoming.values():
-            incoming.advance()
+            link.close()
+        self._outgoing, self._incoming = {}, {}
 
 
 @dataclass(eq=False)
@@ -168,10 +167,13 @@ class _Receive:
     mark: Mark | None = None
 
     def wait(self) -> Tensors:
-        self.transport.block(lambda: self.tensors is not None, self.link, "nothing came")
+        if self.tensors is None:
+            self.transport.block(lambda: self.tensors is not None, self.link, "nothing came")
         assert self.tensors is not None
         if self.mark is not None:
             self.link.copies.hand_over(self.tensors, self.mark)
+        if self.present == self.payload:
+            return self.tensors
         return {
             spec.name: self.tensors[spec.name]
             if spec.name in self.tensors
@@ -185,45 +187,74 @@ class _Receive:
         return self.tensors is not None and (self.mark is None or self.mark.done())
 
 
+@dataclass
+class _Wire:
+    """What connects the two ends of a channel: bells in both directions, and a socket."""
+
+    channel: Channel
+    socket: socket.socket
+    heard: Bell
+    rung: Bell
+
+
 class _Link(ABC):
-    """One end of a channel's socket: frames of a length and a pickled tuple, from a process of this very run."""
+    """One end of a channel. Numbers of slots travel by bell; with the lowest bit set, news of the slot are on the
+    socket: a length and a pickled tuple, from a process of this very run."""
 
-    def __init__(self, channel: Channel, connection: socket.socket, copies: CudaCopies | HostCopies):
-        self.channel = channel
-        self.socket = connection
-        self.closed = False
+    def __init__(self, wire: _Wire, copies: CudaCopies | HostCopies):
+        self.channel = wire.channel
         self.copies = copies
-        self._bytes = bytearray()
+        self._wire = wire
 
-    def read(self) -> None:
-        """Take in what has arrived; the socket must be readable."""
+    def peer_has_gone(self) -> bool:
+        """Whether the other end is closed. It may have sent something before."""
         try:
-            data = self.socket.recv(1 << 16)
-        except (ConnectionError, OSError):
-            data = b""
-        if not data:
-            self.closed = True
-            return
-        self._bytes += data
-        while len(self._bytes) >= _LENGTH.size:
-            end = _LENGTH.size + _LENGTH.unpack_from(self._bytes)[0]
-            if len(self._bytes) < end:
-                break
-            self.take(*pickle.loads(self._bytes[_LENGTH.size : end]))
-            del self._bytes[:end]
+            return not self._wire.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
-    def write(self, *token: Any) -> None:
-        """Send a token. Raises TransportError if the peer has gone."""
-        data = pickle.dumps(token)
+    def close(self) -> None:
+        """End this end; the other one sees that it has gone."""
+        for part in (self._wire.heard, self._wire.rung, self._wire.socket):
+            part.close()
+
+    def take(self) -> bool:
+        """Take in the number of a slot, if one has arrived."""
+        number = self._wire.heard.take()
+        if number is None:
+            return False
+        self.taken(number >> 1, *(self._news() if number & 1 else ()))
+        return True
+
+    def tell(self, slot: int, *news: bytes | None) -> None:
+        """Ring the number of a slot. Raises TransportError if there are news of it and the peer has gone."""
+        known = all(part is None for part in news)
+        if not known:
+            data = pickle.dumps(news)
+            try:
+                self._wire.socket.sendall(_LENGTH.pack(len(data)) + data)
+            except OSError as error:
+                raise TransportError(f"channel {self.channel}: the peer has gone ({error})") from error
+        self._wire.rung.ring(slot << 1 | (not known))
+
+    def _news(self) -> tuple[bytes | None, ...]:
         try:
-            self.socket.sendall(_LENGTH.pack(len(data)) + data)
+            news: tuple[bytes | None, ...] = pickle.loads(self._exactly(_LENGTH.unpack(self._exactly(_LENGTH.size))[0]))
         except OSError as error:
-            self.closed = True
             raise TransportError(f"channel {self.channel}: the peer has gone ({error})") from error
+        return news
+
+    def _exactly(self, size: int) -> bytes:
+        data = self._wire.socket.recv(size, socket.MSG_WAITALL)
+        if len(data) < size:
+            raise ConnectionError("in the middle of a message")
+        return data
 
     @abstractmethod
-    def take(self, *token: Any) -> None:
-        """A token has arrived."""
+    def taken(self, slot: int, *news: bytes | None) -> None:
+        """The number of a slot has arrived."""
 
 
 @dataclass
@@ -237,19 +268,22 @@ class _Slot:
 
 
 class _Outgoing(_Link):
-    def __init__(self, channel: Channel, connection: socket.socket, copies: CudaCopies | HostCopies, slots: int):
-        super().__init__(channel, connection, copies)
+    def __init__(self, wire: _Wire, copies: CudaCopies | HostCopies, slots: int):
+        super().__init__(wire, copies)
         self.pending: deque[_Send] = deque()
         self._slots: list[_Slot] = []
         self._most = slots
         self._free: deque[int] = deque()
 
-    def take(self, slot: int, free_handle: bytes | None) -> None:  # type: ignore[override]
+    def taken(self, slot: int, free_handle: bytes | None = None) -> None:  # type: ignore[override]
         if free_handle is not None:
             self._slots[slot].free = self.copies.open_signal(free_handle)
         self._free.append(slot)
 
     def advance(self) -> None:
+        """Begin every send for which there is a slot."""
+        while self.take():
+            pass
         while self.pending:
             if not self._free:
                 if len(self._slots) == self._most:
@@ -261,7 +295,7 @@ class _Outgoing(_Link):
     def _begin(self, send: _Send, index: int) -> None:
         assert send.tensors is not None
         slot, handle, ready_handle = self._slots[index], None, None
-        size = offsets(layout_of(send.tensors))[1]
+        size = slot_size(send.tensors)
         if slot.buffer is None:
             ready_handle = slot.ready_handle
         if slot.buffer is None or slot.buffer.numel() < size:
@@ -272,19 +306,21 @@ class _Outgoing(_Link):
         send.mark = self.copies.store(slot.buffer, send.tensors, send.computed)
         send.tensors = None
         self.copies.raise_signal(slot.ready)
-        self.write(index, handle, ready_handle)
+        self.tell(index, handle, ready_handle)
 
 
 class _Incoming(_Link):
-    def __init__(self, channel: Channel, connection: socket.socket, copies: CudaCopies | HostCopies):
-        super().__init__(channel, connection, copies)
+    def __init__(self, wire: _Wire, copies: CudaCopies | HostCopies):
+        super().__init__(wire, copies)
         self.posted: deque[_Receive] = deque()
         self._arrived: deque[int] = deque()
         self._buffers: dict[int, torch.Tensor] = {}
         self._ready: dict[int, Any] = {}
         self._freed: dict[int, Any] = {}
 
-    def take(self, slot: int, handle: bytes | None, ready_handle: bytes | None) -> None:  # type: ignore[override]
+    def taken(  # type: ignore[override]
+        self, slot: int, handle: bytes | None = None, ready_handle: bytes | None = None
+    ) -> None:
         if handle is not None:
             self._buffers[slot] = self.copies.open(handle)
         if ready_handle is not None:
@@ -292,9 +328,10 @@ class _Incoming(_Link):
         self._arrived.append(slot)
 
     def advance(self) -> None:
-        while self.posted and self._arrived:
+        """Begin every posted receive whose message is there."""
+        while self.posted and (self._arrived or self.take()):
             receive, slot = self.posted.popleft(), self._arrived.popleft()
-            size = offsets(layout_of_payload(receive.present))[1]
+            size = slot_size_of(receive.present)
             if size > self._buffers[slot].numel():
                 raise TransportError(
                     f"channel {self.channel}: a message of {size} bytes is expected, the sender's slot has "
@@ -307,13 +344,13 @@ class _Incoming(_Link):
                 self._freed[slot], handle = self.copies.new_signal()
             self.copies.raise_signal(self._freed[slot])
             with suppress(TransportError):  # a sender that has ended in order needs no slot back
-                self.write(slot, handle)
+                self.tell(slot, handle)
 
 
-def _connect(ranks: int, rank: int, exchange: Exchange, timeout_seconds: float) -> dict[Channel, socket.socket]:
-    """One connected socket per channel of this rank. The directory of the socket's path is this user's alone."""
+def _connect(ranks: int, rank: int, exchange: Exchange, timeout_seconds: float, slots: int) -> dict[Channel, _Wire]:
+    """All channels of this rank, connected. The directory of the socket's path is this user's alone."""
     mine = [c for c in ring_channels(ranks) if rank in (c.source, c.target)]
-    sockets: dict[Channel, socket.socket] = {}
+    wires: dict[Channel, _Wire] = {}
     with tempfile.TemporaryDirectory(prefix="dip-") as folder, socket.socket(socket.AF_UNIX) as listener:
         path = os.path.join(folder, "inbox")
         listener.bind(path)
@@ -326,13 +363,17 @@ def _connect(ranks: int, rank: int, exchange: Exchange, timeout_seconds: float) 
                     connection = socket.socket(socket.AF_UNIX)
                     connection.settimeout(timeout_seconds)
                     connection.connect(paths[channel.target])
-                    connection.sendall(_HEADER.pack(channel.source, channel.target, channel.gradient))
-                    sockets[channel] = connection
-            for _ in range(len(mine) - len(sockets)):
+                    head = _HEADER.pack(channel.source, channel.target, channel.gradient)
+                    filled, freed = send_bells(connection, head, 2, slots)
+                    wires[channel] = _Wire(channel, connection, freed, filled)
+            for _ in range(len(mine) - len(wires)):
                 connection, _ = listener.accept()
                 connection.settimeout(timeout_seconds)
-                header = connection.recv(_HEADER.size, socket.MSG_WAITALL)
-                sockets[Channel(*_HEADER.unpack(header))] = connection
+                head, (filled, freed) = receive_bells(connection, _HEADER.size, 2, slots)
+                channel = Channel(*_HEADER.unpack(head))
+                wires[channel] = _Wire(channel, connection, filled, freed)
         except (OSError, struct.error) as error:
             raise TransportError(f"pipeline rank {rank} can't reach its neighbours on this host: {error}") from error
-    return sockets
+    for wire in wires.values():
+        wire.socket.settimeout(None)  # what is read from here on has been sent before its bell rang
+    return wires

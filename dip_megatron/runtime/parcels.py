@@ -1,42 +1,75 @@
 """Nested data as bytes: what a microbatch holds, packed on one rank and unpacked on another.
 
 Tensors of any dtype travel as they lie in memory, everything around them (dicts, lists, tuples, dataclasses, strings,
-numbers, None) pickled.
+numbers, None) pickled. A parcel is one tensor of bytes: a head with the pickled part, then the tensors.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from typing import Any
 
 import torch
 
-_SIZE = 8
+_ALIGNED = 16
+"""Tensors begin at multiples of this, so that those of any dtype can be looked at where they have arrived."""
 
 
 class ParcelError(ValueError):
     """Something in the data can't travel; the message says where it is and what it is."""
 
 
-def pack(data: Any) -> bytes:
-    """``data`` as bytes; tensors are copied to the host. Raises ParcelError naming the path of what can't travel."""
+def parcel_bytes(data: Any) -> int:
+    """How large a parcel of ``data`` is. Raises ParcelError as :func:`pack` does."""
+    head, tensors = _taken_apart(data)
+    return _places(head, tensors)[-1]
+
+
+def pack(data: Any, pinned: bool = False) -> torch.Tensor:
+    """A parcel of ``data``, on the host (in ``pinned`` memory if asked for). Copies of tensors on an accelerator may be
+    under way yet on its current stream. Raises ParcelError naming the path of what can't travel."""
+    head, tensors = _taken_apart(data)
+    places = _places(head, tensors)
+    parcel = torch.empty(places[-1], dtype=torch.uint8, pin_memory=pinned)
+    parcel[:8].view(torch.int64)[0] = len(head)
+    parcel[8 : 8 + len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    for tensor, place in zip(tensors, places, strict=False):
+        if tensor.numel():
+            room = parcel[place : place + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+            room.view(tensor.shape).copy_(tensor, non_blocking=True)
+    return parcel
+
+
+def unpack(parcel: torch.Tensor, device: torch.device | None = None) -> Any:
+    """Inverse of :func:`pack`. Tensors on the host share the memory of ``parcel``; those that were on an accelerator
+    come to ``device``, on its current stream."""
+    size = int(parcel[:8].view(torch.int64)[0])
+    head = parcel[8 : 8 + size].numpy().tobytes()
+    return _Unpickler(io.BytesIO(head), parcel, _aligned(8 + size), device).load()
+
+
+def _taken_apart(data: Any) -> tuple[bytes, list[torch.Tensor]]:
     tensors: list[torch.Tensor] = []
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, tensors).dump(data)
     except Exception as error:
         raise ParcelError(f"{_culprit(data, 'microbatch')} can't be sent to another rank: {error}") from error
-    head = buffer.getvalue()
-    parts = [len(head).to_bytes(_SIZE, "little"), head]
-    parts += [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors if t.numel()]
-    return b"".join(parts)
+    return buffer.getvalue(), tensors
 
 
-def unpack(data: bytes, device: torch.device | None = None) -> Any:
-    """Inverse of :func:`pack`; tensors that were on an accelerator come to ``device``."""
-    size = int.from_bytes(data[:_SIZE], "little")
-    return _Unpickler(io.BytesIO(data[_SIZE : _SIZE + size]), data, _SIZE + size, device).load()
+def _places(head: bytes, tensors: list[torch.Tensor]) -> list[int]:
+    """Where each tensor begins, and the end."""
+    places = [_aligned(8 + len(head))]
+    for tensor in tensors:
+        places.append(_aligned(places[-1] + tensor.numel() * tensor.element_size()))
+    return places
+
+
+def _aligned(place: int) -> int:
+    return -(-place // _ALIGNED) * _ALIGNED
 
 
 class _Pickler(pickle.Pickler):
@@ -51,30 +84,31 @@ class _Pickler(pickle.Pickler):
             return None
         if value.layout != torch.strided:
             raise ParcelError(f"a tensor of layout {value.layout}")
-        kept = value.detach().to("cpu").contiguous()
-        self._tensors.append(kept)
-        return tuple(kept.shape), kept.dtype, value.device.type != "cpu"
+        if value.is_quantized or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise ParcelError(f"a tensor of type {type(value).__name__}")
+        self._tensors.append(value.detach())
+        return tuple(value.shape), value.dtype, value.device.type != "cpu"
 
 
 class _Unpickler(pickle.Unpickler):
-    """Cuts tensors from the bytes behind, in the order they were put there."""
+    """Finds tensors in the bytes behind the head, in the order they were put there."""
 
-    def __init__(self, buffer: io.BytesIO, data: bytes, place: int, device: torch.device | None):
-        super().__init__(buffer)
-        self._data, self._place, self._device = data, place, device
+    def __init__(self, head: io.BytesIO, parcel: torch.Tensor, place: int, device: torch.device | None):
+        super().__init__(head)
+        self._parcel, self._place, self._device = parcel, place, device
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         shape, dtype, accelerated = pid
-        count = 1
-        for length in shape:
-            count *= length
-        tensor = torch.empty(shape, dtype=dtype)
-        if count:
-            size = count * tensor.element_size()
-            raw = torch.frombuffer(bytearray(self._data[self._place : self._place + size]), dtype=torch.uint8)
-            tensor = raw.view(dtype).reshape(shape)
-            self._place += size
-        return tensor.to(self._device) if accelerated and self._device is not None else tensor
+        size = math.prod(shape) * dtype.itemsize
+        tensor = self._parcel[self._place : self._place + size].view(dtype).view(shape)
+        self._place = _aligned(self._place + size)
+        if not accelerated or self._device is None:
+            return tensor
+        there = tensor.to(self._device, non_blocking=True)
+        if there.is_cuda:
+            # It will be used, and freed, by what runs on the device's usual stream.
+            there.record_stream(torch.cuda.default_stream(there.device))
+        return there
 
 
 def _culprit(data: Any, path: str) -> str:

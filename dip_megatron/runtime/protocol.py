@@ -54,7 +54,7 @@ class Shapes(Protocol):
 
 
 class StageShapes(Protocol):
-    """:class:`Shapes` of chunks whose stages send different things within a row: asked stage by stage."""
+    """:class:`Shapes` of chunks whose stages of one virtual microbatch send different things: asked stage by stage."""
 
     def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
         """What the forward of ``stage`` sends on."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..core.protocols import Exchange
+from .bells import AVAILABLE
 from .ipc import IpcTransport
 from .staging import StagingTransport
 from .transport import DistributedTransport, Transport
@@ -43,18 +44,19 @@ def place_of(device: torch.device) -> Place:
     return Place(identity, str(torch.cuda.get_device_properties(device).uuid))
 
 
-def transport_kind(places: Sequence[Place], nccl: bool = True) -> tuple[TransportKind, str]:
-    """The transport for a pipeline whose ranks are at ``places``, and why, in a few words."""
+def transport_kind(places: Sequence[Place], nccl: bool = True, shared: bool = AVAILABLE) -> tuple[TransportKind, str]:
+    """The transport for a pipeline whose ranks are at ``places``, and why, in a few words. ``shared``: whether the
+    system has what ranks that share memory need."""
     if not places[0].device:
-        if len({p.host for p in places}) == 1:
-            return "ipc", "the ranks compute on one host's CPUs"
-        return "gloo", "the ranks compute on CPUs of several hosts"
+        if len({p.host for p in places}) > 1:
+            return "gloo", "the ranks compute on CPUs of several hosts"
+        return ("ipc", "the ranks compute on one host's CPUs") if shared else ("gloo", "this system has no eventfd")
     devices = {(p.host, p.device) for p in places}
     if len(devices) == len(places):
         if nccl:
             return "nccl", "every rank has a GPU of its own"
         return "staging", "this torch has no NCCL"
-    if len(devices) == 1:
+    if len(devices) == 1 and shared:
         return "ipc", f"{len(places)} ranks share one GPU, which NCCL refuses"
     return "staging", f"{len(places)} ranks share {len(devices)} GPUs, which NCCL refuses"
 

@@ -15,26 +15,26 @@ class BaselineError(ValueError):
     """A baseline that can't run on this batch; the message says why and what would help."""
 
 
-def code(graph: StageGraph, kind: Kind, row: int) -> int:
-    """Operation code of ``kind`` on virtual microbatch ``row``, as in :class:`Schedule`."""
-    return int(kind) * graph.virtual_microbatches + row
+def code(graph: StageGraph, kind: Kind, virtual_microbatch: int) -> int:
+    """Operation code of ``kind`` on ``virtual_microbatch``, as in :class:`Schedule`."""
+    return int(kind) * graph.virtual_microbatches + virtual_microbatch
 
 
-def fused_backward(graph: StageGraph, row: int, rank: int) -> list[int]:
+def fused_backward(graph: StageGraph, virtual_microbatch: int, rank: int) -> list[int]:
     """The unsplit backward of a stage: BW, or B where the chunk is frozen, or nothing where nothing trains."""
-    if not graph.has_backward[row, rank]:
+    if not graph.has_backward[virtual_microbatch, rank]:
         return []
-    return [code(graph, Kind.BW if graph.has_weight[row, rank] else Kind.B, row)]
+    return [code(graph, Kind.BW if graph.has_weight[virtual_microbatch, rank] else Kind.B, virtual_microbatch)]
 
 
-def input_gradient(graph: StageGraph, row: int, rank: int) -> list[int]:
+def input_gradient(graph: StageGraph, virtual_microbatch: int, rank: int) -> list[int]:
     """The B of a stage, if it has one."""
-    return [code(graph, Kind.B, row)] if graph.has_backward[row, rank] else []
+    return [code(graph, Kind.B, virtual_microbatch)] if graph.has_backward[virtual_microbatch, rank] else []
 
 
-def weight_gradient(graph: StageGraph, row: int, rank: int) -> list[int]:
+def weight_gradient(graph: StageGraph, virtual_microbatch: int, rank: int) -> list[int]:
     """The W of a stage, if it has one."""
-    return [code(graph, Kind.W, row)] if graph.has_weight[row, rank] else []
+    return [code(graph, Kind.W, virtual_microbatch)] if graph.has_weight[virtual_microbatch, rank] else []
 
 
 def uniform(graph: StageGraph, orders: Sequence[Sequence[int]], strategy: int = 0) -> Schedule:

@@ -52,7 +52,7 @@ def _backbone(graph: StageGraph) -> str:
 
 
 def _backbone_order(graph: StageGraph, name: str, rank: int) -> list[tuple[int, int]]:
-    """Megatron's order of the backbone's own stages: (kind, row)."""
+    """Megatron's order of the backbone's own stages: (kind, virtual microbatch)."""
     units = sorted((u for u in graph.units if u.module == name), key=lambda u: (u.microbatch, u.id))
     segments, count, ranks = graph.module(name).segments, len(units), graph.ranks
     if segments > 1 and count >= ranks:
@@ -99,39 +99,41 @@ def _fill_bubbles(graph: StageGraph, ahead: int) -> Schedule:
     orders: list[list[int]] = [[] for _ in range(ranks)]
     at, nf, nb = [0] * ranks, [0] * ranks, [0] * ranks
 
-    def start(kind: int, row: int, rank: int) -> float:
-        return max(float(clock[rank]), _arrival(graph, end, kind, row, rank))
+    def start(kind: int, virtual_microbatch: int, rank: int) -> float:
+        return max(float(clock[rank]), _arrival(graph, end, kind, virtual_microbatch, rank))
 
     def candidates(rank: int) -> list[tuple[float, int, int, int]]:
-        """(start, preference, kind, row) of the heads of the rank's three queues."""
+        """(start, preference, kind, virtual microbatch) of the heads of the rank's three queues."""
         found = []
         if nf[rank] < len(forwards) and place[forwards[nf[rank]]] < reached[at[0]] + ahead:
-            row = forwards[nf[rank]]
-            found.append((start(_FORWARD, row, rank), 0, _FORWARD, row))
+            virtual_microbatch = forwards[nf[rank]]
+            found.append((start(_FORWARD, virtual_microbatch, rank), 0, _FORWARD, virtual_microbatch))
         if at[rank] < len(fixed[rank]):
-            kind, row = fixed[rank][at[rank]]
-            found.append((start(kind, row, rank), 1, kind, row))
+            kind, virtual_microbatch = fixed[rank][at[rank]]
+            found.append((start(kind, virtual_microbatch, rank), 1, kind, virtual_microbatch))
         if nb[rank] < len(backwards):
-            row = backwards[nb[rank]]
-            found.append((start(_BACKWARD, row, rank), 2, _BACKWARD, row))
+            virtual_microbatch = backwards[nb[rank]]
+            found.append((start(_BACKWARD, virtual_microbatch, rank), 2, _BACKWARD, virtual_microbatch))
         return [f for f in found if np.isfinite(f[0])]
 
     remaining = 2 * graph.virtual_microbatches * ranks
     while remaining:
-        begin, _, kind, row, rank = min((*min(c), r) for r in range(ranks) if (c := candidates(r)))
+        begin, _, kind, virtual_microbatch, rank = min((*min(c), r) for r in range(ranks) if (c := candidates(r)))
         if kind == _FORWARD:
-            duration = graph.forward[0, row, rank]
-        elif graph.has_backward[row, rank]:
-            duration = (graph.fused if graph.has_weight[row, rank] else graph.backward)[0, row, rank]
+            duration = graph.forward[0, virtual_microbatch, rank]
+        elif graph.has_backward[virtual_microbatch, rank]:
+            duration = (graph.fused if graph.has_weight[virtual_microbatch, rank] else graph.backward)[
+                0, virtual_microbatch, rank
+            ]
         else:
             duration = 0.0
         clock[rank] = begin + duration
-        end[kind, row, rank] = float(clock[rank])
+        end[kind, virtual_microbatch, rank] = float(clock[rank])
         if kind == _FORWARD:
-            orders[rank].append(code(graph, Kind.F, row))
+            orders[rank].append(code(graph, Kind.F, virtual_microbatch))
         else:
-            orders[rank] += fused_backward(graph, row, rank)
-        if at[rank] < len(fixed[rank]) and fixed[rank][at[rank]] == (kind, row):
+            orders[rank] += fused_backward(graph, virtual_microbatch, rank)
+        if at[rank] < len(fixed[rank]) and fixed[rank][at[rank]] == (kind, virtual_microbatch):
             at[rank] += 1
         elif kind == _FORWARD:
             nf[rank] += 1
@@ -144,16 +146,18 @@ def _fill_bubbles(graph: StageGraph, ahead: int) -> Schedule:
 def _reached(line: list[tuple[int, int]], place: list[int], heads: set[int], count: int) -> list[int]:
     """The earliest microbatch whose first backbone forward is still to come, before each position of the order."""
     reached = [count]
-    for kind, row in reversed(line):
-        first = kind == _FORWARD and row in heads
-        reached.append(min(reached[-1], place[row]) if first else reached[-1])
+    for kind, virtual_microbatch in reversed(line):
+        first = kind == _FORWARD and virtual_microbatch in heads
+        reached.append(min(reached[-1], place[virtual_microbatch]) if first else reached[-1])
     return reached[::-1]
 
 
-def _arrival(graph: StageGraph, end: dict[tuple[int, int, int], float], kind: int, row: int, rank: int) -> float:
+def _arrival(
+    graph: StageGraph, end: dict[tuple[int, int, int], float], kind: int, virtual_microbatch: int, rank: int
+) -> float:
     """When the inputs of an operation are there (seconds; inf if one has not been scheduled)."""
     ends = [
         end.get((_FORWARD if d.kind == Kind.F else _BACKWARD, d.virtual_microbatch, d.rank), float("inf")) + d.seconds
-        for d in graph.inputs(Kind(kind), row, rank)
+        for d in graph.inputs(Kind(kind), virtual_microbatch, rank)
     ]
     return max([0.0, *ends])

@@ -24,10 +24,10 @@ def segmented_static(graph: StageGraph) -> Schedule:
     forwards, backwards = _static_tables(graph)
     last_chunk = len(_chunks(graph)) - 1
     first_last = next(i for i, (chunk, _) in enumerate(forwards) if chunk == last_chunk)
-    rows_forward = [row for _, row in forwards]
-    rows_backward = [row for _, row in backwards]
-    warmups = [min(first_last + 2 * (graph.ranks - rank - 1), len(rows_forward)) for rank in range(graph.ranks)]
-    return uniform(graph, _replay(graph, rows_forward, rows_backward, warmups))
+    forward_order = [virtual_microbatch for _, virtual_microbatch in forwards]
+    backward_order = [virtual_microbatch for _, virtual_microbatch in backwards]
+    warmups = [min(first_last + 2 * (graph.ranks - rank - 1), len(forward_order)) for rank in range(graph.ranks)]
+    return uniform(graph, _replay(graph, forward_order, backward_order, warmups))
 
 
 def _chunks(graph: StageGraph) -> list[tuple[str, int]]:
@@ -37,7 +37,7 @@ def _chunks(graph: StageGraph) -> list[tuple[str, int]]:
 
 
 def _static_tables(graph: StageGraph) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(chunk, row) in forward and in backward order."""
+    """(chunk, virtual microbatch) in forward and in backward order."""
     microbatches = sorted({u.microbatch for u in graph.units})
     size = legal_group(len(microbatches), graph.ranks) if len(microbatches) >= graph.ranks else len(microbatches)
     forwards: list[tuple[int, int]] = []
@@ -83,9 +83,9 @@ def _replay(
                 if forward_turn and ready_forward(rank):
                     run_forward(rank)
                 elif not forward_turn and ready_backward(rank):
-                    row = backwards[nb[rank]]
-                    done.add((_BACKWARD, row, rank))
-                    orders[rank] += fused_backward(graph, row, rank)
+                    virtual_microbatch = backwards[nb[rank]]
+                    done.add((_BACKWARD, virtual_microbatch, rank))
+                    orders[rank] += fused_backward(graph, virtual_microbatch, rank)
                     nb[rank] += 1
                 else:
                     break
@@ -101,8 +101,10 @@ def _replay(
     return orders
 
 
-def _inputs_done(graph: StageGraph, done: set[tuple[int, int, int]], kind: int, row: int, rank: int) -> bool:
+def _inputs_done(
+    graph: StageGraph, done: set[tuple[int, int, int]], kind: int, virtual_microbatch: int, rank: int
+) -> bool:
     return all(
         (_FORWARD if d.kind == Kind.F else _BACKWARD, d.virtual_microbatch, d.rank) in done
-        for d in graph.inputs(Kind(kind), row, rank)
+        for d in graph.inputs(Kind(kind), virtual_microbatch, rank)
     )

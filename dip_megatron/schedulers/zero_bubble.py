@@ -118,11 +118,15 @@ def _v_order(graph: StageGraph, rank: int, padded: int, microbatches: int) -> li
     for kind, chunk, m in pattern:
         if m >= microbatches:
             continue
-        row = graph.virtual_microbatch(m, chunk)
+        virtual_microbatch = graph.virtual_microbatch(m, chunk)
         if kind == Kind.F:
-            order.append(code(graph, kind, row))
+            order.append(code(graph, kind, virtual_microbatch))
         else:
-            order += input_gradient(graph, row, rank) if kind == Kind.B else weight_gradient(graph, row, rank)
+            order += (
+                input_gradient(graph, virtual_microbatch, rank)
+                if kind == Kind.B
+                else weight_gradient(graph, virtual_microbatch, rank)
+            )
     return order
 
 
@@ -136,32 +140,49 @@ def automatic(graph: StageGraph, limit: int, *, eager: bool = False) -> Schedule
     """
     microbatches, segments = mixed_shape(graph)
     mean = mean_graph(graph)
-    ranks, rows = graph.ranks, graph.virtual_microbatches
+    ranks, virtual_microbatches = graph.ranks, graph.virtual_microbatches
     order: list[list[int]] = [[] for _ in range(ranks)]
     clock = np.zeros(ranks)
-    forward_end = np.full((rows, ranks), np.inf)
-    backward_end = np.full((rows, ranks), np.inf)
+    forward_end = np.full((virtual_microbatches, ranks), np.inf)
+    backward_end = np.full((virtual_microbatches, ranks), np.inf)
     end_of = {Kind.F: forward_end, Kind.B: backward_end}
     next_forward = np.zeros((ranks, segments), dtype=int)
     next_backward = np.zeros((ranks, segments), dtype=int)
     owed: list[list[int]] = [[] for _ in range(ranks)]
     in_flight = [0] * ranks
 
-    def arrival(kind: Kind, row: int, rank: int) -> float:
-        ends = [end_of[d.kind][d.virtual_microbatch, d.rank] + d.seconds for d in mean.inputs(kind, row, rank)]
+    def arrival(kind: Kind, virtual_microbatch: int, rank: int) -> float:
+        ends = [
+            end_of[d.kind][d.virtual_microbatch, d.rank] + d.seconds
+            for d in mean.inputs(kind, virtual_microbatch, rank)
+        ]
         return float(max([0.0, *ends]))
 
     def options(rank: int) -> list[tuple[float, int, Kind, int]]:
-        """(start, preference, kind, row) of what the rank could run next."""
+        """(start, preference, kind, virtual microbatch) of what the rank could run next."""
         found = []
         for chunk in range(segments):
             if next_backward[rank, chunk] < next_forward[rank, chunk]:
-                row = graph.virtual_microbatch(int(next_backward[rank, chunk]), chunk)
-                found.append((max(clock[rank], arrival(Kind.B, row, rank)), chunk - segments, Kind.B, row))
+                virtual_microbatch = graph.virtual_microbatch(int(next_backward[rank, chunk]), chunk)
+                found.append(
+                    (
+                        max(clock[rank], arrival(Kind.B, virtual_microbatch, rank)),
+                        chunk - segments,
+                        Kind.B,
+                        virtual_microbatch,
+                    )
+                )
             # The reserve grows towards the head: chunk c may use all but (segments - 1 - c) of the slots.
             if next_forward[rank, chunk] < microbatches and in_flight[rank] < limit - (segments - 1 - chunk):
-                row = graph.virtual_microbatch(int(next_forward[rank, chunk]), chunk)
-                found.append((max(clock[rank], arrival(Kind.F, row, rank)), segments - chunk, Kind.F, row))
+                virtual_microbatch = graph.virtual_microbatch(int(next_forward[rank, chunk]), chunk)
+                found.append(
+                    (
+                        max(clock[rank], arrival(Kind.F, virtual_microbatch, rank)),
+                        segments - chunk,
+                        Kind.F,
+                        virtual_microbatch,
+                    )
+                )
         if owed[rank]:
             found.append((float(clock[rank]), -2 * segments if eager else 2 * segments, Kind.W, owed[rank][0]))
         return [o for o in found if np.isfinite(o[0])]
@@ -172,22 +193,22 @@ def automatic(graph: StageGraph, limit: int, *, eager: bool = False) -> Schedule
         choices = [(*option, rank) for rank, option in enumerate(best) if option is not None]
         if not choices:
             raise BaselineError(f"no zero-bubble order with {limit} stages in flight per rank")
-        start, _, kind, row, rank = min(choices)
-        chunk = graph.segment(row)
-        duration = {Kind.F: mean.forward, Kind.B: mean.backward, Kind.W: mean.weight}[kind][0, row, rank]
+        start, _, kind, virtual_microbatch, rank = min(choices)
+        chunk = graph.segment(virtual_microbatch)
+        duration = {Kind.F: mean.forward, Kind.B: mean.backward, Kind.W: mean.weight}[kind][0, virtual_microbatch, rank]
         clock[rank] = start + duration
         if kind == Kind.F:
-            order[rank].append(code(graph, Kind.F, row))
-            forward_end[row, rank] = clock[rank]
+            order[rank].append(code(graph, Kind.F, virtual_microbatch))
+            forward_end[virtual_microbatch, rank] = clock[rank]
             next_forward[rank, chunk] += 1
             in_flight[rank] += 1
         elif kind == Kind.B:
-            order[rank] += input_gradient(graph, row, rank)
-            backward_end[row, rank] = clock[rank]
+            order[rank] += input_gradient(graph, virtual_microbatch, rank)
+            backward_end[virtual_microbatch, rank] = clock[rank]
             next_backward[rank, chunk] += 1
-            owed[rank].append(row)
+            owed[rank].append(virtual_microbatch)
         else:
-            order[rank] += weight_gradient(graph, row, rank)
+            order[rank] += weight_gradient(graph, virtual_microbatch, rank)
             owed[rank].pop(0)
             in_flight[rank] -= 1
         remaining -= 1

@@ -174,8 +174,8 @@ def _plan(ranks: int, segments: int, microbatches: int, group: int, forward_only
     """Megatron's order for stages of equal length, checked; every message carries ``payload``."""
     trainable = ((False,) * ranks,) * segments if forward_only else ()
     module = ModalityModule(_MODULE, ((1,) * ranks,) * segments, trainable=trainable)
-    rows = microbatches * segments
-    second = np.ones((1, rows, ranks))
+    virtual_microbatches = microbatches * segments
+    second = np.ones((1, virtual_microbatches, ranks))
     graph = StageGraph(
         ranks=ranks,
         modules=(module,),
@@ -186,12 +186,12 @@ def _plan(ranks: int, segments: int, microbatches: int, group: int, forward_only
         fused=2 * second,
         activation=second,
         deferred_activation=0 * second,
-        transfer=np.zeros(rows),
+        transfer=np.zeros(virtual_microbatches),
         static_bytes=np.zeros(ranks),
         memory_limit=np.full(ranks, np.inf),
     )
     schedule = one_forward_one_backward(graph) if segments == 1 else interleaved(graph, group)
-    carried = [(s, t) for s in range(rows) for t in (s, *graph.next_virtual_microbatches[s])]
+    carried = [(s, t) for s in range(virtual_microbatches) for t in (s, *graph.next_virtual_microbatches[s])]
     payloads: dict[tuple[int, ...], Payload] = dict.fromkeys(carried, payload)
     plan = make_plan(graph, schedule, lower_bound=0.0, name="megatron", payloads=payloads)
     verify(plan)

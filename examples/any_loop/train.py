@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--own-model", action="store_true", help="build the model without DIP")
     parser.add_argument("--by-hand", action="store_true", help="call a stage without the schedule (DIP refuses)")
     options = parser.parse_args()
+    iteration = 0
     dist.init_process_group("gloo" if install_cpu_platform() else "nccl")
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=dist.get_world_size())
     tensor_parallel.model_parallel_cuda_manual_seed(1)

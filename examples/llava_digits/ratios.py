@@ -90,8 +90,8 @@ def main(microbatches: int) -> None:
     cases = [(quickstart_model(), quickstart_microbatches(microbatches))]
     for name in REAL:
         model = load_model(name)
-        drawn = load_workload(MIX, model, -(-microbatches // 16), 16)
-        cases.append((model, [m for batch in drawn for m in batch.microbatches]))
+        batches = load_workload(MIX, model, -(-microbatches // 16), 16)
+        cases.append((model, [m for batch in batches for m in batch.microbatches]))
     rows = []
     for model, drawn in cases:
         counts = np.array([len(m.images) for m in drawn])

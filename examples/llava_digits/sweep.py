@@ -8,6 +8,7 @@ model can be spread. One stage a rank is 1F1B, more are Megatron's interleaved s
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -51,7 +52,7 @@ def main(iterations: int, out: Path, layouts: tuple[str, ...]) -> None:
         layout: statistics.median(value for i, value in run.seconds.items() if i > WARM_UP)
         for layout, run in runs.items()
     }
-    rows = [
+    rows: list[tuple[str, Mapping[str, str | float | int | None]]] = [
         (layout, {"virtual stages": (layout.count("|") + 1) // RANKS, "an iteration": seconds(times[layout])})
         for layout in sorted(times, key=times.__getitem__)
     ]

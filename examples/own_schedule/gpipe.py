@@ -12,16 +12,16 @@ def all_forwards_first(problem: Problem) -> list[Schedule]:
     graph = problem.graph
     place = {module.name: i for i, module in enumerate(graph.modules)}
 
-    def natural(row: int) -> tuple[int, int, int, int]:
-        unit = graph.units[int(graph.unit_of[row])]
-        return unit.microbatch, place[unit.module], unit.id, graph.segment(row)
+    def natural(s: int) -> tuple[int, int, int, int]:
+        unit = graph.units[int(graph.unit_of[s])]
+        return unit.microbatch, place[unit.module], unit.id, graph.segment(s)
 
-    rows = sorted(range(graph.virtual_microbatches), key=natural)
+    line = sorted(range(graph.virtual_microbatches), key=natural)
     orders = []
     for rank in range(graph.ranks):
-        order = [code(graph, Kind.F, row) for row in rows]
-        for row in reversed(rows):
-            order += fused_backward(graph, row, rank)
+        order = [code(graph, Kind.F, s) for s in line]
+        for s in reversed(line):
+            order += fused_backward(graph, s, rank)
         orders.append(order)
     return [uniform(graph, orders)]
 

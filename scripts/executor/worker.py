@@ -182,7 +182,7 @@ class Bench:
         even = self.setting.layers // (segments * self.ranks)
         program = GptProgram(self._arguments(), {LANGUAGE: ((even,) * self.ranks,) * segments}, rank=self.rank)
         chunks = self._wrapped(program.build_chunks())
-        loads = [Microbatch(self.setting.tokens, sequences=(self.setting.tokens,))] * microbatches
+        loads = (Microbatch(self.setting.tokens, sequences=(self.setting.tokens,)),) * microbatches
         graph = self.graph(program.modules[0], microbatches, self.measure_stages(program, chunks))
         plan = make_plan(graph, order(graph), lower_bound=0.0, payloads=payloads(graph, loads, program.shapes))
         service = PlannerService(FixedPlan(plan), workers=0) if self.rank == 0 else None
@@ -367,7 +367,7 @@ CASES = {"interleaved": interleaved_case, "split": split_case}
 
 
 def main() -> None:
-    """``python -m executor.worker SETTING.json OUT.json CASE,...`` as one of the ranks."""
+    """``python -m scripts.executor.worker SETTING.json OUT.json CASE,...`` as one of the ranks."""
     setting = Setting(**json.loads(Path(sys.argv[1]).read_text()))
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if torch.cuda.is_available():

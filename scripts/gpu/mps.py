@@ -54,7 +54,7 @@ def divided_gpu(percent: float, memory_gb: float) -> Iterator[dict[str, str]]:
         finally:
             with suppress(subprocess.TimeoutExpired):
                 subprocess.run([program], env=environment, input="quit\n", text=True, capture_output=True, timeout=60)
-            for file in sorted(log.glob("*.log")):
-                lines = [line for line in file.read_text(errors="replace").splitlines() if "rror" in line]
+            for written in sorted(log.glob("*.log")):
+                lines = [line for line in written.read_text(errors="replace").splitlines() if "rror" in line]
                 for line in lines[-5:]:
                     print(f"mps: {line}", flush=True)

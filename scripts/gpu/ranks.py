@@ -1,4 +1,4 @@
-"""Starts ranks that share one GPU: ``python -m gpu.ranks [OPTIONS] -- COMMAND`` with the MPS environment around it."""
+"""Starts ranks that share one GPU: ``python -m scripts.gpu.ranks [OPTIONS] -- COMMAND``, with MPS's environment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_ranks(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    path = os.pathsep.join(p for p in (str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH")) if p)
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

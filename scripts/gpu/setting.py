@@ -16,6 +16,7 @@ from dip_megatron.describe.model import (
     TransformerLayer,
 )
 from dip_megatron.describe.workload import Microbatch, load_workload
+from dip_megatron.runtime.transport_choice import TransportKind
 
 SCHEDULES = (
     "megatron-1f1b-by-parameters", "megatron-1f1b", "megatron-interleaved", "zb-h1", "zb-v", "dip-paper", "dip",
@@ -39,7 +40,7 @@ class Setting:
     partition_seconds: float = 15.0
     search_workers: int = 8
     memory_gb: float = 15.0
-    transport: str | None = None
+    transport: TransportKind | None = None
     optimizer: bool = True
     costs: str | None = None
     out: str = "out/bench_gpu"

@@ -95,7 +95,7 @@ class Bench:
 
     # -- costs ---------------------------------------------------------------------------------------------------
     def measure_costs(self) -> Costs:
-        """The model's parts, a hop, and nothing else: on all ranks at once, as in training."""
+        """The model's parts, a transfer, and nothing else: on all ranks at once, as in training."""
         packing = self.model.packing
         images = sorted({max(1, packing.max_images * n // 12) for n in (1, 2, 4, 8, 12)})
         tokens = [packing.max_tokens * n // 4 for n in (2, 3, 4)]
@@ -138,7 +138,12 @@ class Bench:
         n = 4096 if self.device.type == "cuda" else 256
         a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
         self.synchronize()
-        seconds = measure([lambda: [a @ b for _ in range(10)] and None], self.device)[0]
+
+        def multiply() -> None:
+            for _ in range(10):
+                torch.mm(a, b)
+
+        seconds = measure([multiply], self.device)[0]
         return sum(self.gather(10 * 2.0 * n**3 / seconds))
 
     # -- schedules -----------------------------------------------------------------------------------------------
@@ -313,7 +318,7 @@ def busy_of(plan: Plan) -> list[float]:
 
 
 def main() -> None:
-    """``python -m gpu.worker SETTING.json`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    """``python -m scripts.gpu.worker SETTING.json`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
     setting = Setting(**json.loads(Path(sys.argv[1]).read_text()))
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if torch.cuda.is_available():

@@ -23,7 +23,9 @@ SCHEDULES = ("dip", "dip-paper", WEAK, "megatron-interleaved")
 
 def run(budget: Budget, out: Path, settings: tuple[tuple[str, int, int], ...] = SETTINGS) -> Result:
     """MFU and gain of each schedule on one replica of each model."""
-    rows, seconds, mfu, ideal, missing, texts = [], {}, {}, {}, [], []
+    rows, ideal, missing, texts = [], {}, [], []
+    seconds: dict[str, dict[str, float]] = {}
+    mfu: dict[str, dict[str, float]] = {}
     for name, pp, dp in settings:
         microbatches = max(budget.microbatches, 2 * pp) if budget.microbatches > 4 else budget.microbatches
         setting = load_case(name, CLUSTER, 1, microbatches, pp=pp, dp=dp)

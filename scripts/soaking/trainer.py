@@ -6,6 +6,7 @@ Megatron's: SOAK_DIARY (folder), SOAK_SAMPLES, and SOAK_EVERY (requests between 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -49,9 +50,9 @@ def keep_diary(folder: Path) -> None:
     diary = path.open("w", buffering=1)
     before: list[int] = []
 
-    def record_and_write(self: RunProgress, report: Any, *rest: Any) -> None:
+    def record_and_write(self: RunProgress, report: Any, *rest: Any, **named: Any) -> None:
         nonlocal before
-        record(self, report, *rest)
+        record(self, report, *rest, **named)
         now = workers()
         line = {
             "iteration": report.iteration,
@@ -66,7 +67,7 @@ def keep_diary(folder: Path) -> None:
         before = now
         diary.write(json.dumps(line) + "\n")
 
-    RunProgress.record = record_and_write  # type: ignore[method-assign]
+    RunProgress.record = record_and_write  # type: ignore[method-assign, assignment]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -82,10 +83,10 @@ def main(arguments: Sequence[str]) -> None:
     drift(documents, int(os.environ["SOAK_SAMPLES"]))
     if every:
         import dip_megatron
-        from dip_megatron.megatron import session
 
         FaultyService.every = every
-        session.PlannerService = FaultyService  # type: ignore[misc]
+        session: Any = importlib.import_module("dip_megatron.megatron.session")
+        session.PlannerService = FaultyService
         keep_diary(Path(os.environ["SOAK_DIARY"]))
         dip_megatron.install()
     sys.argv = [script, *flags]

@@ -11,6 +11,7 @@ Latents are pixels in blocks: 2 frames of 2x2 pixels are the 8 channels of one l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ class PackedClips(torch.utils.data.Dataset[dict[str, object]]):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         random = np.random.default_rng((self._seed, self.split.value, index))
         draw = torch.Generator().manual_seed(int(random.integers(2**62)))
         prompts, latents = [], []

@@ -49,7 +49,7 @@ def draw_weights_before_the_optimizer() -> None:
     # The drawing is a file of dip_megatron that imports nothing of it, and must work where it can't be imported.
     draw_by_name = _load(ROOT / "dip_megatron" / "families" / "shared" / "weights.py").draw_by_name
     deviations = _load(ROOT / "examples" / "llava_digits" / "weights.py").deviations
-    training = importlib.import_module(f"{PACKAGE}.training")
+    training: Any = importlib.import_module(f"{PACKAGE}.training")
     build = training.get_megatron_optimizer
 
     def build_from_drawn(config: Any, chunks: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -81,8 +81,8 @@ def _main() -> None:
 
         install = dip_megatron.install
 
-        def install_and_draw(*families: Any) -> None:
-            install(*families)
+        def install_and_draw(families: Any = ()) -> None:
+            install(families)
             draw_weights_before_the_optimizer()
 
         dip_megatron.install = install_and_draw

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -12,15 +11,10 @@ from pathlib import Path
 import pytest
 
 from dip_megatron.describe.workload import Microbatch
+from scripts.gpu import mps, ranks, setting
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEDULES = "megatron-1f1b,megatron-interleaved,zb-v,dip-paper,dip"
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return lambda name: importlib.import_module(f"gpu.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +54,7 @@ def test_the_table_and_traces_are_there(bench):
         assert line["loss_difference"] < 1e-5
 
 
-def test_flops_are_those_of_the_products(gpu):
-    setting = gpu("setting")
+def test_flops_are_those_of_the_products():
     model = setting.model_of(setting.Setting())
     text = setting.training_flops(model, (Microbatch(1000),))
     language = model.module("language")
@@ -70,17 +63,15 @@ def test_flops_are_those_of_the_products(gpu):
     assert setting.training_flops(model, (Microbatch(831, (169,)),)) > text
 
 
-def test_without_the_service_the_way_out_is_named(gpu, monkeypatch, tmp_path):
-    mps = gpu("mps")
+def test_without_the_service_the_way_out_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(mps, "_PLACES", ())
     with pytest.raises(mps.MpsError, match="--no-mps"), mps.divided_gpu(12, 10):
         pass
 
 
-def test_the_service_is_private_and_stopped(gpu, monkeypatch, tmp_path):
+def test_the_service_is_private_and_stopped(monkeypatch, tmp_path):
     """A stand-in for the control program writes down how it is called."""
-    mps = gpu("mps")
     calls = tmp_path / "calls"
     program = tmp_path / "nvidia-cuda-mps-control"
     program.write_text(
@@ -96,8 +87,7 @@ def test_the_service_is_private_and_stopped(gpu, monkeypatch, tmp_path):
     assert not Path(pipe).exists()
 
 
-def test_a_failing_rank_ends_all_and_shows_its_last_words(gpu, tmp_path, capsys):
-    ranks = gpu("ranks")
+def test_a_failing_rank_ends_all_and_shows_its_last_words(tmp_path, capsys):
     code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no more')\ntime.sleep(60)"
     assert ranks.run_ranks([sys.executable, "-c", code], 2, tmp_path, 50.0) == 1
     assert "no more" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from tests.bridge.qwen25_vl import Run, configuration, save_tiny
 from tests.processes import team
 
 UNFIT = {
-    "pipeline_model_parallel_size": 1, "context_parallel_size": 2, "num_moe_experts": 4, "mtp_num_layers": 1,
+    "pipeline_model_parallel_size": 1, "context_parallel_size": 2, "mtp_num_layers": 1,
     "cuda_graph_impl": "local", "defer_embedding_wgrad_compute": True,
 }  # fmt: skip
+
+
+def change_model(settings: dict[str, Any], config: Any) -> None:
+    for name, value in settings.items():
+        setattr(config.model, name, value)
 
 
 def said(rank: int, world: int, folder: Path) -> dict[str, str]:
@@ -31,11 +37,17 @@ def said(rank: int, world: int, folder: Path) -> dict[str, str]:
             return str(error)
         return ""
 
-    found = {name: refusal(lambda c, n=name, v=value: setattr(c.model, n, v)) for name, value in UNFIT.items()}
+    def given(name: str, value: Any) -> Callable[[Any], None]:
+        return lambda config: setattr(config.model, name, value)
+
+    found = {name: refusal(given(name, value)) for name, value in UNFIT.items()}
     found["eval_micro_batch_size"] = refusal(lambda c: setattr(c.validation, "eval_micro_batch_size", 2))
     found["FSDP"] = refusal(lambda c: setattr(c.dist, "use_megatron_fsdp", True))
     found["use_decentralized_pg"] = refusal(lambda c: setattr(c.dist, "use_decentralized_pg", True))
     found["non_persistent_ckpt_type"] = refusal(lambda c: setattr(c.checkpoint, "non_persistent_ckpt_type", "local"))
+    experts = {"num_moe_experts": 4}
+    for name, value in {"expert_model_parallel_size": 2, "moe_enable_routing_replay": True}.items():
+        found[name] = refusal(partial(change_model, experts | {name: value}))
     found[""] = refusal(lambda c: None)
     return found
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import SearchStatistics, TensorSpec
+from dip_megatron.core import Payload, SearchStatistics, TensorSpec
 from dip_megatron.core.files import PlanFileError, format_plan, parse_plan, read_plans, write_plans
 from dip_megatron.core.format import plan_json_schema
 from dip_megatron.core.lower import make_plan
@@ -24,6 +24,8 @@ from ..graphs import paper_graph, random_graph
 
 def plan_of(seed: int, **fixed):
     graph = random_graph(seed, **{"memory": np.inf, **fixed})
+    if seed % 2 == 0:
+        graph = replace(graph, overhead=tuple(0.1 + rank / 3 for rank in range(graph.ranks)))
     return make_plan(
         graph, segmented_static(graph), lower_bound=0.0, name="segmented-static",
         search=SearchStatistics(0.1 + seed / 3, seed, 2, seed),
@@ -57,6 +59,7 @@ def test_a_plan_comes_back_exactly(seed):
     for name in ARRAYS:
         assert np.array_equal(getattr(back.graph, name), getattr(plan.graph, name))
     assert back.graph.strategies == plan.graph.strategies
+    assert back.graph.overhead == plan.graph.overhead
     assert (back.actions, back.predicted, back.search, back.name) == (
         plan.actions, plan.predicted, plan.search, plan.name,
     )  # fmt: skip
@@ -74,7 +77,7 @@ def test_limits_payloads_and_strategies_come_back(tmp_path):
     schedule = optimus_coarse(graph)
     schedule = replace(schedule, strategy=(schedule.strategy + np.arange(graph.ranks) % 3).astype(np.int8))
     spec = (TensorSpec("hidden", (8192, 1, 4096), "bfloat16"), TensorSpec("timestep", (3,), "int64", False))
-    payloads = {
+    payloads: dict[tuple[int, ...], Payload] = {
         (s, n): spec for s in range(graph.virtual_microbatches) for n in (s, *graph.next_virtual_microbatches[s])
     }
     plan = make_plan(graph, schedule, lower_bound=0.25, name="optimus", payloads=payloads)
@@ -123,6 +126,7 @@ FAULTS = [
     (lambda r: r["units"][0].update(downstream=[99]), "modules, units: unit 0"),
     (lambda r: r["modules"][0].update(segments=9), "modules[0].layers: "),
     (lambda r: r["modules"][0].update(name="no name"), "modules[0].name: String should match"),
+    (lambda r: r.update(overhead=[0.1]), "overhead: 1 entries for"),
     (lambda r: r["predicted"].update(bubble_ratio=1.5), "predicted.bubble_ratio: Input should be less"),
     (lambda r: r["predicted"].update(peak_bytes=[]), "predicted.peak_bytes: 0 entries for 2 ranks"),
     (lambda r: r["search"].pop("seed"), "search.seed: Field required"),

@@ -43,7 +43,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 def test_the_reach_page_is_what_its_data_say() -> None:
     loader = importlib.machinery.SourceFileLoader("make_reach", str(ROOT / "scripts" / "make_reach"))
-    script = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_reach", loader))
+    spec = importlib.util.spec_from_loader("make_reach", loader)
+    assert spec is not None
+    script = importlib.util.module_from_spec(spec)
     loader.exec_module(script)
     data = yaml.safe_load((ROOT / "docs" / "reach.yaml").read_text(encoding="utf-8"))
     assert script.page(data) == (ROOT / "docs" / "reach.md").read_text(encoding="utf-8"), "run scripts/make_reach"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.llava_digits.quickstart import RunFailed, train
+from examples.llava_digits.runs import RunFailed, train
 from tests.forked import forked
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")

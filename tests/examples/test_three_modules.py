@@ -47,6 +47,9 @@ MIXED = (
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "three_modules"
 
 
+Layers = tuple[tuple[int, ...], ...]
+
+
 def check(case: ThreeModuleCase, world: int, drawn: Drawn):
     """Equality with Megatron's PP1 run; what each rank ran."""
     answers = team(world).run(dip_run, case, drawn)
@@ -85,10 +88,13 @@ def held(images: int, clips: int):
     seed=st.integers(0, 1000),
 )
 def test_two_ranks_equal_one(microbatches, sizes, segments, frozen, strategies, per_token, seed):
-    vision, audio, language = ((1, 1), (1, 2)), ((1, 0), (1, 1)), ((1, 1), (0, 1))
-    layers = (vision, audio, language) if segments else (vision[:1], audio[1:], language[:1])
+    vision: Layers = ((1, 1), (1, 2))
+    audio: Layers = ((1, 0), (1, 1))
+    language: Layers = ((1, 1), (0, 1))
+    if not segments:
+        vision, audio, language = vision[:1], audio[1:], language[:1]
     unit_size = {"vision": sizes[0], "audio": sizes[1], "language": None}
-    case = ThreeModuleCase(microbatches, *layers, unit_size, frozen, per_token)
+    case = ThreeModuleCase(microbatches, vision, audio, language, unit_size, frozen, per_token)
     check(case, 2, Drawn(seed, 0.6, strategies))
 
 

@@ -60,6 +60,7 @@ def test_packed_sequences_attend_to_themselves(lengths, cross, causal, megatrons
     draw = lambda total, heads: torch.randn(total, heads, width, generator=generator, dtype=torch.float64)  # noqa: E731
     q, k, v = draw(sum(queries), 6), draw(sum(keys), 2), draw(sum(keys), 2)
     packed = pack(queries, torch.device("cpu"), keys).cross
+    assert packed is not None
     if megatrons:
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=packed.cu_seqlens_q, cu_seqlens_kv=packed.cu_seqlens_kv)
     attention = build(AttnMaskType.causal if causal and not cross else AttnMaskType.no_mask, width)

@@ -14,6 +14,7 @@ the import path.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import re
@@ -48,7 +49,8 @@ class Tap:
     """Passes on items; remembers the last."""
 
     def __init__(self, iterator: Any):
-        self.iterator, self.last = iterator, None
+        self.iterator = iterator
+        self.last: Any = None
 
     def __iter__(self) -> Any:
         return self
@@ -174,8 +176,7 @@ if "trains" in OPTIONS:
     loop = megatron.training.training
     loop.get_model, loop.train_step = choosing(loop.get_model, loop.train_step)
 if "described" in OPTIONS:
-    from dip_megatron.families import known
-
+    known: Any = importlib.import_module("dip_megatron.families.known")
     describe = known.describe_llava
     known.describe_llava = lambda kwargs, freeze, parallel: describe(kwargs, freeze | OPTIONS["described"], parallel)
 if "--sequence-parallel" in sys.argv:
@@ -198,8 +199,8 @@ if "--sequence-parallel" in sys.argv:
     WrappedTorchNorm.__new__ = marked_norm  # type: ignore[method-assign]
     llava_model.HAVE_TE, llava_model.TEDotProductAttention = True, DotProductAttention
 if "node" in OPTIONS:
-    known = os.uname()
-    os.uname = lambda: os.uname_result((known.sysname, OPTIONS["node"], *known[2:]))  # type: ignore[assignment]
+    host = os.uname()
+    os.uname = lambda: os.uname_result((host.sysname, OPTIONS["node"], *host[2:]))  # type: ignore[assignment]
 original = megatron.training.pretrain
 megatron.training.pretrain = pretrain
 documents.PackedDigitDocuments.__getitem__ = indexed(documents.PackedDigitDocuments.__getitem__)

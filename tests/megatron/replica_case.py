@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dip_megatron.megatron.replicas import ReplicaExchange
+from dip_megatron.megatron.replicas import ReplicaExchange, ReplicaExchangeError
 from dip_megatron.runtime.protocol import MicrobatchInputs
 
 
@@ -29,7 +30,8 @@ def exchange_of(rank: int, stages: int, world: int, **options: Any) -> ReplicaEx
     def price(loads: list[float]) -> Any:
         return np.array(loads)[:, None] * np.ones(stages), np.ones((len(loads), stages))
 
-    return ReplicaExchange(peers, replica, price if stage == 0 else None, timeout_seconds=60.0, **options)
+    options = {"timeout_seconds": 60.0} | options
+    return ReplicaExchange(peers, replica, price if stage == 0 else None, **options)
 
 
 def microbatch(number: int, stage: int) -> MicrobatchInputs:
@@ -100,5 +102,62 @@ def cut(rank: int, world: int) -> None:
     begin()
     exchange = exchange_of(rank, 1, world)
     if rank == world - 1:
-        exchange._swap = lambda *_: os._exit(0)  # type: ignore[method-assign]
+        exchange._round = lambda *_: os._exit(0)  # type: ignore[method-assign]
     exchange.exchange([1.0 + 10 * rank] * 3, [microbatch(n, 0) for n in range(3)])
+
+
+def hung(rank: int, world: int) -> tuple[str, list[int]]:
+    """The last peer never answers: what the others say, and what they still hold."""
+    begin()
+    exchange = exchange_of(rank, 1, world, timeout_seconds=2.0)
+    data = [microbatch(n, 0) for n in range(3)]
+    if rank == world - 1:
+        time.sleep(4.0)
+        return "", []
+    try:
+        exchange.exchange([1.0 + 10 * rank] * 3, data)
+    except ReplicaExchangeError as error:
+        return str(error), [m.arguments["number"] for m in data]
+    return "", []
+
+
+def another(rank: int, world: int) -> str:
+    """The last peer sends another microbatch than was agreed on."""
+    begin()
+    exchange = exchange_of(rank, 1, world, timeout_seconds=5.0)
+    if rank == world - 1:
+        whole = exchange._round
+        exchange._round = lambda out, microbatch, into: whole(  # type: ignore[method-assign]
+            out and out._replace(number=out.number + 1), microbatch, into
+        )
+    try:
+        exchange.exchange([1.0 + 10 * rank] * 3, [microbatch(n + 3 * rank, 0) for n in range(3)])
+    except ReplicaExchangeError as error:
+        return str(error)
+    return ""
+
+
+def in_turn(rank: int, world: int) -> list[tuple[int, str, int, list[int]]]:
+    """Exchanges one after the other: with much time left; late; where microbatches are too large; at the call, where
+    moving is known to be slow; where the data of one has ended."""
+    begin()
+    exchange = exchange_of(rank, 1, world)
+    strict = exchange_of(rank, 1, world, largest_bytes=1000.0)
+    large = [MicrobatchInputs({"number": n, "data": torch.zeros(200 if n % 2 else 1000)}, None) for n in range(4)]
+    loads, data = [0.010 + 0.1 * rank] * 4, [microbatch(n + 4 * rank, 0) for n in range(4)]
+    out = []
+
+    def note(found: tuple[list[Any], Any]) -> None:
+        report = found[1]
+        out.append((report.moved, report.reason, report.declined, [m.arguments["number"] for m in found[0]]))
+
+    note(exchange.exchange(loads, data, left=10.0))
+    exchange._slowness = 1e6
+    if rank == 1:
+        time.sleep(0.3)
+    note(exchange.exchange(loads, data, left=0.2))
+    note(exchange.exchange(loads, data))
+    note(strict.exchange(loads, large))
+    note(strict.exchange(loads, large[:1] * 4))
+    note(exchange.exchange(loads, data, complete=rank == 0))
+    return out

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.llava_digits.quickstart import Run
+from examples.llava_digits.runs import Run
 from scripts.upstream.runs import HERE, run_script
 
 pytestmark = [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.drawn import settings
-from tests.megatron.replica_case import changes, cut, little, stuck
+from tests.megatron.replica_case import another, changes, cut, hung, in_turn, little, stuck
 from tests.processes import ProcessFailure, Team, team
 
 
@@ -47,3 +49,35 @@ def test_an_exchange_cut_in_the_middle_stops_with_its_cause():
             own.run(cut)
     finally:
         own.close()
+
+
+def test_a_silent_peer_is_waited_for_no_longer_than_the_timeout():
+    said, held = team(2).run(hung)[0]
+    assert "broke off" in said
+    assert "Restart from the last checkpoint" in said
+    assert held == [0, 1, 2]
+
+
+def test_a_microbatch_that_was_not_agreed_on_is_refused():
+    own = Team(2)
+    try:
+        said = own.run(another)[0]
+    finally:
+        own.close()
+    assert re.search(r"rank 1 sent microbatch \d \(\d+ bytes\), agreed was \d", said)
+
+
+def test_nobody_moves_where_that_would_make_it_worse():
+    """All decide alike: where replicas are late, where moving is slow, and where microbatches are too large."""
+    first, second = team(2).run(in_turn)
+    assert [line[:3] for line in first] == [line[:3] for line in second]
+    ample, late, dear, some, none, ended = first
+    assert ample[0] > 0
+    assert ample[1:3] == ("", 0)
+    assert late[:3] == (0, "the numbers of a replica came late", 1)
+    assert dear[:3] == (0, "moving microbatches would take longer than it gains", 2)
+    assert some[0] > 0
+    assert none[:2] == (0, "there is too little to gain")
+    assert ended[:3] == (0, "the data of a replica has ended", 3)
+    assert late[3] == dear[3] == ended[3] == [0, 1, 2, 3]
+    assert set(some[3]) >= {0, 2}  # the large ones stay

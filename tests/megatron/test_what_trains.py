@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.llava_digits.quickstart import RunFailed
+from examples.llava_digits.runs import RunFailed
 from tests.megatron.training import Log, run
 
 pytestmark = [

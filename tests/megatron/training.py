@@ -76,17 +76,19 @@ def read(folder: Path, ranks: int, name: str = "run") -> Log:
     """The run's results."""
     texts = [(folder / f"{name}.rank{rank}.log").read_text() for rank in range(ranks)]
     lines = texts[-1].splitlines()
-    numbers = {
-        name: {
+    losses, norms, scales = (
+        {
             int(at[1]): float(of[1])
             for line in lines
             if (at := _ITERATION.search(line)) and (of := expression.search(line))
         }
-        for name, expression in _NUMBERS.items()
-    }
+        for expression in _NUMBERS.values()
+    )
     evaluations = [found for line in lines if (found := _VALIDATION.search(line))]
     return Log(
-        *numbers.values(),
+        losses,
+        norms,
+        scales,
         {found[1]: float(found[2]) for found in evaluations},
         texts,
         [_samples(folder / f"samples.rank{rank}.jsonl") for rank in range(ranks)],

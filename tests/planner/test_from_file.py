@@ -39,12 +39,16 @@ class Otherwise:
 
     def __init__(self):
         self.statistics, self.asked = PlannerStatistics(), []
+        self.plans = {1: planned(BATCHES[0]), 2: planned(BATCHES[0], "segmented-static")}
 
     def submit(self, request):
         self.asked.append(request.request)
 
     def take(self, request, wait_seconds):
-        return f"plan {request}"
+        return self.plans[request]
+
+    def corrections(self, request):
+        return None
 
     def close(self):
         pass
@@ -55,10 +59,10 @@ def planned(batch, schedule="dip"):
     return make_planner(schedule, SETTING, effort, PARTITION)(batch).plan()
 
 
-def planner_of(tmp_path: Path, plans, **more) -> FilePlanner:
+def planner_of(tmp_path: Path, plans, otherwise=None, **more) -> FilePlanner:
     path = tmp_path / "plans.jsonl"
     write_plans(path, plans)
-    return FilePlanner(PlanFile.read(path, 2), MODEL, Shapes(), Otherwise(), **more)
+    return FilePlanner(PlanFile.read(path, 2), MODEL, Shapes(), otherwise or Otherwise(), **more)
 
 
 def test_each_batch_gets_its_plan(tmp_path):
@@ -88,6 +92,7 @@ def test_plans_for_one_batch_come_in_their_order(tmp_path):
 def test_a_plan_with_shapes_is_for_these_alone():
     (load, *rest) = BATCHES[0]
     plan = fitted(planned(BATCHES[0]), MODEL, BATCHES[0], Shapes())
+    assert plan is not None
     assert fitted(plan, MODEL, BATCHES[0], Shapes()) is plan
     longer = (Microbatch(load.text_tokens + 1, load.images), *rest)
     assert fitted(plan, MODEL, longer, Shapes()) is None
@@ -100,16 +105,17 @@ def test_a_plan_with_shapes_is_for_these_alone():
 
 def test_a_batch_without_a_plan(tmp_path):
     batch = (Microbatch(100, (169,)), Microbatch(90))
-    planner = planner_of(tmp_path, [planned(BATCHES[0])])
+    otherwise = Otherwise()
+    planner = planner_of(tmp_path, [planned(BATCHES[0])], otherwise)
     planner.submit(PlanRequest(1, batch, 0.0))
     with pytest.raises(NoPlanError, match=r"none of the 1 plans of .* is for a batch of 2 microbatches: tokens 269 90, "
                                           r"vision instances 1 0; give a --dip-schedule, too"):  # fmt: skip
         planner.take(1, 0.0)
     planner.submit(PlanRequest(2, BATCHES[0], 0.0, forward_only=True))
-    assert planner.take(2, 0.0) == "plan 2"
-    falls = planner_of(tmp_path, [planned(BATCHES[0])], falls_back=True)
+    assert planner.take(2, 0.0) is otherwise.plans[2]
+    falls = planner_of(tmp_path, [planned(BATCHES[0])], otherwise, falls_back=True)
     falls.submit(PlanRequest(1, batch, 0.0))
-    assert falls.take(1, 0.0) == "plan 1"
+    assert falls.take(1, 0.0) is otherwise.plans[1]
 
 
 def test_plans_train_what_the_model_trains(tmp_path):

@@ -84,6 +84,9 @@ class FirstOfTwo:
     rank = 0
     plan: Plan
 
+    def broadcast(self, data: bytes | None) -> bytes:
+        raise AssertionError("nothing is to be broadcast")
+
     def gather(self, data: bytes) -> list[bytes]:
         return [data, pickle.dumps((spans_of_rank(self.plan, 1), None))]
 

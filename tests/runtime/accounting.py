@@ -202,11 +202,12 @@ def _offloaded(state: Any) -> int:
 
 
 def _under_way(executor: Any) -> int:
-    mail = executor._mail
-    transfers = [t.tensors for t in [*mail.receiving.values(), *mail.sending.values()] if hasattr(t, "tensors")]
+    letters = executor._letters.values()
+    transfers = [x.transfer.tensors for x in letters if getattr(x.transfer, "tensors", None)]
+    arrived = [x.tensors for x in letters if x.tensors and x.message.target.rank == executor.position.rank]
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for payload in [*transfers, *mail.inbox.values()]
+        for payload in [*transfers, *arrived]
         for t in payload.values()
     }
     return sum(storages.values())

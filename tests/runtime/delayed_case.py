@@ -142,7 +142,7 @@ def plan_of(seed: int, ranks: int) -> Plan:
     """The same on every rank."""
     graph = random_graph(seed, ranks=ranks, microbatches=1 + seed % 4, candidates=1)
     graph = replace(graph, memory_limit=np.full(ranks, np.inf))
-    payloads: dict[tuple[int, int], Payload] = {}
+    payloads: dict[tuple[int, ...], Payload] = {}
     for s in range(graph.virtual_microbatches):
         unit = int(graph.unit_of[s])
         for n in (s, *graph.next_virtual_microbatches[s]):

@@ -51,8 +51,8 @@ class DrawnGraphs:
         modules = self.modules
         ranks = len(modules[0].layers[0])
         segments = {m.name: m.segments for m in modules}
-        rows = sum(segments[u.module] for u in units)
-        draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
+        virtual_microbatches = sum(segments[u.module] for u in units)
+        draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, virtual_microbatches, ranks))
         graph = StageGraph(
             ranks=ranks,
             modules=modules,
@@ -63,7 +63,7 @@ class DrawnGraphs:
             fused=draw[1] + draw[2],
             activation=draw[3],
             deferred_activation=draw[4],
-            transfer=np.full(rows, 0.05),
+            transfer=np.full(virtual_microbatches, 0.05),
             static_bytes=np.zeros(ranks),
             memory_limit=np.full(ranks, np.inf),
         )

@@ -12,6 +12,7 @@ from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import LayerRun
 from dip_megatron.planner.maker import payloads
+from dip_megatron.runtime.transport_choice import TransportKind
 from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1, zb_v
 from tests.runtime.llava_case import (
     Case,
@@ -44,8 +45,8 @@ def stages_of(cuts: list[tuple[int, int]]) -> list[list[LayerRun]]:
 
 
 def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
-    ranks, rows = len(module.layers[0]), count * module.segments
-    draw = np.random.default_rng(seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
+    ranks, virtual_microbatches = len(module.layers[0]), count * module.segments
+    draw = np.random.default_rng(seed).uniform(0.2, 2.0, (5, 1, virtual_microbatches, ranks))
     return StageGraph(
         ranks=ranks,
         modules=(module,),
@@ -56,13 +57,15 @@ def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
         fused=draw[1] + draw[2],
         activation=draw[3],
         deferred_activation=draw[4],
-        transfer=np.full(rows, 0.05),
+        transfer=np.full(virtual_microbatches, 0.05),
         static_bytes=np.zeros(ranks),
         memory_limit=np.full(ranks, np.inf),
     )
 
 
-def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], order: str, transport: str) -> Any:
+def mixed_run(
+    rank: int, world: int, case: Case, cuts: list[tuple[int, int]], order: str, transport: TransportKind
+) -> Any:
     """Losses (where they arise) and gradients, named as the reference names them."""
     initialize(world)
     from dip_megatron.families.llava.mixed import MixedLlavaProgram
@@ -71,6 +74,7 @@ def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], or
     from dip_megatron.megatron.lookahead import capture_microbatch
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.ipc import IpcTransport
     from dip_megatron.runtime.transport_choice import choose_transport
 
     back = (False, True) if order == "zb-v" else ()
@@ -97,6 +101,6 @@ def mixed_run(rank: int, world: int, case: Case, cuts: list[tuple[int, int]], or
     iteration = Iteration(program, executor, plan, chunks, microbatches, forward_step, loss_rank=program.loss_rank)
     iteration.run()
     torch.distributed.barrier()
-    if transport == "ipc":
+    if isinstance(carrier, IpcTransport):
         carrier.close()
     return [iteration.losses], gradients(chunks)

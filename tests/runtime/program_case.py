@@ -115,8 +115,8 @@ class DrawnUnitGraphs:
     def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         units = make_units(self.model, loads, self.unit_size)
         ranks, segments = len(self.modules[0].layers[0]), {m.name: m.segments for m in self.modules}
-        rows = sum(segments[u.module] for u in units)
-        draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, rows, ranks))
+        virtual_microbatches = sum(segments[u.module] for u in units)
+        draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, virtual_microbatches, ranks))
         graph = StageGraph(
             ranks=ranks,
             modules=self.modules,
@@ -127,7 +127,7 @@ class DrawnUnitGraphs:
             fused=draw[1] + draw[2],
             activation=draw[3],
             deferred_activation=draw[4],
-            transfer=np.full(rows, 0.05),
+            transfer=np.full(virtual_microbatches, 0.05),
             static_bytes=np.zeros(ranks),
             memory_limit=np.full(ranks, np.inf),
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from dip_megatron.core import Kind, Schedule
@@ -42,7 +43,7 @@ class Drawn:
 class DrawnMaker:
     """Plans in an order given by drawn durations; see :class:`Drawn`."""
 
-    graphs: DrawnGraphs
+    graphs: Any
     shapes: Any
     drawn: Drawn
 
@@ -71,7 +72,9 @@ class DrawnMaker:
         )  # fmt: skip
 
 
-def split_orders(schedule: Schedule, rows: int, share: float, draw: np.random.Generator) -> tuple[Any, ...]:
+def split_orders(
+    schedule: Schedule, virtual_microbatches: int, share: float, draw: np.random.Generator
+) -> tuple[Any, ...]:
     """Orders with a ``share`` of the backwards in two, each W after its B, at once or at any later place up to the very
     end."""
     orders = []
@@ -79,9 +82,12 @@ def split_orders(schedule: Schedule, rows: int, share: float, draw: np.random.Ge
         line: list[float] = []
         places: list[float] = []
         for i, code in enumerate(order.tolist()):
-            kind, row = divmod(code, rows)
+            kind, virtual_microbatch = divmod(code, virtual_microbatches)
             if kind == Kind.BW and draw.random() < share:
-                line += [Kind.B * rows + row, Kind.W * rows + row]
+                line += [
+                    Kind.B * virtual_microbatches + virtual_microbatch,
+                    Kind.W * virtual_microbatches + virtual_microbatch,
+                ]
                 places += [i, draw.uniform(i, len(order) if draw.random() < 0.5 else i + 3)]
             else:
                 line.append(code)
@@ -133,7 +139,7 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
     clock = Clock(device)
     maker = DrawnMaker(DrawnGraphs(program.modules, getattr(case, "unit_size", 1), drawn.seed), program.shapes, drawn)
     delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
-    seen = []
+    seen: list[Kind] = []
     step = DipForwardBackward(
         program, Executor(rank, transport(world, rank), clock), delivery, clock,
         on_iteration=lambda report, plan, spans: seen.extend(s.operation.kind for s in spans),
@@ -224,11 +230,9 @@ def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple
         events.append(("gradient", key.segment))
         progress(self, key)
 
-    GradientSynchronization.begin, _ParamAndGradBucketGroup.start_grad_sync = begun, started
-    ModelStages._chunk_progress = progressed
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientSynchronization, "begin", begun)
+        patch.setattr(_ParamAndGradBucketGroup, "start_grad_sync", started)
+        patch.setattr(ModelStages, "_chunk_progress", progressed)
         split_run(rank, world, case, drawn, Wrap(ddp=True, overlap=True))
-    finally:
-        GradientSynchronization.begin, _ParamAndGradBucketGroup.start_grad_sync = begin, start
-        ModelStages._chunk_progress = progress
     return events

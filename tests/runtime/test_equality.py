@@ -5,6 +5,8 @@ The reference is Megatron's real code: its PP1 run, and its 1F1B with the ViT on
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given
@@ -21,7 +23,7 @@ TOLERANCE = 3e-6
 
 def merged(answers):
     """Losses (of the last rank) and gradients of all ranks, summed where ranks share a parameter."""
-    grads = {}
+    grads: dict[str, Any] = {}
     for _, own in answers:
         for name, grad in own.items():
             grads[name] = grads.get(name, 0) + grad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given
@@ -20,7 +22,7 @@ DDP = Wrap(ddp=True)
 
 def merged(answers, case):
     """Losses of the last rank; gradients of all ranks, whose copies of a tied table must agree."""
-    grads = {}
+    grads: dict[str, Any] = {}
     for _, own in answers:
         for name, grad in own.items():
             tied = case.tied and name == "output_layer.weight"
@@ -122,6 +124,6 @@ def refusals(rank, world):
 
 
 def test_what_it_cannot_run_is_refused_with_a_reason():
-    reasons = ["3 layers", "layers differ", "multi-token", "packed", "2 samples", "no tokens"]
+    reasons = ["3 layers", "list 0 of 2 layers", "multi-token", "packed", "2 samples", "no tokens"]
     for reason, text in zip(reasons, team(1).run(refusals)[0], strict=True):
         assert reason in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.processes import team
@@ -13,7 +15,8 @@ IMAGES = (2, 0, 3, 1)
 
 
 def merged(answers):
-    losses, grads = next(a[0] for a in answers if a[0][0]), {}
+    losses = next(a[0] for a in answers if a[0][0])
+    grads: dict[str, Any] = {}
     for _, own in answers:
         for name, grad in own.items():
             grads[name] = grads.get(name, 0) + grad

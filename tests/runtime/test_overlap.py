@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Compute, Kind
+from dip_megatron.core import Compute, Kind, Payload
 from dip_megatron.core.lower import incoming, make_plan, outgoing
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.runtime.clock import Clock
@@ -98,7 +98,9 @@ def test_only_what_needs_a_message_waits_for_it(seed, rank, release):
     sends; with some more input, up to the next such stage; and its sends need end only at the very end."""
     graph = random_graph(seed)
     rank %= graph.ranks
-    nothing = {(s, t): () for s in range(graph.virtual_microbatches) for t in (s, *graph.next_virtual_microbatches[s])}
+    nothing: dict[tuple[int, ...], Payload] = {
+        (s, t): () for s in range(graph.virtual_microbatches) for t in (s, *graph.next_virtual_microbatches[s])
+    }
     plan = make_plan(graph, greedy(graph), lower_bound=0.0, payloads=nothing)
     stages = [a.operation for a in plan.actions[rank] if isinstance(a, Compute)]
     arriving = defaultdict(list)

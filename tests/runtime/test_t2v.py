@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
-from dip_megatron.describe.model import Parallel
+from dip_megatron.describe.model import LatentEmbedding, Parallel
 from tests.drawn import settings
 from tests.processes import ProcessFailure, Team, team
 from tests.runtime.split_case import Drawn
@@ -130,6 +130,7 @@ def described(rank, world):
     )
     lines = {"language": ((2,),), "diffusion": ((2,),)}
     program, stem = T2vProgram(arguments(case, 1), lines, rank=0), view.module("diffusion").stem
+    assert isinstance(stem, LatentEmbedding)
     counted, patches = [], []
     for item in batches(case):
         counted += [

@@ -98,5 +98,10 @@ def test_no_nccl_in_torch():
     assert transport_kind([Place("a", "g0"), Place("a", "g1")], nccl=False)[0] == "staging"
 
 
+def test_a_system_without_shared_counters():
+    assert transport_kind([Place("a", "")] * 2, shared=False)[0] == "gloo"
+    assert transport_kind([Place("a", "g0")] * 2, shared=False)[0] == "staging"
+
+
 def test_two_processes_of_one_host_are_at_one_place():
     assert place_of(torch.device("cpu")) == place_of(torch.device("cpu"))

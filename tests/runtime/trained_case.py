@@ -82,8 +82,8 @@ def _output(value: Any) -> torch.Tensor:
 
 
 def _arguments(trained: Trained, pp: int) -> dict[str, Any]:
-    of = gpt_case.gpt_kwargs if isinstance(trained.case, GptCase) else llava_case.llava_kwargs
-    kwargs = of(trained.case, pp)  # type: ignore[operator]
+    case = trained.case
+    kwargs = gpt_case.gpt_kwargs(case, pp) if isinstance(case, GptCase) else llava_case.llava_kwargs(case, pp)
     if trained.adapters:
         for name in [n for n in kwargs if n.endswith("layer_spec") and n != "vision_projection_layer_spec"]:
             spec = kwargs[name] = copy.deepcopy(kwargs[name])
@@ -103,6 +103,7 @@ def reference(rank: int, world: int, trained: Trained) -> list[Any]:
 
     case, kwargs = trained.case, _arguments(trained, 1)
     model: Any
+    of: Any
     if isinstance(case, GptCase):
         model, of, longest = GPTModel(**kwargs, pre_process=True, post_process=True), gpt_case, gpt_case.LENGTH
     else:
@@ -137,6 +138,7 @@ def dip_run(rank: int, world: int, trained: Trained, drawn: Drawn) -> list[Any]:
 
     case, kwargs = trained.case, _arguments(trained, world)
     program: Any
+    of: Any
     if isinstance(case, GptCase):
         of, unit_size = gpt_case, 1
         program = GptProgram(kwargs, {"language": case.layers}, rank=rank, micro_batch_size=case.micro_batch_size)

@@ -22,9 +22,9 @@ def mixed_graph(
 ) -> StageGraph:
     """Each stage takes ``times`` (F, B, W) divided by the segments, times ``scale`` of its microbatch. ``recompute``:
     add a second strategy that holds a tenth and lengthens B by that much."""
-    rows = microbatches * segments
+    virtual_microbatches = microbatches * segments
     factor = np.ones(microbatches) if scale is None else scale
-    base = np.repeat(factor, segments)[:, None] * np.ones((rows, ranks)) / segments
+    base = np.repeat(factor, segments)[:, None] * np.ones((virtual_microbatches, ranks)) / segments
     forward, backward, weight = (np.array([base * t]) for t in times)
     activation, deferred_activation = np.array([base * held]), np.array([base * held])
     if recompute:
@@ -43,7 +43,7 @@ def mixed_graph(
         fused=backward + weight,
         activation=activation,
         deferred_activation=deferred_activation,
-        transfer=np.full(rows, transfer),
+        transfer=np.full(virtual_microbatches, transfer),
         static_bytes=np.zeros(ranks),
         memory_limit=np.full(ranks, limit),
     )

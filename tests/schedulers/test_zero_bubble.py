@@ -120,6 +120,6 @@ def test_reversed_segment_starts_where_the_first_one_ends():
     graph = mixed_graph(3, 1, 2, turned=True, transfer=0.5)
     turn = graph.operation(Kind.F, 1, 2)
     assert graph.predecessors(turn) == (graph.operation(Kind.F, 0, 2),)
-    # Down over two hops, no hop at the turn, and up again; the same way back, with a W at the turn and one at the end.
+    # Down over two transfers, none at the turn, and up again; the same way back, with a W at the turn and at the end.
     one_way = 6 * 0.5 + 4 * 0.5
     assert simulate(graph, handcrafted_v(graph)).iteration_time == pytest.approx(2 * one_way + 2 * 0.5)

@@ -43,8 +43,8 @@ class GraphArrays(NamedTuple):
 
 def graph_arrays(graph: StageGraph) -> GraphArrays:
     """Lay out ``graph`` for the kernels."""
-    rows, ranks, edges = graph.virtual_microbatches, graph.ranks, graph.edges
-    nodes = rows * ranks
+    virtual_microbatches, ranks, edges = graph.virtual_microbatches, graph.ranks, graph.edges
+    nodes = virtual_microbatches * ranks
     c = graph.candidates
 
     def nodewise(array: Floats) -> Floats:
@@ -54,7 +54,7 @@ def graph_arrays(graph: StageGraph) -> GraphArrays:
         np.stack([nodewise(x) for x in (graph.forward, graph.backward, graph.weight, graph.fused)])
     )
     return GraphArrays(
-        virtual_microbatches=rows,
+        virtual_microbatches=virtual_microbatches,
         ranks=ranks,
         candidates=c,
         duration=duration,
@@ -92,7 +92,7 @@ def replay(
     ``orders`` ``[P, L]`` codes; ``strategy`` ``[N]``; ``start``, ``end`` ``[P, L]``, ``place`` ``[P]``, ``forward_end``
     and ``backward_end`` ``[N]`` are overwritten.
     """
-    rows, ranks = g.virtual_microbatches, g.ranks
+    virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     forward_end[:] = np.nan
     backward_end[:] = np.nan
     place[:] = 0
@@ -107,8 +107,8 @@ def replay(
             clock = end[p, i - 1] if i > 0 else 0.0
             while i < lengths[p]:
                 code = orders[p, i]
-                kind = code // rows
-                n = (code - kind * rows) * ranks + p
+                kind = code // virtual_microbatches
+                n = (code - kind * virtual_microbatches) * ranks + p
                 ready = clock
                 if kind == FORWARD:
                     for e in range(g.before_start[n], g.before_start[n + 1]):
@@ -153,13 +153,13 @@ def replay(
 @compiled
 def peak_memory(g: GraphArrays, p: int, order: Ints, length: int, strategy: NDArray[np.int8]) -> float:
     """Peak bytes of rank ``p`` when it runs ``order``, static bytes included; it depends on that order alone."""
-    rows, ranks = g.virtual_microbatches, g.ranks
+    virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     held = g.static_bytes[p]
     peak = held
     for i in range(length):
         code = order[i]
-        kind = code // rows
-        n = (code - kind * rows) * ranks + p
+        kind = code // virtual_microbatches
+        n = (code - kind * virtual_microbatches) * ranks + p
         activation, deferred_activation = g.activation[strategy[n], n], g.deferred_activation[strategy[n], n]
         if kind == FORWARD:
             held += activation
@@ -201,4 +201,5 @@ def simulate_compiled(graph: StageGraph, schedule: Schedule, arrays: GraphArrays
         tuple(end[p, : lengths[p]].copy() for p in range(g.ranks)),
         peak,
         float(time),
+        graph.overhead,
     )

@@ -26,25 +26,31 @@ class Line:
 
 @dataclass(frozen=True)
 class Corrections:
-    """Lines for stages that were measured; others keep the cost model's seconds. Empty: the cost model alone."""
+    """Lines for stages that were measured; others keep the cost model's seconds. Empty: the cost model alone.
+
+    ``overhead[rank]``: seconds between two operations, which are part of what the lines give (see
+    :class:`~dip_megatron.core.StageGraph`).
+    """
 
     lines: tuple[Line, ...] = ()
+    overhead: tuple[float, ...] = ()
 
     def apply(self, graph: StageGraph) -> StageGraph:
         """The graph with corrected durations, none negative. What takes no time (a chunk without layers, frozen
         weights) still takes none."""
         if not self.lines:
             return graph
-        rows = _rows(graph)
+        virtual_microbatches = _virtual_microbatches(graph)
         arrays = {kind: getattr(graph, name).copy() for kind, name in _ARRAYS.items()}
         for line in self.lines:
-            here = rows.get((line.module, line.segment))
+            here = virtual_microbatches.get((line.module, line.segment))
             if here is None or len(line.factor) != graph.ranks:
                 continue
             seconds = arrays[line.kind][:, here, :]
             corrected = np.maximum(np.array(line.fixed) + np.array(line.factor) * seconds, 0.0)
             arrays[line.kind][:, here, :] = np.where(seconds > 0, corrected, 0.0)
-        return replace(graph, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
+        overhead = self.overhead if len(self.overhead) == graph.ranks else ()
+        return replace(graph, overhead=overhead, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
 
 
 def seconds_of(graph: StageGraph, kind: Kind) -> Floats:
@@ -53,10 +59,12 @@ def seconds_of(graph: StageGraph, kind: Kind) -> Floats:
     return seconds
 
 
-def _rows(graph: StageGraph) -> dict[tuple[str, int], list[int]]:
+def _virtual_microbatches(graph: StageGraph) -> dict[tuple[str, int], list[int]]:
     """Rows of each module's segments."""
-    rows: dict[tuple[str, int], list[int]] = {}
+    virtual_microbatches: dict[tuple[str, int], list[int]] = {}
     for unit in graph.units:
         for segment in range(graph.module(unit.module).segments):
-            rows.setdefault((unit.module, segment), []).append(graph.virtual_microbatch(unit.id, segment))
-    return rows
+            virtual_microbatches.setdefault((unit.module, segment), []).append(
+                graph.virtual_microbatch(unit.id, segment)
+            )
+    return virtual_microbatches

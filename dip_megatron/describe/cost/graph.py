@@ -13,7 +13,7 @@ from ...core.graph import Floats, trained_before
 from ..model import ModuleShape, MultimodalModel, Partition, Training
 from ..workload import Microbatch, WorkloadError, make_units
 from .calibration import Costs
-from .chunks import Chunk, ChunkCost, CostModel, LayerRun
+from .chunks import Chunk, ChunkCost, CostModel, Kind, LayerRun
 from .hardware import Cluster
 from .parts import LayerCost
 from .sizes import unit_sizes
@@ -70,10 +70,10 @@ def segmented_graph(
     modules = tuple(_module(partition, shape, training) for shape in model.modules)
     reached = trained_before(modules)
     first_virtual_microbatch = np.cumsum([0] + [partition.module(u.module).segments for u in units])
-    rows = int(first_virtual_microbatch[-1])
+    virtual_microbatches = int(first_virtual_microbatch[-1])
     chunks = {m.name: _chunks(partition, m) for m in model.modules}
     costs: list[tuple[Counts, int, ChunkCost]] = []
-    transfer = np.zeros(rows)
+    transfer = np.zeros(virtual_microbatches)
     sizes = {}
     built: dict[LayerRun, ModuleShape] = {}
     for shape in model.modules:
@@ -83,7 +83,7 @@ def segmented_graph(
             continue
         here = {shape.name: sizes[shape.name]}
         first = first_virtual_microbatch[[u.id for u in mine]]
-        layers: dict[CostModel, dict[tuple[str, bool], LayerCost]] = {}
+        layers: dict[CostModel, dict[Kind, LayerCost]] = {}
         priced: dict[tuple[CostModel, Chunk], ChunkCost] = {}
         trained = None if training is None else training.of_module(shape.name)
         message = pricer.transfer_seconds(pricer.message_bytes(shape, sizes[shape.name]))
@@ -95,11 +95,11 @@ def segmented_graph(
                     built[run] = trained[k][rank].of_shape(shape)
                     own = pricer.as_built(shape.name, trained[k][rank], reached[shape.name][k][rank])
                 # Chunks of equal layers cost the same, wherever they stand, unless kinds of layers alternate.
-                same = (own, (run if shape.layer.window else replace(run, first=0),))
+                same = (own, (run if len(set(shape.kinds)) > 1 else replace(run, first=0),))
                 if same not in priced:
                     priced[same] = own._chunk(same[1], here, layers.setdefault(own, {}))
                 costs.append((first + k, rank, priced[same]))
-    arrays, names = _fill(rows, ranks, costs)
+    arrays, names = _fill(virtual_microbatches, ranks, costs)
     ranked = [[(line[rank],) for m in model.modules for line in chunks[m.name]] for rank in range(ranks)]
     static = [s.total for s in pricer.static(ranked, sizes, built)]
     return _graph(pricer, modules, units, arrays, names, transfer, static, memory_limit)
@@ -148,7 +148,7 @@ def mixed_graph(
     ranked: list[list[Chunk]] = [[] for _ in range(ranks)]
     transfer = np.zeros(count * segments)
     first = np.arange(count) * segments
-    priced: dict[tuple[str, bool], LayerCost] = {}
+    priced: dict[Kind, LayerCost] = {}
     costs: list[tuple[Counts, int, ChunkCost]] = []
     message = np.zeros(count)
     for chunk, (k, rank) in zip(chunks, holder, strict=True):
@@ -213,9 +213,9 @@ def _chunks(partition: Partition, shape: ModuleShape) -> list[list[LayerRun]]:
     return [
         [
             LayerRun(shape.name, n, part.first_layer[k][r], stem=(k, r) == (0, 0), head=(k, r) == last)
-            for r, n in enumerate(row)
+            for r, n in enumerate(counts)
         ]
-        for k, row in enumerate(part.layers)
+        for k, counts in enumerate(part.layers)
     ]
 
 
@@ -233,27 +233,28 @@ def _module(partition: Partition, shape: ModuleShape, training: Training | None)
     if training is not None:
         return ModalityModule(shape.name, layers, shape.upstream, training.trainable(shape.name))
     runs = _chunks(partition, shape)
-    trainable = tuple(tuple(_trains(shape, run) for run in row) for row in runs)
+    trainable = tuple(tuple(_trains(shape, run) for run in segment) for segment in runs)
     return ModalityModule(shape.name, layers, shape.upstream, () if all(map(all, trainable)) else trainable)
 
 
 def _fill(
-    rows: int,
+    virtual_microbatches: int,
     ranks: int,
     costs: Sequence[tuple[Counts, int, ChunkCost]],
 ) -> tuple[dict[str, Floats], tuple[tuple[tuple[str, ...], ...], ...]]:
-    """Chunk costs (rows, rank, cost) as arrays ``[C, S, P]``; chunks with fewer candidates repeat their last."""
+    """Chunk costs (virtual microbatches, rank, cost) as arrays ``[C, S, P]``; chunks with fewer candidates repeat their
+    last."""
     count = max(cost.forward.shape[0] for _, _, cost in costs)
-    arrays = {name: np.empty((count, rows, ranks)) for name in _FIELDS}
-    names: list[list[tuple[str, ...]]] = [[()] * ranks for _ in range(rows)]
+    arrays = {name: np.empty((count, virtual_microbatches, ranks)) for name in _FIELDS}
+    names: list[list[tuple[str, ...]]] = [[()] * ranks for _ in range(virtual_microbatches)]
     for index, rank, cost in costs:
         have = cost.forward.shape[0]
         for name in _FIELDS:
             values = getattr(cost, name)
             arrays[name][:have, index, rank] = values
             arrays[name][have:, index, rank] = values[-1]
-        for row, text in zip(index.tolist(), cost.names, strict=True):
-            names[row][rank] = text + text[-1:] * (count - have)
+        for virtual_microbatch, text in zip(index.tolist(), cost.names, strict=True):
+            names[virtual_microbatch][rank] = text + text[-1:] * (count - have)
     return arrays, tuple(tuple(line) for line in names)
 
 

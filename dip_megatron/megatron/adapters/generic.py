@@ -27,6 +27,9 @@ class GenericLoop(TrainingLoop):
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_data_parallel_world_size(), sequence_parallel, distributed_optimizer,
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
         )  # fmt: skip
         super().__init__(parallel, **settings)
         self._another_follows = another_follows
@@ -35,7 +38,10 @@ class GenericLoop(TrainingLoop):
         return self._another_follows is None or self._another_follows()
 
 
-_OF_LOOP = ("seed", "log_interval", "read_ahead", "another_follows", "sequence_parallel", "distributed_optimizer")
+_OF_LOOP = (
+    "seed", "log_interval", "read_ahead", "another_follows", "sequence_parallel", "distributed_optimizer",
+    "weights_by_tokens",
+)  # fmt: skip
 
 
 def build(

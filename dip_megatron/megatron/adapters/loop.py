@@ -23,7 +23,8 @@ class TrainingLoop:
     iterations. ``read_ahead``: whether the next iteration's microbatches may be read while one trains; without it they
     are planned when the schedule is called with them. ``iteration()`` is the number of the iteration that runs, or ran
     last, as the loop counts (None: DIP counts those that train, from 1). ``layout``: of layers, that the loop's own
-    settings ask for; it must not apply it itself.
+    settings ask for; it must not apply it itself. ``weights_by_tokens``: losses and gradients of all replicas are added
+    up and divided by their tokens, so that replicas may train on different numbers of microbatches.
     """
 
     parallel: Parallel
@@ -34,6 +35,7 @@ class TrainingLoop:
     read_ahead: bool = False
     iteration: Callable[[], int] | None = None
     layout: GivenLayout | None = None
+    weights_by_tokens: bool = False
 
     def another_follows(self) -> bool:
         """Whether the training iteration that is about to run is followed by another: data sets may hold no more than

@@ -12,9 +12,8 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
-from ...describe.model import Parallel
 from ...environment import load_settings
-from .bridge_checks import check_bridge
+from .bridge_checks import check_bridge, parallel_of
 from .layout import GivenLayout, given_layout
 from .loop import Target, TrainingLoop
 
@@ -38,17 +37,15 @@ class BridgeLoop(TrainingLoop):
     """A run of Bridge's loop, by its state, which holds the validated configuration."""
 
     def __init__(self, state: Any, layout: GivenLayout | None):
-        config, model = state.cfg, state.cfg.model
+        config = state.cfg
         replicas = config.data_parallel_size
         super().__init__(
-            Parallel(
-                model.tensor_model_parallel_size, model.pipeline_model_parallel_size, replicas,
-                model.sequence_parallel, config.ddp.use_distributed_optimizer,
-            ),
+            parallel_of(config),
             config.train.micro_batch_size,
             max(config.train.global_batch_size // (config.train.micro_batch_size * replicas), 1),
             config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config.dataset),
             iteration=self._following, layout=layout,
+            weights_by_tokens=bool(getattr(config.model, "calculate_per_token_loss", False)),
         )  # fmt: skip
         self._state = state
 

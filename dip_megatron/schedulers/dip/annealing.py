@@ -49,15 +49,15 @@ def _bend(q: Problem, shift: Floats, random: NDArray[np.uint64]) -> None:
 @compiled
 def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
     """Change the fastest strategy allowed: of a stage, a virtual microbatch, a microbatch on a rank, or a rank."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     if uniform(random) < 0.1:
         x.flags[LEAN_AT_ONCE] = not x.flags[LEAN_AT_ONCE]
         return
-    s, p, scope = below(random, rows), below(random, ranks), uniform(random)
+    s, p, scope = below(random, virtual_microbatches), below(random, ranks), uniform(random)
     choice = below(random, q.graph.candidates)
     if uniform(random) < 0.4:
         choice = 0
-    for i in range(rows):
+    for i in range(virtual_microbatches):
         same_kind = q.backbone[i] == q.backbone[s]
         for r in range(ranks):
             if scope < 0.35:
@@ -77,9 +77,14 @@ def _lean(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
 @compiled
 def _fuse(q: Problem, x: Keys, random: NDArray[np.uint64]) -> None:
     """Split or fuse the backward of a stage, of a virtual microbatch, of a microbatch on a rank, or of a rank."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
-    s, p, scope, choice = below(random, rows), below(random, ranks), uniform(random), uniform(random) < 0.5
-    for i in range(rows):
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    s, p, scope, choice = (
+        below(random, virtual_microbatches),
+        below(random, ranks),
+        uniform(random),
+        uniform(random) < 0.5,
+    )
+    for i in range(virtual_microbatches):
         for r in range(ranks):
             if scope < 0.35:
                 hit = i == s and r == p

@@ -40,8 +40,8 @@ def check_fits(graph: StageGraph, q: Problem) -> None:
     if short[rank] <= 0:
         return
     missing = float(short[rank]) * q.bytes_per_count
-    row = int(np.flatnonzero(q.last == where[rank])[0])
-    microbatch = graph.units[int(graph.unit_of[row])].microbatch
+    virtual_microbatch = int(np.flatnonzero(q.last == where[rank])[0])
+    microbatch = graph.units[int(graph.unit_of[virtual_microbatch])].microbatch
     knobs = [
         "raise --dip-memory-limit" if graph.static_bytes[rank] < graph.memory_limit[rank] else "lower static memory"
     ]

@@ -71,9 +71,9 @@ class Incumbent:
 
 def listed(q: Problem, w: Work) -> Schedule:
     """The schedule that the list scheduler left in ``w``."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     orders = tuple(w.orders[p, : w.lengths[p]].copy() for p in range(ranks))
-    return Schedule(orders, w.strategy.reshape(rows, ranks).copy())
+    return Schedule(orders, w.strategy.reshape(virtual_microbatches, ranks).copy())
 
 
 def in_threads(jobs: Sequence[Callable[[], None]], workers: int) -> None:

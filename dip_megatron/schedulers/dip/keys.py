@@ -42,16 +42,16 @@ class Keys(NamedTuple):
 
 def make_keys(q: Problem, split: bool) -> Keys:
     """Natural order of microbatches, fastest strategies, no waiting."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     order = np.arange(q.groups, dtype=np.float64)
     return Keys(
         order_forward=order,
         order_backward=order.copy(),
-        shift_forward=np.zeros(rows),
-        shift_backward=np.zeros(rows),
+        shift_forward=np.zeros(virtual_microbatches),
+        shift_backward=np.zeros(virtual_microbatches),
         offset=np.zeros(ranks),
         waits=np.zeros(WAITS),
-        base=np.zeros(rows * ranks, dtype=np.int8),
+        base=np.zeros(virtual_microbatches * ranks, dtype=np.int8),
         split=q.graph.has_weight & split,
         flags=np.zeros(FLAGS, dtype=np.bool_),
         window=np.full(ranks, float(len(q.reservation))),

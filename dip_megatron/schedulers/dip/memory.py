@@ -41,17 +41,17 @@ class Refill(NamedTuple):
 
 def make_refill(q: Problem) -> Refill:
     """Buffers for ``q``."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     return Refill(
-        start=np.zeros((ranks, 3 * rows)),
-        end=np.zeros((ranks, 3 * rows)),
+        start=np.zeros((ranks, 3 * virtual_microbatches)),
+        end=np.zeros((ranks, 3 * virtual_microbatches)),
         at=np.zeros(ranks, dtype=np.int32),
-        forward_end=np.zeros(rows * ranks),
-        backward_end=np.zeros(rows * ranks),
-        profile=np.zeros(3 * rows, dtype=np.int64),
-        place=np.zeros((3, rows), dtype=np.int32),
-        rating=np.zeros(rows),
-        ranked=np.zeros(rows, dtype=np.int32),
+        forward_end=np.zeros(virtual_microbatches * ranks),
+        backward_end=np.zeros(virtual_microbatches * ranks),
+        profile=np.zeros(3 * virtual_microbatches, dtype=np.int64),
+        place=np.zeros((3, virtual_microbatches), dtype=np.int32),
+        rating=np.zeros(virtual_microbatches),
+        ranked=np.zeros(virtual_microbatches, dtype=np.int32),
         gain=np.array([1.0, 1.2, 1.2]),
     )
 
@@ -61,19 +61,19 @@ def fill_memory(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[
     """Give the stages of rank ``p`` faster strategies while memory lasts, most seconds saved per byte first; the given
     ``strategy`` ``[N]`` must fit."""
     g = q.graph
-    rows, ranks = g.virtual_microbatches, g.ranks
+    virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     duration, has_backward, has_weight = g.duration, g.has_backward, g.has_weight
     activation, deferred_activation, capacity = q.activation, q.deferred_activation, q.capacity[p]
     profile, place, rating, ranked = r.profile, r.place, r.rating, r.ranked
     # place: where the stage's F, B and W stand; profile: bytes held from the start of an operation to that of the next.
     held = np.int64(0)
-    for s in range(rows):
+    for s in range(virtual_microbatches):
         place[1, s] = -1
         place[2, s] = -1
     for i in range(length):
         code = order[i]
-        kind = code // rows
-        s = code - kind * rows
+        kind = code // virtual_microbatches
+        s = code - kind * virtual_microbatches
         n = s * ranks + p
         c = strategy[n]
         if kind == FORWARD:
@@ -93,7 +93,7 @@ def fill_memory(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[
                     held += deferred_activation[c, n]
             place[2, s] = i
             profile[i] = held
-    for s in range(rows):
+    for s in range(virtual_microbatches):
         n = s * ranks + p
         c = strategy[n]
         saved = duration[FORWARD, c, n] - duration[FORWARD, 0, n]
@@ -104,7 +104,7 @@ def fill_memory(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[
         rating[s] = -saved / max(1.0, float(activation[0, n] - activation[c, n]))
         ranked[s] = s
     insertion_sort(ranked, rating)
-    for k in range(rows):
+    for k in range(virtual_microbatches):
         s = ranked[k]
         n = s * ranks + p
         now = int(strategy[n])
@@ -165,8 +165,8 @@ def solve_memory(
     strategies ``[S]``, or None if nothing better than ``greedy`` by more than ``gap`` was found.
     """
     g = q.graph
-    rows, ranks, count = g.virtual_microbatches, g.ranks, g.candidates
-    nodes = np.arange(rows) * ranks + p
+    virtual_microbatches, ranks, count = g.virtual_microbatches, g.ranks, g.candidates
+    nodes = np.arange(virtual_microbatches) * ranks + p
     has_weight, has_backward = g.has_weight[nodes], g.has_backward[nodes]
     back = np.where(
         has_weight, g.duration[FUSED][:, nodes], np.where(has_backward, g.duration[BACKWARD][:, nodes], 0.0)
@@ -177,7 +177,7 @@ def solve_memory(
     at_least: list[tuple[int, int]] = []
     lines = 0
     for code in order.tolist():
-        kind, s = divmod(code, rows)
+        kind, s = divmod(code, virtual_microbatches)
         if kind != FORWARD:
             alive.remove(s)
             continue
@@ -188,20 +188,24 @@ def solve_memory(
             alive.remove(s)
     base = cost.min(axis=1)
     extra = cost - base[:, None]
-    limit = float(extra[np.arange(rows), greedy].sum())
+    limit = float(extra[np.arange(virtual_microbatches), greedy].sum())
     if limit <= 0.0:
         return None
     unit = max(1.0, float(q.capacity[p]))
     line = np.array([x[0] for x in at_least]).repeat(count)
     column = (np.array([x[1] for x in at_least])[:, None] * count + np.arange(count)).ravel()
     weights = (size / unit).ravel()[column]
-    memory = coo_array((weights, (line, column)), shape=(lines, rows * count)).tocsr()
+    memory = coo_array((weights, (line, column)), shape=(lines, virtual_microbatches * count)).tocsr()
     one = coo_array(
-        (np.ones(rows * count), (np.arange(rows).repeat(count), np.arange(rows * count))), shape=(rows, rows * count)
+        (
+            np.ones(virtual_microbatches * count),
+            (np.arange(virtual_microbatches).repeat(count), np.arange(virtual_microbatches * count)),
+        ),
+        shape=(virtual_microbatches, virtual_microbatches * count),
     ).tocsr()
     result = milp(
         extra.ravel() / limit,
-        integrality=np.ones(rows * count),
+        integrality=np.ones(virtual_microbatches * count),
         bounds=Bounds(0.0, 1.0),
         constraints=[
             LinearConstraint(memory, -np.inf, 1.0),
@@ -212,5 +216,5 @@ def solve_memory(
     )
     if result.x is None:
         return None
-    chosen = result.x.reshape(rows, count).argmax(axis=1).astype(np.int8)
-    return chosen if float(extra[np.arange(rows), chosen].sum()) < limit else None
+    chosen = result.x.reshape(virtual_microbatches, count).argmax(axis=1).astype(np.int8)
+    return chosen if float(extra[np.arange(virtual_microbatches), chosen].sum()) < limit else None

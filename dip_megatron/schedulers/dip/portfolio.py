@@ -16,8 +16,10 @@ BACKWARD_FIRST = 1e6
 
 def microbatch_orders(q: Problem) -> list[Floats]:
     """Places of the groups: as they come, small ones at both ends, zigzag, ascending, descending by work."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
-    work = np.bincount(q.group, weights=q.graph.duration[0, 0].reshape(rows, ranks).sum(axis=1), minlength=q.groups)
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    work = np.bincount(
+        q.group, weights=q.graph.duration[0, 0].reshape(virtual_microbatches, ranks).sum(axis=1), minlength=q.groups
+    )
     up = np.argsort(work, kind="stable")
     both_ends = np.concatenate([up[0::2], up[1::2][::-1]])
     zigzag = np.empty_like(up)

@@ -43,10 +43,11 @@ class Prices(NamedTuple):
 
 def make_prices(q: Problem) -> Prices:
     """Nothing costs anything yet."""
-    rows = q.graph.virtual_microbatches
+    virtual_microbatches = q.graph.virtual_microbatches
     return Prices(
-        np.zeros(3 * rows), np.zeros(3 * rows), np.zeros(3 * rows + 1), np.zeros(3 * rows + 1),
-        np.zeros((3, rows), dtype=np.int32), np.zeros(rows, dtype=np.int8),
+        np.zeros(3 * virtual_microbatches), np.zeros(3 * virtual_microbatches),
+        np.zeros(3 * virtual_microbatches + 1), np.zeros(3 * virtual_microbatches + 1),
+        np.zeros((3, virtual_microbatches), dtype=np.int32), np.zeros(virtual_microbatches, dtype=np.int8),
     )  # fmt: skip
 
 
@@ -66,14 +67,14 @@ def extra_time(q: Problem, c: int, n: int) -> float:
 def _answer(q: Problem, p: int, length: int, x: Prices) -> float:
     """Each stage's cheapest strategy at the present prices, into ``choice``; ``over`` is then what they hold. Returns
     the sum of their costs, memory included, less the price of all memory: a lower bound on the extra time."""
-    rows, ranks, candidates = q.graph.virtual_microbatches, q.graph.ranks, q.graph.candidates
+    virtual_microbatches, ranks, candidates = q.graph.virtual_microbatches, q.graph.ranks, q.graph.candidates
     capacity = float(q.capacity[p])
     value = 0.0
     for i in range(length):
         x.total[i + 1] = x.total[i] + x.price[i]
         x.over[i] = 0.0
     x.over[length] = 0.0
-    for s in range(rows):
+    for s in range(virtual_microbatches):
         n = s * ranks + p
         f, b, w = x.place[0, s], x.place[1, s], x.place[2, s]
         early, late = x.total[b] - x.total[f], x.total[w] - x.total[b]
@@ -103,11 +104,11 @@ def choose_by_prices(
 ) -> bool:
     """Write strategies for rank ``p`` and its ``order`` into ``strategy`` ``[N]`` that fit and take less than ``limit``
     seconds extra; False if none were found, and nothing is written."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     for i in range(length):
         x.price[i] = 0.0
-        kind = order[i] // rows
-        s = order[i] - kind * rows
+        kind = order[i] // virtual_microbatches
+        s = order[i] - kind * virtual_microbatches
         if kind == FORWARD:
             x.place[0, s] = i
             x.place[1, s] = i + 1
@@ -139,11 +140,11 @@ def choose_by_prices(
                 square += (x.over[i] + SPARE) ** 2
         if most <= 0.0:
             extra = 0.0
-            for s in range(rows):
+            for s in range(virtual_microbatches):
                 extra += extra_time(q, int(x.choice[s]), s * ranks + p)
             if extra < least:
                 least = extra
-                for s in range(rows):
+                for s in range(virtual_microbatches):
                     strategy[s * ranks + p] = x.choice[s]
         gap = limit - value
         if square <= 0.0 or gap <= 0.0:
@@ -158,10 +159,10 @@ def refine_strategies(q: Problem, schedule: Schedule) -> Schedule:
     strategies must fit; so do those returned."""
     orders, lengths = pad_orders(schedule)
     strategy = np.ascontiguousarray(schedule.strategy.reshape(-1)).copy()
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     refill, prices = make_refill(q), make_prices(q)
     for p in range(ranks):
-        extra = sum(extra_time(q, int(strategy[s * ranks + p]), s * ranks + p) for s in range(rows))
+        extra = sum(extra_time(q, int(strategy[s * ranks + p]), s * ranks + p) for s in range(virtual_microbatches))
         if q.bounded[p] and extra > 0.0 and choose_by_prices(q, p, orders[p], int(lengths[p]), strategy, extra, prices):
             fill_memory(q, p, orders[p], int(lengths[p]), strategy, refill)
-    return Schedule(schedule.orders, strategy.reshape(rows, ranks))
+    return Schedule(schedule.orders, strategy.reshape(virtual_microbatches, ranks))

@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 def make_problem(graph: StageGraph) -> Problem:
     """Lay out ``graph`` for the list scheduler."""
     g = graph_arrays(graph)
-    rows, ranks = g.virtual_microbatches, g.ranks
+    virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     per_count, activation, deferred_activation, capacity = _counted(graph, g)
     lean = activation.min(axis=0)
     # A stage that can hold nothing (all of it offloaded) still claims a count until its forward has run: a sink without
@@ -67,29 +67,29 @@ def make_problem(graph: StageGraph) -> Problem:
         for u in sinks[i]:
             number[u] = len(number)
         sink_start[i + 1] = len(number)
-    first = np.full(rows, len(number), dtype=np.int32)
-    last = np.full(rows, -1, dtype=np.int32)
-    unit_rows: list[list[int]] = [[] for _ in graph.units]
-    for s in range(rows):
-        unit_rows[int(graph.unit_of[s])].append(s)
+    first = np.full(virtual_microbatches, len(number), dtype=np.int32)
+    last = np.full(virtual_microbatches, -1, dtype=np.int32)
+    of_unit: list[list[int]] = [[] for _ in graph.units]
+    for s in range(virtual_microbatches):
+        of_unit[int(graph.unit_of[s])].append(s)
     for u, k in number.items():
         for v in _ancestors(upstream_units, u):
-            for s in unit_rows[v]:
+            for s in of_unit[v]:
                 first[s] = min(int(first[s]), k)
                 last[s] = max(int(last[s]), k)
     reservation = np.zeros((len(number), ranks), dtype=np.int64)
     freed = np.zeros_like(reservation)
     passing = np.zeros_like(reservation)
     passing_count = np.zeros_like(reservation)
-    held = np.where(g.has_backward, lean, 0).reshape(rows, ranks)
-    shown = np.where(g.has_backward, 0, lean).reshape(rows, ranks)
-    for s in range(rows):
+    held = np.where(g.has_backward, lean, 0).reshape(virtual_microbatches, ranks)
+    shown = np.where(g.has_backward, 0, lean).reshape(virtual_microbatches, ranks)
+    for s in range(virtual_microbatches):
         reservation[first[s]] += held[s]
         freed[last[s]] += held[s]
         passing[first[s]] = np.maximum(passing[first[s]], shown[s])
-        passing_count[first[s]] += ~g.has_backward.reshape(rows, ranks)[s]
-    most = np.maximum(activation, deferred_activation).max(axis=0).reshape(rows, ranks).sum(axis=0)
-    least = np.where(g.has_backward, lean, 0).reshape(rows, ranks).min(axis=0)
+        passing_count[first[s]] += ~g.has_backward.reshape(virtual_microbatches, ranks)[s]
+    most = np.maximum(activation, deferred_activation).max(axis=0).reshape(virtual_microbatches, ranks).sum(axis=0)
+    least = np.where(g.has_backward, lean, 0).reshape(virtual_microbatches, ranks).min(axis=0)
     ends = {u.module for u in graph.units if not u.downstream and u.module not in _upstream_modules(graph)}
     backbone = np.array([graph.units[int(u)].module in ends for u in graph.unit_of], dtype=np.bool_)
     return Problem(

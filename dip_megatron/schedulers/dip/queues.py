@@ -41,16 +41,16 @@ def sort_queues(q: Problem, x: Keys, w: Work) -> None:
     """Keys of the virtual microbatches and their places in both queues; places of the sinks in the order of their
     groups."""
     keys = w.keys
-    rows = q.graph.virtual_microbatches
-    for s in range(rows):
+    virtual_microbatches = q.graph.virtual_microbatches
+    for s in range(virtual_microbatches):
         keys[s] = x.order_forward[q.group[s]] + x.shift_forward[s]
         w.queued[s].key_forward = keys[s]
     insertion_sort(w.by_forward, keys)
-    for s in range(rows):
+    for s in range(virtual_microbatches):
         keys[s] = x.order_backward[q.group[s]] + x.shift_backward[s]
         w.queued[s].key_backward = keys[s]
     insertion_sort(w.by_backward, keys)
-    for i in range(rows):
+    for i in range(virtual_microbatches):
         w.queued[w.by_forward[i]].place_forward = i
         w.queued[w.by_backward[i]].place_backward = i
     insertion_sort(w.group_order, x.order_forward)
@@ -61,6 +61,6 @@ def sort_queues(q: Problem, x: Keys, w: Work) -> None:
             place += 1
     # The first sink in order that any forward from here on in the queue belongs to.
     first = place
-    for i in range(rows - 1, -1, -1):
+    for i in range(virtual_microbatches - 1, -1, -1):
         first = min(first, w.position[q.first[w.by_forward[i]]])
         w.earliest[i] = first

@@ -74,11 +74,11 @@ def fits(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[np.int8
     """Whether rank ``p`` stays within its capacity."""
     if not q.bounded[p]:
         return True
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     held = 0
     for i in range(length):
-        kind = order[i] // rows
-        n = (order[i] - kind * rows) * ranks + p
+        kind = order[i] // virtual_microbatches
+        n = (order[i] - kind * virtual_microbatches) * ranks + p
         c = strategy[n]
         if kind == FORWARD:
             held += q.activation[c, n]
@@ -99,7 +99,7 @@ def fits(q: Problem, p: int, order: Ints, length: int, strategy: NDArray[np.int8
 def trace(q: Problem, s: Sequences, random: NDArray[np.uint64]) -> None:
     """Follow one longest path from the end to the start, branching at random; fill ``arcs``."""
     g = q.graph
-    rows, ranks = g.virtual_microbatches, g.ranks
+    virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     p, latest = 0, -1.0
     for r in range(ranks):
         if s.lengths[r] > 0 and s.end[r, s.lengths[r] - 1] > latest:
@@ -109,8 +109,8 @@ def trace(q: Problem, s: Sequences, random: NDArray[np.uint64]) -> None:
     count = 0
     while i >= 0 and count < len(s.arcs):
         begin = s.start[p, i]
-        kind = s.orders[p, i] // rows
-        n = (s.orders[p, i] - kind * rows) * ranks + p
+        kind = s.orders[p, i] // virtual_microbatches
+        n = (s.orders[p, i] - kind * virtual_microbatches) * ranks + p
         next_p, next_i = -1, -1
         if kind == FORWARD:
             for e in range(g.before_start[n], g.before_start[n + 1]):
@@ -148,12 +148,12 @@ def shift(order: Ints, source: int, target: int) -> None:
 
 
 @compiled
-def passes_itself(order: Ints, rows: int, source: int, target: int) -> bool:
+def passes_itself(order: Ints, virtual_microbatches: int, source: int, target: int) -> bool:
     """Whether that move would swap two operations of one stage."""
-    row = order[source] % rows
+    virtual_microbatch = order[source] % virtual_microbatches
     low, high = min(source, target), max(source, target)
     for i in range(low, high + 1):  # noqa: SIM110 (any() would allocate)
-        if i != source and order[i] % rows == row:
+        if i != source and order[i] % virtual_microbatches == virtual_microbatch:
             return True
     return False
 
@@ -162,15 +162,15 @@ def passes_itself(order: Ints, rows: int, source: int, target: int) -> bool:
 def settle(q: Problem, s: Sequences, accepted: bool) -> None:
     """After :func:`replay_after`: make the trial's times the current ones, or forget them. The orders must be those
     that were tried."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     for r in range(ranks):
         for i in range(s.first[r], s.lengths[r]):
             if accepted:
                 s.start[r, i] = s.trial_start[r, i]
                 s.end[r, i] = s.trial_end[r, i]
-            kind = s.orders[r, i] // rows
+            kind = s.orders[r, i] // virtual_microbatches
             if kind != WEIGHT:
-                k, n = 0 if kind == FORWARD else 1, (s.orders[r, i] - kind * rows) * ranks + r
+                k, n = 0 if kind == FORWARD else 1, (s.orders[r, i] - kind * virtual_microbatches) * ranks + r
                 if accepted:
                     s.ends[k, n] = s.trial_ends[k, n]
                     s.place[k, n] = i
@@ -200,7 +200,7 @@ def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) 
     """The time after a change to rank ``p``'s order from ``position`` on, or to the length of the operation there; nan
     if it deadlocks, inf if it is over ``limit``. What started before that position could start is not touched."""
     g = q.graph
-    rows, ranks = g.virtual_microbatches, g.ranks
+    virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     duration = g.duration
     since = s.end[p, position - 1] if position > 0 else 0.0
     remaining = 0
@@ -219,9 +219,11 @@ def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) 
         if low > 0:
             s.trial_end[r, low - 1] = s.end[r, low - 1]
         for i in range(low, s.lengths[r]):
-            kind = s.orders[r, i] // rows
+            kind = s.orders[r, i] // virtual_microbatches
             if kind != WEIGHT:
-                s.trial_ends[0 if kind == FORWARD else 1, (s.orders[r, i] - kind * rows) * ranks + r] = np.nan
+                s.trial_ends[
+                    0 if kind == FORWARD else 1, (s.orders[r, i] - kind * virtual_microbatches) * ranks + r
+                ] = np.nan
         remaining += s.lengths[r] - low
     while remaining > 0:
         progressed = False
@@ -230,8 +232,8 @@ def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) 
             clock = s.trial_end[r, i - 1] if i > 0 else 0.0
             while i < s.lengths[r]:
                 code = s.orders[r, i]
-                kind = code // rows
-                n = (code - kind * rows) * ranks + r
+                kind = code // virtual_microbatches
+                n = (code - kind * virtual_microbatches) * ranks + r
                 ready = clock
                 if kind == FORWARD:
                     for e in range(g.before_start[n], g.before_start[n + 1]):
@@ -277,7 +279,7 @@ def improve(
 ) -> None:
     """``evaluations`` moves of annealing at temperature ``heat`` (seconds); ``values`` ``[2]`` are the times of the
     schedule under way and of the best."""
-    rows, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     for _ in range(evaluations):
         kind = uniform(random)
         p, source, target, n, old = -1, 0, 0, -1, np.int8(0)
@@ -303,7 +305,7 @@ def improve(
                 source = below(random, s.lengths[p])
                 target = source + below(random, 13) - 6
             target = max(0, min(s.lengths[p] - 1, target))
-            if source == target or passes_itself(s.orders[p], rows, source, target):
+            if source == target or passes_itself(s.orders[p], virtual_microbatches, source, target):
                 continue
             shift(s.orders[p], source, target)
         accepted = False

@@ -143,17 +143,17 @@ def back_up(tree: Tree, node: int, score: float) -> None:
 def evaluate_order(q: Problem, item: Ints, order: Ints, x: Keys, w: Work, f: Refill, r: Rollouts) -> float:
     """Time of one priority order after phases b and c: interleaving with the leanest strategies, then memory filled
     greedily rank by rank, then the simulator. Orders and strategies are left in ``w``."""
-    rows = q.graph.virtual_microbatches
+    virtual_microbatches = q.graph.virtual_microbatches
     for i in range(len(order)):
         r.place[order[i]] = i
     for i in range(q.groups):
         x.order_forward[i] = np.inf
-    for s in range(rows):
+    for s in range(virtual_microbatches):
         g = q.group[s]
         x.order_forward[g] = min(x.order_forward[g], r.place[item[s]])
     for g in range(q.groups):
         x.order_backward[g] = x.order_forward[g]
-    for s in range(rows):
+    for s in range(virtual_microbatches):
         x.shift_forward[s] = r.place[item[s]] - x.order_forward[q.group[s]]
         x.shift_backward[s] = x.shift_forward[s]
     return evaluate(q, x, w, f, np.inf)

@@ -56,27 +56,27 @@ class Work(NamedTuple):
 
 def make_work(q: Problem) -> Work:
     """Buffers for :func:`dispatch` on ``q``."""
-    rows, ranks, sinks = q.graph.virtual_microbatches, q.graph.ranks, len(q.reservation)
-    words = (rows + 63) // 64
+    virtual_microbatches, ranks, sinks = q.graph.virtual_microbatches, q.graph.ranks, len(q.reservation)
+    words = (virtual_microbatches + 63) // 64
 
     def numbers(count: int) -> Ints:
         return np.arange(count, dtype=np.int32)
 
     return Work(
-        orders=np.zeros((ranks, 3 * rows), dtype=np.int32),
+        orders=np.zeros((ranks, 3 * virtual_microbatches), dtype=np.int32),
         lengths=np.zeros(ranks, dtype=np.int32),
-        strategy=np.zeros(rows * ranks, dtype=np.int8),
-        node=np.zeros(rows * ranks, dtype=NODE),
-        queued=np.zeros(rows, dtype=QUEUED),
+        strategy=np.zeros(virtual_microbatches * ranks, dtype=np.int8),
+        node=np.zeros(virtual_microbatches * ranks, dtype=NODE),
+        queued=np.zeros(virtual_microbatches, dtype=QUEUED),
         rank=np.zeros(ranks, dtype=RANK),
         reservation=np.zeros((ranks, sinks), dtype=RESERVATION),
-        by_forward=numbers(rows),
-        by_backward=numbers(rows),
+        by_forward=numbers(virtual_microbatches),
+        by_backward=numbers(virtual_microbatches),
         group_order=numbers(q.groups),
         position=numbers(sinks),
-        earliest=numbers(rows),
+        earliest=numbers(virtual_microbatches),
         known_forward=np.zeros((ranks, words), dtype=np.uint64),
         known_backward=np.zeros((ranks, words), dtype=np.uint64),
-        queue=np.zeros((ranks, rows), dtype=np.int32),
-        keys=np.zeros(max(rows, q.groups)),
+        queue=np.zeros((ranks, virtual_microbatches), dtype=np.int32),
+        keys=np.zeros(max(virtual_microbatches, q.groups)),
     )

@@ -20,6 +20,7 @@ from dip_megatron.describe.model import (
     even_partition,
     load_model,
 )
+from dip_megatron.describe.model.modules import TrainablePart
 from dip_megatron.describe.model.training import check_replicas
 from dip_megatron.describe.workload import Microbatch
 
@@ -51,7 +52,7 @@ def built(model: MultimodalModel, partition: Partition, share: float = 1.0) -> T
     return Training(tuple(lines))
 
 
-def trained(**parts: tuple[str, ...]) -> MultimodalModel:
+def trained(**parts: tuple[TrainablePart, ...]) -> MultimodalModel:
     return replace(MODEL, modules=tuple(replace(m, trainable=parts.get(m.name, m.trainable)) for m in MODEL.modules))
 
 

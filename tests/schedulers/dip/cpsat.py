@@ -26,11 +26,11 @@ def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, worke
     """Minimise the iteration time over all orders, strategies, and choices of split or fused backwards.
 
     Variables: start of F, of B (or BW) and of W for each stage; one strategy each. Constraints: one operation at a time
-    on a rank, the stage graph's precedences and hops, and per rank the bytes that are held: activation from the start
-    of F to the end of B or BW, hold from there to the end of W.
+    on a rank, the stage graph's precedences and transfers, and per rank the bytes that are held: activation from the
+    start of F to the end of B or BW, what W waits for from there to the end of W.
     """
     model = cp_model.CpModel()
-    rows, ranks, count = graph.virtual_microbatches, graph.ranks, graph.candidates
+    virtual_microbatches, ranks, count = graph.virtual_microbatches, graph.ranks, graph.candidates
 
     def ticks(seconds_: float) -> int:
         whole = round(seconds_ * TICKS)
@@ -39,7 +39,7 @@ def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, worke
 
     horizon = sum(
         ticks(graph.forward[:, s, p].max()) + ticks(graph.backward[:, s, p].max()) + ticks(graph.weight[:, s, p].max())
-        for s in range(rows) for p in range(ranks)
+        for s in range(virtual_microbatches) for p in range(ranks)
     ) + sum(ticks(h) * 2 * ranks for h in graph.transfer)  # fmt: skip
     end = model.new_int_var(0, horizon, "end")
     start: dict[tuple[str, int, int], cp_model.IntVar] = {}
@@ -55,18 +55,18 @@ def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, worke
             model.add(stop <= end)
             start[kind, s, p], finish[kind, s, p] = begin, stop
 
-        def hold(begin: cp_model.IntVar, stop: cp_model.IntVar, chosen: cp_model.IntVar, size: float) -> None:
+        def keep(begin: cp_model.IntVar, stop: cp_model.IntVar, chosen: cp_model.IntVar, size: float) -> None:
             length = model.new_int_var(0, horizon, "")
             held.append(model.new_optional_interval_var(begin, length, stop, chosen, ""))  # noqa: B023
             demand.append(int(size))  # noqa: B023
 
-        for s in range(rows):
+        for s in range(virtual_microbatches):
             pick = [model.new_bool_var("") for _ in range(count)]
             model.add_exactly_one(pick)
             operation("F", s, p, [(pick[c], ticks(graph.forward[c, s, p])) for c in range(count)])
             if not graph.has_backward[s, p]:
                 for c in range(count):
-                    hold(start["F", s, p], finish["F", s, p], pick[c], graph.activation[c, s, p])
+                    keep(start["F", s, p], finish["F", s, p], pick[c], graph.activation[c, s, p])
                 continue
             modes = []
             for c in range(count):
@@ -83,16 +83,16 @@ def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, worke
                 + [(a, ticks(graph.backward[c, s, p])) for c, _, a in modes],
             )  # fmt: skip
             for c, _, _ in modes:
-                hold(start["F", s, p], finish["B", s, p], pick[c], graph.activation[c, s, p])
+                keep(start["F", s, p], finish["B", s, p], pick[c], graph.activation[c, s, p])
             if graph.has_weight[s, p]:
                 operation("W", s, p, [(a, ticks(graph.weight[c, s, p])) for c, _, a in modes])
                 model.add(start["W", s, p] >= finish["B", s, p])
                 for c, _, a in modes:
-                    hold(finish["B", s, p], finish["W", s, p], a, graph.deferred_activation[c, s, p])
+                    keep(finish["B", s, p], finish["W", s, p], a, graph.deferred_activation[c, s, p])
         model.add_no_overlap(machine)
         if np.isfinite(graph.memory_limit[p]):
             model.add_cumulative(held, demand, int(graph.memory_limit[p] - graph.static_bytes[p]))
-    for s in range(rows):
+    for s in range(virtual_microbatches):
         step = -1 if graph.is_reversed[s] else 1
         for p in range(ranks):
             if p != graph.entry_rank(s):

@@ -1,0 +1,178 @@
+"""What replicas tell one another before microbatches change places, and what follows from it: pure, the same for all.
+
+Every replica's first rank quotes its coming microbatches. From all quotes each works out the same proposal; then they
+tell each other the proposal's hash and how much time each has left, and from these whether anybody moves at all.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.graph import Floats
+from .balance import Assignment, Mode, Work, assign
+
+LEAST_GAIN = 0.005
+"""Share of the job's time that an exchange has to gain, or nobody moves anything."""
+ROUND_SECONDS = 0.002
+BYTE_SECONDS = 1e-9
+"""What a round of an exchange costs, and a byte on the busiest replica, until it has been measured."""
+
+DATA_ENDED = "the data of a replica has ended"
+TOO_LITTLE = "there is too little to gain"
+TOO_LATE = "the numbers of a replica came late"
+TOO_DEAR = "moving microbatches would take longer than it gains"
+DIFFERENT = "replicas came to different assignments"
+
+
+@dataclass(frozen=True, eq=False)
+class Quote:
+    """One replica's coming microbatches: ``seconds`` and ``held`` (bytes of activations) ``[M, P]``, and ``sizes``
+    ``[M]``, the bytes to send if one moves. ``slowness``: what its exchanges took over what was expected of them."""
+
+    seconds: Floats
+    held: Floats
+    sizes: NDArray[np.int64]
+    slowness: float = 1.0
+
+
+class Move(NamedTuple):
+    """Microbatch ``number`` (counted over all replicas, in their order) goes from ``source`` to ``target``."""
+
+    number: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """What is going to happen: an assignment, or None and the ``reason`` why nobody moves. ``before`` and ``after``:
+    the slowest replica's seconds over the mean, as they are and as proposed. ``counts``: how many microbatches each
+    replica has. ``gain_seconds``: what the job's iteration is expected to gain; ``nominal_seconds``: what moving takes
+    where it has not been measured, ``slowness`` times as long where it has."""
+
+    assignment: Assignment | None
+    counts: tuple[int, ...]
+    before: float = 1.0
+    after: float = 1.0
+    reason: str = ""
+    gain_seconds: float = 0.0
+    nominal_seconds: float = 0.0
+    slowness: float = 1.0
+
+    def declined(self, reason: str) -> Proposal:
+        """The same, with nobody moving."""
+        return replace(self, assignment=None, after=self.before, reason=reason, gain_seconds=0.0)
+
+    def digest(self) -> str:
+        """Equal for equal proposals."""
+        return self.reason if self.assignment is None else self.assignment.digest()
+
+    def rounds(self) -> list[list[Move]]:
+        """The moves, in an order in which a replica sends at most one microbatch a round, and receives at most one."""
+        if self.assignment is None:
+            return []
+        owner = np.repeat(np.arange(len(self.counts)), self.counts)
+        to = self.assignment.replica
+        return rounds([Move(int(m), int(owner[m]), int(to[m])) for m in np.flatnonzero(owner != to)])
+
+
+class Answer(NamedTuple):
+    """What each replica says to a proposal: the hash of its own, and the seconds it has ``left`` until its running
+    iteration is over (0 if none runs); ``late``: there were some, and waiting for the quotes of others took them."""
+
+    digest: str
+    left: float
+    late: bool
+
+    def pack(self) -> bytes:
+        """For :meth:`unpack`."""
+        return pickle.dumps(tuple(self))
+
+    @staticmethod
+    def unpack(data: bytes) -> Answer:
+        """Inverse of :meth:`pack`."""
+        return Answer(*pickle.loads(data))
+
+
+@dataclass(frozen=True)
+class ExchangeReport:
+    """One exchange. ``before`` and ``after``: the slowest replica's predicted seconds over the mean. ``moved``:
+    microbatches that changed replicas, in all; ``sent_bytes``: by this rank; ``seconds``: the exchange took here,
+    waiting for others included; ``stall_seconds``: of these, training waited. ``reason``: why nobody moved anything,
+    or empty. ``declined``: exchanges since the start of the run in which nobody did."""
+
+    before: float
+    after: float
+    moved: int
+    sent_bytes: int
+    seconds: float
+    reason: str = ""
+    stall_seconds: float = 0.0
+    declined: int = 0
+
+
+def propose(quotes: Sequence[Quote | None], mode: Mode = "swap", largest: float = np.inf) -> Proposal:
+    """From everybody's quotes, in the order of replicas (None: its data has ended). Microbatches of more than
+    ``largest`` bytes stay where they are."""
+    given = [quote for quote in quotes if quote is not None]
+    if len(given) < len(quotes):
+        return Proposal(None, (), reason=DATA_ENDED)
+    counts = tuple(len(quote.seconds) for quote in given)
+    sizes = np.concatenate([quote.sizes for quote in given])
+    work = Work(
+        np.concatenate([quote.seconds for quote in given]), np.concatenate([quote.held for quote in given]),
+        np.repeat(np.arange(len(given)), counts), len(given), sizes > largest,
+    )  # fmt: skip
+    found = assign(work, mode)
+    before, after = _spread(found.before), _spread(found.after)
+    proposal = Proposal(found, counts, before, after, "", float(found.before.max() - found.after.max()))
+    if not found.moved.any() or proposal.gain_seconds < LEAST_GAIN * found.before.max():
+        return proposal.declined(TOO_LITTLE)
+    sent, received = (
+        np.bincount(place[found.moved], sizes[found.moved], len(given)) for place in (work.replica, found.replica)
+    )
+    expected = ROUND_SECONDS * len(proposal.rounds()) + BYTE_SECONDS * float(np.maximum(sent, received).max())
+    return replace(proposal, nominal_seconds=expected, slowness=max(quote.slowness for quote in given))
+
+
+def settle(proposal: Proposal, answers: Sequence[Answer]) -> Proposal:
+    """The proposal, unless replicas came to different ones, or it would cost more than it gains: what of the exchange
+    the replica with the least time left can't do while it trains, all wait for."""
+    if len({answer.digest for answer in answers}) > 1:
+        return proposal.declined(DIFFERENT)
+    if proposal.assignment is None:
+        return proposal
+    waited = proposal.nominal_seconds * proposal.slowness - min(answer.left for answer in answers)
+    if waited > proposal.gain_seconds:
+        return proposal.declined(TOO_LATE if any(answer.late for answer in answers) else TOO_DEAR)
+    return proposal
+
+
+def rounds(moves: Sequence[Move]) -> list[list[Move]]:
+    """Each round takes the first moves, in their order, of which no two share a source or a target."""
+    left, out = list(moves), []
+    while left:
+        sources: set[int] = set()
+        targets: set[int] = set()
+        chosen, rest = [], []
+        for move in left:
+            if move.source in sources or move.target in targets:
+                rest.append(move)
+            else:
+                chosen.append(move)
+                sources.add(move.source)
+                targets.add(move.target)
+        out.append(chosen)
+        left = rest
+    return out
+
+
+def _spread(seconds: Floats) -> float:
+    """Slowest over mean."""
+    return float(seconds.max() / seconds.mean()) if seconds.max(initial=0.0) > 0 else 1.0

@@ -1,0 +1,1 @@
+"""Benchmarks, the paper's tables and other programs of this repository; no part of the package."""
