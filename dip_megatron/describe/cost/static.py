@@ -56,15 +56,15 @@ def state_bytes(
 
 
 def run_bytes(
-    model: MultimodalModel, cluster: Cluster, module: ModuleShape, layers: range, stem: bool, head: bool
+    model: MultimodalModel, cluster: Cluster, module: ModuleShape, layers: range, stem: bool, heads: int
 ) -> StaticBytes:
-    """State of those layers of a module, with its stem and its head where asked for."""
+    """State of those layers of a module, with its stem where asked for, and so many heads, of taps too."""
     hidden = module.layer.hidden
     own, experts = (sum(counts) for counts in zip((0, 0), *map(module.layer_parameters, layers), strict=True))
     parts = (
         (own, module.share("layers")),
         (module.stem.parameters(hidden) * stem, module.share("stem")),
-        (module.head.parameters(hidden) * head, module.share("head")),
+        (module.head.parameters(hidden) * heads, module.share("head")),
     )
     total = state_bytes(model, cluster, experts, module.share("layers"), experts=True)
     for parameters, trained in parts:
