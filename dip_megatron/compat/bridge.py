@@ -25,6 +25,8 @@ HOOKS = Topic(
         Name("megatron.bridge.training.eval:make_data_iterator_list", ("model", "data_iterator")),
     ),
 )
+TESTED = (0, 6)
+"""The minor release that the tests cover."""
 _VISION = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 _QWEN3 = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl"
 _SIGLIP = "transformers.models.siglip.modeling_siglip"
@@ -137,3 +139,9 @@ def without_language_model(module: str) -> Iterator[None]:
         yield
     finally:
         loaded.Qwen3VLGPTModel = whole
+
+
+def bridge_version() -> str:
+    """The installed Megatron-Bridge's. Raises ImportError if there is none."""
+    found: str = importlib.import_module("megatron.bridge.package_info").__version__
+    return found

@@ -191,9 +191,12 @@ class Hooks:
 
         @functools.wraps(schedule)
         def forward_backward(*args: Any, **kwargs: Any) -> Any:
+            owner = next((session for session in self._sessions if session.owns(kwargs.get("model"))), None)
             for session in self._sessions:
-                if session.owns(kwargs.get("model")):
-                    return session.run(**kwargs)
+                if session is not owner:
+                    session.check_other_call(kwargs.get("data_iterator"))
+            if owner is not None:
+                return owner.run(**kwargs)
             self.tell(
                 "a model that DIP didn't build runs under Megatron's own schedule; to have DIP schedule it, build it "
                 "with dip_megatron.build_model (docs/any-loop.md)"
