@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...compat.bridge import NoLanguageModel
+from ...compat.bridge_building import NoLanguageModel
 from ...describe.model import (
     LanguageHead,
     ModuleShape,

@@ -10,7 +10,7 @@ import torch
 from megatron.bridge.models.qwen_omni.modeling_qwen25_omni.model import Qwen25OmniModel
 from torch.nn.functional import pad
 
-from ...compat.bridge import without_language_model
+from ...compat.bridge_building import without_language_model
 from ...describe.model import AudioEmbedding, ModuleShape, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
