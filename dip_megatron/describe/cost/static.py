@@ -61,12 +61,19 @@ def run_bytes(
     """State of those layers of a module, with its stem where asked for, and so many heads, of taps too."""
     hidden = module.layer.hidden
     own, experts = (sum(counts) for counts in zip((0, 0), *map(module.layer_parameters, layers), strict=True))
+    behind, spread = module.head_parameters
+    copied = module.stem.parameters(hidden) if module.mtp and not stem else 0  # of the embedding, for later tokens
     parts = (
         (own, module.share("layers")),
         (module.stem.parameters(hidden) * stem, module.share("stem")),
+<<<<<<< HEAD
         (module.head.parameters(hidden) * heads, module.share("head")),
+=======
+        ((behind + copied) * head, module.share("head")),
+>>>>>>> a43b9fd (Segment multi-token prediction with the head)
     )
     total = state_bytes(model, cluster, experts, module.share("layers"), experts=True)
+    total = total.plus(state_bytes(model, cluster, spread * head, module.share("head"), experts=True))
     for parameters, trained in parts:
         total = total.plus(state_bytes(model, cluster, parameters, trained))
     return total
