@@ -66,14 +66,10 @@ def run_bytes(
     parts = (
         (own, module.share("layers")),
         (module.stem.parameters(hidden) * stem, module.share("stem")),
-<<<<<<< HEAD
-        (module.head.parameters(hidden) * heads, module.share("head")),
-=======
-        ((behind + copied) * head, module.share("head")),
->>>>>>> a43b9fd (Segment multi-token prediction with the head)
+        ((behind + copied) * heads, module.share("head")),
     )
     total = state_bytes(model, cluster, experts, module.share("layers"), experts=True)
-    total = total.plus(state_bytes(model, cluster, spread * head, module.share("head"), experts=True))
+    total = total.plus(state_bytes(model, cluster, spread * heads, module.share("head"), experts=True))
     for parameters, trained in parts:
         total = total.plus(state_bytes(model, cluster, parameters, trained))
     return total

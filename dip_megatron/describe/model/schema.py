@@ -147,11 +147,8 @@ class _Module(_Strict):
     head: Annotated[_Projector | _LanguageHead | _LatentHead | _Nothing, Field(discriminator="kind")] = _Nothing()
     upstream: tuple[Name, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
-<<<<<<< HEAD
     taps: tuple[int, ...] = ()
-=======
     mtp: int = Field(default=0, ge=0)
->>>>>>> a43b9fd (Segment multi-token prediction with the head)
 
 
 class _Parallel(_Strict):
@@ -196,11 +193,8 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 head=_HEADS[type(m.head)](**m.head.values()),
                 upstream=m.upstream,
                 trainable=m.trainable,
-<<<<<<< HEAD
                 taps=m.taps,
-=======
                 mtp=m.mtp,
->>>>>>> a43b9fd (Segment multi-token prediction with the head)
             )
             for name, m in data.modules.items()
         )
