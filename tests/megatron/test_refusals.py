@@ -35,6 +35,7 @@ EXPERTS: dict[str, Any] = {
             EXPERTS | {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0, 1]},
             "--moe-router-load-balancing-type global_aux_loss: its running mean .* seq_aux_loss",
         ),
+        (EXPERTS | {"mtp_num_layers": 1}, "--mtp-num-layers: .* untried with experts; leave it out"),
         (EXPERTS | {"moe_enable_routing_replay": True}, "--moe-enable-routing-replay: .* leave it out"),
         (EXPERTS | {"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm: .* leave it out"),
         (

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from ...compat.experts import layers_with_experts
 from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Tensors
@@ -55,13 +54,6 @@ class GptProgram(SegmentedProgram):
             raise ValueError(
                 f"the model has {config.mtp_num_layers} depths of multi-token prediction and the script gives no "
                 "mtp_block_spec for them; give it on every rank, or use --dip-schedule off"
-            )
-        if kwargs.get("mtp_block_spec") is not None and any(
-            layers_with_experts(kwargs["transformer_layer_spec"], config.num_layers)
-        ):
-            raise ValueError(
-                "multi-token prediction of a model with experts is untried in segments; leave one of them out, or use "
-                "--dip-schedule off"
             )
         if kwargs.get("position_embedding_type") == "mrope":
             raise ValueError("DIP can't segment a GPT with multimodal positions (mrope); use --dip-schedule off")
