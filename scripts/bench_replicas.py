@@ -53,7 +53,7 @@ EVALUATIONS = 6000
 class Seconds:
     """Iteration times of batches under their plans, kept in a file if there is one; many processes may share it."""
 
-    def __init__(self, file: Path | None, evaluations: int):
+    def __init__(self, file: Path | None, evaluations: int = EVALUATIONS):
         self._evaluations = evaluations
         self._data = sqlite3.connect(":memory:" if file is None else file, timeout=60.0, isolation_level=None)
         self._data.execute("CREATE TABLE IF NOT EXISTS plans (batch TEXT PRIMARY KEY, seconds REAL)")
