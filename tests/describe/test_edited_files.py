@@ -37,7 +37,7 @@ def test_a_mix_that_could_not_be_drawn_is_refused(tmp_path: Path, sound: str, nu
 @pytest.mark.parametrize("size", ["tp", "pp", "dp", "cp", "ep"])
 def test_more_ranks_than_there_are_anywhere_are_refused(tmp_path: Path, size: str):
     with pytest.raises(ModelError, match=f"parallel.{size}: {2**63} ranks"):
-        Parallel(**{size: 2**63})
+        Parallel(**{size: 2**63})  # type: ignore[arg-type]
     # As drawn edits found it: the search for a partition of as many stages never ended.
     file = tmp_path / "model.yaml"
     text = resolve("models", "t2v-s").read_text(encoding="utf-8")
