@@ -31,7 +31,10 @@ RANKS, BAR, SETTLED = 2, 1.03, 3  # iterations before the times of a training ar
 
 
 def train(rank: int, world: int, folder: Path, dip: bool, iterations: int, microbatches: int) -> dict[str, list[float]]:
-    """One training on this rank: seconds from step to step, losses (on the last rank) and gradient norms."""
+    """One training on this rank: when its steps ended, losses (on the last rank) and gradient norms."""
+    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)  # Bridge says a lot
+    os.dup2(log, 2)
     from megatron.bridge.training import gpt_step
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.pretrain import pretrain
