@@ -95,24 +95,14 @@ def _function(recipe: str) -> Callable[[], Any]:
             module = _module_at(Path(place))
         else:
             module = importlib.import_module(place or "megatron.bridge.recipes")
-            if not place:
-                module = next(m for m in _bridge_recipes(module) if hasattr(m, name))
         function: Callable[[], Any] = getattr(module, name)
-    except StopIteration:
+    except AttributeError:
+        if place:
+            raise RecipeError(f"{place} has no {name}") from None
         raise RecipeError("no script (*.py), no FILE.py:FUNCTION, and none of Megatron-Bridge's own recipes") from None
-    except (ImportError, AttributeError, OSError) as error:
+    except (ImportError, OSError) as error:
         raise RecipeError(f"{type(error).__name__}: {error}") from error
     return function
-
-
-def _bridge_recipes(package: ModuleType) -> Iterator[ModuleType]:
-    """The packages of Bridge's recipes, a kind of model each; some need what isn't installed."""
-    for path in package.__path__:
-        for folder in sorted(p for p in Path(path).iterdir() if (p / "__init__.py").is_file()):
-            try:
-                yield importlib.import_module(f"{package.__name__}.{folder.name}")
-            except ImportError:
-                continue
 
 
 def _module_at(path: Path) -> ModuleType:
