@@ -8,17 +8,22 @@ import click
 
 from ..doctor import Check, Status, diagnose
 from ..doctor.checks import CHECKS
+from ..doctor.settings import settings_of
 from .common import json_option, print_json
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 @json_option
-def doctor(as_json: bool) -> int:
-    """Look at this environment: versions, what can be hooked, libraries, devices, cores.
+def doctor(flags: tuple[str, ...], as_json: bool) -> int:
+    """Look at this environment: versions, what can be hooked, libraries, devices, cores, settings.
+
+    FLAGS are those of a run: each --dip- setting is shown with what has set it, a flag, the environment, the file or a
+    default, and what has lost.
 
     Ends with 1 if something is broken, so that nothing can train under DIP or not as it is meant to; with 0 otherwise.
     """
-    found = diagnose(CHECKS)
+    found = diagnose([*CHECKS, settings_of(flags)])
     if as_json:
         print_json([asdict(check) for check in found])
     else:
