@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-from dip_megatron.core import ModalityModule, Plan, StageGraph, Unit
+from dip_megatron.core import ModalityModule, Plan, Unit
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import LayerRun
@@ -22,6 +21,7 @@ from dip_megatron.runtime.transport_choice import TransportKind
 from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1, zb_v
 from tests.runtime import gpt_case, llava_case, t2v_case
 from tests.runtime.dip_case import followed
+from tests.runtime.drawn_graphs import drawn_graph
 from tests.runtime.gpt_case import GptCase
 from tests.runtime.llava_case import finalize_without_ddp, gradients, initialize
 from tests.runtime.program_case import choose
@@ -50,25 +50,6 @@ def stages_of(names: Sequence[str], cuts: Cuts) -> list[list[LayerRun]]:
     return stages
 
 
-def drawn_graph(module: ModalityModule, count: int, seed: int) -> StageGraph:
-    ranks, virtual_microbatches = len(module.layers[0]), count * module.segments
-    draw = np.random.default_rng(seed).uniform(0.2, 2.0, (5, 1, virtual_microbatches, ranks))
-    return StageGraph(
-        ranks=ranks,
-        modules=(module,),
-        units=tuple(Unit(i, module.name, i) for i in range(count)),
-        forward=draw[0],
-        backward=draw[1],
-        weight=draw[2],
-        fused=draw[1] + draw[2],
-        activation=draw[3],
-        deferred_activation=draw[4],
-        transfer=np.full(virtual_microbatches, 0.05),
-        static_bytes=np.zeros(ranks),
-        memory_limit=np.full(ranks, np.inf),
-    )
-
-
 @dataclass(frozen=True)
 class FixedOrder:
     """Plans in a static order of drawn durations."""
@@ -84,7 +65,8 @@ class FixedOrder:
         return self.quick(request)
 
     def quick(self, request: PlanRequest) -> Plan:
-        graph = followed(drawn_graph(self.module, len(request.loads), 3), request.training)
+        units = [Unit(i, self.module.name, i) for i in range(len(request.loads))]
+        graph = followed(drawn_graph((self.module,), units, 3), request.training)
         carried = payloads(graph, request.loads, self.shapes)
         plan = make_plan(graph, ORDERS[self.order](graph), lower_bound=0.0, name=self.order, payloads=carried)
         verify(plan)
