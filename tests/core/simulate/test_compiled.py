@@ -69,6 +69,8 @@ def one_more(x):
 def hits(path):
     """How often a fresh process's call would find the kernel of ``path`` on disk."""
     spec = importlib.util.spec_from_file_location("kernel_of_a_test", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.one_more(2) == 3
