@@ -13,12 +13,14 @@ from . import __version__
 
 VERBS = {
     "run": "run a pretrain script with the hooks installed",
+    "estimate": "say what a script would gain, without training it",
     "partition": "choose sub-microbatch sizes, segments and layers",
     "plan": "plan the batches of a workload",
     "compare": "all schedules side by side, with bounds",
     "check": "verify plan files",
     "trace": "draw a plan as a Perfetto trace",
     "plot": "draw a plan as a picture",
+    "report": "show a run or a plan in a browser",
     "doctor": "say what works in this environment, and what doesn't",
     "profile": "measure this device, calibrate the cost model",
 }

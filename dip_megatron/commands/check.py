@@ -14,7 +14,7 @@ from ..core.lower import make_plan
 from ..core.simulate import simulate
 from ..core.simulate.reference import DeadlockError
 from ..core.verify import PlanError, verify
-from .common import fail, json_option, print_json
+from .common import fail, json_option, print_json, progress_bar
 
 TOLERANCE = 1e-9
 
@@ -28,13 +28,15 @@ def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
     and name the first fault, 2 if the file is malformed."""
     count, fault = 0, None
     try:
-        for count, plan in enumerate(_plans(plans), start=1):
-            try:
-                verify(plan)
-                check_prediction(plan)
-            except ValueError as error:
-                fault = f"{plans}: plan {count}: {' '.join(str(error).split())}"
-                break
+        with progress_bar(f"verifying {plans}", None, as_json) as advance:
+            for count, plan in enumerate(_plans(plans), start=1):
+                try:
+                    verify(plan)
+                    check_prediction(plan)
+                except ValueError as error:
+                    fault = f"{plans}: plan {count}: {' '.join(str(error).split())}"
+                    break
+                advance(f"verifying {plans}: {count}")
     except (PlanFileError, ActionCsvError) as error:
         fail(str(error))
     if as_json:

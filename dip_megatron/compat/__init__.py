@@ -11,8 +11,8 @@ import importlib
 from .names import Topic
 
 FILES = (
-    "losses", "linears", "recompute", "buckets", "rerun", "llava", "ranks_on_one_gpu", "host", "training_loop",
-    "checkpointing", "transformer_engine", "process_groups", "tensors", "bridge",
+    "losses", "linears", "recompute", "layer_specs", "experts", "buckets", "rerun", "llava", "ranks_on_one_gpu", "host",
+    "training_loop", "checkpointing", "transformer_engine", "process_groups", "tensors", "bridge",
 )  # fmt: skip
 
 

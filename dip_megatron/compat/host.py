@@ -22,6 +22,10 @@ TOPIC = Topic(
         Name("megatron.core.models.vision.clip_vit_model:CLIPViTModel.__init__", ("*", "ln_pre_impl", "ln_post_impl")),
         Name("megatron.core.transformer.torch_norm:WrappedTorchNorm"),
         Name("megatron.core.datasets.utils:compile_helpers", ()),
+        Name(
+            "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+            ("tensor", "as_numpy", "record_stream"),
+        ),
     ),
 )
 TRAINING = Topic(
@@ -37,13 +41,23 @@ TRAINING = Topic(
 
 
 def adapt_core(get_state: Callable[..., Any], set_state: Callable[..., None]) -> None:
-    """Let the tracker of random states use these two functions, and a ViT the norm that takes Megatron's arguments
-    (without Transformer Engine it would be torch's)."""
+    """Let the tracker of random states use these two functions, a ViT the norm that takes Megatron's arguments (without
+    Transformer Engine it would be torch's), and experts exchange tokens by splits that are on the host already."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     vit = importlib.import_module("megatron.core.models.vision.clip_vit_model").CLIPViTModel
     norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     random._get_cuda_rng_state = get_state  # type: ignore[attr-defined]
     random._set_cuda_rng_state = set_state  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    moved = dispatcher.maybe_move_tensor_to_cpu
+
+    def moved_or_here(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Megatron turns what comes from a GPU into an array, and leaves a tensor of the host's, which all_to_all_single
+        # doesn't take for sizes.
+        tensor = moved(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = moved_or_here  # type: ignore[attr-defined]
     initialise = vit.__init__
     initialise.__defaults__ = tuple(
         norm if default is torch.nn.LayerNorm else default for default in initialise.__defaults__

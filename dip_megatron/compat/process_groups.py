@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +25,13 @@ TOPIC = Topic(
         Name(
             "torch.distributed:new_group", ("ranks", "*", "timeout", "backend", "use_local_synchronization")
         ),
+        Name("torch.distributed.distributed_c10d:ProcessGroupGloo.create_default_device"),
+        Name("torch.distributed.distributed_c10d:ProcessGroupGloo.create_device"),
+        Name("torch.distributed.distributed_c10d:ProcessGroupGloo._Options", has=("_devices", "_threads", "_timeout")),
     ),
 )  # fmt: skip
+
+_SHARED = "_dip_shares_devices"
 
 
 def groups_of(members: Sequence[int]) -> int:
@@ -42,6 +49,45 @@ def group_named(name: str) -> Iterator[None]:
         yield
     finally:
         distributed_c10d._hash_ranks_to_str = torchs
+
+
+def share_gloo_devices() -> None:
+    """Let all gloo groups that this process makes from here on have one device.
+
+    Otherwise each has its own, with a thread that wakes a hundred times a second whether there is something to do or
+    not. Megatron makes dozens of groups: where ranks compute on the CPU, some thousand interruptions a second.
+    """
+    theirs: Any = distributed_c10d.ProcessGroupGloo
+    if getattr(theirs, _SHARED, False):
+        return
+
+    class Known(type(theirs)):  # type: ignore[misc]
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, theirs)  # groups made before count as well
+
+    class SharingGloo(theirs, metaclass=Known):
+        def __init__(self, store: Any, rank: int, size: int, *arguments: Any, **more: Any) -> None:
+            if arguments or not more.keys() <= {"timeout", "enable_reconfigure"}:
+                super().__init__(store, rank, size, *arguments, **more)
+                return
+            options = theirs._Options()
+            options._devices, options._threads = _devices(os.getpid()), 2
+            if "timeout" in more:
+                options._timeout = more["timeout"]
+            if more.get("enable_reconfigure"):
+                options.enable_reconfigure = True
+            super().__init__(store, rank, size, options)
+
+    @functools.cache
+    def _devices(_: int) -> list[Any]:
+        """As torch makes them for each group."""
+        interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+        if interfaces:
+            return [theirs.create_device(interface=name) for name in interfaces.split(",")]
+        return [theirs.create_default_device()]
+
+    setattr(SharingGloo, _SHARED, True)
+    distributed_c10d.ProcessGroupGloo = SharingGloo
 
 
 def shared_store() -> Any:

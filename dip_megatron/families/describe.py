@@ -8,7 +8,9 @@ from typing import Any
 
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 
+from ..compat.experts import layers_with_experts
 from ..describe.model import (
+    Experts,
     LanguageHead,
     LatentEmbedding,
     LatentHead,
@@ -46,7 +48,8 @@ def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parall
     vocabulary = kwargs["language_vocab_size"]
     trained = not freeze.get("freeze_language_model")
     decoder = ModuleShape(
-        LANGUAGE, "text", language.num_layers, layer_shape(language, causal=True), TokenEmbedding(vocabulary),
+        LANGUAGE, "text", language.num_layers,
+        layer_shape(language, causal=True, spec=kwargs["language_transformer_layer_spec"]), TokenEmbedding(vocabulary),
         LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)), (VISION,),
         trainable_parts(stem=trained, layers=trained, head=trained),
     )  # fmt: skip
@@ -58,7 +61,8 @@ def describe_gpt(kwargs: Mapping[str, Any], parallel: Parallel) -> MultimodalMod
     """The GPT of these GPTModel arguments."""
     config, vocabulary = kwargs["config"], kwargs["vocab_size"]
     module = ModuleShape(
-        LANGUAGE, "text", config.num_layers, layer_shape(config, causal=True), TokenEmbedding(vocabulary),
+        LANGUAGE, "text", config.num_layers,
+        layer_shape(config, causal=True, spec=kwargs["transformer_layer_spec"]), TokenEmbedding(vocabulary),
         LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)),
     )  # fmt: skip
     return MultimodalModel("gpt", (module,), parallel, Packing(max_tokens=kwargs["max_sequence_length"]))
@@ -83,8 +87,8 @@ def describe_t2v(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel
     return MultimodalModel("t2v", (encoder, transformer), parallel)
 
 
-def layer_shape(config: Any, *, causal: bool) -> TransformerLayer:
-    """A transformer layer of this TransformerConfig."""
+def layer_shape(config: Any, *, causal: bool, spec: Any = None) -> TransformerLayer:
+    """A transformer layer of this TransformerConfig; ``spec`` (of a layer, or of each) says where experts are."""
     return TransformerLayer(
         hidden=config.hidden_size,
         ffn=config.ffn_hidden_size,
@@ -93,7 +97,18 @@ def layer_shape(config: Any, *, causal: bool) -> TransformerLayer:
         head_dim=config.kv_channels or 0,
         gated=config.gated_linear_unit,
         causal=causal,
+        experts=_experts(config, layers_with_experts(spec, config.num_layers)),
     )
+
+
+def _experts(config: Any, layers: tuple[bool, ...]) -> Experts | None:
+    """The mixtures of experts of a model that has them in those of its layers."""
+    if not any(layers):
+        return None
+    return Experts(
+        config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size or config.ffn_hidden_size,
+        config.moe_shared_expert_intermediate_size or 0, pattern=(True,) if all(layers) else layers,
+    )  # fmt: skip
 
 
 def trainable_parts(**parts: bool) -> Any:

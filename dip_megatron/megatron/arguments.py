@@ -8,7 +8,9 @@ from typing import Any
 
 from ..config import DipConfig
 from ..describe.files import ConfigurationError
+from ..describe.model import Parallel
 from ..environment import load_settings
+from .experts import expert_refusals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -47,6 +49,15 @@ def run_config(args: argparse.Namespace) -> DipConfig:
     return load_settings({name: getattr(args, f"dip_{name}", None) for name in flags}).config
 
 
+def parallel_of(args: Any) -> Parallel:
+    """Parallel sizes of Megatron's arguments, validated or not."""
+    return Parallel(
+        args.tensor_model_parallel_size, args.pipeline_model_parallel_size, getattr(args, "data_parallel_size", 1),
+        args.sequence_parallel, args.use_distributed_optimizer, args.context_parallel_size,
+        getattr(args, "expert_model_parallel_size", 1), getattr(args, "expert_tensor_parallel_size", None) or 0,
+    )  # fmt: skip
+
+
 _WITH_OFF = "or use --dip-schedule off"
 
 
@@ -81,10 +92,10 @@ def check_arguments(args: Any) -> None:
         getattr(args, "perform_rl_step", False), "--perform-rl-step",
         "its batches are made while it trains and can't be read ahead", _WITH_OFF.removeprefix("or "),
     )  # fmt: skip
-    refuse(
-        getattr(args, "num_experts", None), "--num-experts", "how many tokens an expert gets is not known "
-        "before it runs, so its time can't be planned", f"train a dense model {_WITH_OFF}",
-    )  # fmt: skip
+    if getattr(args, "num_experts", None):
+        for unfit, setting, reason, way_out in expert_refusals(args, parallel_of(args)):
+            name, _, rest = setting.partition(" ")
+            refuse(unfit, f"--{name.replace('_', '-')} {rest}".rstrip(), reason, f"{way_out} {_WITH_OFF}")
     refuse(
         getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False), "FSDP",
         "it gathers parameters in one fixed order of layers", f"use --use-distributed-optimizer {_WITH_OFF}",

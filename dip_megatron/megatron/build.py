@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..compat.layer_specs import specs_of_all_layers
 from ..config import DipConfig
 from ..describe.files import ConfigurationError
 from ..describe.model import ModulePartition, MultimodalModel, Partition
@@ -44,6 +45,7 @@ def record_blueprint(
     with contextlib.ExitStack() as recorders:
         for family in families:
             recorders.enter_context(_recording(family, built))
+        recorders.enter_context(specs_of_all_layers())
         try:
             provider(*args, **kwargs)
         except AttributeError as error:

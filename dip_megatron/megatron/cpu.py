@@ -14,8 +14,9 @@ What is replaced, for megatron-core 0.16 to 0.19:
    ``Tensor.type()`` answers as CUDA tensors do, because Megatron's optimizers compare that string.
 3. ``torch.compile`` (Megatron's ``jit_fuser``) runs eagerly: there may be no C++ compiler, and tiny models don't gain.
 4. In Megatron: the state functions of the RNG tracker, the default of ``initialize_megatron(allow_no_cuda=...)``, the
-   compilation of fused kernels, and the norm of a ``CLIPViTModel`` built without Transformer Engine (it would be a
-   ``torch.nn.LayerNorm``, which doesn't take the arguments Megatron passes).
+   compilation of fused kernels, the norm of a ``CLIPViTModel`` built without Transformer Engine (it would be a
+   ``torch.nn.LayerNorm``, which doesn't take the arguments Megatron passes), and the sizes by which experts exchange
+   tokens (tensors of the host, which ``all_to_all_single`` refuses).
 
 Flags a script needs beside this: ``--distributed-backend gloo --transformer-impl local --attention-backend unfused
 --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion
@@ -38,6 +39,7 @@ from typing import Any
 import torch
 
 from ..compat.host import adapt_core, adapt_training
+from ..compat.process_groups import share_gloo_devices
 from ..compat.releases import has_training_loop
 
 CPU_FLAGS = (
@@ -73,6 +75,7 @@ def install_cpu_platform() -> bool:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     _silence()
+    share_gloo_devices()
     # Megatron and the compiler first: torch._dynamo builds tables of torch's own functions when it is imported.
     adapt_core(_get_state, _set_state)
     if has_training_loop():

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
@@ -28,6 +29,7 @@ from ..planner.live import Chunks, ModelGraphs
 from ..planner.request import Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
+from ..report.about import about_run
 from ..report.plans import NAME as PLANS
 from ..report.plans import PlanWriter
 from ..report.progress import RunProgress
@@ -41,9 +43,10 @@ from ..schedulers.entry import ScheduleEntry
 from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, configured_partition, record_blueprint
-from .call import check_call
+from .call import as_list, check_call, check_functions
 from .checkpoints import Checkpoint
 from .exchange import GlooExchange
+from .experts import check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
@@ -111,6 +114,7 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
+            check_experts(blueprint.kwargs.values(), loop.parallel)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
             model = family.describe(blueprint, loop.parallel)
@@ -135,6 +139,7 @@ class DipSession:
             if self._file is not None:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
+            check_experts(configs_of_experts(chunks), loop.parallel)  # however a family is told of them
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk): chunk for chunk in chunks}
@@ -247,7 +252,23 @@ class DipSession:
     # -- iterations ----------------------------------------------------------------------------------------------
     def owns(self, model: Any) -> bool:
         """Whether ``model``, as a schedule is given it, has a chunk that was built here."""
-        return any(self._is_own(chunk) for chunk in (model if isinstance(model, list) else [model]))
+        return any(self._found(chunk) is not None for chunk in as_list(model))
+
+    def check_other_call(self, data_iterator: Any) -> None:
+        """Raises ValueError for the call of a schedule with another model, where that would hang or miss microbatches:
+        within an iteration of this one, or with data that has been read ahead for it."""
+        if self._running:
+            raise ValueError(
+                "the schedule of another model is called from within an iteration of the one that DIP built, whose "
+                "order differs from rank to rank; call it between iterations, or use --dip-schedule off"
+            )
+        waiting = 0 if self._step is None else self._step.read_ahead_of(as_list(data_iterator))
+        if waiting:
+            raise ValueError(
+                f"another model is called with a data iterator of which {waiting} microbatches have been read ahead "
+                "for the one that DIP built; set read_ahead: false in --dip-config (DIP_READ_AHEAD=false), or give "
+                "each its own iterator"
+            )
 
     def run(self, **arguments: Any) -> list[Any]:
         """Run an iteration: what Megatron's schedules do, with their keyword arguments.
@@ -258,7 +279,9 @@ class DipSession:
             raise ValueError(
                 "the schedule is called while it runs, from within an iteration of the same model; DIP can't nest them"
             )
-        check_call(arguments, len(self._own), self._is_own, self._pipeline())
+        check_call(arguments, list(self._own.values()), self._found, self._pipeline())
+        if self._loop.finalizes and not arguments.get("forward_only", False):
+            check_functions(arguments["model"])
         if self._step is None:
             self._step = self._start()
         self._running = True
@@ -267,10 +290,11 @@ class DipSession:
         finally:
             self._running = False
 
-    def _is_own(self, chunk: Any) -> bool:
+    def _found(self, chunk: Any) -> Any:
+        """The chunk built here that is in ``chunk``, or None."""
         while chunk is not None and id(chunk) not in self._own:
             chunk = getattr(chunk, "module", None)  # within Megatron's wrappers
-        return chunk is not None
+        return chunk
 
     def _guard(self) -> Callable[[torch.nn.Module, Any], None]:
         """A chunk has a part of its module's layers, in an order of its own: run by anything but its plan, it would
@@ -280,7 +304,8 @@ class DipSession:
             if not self._running:
                 raise RuntimeError(
                     f"a {type(chunk).__name__} that DIP built is run without DIP's schedule: the loop calls the model "
-                    "by itself, or has got its schedule before dip_megatron.install(); see docs/any-loop.md, or use "
+                    "by itself (for inference, too, call the schedule, with forward_only), or has got its schedule "
+                    "before dip_megatron.install() or from another package; see docs/any-loop.md, or use "
                     "--dip-schedule off"
                 )
 
@@ -310,7 +335,7 @@ class DipSession:
         progress = self._progress(exchange)
         consumers: list[IterationConsumer] = [progress.record]
         if config.trace_dir is not None:
-            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
+            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange, about_run(config))
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)

@@ -36,15 +36,11 @@ def chain(model: MultimodalModel) -> tuple[Item, ...]:
 
 def item_parameters(model: MultimodalModel) -> Floats:
     """Parameters of each piece of :func:`chain`."""
-    counts = []
-    for item in chain(model):
-        shape = model.module(item.module)
+    counts: list[int] = []
+    for shape in model.modules:
         hidden = shape.layer.hidden
-        counts.append(
-            {"stem": shape.stem.parameters(hidden), "layer": shape.layer.parameters}.get(
-                item.part, shape.head.parameters(hidden)
-            )
-        )
+        layers = [sum(shape.layer_parameters(i)) for i in range(shape.layers)]
+        counts += [shape.stem.parameters(hidden), *layers, shape.head.parameters(hidden)]
     return np.array(counts, dtype=np.float64)
 
 
@@ -55,13 +51,12 @@ def item_seconds(pricer: CostModel, microbatches: Sequence[Microbatch]) -> Float
     for shape in pricer.model.modules:
         here = sizes[shape.name]
         stem, head = pricer.stem(shape.name, here), pricer.head(shape.name, here)
-        attention = [shape.full_attention(i) for i in range(shape.layers)]
-        kinds = {full: pricer.layer(shape.name, here, full) for full in set(attention)}
+        priced = {kind: pricer.layer(shape.name, here, kind) for kind in set(shape.kinds)}
         per_kind = {
-            full: float(np.mean(cost.forward[0] + cost.backward[0] + cost.weight)) for full, cost in kinds.items()
+            kind: float(np.mean(cost.forward[0] + cost.backward[0] + cost.weight)) for kind, cost in priced.items()
         }
         seconds.append(float(np.mean(stem.forward + stem.backward + stem.weight)))
-        seconds += [per_kind[full] for full in attention]
+        seconds += [per_kind[kind] for kind in shape.kinds]
         seconds.append(float(np.mean(head.forward + head.backward + head.weight)))
     return np.array(seconds)
 

@@ -21,9 +21,11 @@ def script_flags(kind: str) -> list[str]:
 
 
 def run_script(
-    way: str, script: Path, out: Path, *flags: str, ranks: int, tree: Path | None = None, name: str = "run"
-) -> Run:
-    """Train ``script`` in one of :mod:`launch`'s ways on a pipeline of ``ranks`` ranks, logging below ``out``.
+    way: str, script: Path, out: Path, *flags: str, ranks: int, tree: Path | None = None, name: str = "run",
+    pipeline: int | None = None,
+) -> Run:  # fmt: skip
+    """Train ``script`` in one of :mod:`launch`'s ways on ``ranks`` ranks, in pipelines of so many (None: all of them),
+    logging below ``out``.
 
     ``tree`` holds the ``megatron`` to use, if it isn't the script's folder or what is installed. Raises RunFailed.
     """
@@ -31,7 +33,8 @@ def run_script(
     command = [sys.executable, str(HERE / "launch.py"), way, str(script), *script_flags(kind), *flags]
     out.mkdir(parents=True, exist_ok=True)
     with _path(() if tree is None else (str(tree),)):
-        return train(name, [*command, "--pipeline-model-parallel-size", str(ranks)], out, lambda *_: None, ranks=ranks)
+        command += ["--pipeline-model-parallel-size", str(pipeline or ranks)]
+        return train(name, command, out, lambda *_: None, ranks=ranks)
 
 
 @contextlib.contextmanager

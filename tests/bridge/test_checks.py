@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dip_megatron.describe.files import ConfigurationError
-from tests.bridge.qwen25_vl import Run, configuration, save_tiny
+from tests.bridge.loop import Run, configuration
+from tests.bridge.tiny import TINY
 from tests.processes import team
 
 UNFIT = {
-    "pipeline_model_parallel_size": 1, "context_parallel_size": 2, "num_moe_experts": 4, "mtp_num_layers": 1,
+    "pipeline_model_parallel_size": 1, "context_parallel_size": 2, "mtp_num_layers": 1,
     "cuda_graph_impl": "local", "defer_embedding_wgrad_compute": True,
 }  # fmt: skip
+
+
+def change_model(settings: dict[str, Any], config: Any) -> None:
+    for name, value in settings.items():
+        setattr(config.model, name, value)
 
 
 def said(rank: int, world: int, folder: Path) -> dict[str, str]:
@@ -39,12 +46,15 @@ def said(rank: int, world: int, folder: Path) -> dict[str, str]:
     found["FSDP"] = refusal(lambda c: setattr(c.dist, "use_megatron_fsdp", True))
     found["use_decentralized_pg"] = refusal(lambda c: setattr(c.dist, "use_decentralized_pg", True))
     found["non_persistent_ckpt_type"] = refusal(lambda c: setattr(c.checkpoint, "non_persistent_ckpt_type", "local"))
+    experts = {"num_moe_experts": 4}
+    for name, value in {"expert_model_parallel_size": 2, "moe_enable_routing_replay": True}.items():
+        found[name] = refusal(partial(change_model, experts | {name: value}))
     found[""] = refusal(lambda c: None)
     return found
 
 
 def test_what_cannot_run_is_refused_in_one_line_that_names_it(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
+    TINY["qwen2-5-vl"].save(tmp_path)
     (found,) = team(1).run(said, tmp_path)
 
     assert found.pop("") == ""
@@ -67,5 +77,5 @@ def refused_run(rank: int, world: int, folder: Path) -> str:
 
 
 def test_a_run_ends_with_the_line(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
+    TINY["qwen2-5-vl"].save(tmp_path)
     assert "there is no pipeline to schedule" in team(1).run(refused_run, tmp_path)[0]

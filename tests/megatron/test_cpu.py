@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.processes import team
 
 if torch.cuda.is_available():
     pytest.skip("the CPU platform is inactive where CUDA is available", allow_module_level=True)
@@ -231,3 +234,37 @@ def test_llava_trains_under_megatrons_pipeline_schedule(tmp_path: Path) -> None:
 def test_llava_trains_in_bf16_with_the_distributed_optimizer(tmp_path: Path) -> None:
     losses, _ = train(tmp_path, 2, 1, bf16=True)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def _groups(rank: int, world: int) -> tuple[int, int, list[float], bool]:
+    """How many threads wait for gloo before and after making some groups; sums over each; whether torch knows them."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    from dip_megatron.megatron.cpu import install_cpu_platform
+
+    def threads() -> int:
+        return sum((task / "comm").read_text().strip() == "gloo_tcp_loop" for task in Path("/proc/self/task").iterdir())
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    install_cpu_platform()
+    groups = [dist.new_group([0, 1]), dist.group.WORLD]
+    before = threads()
+    groups += [dist.new_group(backend="gloo", timeout=timedelta(seconds=30)) for _ in range(5)]
+    sums = []
+    for group in groups:
+        value = torch.tensor([1.0 + rank])
+        dist.all_reduce(value, group=group)
+        sums.append(float(value))
+    known = all(
+        isinstance(group._get_backend(torch.device("cpu")), distributed_c10d.ProcessGroupGloo) for group in groups
+    )
+    return before, threads(), sums, known
+
+
+def test_groups_share_the_thread_that_waits_for_them() -> None:
+    for before, after, sums, known in team(2).run(_groups):
+        assert before == after > 0
+        assert sums == [3.0] * 7
+        assert known

@@ -15,6 +15,11 @@ FINE: dict[str, Any] = {
     "dip_memory_limit": None, "dip_trace_dir": None, "dip_override": None,
     "pipeline_model_parallel_size": 2, "context_parallel_size": 1,
     "micro_batch_size": 1, "save": None, "load": None, "ckpt_format": "torch_dist",
+    "tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1,
+    "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01,
 }  # fmt: skip
 
 
@@ -22,7 +27,20 @@ FINE: dict[str, Any] = {
     ("flags", "message"),
     [
         ({"context_parallel_size": 2}, "--context-parallel-size 2: .* context parallelism; use tensor parallelism"),
-        ({"num_experts": 8}, "--num-experts: how many tokens an expert gets is not known .* train a dense model"),
+        (
+            EXPERTS | {"expert_model_parallel_size": 4},
+            "--expert-model-parallel-size 4: 2 data-parallel replicas would share each group .* of at most 2",
+        ),
+        (
+            EXPERTS | {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0, 1]},
+            "--moe-router-load-balancing-type global_aux_loss: its running mean .* seq_aux_loss",
+        ),
+        (EXPERTS | {"moe_enable_routing_replay": True}, "--moe-enable-routing-replay: .* leave it out"),
+        (EXPERTS | {"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm: .* leave it out"),
+        (
+            EXPERTS | {"overlap_dispatch_backward_with_experts_wgrad": True},
+            "--overlap-dispatch-backward-with-experts-wgrad: .* leave it out",
+        ),
         ({"mtp_num_layers": 1}, "--mtp-num-layers: .* no segment yet; leave it out"),
         ({"use_torch_fsdp2": True}, "FSDP: .* use --use-distributed-optimizer"),
         ({"use_megatron_fsdp": True}, "FSDP: .* use --use-distributed-optimizer"),
@@ -33,6 +51,7 @@ FINE: dict[str, Any] = {
 )
 def test_the_reason_and_the_way_out_are_named(flags: dict[str, Any], message: str) -> None:
     check_arguments(Namespace(**FINE))
+    check_arguments(Namespace(**FINE | EXPERTS))
     with pytest.raises(ConfigurationError, match=f"--dip-schedule dynamic and {message}") as refusal:
         check_arguments(Namespace(**FINE | flags))
     assert "\n" not in str(refusal.value)

@@ -124,6 +124,6 @@ def refusals(rank, world):
 
 
 def test_what_it_cannot_run_is_refused_with_a_reason():
-    reasons = ["3 layers", "layers differ", "multi-token", "packed", "2 samples", "no tokens"]
+    reasons = ["3 layers", "list 0 of 2 layers", "multi-token", "packed", "2 samples", "no tokens"]
     for reason, text in zip(reasons, team(1).run(refusals)[0], strict=True):
         assert reason in text

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...core.graph import Floats
 from ...core.strategies import LayerStrategy, format_strategy, known_strategies
-from ..model import ChunkTraining, LanguageHead, ModuleShape, MultimodalModel
+from ..model import ChunkTraining, LanguageHead, LayerKind, ModuleShape, MultimodalModel
 from ..model.modules import TrainablePart
 from ..workload import Microbatch
 from .calibration import Costs, Part
@@ -37,8 +37,16 @@ class LayerRun:
     stem: bool = False
     head: bool = False
 
+    @property
+    def numbers(self) -> range:
+        """Of its layers, from 0 in the module."""
+        return range(self.first, self.first + self.layers)
+
 
 Chunk = tuple[LayerRun, ...]
+Kind = tuple[str, LayerKind]
+"""A module and what a layer of it is."""
+_USUAL = LayerKind()
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +154,11 @@ class CostModel:
         shape = self.model.module(module)
         return self._settle(shape, "head", head_cost(shape, self.model.parallel, self.operators, sizes), sizes)
 
-    def layer(self, module: str, sizes: Sizes, full_attention: bool = True) -> LayerCost:
-        """One layer of the module, of the kind with full or with window attention, under every layer strategy."""
+    def layer(self, module: str, sizes: Sizes, kind: LayerKind = _USUAL) -> LayerCost:
+        """One layer of the module, of a kind, under every layer strategy."""
         shape = self.model.module(module)
         formula, recompute, dropped, layer_input = layer_cost(
-            shape.layer, self.model.parallel, self.operators, sizes, full_attention
+            shape.layer, self.model.parallel, self.operators, sizes, kind
         )
         cost = self._settle(shape, "layer", formula, sizes)
         # What is recomputed or dropped is a share of the layer, also of a measured one.
@@ -167,14 +175,14 @@ class CostModel:
     # -- chunks --------------------------------------------------------------------------------------------------
     def chunk_cost(self, chunk: Chunk, sizes: Mapping[str, Sizes]) -> ChunkCost:
         """Cost of a chunk for U units; ``sizes`` gives, per module of the chunk, what each unit holds for it."""
-        layers: dict[tuple[str, bool], LayerCost] = {}
+        layers: dict[Kind, LayerCost] = {}
         return self._chunk(chunk, sizes, layers)
 
     def mixed_sizes(self, microbatches: Sequence[Microbatch]) -> dict[str, Sizes]:
         """Sizes of whole microbatches for every module."""
         return {m.name: whole_sizes(m, microbatches) for m in self.model.modules}
 
-    def _chunk(self, chunk: Chunk, sizes: Mapping[str, Sizes], layers: dict[tuple[str, bool], LayerCost]) -> ChunkCost:
+    def _chunk(self, chunk: Chunk, sizes: Mapping[str, Sizes], layers: dict[Kind, LayerCost]) -> ChunkCost:
         units = len(next(iter(sizes.values())))
         kinds = self._kinds(chunk)
         for kind in kinds:
@@ -196,24 +204,24 @@ class CostModel:
             out["deferred_activation"] += total * layer.deferred_activation
         return _fastest_first(ChunkCost(**out, names=tuple(texts[g] for g in group)))
 
-    def _kinds(self, chunk: Chunk) -> list[tuple[str, bool]]:
-        kinds: dict[tuple[str, bool], None] = {}
-        for run in chunk:
-            shape = self.model.module(run.module)
-            if shape.layer.window == 0 and run.layers:
-                kinds[run.module, True] = None
-            else:
-                for i in range(run.first, run.first + run.layers):
-                    kinds[run.module, shape.full_attention(i)] = None
-        return list(kinds)
+    def _kinds(self, chunk: Chunk) -> list[Kind]:
+        return list(dict.fromkeys(kind for run in chunk for kind in self._kinds_of(run)))
+
+    def _kinds_of(self, run: LayerRun) -> list[Kind]:
+        """Of each layer of a run."""
+        kinds = self.model.module(run.module).kinds
+        return [(run.module, kinds[i]) for i in run.numbers]
 
     def _fixed(self, chunk: Chunk, sizes: Mapping[str, Sizes], units: int) -> PartCost:
         total = PartCost.nothing(units)
         for run in chunk:
-            for wanted, part in ((run.stem, self.stem), (run.head, self.head)):
-                if wanted:
+            heads = run.head + self.model.module(run.module).tapped(run.first, run.layers)
+            for times, part in ((run.stem, self.stem), (heads, self.head)):
+                if times:
                     more = part(run.module, sizes[run.module])
-                    total = PartCost(*(getattr(total, f.name) + getattr(more, f.name) for f in fields(PartCost)))
+                    total = PartCost(
+                        *(getattr(total, f.name) + times * getattr(more, f.name) for f in fields(PartCost))
+                    )  # fmt: skip
         return total
 
     def _classes(self, chunk: Chunk, sizes: Mapping[str, Sizes], units: int) -> tuple[list[_Candidates], Counts]:
@@ -235,14 +243,10 @@ class CostModel:
 
     def _find_candidates(self, chunk: Chunk, keys: dict[str, tuple[float, ...]]) -> _Candidates:
         kinds = self._kinds(chunk)
-        place = [
-            kinds.index((run.module, self.model.module(run.module).full_attention(i)))
-            for run in chunk
-            for i in range(run.first, run.first + run.layers)
-        ]
+        place = [kinds.index(kind) for run in chunk for kind in self._kinds_of(run)]
         parts, offered = [], []
-        for k, (module, full_attention) in enumerate(kinds):
-            layer = self.layer(module, Sizes.of(np.array([keys[module]])), full_attention)
+        for k, (module, own) in enumerate(kinds):
+            layer = self.layer(module, Sizes.of(np.array([keys[module]])), own)
             seconds, size = layer.forward[:, 0] + layer.backward[:, 0], layer.activation[:, 0]
             usable = self._allowed.copy()
             # Not worth offering: the attention core where attention is fused, which keeps next to nothing; and
@@ -280,7 +284,8 @@ class CostModel:
             total = StaticBytes(inbox=inbox)
             for run in (run for chunk in line for run in chunk):
                 shape = (built or {}).get(run) or self.model.module(run.module)
-                total = total.plus(run_bytes(self.model, self.cluster, shape, run.layers, run.stem, run.head))
+                taps = shape.tapped(run.first, run.layers)
+                total = total.plus(run_bytes(self.model, self.cluster, shape, run.numbers, run.stem, run.head + taps))
                 layer, head = workspace.get(run.module, (0.0, 0.0))
                 total = total.plus(StaticBytes(workspace=max(layer if run.layers else 0.0, head if run.head else 0.0)))
             out.append(total)
@@ -288,7 +293,10 @@ class CostModel:
 
     def _workspace(self, shape: ModuleShape, sizes: Sizes) -> tuple[float, float]:
         """Bytes for a moment beside what stages hold: all activations of one layer, and an output head's logits."""
-        layer = layer_cost(shape.layer, self.model.parallel, self.operators, sizes.largest())[0].activation.max()
+        layer = max(
+            layer_cost(shape.layer, self.model.parallel, self.operators, sizes.largest(), kind)[0].activation.max()
+            for kind in set(shape.kinds)
+        )
         logits = 0.0
         if isinstance(shape.head, LanguageHead):
             width = (self.cluster.element_bytes + 4) * shape.head.vocabulary / self.model.parallel.tp
@@ -301,6 +309,10 @@ class CostModel:
         shard = self.model.parallel.tp if self.model.parallel.sequence_parallel else 1
         elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
         return self.cluster.element_bytes * elements / shard
+
+    def tap_bytes(self, shape: ModuleShape, outputs: Floats) -> Floats:
+        """Bytes of what one tap of an encoder makes of ``outputs`` tokens: whole on every tensor-parallel rank."""
+        return self.cluster.element_bytes * shape.output_width * outputs
 
     def transfer_seconds(self, message: Floats) -> Floats:
         """Seconds of one transfer of ``message`` bytes between neighbouring pipeline ranks."""

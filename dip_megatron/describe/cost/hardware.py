@@ -41,6 +41,8 @@ class Cluster:
     element_bytes: int
     fused_attention: bool
     efficiency: tuple[tuple[Operator, Curve], ...]
+    host_wait: float = 0.0
+    """Seconds a GPU idles when the host must wait for what it has computed before it can launch what follows."""
 
     @property
     def usable_bytes(self) -> float:
@@ -87,6 +89,7 @@ class _Cluster(BaseModel):
     node_microseconds: NonNegativeFloat
     network_microseconds: NonNegativeFloat
     reserved_gb: NonNegativeFloat
+    host_wait_microseconds: NonNegativeFloat = 30
     element_bytes: Literal[2, 4] = 2
     fused_attention: bool = True
     efficiency: dict[Operator, Annotated[list[tuple[PositiveFloat, PositiveFloat]], Field(min_length=1)]] = Field(
@@ -129,5 +132,6 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
         reserved_bytes=data.reserved_gb * 1e9,
         element_bytes=data.element_bytes,
         fused_attention=data.fused_attention,
+        host_wait=data.host_wait_microseconds * 1e-6,
         efficiency=tuple(sorted((k, check_curve(k, v)) for k, v in data.efficiency.items())),
     )

@@ -54,15 +54,42 @@ class Operators:
         seconds = moved / (c.memory_bandwidth * interpolate(c.curve("memory"), moved)) + c.kernel_latency
         return np.where(moved > 0, seconds, 0.0)
 
-    def gather(self, size: Floats) -> Floats:
-        """All-gather, or reduce-scatter, of ``size`` bytes (of all ranks together) over the tensor-parallel ranks."""
-        if self.tp == 1:
+    def grouped_matmul(
+        self, rows: Floats, inner: float, columns: float, groups: float, *, accumulate: bool = False
+    ) -> Floats:
+        """:meth:`matmul` of ``rows`` rows, of which each of ``groups`` equal shares meets a matrix of its own. As
+        efficient as one of the ``groups`` products is; all are launched together."""
+        c, element = self.cluster, self.cluster.element_bytes
+        flops = 2 * rows * inner * columns
+        moved = element * rows * (inner + columns) + groups * inner * columns * (8 if accumulate else element)
+        work = flops / (c.flops * interpolate(c.curve("matmul"), flops / groups))
+        memory = moved / (c.memory_bandwidth * interpolate(c.curve("memory"), moved))
+        return np.where(flops > 0, np.maximum(work, memory) + c.kernel_latency, 0.0)
+
+    def exchange(self, size: Floats, ranks: int) -> Floats:
+        """All-to-all among ``ranks`` neighbouring ranks, each of which sends ``size`` bytes in all, as much to itself
+        as to any other. What leaves the node goes over the network while the rest goes within it."""
+        if ranks == 1:
             return np.zeros_like(size)
         c = self.cluster
-        inside = self.tp <= c.gpus_per_node
+        near = min(ranks, c.gpus_per_node)
+        efficiency = interpolate(c.curve("collective"), size)
+        within = size * (near - 1) / ranks / (c.node_bandwidth * efficiency)
+        beyond = size * (ranks - near) / ranks / (c.network_bandwidth * efficiency)
+        latency = c.node_latency if ranks == near else c.network_latency
+        return np.where(size > 0, np.maximum(within, beyond) + latency, 0.0)
+
+    def gather(self, size: Floats, ranks: int | None = None) -> Floats:
+        """All-gather, or reduce-scatter, of ``size`` bytes (of all ranks together) over so many neighbouring ranks
+        (None: the tensor-parallel ones)."""
+        ranks = self.tp if ranks is None else ranks
+        if ranks == 1:
+            return np.zeros_like(size)
+        c = self.cluster
+        inside = ranks <= c.gpus_per_node
         bandwidth = c.node_bandwidth if inside else c.network_bandwidth
         latency = c.node_latency if inside else c.network_latency
-        moved = size * (self.tp - 1) / self.tp
+        moved = size * (ranks - 1) / ranks
         return np.where(size > 0, moved / (bandwidth * interpolate(c.curve("collective"), size)) + latency, 0.0)
 
     def all_reduce(self, size: Floats) -> Floats:

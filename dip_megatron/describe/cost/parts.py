@@ -19,6 +19,7 @@ from ..model import (
     LanguageHead,
     LatentEmbedding,
     LatentHead,
+    LayerKind,
     ModuleShape,
     Parallel,
     PatchEmbedding,
@@ -26,8 +27,11 @@ from ..model import (
     TokenEmbedding,
     TransformerLayer,
 )
+from .mlp import experts_cost, mlp_cost
 from .operators import Operators
 from .sizes import Sizes
+
+_USUAL = LayerKind()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +64,19 @@ class LayerCost:
 
 
 def layer_cost(
-    layer: TransformerLayer, parallel: Parallel, operators: Operators, sizes: Sizes, full_attention: bool = True
+    layer: TransformerLayer, parallel: Parallel, operators: Operators, sizes: Sizes, kind: LayerKind = _USUAL
 ) -> tuple[PartCost, Floats, Floats, Floats]:
-    """One layer that keeps all its activations; beside it, per part that can be recomputed, its forward seconds and the
-    bytes dropped: activation function, attention core and MLP, ``[3, U]`` each; the bytes of the layer's input ``[U]``.
+    """One layer of a kind that keeps all its activations; beside it, per part that can be recomputed, its forward
+    seconds and the bytes dropped: activation function, attention core and MLP (or experts), ``[3, U]`` each; the bytes
+    of the layer's input ``[U]``.
     """
     e, tp = operators.cluster.element_bytes, parallel.tp
     shard = tp if parallel.sequence_parallel else 1
-    tokens, pairs = sizes.tokens, sizes.pairs if full_attention else sizes.window_pairs
-    hidden, ffn = layer.hidden, layer.ffn / tp
+    tokens, pairs = sizes.tokens, sizes.pairs if kind.full_attention else sizes.window_pairs
+    hidden = layer.hidden
     width = layer.query_width / tp
     kv_width = max(layer.kv_groups / tp, 1) * layer.head_dim
     whole, local = e * hidden * tokens, e * hidden * tokens / shard
-    fc1 = ffn * (2 if layer.gated else 1)
 
     def exchange(times: float) -> Floats:
         """Tensor-parallel traffic in the unit of one gather of the hidden states."""
@@ -134,21 +138,20 @@ def layer_cost(
         activation, core_bytes = activation + c_kept + c_bytes + 2 * local, core_bytes + c_bytes
         deferred_activation = deferred_activation + c_deferred + local + whole
 
-    up, up_weight = linear(hidden, fc1)
-    down, down_weight = linear(ffn, hidden)
-    act = operators.memory(e * (fc1 + ffn) * tokens)
-    mlp = up + down + act + exchange(2)
-    forward, backward = forward + mlp + one, backward + up + down + 1.5 * act + 2 * one + exchange(2)
-    weight = weight + up_weight + down_weight + exchange(1)
-    mlp_bytes = e * (fc1 + ffn) * tokens
-    activation = activation + mlp_bytes + (2 + extra) * local
-    deferred_activation = deferred_activation + e * (fc1 + ffn) * tokens + local + whole
+    if kind.experts:
+        mlp = experts_cost(layer, parallel, operators, tokens)
+    else:
+        mlp = mlp_cost(layer, layer.ffn, parallel, operators, tokens)
+    forward, backward = forward + mlp.forward + one, backward + mlp.backward + 2 * one
+    weight = weight + mlp.weight
+    activation = activation + mlp.kept + (2 + extra) * local
+    deferred_activation = deferred_activation + mlp.deferred
     if layer.adaln == "block":
         modulation, modulation_weight = linear(hidden, 6 * hidden / tp, np.minimum(tokens, 1.0))
         forward, backward, weight = forward + modulation, backward + modulation, weight + modulation_weight
     cost = PartCost(forward, backward, weight, activation, deferred_activation)
-    activated = e * ffn * tokens  # what the second linear keeps, if nothing is recomputed
-    return cost, np.stack([act, core, mlp]), np.stack([activated, core_bytes, mlp_bytes]), local
+    recompute = np.stack([mlp.activate, core, mlp.forward])
+    return cost, recompute, np.stack([mlp.activated, core_bytes, mlp.kept]), local
 
 
 def with_strategies(

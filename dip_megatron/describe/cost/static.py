@@ -38,30 +38,35 @@ INBOX_MESSAGES = 8
 """Receives that are posted ahead, in the order of their senders, at most."""
 
 
-def state_bytes(model: MultimodalModel, cluster: Cluster, parameters: float, trained: float) -> StaticBytes:
+def state_bytes(
+    model: MultimodalModel, cluster: Cluster, parameters: float, trained: float, *, experts: bool = False
+) -> StaticBytes:
     """Parameters, float32 main gradients and Adam's state of ``parameters`` weights split over tp, of which a share
     ``trained`` isn't frozen: those that are keep their values only. Mixed precision keeps a float32 copy and two
     moments (12 bytes each), single precision the moments alone (8); the distributed optimizer shards them over the
-    data-parallel ranks."""
-    count = parameters / model.parallel.tp
+    data-parallel ranks, context-parallel ones among them. ``experts`` are split over ep and etp, their optimizer's
+    state over the ranks that hold the same ones."""
+    parallel = model.parallel
+    count = parameters / (parallel.ep * parallel.expert_tp if experts else parallel.tp)
     learned = count * trained
     state = learned * (12 if cluster.element_bytes == 2 else 8)
-    if model.parallel.distributed_optimizer:
-        state /= model.parallel.dp
+    if parallel.distributed_optimizer:
+        state /= parallel.expert_dp if experts else parallel.dp * parallel.cp
     return StaticBytes(count * cluster.element_bytes, learned * 4, state)
 
 
 def run_bytes(
-    model: MultimodalModel, cluster: Cluster, module: ModuleShape, layers: int, stem: bool, head: bool
+    model: MultimodalModel, cluster: Cluster, module: ModuleShape, layers: range, stem: bool, heads: int
 ) -> StaticBytes:
-    """State of ``layers`` layers of a module, with its stem and its head where asked for."""
+    """State of those layers of a module, with its stem where asked for, and so many heads, of taps too."""
     hidden = module.layer.hidden
+    own, experts = (sum(counts) for counts in zip((0, 0), *map(module.layer_parameters, layers), strict=True))
     parts = (
-        (module.layer.parameters * layers, module.share("layers")),
+        (own, module.share("layers")),
         (module.stem.parameters(hidden) * stem, module.share("stem")),
-        (module.head.parameters(hidden) * head, module.share("head")),
+        (module.head.parameters(hidden) * heads, module.share("head")),
     )
-    total = StaticBytes()
+    total = state_bytes(model, cluster, experts, module.share("layers"), experts=True)
     for parameters, trained in parts:
         total = total.plus(state_bytes(model, cluster, parameters, trained))
     return total

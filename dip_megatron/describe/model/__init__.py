@@ -1,5 +1,6 @@
 """Descriptions of large multimodal models: modality modules, their graph, and how they are cut."""
 
+from .experts import Experts, LayerKind
 from .modules import (
     EVERY_PART,
     AudioEmbedding,
@@ -28,11 +29,13 @@ __all__ = [
     "EVERY_PART",
     "AudioEmbedding",
     "ChunkTraining",
+    "Experts",
     "FeatureEmbedding",
     "Head",
     "LanguageHead",
     "LatentEmbedding",
     "LatentHead",
+    "LayerKind",
     "ModelError",
     "ModulePartition",
     "ModuleShape",

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from .experts import Experts, LayerKind
+
 TrainablePart = Literal["stem", "layers", "head"]
 EVERY_PART: tuple[TrainablePart, ...] = ("stem", "layers", "head")
 
@@ -31,7 +33,7 @@ class TransformerLayer:
     ``cross_attention`` is the width of the condition its second attention reads (0: none). ``adaln`` says where scale,
     shift and gate come from: nowhere, one projection shared by all layers (``single``, in the stem), or one of each
     layer's own (``block``). ``window`` limits self-attention to windows of so many tokens (0: none), except in every
-    ``full_attention_every``-th layer (0: no exception).
+    ``full_attention_every``-th layer (0: no exception). ``experts`` stand instead of the MLP in some layers, or all.
     """
 
     hidden: int
@@ -45,6 +47,7 @@ class TransformerLayer:
     adaln: Literal["none", "single", "block"] = "none"
     window: int = 0
     full_attention_every: int = 0
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         _positive("layer", hidden=self.hidden, ffn=self.ffn, heads=self.heads, kv_groups=self.kv_groups)
@@ -63,15 +66,32 @@ class TransformerLayer:
     def kv_width(self) -> int:
         return self.kv_groups * self.head_dim
 
-    @cached_property
+    @property
     def parameters(self) -> int:
-        """Parameters of one layer, biases left out."""
+        """Parameters of one layer without experts, biases left out."""
+        return self._without_mlp + self._mlp(self.ffn)
+
+    @property
+    def parameters_beside_experts(self) -> int:
+        """Parameters of one layer with experts, these left out: router and shared experts are counted."""
+        assert self.experts is not None
+        return self._without_mlp + self.hidden * self.experts.count + self._mlp(self.experts.shared_ffn)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of one layer."""
+        return 0 if self.experts is None else self.experts.count * self._mlp(self.experts.ffn)
+
+    def _mlp(self, ffn: int) -> int:
+        return self.hidden * ffn * (3 if self.gated else 2)
+
+    @cached_property
+    def _without_mlp(self) -> int:
         attention = self.hidden * (2 * self.query_width + 2 * self.kv_width)
-        mlp = self.hidden * self.ffn * (3 if self.gated else 2)
         cross = 2 * self.hidden * self.query_width + 2 * self.cross_attention * self.kv_width
         modulation = {"none": 0, "single": 6 * self.hidden, "block": 6 * self.hidden**2}[self.adaln]
         norms = (3 if self.cross_attention else 2) * self.hidden
-        return attention + mlp + (cross if self.cross_attention else 0) + modulation + norms
+        return attention + (cross if self.cross_attention else 0) + modulation + norms
 
 
 @dataclass(frozen=True)
@@ -193,7 +213,8 @@ class ModuleShape:
     clips), ``clips`` (a DiT), or the name of a kind of instances (an encoder, one instance each): ``images``,
     ``audios``, or any other. ``upstream`` names the modules whose outputs it waits for. ``trainable`` lists the parts
     that have weight gradients; ``trained_share`` says of how many of the parameters of stem, layers and head, where
-    they do (adapters: few).
+    they do (adapters: few). ``taps`` are layers, counted from 0, whose outputs also go, each through a projector like
+    the head's, to the next module: that of the i-th is added behind its layer i (Qwen3-VL's deepstack).
     """
 
     name: str
@@ -205,9 +226,14 @@ class ModuleShape:
     upstream: tuple[str, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
     trained_share: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _positive(f"modules.{self.name}", layers=self.layers)
+        if self.taps and not isinstance(self.head, Projector):
+            raise ModelError(f"modules.{self.name}.taps: each has a projector like the head's; set head")
+        if any(not 0 <= layer < self.layers for layer in self.taps):
+            raise ModelError(f"modules.{self.name}.taps: {self.taps}, the layers are 0 to {self.layers - 1}")
         unknown = set(self.trainable) - set(EVERY_PART)
         if unknown:
             raise ModelError(
@@ -245,7 +271,28 @@ class ModuleShape:
     @property
     def parameters(self) -> int:
         hidden = self.layer.hidden
-        return self.stem.parameters(hidden) + self.layers * self.layer.parameters + self.head.parameters(hidden)
+        layers = sum(map(sum, (self.layer_parameters(i) for i in range(self.layers))))
+        return self.stem.parameters(hidden) + layers + (1 + len(self.taps)) * self.head.parameters(hidden)
+
+    def tapped(self, first: int, layers: int) -> int:
+        """How many taps the ``layers`` layers from number ``first`` have."""
+        return sum(first <= layer < first + layers for layer in self.taps)
+
+    def layer_parameters(self, layer: int) -> tuple[int, int]:
+        """Parameters of layer number ``layer`` (from 0), and of its experts."""
+        if not self.kind(layer).experts:
+            return self.layer.parameters, 0
+        return self.layer.parameters_beside_experts, self.layer.expert_parameters
+
+    def kind(self, layer: int) -> LayerKind:
+        """What layer number ``layer`` (from 0) is."""
+        experts = self.layer.experts
+        return LayerKind(self.full_attention(layer), experts is not None and experts.in_layer(layer))
+
+    @cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """What each layer is."""
+        return tuple(map(self.kind, range(self.layers)))
 
     def full_attention(self, layer: int) -> bool:
         """Whether layer number ``layer`` (from 0) attends to its whole sequence rather than to a window."""
@@ -255,20 +302,39 @@ class ModuleShape:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How ranks are used: tensor, pipeline and data parallel sizes, and what is sharded over them."""
+    """How ranks are used: tensor, pipeline, data and context parallel sizes, what is sharded over them, and over how
+    many of the ranks of a stage experts are spread (``ep``) and each of them is split (``etp``; 0: as ``tp``)."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
+    cp: int = 1
+    ep: int = 1
+    etp: int = 0
 
     def __post_init__(self) -> None:
-        _positive("parallel", tp=self.tp, pp=self.pp, dp=self.dp)
+        _positive("parallel", tp=self.tp, pp=self.pp, dp=self.dp, cp=self.cp, ep=self.ep, etp=self.expert_tp)
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that an expert is split over."""
+        return self.etp or self.tp
+
+    @property
+    def coupled(self) -> int:
+        """Data-parallel replicas that share a group of experts: 1 if each has its own, and so plans alone."""
+        return max(1, -(-self.ep * self.expert_tp // (self.tp * self.cp)))
+
+    @property
+    def expert_dp(self) -> float:
+        """Ranks of a stage, of all replicas, that hold the same experts."""
+        return self.tp * self.cp * self.dp / (self.ep * self.expert_tp)
 
 
 @dataclass(frozen=True)
@@ -327,6 +393,12 @@ class MultimodalModel:
             value = getattr(m.layer, name)
             if value % tp and not (name == "kv_groups" and tp % value == 0):
                 raise ModelError(f"{place}.layer.{name}: {value} can't be split over tp {tp}")
+        experts = m.layer.experts
+        if experts is not None:
+            ep, etp = self.parallel.ep, self.parallel.expert_tp
+            for what, value, name, ranks in (("count", experts.count, "ep", ep), ("ffn", experts.ffn, "etp", etp)):
+                if value % ranks:
+                    raise ModelError(f"{place}.layer.experts.{what}: {value} can't be split over {name} {ranks}")
 
     @cached_property
     def _by_name(self) -> dict[str, ModuleShape]:
@@ -351,11 +423,15 @@ class MultimodalModel:
         dp: int | None = None,
         sequence_parallel: bool | None = None,
         distributed_optimizer: bool | None = None,
+        cp: int | None = None,
+        ep: int | None = None,
+        etp: int | None = None,
     ) -> MultimodalModel:
         """The same model at other parallel sizes (``None``: as they are). Raises ModelError if they don't divide it."""
         given = {
             "tp": tp, "pp": pp, "dp": dp,
             "sequence_parallel": sequence_parallel, "distributed_optimizer": distributed_optimizer,
+            "cp": cp, "ep": ep, "etp": etp,
         }  # fmt: skip
         changes = {k: v for k, v in given.items() if v is not None}
         return replace(self, parallel=replace(self.parallel, **changes))  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from ..files import ConfigurationError, read_yaml, resolve
+from .experts import Experts
 from .modules import (
     EVERY_PART,
     AudioEmbedding,
@@ -40,6 +41,16 @@ class _Strict(BaseModel):
         return {name: getattr(self, name) for name in type(self).model_fields if name != "kind"}
 
 
+class _Experts(_Strict):
+    count: PositiveInt
+    active: PositiveInt
+    ffn: PositiveInt
+    shared_ffn: int = Field(default=0, ge=0)
+    dense_first: int = Field(default=0, ge=0)
+    pattern: tuple[bool, ...] = (True,)
+    imbalance: float = Field(default=1.15, ge=1.0)
+
+
 class _Layer(_Strict):
     hidden: PositiveInt
     ffn: PositiveInt
@@ -52,6 +63,16 @@ class _Layer(_Strict):
     adaln: Literal["none", "single", "block"] = "none"
     window: int = Field(default=0, ge=0)
     full_attention_every: int = Field(default=0, ge=0)
+    experts: _Experts | None = None
+
+    def shape(self) -> TransformerLayer:
+        """As the dataclass. Raises ModelError."""
+        values = self.values()
+        try:
+            experts = None if self.experts is None else Experts(**self.experts.values())
+        except ValueError as error:
+            raise ModelError(f"layer.experts.{error}") from error
+        return TransformerLayer(**values | {"experts": experts})
 
 
 class _PatchEmbedding(_Strict):
@@ -126,6 +147,7 @@ class _Module(_Strict):
     head: Annotated[_Projector | _LanguageHead | _LatentHead | _Nothing, Field(discriminator="kind")] = _Nothing()
     upstream: tuple[Name, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
+    taps: tuple[int, ...] = ()
 
 
 class _Parallel(_Strict):
@@ -134,6 +156,8 @@ class _Parallel(_Strict):
     dp: PositiveInt = 1
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
+    ep: PositiveInt = 1
+    etp: int = Field(default=0, ge=0)
 
 
 class _Packing(_Strict):
@@ -163,11 +187,12 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 name=name,
                 input=m.input,
                 layers=m.layers,
-                layer=TransformerLayer(**m.layer.values()),
+                layer=m.layer.shape(),
                 stem=_STEMS[type(m.stem)](**m.stem.values()),
                 head=_HEADS[type(m.head)](**m.head.values()),
                 upstream=m.upstream,
                 trainable=m.trainable,
+                taps=m.taps,
             )
             for name, m in data.modules.items()
         )

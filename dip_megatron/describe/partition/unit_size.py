@@ -47,10 +47,9 @@ def module_seconds(pricer: CostModel, module: str, sizes: Sizes) -> Floats:
     total = np.zeros(len(sizes))
     for part in (pricer.stem(module, sizes), pricer.head(module, sizes)):
         total += part.forward + part.backward + part.weight
-    full = [shape.full_attention(i) for i in range(shape.layers)]
-    for kind in sorted(set(full)):
+    for kind in sorted(set(shape.kinds)):
         layer = pricer.layer(module, sizes, kind)
-        total += full.count(kind) * (layer.forward[0] + layer.backward[0] + layer.weight)
+        total += shape.kinds.count(kind) * (layer.forward[0] + layer.backward[0] + layer.weight)
     return total
 
 

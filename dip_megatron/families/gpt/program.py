@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
@@ -32,7 +31,8 @@ class GptProgram(SegmentedProgram):
     """Stage program of a GPT described by the keyword arguments of Megatron's ``GPTModel``.
 
     ``layers`` gives ``{"language": layers[segment][rank]}``. Embedding and head may be tied: the first rank's chunk and
-    the last one's each hold a copy, whose gradients Megatron's ``finalize_model_grads`` adds up.
+    the last one's each hold a copy, whose gradients Megatron's ``finalize_model_grads`` adds up. A spec that lists the
+    layers (dense ones and mixtures of experts, say) must list all of the model's.
     """
 
     def __init__(
@@ -48,10 +48,7 @@ class GptProgram(SegmentedProgram):
         self.kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
         config = kwargs["config"]
         self.check_layers(LANGUAGE, config.num_layers)
-        if isinstance(kwargs["transformer_layer_spec"], TransformerBlockSubmodules):
-            raise ValueError(
-                "DIP can't segment a GPT whose layers differ (its spec lists each of them); use --dip-schedule off"
-            )
+        self.chunk_spec(kwargs["transformer_layer_spec"], LANGUAGE, 0)  # refused now rather than when chunks are built
         if kwargs.get("mtp_block_spec") is not None:
             raise ValueError("DIP can't segment multi-token prediction layers; use --dip-schedule off")
         if kwargs.get("position_embedding_type") == "mrope":
@@ -69,10 +66,11 @@ class GptProgram(SegmentedProgram):
     def build_chunks(self) -> list[torch.nn.Module]:
         """One chunk per segment."""
         config = segment_config(self.kwargs["config"], self.layers[LANGUAGE], self.rank)
-        chunks = [
-            GPTModel(**(self.kwargs | {"config": config}), pre_process=first, post_process=last, vp_stage=segment)
-            for segment, first, last in self.places(LANGUAGE)
-        ]
+        chunks = []
+        for segment, first, last in self.places(LANGUAGE):
+            spec = self.chunk_spec(self.kwargs["transformer_layer_spec"], LANGUAGE, segment)
+            own = self.kwargs | {"config": config, "transformer_layer_spec": spec}
+            chunks.append(GPTModel(**own, pre_process=first, post_process=last, vp_stage=segment))
         return self.finish(chunks, config)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

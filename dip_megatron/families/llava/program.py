@@ -158,6 +158,8 @@ class LlavaProgram(SegmentedProgram):
                 for name in ("vision", "language"):
                     key = f"{name}_transformer_config"
                     arguments[key] = segment_config(arguments[key], self.layers[name], self.rank)
+                spec = f"{module}_transformer_layer_spec"
+                arguments[spec] = self.chunk_spec(arguments[spec], module, segment)
                 arguments["vision_projection_config"] = order_free(arguments["vision_projection_config"])
                 chunk = kind(first, last, vp_stage=segment, **arguments)
                 chunk.freeze(**{"freeze_language_model": False, "freeze_vision_model": False,

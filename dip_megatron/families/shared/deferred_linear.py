@@ -14,6 +14,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from ...compat import linears
+from ...compat.experts import Router
 from ...compat.linears import Multiplication
 from ...compat.transformer_engine import store_of
 from ...runtime.deferred import WeightGradients, accumulate, cut
@@ -131,14 +132,14 @@ def install(chunk: torch.nn.Module, mode: StageMode) -> None:
 def undeferrable(chunk: torch.nn.Module) -> list[str]:
     """Names of the chunk's trained matrices whose gradients W can't compute: they take their time in B.
 
-    Vectors (norms, biases), position embeddings and class tokens are left out; their gradients are always summed up in
-    B, where they cost next to nothing.
+    Vectors (norms, biases), position embeddings, class tokens and routers to experts are left out; their gradients are
+    always summed up in B, where they cost next to nothing.
     """
     handled: set[int] = set()
     for module in chunk.modules():
         linear = isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and linears.understood(module)
         linear = linear or isinstance(store_of(module), StageStore)
-        if linear or isinstance(module, (*_WITHOUT_INPUT_GRADIENT, torch.nn.Embedding)):
+        if linear or isinstance(module, (*_WITHOUT_INPUT_GRADIENT, torch.nn.Embedding, Router)):
             handled |= {id(p) for p in module.parameters(recurse=False)}
     return [
         name

@@ -7,7 +7,8 @@ Each transformer layer of a chunk gets a ``forward`` that looks up its strategy 
 ``--recompute-modules core_attn`` sets for good. ``mlp`` doesn't use Megatron's flag for it: that returns the MLP's bias
 from inside the checkpoint, which makes the parameter itself a result of the checkpoint, and a later backward through it
 never ends (megatron-core 0.16 and 0.19). ``activation`` does to a dense MLP what ``--recompute-modules moe_act`` does
-to experts, with the same Megatron class.
+to experts, with the same Megatron class, and to experts just that: their tokens aren't exchanged again. ``mlp`` of a
+MoE layer is ``--recompute-modules moe``, router and exchange included.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ...compat import transformer_engine
+from ...compat.experts import BaseMoELayer, activations_recomputed, expert_mlps
 from ...compat.recompute import CORE_ATTENTION, CheckpointWithoutOutput
 from ...core.strategies import strategy
 from ...runtime.deferred import AtOnce
@@ -51,7 +53,7 @@ class LayerCall:
     layer: torch.nn.Module
     index: int
     mode: StageMode
-    mlp: SwitchedMLP
+    mlp: SwitchedMLP | SwitchedExperts
     attentions: tuple[Any, ...]
     forward: Callable[..., Any]
     args: tuple[Any, ...]
@@ -64,7 +66,8 @@ class LayerCall:
 
 def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[..., Any]:
     megatrons = layer.forward
-    mlp = SwitchedMLP(layer)
+    experts = isinstance(layer.mlp, BaseMoELayer)
+    mlp = SwitchedExperts(layer) if experts else SwitchedMLP(layer.config, layer.mlp)
     # A layer without cross attention has a placeholder there.
     attentions = tuple(a for a in (layer.self_attention, layer.cross_attention) if isinstance(a, Attention))
 
@@ -133,45 +136,47 @@ def offloaded(
 
 
 class SwitchedMLP:
-    """The ``forward`` of a layer's MLP, all of it (``mlp``) or its activation function (``activation``) under a
-    checkpoint, as ``recomputed`` says."""
+    """The ``forward`` of an MLP, all of it (``mlp``) or its activation function (``activation``) under a checkpoint, as
+    ``recomputed`` says."""
 
-    def __init__(self, layer: torch.nn.Module):
+    def __init__(self, config: Any, mlp: Any):
         self.recomputed: str | None = None
-        self._layer = layer
-        self._mlp = layer.mlp
-        self._megatrons = layer.mlp.forward
-        layer.mlp.forward = self.forward
+        self._config = config
+        self._mlp = mlp
+        self._megatrons = mlp.forward
+        mlp.forward = self.forward
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.recomputed is None or not hidden_states.requires_grad:
             return self._megatrons(hidden_states, *args, **kwargs)
-        # Fused MLPs have no activation function of their own: those are recomputed as a whole.
-        if self.recomputed == "activation" and type(self._mlp).forward is MLP.forward:
+        # Fused MLPs have no activation function of their own: those are recomputed as a whole. So are experts with a
+        # bias, which Megatron adds, weighted, behind the second linear.
+        plain = type(self._mlp).forward is MLP.forward and not (args and self._config.add_bias_linear)
+        if self.recomputed == "activation" and plain:
             return self._without_activation(hidden_states, args, kwargs)
+        return _checkpoint(self._config, partial(self._whole, kwargs), False, hidden_states, *args)
 
-        def run(hidden: torch.Tensor) -> Any:
-            output = self._megatrons(hidden, *args, **kwargs)
-            if not isinstance(output, tuple):
-                return output
-            # The bias to be added later must leave the checkpoint as a tensor of its own.
-            return tuple(t.clone() if isinstance(t, torch.nn.Parameter) else t for t in output)
-
-        return _checkpoint(self._layer.config, run, False, hidden_states)
+    def _whole(self, kwargs: dict[str, Any], *args: Any) -> Any:
+        output = self._megatrons(*args, **kwargs)
+        if not isinstance(output, tuple):
+            return output
+        # The bias to be added later must leave the checkpoint as a tensor of its own.
+        return tuple(t.clone() if isinstance(t, torch.nn.Parameter) else t for t in output)
 
     def _without_activation(
-        self, hidden_states: torch.Tensor, args: Any, kwargs: dict[str, Any]
+        self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Megatron's MLP, whose second linear's input is dropped and made again when the backward comes to it."""
+        """Megatron's MLP, whose second linear's input is dropped and made again when the backward comes to it. ``args``
+        are an expert's probabilities of its tokens, which take a gradient too."""
         intermediate, bias = self._mlp.linear_fc1(hidden_states)
-        checkpoint = CheckpointWithoutOutput(fp8=self._layer.config.fp8 or None)
-        activated = checkpoint.checkpoint(partial(self._activate, args, kwargs), intermediate, bias)
+        checkpoint = CheckpointWithoutOutput(fp8=self._config.fp8 or None)
+        activated = checkpoint.checkpoint(partial(self._activate, kwargs), intermediate, bias, *args)
         output, output_bias = self._mlp.linear_fc2(activated)
         checkpoint.discard_output_and_register_recompute(output)
         return output, output_bias
 
     def _activate(
-        self, args: Any, kwargs: dict[str, Any], intermediate: torch.Tensor, bias: torch.Tensor | None
+        self, kwargs: dict[str, Any], intermediate: torch.Tensor, bias: torch.Tensor | None, *args: Any
     ) -> torch.Tensor:
         """What Megatron's MLP does between its linears: its own forward, while these pass on what they are given."""
         given = _forward_of(self._mlp.linear_fc1, lambda _: (intermediate, bias))
@@ -179,6 +184,20 @@ class SwitchedMLP:
         with given, taken:
             activated: torch.Tensor = self._megatrons(intermediate, *args, **kwargs)[0]
         return activated
+
+
+class SwitchedExperts(SwitchedMLP):
+    """The same of a mixture of experts: all of it, or the experts' activation functions."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__(layer.config, layer.mlp)
+        self._experts = [SwitchedMLP(expert.config, expert) for expert in expert_mlps(self._mlp)]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.recomputed != "activation" or not hidden_states.requires_grad:
+            return super().forward(hidden_states, *args, **kwargs)
+        with _set(self._experts, "recomputed", "activation"), activations_recomputed(self._mlp):
+            return self._megatrons(hidden_states, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
+from ...compat.layer_specs import spec_of_chunk
 from ...core import Unit
 from ...runtime.modes import StageMode
 from ...runtime.protocol import MicrobatchInputs
@@ -81,6 +82,13 @@ class SegmentedProgram:
         last = (len(self.layers[module]) - 1, self.ranks - 1)
         for segment in range(last[0] + 1):
             yield segment, segment == self.rank == 0, (segment, self.rank) == last
+
+    def chunk_spec(self, spec: Any, module: str, segment: int) -> Any:
+        """Of a spec that lists a module's layers, those of this rank's chunk; any other spec as it is. Raises
+        ValueError if it lists another number of layers than the model has."""
+        lines = self.layers[module]
+        first = sum(map(sum, lines[:segment])) + sum(lines[segment][: self.rank])
+        return spec_of_chunk(spec, first, lines[segment][self.rank], sum(map(sum, lines)))
 
     def finish(self, chunks: list[Chunk], config: Any) -> list[torch.nn.Module]:
         """Let the rank's chunks, in their order, follow the mode and stand where Megatron's wrappers look.

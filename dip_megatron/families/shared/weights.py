@@ -14,8 +14,13 @@ Deviation = Callable[[str, torch.nn.Parameter], float | None]
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:
-    """A parameter's name with its layer counted over the whole model, and without the names of Megatron's wrappers."""
+    """A parameter's name with its layer and its expert counted over the whole model, and without the names of
+    Megatron's wrappers."""
     parts = name.split(".")
+    if "local_experts" in parts:
+        place = parts.index("local_experts") + 1
+        experts: Any = model.get_submodule(".".join(parts[:place]))
+        parts[place] = str(int(parts[place]) + parallel_state.get_expert_model_parallel_rank() * len(experts))
     if "layers" in parts:
         place = parts.index("layers") + 1
         layers: Any = model.get_submodule(".".join(parts[:place]))
@@ -31,15 +36,17 @@ def draw_by_name(models: Iterable[torch.nn.Module], seed: int, deviation: Deviat
     """Draw weights anew, from ``seed`` and their global names, normally distributed.
 
     Megatron draws them in the order in which a rank builds them. ``deviation(name, parameter)`` is None for what stays
-    as it is. Tensor-parallel ranks get their shards of the same weights.
+    as it is. Tensor-parallel ranks get their shards of the same weights, expert-parallel ones their experts of all.
     """
-    rank, shards = 0, 1
+    dense = experts = 0, 1
     if parallel_state.model_parallel_is_initialized():
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        shards = parallel_state.get_tensor_model_parallel_world_size()
+        state = parallel_state
+        dense = state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()
+        experts = state.get_expert_tensor_parallel_rank(), state.get_expert_tensor_parallel_world_size()
     for model in models:
         for local, parameter in model.named_parameters():
             name = global_name(model, local)
+            rank, shards = experts if "local_experts" in name else dense
             std = deviation(name, parameter)
             if std is None:
                 continue

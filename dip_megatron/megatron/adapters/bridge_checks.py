@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from ...compat.bridge import HOOKS, TESTED, bridge_version
+from ...compat.names import fault
+from ...compat.releases import numbers_of
 from ...describe.files import ConfigurationError
+from ...describe.model import Parallel
+from ..experts import expert_refusals
+
+
+def check_release(tell: Callable[[str], object]) -> None:
+    """``tell`` of a release that DIP isn't tested with. Raises ConfigurationError if it has not all that DIP hooks
+    into: what a loop gives to schedules through a name that has gone would be missing from the gradients."""
+    version = bridge_version()
+    faults = [found for name in HOOKS.names if (found := fault(name)) is not None]
+    if faults:
+        raise ConfigurationError(
+            f"Megatron-Bridge {version}: {'; '.join(faults)}; DIP is tested with {HOOKS.seen}: install that, or use "
+            "schedule off"
+        )
+    if numbers_of(version) != TESTED:
+        tell(f"Megatron-Bridge {version} has all that DIP hooks into; DIP is tested with {HOOKS.seen}")
 
 
 def check_bridge(config: Any, schedule: str) -> None:
@@ -13,6 +33,16 @@ def check_bridge(config: Any, schedule: str) -> None:
     for unfit, setting, reason, way_out in _refusals(config):
         if unfit:
             raise ConfigurationError(f"schedule {schedule} and {setting}: {reason}; {way_out}, or use schedule off")
+
+
+def parallel_of(config: Any) -> Parallel:
+    """Parallel sizes of a ``ConfigContainer``."""
+    model = config.model
+    return Parallel(
+        model.tensor_model_parallel_size, model.pipeline_model_parallel_size, getattr(config, "data_parallel_size", 1),
+        model.sequence_parallel, config.ddp.use_distributed_optimizer, model.context_parallel_size,
+        model.expert_model_parallel_size or 1, model.expert_tensor_parallel_size or 0,
+    )  # fmt: skip
 
 
 def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
@@ -35,9 +65,7 @@ def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
          "use tensor parallelism with sequence_parallel"),
         (evaluated not in (None, config.train.micro_batch_size), f"eval_micro_batch_size {evaluated}",
          "payload shapes in plans are those of train.micro_batch_size", leave),
-        (getattr(model, "num_moe_experts", None), "num_moe_experts",
-         "how many tokens an expert gets is not known before it runs, so its time can't be planned",
-         "train a dense model"),
+        *(expert_refusals(model, parallel_of(config)) if getattr(model, "num_moe_experts", None) else ()),
         (getattr(model, "mtp_num_layers", None), "mtp_num_layers",
          "multi-token prediction layers have no segment yet", leave),
         (sharded, "FSDP", "it gathers parameters in one fixed order of layers", "use ddp.use_distributed_optimizer"),

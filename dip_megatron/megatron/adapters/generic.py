@@ -27,6 +27,9 @@ class GenericLoop(TrainingLoop):
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_data_parallel_world_size(), sequence_parallel, distributed_optimizer,
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
         )  # fmt: skip
         super().__init__(parallel, **settings)
         self._another_follows = another_follows

@@ -12,8 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
-from ...describe.model import Parallel
-from ..arguments import add_arguments, check_arguments, run_config
+from ..arguments import add_arguments, check_arguments, parallel_of, run_config
 from .layout import GivenLayout, given_layout, take_layout
 from .loop import Target, TrainingLoop
 
@@ -30,13 +29,10 @@ class MegatronLoop(TrainingLoop):
 
     def __init__(self, args: Any, package: str = "megatron.training", layout: GivenLayout | None = None):
         super().__init__(
-            Parallel(
-                args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size,
-                args.sequence_parallel, args.use_distributed_optimizer,
-            ),
+            parallel_of(args),
             args.micro_batch_size, max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1),
             args.seed, args.log_interval, read_ahead=True, iteration=self._iteration,
-            layout=layout, weights_by_tokens=bool(getattr(args, "calculate_per_token_loss", False)),
+            layout=layout, weights_by_tokens=bool(getattr(args, "calculate_per_token_loss", False)), finalizes=True,
         )  # fmt: skip
         self._args = args
         self._package = package

@@ -23,7 +23,7 @@ from dip_megatron.describe.cost import (
 )
 from dip_megatron.describe.cost.static import state_bytes
 from dip_megatron.describe.files import ConfigurationError, shipped
-from dip_megatron.describe.model import ModuleShape, MultimodalModel, Parallel, TransformerLayer, load_model
+from dip_megatron.describe.model import LayerKind, ModuleShape, MultimodalModel, Parallel, TransformerLayer, load_model
 from dip_megatron.describe.workload import Clip, Microbatch
 from tests.drawn import settings
 
@@ -120,7 +120,7 @@ def test_windows_save_attention() -> None:
     model = MultimodalModel("windowed", (ModuleShape("vision", "images", 4, layer),))
     pricer = CostModel(model, H100)
     sizes = {"vision": whole_sizes(model.modules[0], [Microbatch(1, (4096,))])}
-    windowed, full = (pricer.layer("vision", sizes["vision"], f).forward[0, 0] for f in (False, True))
+    windowed, full = (pricer.layer("vision", sizes["vision"], LayerKind(f)).forward[0, 0] for f in (False, True))
     assert windowed < full
     chunk = pricer.chunk_cost((LayerRun("vision", 3, first=1),), sizes)  # layers 1, 2, 3: full, window, full
     assert chunk.forward[0, 0] == pytest.approx(2 * full + windowed)

@@ -1,0 +1,217 @@
+"""A tiny GPT with mixtures of experts on real processes: Megatron's own schedule, and ours on the same weights and
+batches. Single precision: Megatron's CPU path keeps routing probabilities in it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dip_megatron.families.shared.weights import draw_by_name, global_name
+from dip_megatron.megatron.cpu import install_cpu_platform
+from tests.runtime.gpt_case import LENGTH, GptCase, forward_step
+from tests.runtime.gpt_case import batches as gpt_batches
+from tests.runtime.llava_case import VOCABULARY
+from tests.runtime.split_case import Drawn, DrawnMaker
+
+EXPERTS = 4
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Parallel sizes of a team of ``tp * pp * dp`` processes; ``dp`` is what is left."""
+
+    pp: int = 2
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    """What to train: microbatches, layers per chunk, which layers have experts (as ``moe_layer_freq`` lists them) and
+    further fields of Megatron's config. Each replica has microbatches of its own."""
+
+    microbatches: int
+    layers: tuple[tuple[int, ...], ...] = ((2, 2),)
+    experts: tuple[int, ...] = (0, 1, 1, 1)
+    options: dict[str, Any] = field(default_factory=dict)
+    overlap: bool = False
+
+
+def initialize(world: int, ranks: Ranks) -> None:
+    """torch.distributed and Megatron's groups on this process."""
+    install_cpu_platform()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=ranks.tp, pipeline_model_parallel_size=ranks.pp,
+            expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.etp,
+            get_embedding_ranks=lambda group: [group[0], group[-1]] if len(group) > 1 else group,
+        )  # fmt: skip
+        _norms_of_sequence_shards()
+    tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+
+
+def _norms_of_sequence_shards() -> None:
+    """Without Transformer Engine Megatron's norm refuses sequence parallelism; on a shard it computes the same."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    megatrons = WrappedTorchNorm.__new__
+
+    def on_a_shard(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        local = copy.copy(config)
+        local.sequence_parallel = False
+        norm = megatrons(cls, local, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = on_a_shard  # type: ignore[method-assign]
+
+
+def gpt_kwargs(case: ExpertsCase, ranks: Ranks) -> dict[str, Any]:
+    """Keyword arguments of Megatron's GPTModel, its spec listing the layers of the whole model."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from dip_megatron.compat.layer_specs import specs_of_all_layers
+
+    config = TransformerConfig(
+        num_layers=len(case.experts), hidden_size=32, num_attention_heads=4, ffn_hidden_size=48,
+        num_moe_experts=EXPERTS, moe_ffn_hidden_size=24, moe_layer_freq=list(case.experts), moe_router_topk=2,
+        moe_token_dispatcher_type="alltoall", add_bias_linear=False, gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, use_cpu_initialization=True,
+        tensor_model_parallel_size=ranks.tp, sequence_parallel=ranks.tp > 1, pipeline_model_parallel_size=ranks.pp,
+        expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.etp, pipeline_dtype=torch.float32,
+        hidden_dropout=0.0, attention_dropout=0.0, masked_softmax_fusion=False, bias_activation_fusion=False,
+        bias_dropout_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
+        **case.options,
+    )  # fmt: skip
+    with specs_of_all_layers():
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    return {
+        "config": config,
+        "transformer_layer_spec": spec,
+        "vocab_size": VOCABULARY,
+        "max_sequence_length": LENGTH,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+    }
+
+
+def deviation(name: str, parameter: torch.nn.Parameter) -> float | None:
+    """Of drawn weights; the routers' are large, so that no two experts are as good as each other to the last bit."""
+    return None if parameter.dim() < 2 else 0.5 if "router" in name else 0.05
+
+
+def batches(case: ExpertsCase) -> list[dict[str, torch.Tensor]]:
+    """This replica's."""
+    from megatron.core import parallel_state
+
+    first = case.microbatches * parallel_state.get_data_parallel_rank()
+    return gpt_batches(GptCase(first + case.microbatches))[first:]
+
+
+def wrapped(case: ExpertsCase, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Chunks in DDP over the data-parallel ranks, experts over theirs, ending an iteration as training does."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=case.overlap, grad_reduce_in_fp32=True)
+    out = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    for chunk in out:
+        chunk.zero_grad_buffer()
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    if case.overlap:
+        out[0].config.no_sync_func = out[0].no_sync if len(out) == 1 else [c.no_sync for c in out]
+    return out
+
+
+def found(losses: list[Any], chunks: list[torch.nn.Module]) -> Any:
+    """Losses, gradients by name and shard, and counts of tokens per expert, of this rank."""
+    from megatron.core import parallel_state as state
+
+    grads, buffers = {}, {}
+    for chunk in chunks:
+        for local, parameter in chunk.named_parameters():
+            name = global_name(chunk, local)
+            expert = "local_experts" in name
+            shard = state.get_expert_tensor_parallel_rank() if expert else state.get_tensor_model_parallel_rank()
+            grads[name, shard] = parameter.main_grad.detach().clone()
+        for local, buffer in chunk.named_buffers():
+            if "expert" in local:
+                buffers[global_name(chunk, local)] = buffer.double().tolist()
+    return losses, grads, buffers
+
+
+def megatrons(rank: int, world: int, ranks: Ranks, case: ExpertsCase) -> Any:
+    """Of Megatron's own 1F1B, whose layers must be even."""
+    initialize(world, ranks)
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    from dip_megatron.compat.layer_specs import spec_of_chunk
+
+    kwargs = gpt_kwargs(case, ranks)
+    each, stage = len(case.experts) // ranks.pp, parallel_state.get_pipeline_model_parallel_rank()
+    spec = spec_of_chunk(kwargs["transformer_layer_spec"], each * stage, each, len(case.experts))
+    model = GPTModel(
+        **kwargs | {"transformer_layer_spec": spec}, pre_process=stage == 0, post_process=stage == ranks.pp - 1
+    )
+    draw_by_name([model], 7, deviation)
+    chunks = wrapped(case, [model])
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
+        num_microbatches=case.microbatches, seq_length=LENGTH, micro_batch_size=1, decoder_seq_length=LENGTH,
+        forward_only=False,
+    )  # fmt: skip
+    return found(losses, chunks)
+
+
+def dips(rank: int, world: int, ranks: Ranks, case: ExpertsCase, drawn: Drawn) -> Any:
+    """Of ours under a drawn plan, and the kinds of operations that ran."""
+    initialize(world, ranks)
+    from megatron.core import parallel_state
+
+    from dip_megatron.families.gpt.program import GptProgram
+    from dip_megatron.megatron.exchange import GlooExchange
+    from dip_megatron.megatron.forward_backward import DipForwardBackward
+    from dip_megatron.planner.delivery import PlanDelivery
+    from dip_megatron.planner.service import PlannerService
+    from dip_megatron.runtime.clock import Clock
+    from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.transport import DistributedTransport
+    from tests.runtime.dip_case import DrawnGraphs
+
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    program = GptProgram(gpt_kwargs(case, ranks), {"language": case.layers}, rank=stage)
+    built = program.build_chunks()
+    assert program.supports_split
+    draw_by_name(built, 7, deviation)
+    chunks = wrapped(case, built)
+    of = torch.distributed.get_process_group_ranks
+    replica = of(parallel_state.get_model_parallel_group())
+    pipeline = of(parallel_state.get_pipeline_model_parallel_group())
+    clock = Clock(torch.device("cpu"))
+    maker = DrawnMaker(DrawnGraphs(program.modules, 1, drawn.seed), program.shapes, drawn)
+    exchange = GlooExchange(sorted(replica), 60.0)
+    delivery = PlanDelivery(exchange, PlannerService(maker, workers=0) if exchange.rank == 0 else None)
+    tensor = of(parallel_state.get_tensor_model_parallel_group())
+    seen: list[Any] = []
+    step = DipForwardBackward(
+        program, Executor(stage, DistributedTransport(pipeline, stage, torch.device("cpu"), 60.0), clock), delivery,
+        clock, on_iteration=lambda report, plan, spans: seen.extend(s.operation.kind for s in spans),
+        tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
+    )  # fmt: skip
+    losses = step(
+        forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
+        num_microbatches=case.microbatches, forward_only=False,
+    )  # fmt: skip
+    delivery.close()
+    return (*found(losses, chunks), seen)

@@ -1,0 +1,98 @@
+"""Mixtures of experts in segments: losses, every gradient and the routers' counts as under Megatron's own schedule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dip_megatron.core import Kind
+from dip_megatron.core.strategies import strategy_names
+from tests.processes import Team
+from tests.runtime.experts_case import ExpertsCase, Ranks, dips, megatrons
+from tests.runtime.split_case import Drawn
+from tests.runtime.test_equality import TOLERANCE
+
+AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 1e-3}
+SHARED = {
+    "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.05,
+    "moe_shared_expert_intermediate_size": 24, "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+}  # fmt: skip
+PADDED = AUX | {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+SEGMENTS = ((1, 1), (0, 2))
+"""Of four layers in two segments; a chunk without any."""
+EVERYTHING = Drawn(3, 0.6, strategy_names())
+
+
+def merged(answers):
+    """Losses of the last stage, gradients and counts of all ranks; what several hold must agree."""
+    losses: list[Any] = []
+    grads: dict[Any, Any] = {}
+    buffers: dict[Any, Any] = {}
+    for own, more, counts, *_ in answers:
+        losses += own
+        for found, known in ((more, grads), (counts, buffers)):
+            for name, value in found.items():
+                if name in known:
+                    torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(known[name]), rtol=0, atol=0)
+                known[name] = value
+    return losses, grads, buffers
+
+
+def assert_equal(theirs, ours):
+    (their_losses, their_grads, their_counts), (our_losses, our_grads, our_counts) = theirs, ours
+    assert len(their_losses) == len(our_losses) > 0
+    for a, b in zip(their_losses, our_losses, strict=True):
+        torch.testing.assert_close(b["lm loss"], a["lm loss"], rtol=1e-6, atol=1e-6)
+    assert set(our_grads) == set(their_grads)
+    for name, grad in their_grads.items():
+        assert grad.abs().max() > 0, name
+        error = ((our_grads[name] - grad).abs().max() / grad.abs().max()).item()
+        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+    assert our_counts == their_counts
+
+
+@pytest.fixture(scope="module")
+def pair():
+    processes = Team(2)
+    yield processes
+    processes.close()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [ExpertsCase(3, options=AUX), ExpertsCase(3, experts=(1, 0, 1, 1), options=SHARED), ExpertsCase(3, options=PADDED)],
+    ids=["aux loss", "shared experts and bias", "padded to capacity"],
+)
+def test_a_pipeline_equals_megatrons(pair, case):
+    ranks = Ranks(pp=2)
+    theirs = merged(pair.run(megatrons, ranks, case))
+    assert_equal(theirs, merged(pair.run(dips, ranks, case, Drawn(1, 0.0))))
+    ours = pair.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)
+    assert Kind.W in {kind for answer in ours for kind in answer[3]}
+    assert_equal(theirs, merged(ours))
+
+
+@pytest.fixture(scope="module")
+def four():
+    """Experts spread over, or doubled on, the two tensor-parallel ranks of each stage."""
+    teams: dict[Ranks, Team] = {}
+    yield lambda ranks: teams.setdefault(ranks, Team(4))
+    for processes in teams.values():
+        processes.close()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(Ranks(pp=2, tp=2, ep=2), AUX), (Ranks(pp=2, tp=2, ep=2), SHARED), (Ranks(pp=2, tp=2), AUX)],
+    ids=["EP 2, aux loss", "EP 2, shared experts and bias", "experts on each tensor-parallel rank"],
+)
+def test_expert_groups_within_a_replica_equal_megatrons(four, ranks, options):
+    """With reductions over expert-data-parallel groups that overlap, backwards in two and layers recomputed."""
+    case = ExpertsCase(3, options=options, overlap=True)
+    team = four(ranks)
+    theirs = merged(team.run(megatrons, ranks, case))
+    assert_equal(theirs, merged(team.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))
