@@ -158,6 +158,8 @@ def outcome(arguments: list[str]) -> str | None:
     finally:
         os.close(reading)
         _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        return f"did not end within {LIMIT_SECONDS} s of computing"
     return f"ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else said or None
 
 
