@@ -121,6 +121,6 @@ class MixedT2vShapes:
     shapes: T2vShapes
     ends: tuple[tuple[T2vEnd, ...], ...]
 
-    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
+    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """What one stage sends on, for all clips of a microbatch."""
         return self.shapes.sent(self.ends[stage.segment][stage.rank], load.clips)
