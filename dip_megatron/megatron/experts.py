@@ -31,6 +31,7 @@ def expert_refusals(config: Any, parallel: Parallel) -> list[Refusal]:
          "hang there, or train something else",
          f"spread experts over the {here} ranks that a replica has of a stage (expert_model_parallel_size times "
          f"expert_tensor_parallel_size of at most {here})"),
+        (value("mtp_num_layers"), "mtp_num_layers", "multi-token prediction is untried with experts", leave),
         (counted, "moe_router_load_balancing_type global_aux_loss",
          "its running mean over an iteration depends on the order of microbatches, and every call of it joins all "
          "replicas", "use aux_loss or seq_aux_loss"),

@@ -76,6 +76,14 @@ def test_a_pipeline_equals_megatrons(pair, case):
     assert_equal(theirs, merged(ours))
 
 
+def test_multi_token_prediction_equals_megatrons(pair):
+    """With the head on the last chunk; its copy of the embedding gets the sum of both copies' gradients."""
+    ranks, case = Ranks(pp=2), ExpertsCase(3, mtp=2, experts=(0, 0, 0, 0))
+    theirs = merged(pair.run(megatrons, ranks, case))
+    assert any(name.startswith("mtp") for name, _ in theirs[1])
+    assert_equal(theirs, merged(pair.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))
+
+
 @pytest.fixture(scope="module")
 def four():
     """Experts spread over, or doubled on, the two tensor-parallel ranks of each stage."""

@@ -148,6 +148,7 @@ class _Module(_Strict):
     upstream: tuple[Name, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
     taps: tuple[int, ...] = ()
+    mtp: int = Field(default=0, ge=0)
 
 
 class _Parallel(_Strict):
@@ -193,6 +194,7 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 upstream=m.upstream,
                 trainable=m.trainable,
                 taps=m.taps,
+                mtp=m.mtp,
             )
             for name, m in data.modules.items()
         )
