@@ -22,7 +22,10 @@ def settings_of(flags: Sequence[str]) -> Checker:
 
     def settings() -> Iterator[Check]:
         try:
-            known, _ = add_arguments(_Parser(add_help=False, allow_abbrev=False)).parse_known_args(list(flags))
+            known, rest = add_arguments(_Parser(add_help=False, allow_abbrev=False)).parse_known_args(list(flags))
+            wrong = next((word for word in rest if word.startswith("--dip-")), None)
+            if wrong is not None:
+                raise ConfigurationError(f"{wrong}: no flag of dip_megatron's")
             given = {name.removeprefix("dip_"): value for name, value in vars(known).items()}
             path = load_settings(given).path
             found = offers(given)

@@ -126,6 +126,7 @@ def test_each_setting_says_what_has_set_it_and_what_lost(monkeypatch: pytest.Mon
     ("flags", "environment", "said"),
     [
         ((), {"DIP_SCHEDULE": "statc"}, "DIP_SCHEDULE=statc: schedule: unknown schedule 'statc'"),
+        (("--dip-shedule", "dynamic"), {}, "--dip-shedule: no flag of dip_megatron's"),
         (("--dip-planner-workers", "x"), {}, "argument --dip-planner-workers: invalid int value: 'x'"),
         (("--dip-config", "/no/such.yaml"), {}, "/no/such.yaml"),
     ],
