@@ -86,6 +86,7 @@ FROZEN = [
     ("qwen3-vl", ("vision_model", "vision_projection")),
     ("qwen3-vl", ("language_model",)),
     ("gemma3-vl", ("vision_model", "language_model")),
+    ("qwen3-5-vl", ("vision_projection",)),
 ]
 
 
