@@ -45,11 +45,11 @@ def settings_of(flags: Sequence[str]) -> Checker:
                 origin: names[origin].format(flag=setting.replace("_", "-"), variable=variable(setting))
                 for origin in values
             }  # fmt: skip
-            (winner, value), *rest = values.items()
+            (winner, value), *lower = values.items()
             if winner == DEFAULT:
                 defaults.append(f"{setting} {_shown(value)}")
                 continue
-            over = "".join(f"; {said[origin]} has {_shown(lost)}" for origin, lost in rest if origin != DEFAULT)
+            over = "".join(f"; {said[origin]} has {_shown(lost)}" for origin, lost in lower if origin != DEFAULT)
             yield Check(f"setting {setting}", Status.OK, f"{_shown(value)}, by {said[winner]}{over}")
         yield Check("settings by default", Status.OK, ", ".join(defaults))
 
