@@ -9,6 +9,7 @@ import click
 from ..doctor import Check, Status, diagnose
 from ..doctor.checks import CHECKS
 from ..doctor.recipes import recipe_of
+from ..doctor.settings import settings_of
 from .common import json_option, print_json
 
 
@@ -17,7 +18,10 @@ from .common import json_option, print_json
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 @json_option
 def doctor(recipe: str | None, flags: tuple[str, ...], as_json: bool) -> int:
-    """Look at this environment: versions, what can be hooked, libraries, devices, cores; or at a recipe in it.
+    """Look at this environment: versions, hooks, libraries, devices, cores, settings; or at a recipe in it.
+
+    Without a recipe FLAGS are those of a run: each --dip- setting is shown with what has set it, a flag, the
+    environment, the file or a default, and what has lost.
 
     RECIPE is a script of megatron.training, followed by its FLAGS; or what makes a configuration of Megatron-Bridge's,
     FILE.py:FUNCTION, MODULE:FUNCTION or the name of a recipe of Bridge's own, followed by changes such as
@@ -25,9 +29,7 @@ def doctor(recipe: str | None, flags: tuple[str, ...], as_json: bool) -> int:
 
     Ends with 1 if something is broken, so that nothing can train under DIP or not as it is meant to; with 0 otherwise.
     """
-    if flags and recipe is None:
-        raise click.UsageError(f"{flags[0]}: flags are those of a recipe; give it with --recipe")
-    found = diagnose(CHECKS if recipe is None else [recipe_of(recipe, flags)])
+    found = diagnose([*CHECKS, settings_of(flags)] if recipe is None else [recipe_of(recipe, flags)])
     if as_json:
         print_json([asdict(check) for check in found])
     else:
