@@ -116,7 +116,7 @@ def test_compare_prints_and_saves_the_agreed_json(partition, tmp_path, capsys):
 
 def test_compare_evens_replicas(partition, tmp_path, capsys):
     path = tmp_path / "compare.json"
-    few = [*SETTING[:-1], "1"]
+    few = [*SETTING[:-3], "1", "--microbatches", "6"]
     names = ["--schedules", "dip,segmented-static", "--partition", partition, "--replicas", "4", "-o", str(path)]
     assert call("compare", *few, *QUICK, *names, "--json") == 0
     data = json.loads(capsys.readouterr().out)
@@ -124,10 +124,10 @@ def test_compare_evens_replicas(partition, tmp_path, capsys):
     assert (data["replicas"], data["balance"], list(data["mean"])) == (4, "swap", ["dip", "segmented-static"])
     for entry in data["mean"].values():
         assert entry["gain"] == pytest.approx(entry["slowest_before"] / entry["slowest_after"])
-        assert entry["spread_before"] > entry["spread_after"] >= 1
+        assert entry["slowest_before"] > entry["slowest_after"] > 0
         assert 0 < entry["moved"] < 1
     assert call("compare", *few, *QUICK, *names, "--balance", "off") == 0
-    assert " 0%    1.000" in capsys.readouterr().out
+    assert capsys.readouterr().out.split().count("0%") == 2
     assert "nobody to exchange with" in fault(capsys, "compare", *few, "--balance", "swap")
 
 
