@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock as MultiTokenPrediction
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from .names import Name, Topic
 
-__all__ = ["TOPIC", "TransformerBlockSubmodules"]
+__all__ = ["TOPIC", "MultiTokenPrediction", "TransformerBlockSubmodules"]
 _GPT = "megatron.core.models.gpt.gpt_layer_specs"
 _FILES = (
     _GPT,
@@ -27,19 +28,24 @@ TOPIC = Topic(
     "models whose specs list each layer (experts in some or all of them) can't be trained under DIP",
     (
         Name("megatron.core.transformer.transformer_block:TransformerBlockSubmodules", has=("layer_specs",)),
+        Name("megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock", has=("layers",)),
         Name(f"{_GPT}:get_num_layers_to_build", ("config", "vp_stage", "pp_rank")),
         Name(f"{_GPT}:get_transformer_layer_offset", ("config", "vp_stage", "pp_rank")),
+        Name(f"{_GPT}:get_mtp_num_layers_to_build", ("config", "vp_stage", "pp_rank")),
+        Name(f"{_GPT}:get_mtp_layer_offset", ("config",)),
     ),
 )
 
 
 @contextlib.contextmanager
 def specs_of_all_layers() -> Iterator[None]:
-    """Within, Megatron's functions that make a block's spec list the layers of the whole model, where they would list
-    those that the model's own pipeline gives this rank."""
+    """Within, Megatron's functions that make a block's spec list the layers of the whole model, those of multi-token
+    prediction too, where they would list what the model's own pipeline gives this rank."""
     stand_ins = {
         "get_num_layers_to_build": lambda config, *_, **__: config.num_layers,
         "get_transformer_layer_offset": lambda *_, **__: 0,
+        "get_mtp_num_layers_to_build": lambda config, *_, **__: config.mtp_num_layers or 0,
+        "get_mtp_layer_offset": lambda *_, **__: 0,
     }
     modules = [importlib.import_module(name) for name in _FILES if importlib.util.find_spec(name) is not None]
     held = [(module, name, getattr(module, name)) for module in modules for name in stand_ins if hasattr(module, name)]

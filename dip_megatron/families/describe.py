@@ -64,6 +64,7 @@ def describe_gpt(kwargs: Mapping[str, Any], parallel: Parallel) -> MultimodalMod
         LANGUAGE, "text", config.num_layers,
         layer_shape(config, causal=True, spec=kwargs["transformer_layer_spec"]), TokenEmbedding(vocabulary),
         LanguageHead(vocabulary, kwargs.get("share_embeddings_and_output_weights", False)),
+        mtp=getattr(config, "mtp_num_layers", None) or 0,
     )  # fmt: skip
     return MultimodalModel("gpt", (module,), parallel, Packing(max_tokens=kwargs["max_sequence_length"]))
 

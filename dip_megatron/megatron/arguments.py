@@ -110,10 +110,6 @@ def check_arguments(args: Any) -> None:
         f"leave it out {_WITH_OFF}",
     )  # fmt: skip
     refuse(
-        getattr(args, "mtp_num_layers", None), "--mtp-num-layers", "multi-token prediction layers have no segment yet",
-        f"leave it out {_WITH_OFF}",
-    )  # fmt: skip
-    refuse(
         getattr(args, "defer_embedding_wgrad_compute", False), "--defer-embedding-wgrad-compute",
         "DIP defers weight gradients by plan", f"leave it out {_WITH_OFF}",
     )  # fmt: skip

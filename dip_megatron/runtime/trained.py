@@ -9,7 +9,7 @@ import torch
 
 from ..describe.model.training import ChunkTraining, PartTraining, Report
 
-_LAYER = re.compile(r"(^|\.)(layers|blocks)\.\d+\.")
+_LAYER = re.compile(r"(?<!mtp)(^|\.)(layers|blocks)\.\d+\.")  # those of multi-token prediction go with the head
 
 
 class TrainedParameters:

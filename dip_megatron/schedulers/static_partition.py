@@ -40,7 +40,7 @@ def item_parameters(model: MultimodalModel) -> Floats:
     for shape in model.modules:
         hidden = shape.layer.hidden
         layers = [sum(shape.layer_parameters(i)) for i in range(shape.layers)]
-        counts += [shape.stem.parameters(hidden), *layers, shape.head.parameters(hidden)]
+        counts += [shape.stem.parameters(hidden), *layers, sum(shape.head_parameters)]
     return np.array(counts, dtype=np.float64)
 
 

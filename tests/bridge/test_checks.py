@@ -13,7 +13,7 @@ from tests.bridge.qwen25_vl import Run, configuration, save_tiny
 from tests.processes import team
 
 UNFIT = {
-    "pipeline_model_parallel_size": 1, "context_parallel_size": 2, "mtp_num_layers": 1,
+    "pipeline_model_parallel_size": 1, "context_parallel_size": 2,
     "cuda_graph_impl": "local", "defer_embedding_wgrad_compute": True,
 }  # fmt: skip
 

@@ -41,7 +41,6 @@ EXPERTS: dict[str, Any] = {
             EXPERTS | {"overlap_dispatch_backward_with_experts_wgrad": True},
             "--overlap-dispatch-backward-with-experts-wgrad: .* leave it out",
         ),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers: .* no segment yet; leave it out"),
         ({"use_torch_fsdp2": True}, "FSDP: .* use --use-distributed-optimizer"),
         ({"use_megatron_fsdp": True}, "FSDP: .* use --use-distributed-optimizer"),
         ({"eval_micro_batch_size": 2}, "--eval-micro-batch-size 2: payload shapes .* leave it out"),

@@ -32,13 +32,14 @@ class Ranks:
 @dataclass(frozen=True)
 class ExpertsCase:
     """What to train: microbatches, layers per chunk, which layers have experts (as ``moe_layer_freq`` lists them) and
-    further fields of Megatron's config. Each replica has microbatches of its own."""
+    further fields of Megatron's config, depths of multi-token prediction. Each replica has microbatches of its own."""
 
     microbatches: int
     layers: tuple[tuple[int, ...], ...] = ((2, 2),)
     experts: tuple[int, ...] = (0, 1, 1, 1)
     options: dict[str, Any] = field(default_factory=dict)
     overlap: bool = False
+    mtp: int = 0
 
 
 def initialize(world: int, ranks: Ranks) -> None:
@@ -77,7 +78,7 @@ def _norms_of_sequence_shards() -> None:
 
 def gpt_kwargs(case: ExpertsCase, ranks: Ranks) -> dict[str, Any]:
     """Keyword arguments of Megatron's GPTModel, its spec listing the layers of the whole model."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from dip_megatron.compat.layer_specs import specs_of_all_layers
@@ -91,13 +92,15 @@ def gpt_kwargs(case: ExpertsCase, ranks: Ranks) -> dict[str, Any]:
         expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.etp, pipeline_dtype=torch.float32,
         hidden_dropout=0.0, attention_dropout=0.0, masked_softmax_fusion=False, bias_activation_fusion=False,
         bias_dropout_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
-        **case.options,
+        mtp_num_layers=case.mtp or None, **case.options,
     )  # fmt: skip
     with specs_of_all_layers():
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if case.mtp else None
     return {
         "config": config,
         "transformer_layer_spec": spec,
+        "mtp_block_spec": mtp,
         "vocab_size": VOCABULARY,
         "max_sequence_length": LENGTH,
         "position_embedding_type": "rope",
@@ -161,9 +164,9 @@ def megatrons(rank: int, world: int, ranks: Ranks, case: ExpertsCase) -> Any:
     kwargs = gpt_kwargs(case, ranks)
     each, stage = len(case.experts) // ranks.pp, parallel_state.get_pipeline_model_parallel_rank()
     spec = spec_of_chunk(kwargs["transformer_layer_spec"], each * stage, each, len(case.experts))
-    model = GPTModel(
-        **kwargs | {"transformer_layer_spec": spec}, pre_process=stage == 0, post_process=stage == ranks.pp - 1
-    )
+    first, last = stage == 0, stage == ranks.pp - 1
+    own = kwargs | {"transformer_layer_spec": spec} | ({} if last else {"mtp_block_spec": None})
+    model = GPTModel(**own, pre_process=first, post_process=last)
     draw_by_name([model], 7, deviation)
     chunks = wrapped(case, [model])
     losses = get_forward_backward_func()(

@@ -73,6 +73,15 @@ def test_a_pipeline_equals_megatrons(pair, case):
     assert_equal(theirs, merged(ours))
 
 
+@pytest.mark.parametrize("case", [ExpertsCase(3, mtp=2, experts=(0, 0, 0, 0)), ExpertsCase(3, mtp=1, options=SHARED)])
+def test_multi_token_prediction_equals_megatrons(pair, case):
+    """With the head on the last chunk; its copy of the embedding gets the sum of both copies' gradients."""
+    ranks = Ranks(pp=2)
+    theirs = merged(pair.run(megatrons, ranks, case))
+    assert any(name.startswith("mtp") for name, _ in theirs[1])
+    assert_equal(theirs, merged(pair.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))
+
+
 @pytest.fixture(scope="module")
 def four():
     """Experts spread over, or doubled on, the two tensor-parallel ranks of each stage."""
@@ -89,7 +98,7 @@ def four():
 )
 def test_expert_groups_within_a_replica_equal_megatrons(four, ranks, options):
     """With reductions over expert-data-parallel groups that overlap, backwards in two and layers recomputed."""
-    case = ExpertsCase(3, options=options, overlap=True)
+    case = ExpertsCase(3, options=options, overlap=True, mtp=ranks.ep - 1)
     team = four(ranks)
     theirs = merged(team.run(megatrons, ranks, case))
     assert_equal(theirs, merged(team.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))

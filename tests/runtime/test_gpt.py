@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def refusals(rank, world):
     return [
         said(lambda: GptProgram(kwargs, {"language": ((1, 2),)}, rank=0)),
         said(lambda: GptProgram(kwargs | {"transformer_layer_spec": TransformerBlockSubmodules()}, layers, rank=0)),
-        said(lambda: GptProgram(kwargs | {"mtp_block_spec": object()}, layers, rank=0)),
+        said(lambda: GptProgram(kwargs | {"config": replace(kwargs["config"], mtp_num_layers=1)}, layers, rank=0)),
         said(lambda: program.bind(ids, ids, None, packed_seq_params=object())),
         said(lambda: program.load(MicrobatchInputs(program.bind(ids, ids, None)))),
         said(lambda: program.load(MicrobatchInputs(program.bind(None, None, None)))),
@@ -124,6 +125,6 @@ def refusals(rank, world):
 
 
 def test_what_it_cannot_run_is_refused_with_a_reason():
-    reasons = ["3 layers", "list 0 of 2 layers", "multi-token", "packed", "2 samples", "no tokens"]
+    reasons = ["3 layers", "list 0 of 2 layers", "no mtp_block_spec", "packed", "2 samples", "no tokens"]
     for reason, text in zip(reasons, team(1).run(refusals)[0], strict=True):
         assert reason in text

@@ -7,7 +7,7 @@ strategy dropped), ``weight`` the weight gradients. A fused backward takes exact
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -49,6 +49,12 @@ class PartCost:
     @staticmethod
     def nothing(units: int) -> PartCost:
         return PartCost(*(np.zeros(units) for _ in range(5)))
+
+    def plus(self, times: int, *others: PartCost) -> PartCost:
+        """This and so many times the others."""
+        return PartCost(
+            *(getattr(self, f.name) + times * sum(getattr(o, f.name) for o in others) for f in fields(self))
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +215,22 @@ def stem_cost(module: ModuleShape, parallel: Parallel, operators: Operators, siz
 
 
 def head_cost(module: ModuleShape, parallel: Parallel, operators: Operators, sizes: Sizes) -> PartCost:
-    """The module's head, with its loss if it has one; the last norm is counted with it."""
+    """The module's head, with its loss if it has one; the last norm is counted with it, and multi-token prediction,
+    which keeps all its activations."""
+    cost = _head_cost(module, parallel, operators, sizes)
+    if not module.mtp:
+        return cost
+    hidden, tokens = module.layer.hidden, sizes.tokens
+    local = operators.cluster.element_bytes * hidden * tokens / (parallel.tp if parallel.sequence_parallel else 1)
+    linear, weight = _linear(operators, tokens, 2 * hidden, hidden / parallel.tp)
+    norms = operators.memory(4 * local)
+    joined = PartCost(norms + linear, 2 * norms + linear, weight, 4 * local, 3 * local)
+    layer = layer_cost(module.layer, parallel, operators, sizes, module.kind(module.layers - 1))[0]
+    embedded = stem_cost(module, parallel, operators, sizes)
+    return cost.plus(module.mtp, embedded, joined, layer, cost)
+
+
+def _head_cost(module: ModuleShape, parallel: Parallel, operators: Operators, sizes: Sizes) -> PartCost:
     e, tp, hidden = operators.cluster.element_bytes, parallel.tp, module.layer.hidden
     shard = tp if parallel.sequence_parallel else 1
     tokens, head = sizes.tokens, module.head

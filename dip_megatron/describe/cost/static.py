@@ -61,12 +61,15 @@ def run_bytes(
     """State of those layers of a module, with its stem and its head where asked for."""
     hidden = module.layer.hidden
     own, experts = (sum(counts) for counts in zip((0, 0), *map(module.layer_parameters, layers), strict=True))
+    behind, spread = module.head_parameters
+    copied = module.stem.parameters(hidden) if module.mtp and not stem else 0  # of the embedding, for later tokens
     parts = (
         (own, module.share("layers")),
         (module.stem.parameters(hidden) * stem, module.share("stem")),
-        (module.head.parameters(hidden) * head, module.share("head")),
+        ((behind + copied) * head, module.share("head")),
     )
     total = state_bytes(model, cluster, experts, module.share("layers"), experts=True)
+    total = total.plus(state_bytes(model, cluster, spread * head, module.share("head"), experts=True))
     for parameters, trained in parts:
         total = total.plus(state_bytes(model, cluster, parameters, trained))
     return total

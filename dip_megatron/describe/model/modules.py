@@ -213,7 +213,8 @@ class ModuleShape:
     clips), ``clips`` (a DiT), or the name of a kind of instances (an encoder, one instance each): ``images``,
     ``audios``, or any other. ``upstream`` names the modules whose outputs it waits for. ``trainable`` lists the parts
     that have weight gradients; ``trained_share`` says of how many of the parameters of stem, layers and head, where
-    they do (adapters: few).
+    they do (adapters: few). ``mtp`` depths of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) go
+    with the head: each a linear from two hidden states to one, a layer like the last, and the head once more.
     """
 
     name: str
@@ -225,9 +226,12 @@ class ModuleShape:
     upstream: tuple[str, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
     trained_share: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    mtp: int = 0
 
     def __post_init__(self) -> None:
         _positive(f"modules.{self.name}", layers=self.layers)
+        if self.mtp and not isinstance(self.head, LanguageHead):
+            raise ModelError(f"modules.{self.name}.mtp: multi-token prediction needs a language_head")
         unknown = set(self.trainable) - set(EVERY_PART)
         if unknown:
             raise ModelError(
@@ -266,7 +270,15 @@ class ModuleShape:
     def parameters(self) -> int:
         hidden = self.layer.hidden
         layers = sum(map(sum, (self.layer_parameters(i) for i in range(self.layers))))
-        return self.stem.parameters(hidden) + layers + self.head.parameters(hidden)
+        return self.stem.parameters(hidden) + layers + sum(self.head_parameters)
+
+    @property
+    def head_parameters(self) -> tuple[int, int]:
+        """Parameters of what stands behind the last layer, without the copy of the stem that multi-token prediction
+        needs there; and of experts there."""
+        hidden = self.layer.hidden
+        own, experts = self.layer_parameters(self.layers - 1)
+        return self.head.parameters(hidden) + self.mtp * (own + 2 * hidden**2), self.mtp * experts
 
     def layer_parameters(self, layer: int) -> tuple[int, int]:
         """Parameters of layer number ``layer`` (from 0), and of its experts."""

@@ -147,6 +147,7 @@ class _Module(_Strict):
     head: Annotated[_Projector | _LanguageHead | _LatentHead | _Nothing, Field(discriminator="kind")] = _Nothing()
     upstream: tuple[Name, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
+    mtp: int = Field(default=0, ge=0)
 
 
 class _Parallel(_Strict):
@@ -191,6 +192,7 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 head=_HEADS[type(m.head)](**m.head.values()),
                 upstream=m.upstream,
                 trainable=m.trainable,
+                mtp=m.mtp,
             )
             for name, m in data.modules.items()
         )

@@ -32,7 +32,8 @@ class GptProgram(SegmentedProgram):
 
     ``layers`` gives ``{"language": layers[segment][rank]}``. Embedding and head may be tied: the first rank's chunk and
     the last one's each hold a copy, whose gradients Megatron's ``finalize_model_grads`` adds up. A spec that lists the
-    layers (dense ones and mixtures of experts, say) must list all of the model's.
+    layers (dense ones and mixtures of experts, say) must list all of the model's. Multi-token prediction stands with
+    the head on the last chunk, which has a copy of the embedding then.
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class GptProgram(SegmentedProgram):
         config = kwargs["config"]
         self.check_layers(LANGUAGE, config.num_layers)
         self.chunk_spec(kwargs["transformer_layer_spec"], LANGUAGE, 0)  # refused now rather than when chunks are built
-        if kwargs.get("mtp_block_spec") is not None:
-            raise ValueError("DIP can't segment multi-token prediction layers; use --dip-schedule off")
+        if getattr(config, "mtp_num_layers", None) and kwargs.get("mtp_block_spec") is None:
+            raise ValueError(
+                f"the model has {config.mtp_num_layers} depths of multi-token prediction and the script gives no "
+                "mtp_block_spec for them; give it on every rank, or use --dip-schedule off"
+            )
         if kwargs.get("position_embedding_type") == "mrope":
             raise ValueError("DIP can't segment a GPT with multimodal positions (mrope); use --dip-schedule off")
         if self.ranks == 1 and len(layers[LANGUAGE]) > 1 and kwargs.get("share_embeddings_and_output_weights"):
@@ -70,6 +74,8 @@ class GptProgram(SegmentedProgram):
         for segment, first, last in self.places(LANGUAGE):
             spec = self.chunk_spec(self.kwargs["transformer_layer_spec"], LANGUAGE, segment)
             own = self.kwargs | {"config": config, "transformer_layer_spec": spec}
+            if not last:
+                own["mtp_block_spec"] = None  # beside the head alone
             chunks.append(GPTModel(**own, pre_process=first, post_process=last, vp_stage=segment))
         return self.finish(chunks, config)
 

@@ -132,6 +132,11 @@ class LlavaProgram(SegmentedProgram):
         self.check_layers(LANGUAGE, language.num_layers)
         if getattr(language, "language_model_type", "").startswith("nemotron"):
             raise ValueError("DIP can't segment hybrid (Mamba) language models; use --dip-schedule off")
+        if getattr(language, "mtp_num_layers", None):
+            raise ValueError(
+                "LLaVAModel gives its language model no token ids, which multi-token prediction needs; leave "
+                "--mtp-num-layers out, or use --dip-schedule off"
+            )
         if self.kwargs.get("tile_tags"):
             raise ValueError(
                 "DIP can't segment a LLaVA with tile tags (one image a batch only); use --dip-schedule off"

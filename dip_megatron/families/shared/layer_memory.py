@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ...compat import transformer_engine
 from ...compat.experts import BaseMoELayer, activations_recomputed, expert_mlps
+from ...compat.layer_specs import MultiTokenPrediction
 from ...compat.recompute import CORE_ATTENTION, CheckpointWithoutOutput
 from ...core.strategies import strategy
 from ...runtime.deferred import AtOnce
@@ -34,8 +35,10 @@ from ...runtime.modes import StageMode
 
 
 def transformer_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
-    """The chunk's transformer layers, in the order in which a strategy names them."""
-    return [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
+    """The chunk's transformer layers, in the order in which a strategy names them. Not those of multi-token prediction,
+    which go with the head and keep all their activations."""
+    with_head = {id(part) for m in chunk.modules() if isinstance(m, MultiTokenPrediction) for part in m.modules()}
+    return [m for m in chunk.modules() if isinstance(m, TransformerLayer) and id(m) not in with_head]
 
 
 def install(chunk: torch.nn.Module, mode: StageMode) -> None:

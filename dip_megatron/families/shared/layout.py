@@ -11,25 +11,28 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class SegmentLayout(PipelineParallelLayerLayout):
-    """The layers of one module, ``layers[segment][rank]``.
+    """The layers of one module, ``layers[segment][rank]``; its last chunk has ``mtp`` depths of multi-token prediction.
 
     Megatron's layout asks the global virtual pipeline size whether a ``vp_stage`` counts. Here each module has its own
     number of segments and the global one stays unset, so the two look-ups trust the ``vp_stage`` they are given.
     """
 
-    def __init__(self, layers: tuple[tuple[int, ...], ...], rank: int):
+    def __init__(self, layers: tuple[tuple[int, ...], ...], rank: int, mtp: int = 0):
         flat = [[LayerType.decoder] * count for segment in layers for count in segment]
+        flat[-1] += [LayerType.mtp] * mtp
         super().__init__(flat, len(layers[0]))
         self.layers = layers
         self.rank = rank
+        self.mtp = mtp
 
     def get_num_layers_to_build(
         self, layer_type: Any = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
     ) -> int:
         """Number of layers of the chunk (``vp_stage`` = segment)."""
-        if layer_type != LayerType.decoder:
-            return 0
-        return self.layers[vp_stage or 0][self.rank if pp_rank is None else pp_rank]
+        place = (vp_stage or 0, self.rank if pp_rank is None else pp_rank)
+        if layer_type == LayerType.mtp:
+            return self.mtp if place == (len(self.layers) - 1, len(self.layers[0]) - 1) else 0
+        return self.layers[place[0]][place[1]] if layer_type == LayerType.decoder else 0
 
     def get_layer_offset(
         self, layer_type: Any = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
@@ -52,7 +55,7 @@ def segment_config(config: TransformerConfig, layers: tuple[tuple[int, ...], ...
     built.num_layers_in_last_pipeline_stage = None
     built.account_for_embedding_in_pipeline_split = False
     built.account_for_loss_in_pipeline_split = False
-    built.pipeline_model_parallel_layout = SegmentLayout(layers, rank)
+    built.pipeline_model_parallel_layout = SegmentLayout(layers, rank, getattr(config, "mtp_num_layers", None) or 0)
     return order_free(built)
 
 

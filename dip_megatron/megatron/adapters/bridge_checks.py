@@ -48,8 +48,6 @@ def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
         (evaluated not in (None, config.train.micro_batch_size), f"eval_micro_batch_size {evaluated}",
          "payload shapes in plans are those of train.micro_batch_size", leave),
         *(expert_refusals(model, parallel_of(config)) if getattr(model, "num_moe_experts", None) else ()),
-        (getattr(model, "mtp_num_layers", None), "mtp_num_layers",
-         "multi-token prediction layers have no segment yet", leave),
         (sharded, "FSDP", "it gathers parameters in one fixed order of layers", "use ddp.use_distributed_optimizer"),
         (graphs not in (None, "none"), f"cuda_graph_impl {graphs}", "a captured iteration can't change with the batch",
          "set it to none"),

@@ -15,11 +15,13 @@ from dip_megatron.describe.cost.static import run_bytes
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import (
     Experts,
+    LanguageHead,
     LayerKind,
     ModelError,
     ModuleShape,
     MultimodalModel,
     Parallel,
+    TokenEmbedding,
     TransformerLayer,
     even_partition,
     load_model,
@@ -161,3 +163,21 @@ def test_impossible_experts_are_refused():
         Experts(0, 1, 8)
     with pytest.raises(ModelError, match=r"experts.ffn: 512 can't be split over etp 3"):
         model(Parallel(ep=1, etp=3))
+
+
+def test_multi_token_prediction_goes_with_the_head():
+    """A depth: two hidden states to one, a layer like the last, and the head once more; a copy of the embedding."""
+    module = ModuleShape(
+        "language", "text", 4, replace(LAYER, experts=None), TokenEmbedding(32000), LanguageHead(32000)
+    )
+    plain, deeper = (MultimodalModel("gpt", (replace(module, mtp=n),)) for n in (0, 2))
+    assert deeper.parameters - plain.parameters == 2 * (module.layer.parameters + 2 * 1024**2)
+    pricers = [CostModel(m, H100, strategies=["none"]) for m in (plain, deeper)]
+    sizes = pricers[0].mixed_sizes([Microbatch(4096)])["language"]
+    one, three = (pricer.head("language", sizes) for pricer in pricers)
+    layer = pricers[0].layer("language", sizes)
+    assert three.forward[0] > 3 * one.forward[0] + 2 * layer.forward[0, 0]
+    assert three.activation[0] > 3 * one.activation[0] + 2 * layer.activation[0, 0]
+    assert three.forward[0] < 3 * (one.forward[0] + layer.forward[0, 0])
+    held = [run_bytes(m, H100, m.modules[0], range(0), False, True).parameters for m in (plain, deeper)]
+    assert held[1] - held[0] == 2 * (deeper.parameters - plain.parameters + 32000 * 1024)
