@@ -118,6 +118,16 @@ newest_environment() {
     fi
 }
 
+# browser: installs Chromium for the tests of pages where that takes no question; without one they skip.
+browser() {
+    command -v chromium chromium-browser google-chrome >/dev/null && return
+    if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+        say "Installing Chromium for the tests of pages"
+        { apt-get update && apt-get install -y --no-install-recommends chromium; } >"$VENV/browser.log" 2>&1 ||
+            say "Chromium can't be installed (see $VENV/browser.log): pages are not tested"
+    fi
+}
+
 # bridge_environment: the environment with Megatron-Bridge, on top of newest_environment; its path is then in VENV. Fails
 # without a word where that one's Python isn't the one that Bridge takes.
 bridge_environment() {

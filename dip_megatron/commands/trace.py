@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ..report.trace import write_trace
 from .common import json_option, one_line_errors, print_json
 from .drawing import planned_spans
-
-LINES = "iterations.jsonl"
 
 
 @click.command()
@@ -40,10 +36,13 @@ def _break_down(path: Path, as_json: bool) -> None:
     from rich.console import Console
 
     from ..report.breakdown import breakdown_table, headline, summary
+    from ..report.observed import json_lines
+    from ..report.recorder import LINES
 
     path = path / LINES if path.is_dir() else path
+    lines = json_lines(path)
     try:
-        found = summary(_lines(path))
+        found = summary(lines)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if as_json:
@@ -52,17 +51,3 @@ def _break_down(path: Path, as_json: bool) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     console.print(breakdown_table(found))
     console.print(headline(found), soft_wrap=True, highlight=False)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines. Raises ValueError, OSError."""
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: not JSON ({error.msg}); give the folder of --dip-trace-dir") from error
-        if not isinstance(line, dict):
-            raise ValueError(f"line {number}: not an iteration; give the folder of --dip-trace-dir")
-        lines.append(line)
-    return lines

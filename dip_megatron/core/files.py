@@ -98,6 +98,7 @@ def format_plan(plan: Plan) -> str:
         "durations": [row | {k: a[0, s].tolist() for k, a in times.items()} for s, row in enumerate(rows)],
         "activation_bytes": [row | {k: a[0, s].tolist() for k, a in held.items()} for s, row in enumerate(rows)],
         "transfer": graph.transfer.tolist(),
+        **({"overhead": list(graph.overhead)} if graph.overhead else {}),
         "memory_limit": [limit if np.isfinite(limit) else None for limit in graph.memory_limit.tolist()],
         "static_bytes": graph.static_bytes.tolist(),
         "payloads": [
@@ -147,6 +148,8 @@ def parse_plan(line: str) -> Plan:
     _length("predicted.peak_bytes", record.predicted.peak_bytes, record.ranks, "ranks")
     _length("actions", record.actions, record.ranks, "ranks")
     _length("transfer", record.transfer, len(times), "entries in durations")
+    if record.overhead is not None:
+        _length("overhead", record.overhead, record.ranks, "ranks")
     limit = [np.inf if b is None else b for b in record.memory_limit]
     try:
         graph = StageGraph(
@@ -162,6 +165,7 @@ def parse_plan(line: str) -> Plan:
             transfer=np.array(record.transfer, dtype=np.float64),
             static_bytes=np.array(record.static_bytes, dtype=np.float64),
             memory_limit=np.array(limit, dtype=np.float64),
+            overhead=tuple(record.overhead or ()),
         )
     except GraphError as error:
         raise PlanFileError(f"modules, units: {error}") from error

@@ -118,6 +118,10 @@ class PlanRecord(Strict):
         list[Seconds],
         Field(description="seconds of one transfer of a virtual microbatch's output, in the order of durations"),
     ]
+    overhead: Annotated[
+        list[Seconds] | None,
+        Field(description="per rank: seconds of each operation in which it doesn't compute but sends and receives"),
+    ] = None
     memory_limit: Annotated[list[Bytes | None], Field(description="per rank; null: none")]
     static_bytes: Annotated[list[Bytes], Field(description="per rank: parameters, gradients, optimizer state")]
     payloads: list[PayloadRecord]

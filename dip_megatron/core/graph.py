@@ -125,7 +125,9 @@ class StageGraph:
     ``transfer`` ``[S]`` is the seconds that one transfer of the virtual microbatch's output (or of its gradient)
     takes. ``static_bytes`` ``[P]`` are parameters, gradients and optimizer state; ``memory_limit`` ``[P]`` is what a
     rank may use in all (inf: no limit). ``strategies[s][rank]`` names the C candidates, fastest first; chunks with
-    fewer candidates repeat their last one.
+    fewer candidates repeat their last one. ``overhead`` (one number per rank; empty: none) are the seconds of each of
+    a rank's operations in which it doesn't compute but sends, receives and launches. They are part of the durations;
+    bubble ratios count them as idle.
     """
 
     ranks: int
@@ -141,6 +143,7 @@ class StageGraph:
     static_bytes: Floats
     memory_limit: Floats
     strategies: tuple[tuple[tuple[str, ...], ...], ...] = field(default=())
+    overhead: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         names = [m.name for m in self.modules]
@@ -180,6 +183,8 @@ class StageGraph:
             raise GraphError(f"transfer has shape {self.transfer.shape}, expected ({self.virtual_microbatches},)")
         if self.static_bytes.shape != (self.ranks,) or self.memory_limit.shape != (self.ranks,):
             raise GraphError(f"static_bytes and memory_limit must have shape ({self.ranks},)")
+        if self.overhead and (len(self.overhead) != self.ranks or not all(0 <= s < np.inf for s in self.overhead)):
+            raise GraphError(f"overhead must be {self.ranks} numbers, finite and not negative: {self.overhead}")
 
     # -- names and numbers ---------------------------------------------------------------------------------------
     @cached_property

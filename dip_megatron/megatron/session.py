@@ -29,6 +29,7 @@ from ..planner.live import Chunks, ModelGraphs
 from ..planner.request import Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
+from ..report.about import about_run
 from ..report.plans import NAME as PLANS
 from ..report.plans import PlanWriter
 from ..report.progress import RunProgress
@@ -314,7 +315,7 @@ class DipSession:
         progress = self._progress(exchange)
         consumers: list[IterationConsumer] = [progress.record]
         if config.trace_dir is not None:
-            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange)
+            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange, about_run(config))
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)

@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 STAGE_WEIGHTS = (0.1, 1.0)
 MAX_SEGMENTS = 6
 FINALISTS = 3
+PATIENCE = 4.0  # times the budget by the clock, where others need the cores
 
 
 def greedy_judge(evaluations: int = 32, seed: int = 0) -> Judge:
@@ -76,8 +77,10 @@ def choose_partition(
     Starts from the paper's rules and from one segment each; steps change one module's segments or sub-microbatch size,
     or how layers are balanced (uneven, with stem, head and loss counted). Each trial simulates every batch; the best
     few are judged again more closely. Ends after ``budget_seconds`` or ``max_trials`` (with ``max_trials`` and an
-    endless budget the result is reproducible), or when no step or pair of steps helps. ``on_trial`` hears of every
-    trial (description, seconds). Raises ValueError if nothing fits the memory.
+    endless budget the result is reproducible), or when no step or pair of steps helps. The seconds are this process's
+    on a core, after a first trial for which kernels may have to be compiled, so that a first run or a busy machine
+    doesn't choose worse; by the clock at most four times as many. ``on_trial`` hears of every trial (description,
+    seconds). Raises ValueError if nothing fits the memory.
     """
     if not batches:
         raise ValueError("choosing a partition needs at least one batch to judge by")
@@ -138,9 +141,9 @@ class _Search:
         self.ladders = [_ladder(max(m.instances(s) for m in self.microbatches)) for s in pricer.model.modules]
 
     def run(self, budget_seconds: float, max_trials: int | None) -> Partition:
-        deadline = time.monotonic() + budget_seconds
         paper = _paper(self.pricer, self.microbatches)
         self._judge(paper)
+        began, cores = time.monotonic(), time.process_time()
         sizes = tuple(m.unit_size for m in paper.modules)
         starts = [
             _Setting(tuple(m.segments for m in paper.modules), sizes, STAGE_WEIGHTS[0]),
@@ -154,7 +157,9 @@ class _Search:
             improved = False
             pairs = (second for first in self._steps(best) for second in self._steps(first))
             for step in chain(self._steps(best), pairs):
-                if time.monotonic() > deadline or (max_trials is not None and len(self.judged) >= max_trials):
+                late = time.process_time() - cores > budget_seconds
+                late = late or time.monotonic() - began > PATIENCE * budget_seconds
+                if late or (max_trials is not None and len(self.judged) >= max_trials):
                     break
                 found = self._judge(self.partition(step))
                 if found < value * (1 - 1e-4):

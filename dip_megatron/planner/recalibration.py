@@ -54,13 +54,15 @@ class Recalibration:
 
     Weighted least squares with older iterations forgotten exponentially and the slope drawn towards the plain ratio
     (a chunk whose units are all of one size has no slope of its own). A rank's overhead between operations counts as
-    part of them. What was never run (a B where all backwards were whole) borrows the ratio of its kin.
+    part of them, and is told beside. What was never run (a B where all backwards were whole) borrows the ratio of its
+    kin.
     """
 
     def __init__(self) -> None:
         self._places: list[tuple[str, int]] = []
         self._warm = False
         self._sums = np.zeros((5, 0, 0, 0))  # weight, x, y, xx, xy; [sum, kind, place, rank]
+        self._between = np.zeros((2, 0))  # weight, seconds; [sum, rank]
 
     def observe(self, plan: Plan, used: Corrections, measurements: Sequence[Measurement]) -> None:
         """Take in an iteration: its plan, the corrections the plan was made with, and what each rank measured (ranks
@@ -69,11 +71,12 @@ class Recalibration:
         places = [(m.name, k) for m in graph.modules for k in range(m.segments)]
         if places != self._places or self._sums.shape[3] != graph.ranks:
             self._places, self._sums = places, np.zeros((5, len(KINDS), len(places), graph.ranks))
+            self._between = np.zeros((2, graph.ranks))
         number = {place: i for i, place in enumerate(places)}
         place_of = np.array([number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)])
         planned = np.stack([_model_seconds(plan, used, i, place_of, places) for i in range(len(KINDS))])
         code_kind = np.array([KINDS.index(Kind(k)) for k in range(len(KINDS))])
-        fresh = np.zeros_like(self._sums)
+        fresh, between = np.zeros_like(self._sums), np.ones_like(self._between)
         orders = plan.schedule.orders
         ran = [[m.seconds for m in measurements if m.rank == rank] for rank in range(graph.ranks)]
         if not all(here and all(len(s) == len(o) for s in here) for here, o in zip(ran, orders, strict=True)):
@@ -87,7 +90,8 @@ class Recalibration:
             )
             x = planned[kind, virtual_microbatch, rank]
             y = mean[rank][:, 1] - mean[rank][:, 0]
-            y = y + _overhead(idle[rank], y)
+            between[1, rank] = _overhead(idle[rank], y)
+            y = y + between[1, rank]
             known = (x > 0) & (y > 0)
             so_far = self._sums[:3, :, :, rank].reshape(3, -1)
             _add(fresh[:, :, :, rank], kind[known], place_of[virtual_microbatch[known]], x[known], y[known], so_far)
@@ -96,6 +100,7 @@ class Recalibration:
             return
         self._sums *= np.where(fresh[0] > 0, MEMORY, 1.0)
         self._sums += fresh
+        self._between = MEMORY * self._between + between
 
     def corrections(self) -> Corrections:
         """What is known by now; empty before the first observation."""
@@ -117,7 +122,8 @@ class Recalibration:
                 Line(module, segment, kind, tuple(fixed[i, j].tolist()), tuple(slope[i, j].tolist()))
                 for j, (module, segment) in enumerate(self._places)
                 for i, kind in enumerate(KINDS)
-            )
+            ),
+            tuple((self._between[1] / self._between[0]).tolist()),
         )
 
     def _ratios(self) -> Floats:

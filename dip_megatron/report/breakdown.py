@@ -46,13 +46,14 @@ FIELDS = ("operations", "cores_lent", "waiting", "reading", "between", "end", "o
 
 
 def planned_breakdown(plan: Plan) -> list[Breakdown]:
-    """As the plan foresees it: a rank computes, or waits for data."""
+    """As the plan foresees it: a rank computes, waits for data, or is between two operations."""
     timeline = simulate_compiled(plan.graph, plan.schedule)
     found = []
-    for start, end in zip(timeline.start, timeline.end, strict=True):
+    for start, computed, end in zip(timeline.start, timeline.computed, timeline.end, strict=True):
         last = float(end[-1]) if len(end) else 0.0
-        busy = float((end - start).sum())
-        found.append(Breakdown(busy, 0.0, last - busy, 0.0, 0.0, timeline.iteration_time - last))
+        busy, between = float((computed - start).sum()), float((end - computed).sum())
+        waiting = last - busy - between
+        found.append(Breakdown(busy, 0.0, waiting, 0.0, between, timeline.iteration_time - last))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ from matplotlib.patches import Patch
 
 from ..core import Kind
 from ..core.simulate import idle_share
+from .colors import KIND_NAMES, module_colors
 from .spans import Span
 
-# Hues of modules; told apart by readers with any colour vision (Okabe and Ito, 2008).
-_HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_LIGHTNESS = {Kind.F: 0.72, Kind.B: 0.45, Kind.W: 0.88, Kind.BW: 0.45}
-_KIND_NAMES = {Kind.F: "forward", Kind.B: "input gradient", Kind.W: "weight gradient", Kind.BW: "backward"}
 _IDLE = "#d6d6d6"
 _WIDTH = 14.0  # inches
 _ROW = 0.42  # inches per rank
@@ -43,7 +39,7 @@ def plot_timeline(
         raise ValueError("nothing to draw: neither planned nor measured operations")
     everything = [span for _, spans in panels for span in spans]
     ranks = sorted({span.rank for span in everything})
-    colors = _colors(everything)
+    colors = module_colors((s.operation.module, s.operation.kind) for s in everything)
     longest = max(span.end for span in everything)
     unit, scale = ("ms", 1e3) if longest < 10.0 else ("s", 1.0)
 
@@ -64,19 +60,6 @@ def plot_timeline(
         figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     with matplotlib.rc_context({"svg.hashsalt": "dip", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150)
-
-
-def _colors(spans: Sequence[Span]) -> dict[tuple[str, Kind], tuple[float, float, float]]:
-    """Colour of each module and kind that occurs; by the names' order, so that pictures of one model look alike."""
-    hues = {module: _HUES[i % len(_HUES)] for i, module in enumerate(sorted({span.operation.module for span in spans}))}
-    pairs = {(span.operation.module, span.operation.kind) for span in spans}
-    return {pair: _shade(hues[pair[0]], pair[1]) for module in hues for pair in sorted(pairs) if pair[0] == module}
-
-
-def _shade(color: str, kind: Kind) -> tuple[float, float, float]:
-    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    hue, _, saturation = colorsys.rgb_to_hls(red, green, blue)
-    return colorsys.hls_to_rgb(hue, _LIGHTNESS[kind], min(saturation, 0.75))
 
 
 def _draw_panel(
@@ -132,7 +115,7 @@ def _headline(name: str, spans: Sequence[Span], ranks: int, lower_bound: float |
 
 def _legend(colors: dict[tuple[str, Kind], tuple[float, float, float]], lower_bound: float | None) -> list[Any]:
     handles: list[Any] = [
-        Patch(color=color, label=f"{module} {_KIND_NAMES[kind]}") for (module, kind), color in colors.items()
+        Patch(color=color, label=f"{module} {KIND_NAMES[kind]}") for (module, kind), color in colors.items()
     ]
     handles.append(Patch(color=_IDLE, label="idle"))
     if lower_bound is not None and lower_bound > 0:

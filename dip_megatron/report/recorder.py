@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..core import Plan
+from ..core.files import format_plan
 from ..core.protocols import Exchange
 from ..core.simulate import idle_share, simulate
 from ..runtime.clock import MeasuredSpan
@@ -18,15 +19,25 @@ from .spans import Span, spans_of
 
 logger = logging.getLogger(__name__)
 
+LINES = "iterations.jsonl"
+LAST_PLAN = "last_plan.jsonl"
+TRACE = "trace.json"
+ABOUT = "run.json"
+
 
 class RunRecorder:
-    """Gathers every rank's measured operations on rank 0, which writes files. A full disk costs no training."""
+    """Gathers every rank's measured operations on rank 0, which writes files. A full disk costs no training.
 
-    def __init__(self, folder: Path, exchange: Exchange):
+    ``about``: settings and versions of the run, for ``run.json``.
+    """
+
+    def __init__(self, folder: Path, exchange: Exchange, about: Mapping[str, Mapping[str, object]] | None = None):
         self._folder = folder
         self._exchange = exchange
         self._last: tuple[Plan, list[Span]] | None = None
         self._broken = False
+        if about and exchange.rank == 0:
+            self._write(lambda: self._put(ABOUT, json.dumps(about, indent=1, default=str) + "\n"))
 
     def record(self, report: IterationReport, plan: Plan, spans: Sequence[MeasuredSpan]) -> None:
         """Call on all ranks after each iteration."""
@@ -57,7 +68,8 @@ class RunRecorder:
         def draw() -> None:
             from .trace import write_trace
 
-            write_trace(self._folder / "trace.json", planned, measured)
+            write_trace(self._folder / TRACE, planned, measured)
+            self._put(LAST_PLAN, format_plan(plan) + "\n")
             try:
                 from .figure import plot_timeline
             except ImportError:
@@ -67,9 +79,13 @@ class RunRecorder:
 
         self._write(draw)
 
+    def _put(self, name: str, text: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / name).write_text(text, encoding="utf-8")
+
     def _append(self, line: dict[str, object]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "iterations.jsonl").open("a") as file:
+        with (self._folder / LINES).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def _write(self, action: object) -> None:

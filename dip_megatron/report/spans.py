@@ -20,11 +20,11 @@ class Span:
 
 
 def spans_of(graph: StageGraph, schedule: Schedule, timeline: Timeline) -> list[Span]:
-    """The operations of a simulated schedule."""
+    """The operations of a simulated schedule, without what passes between them."""
     return [
         Span(rank, key, graph.units[key.unit].microbatch, float(start), float(end))
         for rank in range(graph.ranks)
         for key, start, end in zip(
-            schedule.operations(graph, rank), timeline.start[rank], timeline.end[rank], strict=True
+            schedule.operations(graph, rank), timeline.start[rank], timeline.computed[rank], strict=True
         )
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ UNFIT = {
     "pipeline_model_parallel_size": 1, "context_parallel_size": 2,
     "cuda_graph_impl": "local", "defer_embedding_wgrad_compute": True,
 }  # fmt: skip
+
+
+def change_model(settings: dict[str, Any], config: Any) -> None:
+    for name, value in settings.items():
+        setattr(config.model, name, value)
 
 
 def said(rank: int, world: int, folder: Path) -> dict[str, str]:
@@ -39,9 +45,9 @@ def said(rank: int, world: int, folder: Path) -> dict[str, str]:
     found["FSDP"] = refusal(lambda c: setattr(c.dist, "use_megatron_fsdp", True))
     found["use_decentralized_pg"] = refusal(lambda c: setattr(c.dist, "use_decentralized_pg", True))
     found["non_persistent_ckpt_type"] = refusal(lambda c: setattr(c.checkpoint, "non_persistent_ckpt_type", "local"))
-    experts = {"expert_model_parallel_size": 2, "moe_enable_routing_replay": True}
-    for name, value in experts.items():
-        found[name] = refusal(lambda c, n=name, v=value: vars(c.model).update({"num_moe_experts": 4, n: v}))
+    experts = {"num_moe_experts": 4}
+    for name, value in {"expert_model_parallel_size": 2, "moe_enable_routing_replay": True}.items():
+        found[name] = refusal(partial(change_model, experts | {name: value}))
     found[""] = refusal(lambda c: None)
     return found
 

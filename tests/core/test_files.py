@@ -24,6 +24,8 @@ from ..graphs import paper_graph, random_graph
 
 def plan_of(seed: int, **fixed):
     graph = random_graph(seed, **{"memory": np.inf, **fixed})
+    if seed % 2 == 0:
+        graph = replace(graph, overhead=tuple(0.1 + rank / 3 for rank in range(graph.ranks)))
     return make_plan(
         graph, segmented_static(graph), lower_bound=0.0, name="segmented-static",
         search=SearchStatistics(0.1 + seed / 3, seed, 2, seed),
@@ -57,6 +59,7 @@ def test_a_plan_comes_back_exactly(seed):
     for name in ARRAYS:
         assert np.array_equal(getattr(back.graph, name), getattr(plan.graph, name))
     assert back.graph.strategies == plan.graph.strategies
+    assert back.graph.overhead == plan.graph.overhead
     assert (back.actions, back.predicted, back.search, back.name) == (
         plan.actions, plan.predicted, plan.search, plan.name,
     )  # fmt: skip
@@ -123,6 +126,7 @@ FAULTS = [
     (lambda r: r["units"][0].update(downstream=[99]), "modules, units: unit 0"),
     (lambda r: r["modules"][0].update(segments=9), "modules[0].layers: "),
     (lambda r: r["modules"][0].update(name="no name"), "modules[0].name: String should match"),
+    (lambda r: r.update(overhead=[0.1]), "overhead: 1 entries for"),
     (lambda r: r["predicted"].update(bubble_ratio=1.5), "predicted.bubble_ratio: Input should be less"),
     (lambda r: r["predicted"].update(peak_bytes=[]), "predicted.peak_bytes: 0 entries for 2 ranks"),
     (lambda r: r["search"].pop("seed"), "search.seed: Field required"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, Plan, StageGraph
 from dip_megatron.core.lower import make_plan
+from dip_megatron.core.simulate import simulate
 from dip_megatron.describe.cost import Corrections, Line
 from dip_megatron.describe.cost.corrections import KINDS, seconds_of
 from dip_megatron.describe.workload import Microbatch
@@ -123,8 +124,33 @@ def test_overhead_between_operations_counts() -> None:
     plan = plan_of(graph_of(1), Corrections())
     for _ in range(3):
         recalibration.observe(plan, Corrections(), run(plan, graph_of(1), overhead=1e-3))
-    added = recalibration.corrections().apply(graph_of(1)).forward.mean() - graph_of(1).forward.mean()
+    corrections = recalibration.corrections()
+    added = corrections.apply(graph_of(1)).forward.mean() - graph_of(1).forward.mean()
     assert added == pytest.approx(1e-3, rel=0.2)
+    assert corrections.overhead == pytest.approx((1e-3, 1e-3), rel=0.05)
+
+
+def test_bubbles_are_planned_as_they_are_measured() -> None:
+    """What passes between operations is idle in both."""
+    truth, seconds = graph_of(1), 0.5 * float(graph_of(1).forward.mean())
+    recalibration = Recalibration()
+    first = plan_of(truth, Corrections())
+    for _ in range(3):
+        recalibration.observe(first, Corrections(), run(first, truth, overhead=seconds))
+    corrections = recalibration.corrections()
+    plan = plan_of(truth, corrections)
+    ends = np.zeros((truth.virtual_microbatches, 2, len(KINDS)))
+    timeline = simulate(plan.graph, plan.schedule)
+    busy = 0.0
+    for rank, order in enumerate(plan.schedule.orders):
+        for code, end in zip(order.tolist(), timeline.end[rank], strict=True):
+            kind, row = divmod(code, truth.virtual_microbatches)
+            busy += float(seconds_of(truth, Kind(kind))[0, row, rank])
+            ends[row, rank, kind] = end
+    # The operations alone, as spans are measured, in the time that all takes.
+    assert plan.predicted.bubble_ratio == pytest.approx(1.0 - busy / (2 * ends.max()), abs=0.02)
+    blind = replace(plan.graph, overhead=())
+    assert simulate(blind, plan.schedule).bubble_ratio < plan.predicted.bubble_ratio - 0.1
 
 
 def test_what_takes_no_time_still_takes_none() -> None:

@@ -33,6 +33,17 @@ def test_the_parts_of_every_rank_add_up_to_the_iteration() -> None:
         assert here.end == pytest.approx(2 * planned.end)
 
 
+def test_what_is_planned_between_operations() -> None:
+    plain, overhead = planned_breakdown(PLAN), tuple(0.01 * (1 + rank) for rank in RANKS)
+    found = planned_breakdown(replace(PLAN, graph=replace(PLAN.graph, overhead=overhead)))
+    assert sums(found) == pytest.approx(sums(plain))
+    for rank, (before, after) in enumerate(zip(plain, found, strict=True)):
+        count = sum(1 for span in spans_of_rank(PLAN, rank) if span.end - span.start > overhead[rank])
+        assert after.between >= count * overhead[rank] * (1 - 1e-9) > 0
+        assert after.operations + after.between == pytest.approx(before.operations)
+        assert (after.waiting, after.end) == pytest.approx((before.waiting, before.end))
+
+
 def test_cores_that_others_had_are_no_part_of_the_operations() -> None:
     spans = [spans_of_rank(PLAN, rank) for rank in RANKS]
     spans[0] = [replace(s, core_seconds=0.75 * (s.end - s.start)) for s in spans[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ EVERYTHING = Drawn(3, 0.6, strategy_names())
 
 def merged(answers):
     """Losses of the last stage, gradients and counts of all ranks; what several hold must agree."""
-    losses, grads, buffers = [], {}, {}
+    losses: list[Any] = []
+    grads: dict[Any, Any] = {}
+    buffers: dict[Any, Any] = {}
     for own, more, counts, *_ in answers:
         losses += own
         for found, known in ((more, grads), (counts, buffers)):
@@ -85,7 +88,7 @@ def test_multi_token_prediction_equals_megatrons(pair, case):
 @pytest.fixture(scope="module")
 def four():
     """Experts spread over, or doubled on, the two tensor-parallel ranks of each stage."""
-    teams = {}
+    teams: dict[Ranks, Team] = {}
     yield lambda ranks: teams.setdefault(ranks, Team(4))
     for processes in teams.values():
         processes.close()

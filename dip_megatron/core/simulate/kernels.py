@@ -201,4 +201,5 @@ def simulate_compiled(graph: StageGraph, schedule: Schedule, arrays: GraphArrays
         tuple(end[p, : lengths[p]].copy() for p in range(g.ranks)),
         peak,
         float(time),
+        graph.overhead,
     )

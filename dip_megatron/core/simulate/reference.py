@@ -18,17 +18,28 @@ class DeadlockError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Timeline:
     """Start and end (seconds) of each operation, ``start[rank][i]`` belonging to ``schedule.orders[rank][i]``; peak
-    bytes per rank, static bytes included; ``iteration_time`` in seconds."""
+    bytes per rank, static bytes included; ``iteration_time`` in seconds. ``overhead``: see :class:`StageGraph`; it
+    stands at the end of each operation."""
 
     start: tuple[Floats, ...]
     end: tuple[Floats, ...]
     peak_bytes: Floats
     iteration_time: float
+    overhead: tuple[float, ...] = ()
+
+    @property
+    def computed(self) -> tuple[Floats, ...]:
+        """When each operation has computed; its overhead follows."""
+        if not self.overhead:
+            return self.end
+        ranks = zip(self.start, self.end, self.overhead, strict=True)
+        return tuple(np.maximum(end - seconds, start) for start, end, seconds in ranks)
 
     @property
     def bubble_ratio(self) -> float:
-        """Idle share of all ranks' time, from 0 to 1."""
-        busy = sum(float((e - s).sum()) for s, e in zip(self.start, self.end, strict=True))
+        """The share of all ranks' time, from the iteration's start to its end, in which they compute no operation: they
+        wait, or are between two of them. From 0 to 1."""
+        busy = sum(float((e - s).sum()) for s, e in zip(self.start, self.computed, strict=True))
         return idle_share(busy, self.iteration_time * len(self.start))
 
 
@@ -107,5 +118,6 @@ def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
             )
             raise DeadlockError(f"the plan can't end: {stuck}")
     return Timeline(
-        tuple(np.array(x) for x in start), tuple(np.array(x) for x in end), peak, float(clock.max(initial=0.0))
-    )
+        tuple(np.array(x) for x in start), tuple(np.array(x) for x in end), peak, float(clock.max(initial=0.0)),
+        graph.overhead,
+    )  # fmt: skip

@@ -26,9 +26,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Corrections:
-    """Lines for stages that were measured; others keep the cost model's seconds. Empty: the cost model alone."""
+    """Lines for stages that were measured; others keep the cost model's seconds. Empty: the cost model alone.
+
+    ``overhead[rank]``: seconds between two operations, which are part of what the lines give (see
+    :class:`~dip_megatron.core.StageGraph`).
+    """
 
     lines: tuple[Line, ...] = ()
+    overhead: tuple[float, ...] = ()
 
     def apply(self, graph: StageGraph) -> StageGraph:
         """The graph with corrected durations, none negative. What takes no time (a chunk without layers, frozen
@@ -44,7 +49,8 @@ class Corrections:
             seconds = arrays[line.kind][:, here, :]
             corrected = np.maximum(np.array(line.fixed) + np.array(line.factor) * seconds, 0.0)
             arrays[line.kind][:, here, :] = np.where(seconds > 0, corrected, 0.0)
-        return replace(graph, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
+        overhead = self.overhead if len(self.overhead) == graph.ranks else ()
+        return replace(graph, overhead=overhead, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
 
 
 def seconds_of(graph: StageGraph, kind: Kind) -> Floats:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import product
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,7 @@ from dip_megatron.describe.partition import (
     write_partition,
 )
 from dip_megatron.describe.workload import GlobalBatch, Microbatch, load_workload
+from dip_megatron.planner import partitioning
 from dip_megatron.planner.partitioning import choose_partition, greedy_judge, paper_partition
 from tests.drawn import settings
 
@@ -147,6 +149,33 @@ def test_the_judge_decides() -> None:
     chosen = choose_partition(model, H100, batches, judge=judge)
     assert [m.segments for m in chosen.modules] == [3, 3]
     assert chosen.module("vision").unit_size == 1
+
+
+@pytest.mark.parametrize(("first", "later", "cores", "ends"), [
+    (1000.0, 0.01, 1.0, False),  # compiling kernels is no search
+    (0.0, 0.3, 0.3, False),  # other programs have the cores two thirds of the time
+    (0.0, 0.3, 1.0, True),
+    (0.0, 3.0, 0.01, True),  # but nobody waits for ever
+])  # fmt: skip
+def test_what_counts_against_the_budget(first: float, later: float, cores: float, ends: bool, monkeypatch) -> None:
+    """``first`` and ``later``: seconds that judging takes by the clock; ``cores``: the share of them on a core."""
+    model = _tiny(VLM, 2)
+    batches = [GlobalBatch((Microbatch(100, (169,) * 4),))]
+    now, trials = 0.0, 0
+
+    def judge(graph: StageGraph) -> float:
+        nonlocal now, trials
+        now += later if trials else first
+        trials += 1
+        return 1.0 / graph.virtual_microbatches
+
+    clock = SimpleNamespace(monotonic=lambda: now, process_time=lambda: cores * now)
+    chosen = choose_partition(model, H100, batches, judge=judge)
+    all_trials, now, trials = trials, 0.0, 0
+    monkeypatch.setattr(partitioning, "time", clock)
+    again = choose_partition(model, H100, batches, judge=judge, budget_seconds=0.1 * all_trials)
+    assert (trials < all_trials) == ends
+    assert ends or again == chosen
 
 
 def test_a_model_that_cannot_fit_is_refused_with_a_way_out() -> None:
