@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -10,6 +10,8 @@ import click
 from ..core import Plan
 from ..core.action_csv import ActionCsvError, read_actions
 from ..core.files import PlanFileError, read_plans
+from ..core.joint import JointPlan, simulate_joint, verify_joint
+from ..core.joint.files import sets_of
 from ..core.lower import make_plan
 from ..core.simulate import simulate
 from ..core.simulate.reference import DeadlockError
@@ -24,17 +26,24 @@ TOLERANCE = 1e-9
 @json_option
 @click.pass_context
 def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
-    """Verify every plan of PLANS (JSON lines, or a CSV of actions as torch.distributed.pipelining reads it): exit 1
-    and name the first fault, 2 if the file is malformed."""
+    """Verify every plan of PLANS (JSON lines, or a CSV of actions as torch.distributed.pipelining reads it), and
+    together those of replicas that are coupled: exit 1 and name the first fault, 2 if the file is malformed."""
     count, fault = 0, None
     try:
-        for count, plan in enumerate(_plans(plans), start=1):
+        for together in sets_of(_plans(plans), plans):
             try:
-                verify(plan)
-                check_prediction(plan)
+                if together[0].coupled is None:
+                    verify(together[0])
+                    check_prediction(together[0])
+                else:
+                    verify_joint(together)
+                    check_joint_prediction(together)
             except ValueError as error:
-                fault = f"{plans}: plan {count}: {' '.join(str(error).split())}"
+                place = f"plan {count + 1}" if len(together) == 1 else f"plans {count + 1} to {count + len(together)}"
+                fault = f"{plans}: {place}: {' '.join(str(error).split())}"
                 break
+            finally:
+                count += len(together)
     except (PlanFileError, ActionCsvError) as error:
         fail(str(error))
     if as_json:
@@ -62,12 +71,26 @@ def _plans(path: Path) -> Iterator[Plan]:
 def check_prediction(plan: Plan) -> None:
     """Raise PlanError where what the plan predicts is not what simulating it gives."""
     timeline = simulate(plan.graph, plan.schedule)
+    _compare(plan, timeline.iteration_time, timeline.bubble_ratio, timeline.peak_bytes.tolist())
+
+
+def check_joint_prediction(plans: Sequence[Plan]) -> None:
+    """The same of a set: each predicts the time of all together."""
+    joint = JointPlan(tuple(plans))
+    timeline = simulate_joint([p.graph for p in plans], [p.schedule for p in plans], joint.experts)
+    for replica, plan in enumerate(plans):
+        peaks = timeline.replicas[replica].peak_bytes.tolist()
+        _compare(plan, timeline.iteration_time, timeline.bubble_ratio(replica), peaks)
+
+
+def _compare(plan: Plan, time: float, bubbles: float, peak_bytes: Sequence[float]) -> None:
     claims = [
-        ("iteration_time", plan.predicted.iteration_time, timeline.iteration_time),
-        ("bubble_ratio", plan.predicted.bubble_ratio, timeline.bubble_ratio),
+        ("iteration_time", plan.predicted.iteration_time, time),
+        ("bubble_ratio", plan.predicted.bubble_ratio, bubbles),
     ]
-    peaks = zip(plan.predicted.peak_bytes, timeline.peak_bytes.tolist(), strict=True)
+    peaks = zip(plan.predicted.peak_bytes, peak_bytes, strict=True)
     claims += [(f"peak_bytes[{rank}]", claimed, found) for rank, (claimed, found) in enumerate(peaks)]
     for name, claimed, found in claims:
         if abs(claimed - found) > TOLERANCE * max(1.0, abs(found)):
-            raise PlanError(f"predicted.{name} is {claimed}, simulating the plan gives {found}")
+            of = "" if plan.coupled is None else f"replica {plan.coupled.replica}: "
+            raise PlanError(f"{of}predicted.{name} is {claimed}, simulating the plan gives {found}")

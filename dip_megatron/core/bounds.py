@@ -38,6 +38,7 @@ Three bounds, each valid by itself; the largest is returned.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,9 +200,27 @@ def _topological_order(outgoing: Ints, to: Ints, waiting: NDArray[np.int64], ord
                 last += 1
 
 
+class Bounded(NamedTuple):
+    """:func:`lower_bound` in ``seconds`` with what it is made of: the least forward, input gradient and rest of the
+    backward of every stage ``[S, P]``; the time ``[P]`` that each rank loses before it is ``filling`` and the least
+    ``tail`` that follows its last operation, both on top of its work."""
+
+    seconds: float
+    forward: Floats
+    backward: Floats
+    rest: Floats
+    filling: Floats
+    tail: Floats
+
+
 def lower_bound(graph: StageGraph, *, split: bool = True) -> float:
     """Seconds below which no plan of ``graph`` can be, whatever its order and memory strategies; see the module for the
     proof. With ``split`` False, no plan without split backwards."""
+    return bounded(graph, split=split).seconds
+
+
+def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
+    """See :class:`Bounded`."""
     g = graph_arrays(graph)
     virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     f, b, w, whole = _relaxed(g, split)
@@ -223,7 +242,8 @@ def lower_bound(graph: StageGraph, *, split: bool = True) -> float:
     lost = np.maximum(lost, np.maximum(early[1] + least_tail, late[1]))
     lost = np.where(both, np.maximum(lost, start + end), lost)
     # Sums of floats: stay on the safe side of rounding.
-    return max(bound, float((work + lost).max())) * (1.0 - 1e-12)
+    seconds = max(bound, float((work + lost).max())) * (1.0 - 1e-12)
+    return Bounded(seconds, per_rank[0], per_rank[1], per_rank[2], filling, least_tail)
 
 
 def _filling(graph: StageGraph, least: Sequence[Floats], split: bool) -> tuple[Floats, Floats]:
@@ -235,7 +255,7 @@ def _filling(graph: StageGraph, least: Sequence[Floats], split: bool) -> tuple[F
         return filling, draining
     module = np.array([[m.name for m in graph.modules].index(graph.units[int(u)].module) for u in graph.unit_of])
     trained = bool(graph.has_backward.all())
-    for upper in _closed_sets(graph):
+    for upper in closed_sets(graph):
         inside = np.isin(module, list(upper))
         if not inside.any() or not _all_lead_to(graph, inside):
             continue
@@ -254,7 +274,7 @@ def _passing(length: Floats, inside: NDArray[np.bool_], transfer: Floats) -> Flo
     return idle
 
 
-def _closed_sets(graph: StageGraph) -> list[frozenset[int]]:
+def closed_sets(graph: StageGraph) -> list[frozenset[int]]:
     """Sets of modules (by number) that contain all that they feed: each module with everything after it, and unions
     along the listing order."""
     number = {m.name: i for i, m in enumerate(graph.modules)}

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from .actions import Compute, parse_action
 from .codes import encode
+from .experts import Coupled, ExpertLayers, ExpertLayersError
 from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord, upgraded
 from .graph import Floats, GraphError, ModalityModule, StageGraph, Unit
 from .operations import Operation
@@ -123,6 +124,12 @@ def format_plan(plan: Plan) -> str:
             "workers": plan.search.workers, "seed": plan.search.seed,
         },
     }  # fmt: skip
+    if plan.coupled is not None:
+        experts = plan.coupled.experts
+        record["coupled"] = {
+            "replica": plan.coupled.replica, "replicas": plan.coupled.replicas, "experts": dict(experts.modules),
+            "repeating": sorted(experts.repeating),
+        }  # fmt: skip
     return json.dumps(record, allow_nan=False)
 
 
@@ -194,7 +201,22 @@ def parse_plan(line: str) -> Plan:
         search=SearchStatistics(
             record.search.seconds, record.search.evaluations, record.search.workers, record.search.seed
         ),
+        coupled=_coupled(record, modules),
     )
+
+
+def _coupled(record: PlanRecord, modules: Sequence[ModalityModule]) -> Coupled | None:
+    if record.coupled is None:
+        return None
+    replica, replicas = record.coupled.replica, record.coupled.replicas
+    if replica >= replicas:
+        raise PlanFileError(f"coupled.replica: {replica} of {replicas} replicas; they are numbered from 0")
+    experts = ExpertLayers.of(record.coupled.experts, record.coupled.repeating)
+    try:
+        experts.check(modules)
+    except ExpertLayersError as error:
+        raise PlanFileError(f"coupled.experts: {error}") from error
+    return Coupled(replica, replicas, experts)
 
 
 def _load(line: str) -> Any:

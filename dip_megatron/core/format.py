@@ -104,6 +104,20 @@ class SearchRecord(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
+class CoupledRecord(Strict):
+    """That a plan is one of a set, of replicas that share experts; the set's plans are consecutive lines."""
+
+    replica: Count
+    replicas: Annotated[int, Field(ge=1)]
+    experts: Annotated[
+        dict[Name, list[list[list[bool]]]],
+        Field(description="by module, [segment][rank][layer]: whether the layer is a mixture of experts"),
+    ]
+    repeating: Annotated[
+        list[str], Field(description="memory strategies that run a layer's collectives again in its backward")
+    ]
+
+
 class PlanRecord(Strict):
     """One iteration's plan: one line of a plan file."""
 
@@ -128,6 +142,10 @@ class PlanRecord(Strict):
     actions: Annotated[list[list[str]], Field(description="[rank]: what the rank does, in order")]
     predicted: PredictedRecord
     search: SearchRecord
+    coupled: Annotated[
+        CoupledRecord | None,
+        Field(description="in plans of replicas that must run together; left out of all others"),
+    ] = None
 
 
 def upgraded(data: dict[str, Any]) -> dict[str, Any]:

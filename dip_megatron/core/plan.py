@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from .codes import RankActions
+from .experts import Coupled
 from .graph import Ints, StageGraph
 from .order import Schedule
 
@@ -61,7 +62,8 @@ class Plan:
     numbers (:mod:`.codes`), ``actions[rank]`` the same as objects. ``payloads[(s, t)]`` says what travels from
     the last stage of virtual microbatch s to the first of t; ``payloads[(s, s)]`` what travels between the ranks of s.
     A third number names the rank whose stage sends, where what they send differs. Planning without a model to run
-    leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``.
+    leaves it empty. ``name`` is the schedule that made it, e.g. ``dip``. ``coupled``: it is one of a set of plans of
+    replicas that share experts, and must not run without the others; what it predicts is the time of all together.
     """
 
     graph: StageGraph
@@ -71,6 +73,7 @@ class Plan:
     name: str = "dip"
     payloads: Mapping[tuple[int, ...], Payload] = field(default_factory=dict)
     search: SearchStatistics = SearchStatistics()
+    coupled: Coupled | None = None
 
     @cached_property
     def actions(self) -> RankActions:
@@ -95,6 +98,10 @@ class Plan:
         )
         text = json.dumps([modules, units, payloads, self.graph.strategies, [len(line) for line in self.codes]])
         digest = hashlib.sha256(text.encode())
+        if self.coupled is not None:
+            experts = self.coupled.experts
+            text = json.dumps([self.coupled.replica, self.coupled.replicas, experts.modules, sorted(experts.repeating)])
+            digest.update(text.encode())
         for line in self.codes:
             digest.update(np.ascontiguousarray(line, dtype="<i4").tobytes())
         return digest.hexdigest()

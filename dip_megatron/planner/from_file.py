@@ -41,6 +41,11 @@ class PlanFile:
                     raise ConfigurationError(
                         f"{place} is for {plan.graph.ranks} pipeline ranks, this run has {ranks}; plan for as many"
                     )
+                if plan.coupled is not None:
+                    raise ConfigurationError(
+                        f"{place} is replica {plan.coupled.replica}'s of {plan.coupled.replicas} that share experts "
+                        "and can't run alone; plan for replicas that don't"
+                    )
                 verify(plan)
                 if plan.graph.modules != plans[0].graph.modules:
                     raise ConfigurationError(f"{place} has other chunks than plan 1; give them a file of their own")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -76,7 +76,7 @@ def listed(q: Problem, w: Work) -> Schedule:
     return Schedule(orders, w.strategy.reshape(virtual_microbatches, ranks).copy())
 
 
-def in_threads(jobs: list[Callable[[], None]], workers: int) -> None:
+def in_threads(jobs: Sequence[Callable[[], None]], workers: int) -> None:
     """Run all jobs; the first exception of any is raised."""
     if workers == 1 or len(jobs) == 1:
         for job in jobs:

@@ -1,0 +1,253 @@
+"""The joint verifier: plans of coupled replicas that could hang together, or pair a backward with another's forward,
+never run.
+
+Collectives of experts run over all coupled replicas at once, one after the other in the order in which each member
+comes to them. Plans run to their end, with the gradients of their own microbatches, exactly when
+
+1. on each pipeline rank all replicas have the same sequence of (chunk, forward or backward), over the operations that
+   meet (those of stages with experts, weight gradients left out), and paired backwards repeat the collectives of the
+   same layers;
+2. backwards of a chunk are paired as its forwards were: else token counts don't fit, or, where they are padded to a
+   capacity, gradients are silently wrong;
+3. the union of all plans, with the operations of one event made one, has no cycle.
+
+Which microbatches meet, what is split, and where weight gradients stand is free. The third is decided by running all
+actions at once: an event, a send or a wait that can take place never keeps another from it, so that one run is as good
+as all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codes import Decoder
+from ..experts import ExpertLayers, ExpertLayersError
+from ..graph import Ints
+from ..kernels import messages_of
+from ..operations import Kind
+from ..plan import Plan
+from ..strategies import StrategyError
+from ..verify import PlanError, verify
+from .kernels import JointMessages, chunk_numbers, replay_actions
+from .sets import JointPlan
+from .simulate import JointError
+
+Place = tuple[int, int]
+"""(replica, pipeline rank)"""
+
+
+def verify_joint(joint: JointPlan | Sequence[Plan], experts: ExpertLayers | None = None, *, alone: bool = True) -> None:
+    """Raise JointError at the first fault of a set of plans, ``plans[replica]``.
+
+    ``experts`` None: those that the plans carry (:class:`..experts.Coupled`), which must agree. Without ``alone`` the
+    plans have been through :func:`..verify.verify` one by one already.
+    """
+    plans = joint.plans if isinstance(joint, JointPlan) else tuple(joint)
+    experts = _carried(plans) if experts is None else experts
+    _check_shapes(plans, experts)
+    if alone:
+        for g, plan in enumerate(plans):
+            try:
+                verify(plan)
+            except PlanError as error:
+                raise JointError("plan", f"replica {g}: {error}") from error
+    chunks = [np.where(experts.meets(p.graph), chunk_numbers(p.graph)[:, None], -1) for p in plans]
+    repeats = [experts.repeats(p.graph)[0] for p in plans]
+    for rank in range(plans[0].graph.ranks):
+        lines = [_meeting(p, c, r, rank) for p, c, r in zip(plans, chunks, repeats, strict=True)]
+        for g in range(1, len(plans)):
+            _compare(plans, lines, g, rank)
+    _replay(plans, chunks)
+
+
+def _carried(plans: Sequence[Plan]) -> ExpertLayers:
+    """The expert layers that all plans of a set name, each plan at its place."""
+    if not plans:
+        raise JointError("size", "a set of plans has none")
+    first = plans[0].coupled
+    for g, plan in enumerate(plans):
+        if first is None or plan.coupled is None:
+            raise JointError(
+                "size", f"the plan of replica {g} doesn't say which replicas it is coupled with; plan again"
+            )
+        if (plan.coupled.replica, plan.coupled.replicas) != (g, len(plans)):
+            raise JointError(
+                "size",
+                f"plan {g} of {len(plans)} says it is replica {plan.coupled.replica}'s of {plan.coupled.replicas}",
+            )
+        if plan.coupled.experts != first.experts:
+            raise JointError("size", f"replica {g} has experts in other layers than replica 0")
+    assert first is not None
+    return first.experts
+
+
+def _check_shapes(plans: Sequence[Plan], experts: ExpertLayers) -> None:
+    first = plans[0].graph
+    shapes = [(m.name, m.layers, m.upstream, m.reversed) for m in first.modules]
+    for g, plan in enumerate(plans):
+        if plan.graph.ranks != first.ranks:
+            raise JointError("size", f"replica {g} has {plan.graph.ranks} pipeline ranks, replica 0 has {first.ranks}")
+        if [(m.name, m.layers, m.upstream, m.reversed) for m in plan.graph.modules] != shapes:
+            raise JointError("size", f"replica {g} is cut into other chunks than replica 0")
+    try:
+        experts.check(first.modules)
+        for plan in plans:
+            experts.repeats(plan.graph)
+    except (ExpertLayersError, StrategyError) as error:
+        raise JointError("size", str(error)) from error
+
+
+class _Line:
+    """The operations of one rank of one replica that meet, in order: ``code`` as in the order, ``what`` the (chunk,
+    forward or backward), ``repeats`` the layers whose collectives a backward repeats, ``turn`` how manieth forward of
+    its chunk belongs to it."""
+
+    def __init__(
+        self, code: Ints, what: NDArray[np.int64], repeats: NDArray[np.int64], turn: NDArray[np.int64]
+    ) -> None:
+        self.code, self.what, self.repeats, self.turn = code, what, repeats, turn
+
+
+def _meeting(plan: Plan, chunks: Ints, repeats: NDArray[np.int64], rank: int) -> _Line:
+    rows = plan.graph.virtual_microbatches
+    order = plan.schedule.orders[rank]
+    kind, row = np.divmod(order, rows)
+    meets = (chunks[row, rank] >= 0) & (kind != int(Kind.W))
+    order, kind, row = order[meets], kind[meets], row[meets]
+    back = kind != int(Kind.F)
+    what = 2 * chunks[row, rank].astype(np.int64) + back
+    turns = np.full(rows, -1, dtype=np.int64)
+    ahead = row[~back]
+    turns[ahead] = _occurrence(what[~back])
+    return _Line(order, what, np.where(back, repeats[row, rank], 0), turns[row])
+
+
+def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How manieth of its value each entry is."""
+    order = np.argsort(values, kind="stable")
+    ranked = values[order]
+    first = np.concatenate([[True], ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, dtype=bool)
+    start = np.maximum.accumulate(np.where(first, np.arange(len(ranked)), 0))
+    out = np.empty(len(values), dtype=np.int64)
+    out[order] = np.arange(len(ranked)) - start
+    return out
+
+
+def _compare(plans: Sequence[Plan], lines: Sequence[_Line], g: int, rank: int) -> None:
+    """Raise at the first place where replicas 0 and ``g`` differ on a rank."""
+    a, b = lines[0], lines[g]
+    count = min(len(a.what), len(b.what))
+    order, recompute, pairing = (
+        _first(x[:count] != y[:count]) for x, y in ((a.what, b.what), (a.repeats, b.repeats), (a.turn, b.turn))
+    )
+    i = min(order, recompute, pairing)
+
+    def named(replica: int, at: int) -> str:
+        code = int(lines[replica].code[at])
+        kind, row = divmod(code, plans[replica].graph.virtual_microbatches)
+        return str(plans[replica].graph.operation(Kind(kind), row, rank))
+
+    place = f"pipeline rank {rank}, event {i}"
+    if i == count:
+        if len(a.what) != len(b.what):
+            longer = 0 if len(a.what) > count else g
+            raise JointError(
+                "order",
+                f"{place}: replica {longer} runs {named(longer, count)} where replica {g - longer} has ended; its "
+                "members would wait for ever",
+            )
+        return
+    pair = f"replica 0 runs {named(0, i)} where replica {g} runs {named(g, i)}"
+    if order == i:
+        raise JointError("order", f"{place}: {pair}: another chunk or direction; the group would hang")
+    if recompute == i:
+        raise JointError(
+            "recompute",
+            f"{place}: {pair}, but they recompute other layers with experts (strategies "
+            f"{_strategy(plans[0], a.code[i], rank)!r} and {_strategy(plans[g], b.code[i], rank)!r}); the group would "
+            "hang",
+        )
+    raise JointError(
+        "pairing",
+        f"{place}: {pair}: these backwards are paired although their forwards were not; gradients would be wrong",
+    )
+
+
+def _first(different: NDArray[np.bool_]) -> int:
+    where = np.flatnonzero(different)
+    return int(where[0]) if len(where) else len(different)
+
+
+def _strategy(plan: Plan, code: np.int32, rank: int) -> str:
+    return plan.graph.strategy_name(0, int(code) % plan.graph.virtual_microbatches, rank)
+
+
+def _replay(plans: Sequence[Plan], chunks: Sequence[Ints]) -> None:
+    ranks, count = plans[0].graph.ranks, len(plans)
+    each = [messages_of(p.graph) for p in plans]
+    m = JointMessages(
+        ranks=ranks,
+        replicas=count,
+        rows=np.array([x.virtual_microbatches for x in each], dtype=np.int32),
+        edges=np.array([x.edges for x in each], dtype=np.int32),
+        first=np.cumsum([0, *(2 * x.edges for x in each)]).astype(np.int32),
+        node=np.cumsum([0, *(x.virtual_microbatches * ranks for x in each)]).astype(np.int32),
+        source=np.concatenate([x.source for x in each]),
+        target=np.concatenate([x.target for x in each]),
+    )
+    lines = [line for p in plans for line in p.codes]
+    counts = np.array([len(line) for line in lines], dtype=np.int32)
+    codes = np.zeros((len(lines), max(1, int(counts.max(initial=0)))), dtype=np.int32)
+    for i, line in enumerate(lines):
+        codes[i, : len(line)] = line
+    channels = 2 * ranks * ranks
+    most = 1 + max(int(np.bincount(x.source * ranks + x.target, minlength=1).max(initial=0)) for x in each)
+    place = np.zeros(len(lines), dtype=np.int32)
+    done = replay_actions(
+        m, np.concatenate([c.reshape(-1) for c in chunks]).astype(np.int32), codes, counts, place,
+        np.zeros((count * channels, most), dtype=np.int32), np.zeros((count * channels, most), dtype=np.int32),
+        np.zeros(count * channels, dtype=np.int32), np.zeros(count * channels, dtype=np.int32),
+        np.zeros(len(m.source), dtype=np.bool_),
+    )  # fmt: skip
+    if not done:
+        raise JointError("cycle", _cycle(plans, chunks, place))
+
+
+def _cycle(plans: Sequence[Plan], chunks: Sequence[Ints], place: Ints) -> str:
+    """Who waits for whom, in words."""
+    ranks, count = plans[0].graph.ranks, len(plans)
+    decoders = [Decoder(p.graph) for p in plans]
+
+    def at(where: Place) -> str:
+        g, p = where
+        return str(decoders[g].action(int(plans[g].codes[p][place[g * ranks + p]]), p))
+
+    def meets(where: Place) -> bool:
+        g, p = where
+        line = plans[g].codes[p]
+        if place[g * ranks + p] >= len(line):
+            return False
+        kind, row = divmod(int(line[place[g * ranks + p]]), plans[g].graph.virtual_microbatches)
+        return kind < 4 and kind != int(Kind.W) and bool(chunks[g][row, p] >= 0)
+
+    def waits_for(where: Place) -> Place:
+        g, p = where
+        if meets(where):
+            return next((h, p) for h in range(count) if not meets((h, p)))
+        message = decoders[g].action(int(plans[g].codes[p][place[g * ranks + p]]), p).message  # type: ignore[union-attr]
+        other = message.channel.source if message.channel.target == p else message.channel.target
+        return g, other
+
+    stuck = next((g, p) for g in range(count) for p in range(ranks) if meets((g, p)))
+    path = [stuck]
+    while (following := waits_for(path[-1])) not in path:
+        path.append(following)
+    path = path[path.index(following) :]
+    turn = next((i for i, w in enumerate(path) if meets(w)), 0)  # begin where the replicas meet
+    path = path[turn:] + path[:turn]
+    steps = [f"replica {g}, rank {p} at {at((g, p))}" for g, p in path]
+    shown = steps if len(steps) <= 8 else [*steps[:7], f"{len(steps) - 7} more"]
+    return "each plan ends alone, all together don't: " + " waits for ".join(shown) + f", which waits for {steps[0]}"

@@ -1,0 +1,172 @@
+"""A walk of :mod:`.sequences`, from schedules of replicas that run together and back to such."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.graph import Floats, Ints, StageGraph
+from ...core.joint.kernels import joint_arrays, pad_joint_orders
+from ...core.order import Schedule
+from ...core.simulate.kernels import BACKWARD, FUSED, WEIGHT
+from ..dip.random import seeded
+from .sequences import JointProblem, JointSequences, begin_joint, improve_joint, line_fits, make_joint_sequences
+from .together import Together
+
+COOL, COLD = 1e-5, 1e-6
+"""Temperature over iteration time, at first and at last."""
+
+
+def make_joint_problem(t: Together) -> JointProblem:
+    """Lay out replicas that were put together."""
+    zero = [np.zeros((g.virtual_microbatches, g.ranks), dtype=np.int8) for g in t.graphs]
+    x = joint_arrays(t.graphs, zero, t.experts)
+    ranks, rows = t.graph.ranks, t.graph.virtual_microbatches
+    member = np.full((len(t.graphs), rows * ranks), -1, dtype=np.int32)
+    place_of = np.zeros(x.nodes, dtype=np.int32)
+    parts: list[list[Floats]] = [[], [], []]
+    for g, (graph, mine) in enumerate(zip(t.graphs, t.rows, strict=True)):
+        there = np.flatnonzero(mine >= 0)
+        behind = np.zeros(graph.virtual_microbatches, dtype=np.int64)
+        behind[mine[there]] = there
+        index = np.ascontiguousarray(t.choice[g][:, behind]).astype(np.int64)
+        nodes = x.base[g] + mine[there][:, None] * ranks + np.arange(ranks)[None]
+        places = there[:, None] * ranks + np.arange(ranks)[None]
+        member[g, places.reshape(-1)] = nodes.reshape(-1)
+        place_of[nodes.reshape(-1)] = places.reshape(-1)
+
+        def taken(array: Floats, index: NDArray[np.int64] = index) -> Floats:
+            return np.take_along_axis(array, index, axis=0).reshape(len(index), -1)
+
+        parts[0].append(np.stack([taken(a) for a in (graph.forward, graph.backward, graph.weight, graph.fused)]))
+        parts[1].append(taken(graph.activation))
+        parts[2].append(taken(graph.deferred_activation))
+    duration = np.ascontiguousarray(np.concatenate(parts[0], axis=2))
+    activation, deferred = (np.ascontiguousarray(np.concatenate(part, axis=1)) for part in parts[1:])
+    static, limit = (
+        np.concatenate([getattr(g, name) for g in t.graphs]).astype(np.float64)
+        for name in ("static_bytes", "memory_limit")
+    )
+    return JointProblem(
+        x=x, duration=duration, activation=activation, deferred_activation=deferred,
+        has_backward=np.concatenate([g.has_backward.reshape(-1) for g in t.graphs]),
+        has_weight=np.concatenate([g.has_weight.reshape(-1) for g in t.graphs]),
+        member=member, place_of=place_of, static=static, limit=limit,
+        bounded=static + _most(t.graphs) > limit,
+    )  # fmt: skip
+
+
+def _most(graphs: Sequence[StageGraph]) -> Floats:
+    """Bytes that each rank of each replica holds if it holds everything."""
+    held = [np.maximum(g.activation, g.deferred_activation).max(axis=0).sum(axis=0) for g in graphs]
+    return np.asarray(np.concatenate(held), dtype=np.float64)
+
+
+def split_events(q: JointProblem, orders: Ints, lengths: Ints) -> tuple[Ints, Ints]:
+    """The orders with every fused backward of an event split, its weight gradient right after it: the event then lasts
+    as long as the longest input gradient, and each replica's weight gradients are its own. Needs room for them."""
+    x = q.x
+    out, counts = np.zeros_like(orders), lengths.copy()
+    for line, length in enumerate(lengths):
+        order = orders[line, :length]
+        kind, node = np.divmod(order, x.nodes)
+        apart = (kind == FUSED) & (x.chunk[node] >= 0)
+        place = np.arange(length) + np.cumsum(apart) - apart
+        out[line, place] = np.where(apart, BACKWARD * x.nodes + node, order)
+        out[line, place[apart] + 1] = WEIGHT * x.nodes + node[apart]
+        counts[line] = length + apart.sum()
+    return out, counts
+
+
+def fused_in_shadow(q: JointProblem, orders: Ints, lengths: Ints, strategy: NDArray[np.int8]) -> tuple[Ints, Ints]:
+    """The orders with every split backward of an event fused that takes no longer, fused, than the longest member's:
+    its weight gradient then costs nothing, and less is held."""
+    x = q.x
+    nodes = np.arange(x.nodes)
+    split = np.zeros(x.nodes, dtype=bool)
+    for line, length in enumerate(lengths):
+        order = orders[line, :length]
+        split[order[order // x.nodes == WEIGHT] % x.nodes] = True
+    kind = np.where(split | ~q.has_weight, BACKWARD, FUSED)
+    length = q.duration[kind, strategy, nodes]
+    longest = np.zeros(q.member.shape[1])
+    for members in q.member:
+        has = members >= 0
+        longest[has] = np.maximum(longest[has], length[members[has]])
+    fuse = split & (x.chunk >= 0) & (q.duration[FUSED, strategy, nodes] <= longest[q.place_of])
+    out, counts = orders.copy(), lengths.copy()
+    for line, n in enumerate(lengths):
+        order = orders[line, :n]
+        kinds, node = np.divmod(order, x.nodes)
+        kept = ~((kinds == WEIGHT) & fuse[node])
+        changed = np.where((kinds == BACKWARD) & fuse[node], FUSED * x.nodes + node, order)[kept]
+        out[line, : len(changed)] = changed
+        counts[line] = len(changed)
+    return out, counts
+
+
+class JointChain:
+    """One annealing walk over all replicas' orders, stepped in slices."""
+
+    def __init__(self, t: Together, q: JointProblem, schedules: Sequence[Schedule], seed: int, stream: int) -> None:
+        self.t, self.q, self.random, self.values = t, q, seeded(seed, 100 + stream), np.zeros(2)
+        self.adopt(schedules)
+
+    @property
+    def time(self) -> float:
+        """Seconds of the best orders."""
+        return float(self.values[1])
+
+    def adopt(self, schedules: Sequence[Schedule]) -> None:
+        """Go on from these schedules of the replicas, as they are or with the backwards of events split, whichever is
+        faster."""
+        x = self.q.x
+        orders, lengths = pad_joint_orders(x, schedules)
+        room = 3 * max(g.virtual_microbatches for g in self.t.graphs)
+        wide = np.zeros((len(orders), max(room, orders.shape[1])), dtype=np.int32)
+        wide[:, : orders.shape[1]] = orders
+        strategy = self._strategies(schedules)
+        starts: list[tuple[float, int, JointSequences]] = []
+        for start in ((wide, lengths), split_events(self.q, wide, lengths)):
+            fused, counts = fused_in_shadow(self.q, start[0], start[1], strategy)
+            s = make_joint_sequences(self.q, fused, counts, strategy)
+            if all(line_fits(self.q, s, line) for line in range(len(lengths))):
+                starts.append((begin_joint(self.q, s, self.random), len(starts), s))
+        if not starts:
+            raise ValueError("the schedules to start from don't fit in memory")
+        self.values[:], _, self.sequences = min(starts, key=lambda entry: entry[:2])
+
+    def _strategies(self, schedules: Sequence[Schedule]) -> NDArray[np.int8]:
+        """The candidates of the graph put together behind the replicas' own, ``[N]``; the first that is the same."""
+        out = []
+        for g, (schedule, mine) in enumerate(zip(schedules, self.t.rows, strict=True)):
+            there = np.flatnonzero(mine >= 0)
+            behind = np.zeros(len(schedule.strategy), dtype=np.int64)
+            behind[mine[there]] = there
+            out.append((self.t.choice[g][:, behind] == schedule.strategy[None]).argmax(axis=0).reshape(-1))
+        return np.concatenate(out).astype(np.int8)
+
+    def step(self, progress: float, evaluations: int) -> None:
+        """So many moves at the temperature of ``progress`` (0 to 1)."""
+        heat = self.time * COOL * (COLD / COOL) ** progress
+        improve_joint(self.q, self.sequences, self.random, self.values, heat, evaluations)
+
+    def schedules(self) -> list[Schedule]:
+        """The best found, as schedules of the replicas."""
+        s, x = self.sequences, self.q.x
+        out = []
+        for g, (graph, mine) in enumerate(zip(self.t.graphs, self.t.rows, strict=True)):
+            orders = []
+            for p in range(x.ranks):
+                line = g * x.ranks + p
+                kind, node = np.divmod(s.best_orders[line, : s.best_lengths[line]], x.nodes)
+                orders.append((kind * graph.virtual_microbatches + (node - x.base[g]) // x.ranks).astype(np.int32))
+            there = np.flatnonzero(mine >= 0)
+            behind = np.zeros(graph.virtual_microbatches, dtype=np.int64)
+            behind[mine[there]] = there
+            chosen = s.best_strategy[x.base[g] : x.base[g + 1]].reshape(graph.virtual_microbatches, x.ranks)
+            index = chosen[None].astype(np.int64)
+            out.append(Schedule(tuple(orders), np.take_along_axis(self.t.choice[g][:, behind], index, axis=0)[0]))
+        return out

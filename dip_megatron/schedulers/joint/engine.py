@@ -1,0 +1,230 @@
+"""The search for plans of coupled replicas: pairings, a skeleton on the maxima, then each replica's own around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from ...core.experts import ExpertLayers
+from ...core.graph import StageGraph
+from ...core.joint import JointPlan, make_joint_plan, simulate_joint_compiled
+from ...core.joint.bounds import joint_lower_bound
+from ...core.operations import Kind
+from ...core.order import Schedule
+from ...core.plan import SearchStatistics
+from ...core.simulate import simulate_compiled
+from ..dip import DoesNotFitError, SearchOptions, search
+from ..dip.incumbent import in_threads
+from .chain import JointChain, make_joint_problem
+from .pairing import Slots, pairings
+from .together import Together, together
+
+TRIAL = 48
+"""List schedules tried on each pairing before one is chosen."""
+PAIRING_SHARE, SKELETON_SHARE = 0.2, 0.3
+"""Of the budget, at most: choosing a pairing, and its skeleton; the rest goes to all replicas' orders."""
+CHAINS = 2  # of a deterministic search
+SLICE_SECONDS = 0.02
+
+Improved = Callable[[Sequence[Schedule], float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class JointFound:
+    """``schedules[g]`` of ``graphs[g]``, which run together in ``iteration_time`` seconds; ``slots`` says which
+    microbatches meet. ``lower_bound`` holds for every pairing. ``history``: (seconds since the start, iteration time)
+    of each improvement."""
+
+    schedules: tuple[Schedule, ...]
+    slots: Slots
+    iteration_time: float
+    lower_bound: float
+    evaluations: int
+    seconds: float
+    history: tuple[tuple[float, float], ...]
+
+    def plan(
+        self, graphs: Sequence[StageGraph], experts: ExpertLayers, *, seed: int = 0, workers: int = 1
+    ) -> JointPlan:
+        """The plans of all replicas."""
+        statistics = SearchStatistics(self.seconds, self.evaluations, workers, seed)
+        return make_joint_plan(
+            graphs, self.schedules, experts, lower_bound=min(self.lower_bound, self.iteration_time), search=statistics
+        )
+
+
+class _Best:
+    """The best set of schedules so far."""
+
+    def __init__(self, graphs: Sequence[StageGraph], experts: ExpertLayers, on_improved: Improved | None) -> None:
+        self.graphs, self.experts, self.on_improved = graphs, experts, on_improved
+        self.start = time.perf_counter()
+        self.time = np.inf
+        self.schedules: list[Schedule] = []
+        self.together: Together | None = None
+        self.history: list[tuple[float, float]] = []
+        self.evaluations = 0
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def offer(self, t: Together, schedules: list[Schedule]) -> float:
+        """Take a set if it is faster."""
+        found = simulate_joint_compiled(self.graphs, schedules, self.experts).iteration_time
+        if found < self.time:
+            self.time, self.schedules, self.together = found, schedules, t
+            self.history.append((self.elapsed(), found))
+            if self.on_improved is not None:
+                self.on_improved(schedules, found)
+        return found
+
+
+def search_joint(
+    graphs: Sequence[StageGraph],
+    experts: ExpertLayers,
+    *,
+    budget_seconds: float,
+    seed: int = 0,
+    evaluations: int | None = None,
+    workers: int = 1,
+    slots: Slots | None = None,
+    options: SearchOptions | None = None,
+    on_improved: Improved | None = None,
+) -> JointFound:
+    """The best plans of coupled replicas found within ``budget_seconds``, or, if given, ``evaluations`` schedules tried
+    in all: the result then depends on ``seed`` and ``evaluations`` alone.
+
+    ``slots``: the pairing to use (None: searched). Every set given meets the conditions of :mod:`core.joint.verify` and
+    each replica's memory limit. Raises DoesNotFitError if nothing fits, JointError where the replicas can't be coupled.
+    """
+    options = options or SearchOptions()
+    best = _Best(graphs, experts, on_improved)
+    counted = evaluations is not None
+    candidates = [slots] if slots is not None else pairings(graphs, experts)
+    until = np.inf if counted else budget_seconds
+    refused: DoesNotFitError | None = None
+    ranked: list[tuple[float, Together]] = []
+    for i, pairing in enumerate(candidates):
+        if i and best.elapsed() > until * PAIRING_SHARE:
+            break
+        t = together(graphs, experts, pairing)
+        try:
+            ranked.append((_skeleton(best, t, TRIAL, until, seed, workers, options, counted), t))
+        except DoesNotFitError as error:
+            refused = refused or error
+    if not ranked:
+        schedules = one_slot_at_a_time(together(graphs, experts, candidates[0]))
+        if not _fits(graphs, schedules):
+            assert refused is not None
+            raise refused
+        best.offer(together(graphs, experts, candidates[0]), schedules)
+    bound = joint_lower_bound(graphs, experts, split=options.split_backward)
+    good_enough = bound * (1.0 + options.gap)
+    if ranked and best.time > good_enough:
+        chosen = min(ranked, key=lambda entry: entry[0])[1]
+        rest = 10**9 if evaluations is None else max(1, evaluations - best.evaluations)
+        share = int(rest * SKELETON_SHARE) if counted else rest
+        left = until - best.elapsed()
+        if left > 0:
+            _skeleton(best, chosen, max(TRIAL + 1, share), left * SKELETON_SHARE, seed, workers, options, counted)
+        if options.sequences and best.elapsed() < until:
+            _anneal(best, until, evaluations, seed, workers, good_enough)
+    assert best.together is not None
+    return JointFound(
+        tuple(best.schedules), best.together.slots, best.time, bound, best.evaluations, best.elapsed(),
+        tuple(best.history),
+    )  # fmt: skip
+
+
+def _skeleton(
+    best: _Best, t: Together, evaluations: int, seconds: float, seed: int, workers: int, options: SearchOptions,
+    counted: bool,
+) -> float:  # fmt: skip
+    """Search on the maxima, and offer what that gives the replicas; returns the best joint time."""
+    found = [np.inf]
+
+    def improved(schedule: Schedule, _: float) -> None:
+        found.append(best.offer(t, t.schedules(schedule)))
+
+    result = search(
+        t.graph, budget_seconds=seconds, evaluations=evaluations, seed=seed, workers=1 if counted else workers,
+        deterministic=counted, options=options, on_improved=improved,
+    )  # fmt: skip
+    best.evaluations += result.evaluations
+    return float(min(found))
+
+
+def _anneal(
+    best: _Best, until: float, evaluations: int | None, seed: int, workers: int, good_enough: float
+) -> None:  # fmt: skip
+    t = best.together
+    assert t is not None
+    q = make_joint_problem(t)
+    count = CHAINS if evaluations is not None else workers
+    chains = [JointChain(t, q, best.schedules, seed, i) for i in range(count)]
+    began = best.elapsed()
+    total = 0 if evaluations is None else max(0, evaluations - best.evaluations) // count
+    parts = 8
+    for part in range(parts):
+        ends = began + (until - began) * (part + 1) / parts
+        if evaluations is None:
+            jobs = [partial(_run_timed, best, chain, began, ends, until, good_enough) for chain in chains]
+        else:
+            jobs = [partial(_run_counted, chain, part / parts, 1 / parts, total // parts) for chain in chains]
+        in_threads(jobs, workers)
+        fastest = min(chains, key=lambda chain: chain.time)
+        if fastest.time < best.time:
+            best.offer(t, fastest.schedules())
+        if fastest.time <= good_enough:
+            break
+        if count > 1 and part < parts - 1:
+            for chain in chains:
+                if chain.time > fastest.time * (1.0 + 1e-4):
+                    chain.adopt(fastest.schedules())
+    if evaluations is not None:
+        best.evaluations = max(best.evaluations, evaluations)
+
+
+def _run_counted(chain: JointChain, progress: float, share: float, evaluations: int) -> None:
+    slices = 6
+    for i in range(slices):
+        chain.step(progress + share * i / slices, evaluations * (i + 1) // slices - evaluations * i // slices)
+
+
+def _run_timed(
+    best: _Best, chain: JointChain, began: float, ends: float, until: float, good_enough: float
+) -> None:  # fmt: skip
+    size = 16
+    while (now := best.elapsed()) < ends and chain.time > good_enough:
+        chain.step((now - began) / (until - began), size)
+        best.evaluations += size
+        spent = best.elapsed() - now
+        size = max(1, min(int(size * min(2.0, SLICE_SECONDS / max(spent, 1e-6))), 10_000))
+
+
+def _fits(graphs: Sequence[StageGraph], schedules: Sequence[Schedule]) -> bool:
+    """Whether every replica stays within its memory."""
+    peaks = [simulate_compiled(g, s).peak_bytes for g, s in zip(graphs, schedules, strict=True)]
+    return all(bool(np.all(peak <= g.memory_limit)) for peak, g in zip(peaks, graphs, strict=True))
+
+
+def one_slot_at_a_time(t: Together) -> list[Schedule]:
+    """The joint fallback: the forwards of a slot, then its backwards, then the next slot, with the leanest strategies.
+    It fits wherever each microbatch fits by itself, can't hang, and needs no search."""
+    graph = t.graph
+    rows = graph.virtual_microbatches
+    slot = np.array([graph.units[int(u)].microbatch for u in graph.unit_of])
+    orders: list[list[int]] = [[] for _ in range(graph.ranks)]
+    for k in range(t.slots.shape[1]):
+        mine = np.flatnonzero(slot == k).tolist()
+        for p, order in enumerate(orders):
+            order += [int(Kind.F) * rows + s for s in mine]
+            for s in reversed(mine):
+                if graph.has_backward[s, p]:
+                    order.append(int(Kind.BW if graph.has_weight[s, p] else Kind.B) * rows + s)
+    leanest = np.full((rows, graph.ranks), graph.candidates - 1, dtype=np.int8)
+    return t.schedules(Schedule(tuple(np.array(o, dtype=np.int32) for o in orders), leanest))

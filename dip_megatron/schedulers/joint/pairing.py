@@ -1,0 +1,63 @@
+"""Which microbatches of coupled replicas meet: an order of microbatches within each replica, which changes no numbers
+but the order of sums.
+
+At every layer with experts all members of the group wait for the one whose microbatch is the longest, or whose encoder
+was. Microbatches of like work should therefore meet: the k-th longest of every replica in slot k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.experts import ExpertLayers
+from ...core.graph import Floats, StageGraph
+
+Slots = NDArray[np.int64]
+"""``[replicas, slots]``: the microbatch that each replica runs in each slot."""
+
+
+def dip_pairing(seconds: Floats) -> NDArray[np.int64]:
+    """The order in which one replica should give its microbatches to any schedule: longest first, ``seconds`` ``[M]``
+    or ``[M, P]`` being what each takes in all (:func:`planner.balance.microbatch_work` gives them).
+
+    Every replica sorts its own; nothing has to be exchanged. Equal ones keep their order. With as many microbatches in
+    every replica, the k-th ones then are each replica's k-th longest.
+    """
+    worth = seconds if seconds.ndim == 1 else seconds.sum(axis=1)
+    return np.argsort(-worth, kind="stable")
+
+
+def slot_work(graph: StageGraph, meets: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Seconds ``[M]`` of each microbatch, summed over ranks, in the stages that meet and in all others; forwards and
+    backwards with the fastest strategies."""
+    backward = np.where(graph.has_weight, np.minimum(graph.fused, graph.backward + graph.weight), graph.backward)
+    seconds = (graph.forward + np.where(graph.has_backward, backward, 0.0)).min(axis=0)
+    owner = np.array([graph.units[int(u)].microbatch for u in graph.unit_of])
+    out = np.zeros((2, 1 + int(owner.max())))
+    np.add.at(out[0], owner, np.where(meets, seconds, 0.0).sum(axis=1))
+    np.add.at(out[1], owner, np.where(meets, 0.0, seconds).sum(axis=1))
+    return out[0], out[1]
+
+
+def as_they_come(graphs: Sequence[StageGraph]) -> Slots:
+    """Microbatch k of every replica in slot k. Raises ValueError unless all have as many."""
+    counts = {1 + max(u.microbatch for u in graph.units) for graph in graphs}
+    if len(counts) > 1:
+        raise ValueError(f"coupled replicas must have equally many microbatches, these have {sorted(counts)}")
+    return np.repeat(np.arange(counts.pop())[None], len(graphs), axis=0)
+
+
+def pairings(graphs: Sequence[StageGraph], experts: ExpertLayers) -> list[Slots]:
+    """Pairings worth trying, without repetitions: by all work first, then with ever more weight on the work that meets,
+    by that alone, and as the microbatches come."""
+    natural = as_they_come(graphs)
+    each = [slot_work(graph, experts.meets(graph)) for graph in graphs]
+    out: list[Slots] = []
+    for own, meeting in ((1.0, 1.0), (1.0, 3.0), (0.0, 1.0), (1.0, 0.0)):
+        slots = np.stack([dip_pairing(own * rest + meeting * met) for met, rest in each])
+        if not any(np.array_equal(slots, known) for known in out):
+            out.append(slots)
+    return [*out, natural] if not any(np.array_equal(natural, known) for known in out) else out

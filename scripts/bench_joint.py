@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""What coupling costs, and what joint plans, pairing and an exchange mend. Simulated.
+
+    scripts/bench joint [--quick] [--models vlm-s,...] [--replicas 32] [--group 8] [--batches 1] [--json FILE]
+
+Replicas draw batches of 16 microbatches of the model's published mix (H100, the shipped partition, which was chosen on
+other batches). All layers of the language model are taken for mixtures of experts whose group spans ``--group``
+replicas: these meet in every stage with such layers, which begins when all are there and lasts as long as the longest.
+Times are those of the slowest group, over the slowest replica of independent plans after the exchange of
+``--dip-balance swap`` (what the same batches would take without coupling). Every schedule runs under the same
+synchronisation: in the order in which microbatches come, paired (each replica gives its microbatches longest first),
+and after an exchange that makes the slots of a group alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dip_megatron.core import Schedule, StageGraph
+from dip_megatron.core.joint import ExpertLayers, make_joint_plan, verify_joint
+from dip_megatron.describe.cost import Cluster, cost_model, load_cluster, paper_cost_model, segmented_graph
+from dip_megatron.describe.model import MultimodalModel, load_model
+from dip_megatron.describe.workload import Microbatch, load_workload
+from dip_megatron.planner.alike import AlikeSlots, CoupledWork, assign_alike
+from dip_megatron.planner.balance import Work, assign, microbatch_work
+from dip_megatron.planner.partitioning import paper_partition
+from dip_megatron.report.schedules import text_table
+from dip_megatron.schedulers import BaselineError, find_schedule
+from dip_megatron.schedulers.dip import search, warm_up
+from dip_megatron.schedulers.entry import Effort
+from dip_megatron.schedulers.joint import JointFound, Slots, as_they_come, dip_pairing, search_joint
+from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
+from dip_megatron.schedulers.static import StaticChoice, static_graph, tune_static
+from scripts.bench_replicas import COUNT, Case
+
+MODELS = ("vlm-s", "qwen2-5-vl-7b")
+BASELINES = ("megatron-1f1b", "megatron-interleaved", "zb-h1", "optimus", "nnscaler", "segmented-static", "dip-paper")
+WITH_EXPERTS = "language"
+ALONE = 3
+"""Replicas that are planned alone: the costliest ones, one of which is the slowest."""
+
+Batch = Sequence[Microbatch]
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The batches of all replicas, in one of the ways in which microbatches can come."""
+
+    name: str
+    batches: list[Batch]
+    paired: bool
+
+
+def graphs_of(case: Case, batches: Sequence[Batch]) -> list[StageGraph]:
+    """One graph a replica."""
+    return [segmented_graph(case.pricer, case.partition, b) for b in batches]
+
+
+def coupled_work(graphs: Sequence[StageGraph], experts: ExpertLayers, group: int) -> CoupledWork:
+    """What the microbatches of all replicas are worth."""
+    meeting, own = [], []
+    for graph in graphs:
+        backward = np.where(graph.has_weight, graph.fused[0], graph.backward[0])
+        seconds = graph.forward[0] + np.where(graph.has_backward, backward, 0.0)
+        owner = np.array([graph.units[int(u)].microbatch for u in graph.unit_of])
+        meets = experts.meets(graph)
+        for out, part in ((meeting, np.where(meets, seconds, 0.0)), (own, np.where(meets, 0.0, seconds))):
+            out.append(np.zeros((COUNT, graph.ranks)))
+            np.add.at(out[-1], owner, part)
+    replica = np.repeat(np.arange(len(graphs)), COUNT)
+    return CoupledWork(np.concatenate(meeting), np.concatenate(own), replica, len(graphs), group)
+
+
+def alone(case: Case, batches: Sequence[Batch], evaluations: int) -> float:
+    """The slowest replica of independent plans, after the exchange for replicas that are not coupled."""
+    each = [microbatch_work(g) for g in graphs_of(case, batches)]
+    replica = np.repeat(np.arange(len(batches)), COUNT)
+    work = Work(np.concatenate([s for s, _ in each]), np.concatenate([h for _, h in each]), replica, len(batches))
+    even, flat = assign(work), [m for b in batches for m in b]
+    times = []
+    for r in np.argsort(-even.after, kind="stable")[:ALONE]:
+        mine = [flat[m] for m in np.flatnonzero(even.replica == r)]
+        graph = segmented_graph(case.pricer, case.partition, mine)
+        found = search(graph, budget_seconds=1e6, evaluations=evaluations, deterministic=True)
+        times.append(found.iteration_time)
+    return max(times)
+
+
+def exchanged(work: CoupledWork, flat: Batch) -> tuple[list[Batch], AlikeSlots, float]:
+    """Batches after the exchange, and the seconds it took to work out."""
+    start = time.process_time()
+    found = assign_alike(work)
+    spent = time.process_time() - start
+    return [[flat[m] for m in found.order(r)] for r in range(work.replicas)], found, spent
+
+
+def paired(graphs: Sequence[StageGraph]) -> Slots:
+    """Every replica's microbatches longest first."""
+    return np.stack([dip_pairing(microbatch_work(g)[0]) for g in graphs])
+
+
+def groups(batches: Sequence[Batch], size: int) -> list[Sequence[Batch]]:
+    """The coupled groups."""
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+
+def joint(case: Case, draw: Draw, experts: ExpertLayers, size: int, evaluations: int) -> tuple[float, float]:
+    """(slowest group's seconds, its worst time over its bound) under joint plans."""
+    times, gaps = [], []
+    for batches in groups(draw.batches, size):
+        graphs = graphs_of(case, batches)
+        slots = None if draw.paired else as_they_come(graphs)
+        found: JointFound = search_joint(graphs, experts, budget_seconds=1e6, evaluations=evaluations, slots=slots)
+        verify_joint(found.plan(graphs, experts))
+        times.append(found.iteration_time)
+        gaps.append(found.iteration_time / found.lower_bound)
+    return max(times), max(gaps)
+
+
+@dataclass(eq=False)
+class Baselines:
+    """Schedules that know nothing of coupling, their chunks chosen on batches drawn before."""
+
+    case: Case
+    names: Sequence[str]
+    choices: dict[str, StaticChoice]
+
+    @staticmethod
+    def of(case: Case, names: Sequence[str]) -> Baselines:
+        known = [b.microbatches for b in load_workload(case.mix, case.model, 2, COUNT, 1)]
+        choices = {n: tune_static(n, case.pricer, known) for n in names if find_schedule(n).mixed is not None}
+        return Baselines(case, names, choices)
+
+    def seconds(self, name: str, draw: Draw, experts: ExpertLayers, size: int, evaluations: int) -> float:
+        """The slowest group's; raises BaselineError."""
+        entry, times = find_schedule(name), []
+        effort = Effort(1e6, evaluations=evaluations, deterministic=True)
+        choice = self.choices.get(name)
+        for batches in groups(draw.batches, size):
+            if choice is not None:
+                graphs = [static_graph(self.case.pricer, choice, b) for b in batches]
+                where, group = mixed_experts(choice, [WITH_EXPERTS]), choice.group
+            else:
+                pricer = self.case.pricer
+                if entry.paper_costs:
+                    pricer = paper_cost_model(self.case.model, load_cluster("h100"))
+                graphs, where, group = [segmented_graph(pricer, self.case.partition, b) for b in batches], experts, None
+            slots = paired(graphs) if draw.paired else as_they_come(graphs)
+            times.append(schedule_together(entry, graphs, where, slots, effort=effort, group=group).iteration_time)
+        return max(times)
+
+
+def measure(
+    case: Case, baselines: Baselines, replicas: int, size: int, seed: int, evaluations: int
+) -> dict[str, dict[str, float]]:
+    """Seconds of every schedule in every way that microbatches come; ``alone`` by itself."""
+    batches: list[Batch] = list(case.independent(replicas, seed))
+    all_graphs = graphs_of(case, batches)
+    experts = ExpertLayers.every(all_graphs[0].modules, [WITH_EXPERTS])
+    work = coupled_work(all_graphs, experts, size)
+    alike, assignment, spent = exchanged(work, [m for b in batches for m in b])
+    draws = [
+        Draw("as they come", batches, False),
+        Draw("paired", batches, True),
+        Draw("exchanged, alike slots", alike, False),
+    ]
+    out: dict[str, dict[str, float]] = {
+        "alone": {"seconds": alone(case, batches, evaluations)},
+        "exchange": {"moved": float(assignment.moved.mean()), "seconds": spent},
+    }
+    for draw in draws:
+        seconds, gap = joint(case, draw, experts, size, evaluations)
+        out[draw.name] = {"dip": seconds, "over bound": gap}
+        print(f"{case.name} {draw.name}: {seconds / out['alone']['seconds']:.3f}", file=sys.stderr, flush=True)
+        for name in baselines.names:
+            try:
+                out[draw.name][name] = baselines.seconds(name, draw, experts, size, max(1, evaluations // 10))
+            except BaselineError as error:
+                print(f"{case.name} {name}: {error}", file=sys.stderr)
+    return out
+
+
+class _FirstFound(Exception):
+    """Ends a search at its first set of schedules."""
+
+
+def first_plan(ranks: int, replicas: int) -> list[float]:
+    """Seconds until a batch of all replicas is priced, put in order for the first time, lowered, and verified, in a
+    warm process: VLM-L on so many ranks, 16 microbatches a replica; and what verifying them jointly took of it."""
+    model: MultimodalModel = load_model("vlm-l")
+    model = replace(model, parallel=replace(model.parallel, pp=ranks))
+    cluster: Cluster = load_cluster("h100")
+    batches = [b.microbatches for b in load_workload("vlm-mix", model, replicas, COUNT, 3)]
+    partition = paper_partition(model, cluster, load_workload("vlm-mix", model, 1, COUNT, 1))
+
+    def stop(schedules: Sequence[Schedule], _: float) -> None:
+        first.append(schedules)
+        raise _FirstFound
+
+    for _ in range(3):  # the last one in a warm process
+        first: list[Sequence[Schedule]] = []
+        start = time.perf_counter()
+        graphs = [segmented_graph(cost_model(model, cluster), partition, b) for b in batches]
+        experts = ExpertLayers.every(graphs[0].modules, [WITH_EXPERTS])
+        marks = [time.perf_counter() - start]
+        with contextlib.suppress(_FirstFound):
+            search_joint(graphs, experts, budget_seconds=1.0, on_improved=stop)
+        marks.append(time.perf_counter() - start)
+        plan = make_joint_plan(graphs, first[0], experts, lower_bound=0.0)
+        marks.append(time.perf_counter() - start)
+        verify_joint(plan)
+        marks.append(time.perf_counter() - start)
+        verify_joint(plan, alone=False)
+        marks.append(time.perf_counter() - start - marks[-1])
+    return marks
+
+
+def main() -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one group, two baselines, short searches")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--replicas", type=int, default=32)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=1)
+    parser.add_argument("--evaluations", type=int, default=20_000, help="schedules tried a group")
+    parser.add_argument("--baselines", default=",".join(BASELINES))
+    parser.add_argument("--skip-first-plan", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    names = [n for n in options.baselines.split(",") if n]
+    if options.quick:
+        options.replicas, options.evaluations, names = options.group, 2000, names[:2]
+    warm_up()
+    data, bars = [], []
+    for model in options.models.split(","):
+        case = Case.of(model)
+        baselines = Baselines.of(case, names)
+        found = [
+            measure(case, baselines, options.replicas, options.group, 5 + b, options.evaluations)
+            for b in range(options.batches)
+        ]
+        data += [{"model": model, "batch": b, **f} for b, f in enumerate(found)]
+        base = float(np.mean([f["alone"]["seconds"] for f in found]))
+        rows = []
+        for draw in ("as they come", "paired", "exchanged, alike slots"):
+            dip = float(np.mean([f[draw]["dip"] for f in found]))
+            for name in ("dip", *names):
+                here = [f[draw][name] for f in found if name in f[draw]]
+                if len(here) == len(found):
+                    mean = float(np.mean(here))
+                    rows.append([draw, name, f"{mean:.4f}", f"{mean / base:.3f}", f"{mean / dip:.3f}"])
+            gap = max(f[draw]["over bound"] for f in found)
+            bars.append([model, draw, f"{dip / base:.3f}", f"{gap:.3f}"])
+        print(f"\n{model}: {options.replicas} replicas in groups of {options.group}, simulated; independent plans take "
+              f"{base:.4f} s")  # fmt: skip
+        print(text_table(["microbatches", "schedule", "seconds", "over independent", "over dip"], rows), flush=True)
+    print("\nJoint plans: slowest group over independent plans, and the worst group over its proven lower bound")
+    print(text_table(["model", "microbatches", "over independent", "over bound"], bars))
+    if not options.skip_first_plan:
+        steps = first_plan(16, 8)
+        print("\nFirst joint plan, 8 replicas of 16 microbatches on 16 ranks (VLM-L), seconds since the batch")
+        print(
+            text_table(["priced", "in order", "lowered", "verified", "of this jointly"], [[f"{s:.3f}" for s in steps]])
+        )
+        data.append({"first plan": steps})
+    if options.json is not None:
+        options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Plans for coupled replicas: they pass the joint verifier, keep to memory, and are what their search says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dip_megatron.core import StageGraph
+from dip_megatron.core.joint import ExpertLayers, JointError, make_joint_plan, simulate_joint_compiled, verify_joint
+from dip_megatron.core.joint.bounds import joint_lower_bound
+from dip_megatron.schedulers.dip import DoesNotFitError, search
+from dip_megatron.schedulers.joint import (
+    as_they_come,
+    dip_pairing,
+    one_slot_at_a_time,
+    pairings,
+    search_joint,
+    together,
+)
+from dip_megatron.schedulers.joint.chain import JointChain, make_joint_problem
+from tests.core.joint.drawn_sets import experts_of, graph_of, modules_of
+from tests.drawn import settings
+from tests.graphs import with_memory
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def coupled(seed: int, memory: float | None = None) -> tuple[list[StageGraph], ExpertLayers]:
+    """Replicas of one model with batches of their own, each stage kept, recomputed in part or as a whole."""
+    rng = np.random.default_rng(seed)
+    ranks, replicas, microbatches = int(rng.integers(1, 4)), int(rng.integers(2, 4)), int(rng.integers(1, 5))
+    modules = modules_of(rng, ranks)
+    factor = float(rng.choice([1.0, 1.3, 2.0, np.inf])) if memory is None else memory
+    graphs = []
+    for _ in range(replicas):
+        graph = graph_of(rng, modules, ranks, microbatches)
+        slower = np.array([0.0, 0.4, 1.0])[:, None, None] * graph.forward
+        backward = graph.backward + np.where(graph.has_backward[None], slower, 0.0)
+        kept = np.array([1.0, 0.7, 0.2])[:, None, None]
+        names = tuple(
+            tuple(
+                ("none", "mlp:1", f"full:{graph.module(graph.units[u].module).layers[graph.segment(s)][p]}")
+                for p in range(ranks)
+            )
+            for s, u in enumerate(graph.unit_of.tolist())
+        )
+        graph = replace(
+            graph, forward=np.repeat(graph.forward, 3, axis=0), backward=backward,
+            weight=np.repeat(graph.weight, 3, axis=0), fused=backward + graph.weight,
+            activation=np.ceil(4 * graph.activation * kept),
+            deferred_activation=np.repeat(graph.deferred_activation, 3, axis=0), strategies=names,
+        )  # fmt: skip
+        graphs.append(with_memory(graph, factor))
+    return graphs, experts_of(rng, modules)
+
+
+@settings(40, deadline=None)
+@given(seeds)
+def test_found_sets_may_run(seed):
+    graphs, experts = coupled(seed)
+    given_sets = []
+    found = search_joint(
+        graphs, experts, budget_seconds=0.0, evaluations=400, seed=seed % 7,
+        on_improved=lambda schedules, _: given_sets.append(list(schedules)),
+    )  # fmt: skip
+    assert found.lower_bound <= found.iteration_time * (1 + 1e-9)
+    for schedules in (given_sets[0], found.schedules):
+        joint = make_joint_plan(graphs, schedules, experts, lower_bound=0.0)
+        verify_joint(joint)
+    assert joint.iteration_time == pytest.approx(found.iteration_time, rel=1e-12)
+    assert [t for _, t in found.history] == sorted((t for _, t in found.history), reverse=True)
+    for slots in found.slots:
+        assert sorted(slots.tolist()) == list(range(found.slots.shape[1]))
+
+
+@settings(15, deadline=None)
+@given(seeds)
+def test_a_counted_search_repeats(seed):
+    graphs, experts = coupled(seed)
+    one, other = (
+        search_joint(graphs, experts, budget_seconds=0.0, evaluations=300, workers=w).iteration_time for w in (1, 2)
+    )
+    assert one == other
+
+
+@settings(40, deadline=None)
+@given(seeds)
+def test_the_walk_keeps_to_what_may_run(seed):
+    """Every move keeps the conditions, and the walk's time is the simulator's."""
+    graphs, experts = coupled(seed)
+    t = together(graphs, experts, pairings(graphs, experts)[0])
+    try:
+        start = t.schedules(search(t.graph, budget_seconds=0.0, evaluations=1).schedule)
+    except DoesNotFitError:
+        start = one_slot_at_a_time(t)
+    chain = JointChain(t, make_joint_problem(t), start, seed % 5, 0)
+    before = simulate_joint_compiled(graphs, start, experts).iteration_time
+    assert chain.time <= before * (1 + 1e-12)
+    for i in range(6):
+        chain.step(i / 6, 150)
+        schedules = chain.schedules()
+        assert simulate_joint_compiled(graphs, schedules, experts).iteration_time == pytest.approx(
+            chain.time, rel=1e-12
+        )
+        verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
+
+
+@settings(40, deadline=None)
+@given(seeds)
+def test_the_fallback_fits_where_each_microbatch_does(seed):
+    graphs, experts = coupled(seed, memory=1.0)
+    slots = as_they_come(graphs)
+    joint = make_joint_plan(graphs, one_slot_at_a_time(together(graphs, experts, slots)), experts, lower_bound=0.0)
+    verify_joint(joint)
+
+
+@settings(40, deadline=None)
+@given(seeds)
+def test_put_together_is_the_most_of_all(seed):
+    """The graph of the maxima takes at least as long as the replicas under the same schedule, and holds as much."""
+    graphs, experts = coupled(seed, memory=np.inf)
+    t = together(graphs, experts, pairings(graphs, experts)[-1])
+    found = search(t.graph, budget_seconds=0.0, evaluations=5)
+    joint = simulate_joint_compiled(graphs, t.schedules(found.schedule), experts)
+    assert joint.iteration_time <= found.iteration_time * (1 + 1e-12)
+    assert joint_lower_bound(graphs, experts) <= joint.iteration_time * (1 + 1e-9)
+
+
+def test_replicas_that_can_not_be_coupled_are_refused():
+    graphs, experts = coupled(3)
+    fewer = graph_of(np.random.default_rng(0), graphs[0].modules, graphs[0].ranks, 9)
+    with pytest.raises(ValueError, match="equally many microbatches"):
+        as_they_come([graphs[0], fewer])
+    other = coupled(5)[0][0]
+    with pytest.raises(JointError, match="replica 1 has other ranks or chunks"):
+        together([graphs[0], other], experts, as_they_come([graphs[0]] * 2))
+    short = [replace(g, memory_limit=g.static_bytes) for g in graphs]
+    with pytest.raises(DoesNotFitError, match="no plan fits in memory"):
+        search_joint(short, experts, budget_seconds=0.0, evaluations=10)
+
+
+def test_strategies_that_repeat_other_collectives_never_meet():
+    graphs, experts = coupled(8)
+    experts = ExpertLayers.every(graphs[0].modules, ["text"])
+    kept = tuple(tuple(("none",) * 3 for _ in line) for line in graphs[0].strategies)
+    whole = tuple(tuple((names[2],) * 3 for names in line) for line in graphs[1].strategies)
+    with pytest.raises(JointError, match="no memory strategies of the replicas repeat the same collectives") as caught:
+        together([replace(graphs[0], strategies=kept), replace(graphs[1], strategies=whole), *graphs[2:]], experts,
+                 as_they_come(graphs))  # fmt: skip
+    assert caught.value.condition == "recompute"
+
+
+def test_pairing_is_longest_first():
+    assert dip_pairing(np.array([1.0, 5.0, 3.0, 5.0])).tolist() == [1, 3, 2, 0]
+    assert dip_pairing(np.array([[1.0, 1.0], [0.0, 5.0]])).tolist() == [1, 0]
