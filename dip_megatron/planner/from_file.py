@@ -15,7 +15,7 @@ from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
 from .maker import PayloadShapes, StageShapes, payloads
-from .request import PlannerStatistics, PlanRequest, Service
+from .request import AnyPlan, PlannerStatistics, PlanRequest, Service
 
 
 class NoPlanError(ValueError):
@@ -178,7 +178,7 @@ class FilePlanner:
                 "--dip-schedule, too, to plan such batches under"
             )
 
-    def take(self, request: int, wait_seconds: float) -> Plan:
+    def take(self, request: int, wait_seconds: float) -> AnyPlan:
         """The plan found; see :class:`planner.service.PlannerService`."""
         found = self._found.pop(request, None)
         if found is None:

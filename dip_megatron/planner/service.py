@@ -21,11 +21,11 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
-from ..core import Plan
-from ..core.verify import PlanError, verify
+from ..core.verify import PlanError
 from ..describe.cost import Corrections
+from .joint import verify_any
 from .known import KnownPlan, KnownPlans
-from .request import READY, PlanMaker, PlannerStatistics, PlanRequest
+from .request import READY, AnyPlan, PlanMaker, PlannerStatistics, PlanRequest
 from .warm import warm_up_plans
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class _Asked:
 
 @dataclass
 class _Arrived:
-    plan: Plan
+    plan: AnyPlan
     final: bool
     at: float
     core_seconds: float
@@ -120,7 +120,7 @@ class PlannerService:
             return True
         return False
 
-    def take(self, request: int, wait_seconds: float) -> Plan:
+    def take(self, request: int, wait_seconds: float) -> AnyPlan:
         """The best plan for a submitted request, waiting at most ``wait_seconds`` for a worker's final one.
 
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
@@ -160,19 +160,19 @@ class PlannerService:
         self._keep(asked.request, arrived.plan)
         return arrived.plan
 
-    def _meanwhile(self, request: int) -> Plan | None:
+    def _meanwhile(self, request: int) -> AnyPlan | None:
         """Where a batch is planned at the call: a plan of this process's own, made while a worker searches for a better
         one, so that nobody waits for the one after the other."""
         asked = self._asked[request].request
         searched = any(request in worker.busy_with for worker in self._workers)
         return self._quick(asked) if self._improve_seconds > 0 and searched else None
 
-    def _quick(self, request: PlanRequest) -> Plan:
+    def _quick(self, request: PlanRequest) -> AnyPlan:
         plan = self._maker.quick(request)
-        verify(plan)
+        verify_any(plan)
         return plan
 
-    def _keep(self, request: PlanRequest, plan: Plan) -> None:
+    def _keep(self, request: PlanRequest, plan: AnyPlan) -> None:
         if self._improve_seconds > 0:
             self._known.keep(request, plan, searched=False)
 
@@ -282,7 +282,7 @@ class PlannerService:
         if request not in self._asked and request not in self._improving:
             return
         try:
-            verify(plan)
+            verify_any(plan)
         except PlanError as fault:
             logger.warning("planner worker made an invalid plan for %s (%s); not used", self._subject(request), fault)
             return

@@ -10,8 +10,9 @@ import torch
 
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
+from tests.collectives import disagreement
 from tests.processes import Team
-from tests.runtime.experts_case import ExpertsCase, Ranks, dips, megatrons
+from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons
 from tests.runtime.split_case import Drawn
 from tests.runtime.test_equality import TOLERANCE
 
@@ -105,3 +106,27 @@ def test_expert_groups_within_a_replica_equal_megatrons(four, ranks, options):
     team = four(ranks)
     theirs = merged(team.run(megatrons, ranks, case))
     assert_equal(theirs, merged(team.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))
+
+
+LENGTHS = (16, 6, 12, 8, 14)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ExpertsCase(4, options=AUX, lengths=LENGTHS, overlap=True),
+        ExpertsCase(4, experts=(0, 0, 1, 1), options=SHARED, lengths=LENGTHS, mtp=1),
+    ],
+    ids=["aux loss", "shared experts, bias and multi-token prediction"],
+)
+def test_replicas_that_share_experts_equal_megatrons(four, case):
+    """DP 2 x PP 2 with EP 2 across the replicas, on batches of other lengths: plans made together, with and without
+    layers that are recomputed."""
+    ranks = Ranks(pp=2, ep=2)
+    theirs = merged(four(ranks).run(megatrons, ranks, case))
+    for seed, limit in ((1, None), (2, 1.7e6)):
+        answers = four(ranks).run(dips_together, ranks, replace(case, layers=SEGMENTS), seed, limit)
+        assert_equal(theirs, merged(answers))
+        assert any(name == "all_to_all_single" for name, _ in answers[0][4])
+        assert disagreement([answer[4] for answer in answers]) == ""
+        assert (limit is None) or any("full" in str(kind) for answer in answers for kind in answer[3])
