@@ -18,9 +18,10 @@ from ..core.verify import PlanError, verify
 from ..schedulers.entry import Effort, ScheduleEntry
 from ..schedulers.joint import as_they_come, one_slot_at_a_time, pairings, search_joint, together
 from ..schedulers.joint.others import schedule_together
+from ..schedulers.registry import find_schedule
 from .greedy import greedy
 from .live import ModelGraphs
-from .maker import GraphBuilder, PayloadShapes, StageShapes, payloads
+from .maker import GraphBuilder, PayloadShapes, StageShapes, payloads, work_bound
 from .request import AnyPlan, PlanRequest
 
 
@@ -66,7 +67,7 @@ class JointPlanMaker:
         schedules = t.schedules(greedy(t.graph))
         if not _fit(graphs, schedules):
             schedules = one_slot_at_a_time(t)
-        return self._plan(request, graphs, schedules, SearchStatistics(), "greedy", 0.0)
+        return self._plan(request, graphs, schedules, SearchStatistics(), "greedy")
 
     def best(self, request: PlanRequest, give: Callable[[JointPlan], None]) -> JointPlan:
         """Pairing and orders searched within the request's budget; the first set is given at once. Under any other
@@ -74,18 +75,18 @@ class JointPlanMaker:
         graphs = self._graphs(request)
         if request.forward_only:
             return self._greedy(request, graphs)
-        if not self.entry.searches:
+        if self.entry != find_schedule("dynamic"):
             found = schedule_together(self.entry, graphs, self.experts, as_they_come(graphs), effort=self.effort)
             if not found.fits:
                 return self._greedy(request, graphs)
-            return self._plan(request, graphs, found.schedules, SearchStatistics(workers=1), self.name, 0.0)
+            return self._plan(request, graphs, found.schedules, SearchStatistics(workers=1), self.name)
         given = False
 
         def improved(schedules: Sequence[Schedule], _: float) -> None:
             nonlocal given
             if not given:
                 given = True
-                give(self._plan(request, graphs, schedules, SearchStatistics(workers=1), self.name, 0.0))
+                give(self._plan(request, graphs, schedules, SearchStatistics(workers=1), self.name))
 
         effort = self.effort
         best = search_joint(
@@ -101,9 +102,10 @@ class JointPlanMaker:
 
     def _plan(
         self, request: PlanRequest, graphs: Sequence[StageGraph], schedules: Sequence[Schedule],
-        statistics: SearchStatistics, name: str, bound: float,
+        statistics: SearchStatistics, name: str, bound: float | None = None,
     ) -> JointPlan:  # fmt: skip
         shapes = [payloads(g, loads, self.shapes) for g, loads in zip(graphs, request.replicas, strict=True)]
+        bound = max(map(work_bound, graphs)) if bound is None else bound
         return make_joint_plan(
             graphs, schedules, self.experts, lower_bound=bound, name=name, payloads=shapes, search=statistics
         )
