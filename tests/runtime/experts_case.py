@@ -4,7 +4,7 @@ batches. Single precision: Megatron's CPU path keeps routing probabilities in it
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
 
@@ -196,11 +196,12 @@ def dips(rank: int, world: int, ranks: Ranks, case: ExpertsCase, drawn: Drawn) -
     return ran(case, program, chunks, sorted(replica), lambda _: maker)
 
 
-def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: int, limit: float | None = None) -> Any:
-    """Of ours where replicas share experts: under plans that a counted search makes for all of them, with ``limit``
-    bytes a rank."""
+def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: int, room: float | None = None) -> Any:
+    """Of ours where replicas share experts: under plans that a counted search makes for all of them, with ``room`` for
+    such a share of what the microbatches of a replica keep in all."""
     from dip_megatron.describe.cost import load_cluster
     from dip_megatron.describe.model import ModulePartition, Parallel, Partition
+    from dip_megatron.describe.workload import Microbatch
     from dip_megatron.families.describe import describe_gpt
     from dip_megatron.megatron.coupling import coupled_ranks, experts_of
     from dip_megatron.planner.joint import joint_maker
@@ -216,7 +217,11 @@ def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: 
         experts = experts_of(chunks, program.modules, exchange, coupled)
         model = describe_gpt(gpt_kwargs(case, ranks), parallel)
         partition = Partition((ModulePartition("language", case.layers, None),))
-        graphs = ModelGraphs(model, load_cluster("cpu"), partition, memory_limit=limit)
+        graphs = ModelGraphs(model, load_cluster("cpu"), partition)
+        if room is not None:
+            held = graphs.build(tuple(Microbatch(n, sequences=(n,)) for n in case.lengths[: case.microbatches]), False)
+            limit = held.static_bytes.max() + room * held.activation[0].sum(axis=0).max()
+            graphs = replace(graphs, memory_limit=float(limit))
         effort = Effort(evaluations=200, seed=seed, deterministic=True)
         return joint_maker(find_schedule("dynamic"), graphs, program.shapes, effort, experts, "drawn")
 
