@@ -35,10 +35,10 @@ class JointTimeline:
     iteration_time: float
 
     def bubble_ratio(self, replica: int) -> float:
-        """Share of a replica's ranks' time outside of operations, until the last replica is done; waiting inside a
-        stage for the longest member counts as work."""
+        """The share of a replica's ranks' time, until the last replica is done, in which they compute no operation;
+        waiting inside a stage for the longest member counts as computing."""
         line = self.replicas[replica]
-        busy = sum(float((e - s).sum()) for s, e in zip(line.start, line.end, strict=True))
+        busy = sum(float((e - s).sum()) for s, e in zip(line.start, line.computed, strict=True))
         return idle_share(busy, self.iteration_time * len(line.start))
 
 
@@ -130,7 +130,8 @@ def _timeline(graph: StageGraph, schedule: Schedule, start: tuple[Floats, ...], 
     orders, lengths = pad_orders(schedule)
     strategy = np.ascontiguousarray(schedule.strategy.reshape(-1))
     peak = np.array([peak_memory(g, p, orders[p], int(lengths[p]), strategy) for p in range(graph.ranks)])
-    return Timeline(start, end, peak, max((float(line[-1]) for line in end if len(line)), default=0.0))
+    time = max((float(line[-1]) for line in end if len(line)), default=0.0)
+    return Timeline(start, end, peak, time, graph.overhead)
 
 
 def simulate_joint_compiled(

@@ -115,7 +115,7 @@ def _priced(
     blank: dict[str, Any] = dict.fromkeys(PER_STRATEGY, np.zeros((1, total, ranks)))
     shape = StageGraph(
         ranks=ranks, modules=first.modules, units=units, transfer=np.zeros(total), static_bytes=np.zeros(ranks),
-        memory_limit=np.full(ranks, np.inf), **blank,
+        memory_limit=np.full(ranks, np.inf), overhead=first.overhead, **blank,
     )  # fmt: skip
     choice = _choices(graphs, experts, shape, rows)
     count = choice.shape[1]
