@@ -61,6 +61,19 @@ def initialize(world: int, ranks: Ranks) -> None:
         )  # fmt: skip
         _norms_of_sequence_shards()
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+    _forget_metrics()
+
+
+def _forget_metrics() -> None:
+    """Megatron logs losses of experts in arrays of one model's size, which another test's may not fit."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    except ImportError:  # 0.16
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+        return
+    destroy_moe_metrics_tracker()
 
 
 def _norms_of_sequence_shards() -> None:
