@@ -15,6 +15,7 @@ from ..core.experts import ExpertLayers
 from ..core.joint import JointError, JointPlan, make_joint_plan, verify_joint
 from ..core.simulate import simulate_compiled
 from ..core.verify import PlanError, verify
+from ..schedulers.dip import warm_up
 from ..schedulers.entry import Effort, ScheduleEntry
 from ..schedulers.joint import as_they_come, one_slot_at_a_time, pairings, search_joint, together
 from ..schedulers.joint.others import schedule_together
@@ -23,6 +24,7 @@ from .greedy import greedy
 from .live import ModelGraphs
 from .maker import GraphBuilder, PayloadShapes, StageShapes, payloads, work_bound
 from .request import AnyPlan, PlanRequest
+from .warm import warm_up_joint_plans
 
 
 def verify_any(plan: AnyPlan) -> None:
@@ -50,9 +52,8 @@ class JointPlanMaker:
 
     def warm_up(self) -> None:
         """Compile the search's kernels, or load them from numba's cache."""
+        warm_up_joint_plans(search=self.entry.searches)
         if self.entry.searches:
-            from ..schedulers.dip import warm_up
-
             warm_up()
 
     def quick(self, request: PlanRequest) -> JointPlan:

@@ -19,14 +19,15 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 
 from ..core.verify import PlanError
 from ..describe.cost import Corrections
-from .joint import verify_any
+from .joint import JointPlanMaker, verify_any
 from .known import KnownPlan, KnownPlans
 from .request import READY, AnyPlan, PlanMaker, PlannerStatistics, PlanRequest
-from .warm import warm_up_plans
+from .warm import warm_up_joint_plans, warm_up_plans
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,9 @@ class PlannerService:
         # An evaluation submits its batch while the delivery's thread still waits for the next training batch's plan.
         self._lock = threading.RLock()
         # Plans are verified here: loaded while the model is built.
-        threading.Thread(target=warm_up_plans, name="dip-warm-up", daemon=True).start()
+        together = isinstance(maker, JointPlanMaker)
+        here = partial(warm_up_joint_plans, search=False) if together else warm_up_plans
+        threading.Thread(target=here, name="dip-warm-up", daemon=True).start()
 
     def submit(self, request: PlanRequest) -> None:
         """Begin planning; returns at once. May be called while another thread is in :meth:`take`."""

@@ -274,7 +274,7 @@ def ran(case: ExpertsCase, program: Any, chunks: Any, group: list[int], make: An
     pipeline = of(parallel_state.get_pipeline_model_parallel_group())
     tensor = of(parallel_state.get_tensor_model_parallel_group())
     clock = Clock(torch.device("cpu"))
-    exchange = GlooExchange(group, 60.0)
+    exchange = GlooExchange(group, 240.0)  # kernels may have to be compiled first
     maker = make(exchange)
     service = PlannerService(maker, workers=0) if exchange.rank == 0 else None
     delivery = PlanDelivery(exchange, service, coupled=coupled)
