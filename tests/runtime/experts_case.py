@@ -230,7 +230,7 @@ def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: 
         experts = experts_of(chunks, program.modules, exchange, coupled)
         model = describe_gpt(gpt_kwargs(case, ranks), parallel)
         partition = Partition((ModulePartition("language", case.layers, None),))
-        graphs = ModelGraphs(model, load_cluster("cpu"), partition)
+        graphs = ModelGraphs(model, load_cluster("cpu"), partition, offload=False)
         if room is not None:
             held = graphs.build(tuple(Microbatch(n, sequences=(n,)) for n in case.lengths[: case.microbatches]), False)
             limit = held.static_bytes.max() + room * held.activation[0].sum(axis=0).max()
