@@ -15,7 +15,7 @@ from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
 from .maker import PayloadShapes, StageShapes, payloads
-from .request import AnyPlan, PlannerStatistics, PlanRequest, Service
+from .request import PlannerStatistics, PlanRequest, Service
 
 
 class NoPlanError(ValueError):
@@ -178,11 +178,12 @@ class FilePlanner:
                 "--dip-schedule, too, to plan such batches under"
             )
 
-    def take(self, request: int, wait_seconds: float) -> AnyPlan:
+    def take(self, request: int, wait_seconds: float) -> Plan:
         """The plan found; see :class:`planner.service.PlannerService`."""
         found = self._found.pop(request, None)
         if found is None:
-            return self.otherwise.take(request, wait_seconds)
+            plan: Plan = self.otherwise.take(request, wait_seconds)
+            return plan
         if isinstance(found, NoPlanError):
             raise found
         self.statistics.plans += 1

@@ -6,16 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-from ..core import Plan
-from ..core.joint import JointPlan
 from ..describe.cost import Corrections
 from ..describe.model import Training
 from ..describe.workload import Microbatch
 
-AnyPlan = Plan | JointPlan
-"""What answers a request: a replica's plan, or those of all replicas that share experts."""
+AnyPlan: TypeAlias = Any
+"""What answers a request: a replica's Plan or, from a maker for replicas that share experts, the JointPlan of all."""
 
 READY = b"ready"
 """What a worker sends when it can plan."""
