@@ -28,6 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dip_megatron.core import Schedule, StageGraph
+from dip_megatron.core.graph import Floats
 from dip_megatron.core.joint import ExpertLayers, make_joint_plan, verify_joint
 from dip_megatron.describe.cost import Cluster, cost_model, load_cluster, paper_cost_model, segmented_graph
 from dip_megatron.describe.model import MultimodalModel, load_model
@@ -42,7 +43,7 @@ from dip_megatron.schedulers.entry import Effort
 from dip_megatron.schedulers.joint import JointFound, Slots, as_they_come, dip_pairing, search_joint
 from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
 from dip_megatron.schedulers.static import StaticChoice, static_graph, tune_static
-from scripts.bench_replicas import COUNT, Case
+from scripts.bench_replicas import COUNT, Case, Seconds
 
 MODELS = ("vlm-s", "qwen2-5-vl-7b")
 BASELINES = ("megatron-1f1b", "megatron-interleaved", "zb-h1", "optimus", "nnscaler", "segmented-static", "dip-paper")
@@ -69,7 +70,8 @@ def graphs_of(case: Case, batches: Sequence[Batch]) -> list[StageGraph]:
 
 def coupled_work(graphs: Sequence[StageGraph], experts: ExpertLayers, group: int) -> CoupledWork:
     """What the microbatches of all replicas are worth."""
-    meeting, own = [], []
+    meeting: list[Floats] = []
+    own: list[Floats] = []
     for graph in graphs:
         backward = np.where(graph.has_weight, graph.fused[0], graph.backward[0])
         seconds = graph.forward[0] + np.where(graph.has_backward, backward, 0.0)
@@ -245,7 +247,7 @@ def main() -> int:
     warm_up()
     data, bars = [], []
     for model in options.models.split(","):
-        case = Case.of(model)
+        case = Case.of(model, Seconds(None))
         baselines = Baselines.of(case, names)
         found = [
             measure(case, baselines, options.replicas, options.group, 5 + b, options.evaluations)

@@ -21,13 +21,12 @@ from ..dip import DoesNotFitError, SearchOptions, search
 from ..dip.incumbent import in_threads
 from .chain import JointChain, make_joint_problem
 from .pairing import Slots, pairings
-from .together import Together, together
+from .together import Together, leanest, together
 
 TRIAL = 48
 """List schedules tried on each pairing before one is chosen."""
 PAIRING_SHARE, SKELETON_SHARE = 0.2, 0.3
 """Of the budget, at most: choosing a pairing, and its skeleton; the rest goes to all replicas' orders."""
-CHAINS = 2  # of a deterministic search
 SLICE_SECONDS = 0.02
 
 Improved = Callable[[Sequence[Schedule], float], None]
@@ -164,7 +163,7 @@ def _anneal(
     t = best.together
     assert t is not None
     q = make_joint_problem(t)
-    count = CHAINS if evaluations is not None else workers
+    count = 1 if evaluations is not None else workers
     chains = [JointChain(t, q, best.schedules, seed, i) for i in range(count)]
     began = best.elapsed()
     total = 0 if evaluations is None else max(0, evaluations - best.evaluations) // count
@@ -222,9 +221,12 @@ def one_slot_at_a_time(t: Together) -> list[Schedule]:
     for k in range(t.slots.shape[1]):
         mine = np.flatnonzero(slot == k).tolist()
         for p, order in enumerate(orders):
-            order += [int(Kind.F) * rows + s for s in mine]
+            trains = graph.has_backward[:, p]
+            # Nothing that trains comes before a stage without backward, and it holds nothing once it has run.
+            order += [int(Kind.F) * rows + s for s in sorted(mine, key=trains.__getitem__)]
             for s in reversed(mine):
                 if graph.has_backward[s, p]:
                     order.append(int(Kind.BW if graph.has_weight[s, p] else Kind.B) * rows + s)
-    leanest = np.full((rows, graph.ranks), graph.candidates - 1, dtype=np.int8)
-    return t.schedules(Schedule(tuple(np.array(o, dtype=np.int32) for o in orders), leanest))
+    plain = np.zeros((rows, graph.ranks), dtype=np.int8)
+    found = t.schedules(Schedule(tuple(np.array(o, dtype=np.int32) for o in orders), plain))
+    return [Schedule(schedule.orders, strategy) for schedule, strategy in zip(found, leanest(t), strict=True)]

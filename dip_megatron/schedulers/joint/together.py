@@ -125,7 +125,8 @@ def _priced(
         for g, graph in enumerate(graphs):
             np.maximum(most, _taken(getattr(graph, name), rows[g], choice[g]), out=most)
         arrays[name] = most
-    arrays, choice = _fastest_first(arrays, choice)
+    sizes = np.stack([_taken(g.activation, r, c) for g, r, c in zip(graphs, rows, choice, strict=True)])
+    arrays, choice = _fastest_first(arrays, choice, sizes)
     transfer = np.zeros(total)
     for g, graph in enumerate(graphs):
         np.maximum(transfer, np.where(rows[g] >= 0, graph.transfer[rows[g]], 0.0), out=transfer)
@@ -197,14 +198,29 @@ def _alike(
     return np.array((kept + kept[-1:] * most)[:most], dtype=np.int8).T
 
 
-def _fastest_first(arrays: dict[str, Floats], choice: NDArray[np.int8]) -> tuple[dict[str, Floats], NDArray[np.int8]]:
-    """Candidates sorted by seconds, those that are no leaner than a faster one replaced by it."""
-    seconds, size = arrays["forward"] + arrays["fused"], arrays["activation"]
-    order = np.argsort(seconds, axis=0, kind="stable")
-    ranked = np.take_along_axis(size, order, axis=0)
-    for c in range(1, len(ranked)):
-        worse = ranked[c] >= ranked[c - 1]
-        order[c] = np.where(worse, order[c - 1], order[c])
-        ranked[c] = np.minimum(ranked[c], ranked[c - 1])
+def _fastest_first(
+    arrays: dict[str, Floats], choice: NDArray[np.int8], sizes: Floats
+) -> tuple[dict[str, Floats], NDArray[np.int8]]:
+    """Candidates sorted by seconds, those that are leaner in no replica (``sizes`` ``[replica, C, S, P]`` bytes) than a
+    faster one replaced by it."""
+    order = np.argsort(arrays["forward"] + arrays["fused"], axis=0, kind="stable")
+    for c in range(1, len(order)):
+        here, before = (np.take_along_axis(sizes, order[None, i : i + 1], axis=1) for i in (c, c - 1))
+        order[c] = np.where((here >= before).all(axis=0)[0], order[c - 1], order[c])
     out = {name: np.take_along_axis(array, order, axis=0) for name, array in arrays.items()}
     return out, np.stack([np.take_along_axis(c, order, axis=0) for c in choice])
+
+
+def leanest(t: Together) -> list[NDArray[np.int8]]:
+    """For each replica the strategies ``[S, P]`` that hold the least: where replicas meet, of those that may stand
+    together."""
+    sizes = np.stack([_taken(g.activation, r, c) for g, r, c in zip(t.graphs, t.rows, t.choice, strict=True)])
+    index = sizes.sum(axis=0).argmin(axis=0)[None]
+    meets, out = t.meets, []
+    for g, (graph, rows) in enumerate(zip(t.graphs, t.rows, strict=True)):
+        own = graph.activation.argmin(axis=0).astype(np.int8)
+        there = np.flatnonzero(rows >= 0)
+        shared = np.take_along_axis(t.choice[g], index, axis=0)[0]
+        own[rows[there]] = np.where(meets[there], shared[there], own[rows[there]])
+        out.append(own)
+    return out

@@ -247,13 +247,13 @@ def rerun(drawn: Drawn, rng: np.random.Generator) -> Drawn:
     wanted: list[list[tuple[bool, tuple[str, int], int]]] = []  # (backward, chunk, how manieth forward it belongs to)
     for order in schedule.orders:
         turn: dict[int, int] = {}
-        line = []
+        line: list[tuple[bool, tuple[str, int], int]] = []
         for kind, s in (divmod(c, rows) for c in order.tolist()):
             if kind != W and meets[s, len(wanted)]:
                 if kind != F and s not in turn:
                     return drawn  # broken already
                 if kind == F:
-                    turn[s] = sum(1 for back, c, _ in line if not back and c == chunk[s])
+                    turn[s] = len([c for back, c, _ in line if not back and c == chunk[s]])
                 line.append((kind != F, chunk[s], turn[s]))
         wanted.append(line)
     left = {(F, s, p) for s in range(rows) for p in range(ranks)}
@@ -261,7 +261,8 @@ def rerun(drawn: Drawn, rng: np.random.Generator) -> Drawn:
     left |= {(W, s, p) for _, s, p in left if graph.has_weight[s, p] and split[s, p]}
     done: set[tuple[int, int, int]] = set()
     orders: list[list[int]] = [[] for _ in range(ranks)]
-    at, turns = [0] * ranks, [{} for _ in range(ranks)]
+    at = [0] * ranks
+    turns: list[dict[int, int]] = [{} for _ in range(ranks)]
 
     def may(k: int, s: int, p: int) -> bool:
         if not all((int(d.kind), d.virtual_microbatch, d.rank) in done for d in graph.inputs(Kind(k), s, p)):
@@ -285,8 +286,8 @@ def rerun(drawn: Drawn, rng: np.random.Generator) -> Drawn:
             at[p] += 1
         left.remove((k, s, p))
         done.add((k, s, p))
-    for p, order in enumerate(orders):
-        drawn = with_order(drawn, g, p, order)
+    for p, codes in enumerate(orders):
+        drawn = with_order(drawn, g, p, codes)
     return drawn
 
 

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.commands.check import check
-from dip_megatron.config import ConfigurationError
 from dip_megatron.core.files import PlanFileError, format_plan, parse_plan, read_plans, write_plans
-from dip_megatron.core.joint import JointPlan, make_joint_plan
+from dip_megatron.core.joint import Coupled, ExpertLayers, JointPlan, make_joint_plan
 from dip_megatron.core.joint.files import read_joint_plans, write_joint_plans
+from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.planner.from_file import PlanFile
-from tests.core.joint.drawn_sets import drawn_set
+from tests.core.joint.drawn_sets import BW, F, drawn_set
+from tests.core.joint.test_verify import two_replicas
 from tests.drawn import settings
 
 
@@ -51,18 +52,23 @@ def test_sets_of_a_file(tmp_path):
 
 
 def test_check_names_the_pair_that_breaks_a_set(tmp_path):
-    """Plans that were made for other replicas, each fine by itself."""
+    """Each plan is fine by itself."""
     file = tmp_path / "sets.jsonl"
-    for seed in range(100):
-        plans = planned(seed).plans
-        other = planned(seed + 1000).plans
-        if len(plans) > 1 and other[0].graph.modules != plans[0].graph.modules:
-            break
-    strangers = (plans[0], *(replace(other[0], coupled=p.coupled) for p in plans[1:]))
-    write_plans(file, strangers)
+    joint = two_replicas([[[(F, 0), (F, 1), (BW, 0), (BW, 1)]], [[(F, 0), (BW, 0), (F, 1), (BW, 1)]]])
+    write_joint_plans(file, [planned(4), joint])
     result = CliRunner().invoke(check, [str(file)])
+    first = 1 + len(planned(4).plans)
     assert result.exit_code == 1
-    assert f"{file}: plans 1 to {len(plans)}: replica 1 " in result.output
+    assert result.output.startswith(
+        f"{file}: plans {first} to {first + 1}: pipeline rank 0, event 1: replica 0 runs F:text.0#1@0 where replica 1 "
+        "runs BW:text.0#0@0"
+    )
+    strangers = Coupled(1, 2, ExpertLayers(()))
+    write_plans(file, (joint.plans[0], replace(joint.plans[1], coupled=strangers)))
+    result = CliRunner().invoke(check, [str(file)])
+    assert (result.exit_code, result.output) == (
+        1, f"{file}: plans 1 to 2: replica 1 has experts in other layers than replica 0\n"
+    )  # fmt: skip
 
 
 def test_check_compares_what_a_set_predicts(tmp_path):
@@ -113,6 +119,6 @@ def test_a_plan_of_a_set_runs_nowhere_alone(tmp_path):
     file = tmp_path / "sets.jsonl"
     plans = planned(4).plans
     write_plans(file, plans)
-    with pytest.raises(ConfigurationError, match="share experts run alone"):
+    with pytest.raises(ConfigurationError, match="share experts and can't run alone"):
         PlanFile.read(file, plans[0].graph.ranks)
     assert len(list(read_plans(file))) == len(plans)

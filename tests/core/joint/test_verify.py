@@ -63,13 +63,13 @@ def faulty(plan: Plan) -> bool:
 def test_drawn_faults_are_of_every_kind():
     """The property above would say little if the faults it draws were all alike."""
     found: dict[str | None, int] = {}
-    for seed in range(400):
+    for seed in range(150):
         joint = plans_of(with_fault(drawn_set(seed), seed))
         if joint is not None:
             what = verdict(joint)
             found[what] = found.get(what, 0) + 1
     assert set(found) >= {None, "order", "recompute", "pairing", "cycle"}, found
-    assert found[None] >= 40, found
+    assert found[None] >= 15, found
 
 
 # -- the wrong cases by name: two replicas of two microbatches --------------------------------------------------------

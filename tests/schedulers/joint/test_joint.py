@@ -58,7 +58,7 @@ def coupled(seed: int, memory: float | None = None) -> tuple[list[StageGraph], E
     return graphs, experts_of(rng, modules)
 
 
-@settings(40, deadline=None)
+@settings(20, deadline=None)
 @given(seeds)
 def test_found_sets_may_run(seed):
     graphs, experts = coupled(seed)
@@ -77,7 +77,7 @@ def test_found_sets_may_run(seed):
         assert sorted(slots.tolist()) == list(range(found.slots.shape[1]))
 
 
-@settings(15, deadline=None)
+@settings(8, deadline=None)
 @given(seeds)
 def test_a_counted_search_repeats(seed):
     graphs, experts = coupled(seed)
@@ -87,7 +87,7 @@ def test_a_counted_search_repeats(seed):
     assert one == other
 
 
-@settings(40, deadline=None)
+@settings(20, deadline=None)
 @given(seeds)
 def test_the_walk_keeps_to_what_may_run(seed):
     """Every move keeps the conditions, and the walk's time is the simulator's."""
@@ -109,7 +109,7 @@ def test_the_walk_keeps_to_what_may_run(seed):
         verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
 
 
-@settings(40, deadline=None)
+@settings(20, deadline=None)
 @given(seeds)
 def test_the_fallback_fits_where_each_microbatch_does(seed):
     graphs, experts = coupled(seed, memory=1.0)
@@ -118,7 +118,7 @@ def test_the_fallback_fits_where_each_microbatch_does(seed):
     verify_joint(joint)
 
 
-@settings(40, deadline=None)
+@settings(20, deadline=None)
 @given(seeds)
 def test_put_together_is_the_most_of_all(seed):
     """The graph of the maxima takes at least as long as the replicas under the same schedule, and holds as much."""
