@@ -13,6 +13,7 @@ from . import __version__
 
 VERBS = {
     "run": "run a pretrain script with the hooks installed",
+    "estimate": "say what a script would gain, without training it",
     "partition": "choose sub-microbatch sizes, segments and layers",
     "plan": "plan the batches of a workload",
     "compare": "all schedules side by side, with bounds",

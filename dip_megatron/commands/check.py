@@ -16,7 +16,7 @@ from ..core.lower import make_plan
 from ..core.simulate import simulate
 from ..core.simulate.reference import DeadlockError
 from ..core.verify import PlanError, verify
-from .common import fail, json_option, print_json
+from .common import fail, json_option, print_json, progress_bar
 
 TOLERANCE = 1e-9
 
@@ -30,20 +30,24 @@ def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
     together those of replicas that are coupled: exit 1 and name the first fault, 2 if the file is malformed."""
     count, fault = 0, None
     try:
-        for together in sets_of(_plans(plans), plans):
-            try:
-                if together[0].coupled is None:
-                    verify(together[0])
-                    check_prediction(together[0])
-                else:
-                    verify_joint(together)
-                    check_joint_prediction(together)
-            except ValueError as error:
-                place = f"plan {count + 1}" if len(together) == 1 else f"plans {count + 1} to {count + len(together)}"
-                fault = f"{plans}: {place}: {' '.join(str(error).split())}"
-                break
-            finally:
-                count += len(together)
+        with progress_bar(f"verifying {plans}", None, as_json) as advance:
+            for together in sets_of(_plans(plans), plans):
+                try:
+                    if together[0].coupled is None:
+                        verify(together[0])
+                        check_prediction(together[0])
+                    else:
+                        verify_joint(together)
+                        check_joint_prediction(together)
+                except ValueError as error:
+                    place = (
+                        f"plan {count + 1}" if len(together) == 1 else f"plans {count + 1} to {count + len(together)}"
+                    )
+                    fault = f"{plans}: {place}: {' '.join(str(error).split())}"
+                    break
+                finally:
+                    count += len(together)
+                advance(f"verifying {plans}: {count}")
     except (PlanFileError, ActionCsvError) as error:
         fail(str(error))
     if as_json:

@@ -1,8 +1,8 @@
-"""Megatron-Bridge from the inside, and the vision transformer that it takes from Hugging Face."""
+"""Megatron-Bridge from the inside, and the encoders that it takes from Hugging Face."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
 
 from .names import Name, Topic
 
@@ -20,30 +20,70 @@ HOOKS = Topic(
         Name("megatron.bridge.training.eval:make_data_iterator_list", ("model", "data_iterator")),
     ),
 )
+TESTED = (0, 6)
+"""The minor release that the tests cover."""
 _VISION = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
+_QWEN3 = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl"
 TOPIC = Topic(
-    "Qwen2.5-VL in segments",
+    "Models of Megatron-Bridge in segments",
     "megatron-bridge",
     "0.6.2 with transformers 5.12.1",
-    "Megatron-Bridge's Qwen2.5-VL can't be trained under DIP",
+    "some of Megatron-Bridge's models can't be trained under DIP",
     (
         Name(
             f"{_VISION}:Qwen2_5_VisionTransformerPretrainedModel",
-            has=("patch_embed", "blocks", "merger", "fullatt_block_indexes", "spatial_merge_unit"),
+            has=("patch_embed", "blocks", "merger"),
         ),
         Name(f"{_VISION}:Qwen2_5_VLVisionBlock", has=("attn", "mlp")),
-        Name("megatron.bridge.utils.common_utils:hook_hf_module_setattr_for_tp_grad_sync", ("module",)),
+        Name(
+            f"{_QWEN3}.model:Qwen3VLModel",
+            has=("vision_model", "language_model", "pg_collection", "freeze"),
+        ),
+        Name(
+            f"{_QWEN3}.vision_model:Qwen3VLVisionModel",
+            has=("patch_embed", "pos_embed", "decoder", "merger", "fast_pos_embed_interpolate"),
+        ),
+        Name(f"{_QWEN3}.transformer_block:Qwen3VLVisionTransformerBlock", has=("deepstack_merger_list",)),
+        Name(
+            f"{_QWEN3}.transformer_block:Qwen3VLTransformerBlock._deepstack_process",
+            ("hidden_states", "visual_pos_masks", "visual_embeds"),
+        ),
+        Name(
+            f"{_QWEN3}.utils:reorganize_inputs",
+            (
+                "input_ids",
+                "pixel_values",
+                "pixel_values_videos",
+                "image_grid_thw",
+                "video_grid_thw",
+                "*",
+                "image_token_id",
+                "video_token_id",
+                "square_merge_size",
+            ),
+        ),
+        Name(
+            f"{_QWEN3}.utils:split_deepstack_embs",
+            (
+                "visual_pos_masks",
+                "deepstack_visual_embeds",
+                "*",
+                "tp_size",
+                "tp_rank",
+                "cp_size",
+                "cp_rank",
+                "sequence_parallel",
+            ),
+        ),
         Name(
             "megatron.bridge.models.qwen_vl.modeling_qwen25_vl:Qwen25VLModel",
-            has=("visual", "get_image_features", "get_video_features", "language_model", "freeze"),
+            has=("visual", "language_model", "freeze"),
         ),
     ),
 )
 
 
-def vision_transformer(config: Any) -> Any:
-    """Hugging Face's vision transformer of Qwen2.5-VL, as Bridge builds it."""
-    from megatron.bridge.utils.common_utils import hook_hf_module_setattr_for_tp_grad_sync
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-    return hook_hf_module_setattr_for_tp_grad_sync(Qwen2_5_VisionTransformerPretrainedModel._from_config(config))
+def bridge_version() -> str:
+    """The installed Megatron-Bridge's. Raises ImportError if there is none."""
+    found: str = importlib.import_module("megatron.bridge.package_info").__version__
+    return found

@@ -18,7 +18,12 @@ def megatron_version() -> str:
 
 def version_numbers() -> tuple[int, int]:
     """Major and minor number of the installed Megatron-Core."""
-    major, minor = megatron_version().split(".")[:2]
+    return numbers_of(megatron_version())
+
+
+def numbers_of(version: str) -> tuple[int, int]:
+    """Major and minor number of a version."""
+    major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 

@@ -332,10 +332,29 @@ def _memory(
 def _worth(gain: Floats, size: Floats, other_gain: Floats, other_size: Floats, room: float) -> float:
     """Upper bound on the gain of any choice within ``room`` bytes of one strategy, in one of two ways, for each stage
     (gains ``[C, n]`` seconds): the best of some prices of a byte."""
-    gain = np.broadcast_to(gain, size.shape)
-    ratio = gain.max(axis=0) / np.maximum(size.min(axis=0), 1e-9)
-    best = np.inf
-    for price in (0.0, *np.quantile(np.maximum(ratio, 0.0), np.linspace(0.0, 1.0, 17))):
-        ways = np.maximum((gain - price * size).max(axis=0), (other_gain - price * other_size).max(axis=0))
-        best = min(best, price * room + float(np.maximum(ways, 0.0).sum()))
-    return best
+
+    def laid_out(values: Floats) -> Floats:  # one layout of arrays, so that the kernel is compiled once
+        return np.array(np.broadcast_to(values, size.shape), order="C")
+
+    gain = laid_out(gain)
+    ratio = np.sort(np.maximum(gain.max(axis=0) / np.maximum(size.min(axis=0), 1e-9), 0.0))
+    quantiles = np.interp(np.linspace(0.0, len(ratio) - 1.0, 17), np.arange(len(ratio)), ratio)
+    prices = np.concatenate([[0.0], quantiles])
+    return _least_worth(prices, gain, laid_out(size), laid_out(other_gain), laid_out(other_size), room)
+
+
+@compiled
+def _least_worth(
+    prices: Floats, gain: Floats, size: Floats, other_gain: Floats, other_size: Floats, room: float
+) -> float:
+    """Over ``prices``: what ``room`` costs, and what every stage gains at most beyond the price of its bytes."""
+    least = np.inf
+    for price in prices:
+        worth = price * room
+        for n in range(size.shape[1]):
+            best = 0.0
+            for c in range(size.shape[0]):
+                best = max(best, gain[c, n] - price * size[c, n], other_gain[c, n] - price * other_size[c, n])
+            worth += best
+        least = min(least, worth)
+    return float(least)

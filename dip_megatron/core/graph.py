@@ -309,20 +309,20 @@ class StageGraph:
     @cached_property
     def has_weight(self) -> NDArray[np.bool_]:
         """``[S, P]``: the stage's chunk is trainable."""
-        out = np.zeros((self.virtual_microbatches, self.ranks), dtype=np.bool_)
-        for s in range(self.virtual_microbatches):
-            module = self._module_by_name[self.units[int(self.unit_of[s])].module]
-            out[s] = [module.trains(self.segment(s), r) for r in range(self.ranks)]
-        return out
+        ranks = range(self.ranks)
+        return self._by_chunk(
+            {m.name: [[m.trains(k, r) for r in ranks] for k in range(m.segments)] for m in self.modules}
+        )
 
     @cached_property
     def has_backward(self) -> NDArray[np.bool_]:
         """``[S, P]``: the stage's chunk or anything before it in the model trains (whatever the batch holds)."""
-        reached = trained_before(self.modules)
-        out = np.zeros((self.virtual_microbatches, self.ranks), dtype=np.bool_)
-        for s in range(self.virtual_microbatches):
-            out[s] = reached[self.units[int(self.unit_of[s])].module][self.segment(s)]
-        return out | self.has_weight
+        return self._by_chunk(trained_before(self.modules)) | self.has_weight
+
+    def _by_chunk(self, flags: dict[str, list[list[bool]]]) -> NDArray[np.bool_]:
+        """``[S, P]`` of flags ``[segment][rank]`` of each module."""
+        tables = {name: np.array(lines, dtype=np.bool_) for name, lines in flags.items()}
+        return np.concatenate([tables[u.module] for u in self.units])
 
     @cached_property
     def _neighbours(self) -> tuple[list[tuple[Dependency, ...]], list[tuple[Dependency, ...]]]:
@@ -382,6 +382,13 @@ class StageGraph:
     def strategy_name(self, strategy: int, virtual_microbatch: int, rank: int) -> str:
         return self.strategies[virtual_microbatch][rank][strategy] if self.strategies else "none"
 
+    def repriced(self, **fields: Any) -> StageGraph:
+        """The graph with other arrays per strategy, or names of strategies. What waits for what is the same, and not
+        worked out again."""
+        graph = replace(self, **fields)
+        graph.__dict__.update({name: self.__dict__[name] for name in _STRUCTURE if name in self.__dict__})
+        return graph
+
     def changed(self, change: Callable[[Floats], Floats], **others: Any) -> StageGraph:
         """The graph with ``change`` made to each array that has a value per strategy; ``others`` are replaced."""
         arrays: dict[str, Any] = {name: change(getattr(self, name)) for name in PER_STRATEGY}
@@ -394,11 +401,16 @@ class StageGraph:
         def pick(array: Floats) -> Floats:
             return np.ascontiguousarray(np.take_along_axis(array, index, axis=0))
 
+        known: dict[str, tuple[str]] = {}  # few names for many stages: one tuple of each
         names = tuple(
-            tuple((self.strategy_name(int(strategy[s, p]), s, p),) for p in range(self.ranks))
-            for s in range(self.virtual_microbatches)
+            tuple(known.setdefault(name, (name,)) for name in (self.strategy_name(c, s, p) for p, c in enumerate(line)))
+            for s, line in enumerate(strategy.tolist())
         )
-        projected = self.changed(pick, strategies=names)
-        for name in ("edges", "_neighbours"):  # the structure is the same: not to be worked out again
-            projected.__dict__[name] = getattr(self, name)
-        return projected
+        return self.repriced(**{name: pick(getattr(self, name)) for name in PER_STRATEGY}, strategies=names)
+
+
+_STRUCTURE = (
+    "_module_by_name", "first_virtual_microbatch", "virtual_microbatches", "unit_of", "is_reversed",
+    "previous_virtual_microbatches", "next_virtual_microbatches", "edges", "has_weight", "has_backward", "_neighbours",
+)  # fmt: skip
+"""Cached properties of a graph that its costs don't matter to."""

@@ -51,6 +51,8 @@ def check_complete(graph: StageGraph, schedule: Schedule) -> str | None:
     if len(schedule.orders) != graph.ranks:
         return f"{len(schedule.orders)} ranks have an order, the graph has {graph.ranks}"
     for rank, order in enumerate(schedule.orders):
+        if _complete(graph, rank, order):
+            continue
         place: dict[int, int] = {}
         for i, code in enumerate(order.tolist()):
             if not 0 <= code < 4 * virtual_microbatches:
@@ -83,3 +85,29 @@ def check_complete(graph: StageGraph, schedule: Schedule) -> str | None:
             elif weight is not None or (fused is not None and not graph.has_weight[s, rank]):
                 return f"rank {rank}: {graph.operation(Kind.W, s, rank)} asks for weights that are frozen"
     return None
+
+
+def _complete(graph: StageGraph, rank: int, order: Ints) -> bool:
+    """Whether a rank's order has no fault, all stages at once: nearly all orders have none."""
+    virtual_microbatches = graph.virtual_microbatches
+    if len(order) and not (order.min() >= 0 and order.max() < 4 * virtual_microbatches):
+        return False
+    counts = np.bincount(order, minlength=4 * virtual_microbatches)
+    if counts.max() > 1:
+        return False
+    place = np.zeros(4 * virtual_microbatches, dtype=np.int64)
+    place[order] = np.arange(len(order))
+    forward, back, weight, fused = (
+        counts.reshape(4, virtual_microbatches)[int(k)] > 0 for k in (Kind.F, Kind.B, Kind.W, Kind.BW)
+    )
+    at = place.reshape(4, virtual_microbatches)
+    backward, trains = graph.has_backward[:, rank], graph.has_weight[:, rank]
+    first = np.where(fused, at[int(Kind.BW)], at[int(Kind.B)])
+    in_order = (first > at[int(Kind.F)]) & (~weight | (at[int(Kind.W)] > first))
+    return bool(
+        np.all(forward)
+        and np.all((fused ^ back) == backward)  # exactly one where something trains, else none
+        and np.all((fused & trains | weight) == (backward & trains))
+        and not np.any(fused & (weight | ~trains))
+        and np.all(in_order | ~backward)
+    )

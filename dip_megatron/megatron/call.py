@@ -6,22 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.utils import get_model_config
 
 
 def check_call(
-    arguments: Mapping[str, Any], chunks: int, is_own: Callable[[Any], bool], pipeline: Sequence[int]
+    arguments: Mapping[str, Any], built: Sequence[Any], found: Callable[[Any], Any], pipeline: Sequence[int]
 ) -> None:
     """Raises ValueError, the reason in a line, for keyword arguments of Megatron's schedules that DIP can't follow.
 
-    ``chunks`` is the number of chunks of the model that was built, of which ``is_own`` knows each; ``pipeline`` lists
-    the global ranks of its pipeline.
+    ``built`` are the chunks of this rank, in their order; ``found`` gives the one of them that is in a wrapped model,
+    or None. ``pipeline`` lists the global ranks of its pipeline.
     """
-    given = arguments["model"] if isinstance(arguments["model"], list) else [arguments["model"]]
-    if len(given) != chunks or not all(map(is_own, given)):
-        own = sum(map(is_own, given))
+    given = [found(chunk) for chunk in as_list(arguments["model"])]
+    own = [chunk for chunk in given if chunk is not None]
+    if len(given) != len(built) or len(own) != len(built):
         raise ValueError(
-            f"the schedule is called with {len(given)} chunks, of which DIP built {own}; it has built {chunks} for "
-            "this rank, and runs all of them together"
+            f"the schedule is called with {len(given)} chunks, of which DIP built {len(own)}; it has built "
+            f"{len(built)} for this rank, and runs all of them together: give it what build_model (get_model) returned"
+        )
+    if any(one is not other for one, other in zip(own, built, strict=True)):
+        raise ValueError(
+            "the schedule is called with DIP's chunks in another order, or with one of them twice; give them as "
+            "build_model (get_model) returned them"
         )
     if arguments.get("adjust_tensor_shapes_fn") is not None:
         raise ValueError(
@@ -44,3 +50,17 @@ def check_call(
             raise ValueError(
                 f"{name} is among ranks {ranks}, the model's pipeline among {list(pipeline)}; use --dip-schedule off"
             )
+
+
+def check_functions(model: Any) -> None:
+    """Raises ValueError if what reduces gradients over replicas is not where schedules look for it."""
+    if get_model_config(as_list(model)[0]).finalize_model_grads_func is None:
+        raise ValueError(
+            "the loop has given DIP's chunks no finalize_model_grads_func, without which replicas would train apart; "
+            "if a package replaces what the loop or DIP puts there, leave that out, or use --dip-schedule off"
+        )
+
+
+def as_list(value: Any) -> list[Any]:
+    """What schedules take as one or as a list of several."""
+    return value if isinstance(value, list) else [value]

@@ -7,8 +7,8 @@ its gaps read and submit the next iteration's, finalize gradients. Keyword argum
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class PlanningPolicy:
     """Takes the iterator that the next iteration's microbatches are about to be read from; None if none are."""
 
     at_call_seconds: float = 0.0
-    """Search for an iteration that is planned when the schedule is called with it; 0: none, in the trainer."""
+    """From asking for the plan of an iteration, when the schedule is called with it, to the end of the search; 0: there
+    is none."""
 
     def budget(self, seconds_left: float) -> float:
         """Seconds of search for the next plan, so many before this iteration is expected to end; the rest is for
@@ -140,6 +141,12 @@ class DipForwardBackward:
                 self._watchdog.report(error)
             raise
 
+    def read_ahead_of(self, iterators: Sequence[Any]) -> int:
+        """How many microbatches have been read ahead of these data iterators, and wait for an iteration of this
+        model."""
+        read = [known for at, known in self._look_ahead.values() if at is not None and any(at is i for i in iterators)]
+        return sum(known.waiting for known in read)
+
     # -- one iteration -------------------------------------------------------------------------------------------
     def _iterate(
         self,
@@ -213,13 +220,15 @@ class DipForwardBackward:
         # What has moved is a copy: a replica's own microbatches leave its data in the order in which they were read.
         microbatches = source.take(count) if moved is None else (source.take(count), moved)[1]
         news = b"" if key[1] else self._agreement.news(chunks)
+        asked = None
         if request is None:
-            budget = self._policy.at_call_seconds
-            wait = budget + 0.03 if budget else 0.0  # for all but the search
-            request = self._request(microbatches, self._number(), key[1], budget, wait)
+            asked, seconds = time.perf_counter(), self._policy.at_call_seconds
+            request = self._request(microbatches, self._number(), key[1], budget=seconds, wait=seconds)
         delivered = self._delivery.take(request, news)
         if self._agreement.learn(delivered.news):  # planned for what trained before
             delivered = self._delivery.take(self._request(microbatches, self._number(), key[1], budget=0.0, wait=0.0))
+        if asked is not None:
+            delivered = replace(delivered, stall_seconds=time.perf_counter() - asked, at_call=True)
         if not key[1]:
             self._agreement.check(delivered.plan, f"iteration {self._number()}")
         for inputs, shared in zip(microbatches, delivered.shared, strict=True):

@@ -47,6 +47,8 @@ class Hooks:
         self._unfinished: list[ModuleType] = []
         self._told: set[str] = set()
         self._installing = False
+        # What a run under DIP is; an estimate puts its own here.
+        self.make_session: Callable[..., Any] | None = None
         # Whether a run has been asked for, though no loop has begun one yet.
         self._expected = False
 
@@ -91,7 +93,7 @@ class Hooks:
                     f"{module.__name__}.{attribute}, a hook of DIP's, has been replaced by {owner_of(found)}; if that "
                     "doesn't call DIP's, install DIP after it"
                 )
-        self._sessions.append(DipSession(loop, config, self.families(), self.tell))
+        self._sessions.append((self.make_session or DipSession)(loop, config, self.families(), self.tell))
         return self._sessions[-1]
 
     @property
@@ -189,9 +191,12 @@ class Hooks:
 
         @functools.wraps(schedule)
         def forward_backward(*args: Any, **kwargs: Any) -> Any:
+            owner = next((session for session in self._sessions if session.owns(kwargs.get("model"))), None)
             for session in self._sessions:
-                if session.owns(kwargs.get("model")):
-                    return session.run(**kwargs)
+                if session is not owner:
+                    session.check_other_call(kwargs.get("data_iterator"))
+            if owner is not None:
+                return owner.run(**kwargs)
             self.tell(
                 "a model that DIP didn't build runs under Megatron's own schedule; to have DIP schedule it, build it "
                 "with dip_megatron.build_model (docs/any-loop.md)"

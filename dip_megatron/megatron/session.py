@@ -44,7 +44,7 @@ from ..schedulers.entry import ScheduleEntry
 from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, configured_partition, record_blueprint
-from .call import check_call
+from .call import as_list, check_call, check_functions
 from .checkpoints import Checkpoint
 from .coupling import coupled_ranks, experts_of
 from .exchange import GlooExchange
@@ -264,7 +264,23 @@ class DipSession:
     # -- iterations ----------------------------------------------------------------------------------------------
     def owns(self, model: Any) -> bool:
         """Whether ``model``, as a schedule is given it, has a chunk that was built here."""
-        return any(self._is_own(chunk) for chunk in (model if isinstance(model, list) else [model]))
+        return any(self._found(chunk) is not None for chunk in as_list(model))
+
+    def check_other_call(self, data_iterator: Any) -> None:
+        """Raises ValueError for the call of a schedule with another model, where that would hang or miss microbatches:
+        within an iteration of this one, or with data that has been read ahead for it."""
+        if self._running:
+            raise ValueError(
+                "the schedule of another model is called from within an iteration of the one that DIP built, whose "
+                "order differs from rank to rank; call it between iterations, or use --dip-schedule off"
+            )
+        waiting = 0 if self._step is None else self._step.read_ahead_of(as_list(data_iterator))
+        if waiting:
+            raise ValueError(
+                f"another model is called with a data iterator of which {waiting} microbatches have been read ahead "
+                "for the one that DIP built; set read_ahead: false in --dip-config (DIP_READ_AHEAD=false), or give "
+                "each its own iterator"
+            )
 
     def run(self, **arguments: Any) -> list[Any]:
         """Run an iteration: what Megatron's schedules do, with their keyword arguments.
@@ -275,7 +291,9 @@ class DipSession:
             raise ValueError(
                 "the schedule is called while it runs, from within an iteration of the same model; DIP can't nest them"
             )
-        check_call(arguments, len(self._own), self._is_own, self._pipeline())
+        check_call(arguments, list(self._own.values()), self._found, self._pipeline())
+        if self._loop.finalizes and not arguments.get("forward_only", False):
+            check_functions(arguments["model"])
         if self._step is None:
             self._step = self._start()
         self._running = True
@@ -284,10 +302,11 @@ class DipSession:
         finally:
             self._running = False
 
-    def _is_own(self, chunk: Any) -> bool:
+    def _found(self, chunk: Any) -> Any:
+        """The chunk built here that is in ``chunk``, or None."""
         while chunk is not None and id(chunk) not in self._own:
             chunk = getattr(chunk, "module", None)  # within Megatron's wrappers
-        return chunk is not None
+        return chunk
 
     def _guard(self) -> Callable[[torch.nn.Module, Any], None]:
         """A chunk has a part of its module's layers, in an order of its own: run by anything but its plan, it would
@@ -297,7 +316,8 @@ class DipSession:
             if not self._running:
                 raise RuntimeError(
                     f"a {type(chunk).__name__} that DIP built is run without DIP's schedule: the loop calls the model "
-                    "by itself, or has got its schedule before dip_megatron.install(); see docs/any-loop.md, or use "
+                    "by itself (for inference, too, call the schedule, with forward_only), or has got its schedule "
+                    "before dip_megatron.install() or from another package; see docs/any-loop.md, or use "
                     "--dip-schedule off"
                 )
 

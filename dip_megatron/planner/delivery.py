@@ -27,9 +27,10 @@ class PlanMismatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class DeliveredPlan:
-    """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it.
-    ``statistics``: the service's, when the plan was sent. ``shared``: what rank 0 sent along; ``news``: what each rank
-    of the replica did."""
+    """A plan ready to run. ``request``: its request's number. ``stall_seconds``: how long the trainer waited for it;
+    ``at_call``: from asking for it, when the schedule was called, until all ranks had it. ``statistics``: the
+    service's, when the plan was sent. ``shared``: what rank 0 sent along; ``news``: what each rank of the replica
+    did."""
 
     request: int
     plan: Plan
@@ -37,6 +38,7 @@ class DeliveredPlan:
     statistics: PlannerStatistics
     shared: Any = None
     news: tuple[bytes, ...] = ()
+    at_call: bool = False
 
 
 @dataclass(frozen=True)

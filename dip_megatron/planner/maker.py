@@ -41,8 +41,8 @@ class PayloadShapes(Protocol):
 class StageShapes(Protocol):
     """The same, where the stages of one virtual microbatch send different things; picklable."""
 
-    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
-        """Shapes sent on by the forward of ``stage``."""
+    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+        """Shapes sent on by the forward of ``stage``, which is one of ``unit``."""
         ...
 
 
@@ -134,29 +134,40 @@ def payloads(
         for m in graph.modules
     }
 
-    def settled(payload: Payload, alive: bool) -> Payload:
-        return tuple(
-            replace(
-                t, differentiable=bool(t.differentiable and alive and (not t.made_by or through[t.made_by])), made_by=""
-            )
-            for t in payload
-        )
+    known: dict[tuple[Payload, bool], Payload] = {}  # few for many stages: what is the same is one object
 
-    for s in range(graph.virtual_microbatches):
-        unit = graph.units[int(graph.unit_of[s])]
-        load = loads[unit.microbatch]
-        if isinstance(shapes, StageShapes):
+    def settled(payload: Payload, alive: bool) -> Payload:
+        if (payload, alive) not in known:
+            known[payload, alive] = tuple(
+                replace(
+                    t, differentiable=t.differentiable and alive and (not t.made_by or through[t.made_by]), made_by=""
+                )
+                for t in payload
+            )
+        return known[payload, alive]
+
+    trains = graph.has_backward
+    if isinstance(shapes, StageShapes):
+        for s in range(graph.virtual_microbatches):
+            unit = graph.units[int(graph.unit_of[s])]
+            load = loads[unit.microbatch]
             for r in range(graph.ranks):
-                payload = shapes.stage_payload(graph.operation(Kind.F, s, r), load)
-                sent = settled(payload, bool(graph.has_backward[s, r]))
+                payload = shapes.stage_payload(graph.operation(Kind.F, s, r), unit, load)
+                sent = settled(payload, bool(trains[s, r]))
                 for target in graph.next_virtual_microbatches[s] if r == graph.exit_rank(s) else (s,):
                     out[s, target, r] = sent
-            continue
-        out[s, s] = settled(shapes.payload(unit, load, leaves_module=False), bool(graph.has_backward[s].any()))
-        for n in graph.next_virtual_microbatches[s]:
-            leaves = graph.units[int(graph.unit_of[n])].module != unit.module
-            leaving = shapes.payload(unit, load, leaves_module=leaves)
-            out[s, n] = settled(leaving, bool(graph.has_backward[s, graph.exit_rank(s)]))
+        return out
+    modules = [graph.units[u].module for u in graph.unit_of.tolist()]
+    for unit in graph.units:
+        load = loads[unit.microbatch]
+        within = shapes.payload(unit, load, leaves_module=False)
+        first = graph.first_virtual_microbatch[unit.id]
+        for s in range(first, first + graph.module(unit.module).segments):
+            out[s, s] = settled(within, bool(trains[s].any()))
+            leaving = bool(trains[s, graph.exit_rank(s)])
+            for n in graph.next_virtual_microbatches[s]:
+                leaves = modules[n] != unit.module
+                out[s, n] = settled(shapes.payload(unit, load, leaves_module=True) if leaves else within, leaving)
     return out
 
 

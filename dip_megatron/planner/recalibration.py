@@ -17,7 +17,7 @@ from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
 MEMORY = 0.8  # what an iteration's weight shrinks to with each that follows
 OUTLIER = 2.0  # times the usual ratio; what is further off is a hiccup of the machine
 PRIOR = 0.1  # spread of sizes (standard deviation over mean) at which the line's slope counts as much as the ratio
-HICCUP = 5.0  # times the usual time between two operations
+HICCUP = 20.0  # times the usual time between two operations; what others take of the cores now and then is less
 LEAST, MOST = 0.02, 50.0  # bounds on measured over predicted
 _HEAD = struct.Struct("<ii")
 _BACKWARD = (KINDS.index(Kind.B), KINDS.index(Kind.W), KINDS.index(Kind.BW))
@@ -151,11 +151,14 @@ class Recalibration:
 
 
 def _overhead(idle: Idle, durations: Floats) -> float:
-    """Seconds a rank needs between two operations where nothing has to be waited for: the mean, without hiccups."""
+    """Seconds a rank needs between two operations where nothing has to be waited for: the mean, without hiccups, and an
+    operation's share of what passes before the first one."""
     between = idle.between[1:][idle.waiting[1:] <= 0]
     if not len(between):
         return 0.0
-    return float(np.minimum(between, HICCUP * np.median(between)).mean().clip(0.0, np.median(durations)))
+    most = HICCUP * float(np.median(between))
+    seconds = float(np.minimum(between, most).mean()) + min(float(idle.between[0]), most) / len(durations)
+    return min(seconds, float(np.median(durations)))
 
 
 def _model_seconds(

@@ -19,7 +19,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing.connection import Connection, wait
 
 from ..core.verify import PlanError
@@ -31,8 +30,9 @@ from .warm import warm_up_joint_plans, warm_up_plans
 
 logger = logging.getLogger(__name__)
 
-AT_CALL_SECONDS = 0.01
-"""Of search for an iteration that is planned when the schedule is called: with all else within 50 milliseconds."""
+AT_CALL_SECONDS = 0.025
+"""From asking for a plan to the end of its search, for an iteration that is planned when the schedule is called: with
+all else, on all ranks, within 50 milliseconds."""
 IMPROVE_SECONDS = 1.0
 """Of search for batches that come again, while others train."""
 
@@ -66,8 +66,9 @@ class PlannerService:
     """Plans requests in worker processes.
 
     A request goes to the worker with the least to do. ``take`` returns the best plan that has arrived, verified; or a
-    quick one made in this process. With ``improve_seconds`` a batch that holds what an earlier one held gets that one's
-    plan at once, and workers search longer for such batches meanwhile.
+    quick one made in this process. With ``improve_seconds`` batches are planned at the call: searched for in this
+    process, where nothing has to travel. A batch that holds what an earlier one held then gets that one's plan at once,
+    and workers search longer for such batches meanwhile.
     """
 
     def __init__(
@@ -90,10 +91,26 @@ class PlannerService:
         self._arrived: dict[int, _Arrived] = {}
         # An evaluation submits its batch while the delivery's thread still waits for the next training batch's plan.
         self._lock = threading.RLock()
-        # Plans are verified here: loaded while the model is built.
-        together = isinstance(maker, JointPlanMaker)
-        here = partial(warm_up_joint_plans, search=False) if together else warm_up_plans
-        threading.Thread(target=here, name="dip-warm-up", daemon=True).start()
+        self._closed = False
+        self._searches_here = False
+        threading.Thread(target=self._warm_up, name="dip-warm-up", daemon=True).start()
+
+    def _warm_up(self) -> None:
+        """Load, while the model is built, what this process plans with. What a search needs is loaded when a worker has
+        it: after an installation it is compiled first, which takes the better part of a minute of a core, once."""
+        if isinstance(self._maker, JointPlanMaker):
+            warm_up_joint_plans(search=False)
+        else:
+            warm_up_plans()
+        if self._improve_seconds <= 0:
+            return
+        while self._workers and not any(worker.ready for worker in self._workers):
+            time.sleep(0.1)
+            with self._lock:
+                self._collect()
+        if not self._closed:
+            self._maker.warm_up()
+            self._searches_here = True
 
     def submit(self, request: PlanRequest) -> None:
         """Begin planning; returns at once. May be called while another thread is in :meth:`take`."""
@@ -103,7 +120,7 @@ class PlannerService:
     def _submit(self, request: PlanRequest) -> None:
         self._collect()
         self._asked[request.request] = _Asked(request, time.monotonic())
-        if request.budget_seconds <= 0 or self._known.plan(request) is not None:
+        if request.budget_seconds <= 0 or self._improve_seconds > 0:
             return  # needed now: made in this process when it is taken, or known
         if not self._send(request, _QUEUE) and any(worker.ready for worker in self._workers):
             logger.info("all planner workers are busy; %s is planned in the trainer", request.subject)
@@ -129,7 +146,6 @@ class PlannerService:
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
         """
         deadline = time.monotonic() + wait_seconds
-        spare = self._meanwhile(request)
         while True:
             with self._lock:
                 self._collect()
@@ -147,37 +163,35 @@ class PlannerService:
         statistics.plans += 1
         if arrived is None:
             known = self._known.plan(asked.request)
+            core_seconds = time.thread_time()
             if known is None:
-                # What is needed at once (a first batch, an evaluation) is no worker's business and no failure of one.
-                statistics.fallbacks += asked.request.budget_seconds > 0
-                plan = spare or self._quick(asked.request)
-                self._keep(asked.request, plan)
+                plan = self._made_here(asked.request)
             else:
                 plan = known.plan
                 self._corrections[request] = known.corrections
                 self._improve(asked.request, known)
-            statistics.latency_seconds, statistics.core_seconds = time.monotonic() - asked.at, 0.0
+            statistics.latency_seconds = time.monotonic() - asked.at
+            statistics.core_seconds = time.thread_time() - core_seconds
             return plan
         statistics.late += not arrived.final
         statistics.latency_seconds, statistics.core_seconds = arrived.at - asked.at, arrived.core_seconds
-        self._keep(asked.request, arrived.plan)
         return arrived.plan
 
-    def _meanwhile(self, request: int) -> AnyPlan | None:
-        """Where a batch is planned at the call: a plan of this process's own, made while a worker searches for a better
-        one, so that nobody waits for the one after the other."""
-        asked = self._asked[request].request
-        searched = any(request in worker.busy_with for worker in self._workers)
-        return self._quick(asked) if self._improve_seconds > 0 and searched else None
-
-    def _quick(self, request: PlanRequest) -> AnyPlan:
+    def _made_here(self, request: PlanRequest) -> AnyPlan:
+        """Searched for within its budget where batches are planned at the call, else the quick plan."""
+        if self._searches_here and request.budget_seconds > 0:
+            try:
+                plan = self._maker.best(request, lambda _: None)
+                verify_any(plan)
+                self._known.keep(request, plan, searched=False)
+                return plan
+            except Exception as error:  # as of a worker's: the quick plan may be possible all the same
+                logger.warning("planning %s failed: %s: %s", request.subject, type(error).__name__, error)
+        # What is needed at once (a first batch, an evaluation) is no worker's business and no failure of one.
+        self.statistics.fallbacks += request.budget_seconds > 0
         plan = self._maker.quick(request)
         verify_any(plan)
         return plan
-
-    def _keep(self, request: PlanRequest, plan: AnyPlan) -> None:
-        if self._improve_seconds > 0:
-            self._known.keep(request, plan, searched=False)
 
     def corrections(self, request: int) -> Corrections | None:
         """Those that the plan just taken was made with, if they aren't the request's; to be asked once."""
@@ -196,6 +210,7 @@ class PlannerService:
 
     def close(self) -> None:
         """End all workers."""
+        self._closed = True
         for worker in self._workers:
             worker.connection.close()
             worker.process.terminate()

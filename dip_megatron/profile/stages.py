@@ -121,7 +121,7 @@ def _before(program: MixedLlavaProgram, segment: int, microbatch: Microbatch) ->
     """What the part before hands over."""
     if segment == 0:
         return ()
-    return program.shapes.stage_payload(Operation(Kind.F, MODEL, segment - 1, 0, 0), microbatch)
+    return program.shapes.stage_payload(Operation(Kind.F, MODEL, segment - 1, 0, 0), Unit(0, MODEL, 0), microbatch)
 
 
 def _arguments(batch: dict[str, torch.Tensor]) -> dict[str, Any]:

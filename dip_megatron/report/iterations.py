@@ -19,7 +19,8 @@ class IterationReport:
 
     ``uncorrected_seconds``: what the cost model alone predicts for the plan, where measurements have corrected it.
     ``plan_seconds`` is the search, ``latency_seconds`` all from asking for the plan to its arrival, ``stall_seconds``
-    what training waited for it, ``planner_core_seconds`` what the worker's process needed of a core.
+    what training waited for it (all of planning where that was done ``at_call``), ``planner_core_seconds`` what the
+    planner needed of a core.
     ``outside_seconds``: from the end of the iteration before to the start of this one (reductions, optimizer, logging);
     None after a pause, such as an evaluation. ``fallbacks``, ``late_plans`` and ``worker_deaths``
     count since the start of training: plans made in the trainer because no worker's had come, plans whose search was
@@ -46,6 +47,7 @@ class IterationReport:
     planner_core_seconds: float = 0.0
     outside_seconds: float | None = None
     exchange: ExchangeReport | None = None
+    at_call: bool = False
 
     @staticmethod
     def of(
@@ -76,6 +78,7 @@ class IterationReport:
             planner_core_seconds=statistics.core_seconds,
             outside_seconds=outside_seconds,
             exchange=exchange,
+            at_call=delivered.at_call,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def _scalars(reports: Sequence[IterationReport], everyone: Sequence[Sequence[tup
         "dip/plan_seconds": sum(r.latency_seconds for r in reports) / count,
         "dip/search_evaluations": sum(r.evaluations for r in reports) / count,
         "dip/stall_seconds": sum(r.stall_seconds for r in reports) / count,
+        "dip/planned_at_call": sum(r.at_call for r in reports) / count,
         "dip/fallbacks": reports[-1].fallbacks,
         "dip/late_plans": reports[-1].late_plans,
         "dip/worker_deaths": reports[-1].worker_deaths,
@@ -92,11 +93,14 @@ def _line(scalars: dict[str, float], last: IterationReport) -> str:
             f"{scalars['dip/slowest_replica_after']:.3f} after {scalars['dip/microbatches_moved']:.0f} moved "
             f"in {seconds(scalars['dip/exchange_seconds'])}, waited {seconds(scalars['dip/exchange_stall_seconds'])}"
         )
+    waited = seconds(scalars["dip/stall_seconds"])
+    if scalars["dip/planned_at_call"] > 0.5:  # the first iteration is in any loop
+        waited += " at the call"
     return (
         f"[dip] iteration {last.iteration}: measured {seconds(scalars['dip/measured_seconds'])}, "
         f"predicted {seconds(scalars['dip/predicted_seconds'])} | bubbles {scalars['dip/bubble_ratio']:.1%}, "
         f"planned {scalars['dip/planned_bubble_ratio']:.1%} | plan after {seconds(scalars['dip/plan_seconds'])}, "
-        f"{scalars['dip/search_evaluations']:.0f} schedules tried, waited {seconds(scalars['dip/stall_seconds'])} | "
+        f"{scalars['dip/search_evaluations']:.0f} schedules tried, waited {waited} | "
         f"since start: {last.fallbacks} fallbacks, {last.late_plans} late plans, {last.worker_deaths} workers replaced"
         + balance
     )

@@ -56,8 +56,8 @@ class Shapes(Protocol):
 class StageShapes(Protocol):
     """:class:`Shapes` of chunks whose stages of one virtual microbatch send different things: asked stage by stage."""
 
-    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
-        """What the forward of ``stage`` sends on."""
+    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+        """What the forward of ``stage``, one of ``unit``, sends on."""
         ...
 
 

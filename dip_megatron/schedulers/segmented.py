@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..core.graph import StageGraph
-from ..core.operations import Kind
-from ..core.order import Schedule
-from .common import code, fused_backward, uniform
-from .megatron import legal_group
+import numpy as np
+from numpy.typing import NDArray
 
-_FORWARD, _BACKWARD = int(Kind.F), int(Kind.BW)
+from ..core.graph import Ints, StageGraph
+from ..core.order import Schedule
+from ..core.simulate.compiled import compiled
+from ..core.simulate.kernels import BACKWARD, FORWARD, FUSED
+from .common import uniform
+from .megatron import legal_group
 
 
 def segmented_static(graph: StageGraph) -> Schedule:
@@ -24,10 +26,10 @@ def segmented_static(graph: StageGraph) -> Schedule:
     forwards, backwards = _static_tables(graph)
     last_chunk = len(_chunks(graph)) - 1
     first_last = next(i for i, (chunk, _) in enumerate(forwards) if chunk == last_chunk)
-    forward_order = [virtual_microbatch for _, virtual_microbatch in forwards]
-    backward_order = [virtual_microbatch for _, virtual_microbatch in backwards]
-    warmups = [min(first_last + 2 * (graph.ranks - rank - 1), len(forward_order)) for rank in range(graph.ranks)]
-    return uniform(graph, _replay(graph, forward_order, backward_order, warmups))
+    rows_forward = [virtual_microbatch for _, virtual_microbatch in forwards]
+    rows_backward = [virtual_microbatch for _, virtual_microbatch in backwards]
+    warmups = [min(first_last + 2 * (graph.ranks - rank - 1), len(rows_forward)) for rank in range(graph.ranks)]
+    return uniform(graph, _replay(graph, rows_forward, rows_backward, warmups))
 
 
 def _chunks(graph: StageGraph) -> list[tuple[str, int]]:
@@ -37,7 +39,7 @@ def _chunks(graph: StageGraph) -> list[tuple[str, int]]:
 
 
 def _static_tables(graph: StageGraph) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(chunk, virtual microbatch) in forward and in backward order."""
+    """(chunk, virtual_microbatch) in forward and in backward order."""
     microbatches = sorted({u.microbatch for u in graph.units})
     size = legal_group(len(microbatches), graph.ranks) if len(microbatches) >= graph.ranks else len(microbatches)
     forwards: list[tuple[int, int]] = []
@@ -57,54 +59,81 @@ def _replay(
     graph: StageGraph, forwards: Sequence[int], backwards: Sequence[int], warmups: Sequence[int]
 ) -> list[list[int]]:
     """Warm-up, then forward and backward in turns, waiting for inputs; where all wait, one more forward goes first."""
-    ranks = graph.ranks
-    done: set[tuple[int, int, int]] = set()
-    orders: list[list[int]] = [[] for _ in range(ranks)]
-    nf, nb = [0] * ranks, [0] * ranks
-    extra = [0] * ranks
+    edges, count = graph.edges, len(forwards)
+    orders = np.zeros((graph.ranks, 2 * count), dtype=np.int32)
+    lengths = np.zeros(graph.ranks, dtype=np.int32)
+    ended = _run_in_turns(
+        edges.before_start, edges.source, edges.after_start, edges.target[edges.after], graph.has_backward,
+        graph.has_weight, np.array(forwards, dtype=np.int32), np.array(backwards, dtype=np.int32),
+        np.array(warmups, dtype=np.int32), np.zeros((2, graph.has_backward.size), dtype=np.bool_),
+        np.zeros((2, graph.ranks), dtype=np.int32), orders, lengths,
+    )  # fmt: skip
+    if not ended:
+        raise RuntimeError("no operation may run: the static order has locked up, which it must not")
+    return [orders[rank, :length].tolist() for rank, length in enumerate(lengths.tolist())]
 
-    def ready_forward(rank: int) -> bool:
-        return nf[rank] < len(forwards) and _inputs_done(graph, done, _FORWARD, forwards[nf[rank]], rank)
 
-    def ready_backward(rank: int) -> bool:
-        return nb[rank] < len(backwards) and _inputs_done(graph, done, _BACKWARD, backwards[nb[rank]], rank)
+@compiled
+def _ready(start: Ints, inputs: Ints, done: NDArray[np.bool_], node: int) -> bool:
+    """Whether all that a node waits for is done."""
+    ready = True
+    for e in range(start[node], start[node + 1]):
+        ready = ready and done[inputs[e]]
+    return bool(ready)
 
-    def run_forward(rank: int) -> None:
-        done.add((_FORWARD, forwards[nf[rank]], rank))
-        orders[rank].append(code(graph, Kind.F, forwards[nf[rank]]))
-        nf[rank] += 1
 
-    remaining = 2 * len(forwards) * ranks
-    while remaining:
+@compiled
+def _run_in_turns(
+    before_start: Ints, before: Ints, after_start: Ints, after: Ints, has_backward: NDArray[np.bool_],
+    has_weight: NDArray[np.bool_], forwards: Ints, backwards: Ints, warmups: Ints, done: NDArray[np.bool_],
+    place: Ints, orders: Ints, lengths: Ints,
+) -> bool:  # fmt: skip
+    """``orders`` ``[P, 2S]`` of operation codes and their ``lengths`` ``[P]``; False if nothing can go on. ``done``
+    ``[2, N]`` forwards and backwards and ``place`` ``[2, P]`` are buffers of zeros; ``warmups`` is used up."""
+    virtual_microbatches, ranks = has_backward.shape
+    count = len(forwards)
+    remaining = 2 * count * ranks
+    while remaining > 0:
         progressed = False
-        for rank in range(ranks):
+        for p in range(ranks):
             while True:
-                forward_turn = nf[rank] < len(forwards) and nf[rank] - nb[rank] <= warmups[rank] + extra[rank]
-                if forward_turn and ready_forward(rank):
-                    run_forward(rank)
-                elif not forward_turn and ready_backward(rank):
-                    virtual_microbatch = backwards[nb[rank]]
-                    done.add((_BACKWARD, virtual_microbatch, rank))
-                    orders[rank] += fused_backward(graph, virtual_microbatch, rank)
-                    nb[rank] += 1
+                turn = place[0, p] < count and place[0, p] - place[1, p] <= warmups[p]
+                if turn:
+                    virtual_microbatch = forwards[place[0, p]]
+                    if not _ready(before_start, before, done[0], virtual_microbatch * ranks + p):
+                        break
+                    done[0, virtual_microbatch * ranks + p] = True
+                    orders[p, lengths[p]] = FORWARD * virtual_microbatches + virtual_microbatch
+                    lengths[p] += 1
+                    place[0, p] += 1
                 else:
-                    break
+                    if place[1, p] == count:
+                        break
+                    virtual_microbatch = backwards[place[1, p]]
+                    n = virtual_microbatch * ranks + p
+                    if not done[0, n] or not _ready(after_start, after, done[1], n):
+                        break
+                    done[1, n] = True
+                    if has_backward[virtual_microbatch, p]:
+                        kind = FUSED if has_weight[virtual_microbatch, p] else BACKWARD
+                        orders[p, lengths[p]] = kind * virtual_microbatches + virtual_microbatch
+                        lengths[p] += 1
+                    place[1, p] += 1
                 remaining -= 1
                 progressed = True
         if not progressed:
             # Forwards follow one topological order on all ranks, so one of them can always run.
-            rank = next(r for r in range(ranks) if ready_forward(r) or ready_backward(r))
-            if ready_forward(rank):
-                extra[rank] += 1
-            else:
-                extra[rank] -= 1
-    return orders
-
-
-def _inputs_done(
-    graph: StageGraph, done: set[tuple[int, int, int]], kind: int, virtual_microbatch: int, rank: int
-) -> bool:
-    return all(
-        (_FORWARD if d.kind == Kind.F else _BACKWARD, d.virtual_microbatch, d.rank) in done
-        for d in graph.inputs(Kind(kind), virtual_microbatch, rank)
-    )
+            more = 0
+            for p in range(ranks):
+                if place[0, p] < count and _ready(before_start, before, done[0], forwards[place[0, p]] * ranks + p):
+                    more = 1
+                elif place[1, p] < count:
+                    n = backwards[place[1, p]] * ranks + p
+                    if done[0, n] and _ready(after_start, after, done[1], n):
+                        more = -1
+                if more != 0:
+                    warmups[p] += more
+                    break
+            if more == 0:
+                return False
+    return True

@@ -91,7 +91,7 @@ def main() -> None:
 
     stages = dip_megatron.build_model(
         provide, micro_batch_size=1, num_microbatches=MICROBATCHES, read_ahead=options.read_ahead,
-        another_follows=lambda: iteration + 1 < options.iterations,
+        another_follows=lambda: iteration + 1 < options.iterations, log_interval=options.iterations,
     )  # fmt: skip
     if options.own_model:
         stages = [provide(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dip_megatron.describe.files import ConfigurationError
-from tests.bridge.qwen25_vl import Run, configuration, save_tiny
+from tests.bridge.loop import Run, configuration
+from tests.bridge.tiny import TINY
 from tests.processes import team
 
 UNFIT = {
@@ -53,7 +54,7 @@ def said(rank: int, world: int, folder: Path) -> dict[str, str]:
 
 
 def test_what_cannot_run_is_refused_in_one_line_that_names_it(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
+    TINY["qwen2-5-vl"].save(tmp_path)
     (found,) = team(1).run(said, tmp_path)
 
     assert found.pop("") == ""
@@ -76,5 +77,5 @@ def refused_run(rank: int, world: int, folder: Path) -> str:
 
 
 def test_a_run_ends_with_the_line(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
+    TINY["qwen2-5-vl"].save(tmp_path)
     assert "there is no pipeline to schedule" in team(1).run(refused_run, tmp_path)[0]

@@ -30,9 +30,9 @@ def provider(**changes: Any) -> Any:
 
 
 def described(rank: int, world: int) -> Any:
-    from dip_megatron.families.qwen_vl.describe import describe_qwen_vl
+    from dip_megatron.families.called.qwen25_vl import Qwen25Vl
 
-    return describe_qwen_vl(provider(), {}, Parallel(tp=2, pp=4, dp=2))
+    return Qwen25Vl().describe(provider(), {}, Parallel(tp=2, pp=4, dp=2))
 
 
 def test_the_published_7b_is_described_as_its_model_file() -> None:
@@ -44,18 +44,22 @@ def test_the_published_7b_is_described_as_its_model_file() -> None:
 
 
 def refused(rank: int, world: int) -> list[str]:
-    from dip_megatron.families.qwen_vl.program import QwenVlProgram
+    from dip_megatron.families.called.program import CalledProgram
+    from dip_megatron.families.called.qwen25_vl import Qwen25Vl
     from dip_megatron.runtime.protocol import MicrobatchInputs
 
+    def program_of(config: Any, layers: Any, rank: int) -> Any:
+        return CalledProgram(Qwen25Vl(), {"config": config}, layers, rank=rank)
+
     layers = {"vision": ((16, 16),), "language": ((14, 14),)}
-    program = QwenVlProgram(provider(), layers, rank=0)
+    program = program_of(provider(), layers, rank=0)
     ids = torch.zeros(1, 8, dtype=torch.long)
     picture = program.bind(ids, image_grid_thw=torch.tensor([[1, 4, 4]]))
     said = []
     for attempt in (
-        lambda: QwenVlProgram(provider(), LAYERS, rank=0),
-        lambda: QwenVlProgram(provider(mtp_num_layers=1), layers, rank=0),
-        lambda: QwenVlProgram(provider(context_parallel_size=2), layers, rank=0),
+        lambda: program_of(provider(), LAYERS, rank=0),
+        lambda: program_of(provider(mtp_num_layers=1), layers, rank=0),
+        lambda: program_of(provider(context_parallel_size=2), layers, rank=0),
         lambda: program.bind(ids, inputs_embeds=ids),
         lambda: program.load(MicrobatchInputs({})),
         lambda: program.load(MicrobatchInputs({"input_ids": ids.expand(2, 8)})),

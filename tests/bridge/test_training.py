@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.bridge.qwen25_vl import Run, save_text_model, save_tiny, trained
+from tests.bridge.loop import Run, save_text_model, trained
+from tests.bridge.tiny import TINY
 from tests.processes import Team
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("qwen")
-    save_tiny(made)
+    TINY["qwen2-5-vl"].save(made)
     return made
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dip_megatron
-from dip_megatron.cli import main
+from dip_megatron.cli import VERBS, main
 from dip_megatron.core.files import format_plan, read_plans
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.partition import read_partition
@@ -214,7 +214,7 @@ def test_planning_needs_neither_torch_nor_megatron(tmp_path, partition):
 import sys
 for name in ("torch", "megatron", "megatron.core"):
     sys.modules[name] = None
-from dip_megatron.cli import main
+from dip_megatron.cli import VERBS, main
 main(sys.argv[1:])
 """
     environment = os.environ | {"PYTHONPATH": str(Path(dip_megatron.__file__).parents[1])}
@@ -226,11 +226,22 @@ main(sys.argv[1:])
         assert done.returncode == 0, done.stderr
 
 
-def test_help_lists_every_verb(capsys):
+def test_help_lists_every_verb_and_so_does_the_page_of_commands(capsys):
     assert call("--help") == 0
     text = capsys.readouterr().out
-    for verb in ("run", "partition", "plan", "compare", "check", "trace", "plot"):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
+    for verb in VERBS:
         assert verb in text
-    for verb in ("partition", "plan", "compare", "check", "trace", "plot"):
+        assert f"| `dip {verb}` |" in page
+    for verb in ("partition", "plan", "compare", "check", "trace", "plot", "report"):
         assert call(verb, "--help") == 0
         assert "--json" in capsys.readouterr().out
+
+
+def test_a_shell_completes_verbs_and_options(capsys, monkeypatch):
+    monkeypatch.setenv("_DIP_COMPLETE", "bash_complete")
+    for words, wanted in (("dip est", "estimate"), ("dip report --num", "--number")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        assert call() == 0
+        assert wanted in capsys.readouterr().out

@@ -58,6 +58,8 @@ def test_losses_and_gradients_are_those_of_its_own_schedule(
     assert numbers == pytest.approx(plain, rel=1e-6)
     assert "[dip] language: layers" in text or "static" in environment.values()
     assert "a model that DIP didn't build" not in text
+    last = re.findall(r"\[dip\] iteration 4: .*", text)[-1]
+    assert (" at the call | " in last) == ("--read-ahead" not in flags)
 
 
 def test_evaluations_between_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

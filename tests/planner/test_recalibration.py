@@ -130,6 +130,16 @@ def test_overhead_between_operations_counts() -> None:
     assert corrections.overhead == pytest.approx((1e-3, 1e-3), rel=0.05)
 
 
+def test_what_passes_before_the_first_operation_is_shared_out() -> None:
+    recalibration = Recalibration()
+    plan = plan_of(graph_of(1), Corrections())
+    late = [replace(m, seconds=m.seconds + 6e-3) for m in run(plan, graph_of(1), overhead=1e-3)]
+    for _ in range(3):
+        recalibration.observe(plan, Corrections(), late)
+    expected = 1e-3 + 6e-3 / len(plan.schedule.orders[0])
+    assert recalibration.corrections().overhead[0] == pytest.approx(expected, rel=0.05)
+
+
 def test_bubbles_are_planned_as_they_are_measured() -> None:
     """What passes between operations is idle in both."""
     truth, seconds = graph_of(1), 0.5 * float(graph_of(1).forward.mean())

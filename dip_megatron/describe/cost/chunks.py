@@ -215,10 +215,13 @@ class CostModel:
     def _fixed(self, chunk: Chunk, sizes: Mapping[str, Sizes], units: int) -> PartCost:
         total = PartCost.nothing(units)
         for run in chunk:
-            for wanted, part in ((run.stem, self.stem), (run.head, self.head)):
-                if wanted:
+            heads = run.head + self.model.module(run.module).tapped(run.first, run.layers)
+            for times, part in ((run.stem, self.stem), (heads, self.head)):
+                if times:
                     more = part(run.module, sizes[run.module])
-                    total = PartCost(*(getattr(total, f.name) + getattr(more, f.name) for f in fields(PartCost)))
+                    total = PartCost(
+                        *(getattr(total, f.name) + times * getattr(more, f.name) for f in fields(PartCost))
+                    )  # fmt: skip
         return total
 
     def _classes(self, chunk: Chunk, sizes: Mapping[str, Sizes], units: int) -> tuple[list[_Candidates], Counts]:
@@ -281,7 +284,8 @@ class CostModel:
             total = StaticBytes(inbox=inbox)
             for run in (run for chunk in line for run in chunk):
                 shape = (built or {}).get(run) or self.model.module(run.module)
-                total = total.plus(run_bytes(self.model, self.cluster, shape, run.numbers, run.stem, run.head))
+                taps = shape.tapped(run.first, run.layers)
+                total = total.plus(run_bytes(self.model, self.cluster, shape, run.numbers, run.stem, run.head + taps))
                 layer, head = workspace.get(run.module, (0.0, 0.0))
                 total = total.plus(StaticBytes(workspace=max(layer if run.layers else 0.0, head if run.head else 0.0)))
             out.append(total)
@@ -305,6 +309,10 @@ class CostModel:
         shard = self.model.parallel.tp if self.model.parallel.sequence_parallel else 1
         elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
         return self.cluster.element_bytes * elements / shard
+
+    def tap_bytes(self, shape: ModuleShape, outputs: Floats) -> Floats:
+        """Bytes of what one tap of an encoder makes of ``outputs`` tokens: whole on every tensor-parallel rank."""
+        return self.cluster.element_bytes * shape.output_width * outputs
 
     def transfer_seconds(self, message: Floats) -> Floats:
         """Seconds of one transfer of ``message`` bytes between neighbouring pipeline ranks."""

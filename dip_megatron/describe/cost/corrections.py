@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Corrections:
             corrected = np.maximum(np.array(line.fixed) + np.array(line.factor) * seconds, 0.0)
             arrays[line.kind][:, here, :] = np.where(seconds > 0, corrected, 0.0)
         overhead = self.overhead if len(self.overhead) == graph.ranks else ()
-        return replace(graph, overhead=overhead, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
+        return graph.repriced(overhead=overhead, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
 
 
 def seconds_of(graph: StageGraph, kind: Kind) -> Floats:

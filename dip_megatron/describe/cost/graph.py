@@ -16,7 +16,7 @@ from .calibration import Costs
 from .chunks import Chunk, ChunkCost, CostModel, Kind, LayerRun
 from .hardware import Cluster
 from .parts import LayerCost
-from .sizes import unit_sizes
+from .sizes import Sizes, unit_sizes
 from .strategies import Counts
 
 _PAPERS_STRATEGIES = ("none", "selective", "mlp", "full", "offload")
@@ -86,16 +86,16 @@ def segmented_graph(
         layers: dict[CostModel, dict[Kind, LayerCost]] = {}
         priced: dict[tuple[CostModel, Chunk], ChunkCost] = {}
         trained = None if training is None else training.of_module(shape.name)
-        message = pricer.transfer_seconds(pricer.message_bytes(shape, sizes[shape.name]))
+        message = pricer.message_bytes(shape, sizes[shape.name])
         for k, line in enumerate(chunks[shape.name]):
-            transfer[first + k] = message
+            transfer[first + k] = _transfer(pricer, shape, line, message, sizes[shape.name], mine, microbatches)
             for rank, run in enumerate(line):
                 own = pricer
                 if trained is not None:
                     built[run] = trained[k][rank].of_shape(shape)
                     own = pricer.as_built(shape.name, trained[k][rank], reached[shape.name][k][rank])
                 # Chunks of equal layers cost the same, wherever they stand, unless kinds of layers alternate.
-                same = (own, (run if len(set(shape.kinds)) > 1 else replace(run, first=0),))
+                same = (own, (run if shape.taps or len(set(shape.kinds)) > 1 else replace(run, first=0),))
                 if same not in priced:
                     priced[same] = own._chunk(same[1], here, layers.setdefault(own, {}))
                 costs.append((first + k, rank, priced[same]))
@@ -172,6 +172,35 @@ def mixed_graph(
     arrays, names = _fill(len(transfer), ranks, costs)
     static = [s.total for s in pricer.static(ranked, sizes)]
     return _graph(pricer, (module,), units, arrays, names, transfer, static, memory_limit)
+
+
+def _transfer(
+    pricer: CostModel,
+    shape: ModuleShape,
+    line: Sequence[LayerRun],
+    message: Floats,
+    sizes: Sizes,
+    units: Sequence[Unit],
+    microbatches: Sequence[Microbatch],
+) -> Floats:
+    """Seconds from rank to rank of one segment, ``[U]``: its messages, and what taps have made so far and later layers
+    need. A virtual microbatch has one transfer time, the mean over its stages."""
+    sources = [(shape, sizes.outputs, 1)] if shape.taps else []
+    for u in (pricer.model.module(name) for name in shape.upstream):
+        if u.taps and shape.input == "text":
+            outputs = np.array([sum(microbatches[unit.microbatch].encoded.get(u.input, ())) for unit in units])
+            sources.append((u, outputs.astype(np.float64), 0))
+    if not sources:
+        return pricer.transfer_seconds(message)
+    total = np.zeros_like(message)
+    for run in line:
+        bytes_ = message
+        for source, outputs, encodes in sources:
+            done = run.first + run.layers
+            count = source.tapped(0, done) if encodes else len(source.taps[done:])
+            bytes_ = bytes_ + count * pricer.tap_bytes(source, outputs)
+        total += pricer.transfer_seconds(bytes_)
+    return total / len(line)
 
 
 def _empty(units: int) -> ChunkCost:

@@ -56,9 +56,9 @@ def state_bytes(
 
 
 def run_bytes(
-    model: MultimodalModel, cluster: Cluster, module: ModuleShape, layers: range, stem: bool, head: bool
+    model: MultimodalModel, cluster: Cluster, module: ModuleShape, layers: range, stem: bool, heads: int
 ) -> StaticBytes:
-    """State of those layers of a module, with its stem and its head where asked for."""
+    """State of those layers of a module, with its stem where asked for, and so many heads, of taps too."""
     hidden = module.layer.hidden
     own, experts = (sum(counts) for counts in zip((0, 0), *map(module.layer_parameters, layers), strict=True))
     behind, spread = module.head_parameters
@@ -66,10 +66,10 @@ def run_bytes(
     parts = (
         (own, module.share("layers")),
         (module.stem.parameters(hidden) * stem, module.share("stem")),
-        ((behind + copied) * head, module.share("head")),
+        ((behind + copied) * heads, module.share("head")),
     )
     total = state_bytes(model, cluster, experts, module.share("layers"), experts=True)
-    total = total.plus(state_bytes(model, cluster, spread * head, module.share("head"), experts=True))
+    total = total.plus(state_bytes(model, cluster, spread * heads, module.share("head"), experts=True))
     for parameters, trained in parts:
         total = total.plus(state_bytes(model, cluster, parameters, trained))
     return total

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import lru_cache
+from itertools import combinations, pairwise
 from math import comb
 
 import numpy as np
@@ -39,8 +40,9 @@ def frontier(layers: int, seconds: Floats, size: Floats) -> tuple[Counts, Floats
         right = left if layers % 2 == 0 else _thin(frontier(layers - layers // 2, seconds, size))
         counts = (left[:, None] + right[None]).reshape(-1, len(seconds))
     else:
-        counts = np.zeros((_compositions(layers, len(options)).shape[0], len(seconds)), dtype=np.int64)
-        counts[:, options] = _compositions(layers, len(options))
+        ways = _compositions(layers, len(options))
+        counts = np.zeros((len(ways), len(seconds)), dtype=np.int64)
+        counts[:, options] = ways
     keep = pareto(counts @ seconds, counts @ size)
     counts = counts[keep]
     return counts, counts @ seconds, counts @ size
@@ -52,15 +54,20 @@ def _thin(points: tuple[Counts, Floats, Floats]) -> Counts:
     return counts[np.unique(np.linspace(0, len(counts) - 1, _THINNED).astype(np.int64))]
 
 
+@lru_cache(maxsize=256)
 def _compositions(total: int, parts: int) -> Counts:
-    """All ways to write ``total`` as an ordered sum of ``parts`` numbers from 0, ``[n, parts]``."""
-    if parts == 1:
-        return np.array([[total]], dtype=np.int64)
-    rows = []
-    for first in range(total + 1):
-        rest = _compositions(total - first, parts - 1)
-        rows.append(np.column_stack([np.full(len(rest), first, dtype=np.int64), rest]))
-    return np.concatenate(rows)
+    """All ways to write ``total`` as an ordered sum of ``parts`` numbers from 0, ``[n, parts]``; not to be written to.
+
+    By stars and bars: ``parts - 1`` bars among as many places as there are stars and bars. Every chunk of as many
+    layers asks for the same ones, whatever its batch: they are most of what pricing a chunk would cost.
+    """
+    places = list(combinations(range(total + parts - 1), parts - 1))
+    bars = np.array(places, dtype=np.int64).reshape(len(places), parts - 1)
+    edges = np.full((len(bars), parts + 1), -1, dtype=np.int64)
+    edges[:, 1:-1], edges[:, -1] = bars, total + parts - 1
+    found: Counts = edges[:, 1:] - edges[:, :-1] - 1
+    found.flags.writeable = False
+    return found
 
 
 def combine(

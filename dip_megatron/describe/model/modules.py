@@ -213,8 +213,10 @@ class ModuleShape:
     clips), ``clips`` (a DiT), or the name of a kind of instances (an encoder, one instance each): ``images``,
     ``audios``, or any other. ``upstream`` names the modules whose outputs it waits for. ``trainable`` lists the parts
     that have weight gradients; ``trained_share`` says of how many of the parameters of stem, layers and head, where
-    they do (adapters: few). ``mtp`` depths of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) go
-    with the head: each a linear from two hidden states to one, a layer like the last, and the head once more.
+    they do (adapters: few). ``taps`` are layers, counted from 0, whose outputs also go, each through a projector like
+    the head's, to the next module: that of the i-th is added behind its layer i (Qwen3-VL's deepstack).
+    ``mtp`` depths of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) go with the head: each a
+    linear from two hidden states to one, a layer like the last, and the head once more.
     """
 
     name: str
@@ -226,10 +228,15 @@ class ModuleShape:
     upstream: tuple[str, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
     trained_share: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    taps: tuple[int, ...] = ()
     mtp: int = 0
 
     def __post_init__(self) -> None:
         _positive(f"modules.{self.name}", layers=self.layers)
+        if self.taps and not isinstance(self.head, Projector):
+            raise ModelError(f"modules.{self.name}.taps: each has a projector like the head's; set head")
+        if any(not 0 <= layer < self.layers for layer in self.taps):
+            raise ModelError(f"modules.{self.name}.taps: {self.taps}, the layers are 0 to {self.layers - 1}")
         if self.mtp and not isinstance(self.head, LanguageHead):
             raise ModelError(f"modules.{self.name}.mtp: multi-token prediction needs a language_head")
         unknown = set(self.trainable) - set(EVERY_PART)
@@ -270,7 +277,12 @@ class ModuleShape:
     def parameters(self) -> int:
         hidden = self.layer.hidden
         layers = sum(map(sum, (self.layer_parameters(i) for i in range(self.layers))))
-        return self.stem.parameters(hidden) + layers + sum(self.head_parameters)
+        taps = len(self.taps) * self.head.parameters(hidden)
+        return self.stem.parameters(hidden) + layers + taps + sum(self.head_parameters)
+
+    def tapped(self, first: int, layers: int) -> int:
+        """How many taps the ``layers`` layers from number ``first`` have."""
+        return sum(first <= layer < first + layers for layer in self.taps)
 
     @property
     def head_parameters(self) -> tuple[int, int]:

@@ -147,6 +147,7 @@ class _Module(_Strict):
     head: Annotated[_Projector | _LanguageHead | _LatentHead | _Nothing, Field(discriminator="kind")] = _Nothing()
     upstream: tuple[Name, ...] = ()
     trainable: tuple[TrainablePart, ...] = EVERY_PART
+    taps: tuple[int, ...] = ()
     mtp: int = Field(default=0, ge=0)
 
 
@@ -192,6 +193,7 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 head=_HEADS[type(m.head)](**m.head.values()),
                 upstream=m.upstream,
                 trainable=m.trainable,
+                taps=m.taps,
                 mtp=m.mtp,
             )
             for name, m in data.modules.items()

@@ -17,16 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from ...runtime.modes import StageMode
 from .layer_memory import offloaded
 
-_HALVES = {"selective": "attn", "mlp": "mlp", "activation": "mlp"}
+_HALVES = {"selective": 0, "mlp": 1, "activation": 1}
 
 
-def install(blocks: Sequence[torch.nn.Module], mode: StageMode) -> None:
-    """Let a chunk's blocks, in their order, follow ``mode.strategies``. Each has halves ``attn`` and ``mlp``."""
+def install(blocks: Sequence[torch.nn.Module], mode: StageMode, halves: tuple[str, str] = ("attn", "mlp")) -> None:
+    """Let a chunk's blocks, in their order, follow ``mode.strategies``; ``halves`` names a block's attention and its
+    MLP."""
     for index, block in enumerate(blocks):
-        block.forward = _switched(block, index, mode)
+        block.forward = _switched(block, index, mode, halves)
 
 
-def _switched(block: torch.nn.Module, index: int, mode: StageMode) -> Callable[..., Any]:
+def _switched(
+    block: torch.nn.Module, index: int, mode: StageMode, halves: tuple[str, str]
+) -> Callable[..., Any]:  # fmt: skip
     plain = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -39,7 +42,7 @@ def _switched(block: torch.nn.Module, index: int, mode: StageMode) -> Callable[.
             return offloaded(block, index, mode, plain, args, kwargs)
         if strategy == "full":
             return checkpoint(plain, *args, use_reentrant=False, **kwargs)
-        half = getattr(block, _HALVES[strategy])
+        half = getattr(block, halves[_HALVES[strategy]])
         half.forward = partial(checkpoint, half.forward, use_reentrant=False)
         try:
             return plain(*args, **kwargs)

@@ -52,7 +52,7 @@ class MixedLlavaShapes:
     shapes: LlavaShapes
     ends: tuple[tuple[StageEnd, ...], ...]
 
-    def stage_payload(self, stage: Operation, load: Microbatch) -> Payload:
+    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """What one stage sends on."""
         tokens = sum(load.sequences or (load.tokens,))
         shape = self.shapes.hidden(self.ends[stage.segment][stage.rank], images=len(load.images), tokens=tokens)

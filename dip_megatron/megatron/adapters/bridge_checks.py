@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from ...compat.bridge import HOOKS, TESTED, bridge_version
+from ...compat.names import fault
+from ...compat.releases import numbers_of
 from ...describe.files import ConfigurationError
 from ...describe.model import Parallel
 from ..experts import expert_refusals
+
+
+def check_release(tell: Callable[[str], object]) -> None:
+    """``tell`` of a release that DIP isn't tested with. Raises ConfigurationError if it has not all that DIP hooks
+    into: what a loop gives to schedules through a name that has gone would be missing from the gradients."""
+    version = bridge_version()
+    faults = [found for name in HOOKS.names if (found := fault(name)) is not None]
+    if faults:
+        raise ConfigurationError(
+            f"Megatron-Bridge {version}: {'; '.join(faults)}; DIP is tested with {HOOKS.seen}: install that, or use "
+            "schedule off"
+        )
+    if numbers_of(version) != TESTED:
+        tell(f"Megatron-Bridge {version} has all that DIP hooks into; DIP is tested with {HOOKS.seen}")
 
 
 def check_bridge(config: Any, schedule: str) -> None:

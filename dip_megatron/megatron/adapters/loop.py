@@ -24,7 +24,8 @@ class TrainingLoop:
     are planned when the schedule is called with them. ``iteration()`` is the number of the iteration that runs, or ran
     last, as the loop counts (None: DIP counts those that train, from 1). ``layout``: of layers, that the loop's own
     settings ask for; it must not apply it itself. ``weights_by_tokens``: losses and gradients of all replicas are added
-    up and divided by their tokens, so that replicas may train on different numbers of microbatches.
+    up and divided by their tokens, so that replicas may train on different numbers of microbatches. ``finalizes``: the
+    loop gives schedules a function that reduces gradients over replicas.
     """
 
     parallel: Parallel
@@ -36,6 +37,7 @@ class TrainingLoop:
     iteration: Callable[[], int] | None = None
     layout: GivenLayout | None = None
     weights_by_tokens: bool = False
+    finalizes: bool = False
 
     def another_follows(self) -> bool:
         """Whether the training iteration that is about to run is followed by another: data sets may hold no more than

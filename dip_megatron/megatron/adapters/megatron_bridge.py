@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
 from ...environment import load_settings
-from .bridge_checks import check_bridge, parallel_of
+from .bridge_checks import check_bridge, check_release, parallel_of
 from .layout import GivenLayout, given_layout
 from .loop import Target, TrainingLoop
 
@@ -45,7 +45,7 @@ class BridgeLoop(TrainingLoop):
             max(config.train.global_batch_size // (config.train.micro_batch_size * replicas), 1),
             config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config.dataset),
             iteration=self._following, layout=layout,
-            weights_by_tokens=bool(getattr(config.model, "calculate_per_token_loss", False)),
+            weights_by_tokens=bool(getattr(config.model, "calculate_per_token_loss", False)), finalizes=True,
         )  # fmt: skip
         self._state = state
 
@@ -124,6 +124,7 @@ class MegatronBridge:
             try:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
+                    check_release(self._hooks.tell)
                     check_bridge(state.cfg, config.schedule)
                     self._session = self._begin(state, config)
                 return original(state, *rest, **kwargs)
@@ -133,9 +134,9 @@ class MegatronBridge:
         return setup
 
     def _begin(self, state: Any, config: DipConfig) -> DipSession:
-        from ...families.qwen_vl.family import QWEN_VL
+        from ...families.called.known import BRIDGE_FAMILIES
 
-        self._hooks.add_families([QWEN_VL])
+        self._hooks.add_families(BRIDGE_FAMILIES)
         return self._hooks.begin(BridgeLoop(state, _take_layout(state.cfg.model)), config)
 
     def _finish(self, original: Callable[..., Any]) -> Callable[..., Any]:

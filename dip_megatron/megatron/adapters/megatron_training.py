@@ -32,7 +32,7 @@ class MegatronLoop(TrainingLoop):
             parallel_of(args),
             args.micro_batch_size, max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1),
             args.seed, args.log_interval, read_ahead=True, iteration=self._iteration,
-            layout=layout, weights_by_tokens=bool(getattr(args, "calculate_per_token_loss", False)),
+            layout=layout, weights_by_tokens=bool(getattr(args, "calculate_per_token_loss", False)), finalizes=True,
         )  # fmt: skip
         self._args = args
         self._package = package

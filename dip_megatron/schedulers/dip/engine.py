@@ -141,7 +141,7 @@ def run_timed(
     """Step ``chain`` until ``until`` (seconds since the start), ``most`` evaluations of the whole search, a time of at
     most ``good_enough``, or ``patience`` evaluations without a better schedule; share improvements, and start over from
     the best where it has fallen behind."""
-    slice_size = 8
+    slice_size = 8 if until - incumbent.elapsed() > 10 * SLICE_SECONDS else 1
     began, counted = incumbent.elapsed(), incumbent.evaluations
     adopted = 0
     best, found = incumbent.time, counted
@@ -280,13 +280,14 @@ def _search_dip(
     chosen = _apart(starts, workers)
     walks = [KeyChain(q, keys, keys_time, options, seed, i) for i, (keys_time, keys) in enumerate(chosen)]
     most = None if evaluations is None else incumbent.evaluations + int(rest * share)
-    began = incumbent.elapsed()
+    began, before = incumbent.elapsed(), incumbent.time
     keys_until = began + share * (until - began)
     in_threads(
         [partial(run_timed, walk, incumbent, keys_until, most, good_enough, options.patience) for walk in walks],
         workers,
     )
-    _refine(q, incumbent)
+    if incumbent.time < before:
+        _refine(q, incumbent)
     if options.sequences and incumbent.schedule is not None:
         steps = [SequenceChain(q, incumbent.schedule, seed, i) for i in range(workers)]
         in_threads(

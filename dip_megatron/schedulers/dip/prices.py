@@ -29,9 +29,9 @@ SPARE = 0.01  # share of the capacity that prices keep free: most choices then f
 class Prices(NamedTuple):
     """``price`` ``[3S]``: seconds for the whole capacity of the rank over one position of its order; ``best``: those of
     the highest bound. The others are buffers: ``total`` ``[3S + 1]``, prices up to a position, ``over`` ``[3S + 1]``,
-    what
-    is held there beyond the capacity, as a share of it, ``place`` ``[3, S]`` where a stage's F, B and W stand,
-    ``choice`` ``[S]``."""
+    what is held there beyond the capacity, as a share of it, ``place`` ``[3, S]`` where a stage's F, B and W stand,
+    ``choice`` ``[S]``; ``extra`` ``[S, C]``, seconds that a stage of the rank takes longer with a strategy than with
+    its fastest, ``held`` and ``kept`` ``[S, C]``, what it holds until its B and, if that is split, until its W."""
 
     price: Floats
     best: Floats
@@ -39,15 +39,18 @@ class Prices(NamedTuple):
     over: Floats
     place: Ints
     choice: NDArray[np.int8]
+    extra: Floats
+    held: Floats
+    kept: Floats
 
 
 def make_prices(q: Problem) -> Prices:
     """Nothing costs anything yet."""
-    virtual_microbatches = q.graph.virtual_microbatches
+    stages, candidates = q.graph.virtual_microbatches, q.graph.candidates
     return Prices(
-        np.zeros(3 * virtual_microbatches), np.zeros(3 * virtual_microbatches),
-        np.zeros(3 * virtual_microbatches + 1), np.zeros(3 * virtual_microbatches + 1),
-        np.zeros((3, virtual_microbatches), dtype=np.int32), np.zeros(virtual_microbatches, dtype=np.int8),
+        np.zeros(3 * stages), np.zeros(3 * stages), np.zeros(3 * stages + 1), np.zeros(3 * stages + 1),
+        np.zeros((3, stages), dtype=np.int32), np.zeros(stages, dtype=np.int8), np.zeros((stages, candidates)),
+        np.zeros((stages, candidates)), np.zeros((stages, candidates)),
     )  # fmt: skip
 
 
@@ -67,7 +70,7 @@ def extra_time(q: Problem, c: int, n: int) -> float:
 def _answer(q: Problem, p: int, length: int, x: Prices) -> float:
     """Each stage's cheapest strategy at the present prices, into ``choice``; ``over`` is then what they hold. Returns
     the sum of their costs, memory included, less the price of all memory: a lower bound on the extra time."""
-    virtual_microbatches, ranks, candidates = q.graph.virtual_microbatches, q.graph.ranks, q.graph.candidates
+    virtual_microbatches, candidates = q.graph.virtual_microbatches, q.graph.candidates
     capacity = float(q.capacity[p])
     value = 0.0
     for i in range(length):
@@ -75,17 +78,16 @@ def _answer(q: Problem, p: int, length: int, x: Prices) -> float:
         x.over[i] = 0.0
     x.over[length] = 0.0
     for s in range(virtual_microbatches):
-        n = s * ranks + p
         f, b, w = x.place[0, s], x.place[1, s], x.place[2, s]
         early, late = x.total[b] - x.total[f], x.total[w] - x.total[b]
         best, least = 0, np.inf
         for c in range(candidates):
-            cost = extra_time(q, c, n) + (q.activation[c, n] * early + q.deferred_activation[c, n] * late) / capacity
+            cost = x.extra[s, c] + (x.held[s, c] * early + x.kept[s, c] * late) / capacity
             if cost < least:
                 best, least = c, cost
         value += least
         x.choice[s] = best
-        held, kept = q.activation[best, n] / capacity, q.deferred_activation[best, n] / capacity
+        held, kept = x.held[s, best] / capacity, x.kept[s, best] / capacity
         x.over[f] += held
         x.over[b] -= held
         if w > b:
@@ -105,6 +107,12 @@ def choose_by_prices(
     """Write strategies for rank ``p`` and its ``order`` into ``strategy`` ``[N]`` that fit and take less than ``limit``
     seconds extra; False if none were found, and nothing is written."""
     virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
+    for s in range(virtual_microbatches):
+        n = s * ranks + p
+        for c in range(q.graph.candidates):
+            x.extra[s, c] = extra_time(q, c, n)
+            x.held[s, c] = float(q.activation[c, n])
+            x.kept[s, c] = float(q.deferred_activation[c, n])
     for i in range(length):
         x.price[i] = 0.0
         kind = order[i] // virtual_microbatches
@@ -141,7 +149,7 @@ def choose_by_prices(
         if most <= 0.0:
             extra = 0.0
             for s in range(virtual_microbatches):
-                extra += extra_time(q, int(x.choice[s]), s * ranks + p)
+                extra += x.extra[s, x.choice[s]]
             if extra < least:
                 least = extra
                 for s in range(virtual_microbatches):
@@ -154,6 +162,16 @@ def choose_by_prices(
     return bool(least < limit)
 
 
+@compiled
+def extra_of_rank(q: Problem, p: int, strategy: NDArray[np.int8]) -> float:
+    """Seconds that all stages of rank ``p`` take longer with ``strategy`` ``[N]`` than with their fastest."""
+    extra = 0.0
+    for s in range(q.graph.virtual_microbatches):
+        n = s * q.graph.ranks + p
+        extra += extra_time(q, int(strategy[n]), n)
+    return extra
+
+
 def refine_strategies(q: Problem, schedule: Schedule) -> Schedule:
     """``schedule`` with the same orders and, on ranks where that takes less extra time, strategies by prices. Its
     strategies must fit; so do those returned."""
@@ -162,7 +180,7 @@ def refine_strategies(q: Problem, schedule: Schedule) -> Schedule:
     virtual_microbatches, ranks = q.graph.virtual_microbatches, q.graph.ranks
     refill, prices = make_refill(q), make_prices(q)
     for p in range(ranks):
-        extra = sum(extra_time(q, int(strategy[s * ranks + p]), s * ranks + p) for s in range(virtual_microbatches))
+        extra = extra_of_rank(q, p, strategy)
         if q.bounded[p] and extra > 0.0 and choose_by_prices(q, p, orders[p], int(lengths[p]), strategy, extra, prices):
             fill_memory(q, p, orders[p], int(lengths[p]), strategy, refill)
     return Schedule(schedule.orders, strategy.reshape(virtual_microbatches, ranks))

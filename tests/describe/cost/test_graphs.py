@@ -227,3 +227,44 @@ def test_prompts_and_clips_are_priced_apart() -> None:
     # The DiT's tokens are the same; the longer prompt only adds to the cross attention.
     a, b = (graph.forward[0, rows["diffusion", m]].sum() for m in (0, 1))
     assert a < b < 1.1 * a
+
+
+def _tapped(*layers: int) -> MultimodalModel:
+    return replace(VLM, modules=(replace(VLM.modules[0], taps=layers), *VLM.modules[1:]))
+
+
+def test_taps_are_work_where_their_layers_are() -> None:
+    """Each costs a head's seconds on its layer's chunk, and nothing elsewhere."""
+    plain, tapped = (build_graph(m, H100, _cut(VLM, {"vision": 2}, {}), BATCH[:1]) for m in (VLM, _tapped(0, 1)))
+    more = (tapped.forward - plain.forward)[0]
+    assert more[0, 0] > 0
+    more[0, 0] = 0
+    assert np.all(more == pytest.approx(0, abs=1e-12))
+    one = build_graph(_tapped(0), H100, _cut(VLM, {"vision": 2}, {}), BATCH[:1])
+    assert (tapped.forward - plain.forward)[0, 0, 0] == pytest.approx(2 * (one.forward - plain.forward)[0, 0, 0])
+    assert _tapped(0, 1).parameters == VLM.parameters + 2 * VLM.modules[0].head.parameters(VLM.modules[0].layer.hidden)
+    assert (tapped.static_bytes > plain.static_bytes).tolist() == [True] + [False] * (VLM.parallel.pp - 1)
+
+
+def test_what_taps_made_travels_to_the_layers_that_need_it() -> None:
+    """Through the encoder from its layer on, through the language model up to its own; not without images."""
+    first, last = 0, VLM.modules[0].layers - 1
+    cut = _cut(VLM, {"vision": 2, "language": 3}, {})
+    plain = build_graph(VLM, H100, cut, BATCH[:2]).transfer
+    early, late = (build_graph(_tapped(layer), H100, cut, BATCH[:2]).transfer - plain for layer in (first, last))
+    vision, language = slice(0, 2), slice(2, 5)
+    assert np.all(early[vision] > 0)
+    assert late[vision].tolist() == pytest.approx([0, late[1]])
+    assert 0 < late[1] < early[1]
+    # Added behind the language model's first layer, which is on its first rank: nothing of it travels on.
+    assert np.all(early[language] == 0)
+    many = build_graph(_tapped(*range(12)), H100, cut, BATCH[:2]).transfer - plain
+    assert many[2] > 0
+    assert np.all(many[3:] == 0)
+
+
+def test_taps_need_a_projector_and_layers_that_there_are() -> None:
+    with pytest.raises(ModelError, match=r"modules.vision.taps: \(63,\), the layers are 0 to 62"):
+        _tapped(63)
+    with pytest.raises(ModelError, match="taps: each has a projector"):
+        replace(VLM.modules[1], taps=(0,))

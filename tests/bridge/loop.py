@@ -1,51 +1,18 @@
-"""A tiny Qwen2.5-VL: as a Hugging Face folder, with data, and trained by Megatron-Bridge's own loop."""
+"""Tiny models trained by Megatron-Bridge's own loop."""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dip_megatron
+from tests.bridge.tiny import SEQUENCE, TINY, VOCABULARY, Tiny
 
-IMAGE, VIDEO, START, END, VOCABULARY = 120, 121, 122, 123, 128
-SEQUENCE, PATCH, GLOBAL_BATCH = 64, 14, 4
-CONTENTS: tuple[tuple[tuple[str, tuple[int, int, int]], ...], ...] = (
-    (("image", (1, 4, 4)),),
-    (("image", (1, 8, 12)), ("image", (1, 4, 4))),
-    (),
-    (("video", (2, 4, 4)), ("image", (1, 4, 8))),
-)
-"""What the samples show in turn: frames (of two pictures), heights and widths in patches; four patches become one token
-of the language model."""
-
-
-def save_tiny(folder: Path) -> None:
-    """Write a Qwen2.5-VL with random weights as a Hugging Face folder."""
-    import transformers
-
-    torch.manual_seed(7)
-    text = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1,
-        "eos_token_id": 2, "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
-    vision = {
-        "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-        "patch_size": PATCH, "window_size": 56, "fullatt_block_indexes": [1, 3], "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }  # fmt: skip
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False, image_token_id=IMAGE, video_token_id=VIDEO,
-        vision_start_token_id=START, vision_end_token_id=END, dtype=torch.float32,
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-    )  # fmt: skip
-    transformers.Qwen2_5_VLForConditionalGeneration(config).float().save_pretrained(folder)
+GLOBAL_BATCH = 4
 
 
 def save_text_model(folder: Path) -> None:
@@ -62,48 +29,29 @@ def save_text_model(folder: Path) -> None:
 
 
 class Samples(torch.utils.data.Dataset):
-    """Random tokens with images and videos among them."""
+    """Random tokens with what a family's tiny model sees among them."""
 
-    def __init__(self, size: int):
-        self._size = size
+    def __init__(self, size: int, tiny: Tiny):
+        self._size, self._tiny = size, tiny
+        self._shown = tiny.contents(5, 2 * GLOBAL_BATCH)
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(index)
-        tokens = torch.randint(3, 110, (SEQUENCE + 1,), generator=generator)
-        place = 4
-        seen: dict[str, list[Any]] = {"image": [], "video": []}
-        for kind, grid in CONTENTS[index % len(CONTENTS)]:
-            end = place + 1 + prod(grid) // 4
-            tokens[place], tokens[end] = START, END
-            tokens[place + 1 : end] = IMAGE if kind == "image" else VIDEO
-            place = end + 2
-            seen[kind].append((torch.randn(prod(grid), 3 * 2 * PATCH * PATCH, generator=generator), grid))
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            "loss_mask": (tokens[1:] < IMAGE).float(),
-            "position_ids": torch.arange(SEQUENCE),
-            **seen,
-        }
+        return self._tiny.arguments(self._shown[index % len(self._shown)], index)
 
-    @staticmethod
-    def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate_fn(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 
-        batch: dict[str, Any] = {
-            name: torch.stack([sample[name] for sample in samples])
-            for name in ("tokens", "labels", "loss_mask", "position_ids")
-        }
-        inputs = {}
-        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            seen = [item for sample in samples for item in sample[kind]]
-            if seen:
-                inputs[pixels] = torch.cat([values for values, _ in seen])
-                inputs[f"{kind}_grid_thw"] = torch.tensor([grid for _, grid in seen])
-        return {**batch, "attention_mask": None, "visual_inputs": GenericVisualInputs(**inputs) if inputs else None}
+        def joined(name: str) -> torch.Tensor:
+            return torch.cat([sample[name] for sample in samples if name in sample])
+
+        own = ("labels", "loss_mask", "position_ids")
+        batch = {"tokens": joined("input_ids"), **{name: joined(name) for name in own}, "attention_mask": None}
+        seen = {name for sample in samples for name in sample} - {"input_ids", "attention_mask", *own}
+        inputs = {name: joined(name) for name in seen}
+        return {**batch, "visual_inputs": GenericVisualInputs(**inputs) if inputs else None}
 
 
 @dataclass(frozen=True)
@@ -124,6 +72,7 @@ class Run:
     finetunes: bool = False
     text: bool = False
     """whether the folder has a model of text alone"""
+    tiny: str = "qwen2-5-vl"
 
 
 def configuration(folder: Path, run: Run) -> Any:
@@ -139,13 +88,13 @@ def configuration(folder: Path, run: Run) -> Any:
 
         def build_datasets(self, context: Any) -> Any:
             counts = (context.train_samples, context.valid_samples, context.test_samples)
-            return tuple(Samples(n) if n else None for n in counts)
+            return tuple(Samples(n, TINY[run.tiny]) if n else None for n in counts)
 
     model = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32).to_megatron_provider(
         load_weights=not run.finetunes
     )
     if not run.text:
-        model.mrope_section = [2, 3, 3]  # Bridge's provider keeps the section of the published models
+        TINY[run.tiny].change(model)
     model.params_dtype = model.autocast_dtype = model.pipeline_dtype = torch.float32
     model.bf16 = model.gradient_accumulation_fusion = False
     model.seq_length = SEQUENCE
@@ -196,7 +145,7 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.pretrain import pretrain
 
-    step: Any = importlib.import_module(f"megatron.bridge.training.{'gpt_step' if run.text else 'vlm_step'}")
+    step: Any = importlib.import_module("megatron.bridge.training.gpt_step" if run.text else TINY[run.tiny].step)
     dip_megatron.install()
     result: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "weights": {}}
 

@@ -1,0 +1,233 @@
+"""``dip estimate``: what a script would gain, without training it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..describe.cost import Costs, load_cluster
+from ..describe.model import ModelError
+from ..describe.workload import Microbatch, load_workload
+from ..planner import estimate as estimating
+from ..report.schedules import text_table
+from ..report.tables import seconds
+from ..schedulers.entry import Effort
+from .common import InputError, one_line_errors, print_json, progress_bar, worker_count
+
+if TYPE_CHECKING:  # Megatron's own parts load once the world is pretended
+    from ..megatron.sampling import Sample
+
+SIZES = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
+MOST_REPLICAS = 8
+NAMES = {
+    "today": "as the script is",
+    "megatron": "Megatron, best split",
+    "dip": "DIP",
+    "balanced": "DIP, --dip-balance swap",
+}
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option("--cluster", default="h100", show_default=True, help="Shipped name (h100, h200, ...) or YAML file.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), help="GPUs of the job (default: one replica of the script's sizes)."
+)
+@click.option("--workload", help="Take this mix instead of the script's data: a shipped name, mix YAML, or JSON lines.")
+@click.option("--costs", type=click.Path(path_type=Path), help="Measured costs, from `dip profile`.")
+@click.option("--iterations", type=click.IntRange(min=1), default=2, show_default=True, help="To judge by.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Seconds of search a plan."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Search threads (default: half the cores).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout at the end, and nothing else there.")
+@click.argument("script", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@one_line_errors
+def estimate(
+    cluster: str, gpus: int | None, workload: str | None, costs: Path | None, iterations: int, budget: float,
+    workers: int | None, as_json: bool, script: Path, arguments: tuple[str, ...],
+) -> None:  # fmt: skip
+    """What an iteration of SCRIPT ARGUMENTS... takes today and would take under DIP. Simulated, on one process.
+
+    The script runs as it is, without a GPU, up to its first iteration: the model is described, not built, and
+    microbatches are read from its own data (or drawn from --workload). Partitions are chosen on a batch of which none
+    is judged. Give the options of this command before SCRIPT, the script's own after it.
+    """
+    size = gpus or _replica_size(arguments)
+
+    terminal = sys.stderr  # the script's own words are kept back
+
+    def described(sample: Sample) -> None:
+        click.echo(_first_words(sample, size), file=terminal)
+        if workload is not None:
+            from ..megatron.sampling import SampleTaken
+
+            raise SampleTaken(sample)
+
+    with progress_bar(f"reading {script.name}", None, as_json) as advance:
+        sample = _sampled(script, arguments, size, iterations, described, lambda: advance(None))
+        known, judged = _batches(sample, workload, min(sample.replicas, MOST_REPLICAS), iterations)
+        today: Any
+        try:
+            layers = None if sample.layout is None else sample.layout.layers
+            today = estimating.todays_choice(sample.model, sample.each, layers)
+        except ModelError as error:
+            today = str(error)
+        found = estimating.estimate(
+            sample.model, load_cluster(cluster), Costs.load(costs) if costs else None, known, judged, today,
+            Effort(budget, worker_count(workers)), progress=lambda what: advance(what),
+        )  # fmt: skip
+    if as_json:
+        print_json({"cluster": cluster, "gpus": size, "estimate": _as_dict(found)})
+    else:
+        click.echo(_told(found, sample, cluster, script, workload, costs))
+
+
+def _replica_size(arguments: tuple[str, ...]) -> int:
+    """GPUs of one replica, by the script's flags."""
+    size = 1
+    for flag in SIZES:
+        for place, word in enumerate(arguments):
+            name, _, value = word.partition("=")
+            if name == flag:
+                value = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
+                if not value.isdigit() or int(value) < 1:
+                    raise InputError(f"{flag} {value}: not a number of GPUs; give --gpus")
+                size *= int(value)
+    return size
+
+
+def _sampled(
+    script: Path, arguments: tuple[str, ...], size: int, iterations: int, described: Callable[[Sample], None],
+    progress: Callable[[], None],
+) -> Sample:  # fmt: skip
+    """Run the script up to its first iteration. Raises InputError where it doesn't come so far."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DIP_SCHEDULE"] = "dynamic"
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    warnings.simplefilter("ignore")  # Megatron's, of what this machine hasn't and the cluster has
+    from ..compat.lone_rank import pretend_world
+    from ..megatron.cpu import install_cpu_platform
+    from ..megatron.hooks import Hooks
+    from ..megatron.sampling import SampleTaken, SamplingSession
+
+    pretend_world(size)
+    install_cpu_platform()
+    hooks = Hooks.installed()
+    hooks.make_session = lambda loop, config, families, tell: SamplingSession(
+        loop, config, families, progress=progress, described=described,
+        wanted=loop.num_microbatches * min(loop.parallel.dp, MOST_REPLICAS) * (iterations + 1),
+    )  # fmt: skip
+    said = io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_path(str(script), run_name="__main__")
+    except SampleTaken as taken:
+        return taken.sample
+    except SystemExit as ended:
+        last = next((line for line in reversed(said.getvalue().splitlines()) if line.strip()), "it said nothing")
+        raise InputError(
+            f"{script.name} ended before its first iteration: {ended.code if isinstance(ended.code, str) else last}"
+        ) from ended
+    except Exception:
+        click.echo(said.getvalue()[-4000:], err=True)
+        raise
+    finally:
+        logging.disable(logging.NOTSET)
+    raise InputError(
+        f"{script.name} ended without a model that DIP could schedule; see `dip doctor`, and docs/any-loop.md for "
+        "loops of your own"
+    )
+
+
+def _batches(
+    sample: Sample, workload: str | None, replicas: int, iterations: int
+) -> tuple[list[list[Microbatch]], list[list[list[Microbatch]]]]:
+    """A batch of each replica to choose by, and ``iterations`` to judge by; of fewer replicas if data is short."""
+    microbatches = list(sample.microbatches)
+    if workload is not None:
+        drawn = load_workload(workload, sample.model, replicas * (iterations + 1), sample.each, 0)
+        microbatches = [m for batch in drawn for m in batch.microbatches]
+    whole = sample.each * (iterations + 1)  # of one replica
+    replicas = min(replicas, len(microbatches) // whole)
+    if replicas == 0:
+        raise InputError(
+            f"the script's data gave {len(microbatches)} microbatches, an estimate needs {whole} ({sample.trouble}); "
+            "lower --iterations, or name a --workload"
+        )
+    lots = [microbatches[i : i + sample.each] for i in range(0, whole * replicas, sample.each)]
+    return lots[:replicas], [lots[i : i + replicas] for i in range(replicas, len(lots), replicas)]
+
+
+def _first_words(sample: Sample, size: int) -> str:
+    model = sample.model
+    parts = ", ".join(f"{m.name} {m.layers} layers ({m.parameters / 1e9:.3g}B)" for m in model.modules)
+    parallel = model.parallel
+    return (
+        f"{parts}; TP {parallel.tp} x PP {parallel.pp} x DP {parallel.dp} on {size} GPUs, "
+        f"{sample.each} microbatches a replica and iteration"
+    )
+
+
+def _as_dict(found: estimating.Estimate) -> dict[str, Any]:
+    data = asdict(found)
+    del data["partition"]
+    return data
+
+
+def _told(
+    found: estimating.Estimate, sample: Sample, cluster: str, script: Path, workload: str | None, costs: Path | None
+) -> str:  # fmt: skip
+    rows = []
+    for key, name in NAMES.items():
+        if key in found.outcomes:
+            o = found.outcomes[key]
+            rows.append([
+                name, seconds(o.job_seconds), seconds(o.seconds), f"{o.straggling:.3f}", f"{o.bubble_ratio:.1%}",
+                f"{o.peak_bytes / 1e9:.1f}" + ("" if o.fits else " !"), f"{o.recompute:.1%}",
+            ])  # fmt: skip
+    header = ["", "iteration", "mean replica", "slowest/mean", "bubbles", "peak GB", "recompute"]
+    data = workload or f"{script.name}'s data"
+    text = [
+        f"Simulated for {cluster}: {found.iterations} iterations of {found.replicas} replica"
+        f"{'s' * (found.replicas > 1)}, {data}.",
+        text_table(header, rows),
+    ]
+    text += [f"{NAMES[key]}: {o.layout}" for key, o in found.outcomes.items() if key != "balanced"]
+    text += [f"{NAMES[key]}: can't run: {reason}" for key, reason in found.refused.items()]
+    if any(not o.fits for o in found.outcomes.values()):
+        text.append("!: does not fit even with the leanest recompute")
+    if found.gain is not None and found.gain_between is not None:
+        low, high = found.gain_between
+        text.append(f"Today's iteration takes {found.gain:.2f}x DIP's ({low:.2f}x to {high:.2f}x where the encoders' "
+                    "prices are off by 20%).")  # fmt: skip
+    over = found.outcomes["dip"].seconds / found.outcomes["dip"].bound
+    text.append(f"DIP's plans are within {over - 1:.1%} of a proven bound.")
+    if costs is None:
+        text.append("Prices are modelled. Measured ones: `dip profile` on one such GPU, then --costs.")
+    text.append(f"Planning needs two cores of each replica's hosts ({sample.replicas} replicas).")
+    flags = "--dip-schedule dynamic" + (" --dip-balance swap" if sample.replicas > 1 else "")
+    text += [
+        "", "To train so, launch as before, with",
+        f"    python -m dip_megatron.cli run {script} ... {flags}",
+        "in place of the script, or put into it, before Megatron is used,",
+        "    import dip_megatron",
+        "    dip_megatron.install()",
+        f"and add {flags} to its flags.",
+    ]  # fmt: skip
+    return "\n".join(text)

@@ -1,0 +1,10 @@
+"""The families of Megatron-Bridge's models. Importing it imports that: its adapter does, once Bridge is there."""
+
+from __future__ import annotations
+
+from .family import family_of
+from .qwen3_vl import Qwen3Vl
+from .qwen25_vl import Qwen25Vl
+
+BRIDGE_FAMILIES = tuple(family_of(page) for page in (Qwen25Vl(), Qwen3Vl()))
+"""Each has the class that one of Bridge's providers builds."""

@@ -1,0 +1,201 @@
+"""What DIP must know of a model whose encoders it cuts at their call: one page a family.
+
+The model keeps its class. A chunk of an encoder is a model of that class with some of the encoder's layers in it; a
+chunk of the language model is one without encoders, on whose first chunk the encoder's name leads to what the stages
+before have made. :mod:`.program` does the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+
+from ...describe.model import (
+    LanguageHead,
+    ModuleShape,
+    MultimodalModel,
+    Packing,
+    Parallel,
+    TokenEmbedding,
+)
+from ..describe import layer_shape, trainable_parts
+from ..shared.cut import CutPoints, found
+from ..shared.shapes import LANGUAGE, VISION
+from .shapes import HiddenShape
+
+Arguments = Mapping[str, Any]
+"""Of the model's forward, by name."""
+
+
+class Encoder(ABC):
+    """One encoder of a family. ``called`` is what the model's forward calls, ``kind`` what of a microbatch it reads,
+    ``depth`` the setting of the model's config that gives its number of layers, dotted."""
+
+    name: ClassVar[str] = VISION
+    kind: ClassVar[str] = "images"
+    called: ClassVar[str] = "visual"
+    depth: ClassVar[str] = "vision_config.depth"
+
+    @abstractmethod
+    def points(self, config: Any) -> CutPoints:
+        """Where it is cut, by names within the model. What taps make goes to the language model's layers, see
+        :meth:`Page.add_tap`."""
+
+    @abstractmethod
+    def hidden(self, config: Any) -> HiddenShape:
+        """Hidden states between its layers."""
+
+    @abstractmethod
+    def describe(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
+        """It in the planner's words."""
+
+    @abstractmethod
+    def tokens(self, config: Any, arguments: Arguments) -> list[int]:
+        """Of each instance in a microbatch, as the language model sees them. Raises ValueError for a batch that
+        contradicts itself."""
+
+    @abstractmethod
+    def encode(
+        self, model: Any, arguments: Arguments, own: slice, hidden: torch.Tensor | None
+    ) -> torch.Tensor:  # fmt: skip
+        """Call ``model``'s encoder on some of a microbatch's instances; embeddings ``[tokens, language hidden]``.
+        ``hidden``, on chunks after the first, is of the shape that those modules should see which come before the
+        layers and are on other chunks; what they hand on is lost."""
+
+    @abstractmethod
+    def given(self, config: Any, embeddings: torch.Tensor) -> Any:
+        """What stands in the encoder's place where the model's forward calls it: ``embeddings`` are those of all
+        instances."""
+
+    def lean(self, arguments: Arguments, present: bool) -> dict[str, Any]:
+        """Arguments for the language model's first chunk, where others than the given ones do; ``present``: the
+        microbatch has instances."""
+        return {}
+
+    def layers(self, config: Any) -> int:
+        """Their number, by the config."""
+        found: Any = config
+        for part in self.depth.split("."):
+            found = getattr(found, part)
+        return int(found)
+
+
+class Page(ABC):
+    """A family: ``name``, the model's class, its encoders, and how to build it in parts. ``config_name`` is the
+    constructor's argument that is the language model's config, Bridge's provider as a rule; ``unsupported`` are
+    arguments of ``forward`` that nothing can be done with, and what they are."""
+
+    name: ClassVar[str]
+    model_class: ClassVar[type[torch.nn.Module]]
+    encoders: ClassVar[tuple[Encoder, ...]]
+    workload: ClassVar[str] = "vlm-any-resolution"
+    config_name: ClassVar[str] = "config"
+    language: ClassVar[str] = "language_model"
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "inputs_embeds": "embeddings instead of tokens",
+        "inference_context": "inference",
+        "inference_params": "inference",
+    }
+    usual_picture: ClassVar[int] = 391
+    """Tokens of a picture of 640 x 480 pixels, for the first choice of a partition."""
+
+    def check(self, config: Any) -> None:
+        """Raises ValueError for models that can't be segmented."""
+        if getattr(config, "mtp_num_layers", None):
+            raise ValueError("DIP can't segment multi-token prediction layers; use --dip-schedule off")
+        if config.context_parallel_size > 1:
+            raise ValueError(f"DIP can't run {self.model_class.__name__} with context parallelism; use "
+                             "--dip-schedule off")  # fmt: skip
+
+    def check_call(self, arguments: Arguments) -> None:  # noqa: B027  most pages take every call
+        """Raises ValueError for a batch that has no segmented form."""
+
+    @abstractmethod
+    def bare(self, kwargs: Mapping[str, Any]) -> Any:
+        """The model with its encoders and without a language model; frozen as its own freeze says, later."""
+
+    @abstractmethod
+    def chunk(self, kwargs: Mapping[str, Any], config: Any, *, first: bool, last: bool, segment: int) -> Any:
+        """The model with some layers of its language model, built by ``config``, and without encoders."""
+
+    def position_tokens(self, config: Any) -> tuple[int, ...]:
+        """Ids of the tokens in whose places taps are added."""
+        return tuple(getattr(config, name) for name in ("image_token_id", "video_token_id") if hasattr(config, name))
+
+    def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
+        """``hidden`` ``[s, b, h]`` of the language model, ``tap`` added ``where`` ``[b, s]`` instances stand."""
+        raise NotImplementedError(f"{self.name} has no taps")
+
+    def decoder(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
+        """The language model in the planner's words."""
+        reads = not freeze.get("freeze_language_model")
+        return ModuleShape(
+            LANGUAGE, "text", config.num_layers, layer_shape(config, causal=True), TokenEmbedding(config.vocab_size),
+            LanguageHead(config.vocab_size, config.share_embeddings_and_output_weights),
+            tuple(e.name for e in self.encoders), trainable_parts(stem=reads, layers=reads, head=reads),
+        )  # fmt: skip
+
+    def describe(self, config: Any, freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
+        """The model of this config."""
+        modules = (*(e.describe(config, freeze) for e in self.encoders), self.decoder(config, freeze))
+        packing = Packing(max_tokens=config.seq_length, image_tokens=min(self.usual_picture, config.seq_length // 2))
+        return MultimodalModel(self.name, modules, parallel, packing)
+
+
+class ProviderPage(Page):
+    """A model that is built as ``Model(provider, pre_process, post_process, vp_stage)``, and has its language model
+    from the provider."""
+
+    def bare(self, kwargs: Mapping[str, Any]) -> Any:
+        own = copy.copy(kwargs["config"])
+        own.provide_language_model = lambda **_: NoLanguageModel()
+        return self.model_class(own, pre_process=True, post_process=False, vp_stage=None)
+
+    def chunk(self, kwargs: Mapping[str, Any], config: Any, *, first: bool, last: bool, segment: int) -> Any:
+        with without_layers(config, self.encoders):  # what is built on the first chunk is thrown away
+            model = self.model_class(config, pre_process=first, post_process=last, vp_stage=segment)
+        drop(model, first, *(name for e in self.encoders for name in (e.called, *e.points(config).tail)))
+        return model
+
+
+class NoLanguageModel(torch.nn.Module):
+    """Where a model is built for its encoders alone."""
+
+    share_embeddings_and_output_weights = False
+
+    def shared_embedding_or_output_weight(self) -> None:
+        return None
+
+
+@contextmanager
+def without_layers(config: Any, encoders: tuple[Encoder, ...]) -> Iterator[None]:
+    """Within, the settings of ``config`` that these encoders are built by give them no layers."""
+    owners: dict[str, Any] = {}
+    for owner, _, _ in (e.depth.rpartition(".") for e in encoders):
+        owners[owner] = getattr(config, owner)
+        setattr(config, owner, copy.deepcopy(owners[owner]))
+    for e in encoders:
+        owner, _, name = e.depth.rpartition(".")
+        setattr(getattr(config, owner), name, 0)
+    try:
+        yield
+    finally:
+        for owner, before in owners.items():
+            setattr(config, owner, before)
+
+
+def drop(model: torch.nn.Module, there: bool, *names: str) -> None:
+    """Take submodules away, which are ``there`` on the first chunk only; their names are free for something else."""
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        try:
+            held = found(model, owner)
+        except ValueError:  # gone with what it stood in
+            continue
+        if there and last in held._modules:
+            delattr(held, last)

@@ -1,0 +1,244 @@
+"""Stages of a model whose encoders are cut at their call, from its :class:`.page.Page`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...core import ModalityModule, Operation, Unit
+from ...describe.workload import Microbatch
+from ...runtime.protocol import Inputs, MicrobatchInputs, Tensors
+from ..shared.cut import Absent, CutEncoder, check_all_cut, found, tap_name, with_module
+from ..shared.layout import segment_config
+from ..shared.packing import packed_lengths
+from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
+from ..shared.shapes import LANGUAGE
+from .page import Encoder, Page, drop
+from .shapes import CalledShapes, EncoderShapes, layers_until
+
+
+class CalledProgram(SegmentedProgram):
+    """One rank's share of the model that ``kwargs`` of its class would build. ``layers`` gives ``{"vision":
+    layers[segment][rank], ..., "language": ...}``, ``freeze`` the arguments of the model's ``freeze``."""
+
+    def __init__(
+        self,
+        page: Page,
+        kwargs: Mapping[str, Any],
+        layers: Mapping[str, tuple[tuple[int, ...], ...]],
+        *,
+        rank: int,
+        micro_batch_size: int = 1,
+        freeze: Mapping[str, bool] | None = None,
+    ):
+        """Raises ValueError for models that can't be segmented."""
+        super().__init__(layers, rank)
+        self._page, self._kwargs, self._freeze = page, dict(kwargs), dict(freeze or {})
+        self._config = config = kwargs[page.config_name]
+        page.check(config)
+        self._encoders = {e.name: e for e in page.encoders}
+        for encoder in page.encoders:
+            self.check_layers(encoder.name, encoder.layers(config))
+        self.check_layers(LANGUAGE, config.num_layers)
+        self.modules = (
+            *(ModalityModule(name, layers[name]) for name in self._encoders),
+            ModalityModule(LANGUAGE, layers[LANGUAGE], tuple(self._encoders)),
+        )
+        self._signature = inspect.signature(page.model_class.forward)
+        self._cuts: dict[int, CutEncoder] = {}
+        self._taps: dict[int, torch.Tensor] = {}
+        self._where: torch.Tensor | None = None
+        self.shapes = CalledShapes(
+            {
+                e.name: EncoderShapes(e.kind, layers[e.name], e.hidden(config), e.points(config).tapped)
+                for e in page.encoders
+            },
+            language=layers[LANGUAGE],
+            language_hidden=config.hidden_size,
+            micro_batch_size=micro_batch_size,
+            sequence_parallel_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+            dtype=dtype_name(config),
+        )
+
+    # -- chunks --------------------------------------------------------------------------------------------------
+    def build_chunks(self) -> list[torch.nn.Module]:
+        """Chunks of the encoders, then of the language model."""
+        language = segment_config(self._config, self.layers[LANGUAGE], self.rank)
+        if language.recompute_granularity == "full":
+            language.recompute_granularity = None  # plans say what is recomputed; taps come between layers
+        chunks: list[Any] = [chunk for encoder in self._encoder_chunks() for chunk in encoder]
+        for segment, first, last in self.places(LANGUAGE):
+            chunk = self._page.chunk(self._kwargs, language, first=first, last=last, segment=segment)
+            self._set_frozen(chunk, [name for name in self._freeze_names(chunk) if "language" in name])
+            if any(e.tapped for e in self.shapes.encoders.values()):
+                self._take_taps(chunk)
+            if first:
+                self._tie(chunks[0], chunk)
+            chunks.append(chunk)
+        return self.finish(chunks, language)
+
+    def _encoder_chunks(self) -> list[list[torch.nn.Module]]:
+        """The encoders are built once, by the model itself; chunks share their parts out."""
+        whole = self._page.bare(self._kwargs)
+        drop(whole, True, self._page.language)
+        self._set_frozen(whole, [name for name in self._freeze_names(whole) if "language" not in name])
+        made = []
+        for encoder in self._page.encoders:
+            alone = whole
+            for other in self._page.encoders:
+                if other is not encoder:
+                    alone = with_module(alone, other.called, Absent())
+            points = encoder.points(self._config)
+            check_all_cut(alone, points)
+            line = []
+            for segment, begins, ends in self.places(encoder.name):
+                end = layers_until(self.layers[encoder.name], segment, self.rank)
+                count = self.layers[encoder.name][segment][self.rank]
+                cut = CutEncoder(alone, points, end - count, count, begins=begins, ends=ends)
+                cut.follow(self.mode)
+                chunk: Any = cut.model
+                self._cuts[id(chunk)] = cut
+                chunk.forward = _RunsEncoder(cut)
+                chunk.share_embeddings_and_output_weights = False
+                line.append(chunk)
+            made.append(line)
+        return made
+
+    def _freeze_names(self, model: Any) -> list[str]:
+        return list(inspect.signature(model.freeze).parameters)
+
+    def _set_frozen(self, model: Any, names: list[str]) -> None:
+        every = self._freeze_names(model)
+        model.freeze(**{name: bool(name in names and self._freeze.get(name)) for name in every})
+
+    def _tie(self, first: Any, language: Any) -> None:
+        """Megatron and Bridge look for an embedding that is tied to the head in a rank's first chunk, here of an
+        encoder: let it show the language model, and have none."""
+        _put(first, self._page.language, found(language, self._page.language))
+        first.share_embeddings_and_output_weights = self._config.share_embeddings_and_output_weights
+        first.shared_embedding_or_output_weight = language.shared_embedding_or_output_weight
+
+    def _take_taps(self, chunk: Any) -> None:
+        for layer in found(chunk, self._page.language).decoder.layers:
+            layer.register_forward_hook(self._add_tap(chunk))
+
+    def _add_tap(self, chunk: Any) -> Any:
+        def add(layer: Any, _: Any, output: tuple[torch.Tensor, Any]) -> Any:
+            tap = self._taps.get(layer.layer_number - 1)
+            if tap is None:
+                return None
+            assert self._where is not None
+            return (self._page.add_tap(chunk, output[0], self._where, tap), *output[1:])
+
+        return add
+
+    # -- batches -------------------------------------------------------------------------------------------------
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of the model's forward by name. Raises ValueError for what has no segmented form."""
+        arguments = bound(self._signature, args, kwargs, self._page.unsupported)
+        arguments |= arguments.pop("kwargs", {})
+        self._page.check_call(arguments)
+        return arguments
+
+    def load(self, inputs: MicrobatchInputs) -> Microbatch:
+        """Instances as the tokens they become, and the lengths of the sequences."""
+        arguments = inputs.arguments
+        ids = arguments.get("input_ids")
+        if ids is None:
+            raise ValueError("the loop's forward_step gives the first pipeline rank no tokens")
+        samples, length = ids.shape
+        if samples != self.shapes.micro_batch_size:
+            raise ValueError(
+                f"a microbatch of {samples} samples where the micro batch size is {self.shapes.micro_batch_size}"
+            )
+        held = {e.kind: tuple(e.tokens(self._config, arguments)) for e in self._page.encoders}
+        packed = arguments.get("packed_seq_params")
+        sequences = (int(length),) * samples if packed is None else packed_lengths(packed, int(length))
+        text = samples * int(length) - sum(map(sum, held.values()))
+        images, audios = held.pop("images", ()), held.pop("audios", ())
+        return Microbatch(text, images, audios, sequences=sequences, others=held)
+
+    # -- stages --------------------------------------------------------------------------------------------------
+    def forward(
+        self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
+    ) -> Tensors:
+        """One stage; see StageProgram."""
+        if stage.module in self._encoders:
+            own = slice(unit.first, unit.first + unit.count)
+            given = inputs[0] if inputs else {}
+            output: Tensors = chunk(self._encoders[stage.module], microbatch.arguments, own, given)
+            return output
+        starts = stage.segment == stage.rank == 0
+        done = layers_until(self.layers[LANGUAGE], stage.segment, stage.rank)
+        hidden, taps = self._run_language(chunk, inputs, microbatch.arguments, starts)
+        return {"hidden": hidden} | {tap_name(i): tap for i, tap in taps.items() if i >= done}
+
+    def final(self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> Any:
+        """What the model's forward returns: loss per token ``[b, s]``, or logits without labels, with whatever the
+        class has beside them."""
+        return self._run_language(chunk, inputs, arguments, self._model(chunk).pre_process)[0]
+
+    def _model(self, chunk: torch.nn.Module) -> Any:
+        return unwrapped(chunk, self._page.model_class)
+
+    def _run_language(
+        self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any], starts: bool
+    ) -> tuple[Any, dict[int, torch.Tensor]]:
+        model = self._model(chunk)
+        taps = self._arrived(inputs, starts)
+        given = dict(arguments)
+        if starts:
+            for name, encoder in self._encoders.items():
+                embeddings = inputs.of(name, "hidden")
+                given |= encoder.lean(arguments, embeddings is not None)
+                if embeddings is not None:
+                    _put(model, encoder.called, encoder.given(self._config, embeddings))
+        else:
+            model.set_input_tensor(inputs[0]["hidden"])
+        if taps:
+            ids = arguments["input_ids"]
+            self._taps = taps
+            self._where = torch.isin(ids, torch.tensor(self._page.position_tokens(self._config), device=ids.device))
+        try:
+            output = chunk(**given)
+        finally:
+            self._taps, self._where = {}, None
+            for encoder in self._page.encoders if starts else ():
+                _put(model, encoder.called, None)
+        found(model, self._page.language).decoder.input_tensor = None  # Megatron's block would hold it
+        return (output[0] if isinstance(output, tuple) and not model.post_process else output), taps
+
+    def _arrived(self, inputs: Inputs, starts: bool) -> dict[int, torch.Tensor]:
+        arrived: dict[int, torch.Tensor] = {}
+        for name, encoder in self.shapes.encoders.items():
+            for i in range(len(encoder.tapped)):
+                tap = inputs.of(name, tap_name(i)) if starts else inputs[0].get(tap_name(i))
+                if tap is not None:
+                    arrived[i] = tap
+        return arrived
+
+
+class _RunsEncoder:
+    """The ``forward`` of an encoder's chunk."""
+
+    def __init__(self, cut: CutEncoder):
+        self._cut = cut
+
+    def __call__(self, encoder: Encoder, arguments: Mapping[str, Any], own: slice, given: Tensors) -> Tensors:
+        cut = self._cut
+        if cut.passes:
+            return given
+        hidden = None if cut.begins else given["hidden"]
+        output, taps = cut.run(lambda: encoder.encode(cut.model, arguments, own, hidden), given)
+        return {"hidden": output} | taps
+
+
+def _put(model: Any, name: str, value: Any) -> None:
+    """Let ``name``, dotted, lead to ``value``, as an attribute and not as a submodule."""
+    owner, _, last = name.rpartition(".")
+    for part in owner.split(".") if owner else ():
+        model = getattr(model, part)
+    model.__dict__[last] = value

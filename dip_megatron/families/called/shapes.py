@@ -1,0 +1,84 @@
+"""Payload shapes of models whose encoders are cut at their call, without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ...core import Operation, Payload, TensorSpec, Unit
+from ...describe.workload import Microbatch
+from ..shared.shapes import LANGUAGE
+
+Layers = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class HiddenShape:
+    """Hidden states between an encoder's layers: ``rows`` a token of the language model, one after the other, ``[rows,
+    *middle, width]``; or, with ``padded``, so many rows for every instance, ``[instances, padded, width]``."""
+
+    width: int
+    rows: int = 1
+    middle: tuple[int, ...] = ()
+    padded: int = 0
+
+    def of(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """For instances that become so many tokens each."""
+        if self.padded:
+            return (len(tokens), self.padded, self.width)
+        return (sum(tokens) * self.rows, *self.middle, self.width)
+
+
+@dataclass(frozen=True)
+class EncoderShapes:
+    """What an encoder of ``layers[segment][rank]`` sends: ``hidden`` within it; the outputs of its ``tapped`` layers,
+    which a module each has brought to the width of the language model, go on to the layer of the same index there."""
+
+    kind: str
+    layers: Layers
+    hidden: HiddenShape
+    tapped: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CalledShapes:
+    """``encoders`` by module name; ``language`` are the layers of the language model, ``[segment][rank]``."""
+
+    encoders: Mapping[str, EncoderShapes]
+    language: Layers
+    language_hidden: int
+    micro_batch_size: int
+    sequence_parallel_size: int
+    dtype: str
+
+    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+        """Hidden states within an encoder, embeddings ``[tokens, language_hidden]`` after it; hidden states ``[s, b,
+        language_hidden]`` of the language model. Beside them what taps made, as far as later stages need it."""
+        place = (stage.segment, stage.rank)
+        if stage.module == LANGUAGE:
+            length = load.tokens // self.micro_batch_size // self.sequence_parallel_size
+            hidden = (length, self.micro_batch_size, self.language_hidden)
+            done = layers_until(self.language, *place)
+            taps = [
+                TensorSpec(f"tap{i}", (sum(load.encoded[e.kind]), self.language_hidden), self.dtype, made_by=name)
+                for name, e in self.encoders.items()
+                for i in range(done, len(e.tapped))
+                if load.encoded.get(e.kind)
+            ]
+            return (TensorSpec("hidden", hidden, self.dtype), *taps)
+        encoder = self.encoders[stage.module]
+        tokens = load.encoded[encoder.kind][unit.first : unit.first + unit.count]
+        embedded = (sum(tokens), self.language_hidden)
+        ends = place == (len(encoder.layers) - 1, len(encoder.layers[0]) - 1)
+        done = layers_until(encoder.layers, *place)
+        return (
+            TensorSpec("hidden", embedded if ends else encoder.hidden.of(tokens), self.dtype),
+            *(TensorSpec(f"tap{i}", embedded, self.dtype) for i, layer in enumerate(encoder.tapped) if layer < done),
+        )
+
+
+def layers_until(layers: Layers, segment: int, rank: int) -> int:
+    """How many of a module's layers come before the end of that chunk."""
+    flat = [count for line in layers for count in line]
+    return list(accumulate(flat))[segment * len(layers[0]) + rank]

@@ -1,0 +1,114 @@
+"""Each family's tiny model: DIP's losses and gradients are those of the class under Megatron's own schedules, its
+logits those of Hugging Face's model, and weights go in and out bit for bit."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.bridge import equality, loop
+from tests.bridge.equality import Case, together
+from tests.bridge.loop import Run
+from tests.bridge.tiny import TINY, Tiny
+from tests.processes import Team, team
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def folder(name: str) -> Path:
+        made = tmp_path_factory.mktemp(name)
+        TINY[name].save(made)
+        return made
+
+    return folder
+
+
+def partitions(tiny: Tiny) -> dict[str, dict[str, Any]]:
+    """One segment, and several with chunks of no layers among them."""
+    rest, half = tiny.vision_layers - 2, tiny.language_layers // 2
+    return {
+        "one": {"vision": ((1, tiny.vision_layers - 1),), "language": ((half, half),)},
+        "several": {"vision": ((0, 2), (rest, 0)), "language": ((1, 1), (0, tiny.language_layers - 2))},
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(folders: Any) -> Any:
+    @cache
+    def found(name: str, frozen: tuple[str, ...] = ()) -> Any:
+        case = Case(name, folders(name), {}, seed=SEED, frozen=frozen)
+        return team(1).run(equality.megatrons, case)[0]
+
+    return found
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """Losses and every gradient."""
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=3e-6)
+    assert found[1].keys() - {OUTPUT} == expected[1].keys() - {OUTPUT}
+    for name, gradient in expected[1].items():
+        off = float((found[1][name] - gradient).abs().max())
+        assert off <= 2e-5 * max(float(gradient.abs().max()), 1e-4), f"{name}: {off} of {gradient.abs().max()}"
+
+
+OUTPUT = "language_model.output_layer.weight"
+"""A tied head has a copy of its own where the pipeline ends."""
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("cut", ["one", "several"])
+def test_segments_train_as_the_class_does(name: str, cut: str, folders: Any, alone: Any) -> None:
+    unit = 1 if cut == "one" else 2
+    case = Case(name, folders(name), partitions(TINY[name])[cut], unit_size=unit, seed=SEED)
+    ranks = team(2).run(equality.dips, case)
+    assert_equal((ranks[-1][0], together([r[1] for r in ranks])), alone(name))
+    saved = load_file(folders(name) / "model.safetensors")
+    for exported in (r[2] for r in ranks):
+        assert saved.keys() <= exported.keys()
+        for key, weight in saved.items():
+            assert torch.equal(exported[key], weight), key
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_megatrons_two_stages_train_so_too(name: str, folders: Any, alone: Any) -> None:
+    ranks = team(2).run(equality.megatrons, Case(name, folders(name), {}, seed=SEED))
+    assert_equal((ranks[-1][0], together([r[1] for r in ranks])), alone(name))
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if not name.endswith("-tied")])
+def test_bridges_finetune_gives_the_same_under_dip(name: str, folders: Any) -> None:
+    """From the saved folder, on two ranks, without DIP and with it: losses, norms of gradients, weights."""
+
+    def run(dip: dict[str, Any] | None) -> list[dict[str, Any]]:
+        ranks = Team(2)  # of their own: Bridge initialises a process once
+        try:
+            return ranks.run(loop.trained, folders(name), Run(tiny=name, pipeline=2, finetunes=True, dip=dip))
+        finally:
+            ranks.close()
+
+    modules = {module: {"layers": layers} for module, layers in partitions(TINY[name])["several"].items()}
+    off, under = run(None), run({"schedule": "dynamic", "modules": modules, "planner_workers": 0})
+    assert len(under[1]["losses"]) == 3
+    torch.testing.assert_close(under[1]["losses"], off[1]["losses"], rtol=0, atol=3e-6)
+    torch.testing.assert_close(under[1]["norms"], off[1]["norms"], rtol=3e-5, atol=0)
+    assert under[0]["weights"].keys() == off[0]["weights"].keys()
+    for key, weight in off[0]["weights"].items():
+        torch.testing.assert_close(under[0]["weights"][key], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_are_those_of_hugging_face(name: str, folders: Any) -> None:
+    tiny = TINY[name]
+    case = Case(name, folders(name), partitions(tiny)["several"], seed=SEED)
+    ours = team(2).run(equality.dips, case, True)[-1]
+    (theirs,) = team(1).run(equality.hugging_face, case)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tiny.tolerance)

@@ -1,0 +1,66 @@
+"""``dip estimate`` of real scripts, on one process that takes itself for a rank of a larger job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dip_megatron.cli import main
+from dip_megatron.compat.releases import has_training_loop
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "llava_digits" / "pretrain_llava_digits.py"
+FLAGS = shlex.split((SCRIPT.parent / "quickstart.args").read_text(), comments=True)
+
+needs_training = pytest.mark.skipif(not has_training_loop(), reason="this Megatron-Core has no megatron.training")
+
+
+def estimated(*options: str, flags: list[str]) -> subprocess.CompletedProcess[str]:
+    """A process of its own, because it pretends to be one of many."""
+    command = [sys.executable, "-m", "dip_megatron.cli", "estimate", *options, str(SCRIPT), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+@needs_training
+def test_a_script_as_it_is_on_16_gpus_and_its_own_data() -> None:
+    flags = [*FLAGS, "--pipeline-model-parallel-size", "2", "--global-batch-size", "64", "--train-iters", "10"]
+    done = estimated("--gpus", "16", "--iterations", "1", "--budget", "0.05", "--json", flags=flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "vision 11 layers" in done.stderr
+    assert "TP 1 x PP 2 x DP 8 on 16 GPUs, 8 microbatches a replica and iteration" in done.stderr
+    told = json.loads(done.stdout)["estimate"]
+    assert told["replicas"] == 5  # the script's data sets hold no more
+    assert list(told["outcomes"]) == ["today", "megatron", "dip", "balanced"]
+    outcomes = told["outcomes"]
+    assert outcomes["dip"]["job_seconds"] < outcomes["today"]["job_seconds"]
+    assert told["gain"] > 1
+    assert outcomes["today"]["layout"] == "1 stage a rank: stem 11 vision head + stem 1 language | 1 language head"
+
+
+@needs_training
+def test_a_named_workload_a_given_layout_and_a_refusal() -> None:
+    flags = [*FLAGS, "--pipeline-model-parallel-size", "2", "--train-iters", "10"]
+    layout = ["--pipeline-model-parallel-layout", "E|ttL"]
+    done = estimated("--workload", "vlm-mix", "--iterations", "1", "--budget", "0.05", flags=[*flags, *layout])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "as the script is: 1 stage a rank: stem 11 vision head | stem 2 language head" in done.stdout
+    assert "x DIP's" in done.stdout
+    assert f"dip_megatron.cli run {SCRIPT} ... --dip-schedule dynamic" in done.stdout
+    refused = estimated(flags=[*flags, "--no-such-flag"])
+    assert refused.returncode == 2
+    assert "ended before its first iteration" in refused.stderr
+    assert "--no-such-flag" in refused.stderr
+
+
+def test_sizes_that_are_no_numbers_are_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate", str(SCRIPT), "--pipeline-model-parallel-size", "two"])
+    assert ended.value.code == 2
+    assert "--pipeline-model-parallel-size two: not a number of GPUs" in capsys.readouterr().err
