@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dip_megatron.core.experts import ExpertLayers
-from dip_megatron.core.joint import JointPlan, verify_joint
+from dip_megatron.core.joint import JointPlan, make_joint_plan, verify_joint
 from dip_megatron.core.verify import PlanError
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import (
@@ -31,6 +31,7 @@ from dip_megatron.planner.live import ModelGraphs
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedulers.entry import Effort
+from dip_megatron.schedulers.joint import one_slot_at_a_time, pairings, together
 from dip_megatron.schedulers.registry import find_schedule
 from tests.planner.test_delivery import Shared, ThreadExchange
 
@@ -88,10 +89,13 @@ def test_little_memory_is_kept_to_by_all_replicas():
 
 
 def test_a_faulty_set_is_named():
-    good = maker(evaluations=50, deterministic=True).quick(request())
+    good = maker().quick(request())
     verify_any(good)
-    other = maker("static").quick(request())
-    with pytest.raises(PlanError, match=r"plans of coupled replicas \((order|pairing|cycle|recompute)\)"):
+    graphs = [maker().builder.build(loads, False) for loads in LOADS]
+    slots = pairings(graphs, WITH_EXPERTS)[0]
+    slow = one_slot_at_a_time(together(graphs, WITH_EXPERTS, slots))
+    other = make_joint_plan(graphs, slow, WITH_EXPERTS, lower_bound=0.0)
+    with pytest.raises(PlanError, match=r"plans of coupled replicas \(order\)"):
         verify_any(JointPlan((good.plans[0], other.plans[1])))
 
 
