@@ -55,6 +55,25 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str] = os.envi
     return Settings(config, origins, path)
 
 
+def offers(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, dict[str, Any]]:
+    """For each setting the values that flags, environment, file and defaults have for it, by origin: the first one is
+    the run's, the others have lost to it. ``flags`` as in :func:`load_settings`, which raises the same errors."""
+    settings = load_settings(flags, environ)
+    sources = {
+        FLAG: load_settings({name: value for name, value in flags.items() if name != "config"}, {}).config,
+        ENVIRONMENT: load_settings({}, {name: value for name, value in environ.items() if name != "DIP_CONFIG"}).config,
+        FILE: DipConfig.load(settings.path, {}),
+    }
+    found = {}
+    for name in DipConfig.model_fields:
+        found[name] = {
+            origin: getattr(config, name) for origin, config in sources.items() if name in config.model_fields_set
+        }
+        found[name][DEFAULT] = getattr(DipConfig(), name)
+        assert next(iter(found[name])) == settings.origins[name]
+    return found
+
+
 def asks(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment asks for a schedule of DIP's, as far as can be told before a loop's own flags are read.
 

@@ -51,7 +51,7 @@ from dip_megatron.planner.service import AT_CALL_SECONDS, PlannerService
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers import BaselineError, find_schedule, schedule_names
 from dip_megatron.schedulers.dip import SearchResult, search, warm_up
-from scripts.bench_search import microseconds, optimum, tight
+from scripts.bench_search import executed_over_planned, microseconds, optimum, tight
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
 PARTS = ("quality", "baselines", "latency", "noise", "kernels", "scale", "tight", "optimum", "call")
@@ -287,15 +287,7 @@ def noise(cases: Sequence[Case], draws: int, share: float = 0.1) -> list[Bar]:
     for case in cases:
         graph = case.graphs[0]
         result = case.best[0] if case.best else search(graph, budget_seconds=1.0)
-        random = np.random.default_rng(0)
-        ratios = []
-        for _ in range(draws):
-            changed = {
-                kind: getattr(graph, kind) * random.uniform(1 - share, 1 + share, graph.forward.shape)
-                for kind in ("forward", "backward", "weight", "fused")
-            }
-            noisy = dataclasses.replace(graph, **changed)
-            ratios.append(simulate_compiled(noisy, result.schedule).iteration_time / result.iteration_time)
+        ratios = executed_over_planned(graph, result, draws, share)
         losses.append(mean_over(ratios))
         rows.append([case.name, f"{losses[-1]:.4f}", f"{np.quantile(ratios, 0.95):.4f}"])
     show("Executed over planned time, +-10% per operation", ["model", "mean", "95th percentile"], rows)

@@ -40,6 +40,7 @@ from dip_megatron.describe.model import MultimodalModel, Partition, load_model
 from dip_megatron.describe.partition import read_partition
 from dip_megatron.describe.workload import Clip, Microbatch, load_workload
 from dip_megatron.planner.balance import Places, Work, assign, microbatch_work
+from dip_megatron.planner.replicated import Outcome, outcome, rearranged, work_of
 from dip_megatron.recipes import FOLDER
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers.dip import search, warm_up
@@ -47,30 +48,30 @@ from dip_megatron.schedulers.dip import search, warm_up
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l", "qwen2-5-vl-7b")
 COUNT = 16
 EVALUATIONS = 6000
-PLANNED = 32
 
 
 class Seconds:
     """Iteration times of batches under their plans, kept in a file if there is one; many processes may share it."""
 
-    def __init__(self, file: Path | None):
+    def __init__(self, file: Path | None, evaluations: int = EVALUATIONS):
+        self._evaluations = evaluations
         self._data = sqlite3.connect(":memory:" if file is None else file, timeout=60.0, isolation_level=None)
         self._data.execute("CREATE TABLE IF NOT EXISTS plans (batch TEXT PRIMARY KEY, seconds REAL)")
 
     def of(self, graph: StageGraph) -> float:
-        """Under the plan of a search of :data:`EVALUATIONS`."""
-        key = _digest(graph)
+        """Under the plan of a search."""
+        key = _digest(graph, self._evaluations)
         known = self._data.execute("SELECT seconds FROM plans WHERE batch = ?", (key,)).fetchone()
         if known is None:
-            found = search(graph, budget_seconds=1e6, evaluations=EVALUATIONS, deterministic=True, workers=1)
+            found = search(graph, budget_seconds=1e6, evaluations=self._evaluations, deterministic=True, workers=1)
             known = (found.iteration_time,)
             self._data.execute("INSERT OR REPLACE INTO plans VALUES (?, ?)", (key, *known))
         return float(known[0])
 
 
-def _digest(graph: StageGraph) -> str:
+def _digest(graph: StageGraph, evaluations: int) -> str:
     """Of everything a search looks at."""
-    whole = hashlib.sha256(str(EVALUATIONS).encode())
+    whole = hashlib.sha256(str(evaluations).encode())
     for field in fields(graph):
         value = getattr(graph, field.name)
         whole.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
@@ -179,57 +180,37 @@ def by_module(batches: Sequence[Sequence[Microbatch]]) -> list[list[Microbatch]]
     return out
 
 
-def planned(case: Case, work: Work, flat: Sequence[Microbatch], place: Places) -> tuple[float, float]:
-    """(slowest, mean) seconds of the replicas under their plans."""
-    batches = [[flat[int(m)] for m in np.flatnonzero(place == r)] for r in range(work.replicas)]
-    return sampled(case, work.cost(place), batches)
-
-
-def sampled(case: Case, cost: Floats, batches: Sequence[Sequence[Microbatch]]) -> tuple[float, float]:
-    """(slowest, mean) seconds of the replicas that have these batches, which are worth ``cost``."""
-    order = np.argsort(-cost)
-    few = len(cost) <= PLANNED
-    chosen = order if few else np.concatenate([order[:10], order[10 :: max(1, len(order) // 20)]])
-    took = np.array([case.seconds(batches[r]) for r in chosen])
-    mean = float(took.mean()) if few else float((took / cost[chosen])[10:].mean() * cost.mean())
-    return float(took.max()), mean
-
-
-def worth(case: Case, microbatches: Sequence[Microbatch]) -> float:
-    """Seconds of work on a replica's busiest rank."""
-    return float(microbatch_work(segmented_graph(case.pricer, case.partition, microbatches))[0].sum(axis=0).max())
+def planned(case: Case, work: Work, batches: Sequence[Sequence[Microbatch]], place: Places) -> Outcome:
+    """Of the replicas under their plans, if microbatches are where ``place`` says."""
+    return outcome(case.seconds, rearranged(batches, work.replica, place), work.cost(place))
 
 
 def measure(case: Case, batches: Sequence[Sequence[Microbatch]], rules: bool) -> dict[str, float]:
     """One row of the table."""
+
+    def price(batch: Sequence[Microbatch]) -> tuple[Floats, Floats]:
+        return microbatch_work(segmented_graph(case.pricer, case.partition, batch))
+
     replicas = len(batches)
-    each = [microbatch_work(segmented_graph(case.pricer, case.partition, b)) for b in batches]
-    flat = [m for batch in batches for m in batch]
-    work = Work(
-        np.concatenate([s for s, _ in each]), np.concatenate([h for _, h in each]),
-        np.repeat(np.arange(replicas), COUNT), replicas,
-    )  # fmt: skip
+    work = work_of(price, batches)
     start = time.process_time()
     swapped = assign(work)
     spent = time.process_time() - start
-    slowest, mean = planned(case, work, flat, work.replica)
-    after, after_mean = planned(case, work, flat, swapped.replica)
+    before, after = (planned(case, work, batches, place) for place in (work.replica, swapped.replica))
     row = {
-        "before": slowest / mean, "after": after / after_mean, "gain": slowest / after,
+        "before": before.spread, "after": after.spread, "gain": before.slowest / after.slowest,
         "moved": float(swapped.moved.mean()), "seconds": spent,
     }  # fmt: skip
     if rules:
-        tokens = np.array([float(m.tokens) for m in flat])
-        free = assign(work, "free")
+        tokens = np.array([float(m.tokens) for batch in batches for m in batch])
         others = {
-            "free": free.replica, "lengths": largest_first(tokens, replicas, COUNT), "fitted": fitted(work, tokens)
+            "free": assign(work, "free").replica, "lengths": largest_first(tokens, replicas, COUNT),
+            "fitted": fitted(work, tokens),
         }  # fmt: skip
-        for name, place in others.items():
-            worst, middle = planned(case, work, flat, place)
-            row[name] = worst / middle
+        row |= {name: planned(case, work, batches, place).spread for name, place in others.items()}
         apart = by_module(batches)
-        worst, middle = sampled(case, np.array([worth(case, b) for b in apart]), apart)
-        row["by module"] = worst / middle
+        worth = work_of(price, apart)
+        row["by module"] = outcome(case.seconds, apart, worth.cost(worth.replica)).spread
     return row
 
 
@@ -240,6 +221,8 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--replicas", default="2,8,32,128,1024")
     parser.add_argument("--batches", type=int, default=2, help="global batches a row")
+    parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="schedules tried for every plan")
+    parser.add_argument("--no-rules", action="store_true", help="leave out the rules of others")
     parser.add_argument("--cache", type=Path, help="keep the times of plans in this file")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -248,14 +231,14 @@ def main() -> None:
         models, counts, options.batches = models[:2], [2, 8], 1
     warm_up()
     assign(replace_work())
-    known = Seconds(options.cache)
+    known = Seconds(options.cache, options.evaluations)
     rows, data = [], []
     for name in models:
         case = Case.of(name, known)
         for draw in ("independent", "shards"):
             for replicas in counts if draw == "independent" else [r for r in counts if r in (8, 32)]:
                 found = [
-                    measure(case, getattr(case, draw)(replicas, 5 + b), rules=replicas == 32)
+                    measure(case, getattr(case, draw)(replicas, 5 + b), rules=replicas == 32 and not options.no_rules)
                     for b in range(options.batches)
                 ]
                 mean = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
@@ -266,7 +249,8 @@ def main() -> None:
                     *(f"{mean[k]:.3f}" if k in mean else "" for k in ("free", "lengths", "fitted", "by module")),
                 ])  # fmt: skip
                 print(" ".join(rows[-1]), file=sys.stderr, flush=True)
-    print("Slowest replica over the mean, simulated, 16 microbatches a replica\n")
+    print("Slowest replica over the mean, simulated;", end=" ")
+    print(f"{COUNT} microbatches a replica, {options.evaluations} schedules tried for every plan\n")
     print(text_table(
         ["model", "draw", "replicas", "before", "after", "gain", "moved", "seconds", "free", "lengths", "fitted",
          "by module"], rows,

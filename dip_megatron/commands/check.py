@@ -32,6 +32,7 @@ def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
     try:
         with progress_bar(f"verifying {plans}", None, as_json) as advance:
             for together in sets_of(_plans(plans), plans):
+                first, count = count + 1, count + len(together)
                 try:
                     if together[0].coupled is None:
                         verify(together[0])
@@ -40,13 +41,9 @@ def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
                         verify_joint(together)
                         check_joint_prediction(together)
                 except ValueError as error:
-                    place = (
-                        f"plan {count + 1}" if len(together) == 1 else f"plans {count + 1} to {count + len(together)}"
-                    )
+                    place = f"plan {count}" if first == count else f"plans {first} to {count}"
                     fault = f"{plans}: {place}: {' '.join(str(error).split())}"
                     break
-                finally:
-                    count += len(together)
                 advance(f"verifying {plans}: {count}")
     except (PlanFileError, ActionCsvError) as error:
         fail(str(error))

@@ -83,14 +83,20 @@ SETTING_NAMES = (
 )  # fmt: skip
 
 
-def setting_of(values: dict[str, Any]) -> Setting:
-    """The setting that the options of :func:`setting_options` name; takes them out of ``values``."""
+def setting_of(values: dict[str, Any], replicas: int = 1) -> Setting:
+    """The setting that the options of :func:`setting_options` name; takes them out of ``values``. With ``replicas``
+    every iteration has as many batches."""
     given = {name: values.pop(name) for name in SETTING_NAMES}
     model = load_model(given["model"]).with_parallel(tp=given["tp"], pp=given["pp"], dp=given["dp"])
+    seed, few, many = given["workload_seed"], given["iterations"], given["iterations"]
+    if replicas > 1:
+        few, many = 8, (few or 1) * replicas
     batches, earlier = (
-        load_workload(given["workload"], model, given["iterations"], given["microbatches"], seed)
-        for seed in (given["workload_seed"], given["workload_seed"] + 1)
+        load_workload(given["workload"], model, count, given["microbatches"], number)
+        for number, count in ((seed, many), (seed + 1, few))
     )
+    if len(batches) % replicas:
+        fail(f"--replicas {replicas}: {given['workload']} has {len(batches)} batches, which is no multiple of it")
     return Setting(
         model,
         load_cluster(given["cluster"]),

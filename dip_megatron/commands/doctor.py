@@ -8,17 +8,28 @@ import click
 
 from ..doctor import Check, Status, diagnose
 from ..doctor.checks import CHECKS
+from ..doctor.recipes import recipe_of
+from ..doctor.settings import settings_of
 from .common import json_option, print_json
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--recipe", metavar="RECIPE", help="Say whether this runs under DIP, and what stands in the way.")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 @json_option
-def doctor(as_json: bool) -> int:
-    """Look at this environment: versions, what can be hooked, libraries, devices, cores.
+def doctor(recipe: str | None, flags: tuple[str, ...], as_json: bool) -> int:
+    """Look at this environment: versions, hooks, libraries, devices, cores, settings; or at a recipe in it.
+
+    Without a recipe FLAGS are those of a run: each --dip- setting is shown with what has set it, a flag, the
+    environment, the file or a default, and what has lost.
+
+    RECIPE is a script of megatron.training, followed by its FLAGS; or what makes a configuration of Megatron-Bridge's,
+    FILE.py:FUNCTION, MODULE:FUNCTION or the name of a recipe of Bridge's own, followed by changes such as
+    model.pipeline_model_parallel_size=4.
 
     Ends with 1 if something is broken, so that nothing can train under DIP or not as it is meant to; with 0 otherwise.
     """
-    found = diagnose(CHECKS)
+    found = diagnose([*CHECKS, settings_of(flags)] if recipe is None else [recipe_of(recipe, flags)])
     if as_json:
         print_json([asdict(check) for check in found])
     else:

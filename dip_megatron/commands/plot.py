@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .common import fail, json_option, one_line_errors, print_json
-from .drawing import planned_spans
+from .drawing import measured_replicas, planned_spans
 
 
 @click.command()
@@ -18,14 +18,24 @@ from .drawing import planned_spans
 @json_option
 @one_line_errors
 def plot(plan: Path, out: Path, number: int, as_json: bool) -> None:
-    """Draw one plan of the file PLAN: a row per rank, time to the right."""
+    """Draw one plan of the file PLAN: a row per rank, time to the right.
+
+    If PLAN is the folder of a run's --dip-trace-dir, draw its last iteration instead, all data-parallel replicas below
+    one another.
+    """
     try:
-        from ..report.figure import plot_timeline
+        from ..report.figure import plot_replicas, plot_timeline
     except ImportError:
         fail("dip plot needs matplotlib: pip install 'dip_megatron[viz]'")
-    found, spans = planned_spans(plan, number)
-    plot_timeline(out, spans, [], lower_bound=found.predicted.lower_bound, title=found.name)
-    if as_json:
-        print_json({"out": str(out), "operations": len(spans)})
+    if plan.is_dir():
+        replicas = measured_replicas(plan)
+        plot_replicas(out, replicas, title=f"{plan.name}: {len(replicas)} replicas")
+        count = sum(map(len, replicas.values()))
     else:
-        click.echo(f"{len(spans)} operations drawn to {out}")
+        found, spans = planned_spans(plan, number)
+        plot_timeline(out, spans, [], lower_bound=found.predicted.lower_bound, title=found.name)
+        count = len(spans)
+    if as_json:
+        print_json({"out": str(out), "operations": count})
+    else:
+        click.echo(f"{count} operations drawn to {out}")

@@ -24,6 +24,8 @@ TESTED = (0, 6)
 """The minor release that the tests cover."""
 _VISION = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 _QWEN3 = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl"
+_SIGLIP = "transformers.models.siglip.modeling_siglip"
+_OMNI = "megatron.bridge.models.qwen_omni.modeling_qwen25_omni.thinker_model"
 TOPIC = Topic(
     "Models of Megatron-Bridge in segments",
     "megatron-bridge",
@@ -35,6 +37,34 @@ TOPIC = Topic(
             has=("patch_embed", "blocks", "merger"),
         ),
         Name(f"{_VISION}:Qwen2_5_VLVisionBlock", has=("attn", "mlp")),
+        Name(
+            f"{_SIGLIP}:SiglipVisionModel",
+            has=("embeddings", "encoder", "post_layernorm"),
+        ),
+        Name(f"{_SIGLIP}:SiglipEncoderLayer", has=("self_attn", "mlp")),
+        Name(
+            "megatron.bridge.models.gemma_vl.modeling_gemma3_vl:Gemma3VLModel",
+            has=("vision_tower", "multi_modal_projector", "language_model", "freeze"),
+        ),
+        Name(
+            "transformers.models.glm4v.modeling_glm4v:Glm4vVisionModel",
+            has=(
+                "patch_embed",
+                "post_conv_layernorm",
+                "embeddings",
+                "blocks",
+                "post_layernorm",
+                "downsample",
+                "merger",
+            ),
+        ),
+        Name("megatron.bridge.models.glm_vl.modeling_glm_45v:GLM45VModel", has=("visual", "language_model", "freeze")),
+        Name(
+            "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni:Qwen2_5OmniAudioEncoder",
+            has=("conv1", "conv2", "audio_bos_eos_token", "layers", "ln_post", "proj", "num_mel_bins"),
+        ),
+        Name(f"{_OMNI}:Qwen25OmniThinkerModel", has=("visual", "audio_model", "language_model")),
+        Name(f"{_OMNI}:Qwen3VLGPTModel"),
         Name(
             f"{_QWEN3}.model:Qwen3VLModel",
             has=("vision_model", "language_model", "pg_collection", "freeze"),

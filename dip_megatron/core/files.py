@@ -20,6 +20,7 @@ from .codes import encode
 from .experts import Coupled, ExpertLayers, ExpertLayersError
 from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord, upgraded
 from .graph import Floats, GraphError, ModalityModule, StageGraph, Unit
+from .json_lines import load_line
 from .operations import Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec
@@ -135,7 +136,7 @@ def format_plan(plan: Plan) -> str:
 
 def parse_plan(line: str) -> Plan:
     """Inverse of :func:`format_plan`. Raises PlanFileError ``place: reason``."""
-    record = _validated(_load(line))
+    record = _validated(load_line(line, PlanFileError))
     modules = tuple(
         ModalityModule(
             m.name, tuple(map(tuple, m.layers)), tuple(m.upstream), tuple(map(tuple, m.trainable)), tuple(m.reversed)
@@ -217,28 +218,6 @@ def _coupled(record: PlanRecord, modules: Sequence[ModalityModule]) -> Coupled |
     except ExpertLayersError as error:
         raise PlanFileError(f"coupled.experts: {error}") from error
     return Coupled(replica, replicas, experts)
-
-
-def _load(line: str) -> Any:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in out:
-                raise PlanFileError(f"{key}: the field comes twice")
-            out[key] = value
-        return out
-
-    def no_constant(text: str) -> Any:
-        raise PlanFileError(f"line: {text} is not a number of JSON")
-
-    try:
-        return json.loads(line, object_pairs_hook=no_duplicates, parse_constant=no_constant)
-    except json.JSONDecodeError as error:
-        raise PlanFileError(f"line: not JSON ({error.msg} at column {error.colno})") from error
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, PlanFileError):
-            raise
-        raise PlanFileError("line: nested too deeply or a number too long") from error
 
 
 def _validated(data: Any) -> PlanRecord:

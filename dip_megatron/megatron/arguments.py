@@ -63,17 +63,24 @@ _WITH_OFF = "or use --dip-schedule off"
 
 def check_arguments(args: Any) -> None:
     """Refuse, before anything is built, what DIP can't run. Raises ConfigurationError with the reason and a way out."""
-
-    def refuse(condition: Any, flag: str, reason: str, way_out: str) -> None:
-        if condition:
-            raise ConfigurationError(f"{asked} and {flag}: {reason}; {way_out}")
-
     config = run_config(args)
     if not config.on:
         return
-    asked = f"--dip-schedule {config.schedule}" if config.schedule != "off" else "--dip-plan-file"
     if config.trace_plans and config.trace_dir is None:
         raise ConfigurationError("--dip-trace-plans needs --dip-trace-dir, which says where to")
+    asked = f"--dip-schedule {config.schedule}" if config.schedule != "off" else "--dip-plan-file"
+    for flag, reason, way_out in refusals(args):
+        raise ConfigurationError(f"{asked} and {flag}: {reason}; {way_out}")
+
+
+def refusals(args: Any) -> list[tuple[str, str, str]]:
+    """What DIP can't run of a run's flags: flag, reason and way out of each."""
+    found = []
+
+    def refuse(condition: Any, flag: str, reason: str, way_out: str) -> None:
+        if condition:
+            found.append((flag, reason, way_out))
+
     refuse(
         args.pipeline_model_parallel_size < 2, f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
         "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",
@@ -124,3 +131,4 @@ def check_arguments(args: Any) -> None:
         "local checkpoints hold layers by their place on a rank, which DIP's partition changes",
         f"use --non-persistent-ckpt-type global {_WITH_OFF}",
     )  # fmt: skip
+    return found

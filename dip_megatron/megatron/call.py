@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
+
+
+@dataclass(kw_only=True)
+class ScheduleCall:
+    """The keyword arguments of Megatron's schedules, by their names there and with their defaults."""
+
+    forward_step_func: Callable[..., Any]
+    data_iterator: Iterator[Any] | list[Iterator[Any]] | None
+    model: torch.nn.Module | list[torch.nn.Module]
+    num_microbatches: int
+    seq_length: int | None = None
+    micro_batch_size: int | None = None
+    decoder_seq_length: int | None = None
+    forward_only: bool = False
+    collect_non_loss_data: bool = False
+    first_val_step: bool | None = None
+    adjust_tensor_shapes_fn: Callable[..., Any] | None = None
+    p2p_communicator: Any = None
+    pg_collection: Any = None
+    force_all_reduce: bool | None = False
+
+    @property
+    def chunks(self) -> list[torch.nn.Module]:
+        """The model, in as many chunks as it has."""
+        return self.model if isinstance(self.model, list) else [self.model]
+
+    @property
+    def weights_changed(self) -> bool:
+        """Whether they may have since the last call."""
+        return not self.forward_only or bool(self.first_val_step)
 
 
 def check_call(

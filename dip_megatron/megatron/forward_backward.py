@@ -27,6 +27,7 @@ from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.watch import Watchdog
 from .agreement import TrainingAgreement, TrainingConsumer
+from .call import ScheduleCall
 from .iteration import Iteration
 from .lookahead import LookAhead, RawItems, capture_microbatch
 from .replicas import ExchangesAhead
@@ -107,33 +108,12 @@ class DipForwardBackward:
         self._last_seconds = 0.0
         self._ended: float | None = None  # the last operation of the iteration before, if that trained
 
-    def __call__(
-        self,
-        *,
-        forward_step_func: Callable[..., Any],
-        data_iterator: Iterator[Any] | list[Iterator[Any]] | None,
-        model: torch.nn.Module | list[torch.nn.Module],
-        num_microbatches: int,
-        seq_length: int | None = None,
-        micro_batch_size: int | None = None,
-        decoder_seq_length: int | None = None,
-        forward_only: bool = False,
-        collect_non_loss_data: bool = False,
-        first_val_step: bool | None = None,
-        adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
-        p2p_communicator: Any = None,
-        pg_collection: Any = None,
-        force_all_reduce: bool | None = False,
-    ) -> list[Any]:
-        """Run one iteration; returns the losses on the last pipeline rank, as Megatron's schedules do. What only
-        Megatron's schedules need of the arguments (see :func:`.call.check_call`) is not looked at here."""
+    def __call__(self, **arguments: Any) -> list[Any]:
+        """Run one iteration, with the keyword arguments of Megatron's schedules (:class:`.call.ScheduleCall`); returns
+        the losses on the last pipeline rank, as they do. What only they need of the arguments (see
+        :func:`.call.check_call`) is not looked at here."""
         try:
-            chunks = model if isinstance(model, list) else [model]
-            iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-            return self._iterate(
-                forward_step_func, iterator, chunks, num_microbatches, forward_only, collect_non_loss_data,
-                first_val_step, pg_collection, force_all_reduce,
-            )  # fmt: skip
+            return self._iterate(ScheduleCall(**arguments))
         except StopIteration:
             raise
         except Exception as error:
@@ -148,18 +128,9 @@ class DipForwardBackward:
         return sum(known.waiting for known in read)
 
     # -- one iteration -------------------------------------------------------------------------------------------
-    def _iterate(
-        self,
-        forward_step_func: Callable[..., Any],
-        iterator: Iterator[Any] | None,
-        chunks: list[torch.nn.Module],
-        num_microbatches: int,
-        forward_only: bool,
-        collect_non_loss_data: bool,
-        first_val_step: bool | None,
-        pg_collection: Any,
-        force_all_reduce: bool | None,
-    ) -> list[Any]:
+    def _iterate(self, call: ScheduleCall) -> list[Any]:
+        chunks, forward_only, num_microbatches = call.chunks, call.forward_only, call.num_microbatches
+        iterator = call.data_iterator[0] if isinstance(call.data_iterator, list) else call.data_iterator
         config = get_model_config(chunks[0])
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
@@ -172,7 +143,7 @@ class DipForwardBackward:
             microbatches, delivered = repeated
         else:
             key = (id(iterator), forward_only)
-            source = self._source(key, iterator, forward_step_func, chunks)
+            source = self._source(key, iterator, call.forward_step_func, chunks)
             microbatches, delivered = self._read(key, source, num_microbatches, chunks)
             if not forward_only:
                 self._repetition.keep(microbatches, delivered)
@@ -183,12 +154,12 @@ class DipForwardBackward:
         self._clock.begin()
         outside = None if self._ended is None else time.perf_counter() - self._ended
         iteration = Iteration(
-            self._program, self._executor, delivered.plan, chunks, microbatches, forward_step_func,
-            forward_only=forward_only, collect_non_loss_data=collect_non_loss_data,
+            self._program, self._executor, delivered.plan, chunks, microbatches, call.forward_step_func,
+            forward_only=forward_only, collect_non_loss_data=call.collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
             loss_rank=getattr(self._program, "loss_rank", None), averaged_over=num_microbatches,
         )  # fmt: skip
-        iteration.run(number, following, weights_changed=not forward_only or bool(first_val_step))
+        iteration.run(number, following, weights_changed=call.weights_changed)
         if self._pipeline is not None:
             iteration.hand_over(self._pipeline.gather)
         spans = self._clock.spans()
@@ -197,7 +168,7 @@ class DipForwardBackward:
         if not forward_only:
             self._last_seconds = seconds
             self._delivery.measured(Measurement.of(delivered.request, self._executor.position.rank, spans))
-            iteration.finalize(pg_collection, force_all_reduce)
+            iteration.finalize(call.pg_collection, call.force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:

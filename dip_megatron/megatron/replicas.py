@@ -156,30 +156,22 @@ class ReplicaExchange:
 
     def _move(self, proposal: Proposal, microbatches: Sequence[Any]) -> tuple[list[Any], int]:
         """Send what leaves and take what comes, at most one each a round, so that little memory is needed."""
-        first = sum(proposal.counts[: self._index])
-        leaving, coming, sent = set(), [], 0
+        line = proposal.line(self._index)
+        if line is None:
+            return list(microbatches), 0
+        first, sent = sum(proposal.counts[: self._index]), 0
+        known = dict(enumerate(microbatches, first))
         began = time.perf_counter()
         for moves in proposal.rounds():
             out = next((move for move in moves if move.source == self._index), None)
             into = next((move for move in moves if move.target == self._index), None)
-            arrived, size = self._round(out, None if out is None else microbatches[out.number - first], into)
-            if out is not None:
-                leaving.add(out.number - first)
-                sent += size
+            arrived, size = self._round(out, None if out is None else known.pop(out.number), into)
+            sent += size
             if into is not None:
-                coming.append((into.number, arrived))
-        if proposal.assignment is not None:
-            took = (time.perf_counter() - began) / proposal.nominal_seconds
-            self._slowness = (self._slowness * min(max(took, 0.01), 1000.0)) ** 0.5
-        coming.sort(key=lambda pair: pair[0])
-        new = iter([microbatch for _, microbatch in coming])
-        result = []
-        for m, microbatch in enumerate(microbatches):
-            if m not in leaving:
-                result.append(microbatch)
-            else:
-                result += [found for found in [next(new, None)] if found is not None]
-        return result + list(new), sent
+                known[into.number] = arrived
+        took = (time.perf_counter() - began) / proposal.nominal_seconds
+        self._slowness = (self._slowness * min(max(took, 0.01), 1000.0)) ** 0.5
+        return [known[number] for number in line], sent
 
     def _round(self, out: Move | None, microbatch: Any, into: Move | None) -> tuple[Any, int]:
         """Send one microbatch and receive one, either of which may be none; what came, and the bytes sent."""

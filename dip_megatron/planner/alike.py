@@ -6,8 +6,8 @@ Coupled replicas meet at every layer with experts, slot by slot. Equal sums, whi
 they take where replicas meet and in all. Microbatches are sorted by their work and cut into blocks of a few classes;
 inside a block they are sorted by what they take where replicas meet and cut into classes of one microbatch for every
 replica of a group; classes are dealt to the groups, and each class to the replicas of its group, so that sums stay even
-from slot to slot. Several sizes of blocks are tried, and the one taken whose costliest group is cheapest. The result
-depends on the numbers alone: whoever gathered the same ones comes to the same.
+from slot to slot. Larger blocks would make the work where replicas meet more alike, and leave them waiting for one
+another's encoders. The result depends on the numbers alone: whoever gathered the same ones comes to the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from scipy.optimize import linear_sum_assignment
 
 from ..core.graph import Floats
 from .balance import Places
+
+CLASSES = 4
+"""Classes of a block, at least."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +110,11 @@ def assign_alike(work: CoupledWork) -> AlikeSlots:
     start = longest_first(work, work.replica)
     before = group_cost(work, work.replica, start)
     groups = work.replicas // work.group
-    best: tuple[float, Places, Places] | None = None
-    for blocks in dict.fromkeys((1, 2, 4, groups, 2 * groups, work.slots * groups)):
-        replica, slot = _classes(work, blocks * work.group)
-        worth = float(group_cost(work, replica, slot).max())
-        if best is None or worth < best[0]:
-            best = worth, replica, slot
-    if best is None or best[0] >= before.max():
+    replica, slot = _classes(work, max(groups, CLASSES) * work.group)
+    if group_cost(work, replica, slot).max() >= before.max():
         replica, slot = work.replica.astype(np.int64), start
     else:
-        replica, slot = _at_home(work, best[1]), best[2]
+        replica = _at_home(work, replica)
     return AlikeSlots(replica, slot, replica != work.replica, before, group_cost(work, replica, slot))
 
 

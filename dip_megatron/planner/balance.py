@@ -103,9 +103,19 @@ def microbatch_work(graph: StageGraph) -> tuple[Floats, Floats]:
 def assign(work: Work, mode: Mode = "swap", goal: float = GOAL) -> Assignment:
     """Exchange microbatches until the costliest replica takes at most ``goal`` times the mean, or nothing lowers it.
 
-    ``swap`` keeps how many microbatches each replica has; ``free`` doesn't, which changes a mean of losses unless the
-    loop weights them by tokens. No replica gets to hold more than the fullest one did before.
+    ``swap`` keeps how many microbatches each replica has; ``free`` changes that where swapping alone stays above
+    ``goal``, which changes a mean of losses unless the loop weights them by tokens. No replica gets to hold more than
+    the fullest one did before.
     """
+    found = _assigned(work, goal, moves=False)
+    if mode == "free" and found.after.max() > goal * found.after.mean():
+        other = _assigned(work, goal, moves=True)
+        if other.after.max() < found.after.max() * (1 - TOLERANCE):
+            return other
+    return found
+
+
+def _assigned(work: Work, goal: float, moves: bool) -> Assignment:
     start = work.replica.astype(np.int64)
     replica = start.copy()
     seconds, held = work.sums(work.seconds, start), work.sums(work.held, start)
@@ -114,10 +124,25 @@ def assign(work: Work, mode: Mode = "swap", goal: float = GOAL) -> Assignment:
         np.ascontiguousarray(work.seconds), np.ascontiguousarray(work.held), stays, replica, seconds, held,
         held.max(initial=0.0) * (1 + 1e-9), goal,
     )  # fmt: skip
-    if mode == "free":
+    if moves:
         _move(*arrays)
     _swap(*arrays)
     return Assignment(replica, replica != start, work.cost(start), work.cost(replica))
+
+
+def lines(before: Places, after: Places, replicas: int) -> list[list[int]]:
+    """The numbers of the microbatches that each replica trains, in its order, if they go from ``before`` to ``after``
+    ``[M]``: those that stay keep their places, and those that come take the places that have become free."""
+    out = []
+    for r in range(replicas):
+        coming = iter(np.flatnonzero((after == r) & (before != r)))
+        line = []
+        for number in np.flatnonzero(before == r):
+            taken = number if after[number] == r else next(coming, None)
+            if taken is not None:
+                line.append(int(taken))
+        out.append(line + [int(number) for number in coming])
+    return out
 
 
 @allocating

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.graph import Floats
-from .balance import Assignment, Mode, Work, assign
+from .balance import Assignment, Mode, Places, Work, assign, lines
 
 LEAST_GAIN = 0.005
 """Share of the job's time that an exchange has to gain, or nobody moves anything."""
@@ -73,12 +73,21 @@ class Proposal:
         """Equal for equal proposals."""
         return self.reason if self.assignment is None else self.assignment.digest()
 
+    @property
+    def _owner(self) -> Places:
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def line(self, replica: int) -> list[int] | None:
+        """Numbers of the microbatches that a replica trains, in its order; None if nobody moves."""
+        if self.assignment is None:
+            return None
+        return lines(self._owner, self.assignment.replica, len(self.counts))[replica]
+
     def rounds(self) -> list[list[Move]]:
         """The moves, in an order in which a replica sends at most one microbatch a round, and receives at most one."""
         if self.assignment is None:
             return []
-        owner = np.repeat(np.arange(len(self.counts)), self.counts)
-        to = self.assignment.replica
+        owner, to = self._owner, self.assignment.replica
         return rounds([Move(int(m), int(owner[m]), int(to[m])) for m in np.flatnonzero(owner != to)])
 
 

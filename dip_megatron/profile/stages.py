@@ -20,7 +20,8 @@ from ..describe.cost import Costs, LayerRun, Table
 from ..describe.cost.calibration import QUANTITIES, STRATEGY_QUANTITIES
 from ..describe.model import MultimodalModel
 from ..describe.workload import Microbatch
-from ..families.llava.mixed import MODEL, MixedLlavaProgram
+from ..families.llava.mixed import MixedLlavaProgram
+from ..families.shared.mixed import MODEL
 from ..families.shared.shapes import LANGUAGE, VISION
 from ..runtime.deferred import Slot, WeightGradients, start
 from ..runtime.offload import OffloadedActivations

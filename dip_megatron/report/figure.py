@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ def plot_timeline(
     both are, OSError if ``path`` can't be written.
     """
     panels = [(name, spans) for name, spans in (("planned", planned), ("measured", measured)) if spans]
+    _plot(path, panels, lower_bound, title)
+
+
+def plot_replicas(path: Path | str, replicas: Mapping[str, Sequence[Span]], *, title: str = "") -> None:
+    """Draw one iteration of several replicas, by name, below one another; each on its own clock, which begins with the
+    iteration. See :func:`plot_timeline`."""
+    _plot(path, [(name, spans) for name, spans in replicas.items() if spans], None, title)
+
+
+def _plot(
+    path: Path | str, panels: Sequence[tuple[str, Sequence[Span]]], lower_bound: float | None, title: str
+) -> None:
     if not panels:
         raise ValueError("nothing to draw: neither planned nor measured operations")
     everything = [span for _, spans in panels for span in spans]

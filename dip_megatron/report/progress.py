@@ -82,6 +82,7 @@ def _exchanged(exchanges: Sequence[ExchangeReport]) -> dict[str, float]:
         "dip/exchange_bytes": sum(e.sent_bytes for e in exchanges) / count,
         "dip/exchange_seconds": sum(e.seconds for e in exchanges) / count,
         "dip/exchange_stall_seconds": sum(e.stall_seconds for e in exchanges) / count,
+        "dip/exchanges_declined": exchanges[-1].declined,
     }
 
 

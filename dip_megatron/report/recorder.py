@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ..core import Plan
@@ -34,7 +35,7 @@ class RunRecorder:
     def __init__(self, folder: Path, exchange: Exchange, about: Mapping[str, Mapping[str, object]] | None = None):
         self._folder = folder
         self._exchange = exchange
-        self._last: tuple[Plan, list[Span]] | None = None
+        self._last: tuple[Plan, list[Span], IterationReport] | None = None
         self._broken = False
         if about and exchange.rank == 0:
             self._write(lambda: self._put(ABOUT, json.dumps(about, indent=1, default=str) + "\n"))
@@ -48,7 +49,7 @@ class RunRecorder:
         measured = [
             Span(rank, s.operation, s.microbatch, s.start, s.end) for rank, line in enumerate(everyone) for s in line
         ]
-        self._last = (plan, measured)
+        self._last = (plan, measured, report)
         seconds = max((s.end for s in measured), default=0.0)
         busy = sum(s.end - s.start for s in measured)
         line = report.as_dict() | {
@@ -62,13 +63,14 @@ class RunRecorder:
         """Write trace and picture of the last iteration."""
         if self._last is None or self._exchange.rank != 0:
             return
-        plan, measured = self._last
+        plan, measured, report = self._last
         planned = spans_of(plan.graph, plan.schedule, simulate(plan.graph, plan.schedule))
 
         def draw() -> None:
             from .trace import write_trace
 
-            write_trace(self._folder / TRACE, planned, measured)
+            exchange = None if report.exchange is None else asdict(report.exchange)
+            write_trace(self._folder / TRACE, planned, measured, exchange)
             self._put(LAST_PLAN, format_plan(plan) + "\n")
             try:
                 from .figure import plot_timeline

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..planner.planned import Planned
+from ..planner.replicated import Outcome
 
 Entry = dict[str, Any]
 FIELDS = (
@@ -69,6 +70,34 @@ def compare_table(mean: Mapping[str, Entry], reference: str = "dip") -> str:
             ]
         )
     header = ["schedule", "seconds", f"x {reference}", "over bound", "bubble", "peak GB", "fits", "recompute", "plan s"]
+    return text_table(header, rows)
+
+
+def replicas_entry(iterations: Sequence[tuple[Outcome, Outcome]]) -> Entry:
+    """One schedule of several replicas: means over the iterations of their slowest one's seconds and of those over the
+    mean, before and after an exchange. ``gain``: the job's time before over its time after."""
+    before, after = zip(*iterations, strict=True)
+    slowest = [float(np.mean([o.slowest for o in line])) for line in (before, after)]
+    return {
+        "slowest_before": slowest[0], "slowest_after": slowest[1],
+        "spread_before": float(np.mean([o.spread for o in before])),
+        "spread_after": float(np.mean([o.spread for o in after])),
+        "moved": float(np.mean([o.moved for o in after])), "gain": slowest[0] / slowest[1],
+    }  # fmt: skip
+
+
+def replicas_table(entries: Mapping[str, Entry | None]) -> str:
+    """As text, fastest after the exchange first."""
+    rows = []
+    for name, e in sorted(entries.items(), key=lambda item: np.inf if item[1] is None else item[1]["slowest_after"]):
+        if e is None:
+            rows.append([name, "-", "-", "-", "-", "no plan", "-"])
+            continue
+        rows.append([
+            name, f"{e['slowest_before']:.4f}", f"{e['spread_before']:.3f}", f"{e['slowest_after']:.4f}",
+            f"{e['spread_after']:.3f}", f"{e['moved']:.0%}", f"{e['gain']:.3f}",
+        ])  # fmt: skip
+    header = ["schedule", "slowest s", "over mean", "after: slowest s", "over mean", "moved", "gain"]
     return text_table(header, rows)
 
 

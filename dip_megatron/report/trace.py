@@ -8,20 +8,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..core import Kind
+from ..core import Kind, Operation
 from .spans import Span
 
 _LANES = ("planned", "measured")
 _MICROSECONDS = 1e6
 
 
-def write_trace(path: Path | str, planned: Sequence[Span], measured: Sequence[Span]) -> None:
+def write_trace(
+    path: Path | str, planned: Sequence[Span], measured: Sequence[Span], exchange: dict[str, Any] | None = None
+) -> None:
     """Write both timelines of one iteration: a process per rank, in it a lane for the plan and one for what happened.
 
-    Arrows follow each unit from rank to rank, forward and backward. Either timeline may be empty. Raises OSError when
-    ``path`` can't be written.
+    Arrows follow each unit from rank to rank, forward and backward. Either timeline may be empty. ``exchange``: what
+    replicas exchanged before it, shown as an event at its start. Raises OSError when ``path`` can't be written.
     """
     events: list[dict[str, Any]] = []
+    if exchange is not None:
+        events.append({"name": "exchange", "ph": "i", "s": "g", "pid": 0, "tid": 0, "ts": 0.0, "args": exchange})
     for rank in sorted({s.rank for s in (*planned, *measured)}):
         events.append(_name("process_name", rank, 0, f"rank {rank}"))
         events.append({"name": "process_sort_index", "ph": "M", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
@@ -30,6 +34,23 @@ def write_trace(path: Path | str, planned: Sequence[Span], measured: Sequence[Sp
         events += [_operation(span, lane) for span in spans]
         events += _arrows(spans, lane)
     Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":")))
+
+
+def read_trace(path: Path | str) -> tuple[list[Span], list[Span]]:
+    """The operations of a file of :func:`write_trace`, as planned and as measured. Raises ValueError, OSError."""
+    lanes: tuple[list[Span], list[Span]] = ([], [])
+    try:
+        for event in json.loads(Path(path).read_text())["traceEvents"]:
+            if event["ph"] != "X":
+                continue
+            start, args = event["ts"] / _MICROSECONDS, event["args"]
+            lanes[event["tid"]].append(
+                Span(event["pid"], Operation.parse(args["stage"]), args["microbatch"], start,
+                     start + event["dur"] / _MICROSECONDS)
+            )  # fmt: skip
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: not a trace of a run ({type(error).__name__}: {error})") from error
+    return lanes
 
 
 def _name(what: str, rank: int, lane: int, name: str) -> dict[str, Any]:

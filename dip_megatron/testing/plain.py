@@ -8,7 +8,7 @@ against this function (``scripts/upstream_tests``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from ..core import ModalityModule, Operation, Payload, Plan, StageGraph, TensorSpec, Unit
 from ..core.lower import make_plan
 from ..core.verify import verify
+from ..megatron.call import ScheduleCall
 from ..megatron.exchange import GlooExchange
 from ..megatron.iteration import Iteration
 from ..runtime.clock import Clock
@@ -72,36 +73,22 @@ class PlainForwardBackward:
         self._timeout = timeout_seconds
         self._executors: dict[tuple[int, ...], Executor] = {}
 
-    def __call__(
-        self,
-        *,
-        forward_step_func: Callable[..., Any],
-        data_iterator: Iterator[Any] | list[Iterator[Any]] | None,
-        model: torch.nn.Module | list[torch.nn.Module],
-        num_microbatches: int,
-        seq_length: int,
-        micro_batch_size: int,
-        decoder_seq_length: int | None = None,
-        forward_only: bool = False,
-        collect_non_loss_data: bool = False,
-        first_val_step: bool | None = None,
-        adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
-        p2p_communicator: Any = None,
-        pg_collection: Any = None,
-        force_all_reduce: bool | None = False,
-    ) -> list[Any]:
+    def __call__(self, **arguments: Any) -> list[Any]:
         """Run one iteration; returns the losses on the last pipeline rank.
 
         Raises RuntimeError where Megatron's interleaved schedule does (a last group of microbatches smaller than the
         pipeline), ValueError for what has no fixed shapes or no pipeline.
         """
-        chunks = model if isinstance(model, list) else [model]
-        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator] * len(chunks)
+        call = ScheduleCall(**arguments)
+        assert call.seq_length is not None
+        assert call.micro_batch_size is not None
+        chunks, data, num_microbatches = call.chunks, call.data_iterator, call.num_microbatches
+        iterators = data if isinstance(data, list) else [data] * len(chunks)
         config = get_model_config(chunks[0])
-        pipeline = _pipeline(p2p_communicator, pg_collection)
+        pipeline = _pipeline(call.p2p_communicator, call.pg_collection)
         if len(pipeline) < 2:
             raise ValueError("one pipeline rank has nothing to schedule; use Megatron's forward_backward_no_pipelining")
-        if adjust_tensor_shapes_fn is not None or config.variable_seq_lengths:
+        if call.adjust_tensor_shapes_fn is not None or config.variable_seq_lengths:
             raise ValueError(
                 "chunks of no model family exchange tensors of one shape: distillation and variable_seq_lengths need "
                 "Megatron's own schedule"
@@ -112,25 +99,28 @@ class PlainForwardBackward:
                 f"{num_microbatches} microbatches in groups of {group} on {len(pipeline)} pipeline ranks: the last "
                 f"group is smaller than the pipeline; use a multiple of {group}"
             )
-        length = decoder_seq_length if decoder_seq_length is not None and len(chunks) == 1 else seq_length
-        context, tensor = _sizes(pg_collection)
+        length = call.seq_length
+        if call.decoder_seq_length is not None and len(chunks) == 1:
+            length = call.decoder_seq_length
+        context, tensor = _sizes(call.pg_collection)
         length = length // context // (tensor if config.sequence_parallel else 1)
         dtype = str(config.pipeline_dtype or config.params_dtype).removeprefix("torch.")
-        hidden = TensorSpec("hidden", (length, micro_batch_size, config.hidden_size), dtype)
-        plan = _plan(len(pipeline), len(chunks), num_microbatches, group, forward_only, (hidden,))
+        hidden = TensorSpec("hidden", (length, call.micro_batch_size, config.hidden_size), dtype)
+        plan = _plan(len(pipeline), len(chunks), num_microbatches, group, call.forward_only, (hidden,))
         executor = self._executor(pipeline)
 
         def last_forward_step(_: Any, last: torch.nn.Module) -> Any:
-            return forward_step_func(iterators[-1], last)
+            return call.forward_step_func(iterators[-1], last)
 
-        stages = PlainStages(len(chunks), len(pipeline), forward_step_func, iterators)
+        stages = PlainStages(len(chunks), len(pipeline), call.forward_step_func, iterators)
         iteration = Iteration(
             stages, executor, plan, chunks, [MicrobatchInputs({}) for _ in range(num_microbatches)], last_forward_step,
-            forward_only=forward_only, context_parallel_size=context, collect_non_loss_data=collect_non_loss_data,
+            forward_only=call.forward_only, context_parallel_size=context,
+            collect_non_loss_data=call.collect_non_loss_data,
         )  # fmt: skip
-        iteration.run(weights_changed=not forward_only or bool(first_val_step))
-        if not forward_only:
-            iteration.finalize(pg_collection, force_all_reduce)
+        iteration.run(weights_changed=call.weights_changed)
+        if not call.forward_only:
+            iteration.finalize(call.pg_collection, call.force_all_reduce)
         return iteration.losses
 
     def _executor(self, pipeline: list[int]) -> Executor:

@@ -11,7 +11,6 @@ import pickle
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +63,7 @@ from dip_megatron.testing.synthetic import (  # noqa: E402
     gpt_forward_step,
     wrap,
 )
+from scripts.gpu.ranks import run_as_rank  # noqa: E402
 
 TIMEOUT = 300.0
 
@@ -387,10 +387,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # peers may wait for this process inside a collective: its end is what tells them
-    os._exit(0)  # gloo's threads are not waited for
+    run_as_rank(main)

@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -60,6 +62,17 @@ def run_ranks(
             lines = [line for line in path_of_log.read_text(errors="replace").splitlines() if line.strip()]
             print(f"--- rank {rank} ({processes[rank].returncode})", *lines[-25:], sep="\n", flush=True)
     return int(failed)
+
+
+def run_as_rank(main: Callable[[], None]) -> NoReturn:
+    """Run ``main`` as one of the ranks, and end the process without waiting for anyone."""
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # peers may wait for this process inside a collective: its end is what tells them
+    os._exit(0)  # gloo's and the transport's threads are not waited for
 
 
 def _await(processes: Sequence[subprocess.Popen[bytes]], limit: float) -> bool:

@@ -10,7 +10,6 @@ import pickle
 import statistics
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ from dip_megatron.testing.synthetic import (  # noqa: E402
     wrap,
 )
 
+from .ranks import run_as_rank  # noqa: E402
 from .report import print_table, summarize  # noqa: E402
 from .schedules import Candidate, effort_of, plan_all  # noqa: E402
 from .setting import Setting, batches_of, model_of, training_flops  # noqa: E402
@@ -354,10 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # peers may wait for this process inside a collective: its end is what tells them
-    os._exit(0)  # gloo's and the transport's threads are not waited for
+    run_as_rank(main)

@@ -2,6 +2,7 @@
 
 ``python -m scripts.soaking.trainer SCRIPT ARGS...``; settings come in environment variables, since the arguments are
 Megatron's: SOAK_DIARY (folder), SOAK_SAMPLES, and SOAK_EVERY (requests between faults; 0: Megatron's own schedule).
+With SOAK_FATAL and SOAK_EXCHANGES faults are those of exchanges between replicas, instead of the planner's.
 """
 
 from __future__ import annotations
@@ -81,7 +82,17 @@ def main(arguments: Sequence[str]) -> None:
     from .faults import FaultyService, drift
 
     drift(documents, int(os.environ["SOAK_SAMPLES"]))
-    if every:
+    if "SOAK_FATAL" in os.environ:
+        from .exchanges import disturb, number_samples, record_samples
+
+        number_samples(documents)
+        if every:
+            import dip_megatron
+
+            dip_megatron.install()
+            disturb(every, os.environ["SOAK_FATAL"], int(os.environ["SOAK_EXCHANGES"]))
+            record_samples(Path(os.environ["SOAK_DIARY"]))
+    elif every:
         import dip_megatron
 
         FaultyService.every = every

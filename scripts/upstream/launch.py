@@ -72,6 +72,15 @@ def begin_on_this_host() -> None:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def adapt_example(script: str) -> None:
+    """What ``examples/multimodal/train.py`` needs; see :mod:`scripts.upstream.multimodal`."""
+    if Path(script).resolve().parent.name == "multimodal":
+        from scripts.upstream.multimodal import cut_down, mend
+
+        cut_down()
+        mend()
+
+
 def _main() -> None:
     way, script, *arguments = sys.argv[1:]
     sys.path[0] = str(ROOT)  # not this folder
@@ -84,6 +93,7 @@ def _main() -> None:
         def install_and_draw(families: Any = ()) -> None:
             install(families)
             draw_weights_before_the_optimizer()
+            adapt_example(script)
 
         dip_megatron.install = install_and_draw
         main(["run", script, *arguments])
@@ -98,6 +108,7 @@ def _main() -> None:
             del sys.modules[name]
         sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     draw_weights_before_the_optimizer()
+    adapt_example(script)
     runpy.run_path(script, run_name="__main__")
 
 

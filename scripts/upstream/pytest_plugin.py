@@ -1,4 +1,5 @@
-"""Points Megatron-LM's unit tests of pipeline schedules at DIP's forward-backward function, behind DIP's hook.
+"""Runs Megatron-LM's unit tests of pipeline schedules behind DIP's hook: on Megatron's own functions (DIP off), or with
+DIP's forward-backward function in their place (``DIP_UPSTREAM_FUNCTION=dip``).
 
 Loaded into pytest by ``scripts/upstream_tests``, on every rank. Without a GPU, Megatron runs on the CPU platform, and
 the tests' process groups are gloo's instead of NCCL's.
@@ -6,7 +7,9 @@ the tests' process groups are gloo's instead of NCCL's.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +30,36 @@ if ON_CPU:
 from megatron.core.pipeline_parallel import schedules  # noqa: E402  (after the platform)
 
 import dip_megatron  # noqa: E402
+from dip_megatron.megatron.marks import MARK  # noqa: E402
 from dip_megatron.testing.plain import PlainForwardBackward  # noqa: E402
 
-FUNCTION = PlainForwardBackward(timeout_seconds=120.0)
+NAMES = ("forward_backward_pipelining_with_interleaving", "forward_backward_pipelining_without_interleaving")
+DIP = PlainForwardBackward(timeout_seconds=120.0) if os.environ["DIP_UPSTREAM_FUNCTION"] == "dip" else None
 CALLS = 0
 
 
-def _counted(**kwargs: Any) -> Any:
-    global CALLS
-    CALLS += 1
-    return FUNCTION(**kwargs)
+def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def counted(**kwargs: Any) -> Any:
+        global CALLS
+        CALLS += 1
+        return function(**kwargs)
+
+    return counted
 
 
-schedules.forward_backward_pipelining_with_interleaving = _counted
-schedules.forward_backward_pipelining_without_interleaving = _counted
+for _name in NAMES:
+    setattr(schedules, _name, _counted(DIP or getattr(schedules, _name)))
 
-dip_megatron.install()  # the tests' look-ups pass through DIP's hook, with DIP off
+dip_megatron.install()  # the tests' look-ups pass through DIP's hook
+assert hasattr(schedules.get_forward_backward_func, MARK), "DIP's hook is not in place"
 
 _CALLS_BEFORE = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    """Count the calls of DIP's function."""
+    """Count the calls of the function."""
     before = CALLS
     try:
         return (yield)

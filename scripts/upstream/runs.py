@@ -15,8 +15,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def script_flags(kind: str) -> list[str]:
-    """The flags of a tiny model of ``kind`` (``gpt`` or ``vlm``) on CPU ranks and mock data."""
-    flags = [*(HERE / f"{kind}.args").read_text().split(), *(HERE / "common.args").read_text().split(), *CPU_FLAGS]
+    """The flags of a tiny model of ``kind`` (``gpt`` or ``vlm``, on Megatron's mock data, or ``multimodal``) on CPU
+    ranks."""
+    names = ("multimodal",) if kind == "multimodal" else (kind, "common")
+    flags = [*(word for name in names for word in (HERE / f"{name}.args").read_text().split()), *CPU_FLAGS]
     return [*flags, "--mock-data"] if kind == "gpt" else flags
 
 
@@ -29,7 +31,7 @@ def run_script(
 
     ``tree`` holds the ``megatron`` to use, if it isn't the script's folder or what is installed. Raises RunFailed.
     """
-    kind = "vlm" if "vlm" in script.name else "gpt"
+    kind = "multimodal" if script.name == "train.py" else "vlm" if "vlm" in script.name else "gpt"
     command = [sys.executable, str(HERE / "launch.py"), way, str(script), *script_flags(kind), *flags]
     out.mkdir(parents=True, exist_ok=True)
     with _path(() if tree is None else (str(tree),)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     initialize(world)
+    for backend in ("FLASH", "FUSED", "UNFUSED"):  # families of one process differ in what they ask for
+        os.environ.pop(f"NVTE_{backend}_ATTN", None)
     bridge = AutoBridge.from_hf_pretrained(case.folder, dtype=torch.float32, trust_remote_code=True)
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.params_dtype = provider.autocast_dtype = provider.pipeline_dtype = torch.float32
@@ -61,6 +64,8 @@ def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> 
     from megatron.core.utils import get_model_config
 
     for chunk in model:
+        if not hasattr(chunk, "pre_process"):  # of the model inside, which isn't looked at
+            return finalize_without_ddp(model, num_tokens)
         chunk.ddp_config = DistributedDataParallelConfig()  # type: ignore[assignment]
     _allreduce_word_embedding_grads(model, get_model_config(model[0]))
     finalize_without_ddp(model, num_tokens)
@@ -76,6 +81,7 @@ def batches(case: Case, rank: int) -> list[dict[str, Any]]:
 
 
 PIXELS = ("pixel_values", "input_features")
+SEEN = (*PIXELS, "image_", "video_", "input_ids", "feature_")
 
 
 def forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
@@ -119,8 +125,8 @@ def hugging_face(rank: int, world: int, case: Case) -> list[torch.Tensor]:
     found = []
     with torch.no_grad():
         for arguments in batches(case, 0):
-            given = {k: v for k, v in arguments.items() if k.startswith(("pixel_values", "image_", "video_", "input_"))}
-            found.append(loaded(**given, **case.of.hugging_face(given)).logits)
+            given = {name: value for name, value in arguments.items() if name.startswith(SEEN)}
+            found.append(case.of.text(loaded)(**given, **case.of.hugging_face(given)).logits)
     return found
 
 
@@ -176,7 +182,7 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     if logits:
         return [one["logits"] for one in found]
     if rank == 0:  # the planner prices it, as described
-        partition = Partition(tuple(ModulePartition(name, line, units[name]) for name, line in case.layers.items()))
+        partition = Partition(tuple(ModulePartition(name, case.layers[name], units[name]) for name in units))
         build_graph(model, load_cluster("cpu"), partition, [program.load(_inputs(program, a)) for a in data])
     return [one["loss"] for one in found], gradients(chunks), exported
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,11 @@ class Samples(torch.utils.data.Dataset):
         def joined(name: str) -> torch.Tensor:
             return torch.cat([sample[name] for sample in samples if name in sample])
 
-        own = ("labels", "loss_mask", "position_ids")
-        batch = {"tokens": joined("input_ids"), **{name: joined(name) for name in own}, "attention_mask": None}
-        seen = {name for sample in samples for name in sample} - {"input_ids", "attention_mask", *own}
-        inputs = {name: joined(name) for name in seen}
+        batch: dict[str, Any] = {"tokens": joined("input_ids"), "attention_mask": None, "position_ids": None}
+        given = {name for sample in samples for name, value in sample.items() if value is not None} - {"input_ids"}
+        visual = given & {field.name for field in fields(GenericVisualInputs)}
+        batch |= {name: joined(name) for name in given - visual}
+        inputs = {name: joined(name) for name in visual}
         return {**batch, "visual_inputs": GenericVisualInputs(**inputs) if inputs else None}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 # Before Megatron looks for Transformer Engine.
 sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
+os.environ |= {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring"}  # for deterministic_mode
 
 import tests.preloaded  # noqa: F401  installs the CPU platform
 

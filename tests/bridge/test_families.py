@@ -34,10 +34,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def partitions(tiny: Tiny) -> dict[str, dict[str, Any]]:
     """One segment, and several with chunks of no layers among them."""
     rest, half = tiny.vision_layers - 2, tiny.language_layers // 2
-    return {
+    cuts: dict[str, dict[str, Any]] = {
         "one": {"vision": ((1, tiny.vision_layers - 1),), "language": ((half, half),)},
         "several": {"vision": ((0, 2), (rest, 0)), "language": ((1, 1), (0, tiny.language_layers - 2))},
     }
+    if tiny.audio_layers:
+        cuts["one"]["audio"] = ((1, tiny.audio_layers - 1),)
+        cuts["several"]["audio"] = ((1, 0), (1, tiny.audio_layers - 2))
+    return cuts
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,25 @@ def test_segments_train_as_the_class_does(name: str, cut: str, folders: Any, alo
         assert saved.keys() <= exported.keys()
         for key, weight in saved.items():
             assert torch.equal(exported[key], weight), key
+
+
+FROZEN = [
+    ("qwen3-vl", ("vision_model",)),
+    ("qwen3-vl", ("vision_model", "vision_projection")),
+    ("qwen3-vl", ("language_model",)),
+    ("gemma3-vl", ("vision_model", "language_model")),
+    ("qwen3-5-vl", ("vision_projection",)),
+]
+
+
+@pytest.mark.parametrize(("name", "frozen"), FROZEN, ids=[" ".join(parts) for _, parts in FROZEN])
+def test_frozen_parts_stay_so(name: str, frozen: tuple[str, ...], folders: Any, alone: Any) -> None:
+    """What is left to train has the class's gradients, under every memory strategy."""
+    several = partitions(TINY[name])["several"]
+    strategies = ("none", "full", "selective", "mlp")
+    case = Case(name, folders(name), several, seed=SEED, frozen=frozen, strategies=strategies)
+    ranks = team(2).run(equality.dips, case)
+    assert_equal((ranks[-1][0], together([r[1] for r in ranks])), alone(name, frozen))
 
 
 @pytest.mark.parametrize("name", TINY)

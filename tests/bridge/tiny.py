@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-IMAGE, VIDEO, START, END, VOCABULARY = 120, 121, 122, 123, 128
+IMAGE, VIDEO, START, END, AUDIO, AUDIO_START, AUDIO_END, VOCABULARY = 120, 121, 122, 123, 124, 125, 126, 128
 SEQUENCE = 96
 IDS = {
     "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
@@ -41,6 +41,7 @@ class Tiny:
     videos: bool = True
     vision_layers: int = 4
     language_layers: int = 4
+    audio_layers: int = 0
     tied: bool = False
     tolerance: float = 1e-5
     change: Callable[[Any], None] = lambda provider: None
@@ -104,6 +105,10 @@ class Tiny:
             "attention_mask": None, "loss_mask": (tokens[:, 1:] < IMAGE).float(),
         }  # fmt: skip
         return found | self.seen(shown, generator)
+
+    def text(self, model: Any) -> Any:
+        """What of Hugging Face's model gives logits."""
+        return model
 
     def hugging_face(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What Hugging Face's model needs beside the tokens, pixels and grids."""
@@ -182,6 +187,201 @@ def exact_gelu(model: Any) -> None:
             module.activation_func = torch.nn.functional.gelu
 
 
+def qwen35(tied: bool) -> Any:
+    import transformers
+
+    text = TEXT | {
+        "head_dim": 32, "tie_word_embeddings": tied, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+                            "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    }  # fmt: skip
+    vision = {
+        "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+    }  # fmt: skip
+    config = transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, **IDS,
+        architectures=["Qwen3_5ForConditionalGeneration"],
+    )  # fmt: skip
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+def deterministic(provider: Any) -> None:
+    """Gated delta nets by Megatron's own rule."""
+    provider.mrope_section, provider.deterministic_mode = [4, 2, 2], True
+    provider.cross_entropy_loss_fusion = False
+
+
+def gemma3(tied: bool) -> Any:
+    import transformers
+
+    text = TEXT | {
+        "num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16,
+        "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": tied,
+    }  # fmt: skip
+    vision = {
+        "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 56,
+        "patch_size": 14, "vision_use_head": False,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=IMAGE,
+        boi_token_index=START, eoi_token_index=END, tie_word_embeddings=tied, dtype=torch.float32,
+        architectures=["Gemma3ForConditionalGeneration"],
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def small_pictures(provider: Any) -> None:
+    """Bridge's projector keeps the size of the published models' pictures."""
+    projector = provider.vision_projector_config
+    projector.image_size, projector.patch_dim, projector.tokens_per_image = 56, 14, 4
+
+
+def exact_norms(model: Any) -> None:
+    """Bridge's norms behind linears have an epsilon of 1e-5, not the model's."""
+    for name, module in model.named_modules():
+        if name.endswith("post_layernorm") and name.startswith("language_model"):
+            module.eps = 1e-6
+
+
+class Pictures(Tiny):
+    """Of pictures of one size, 56 x 56 pixels, that become four tokens each."""
+
+    def seen(self, shown: tuple[Content, ...], generator: torch.Generator) -> dict[str, Any]:
+        if not shown:
+            return {}
+        return {"pixel_values": torch.randn(len(shown), 3, 56, 56, generator=generator)}
+
+    def hugging_face(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"token_type_ids": (arguments["input_ids"] == IMAGE).int()}
+
+
+def glm45(tied: bool) -> Any:
+    import transformers
+
+    text = TEXT | {
+        "head_dim": 16, "tie_word_embeddings": tied, "first_k_dense_replace": 4, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "use_qk_norm": False, "attention_bias": True,
+        "image_start_token_id": START, "image_end_token_id": END, "image_token_id": IMAGE, "video_token_id": VIDEO,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+                            "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "image_size": 112,
+    }  # fmt: skip
+    config = transformers.Glm4vMoeConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, image_token_id=IMAGE,
+        video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
+        architectures=["Glm4vMoeForConditionalGeneration"],
+    )  # fmt: skip
+    return transformers.Glm4vMoeForConditionalGeneration(config)
+
+
+def dense(provider: Any) -> None:
+    """All layers of the tiny GLM-4.5V are as its published first one."""
+    provider.mrope_section, provider.num_moe_experts, provider.mtp_num_layers = [2, 1, 1], None, None
+    provider.moe_permute_fusion = provider.moe_shared_expert_overlap = provider.moe_router_enable_expert_bias = False
+    provider.moe_shared_expert_intermediate_size = None
+
+
+class OneToken(Tiny):
+    """With one token for images and videos, of which a microbatch therefore holds either."""
+
+    def contents(self, seed: int, microbatches: int) -> list[tuple[Content, ...]]:
+        found = super().contents(seed, microbatches)
+        return [tuple((kind, grid) for kind, grid in line if kind == line[-1][0]) for line in found]
+
+    def tokens(self, kind: str, grid: Grid) -> list[int]:
+        return [IMAGE if token == VIDEO else token for token in super().tokens(kind, grid)]
+
+    def arguments(self, shown: tuple[Content, ...], seed: int) -> dict[str, Any]:
+        found = super().arguments(shown, seed)
+        kind = 2 if shown and shown[0][0] == "video" else 1
+        return found | {"mm_token_type_ids": kind * (found["input_ids"] == IMAGE).int()}
+
+    def hugging_face(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        kind = 2 if "video_grid_thw" in arguments else 1
+        return {"mm_token_type_ids": kind * (arguments["input_ids"] == IMAGE).int()}
+
+
+def omni(tied: bool) -> Any:
+    import transformers
+
+    vision = {
+        "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
+        "window_size": 56, "fullatt_block_indexes": [1, 3], "spatial_merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    audio = {
+        "num_mel_bins": 8, "encoder_layers": 4, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 24,
+        "n_window": 4, "output_dim": 64, "max_source_positions": 64,
+    }  # fmt: skip
+    text = TEXT | {
+        "tie_word_embeddings": tied, "rope_theta": 1000000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    thinker = {
+        "vision_config": vision, "audio_config": audio, "text_config": text, "audio_token_index": AUDIO,
+        "image_token_index": IMAGE, "video_token_index": VIDEO, "vision_start_token_id": START,
+        "vision_end_token_id": END, "audio_start_token_id": AUDIO_START, "audio_end_token_id": AUDIO_END,
+        "position_id_per_seconds": 25, "seconds_per_chunk": 2,
+    }  # fmt: skip
+    config = transformers.Qwen2_5OmniConfig(
+        thinker_config=thinker, enable_audio_output=False, dtype=torch.float32,
+        architectures=["Qwen2_5OmniForConditionalGeneration"],
+    )  # fmt: skip
+    return transformers.Qwen2_5OmniForConditionalGeneration(config)
+
+
+def sectioned(model: Any) -> None:
+    """Bridge interleaves the sections of M-RoPE as for Qwen3-VL; Hugging Face's model has them one after the other."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
+
+    language = getattr(model.thinker, "language_model", None)
+    if language is not None:
+        config = language.config
+        language.rotary_pos_emb = MultimodalRotaryEmbedding(config.kv_channels, 1.0, rotary_base=config.rotary_base)
+
+
+class Sounding(Tiny):
+    """With clips of sound of several lengths among the pictures."""
+
+    def contents(self, seed: int, microbatches: int) -> list[tuple[Content, ...]]:
+        sound: list[tuple[Content, ...]] = [
+            (), (("audio", (1, 1, 13)),), (), (("audio", (1, 1, 22)), ("audio", (1, 1, 9))), (("audio", (1, 1, 16)),),
+        ]  # fmt: skip
+        seen = super().contents(seed, microbatches)
+        # Bridge puts videos behind images, wherever their tokens are.
+        return [(*sorted(line[:3]), *sound[i % len(sound)]) for i, line in enumerate(seen)]
+
+    def tokens(self, kind: str, grid: Grid) -> list[int]:
+        if kind == "audio":
+            return [AUDIO_START, *[AUDIO] * (((grid[2] - 1) // 2 - 1) // 2 + 1), AUDIO_END]
+        return super().tokens(kind, grid)
+
+    def arguments(self, shown: tuple[Content, ...], seed: int) -> dict[str, Any]:
+        return super().arguments(shown, seed) | {"position_ids": None}
+
+    def seen(self, shown: tuple[Content, ...], generator: torch.Generator) -> dict[str, Any]:
+        found = super().seen(shown, generator)
+        if "video_grid_thw" in found:
+            found["video_second_per_grid"] = torch.ones(len(found["video_grid_thw"]))
+        lengths = torch.tensor([grid[2] for kind, grid in shown if kind == "audio"])
+        if len(lengths):
+            mask = (torch.arange(24) < lengths[:, None]).long()
+            found["input_features"] = torch.randn(len(lengths), 8, 24, generator=generator)
+            found["feature_attention_mask"] = mask
+        return found
+
+    def text(self, model: Any) -> Any:
+        return model.thinker
+
+    def hugging_face(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"attention_mask": torch.ones_like(arguments["input_ids"])}  # or positions are those of text
+
+
 TINY = {
     tiny.name: tiny
     for tiny in (
@@ -190,6 +390,18 @@ TINY = {
         Tiny(
             "qwen3-vl", qwen3, patch=16, split_frames=True, vision_layers=5, language_layers=6,
             change=sections(4, 2, 2), logits=exact_gelu, step=QWEN3_STEP,
+        ),
+        Tiny(
+            "qwen3-5-vl", qwen35, patch=16, split_frames=True, change=deterministic, logits=exact_gelu, step=QWEN3_STEP,
+        ),
+        Pictures(
+            "gemma3-vl", gemma3, change=small_pictures, logits=exact_norms, tied=True, videos=False, language_layers=6,
+            sizes=((1, 4, 4),),
+        ),
+        OneToken("glm-4-5v", glm45, split_frames=True, change=dense),
+        Sounding(
+            "qwen2-5-omni", omni, audio_layers=4, change=sections(2, 3, 3), logits=sectioned,
+            step="megatron.bridge.models.qwen_omni.qwen3_omni_step",
         ),
     )
 }  # fmt: skip

@@ -114,6 +114,23 @@ def test_compare_prints_and_saves_the_agreed_json(partition, tmp_path, capsys):
     assert all(name in table for name in names)
 
 
+def test_compare_evens_replicas(partition, tmp_path, capsys):
+    path = tmp_path / "compare.json"
+    few = [*SETTING[:-3], "1", "--microbatches", "6"]
+    names = ["--schedules", "dip,segmented-static", "--partition", partition, "--replicas", "4", "-o", str(path)]
+    assert call("compare", *few, *QUICK, *names, "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert json.loads(path.read_text()) == data
+    assert (data["replicas"], data["balance"], list(data["mean"])) == (4, "swap", ["dip", "segmented-static"])
+    for entry in data["mean"].values():
+        assert entry["gain"] == pytest.approx(entry["slowest_before"] / entry["slowest_after"])
+        assert entry["slowest_before"] > entry["slowest_after"] > 0
+        assert 0 < entry["moved"] < 1
+    assert call("compare", *few, *QUICK, *names, "--balance", "off") == 0
+    assert capsys.readouterr().out.split().count("0%") == 2
+    assert "nobody to exchange with" in fault(capsys, "compare", *few, "--balance", "swap")
+
+
 def test_compare_says_what_can_not_run(partition, capsys):
     few = [*SETTING[:-1], "2"]
     names = ["--schedules", "megatron-interleaved,dip", "--memory-gb", "20", "--json"]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from dip_megatron.core.files import format_plan, parse_plan
 from dip_megatron.core.simulate import idle_share
 from dip_megatron.describe.files import ConfigurationError, resolve
-from dip_megatron.describe.model import Packing, load_model
+from dip_megatron.describe.model import ModelError, Packing, Parallel, load_model
 from dip_megatron.describe.workload import Sample, WorkloadError, load_workload, pack_documents
 from scripts.edit_files import main
 from tests.core.test_files import plan_of
@@ -32,6 +32,19 @@ def test_a_mix_that_could_not_be_drawn_is_refused(tmp_path: Path, sound: str, nu
     file.write_text(text.replace(sound, f"{sound.split(':')[0]}: {number}"), encoding="utf-8")
     with pytest.raises(ConfigurationError, match=said):
         load_workload(file, load_model("vlm-s"), 1, 2)
+
+
+@pytest.mark.parametrize("size", ["tp", "pp", "dp", "cp", "ep"])
+def test_more_ranks_than_there_are_anywhere_are_refused(tmp_path: Path, size: str):
+    with pytest.raises(ModelError, match=f"parallel.{size}: {2**63} ranks"):
+        Parallel(**{size: 2**63})  # type: ignore[arg-type]
+    # As drawn edits found it: the search for a partition of as many stages never ended.
+    file = tmp_path / "model.yaml"
+    text = resolve("models", "t2v-s").read_text(encoding="utf-8")
+    assert "pp: 4" in text
+    file.write_text(text.replace("pp: 4", f"pp: {2**63}"), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="at most"):
+        load_model(file)
 
 
 def test_documents_too_short_for_a_microbatch_end_its_drawing():

@@ -1,8 +1,10 @@
 """``dip doctor`` in the environment that runs the tests, and in ones that lack something."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from dip_megatron.compat.names import Name, Topic
 from dip_megatron.compat.releases import has_training_loop
 from dip_megatron.doctor import Check, Status, diagnose, libraries, machine, places
 from dip_megatron.doctor.checks import CHECKS
+from dip_megatron.doctor.settings import settings_of
 
 WITHOUT = """
 import sys
@@ -92,3 +95,45 @@ def test_nvidias_apex_is_told_from_the_other(
     (check,) = libraries.apex()
     assert check.status is status
     assert words in check.detail
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, *flags: str, **environment: str) -> dict[str, Check]:
+    """Checks of settings, by name."""
+    for name in [name for name in os.environ if name.startswith("DIP_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return {check.name: check for check in diagnose([settings_of(flags)])}
+
+
+def test_each_setting_says_what_has_set_it_and_what_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "dip.yaml"
+    file.write_text("schedule: zb-h1\nsearch_budget: 0.5\ncluster: cpu\n")
+    flags = ("--num-layers", "3", "--dip-schedule", "dynamic", "--dip-config", str(file))
+    found = shown(monkeypatch, *flags, DIP_SCHEDULE="static", DIP_SEARCH_BUDGET="0.1")
+    said = {name: check.detail for name, check in found.items()}
+    by_default = said.pop("settings by default")
+    assert said == {
+        "setting schedule": f"dynamic, by --dip-schedule; DIP_SCHEDULE in the environment has static; {file} has zb-h1",
+        "setting search_budget": f"0.1, by DIP_SEARCH_BUDGET in the environment; {file} has 0.5",
+        "setting cluster": f"cpu, by {file}",
+    }
+    assert "planner_workers 1" in by_default
+    assert "schedule" not in by_default
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "said"),
+    [
+        ((), {"DIP_SCHEDULE": "statc"}, "DIP_SCHEDULE=statc: schedule: unknown schedule 'statc'"),
+        (("--dip-shedule", "dynamic"), {}, "--dip-shedule: no flag of dip_megatron's"),
+        (("--dip-planner-workers", "x"), {}, "argument --dip-planner-workers: invalid int value: 'x'"),
+        (("--dip-config", "/no/such.yaml"), {}, "/no/such.yaml"),
+    ],
+)
+def test_settings_that_no_run_can_have(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], environment: dict[str, str], said: str
+) -> None:
+    (check,) = shown(monkeypatch, *flags, **environment).values()
+    assert check.status is Status.BROKEN
+    assert said in check.detail

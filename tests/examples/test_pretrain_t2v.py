@@ -87,6 +87,12 @@ def test_the_documented_command_trains_with_megatrons_losses(megatrons, tmp_path
 
 
 @needs_training
+@pytest.mark.parametrize("schedule", ["megatron-1f1b", "megatron-interleaved", "zb-v"])
+def test_static_schedules_over_both_modules_train_with_megatrons_losses(schedule, megatrons, tmp_path):
+    assert losses(pretrain(tmp_path, 2, DIP, "--dip-schedule", schedule)) == pytest.approx(megatrons, rel=1e-5)
+
+
+@needs_training
 def test_a_frozen_text_encoder_changes_no_losses(tmp_path):
     frozen = ("--freeze-text-encoder",)
     ours = losses(pretrain(tmp_path / "dip", 2, DIP, "--dip-config", str(CONFIG), *frozen))

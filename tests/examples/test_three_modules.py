@@ -54,15 +54,21 @@ def check(case: ThreeModuleCase, world: int, drawn: Drawn):
     """Equality with Megatron's PP1 run; what each rank ran."""
     answers = team(world).run(dip_run, case, drawn)
     losses, grads = merged([a[:2] for a in answers])
-    their_losses, their_grads = team(1).run(reference, case)[0]
-    assert len(losses[0]) == len(their_losses) == len(case.held)
-    for ours, theirs in zip(losses[0], their_losses, strict=True):
-        torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-6, atol=1e-6)
+    assert len(losses[0]) == len(case.held)
+    assert_equal(team(1).run(reference, case)[0], losses[0], grads)
+    return [a[2] for a in answers]
+
+
+def assert_equal(theirs, losses, grads):
+    """``theirs``: losses and gradients."""
+    their_losses, their_grads = theirs
+    assert len(losses) == len(their_losses)
+    for a, b in zip(losses, their_losses, strict=True):
+        torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-6, atol=1e-6)
     assert set(grads) == set(their_grads)
     for name, grad in their_grads.items():
         error = ((grads[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)).item()
         assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
-    return [a[2] for a in answers]
 
 
 def held(images: int, clips: int):

@@ -8,7 +8,8 @@ lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``trai
 ``get_model``), of names of parameters that train from then on; ``described``: arguments of ``freeze`` that DIP's
 description of the model is told of, and the model is not; ``loader``: the folder for states of a data loader that can
 save its own, ``restore``: the file of one to begin from (``--dataloader-type external``); ``path``: a folder for
-the import path.
+the import path; ``uneven``: how many microbatches the exchange between replicas gives the first one more than it had,
+of the last one's.
 """
 
 from __future__ import annotations
@@ -198,6 +199,16 @@ if "--sequence-parallel" in sys.argv:
 
     WrappedTorchNorm.__new__ = marked_norm  # type: ignore[method-assign]
     llava_model.HAVE_TE, llava_model.TEDotProductAttention = True, DotProductAttention
+if "uneven" in OPTIONS:
+    from dip_megatron.planner import balance, quotes
+
+    def uneven(work: balance.Work, mode: balance.Mode = "free", goal: float = 1.0) -> balance.Assignment:
+        after = work.replica.copy()
+        after[-OPTIONS["uneven"] :] = 0
+        worth = work.cost(work.replica)
+        return balance.Assignment(after, after != work.replica, 9.0 + worth, worth)
+
+    quotes.assign = uneven  # type: ignore[attr-defined]
 if "node" in OPTIONS:
     host = os.uname()
     os.uname = lambda: os.uname_result((host.sysname, OPTIONS["node"], *host[2:]))  # type: ignore[assignment]

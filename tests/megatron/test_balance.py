@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dip_megatron.config import DipConfig
+from dip_megatron.describe.files import ConfigurationError
+from dip_megatron.describe.model import Parallel
 from tests.megatron.training import Log, run, trained
 
 pytestmark = [
@@ -18,29 +23,104 @@ pytestmark = [
 ITERATIONS, BATCH = 5, 8
 FLAGS = ("--global-batch-size", str(BATCH), "--use-distributed-optimizer", "--overlap-grad-reduce")
 TIED = ("--untie-embeddings-and-output-weights",)
+MEAN = ("--calculate-per-token-loss",)
 
 
-def train(folder: Path, *flags: str, without: tuple[str, ...] = ()) -> Log:
-    return run(folder, *FLAGS, *flags, ranks=4, without=(*TIED, *without), options={"cut": True}, iterations=ITERATIONS)
-
-
-@pytest.mark.parametrize("without", [(), ("--calculate-per-token-loss",)], ids=["per token", "mean of means"])
-def test_replicas_that_exchange_train_the_same(tmp_path: Path, without: tuple[str, ...]) -> None:
+def train(folder: Path, *flags: str, without: tuple[str, ...] = (), **options: Any) -> Log:
     """Two replicas of two stages."""
-    plain = train(tmp_path / "plain", without=without)
+    return run(
+        folder, *FLAGS, "--log-interval", "1", *flags, ranks=4, without=(*TIED, *without),
+        options={"cut": True} | options, iterations=ITERATIONS,
+    )  # fmt: skip
+
+
+def exchanges(trace: Path) -> list[dict[str, Any] | None]:
+    return [json.loads(line)["exchange"] for line in (trace / "iterations.jsonl").read_text().splitlines()]
+
+
+def same(ours: list[Log], plain: Log) -> None:
+    """Losses, gradient norms and samples of one or more runs, one after the other."""
+    losses = {i: loss for log in ours for i, loss in log.losses.items()}
+    norms = {i: norm for log in ours for i, norm in log.norms.items()}
+    assert losses == pytest.approx(plain.losses, rel=1e-5)
+    assert norms == pytest.approx(plain.norms, abs=2e-3)
+    by_iteration = [
+        [
+            sorted(s["index"] for log in logs for rank in log.samples for s in rank if s["iteration"] == i)
+            for i in range(1, ITERATIONS + 1)
+        ]
+        for logs in (ours, [plain])
+    ]
+    assert by_iteration[0] == by_iteration[1]
+    assert trained(ours) == list(range(ITERATIONS * BATCH))
+
+
+def consumed(log: Log) -> dict[int, int]:
+    """Samples, by iteration, that the loop says it has consumed."""
+    return {int(i): int(n) for i, n in re.findall(r"iteration +(\d+)/.*?consumed samples: +(\d+)", log.text[-1])}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    """Without an exchange; losses weighted by tokens."""
+    return train(tmp_path_factory.mktemp("plain"))
+
+
+def test_replicas_that_exchange_train_the_same(plain: Log, tmp_path: Path) -> None:
+    swapped = train(tmp_path / "swapped", "--dip-balance", "swap", "--dip-trace-dir", str(tmp_path / "swap"))
+    same([swapped], plain)
+    found = exchanges(tmp_path / "swap")
+    assert found[0] is None  # the first microbatches are read when they are to run
+    moved = [e for e in found[1:] if e is not None and e["moved"]]
+    assert len(found) == ITERATIONS
+    assert all(e is not None for e in found[1:])
+    assert moved
+    assert all(e["sent_bytes"] > 0 and not e["reason"] for e in moved)
+    assert any("slowest replica" in text for text in swapped.text)
+    assert all(
+        {sum(s["iteration"] == i for s in swapped.samples[rank]) for i in range(1, ITERATIONS + 1)} == {BATCH // 2}
+        for rank in (2, 3)
+    )
+
+
+def test_replicas_of_other_numbers_of_microbatches_train_the_same(plain: Log, tmp_path: Path) -> None:
+    """With a restart in between."""
+    free = (
+        "--dip-balance", "free", "--save", str(tmp_path / "saved"), "--save-interval", "1000",
+        "--dist-ckpt-optim-fully-reshardable",
+    )  # fmt: skip
+    first = train(tmp_path / "first", *free, "--exit-interval", "3", uneven=1)
+    second = train(tmp_path / "second", *free, "--load", str(tmp_path / "saved"), uneven=1)
+    assert (list(first.losses), list(second.losses)) == ([1, 2, 3], [4, 5])
+    # Megatron's log takes a run's first iteration into the mean loss of the second, too.
+    second.losses[5] = 2 * second.losses[5] - second.losses[4]
+    same([first, second], plain)
+    assert consumed(first) | consumed(second) == consumed(plain)
+    counts = [sum(s["iteration"] == i for s in log.samples[3]) for log in (first, second) for i in log.losses]
+    assert counts == [4, 3, 3, 4, 3]  # what a run reads first stays where it is
+
+
+def test_a_loop_that_is_not_read_ahead_exchanges_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And averages over means of microbatches."""
+    plain = train(tmp_path / "plain", without=MEAN)
+    monkeypatch.setenv("DIP_READ_AHEAD", "false")
     trace = tmp_path / "trace"
     swapped = train(
-        tmp_path / "swapped", "--dip-balance", "swap", "--dip-trace-dir", str(trace), "--log-interval", "1",
-        without=without,
+        tmp_path / "swapped", "--dip-balance", "swap", "--dip-trace-dir", str(trace), without=MEAN
     )  # fmt: skip
-    assert swapped.losses == pytest.approx(plain.losses, rel=1e-5)
-    assert swapped.norms == pytest.approx(plain.norms, abs=2e-3)
-    assert trained([swapped]) == trained([plain]) == list(range(ITERATIONS * BATCH))
-    lines = [json.loads(line) for line in (trace / "iterations.jsonl").read_text().splitlines()]
-    exchanges = [line["exchange"] for line in lines]
-    assert exchanges[0] is None  # the first microbatches are read when they are to run
-    assert all(e is not None for e in exchanges[1:])
-    moved = [e for e in exchanges[1:] if e["moved"]]
-    assert moved
-    assert all(e["after"] <= e["before"] and e["sent_bytes"] > 0 and not e["reason"] for e in moved)
-    assert any("slowest replica" in text for text in swapped.text)
+    same([swapped], plain)
+    found = exchanges(trace)
+    assert all(e is not None and e["stall_seconds"] == e["seconds"] > 0 for e in found)
+    assert all(e is not None and bool(e["moved"]) != bool(e["reason"]) for e in found)
+    assert any(e is not None and e["moved"] for e in found)
+    assert any("while training waits" in text for text in swapped.text)
+
+
+def test_counts_move_only_where_losses_are_weighted_by_tokens() -> None:
+    from dip_megatron.megatron.adapters.loop import TrainingLoop
+    from dip_megatron.megatron.session import DipSession
+
+    config = DipConfig(schedule="dynamic", balance="free")
+    with pytest.raises(ConfigurationError, match="averages over microbatches, not over tokens; use --calculate-per"):
+        DipSession(TrainingLoop(Parallel(1, 2, 2, False, False), 1, 4), config, [])
+    DipSession(TrainingLoop(Parallel(1, 2, 2, False, False), 1, 4, weights_by_tokens=True), config, []).close()

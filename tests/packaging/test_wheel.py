@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+STARTUP = "dip_megatron_startup.pth"
 SHIPPED = sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".args")
 )
@@ -25,7 +28,7 @@ SHIPPED = sorted(
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is built from: building leaves files behind."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", STARTUP, "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     for name in ("dip_megatron", "configs"):
         shutil.copytree(
@@ -62,18 +65,19 @@ def pip(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def python(installed: Path, folder: Path, *arguments: str) -> str:
+def python(installed: Path | None, folder: Path, *arguments: str, interpreter: str = sys.executable,
+           **variables: str) -> str:  # fmt: skip
     """Run Python in ``folder`` with the installed package, and return what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(installed or ""), "OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+        [interpreter, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def test_wheel_and_source_archive_bring_every_shipped_file(source: Path, wheel: Path, tmp_path: Path) -> None:
-    expected = {f"dip_megatron/{name}" for name in SHIPPED} | {"dip_megatron/py.typed"}
+    expected = {f"dip_megatron/{name}" for name in SHIPPED} | {"dip_megatron/py.typed", STARTUP}
     assert len(expected) > 50
     with zipfile.ZipFile(wheel) as archive:
         assert expected <= set(archive.namelist())
@@ -116,5 +120,53 @@ def test_a_model_trains(installed: Path, empty: Path) -> None:
         "--pipeline-model-parallel-size", "2", "--dip-schedule", "dynamic", "--dip-search-budget", "0.05",
     )  # fmt: skip
     assert printed.count(f"using {installed / 'dip_megatron'}\n") == 2
+    assert "iteration        3/" in printed
+    assert "[dip] iteration 3: measured" in printed
+
+
+@pytest.fixture(scope="module")
+def interpreter(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of an environment of its own, laid over the one that runs the tests, in which pip has installed the wheel."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+    pip("install", "--target", str(packages), str(wheel))
+    # After the wheel's, so that its start-up file is the first to be read.
+    (packages / "zz_laid_over.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
+    return str(folder / "bin" / "python")
+
+
+def test_what_is_installed_starts_with_python_and_only_where_it_is_asked_for(interpreter: str, empty: Path) -> None:
+    source = (
+        "import sys; print([type(f).__module__ for f in sys.meta_path]); print('torch' in sys.modules);"
+        "import dip_megatron; print(*dip_megatron.__path__)"
+    )
+    for asked in ("", "dynamic"):
+        printed = python(None, empty, "-c", source, interpreter=interpreter, DIP_SCHEDULE=asked, DIP_CONFIG="")
+        assert ("dip_megatron.megatron.watching" in printed) == bool(asked)
+        assert "True" not in printed  # a start of Python stays as short as it was
+        assert str(Path(interpreter).parents[1]) in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
+@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+def test_an_unedited_script_trains_under_dip_by_the_environment_alone(interpreter: str, empty: Path) -> None:
+    """As ``torchrun SCRIPT`` would on a GPU; here something must let Megatron begin on the CPU."""
+    example = empty / "digits"
+    shutil.copytree(ROOT / "examples" / "llava_digits", example, ignore=shutil.ignore_patterns("__pycache__"))
+    plain = (example / "pretrain_llava_digits.py").read_text()
+    assert "dip_megatron.install" not in plain
+    script = example / "on_cpu.py"
+    script.write_text(
+        "import runpy\nfrom dip_megatron.megatron.cpu import install_cpu_platform\ninstall_cpu_platform()\n"
+        "from dip_megatron.compat.host import adapt_training\nadapt_training()\n"
+        f"runpy.run_path({str(example / 'pretrain_llava_digits.py')!r}, run_name='__main__')\n"
+    )
+    printed = python(
+        None, empty, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+        *(example / "tiny.args").read_text().split(), "--train-iters", "3", "--global-batch-size", "2", "--eval-iters",
+        "1", "--vision-num-layers", "2", "--lr-warmup-iters", "1", "--pipeline-model-parallel-size", "2",
+        interpreter=interpreter, DIP_SCHEDULE="dynamic", DIP_SEARCH_BUDGET="0.05",
+    )  # fmt: skip
     assert "iteration        3/" in printed
     assert "[dip] iteration 3: measured" in printed

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import Kind, StageGraph
+from dip_megatron.describe.cost import Corrections, Line
 from dip_megatron.planner.balance import Work, assign, microbatch_work
 from tests.drawn import settings
 from tests.graphs import random_graph
@@ -83,10 +84,53 @@ def test_work_is_what_the_stages_of_a_microbatch_take(seed):
     assert len(seconds) == 1 + max(u.microbatch for u in graph.units)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5))
+def test_measured_times_change_what_moves(seed, slower):
+    """Backwards that take longer than the model says: work is then what was measured."""
+    graph = random_graph(seed, memory=np.inf)
+    lines = tuple(
+        Line(m.name, k, Kind.BW, (0.0,) * graph.ranks, (float(slower),) * graph.ranks)
+        for m in graph.modules
+        for k in range(m.segments)
+    )
+    modelled, _ = microbatch_work(graph)
+    corrected, _ = microbatch_work(Corrections(lines).apply(graph))
+    backward = np.where(graph.has_backward & graph.has_weight, graph.fused[0], 0.0).sum(axis=0)
+    np.testing.assert_allclose(corrected.sum(axis=0) - modelled.sum(axis=0), (slower - 1) * backward)
+
+
+def test_microbatches_go_where_measured_times_send_them():
+    """Two kinds of work, of which one takes four times what the model says: replicas of equal modelled work don't end
+    together, and the exchange that knows the measured times mends it."""
+    heavy, light = [1.0, 1.0], [0.5, 2.0]  # forwards and backwards
+    kinds = np.array([heavy] * 4 + [light] * 4)
+    place = np.repeat([0, 1], 4)
+    modelled = kinds @ [1.0, 0.5]
+    measured = kinds @ [1.0, 4.0]
+    before, after = (
+        assign(Work(seconds[:, None], np.zeros((8, 1)), place, 2), goal=1.0) for seconds in (modelled, measured)
+    )
+    true = Work(measured[:, None], np.zeros((8, 1)), place, 2)
+    assert true.cost(after.replica).max() < true.cost(before.replica).max()
+    assert true.cost(after.replica).max() == pytest.approx(measured.sum() / 2)
+
+
+def test_what_must_stay_stays():
+    work = drawn(5, 6, 8, 2, 1.0)
+    stays = np.arange(48) % 3 == 0
+    for mode in ("swap", "free"):
+        found = assign(Work(work.seconds, work.held, work.replica, 6, stays), mode, goal=1.0)
+        assert found.moved.any()
+        assert not found.moved[stays].any()
+
+
 def test_what_does_not_belong_together_is_refused():
     with pytest.raises(ValueError, match="must be"):
         Work(np.ones((2, 3)), np.ones((2, 2)), np.array([0, 1]), 2)
     with pytest.raises(ValueError, match="finite"):
         Work(np.full((2, 3), np.nan), np.ones((2, 3)), np.array([0, 1]), 2)
+    with pytest.raises(ValueError, match="one a microbatch"):
+        Work(np.ones((2, 3)), np.ones((2, 3)), np.array([0, 1]), 2, np.zeros(3, dtype=np.bool_))
     with pytest.raises(ValueError, match="replica must be 0 to 1"):
         Work(np.ones((2, 3)), np.ones((2, 3)), np.array([0, 2]), 2)

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from dip_megatron.core import Kind, Operation, Schedule
 from dip_megatron.core.simulate import simulate
-from dip_megatron.report.figure import plot_timeline
+from dip_megatron.report.figure import plot_replicas, plot_timeline
 from dip_megatron.report.spans import Span, spans_of
 from dip_megatron.report.tables import seconds, table
-from dip_megatron.report.trace import write_trace
+from dip_megatron.report.trace import read_trace, write_trace
 from tests.drawn import settings
 from tests.graphs import random_graph
 
@@ -44,6 +44,30 @@ def test_spans_of_a_simulation_hold_every_operation_once(seed: int) -> None:
     assert [s.operation for s in spans] == keys
     assert all(s.microbatch == graph.units[s.operation.unit].microbatch for s in spans)
     assert max(s.end for s in spans) == timeline.iteration_time
+
+
+def test_a_trace_is_read_back(tmp_path: Path) -> None:
+    measured = [span(0, Kind.F, 0, 0.0, 0.3)]
+    write_trace(tmp_path / "trace.json", TWO_RANKS, measured, {"moved": 2})
+    planned, found = read_trace(tmp_path / "trace.json")
+    assert [(s.rank, s.operation, s.microbatch) for s in planned] == [
+        (s.rank, s.operation, s.microbatch) for s in TWO_RANKS
+    ]
+    assert [s.end for s in planned] == pytest.approx([s.end for s in TWO_RANKS])
+    assert found == measured
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["args"] for e in events if e["name"] == "exchange"] == [{"moved": 2}]
+    (tmp_path / "trace.json").write_text('{"traceEvents": [{"ph": "X"}]}')
+    with pytest.raises(ValueError, match="not a trace of a run"):
+        read_trace(tmp_path / "trace.json")
+
+
+def test_replicas_are_drawn_below_one_another(tmp_path: Path) -> None:
+    later = [span(s.rank, s.operation.kind, 3, s.start + 1.0, s.end + 1.0) for s in TWO_RANKS]
+    plot_replicas(tmp_path / "two.svg", {"replica 0": TWO_RANKS, "replica 1": later}, title="a run")
+    text = (tmp_path / "two.svg").read_text()
+    assert text.index("replica 0: 500 ms") < text.index("replica 1: 1500 ms")
+    assert text.count("rank 1") == 2
 
 
 def test_a_trace_has_a_process_per_rank_and_both_lanes(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from dip_megatron.core import ModalityModule, StageGraph, Unit
@@ -18,6 +17,7 @@ from dip_megatron.planner.live import without_training
 from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
+from tests.runtime.drawn_graphs import drawn_graph
 from tests.runtime.llava_case import (
     Case,
     batches,
@@ -34,7 +34,7 @@ from tests.runtime.llava_case import (
 
 @dataclass(frozen=True)
 class DrawnGraphs:
-    """Graphs with drawn durations, so that plans come in orders no cost model would think of."""
+    """Drawn graphs of a LLaVA."""
 
     modules: tuple[ModalityModule, ...]
     unit_size: int
@@ -48,25 +48,7 @@ class DrawnGraphs:
             for first, count in slices:
                 units.append(Unit(len(units), "vision", m, first, count, (language,)))
             units.append(Unit(language, "language", m, 0, len(load.sequences)))
-        modules = self.modules
-        ranks = len(modules[0].layers[0])
-        segments = {m.name: m.segments for m in modules}
-        virtual_microbatches = sum(segments[u.module] for u in units)
-        draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, virtual_microbatches, ranks))
-        graph = StageGraph(
-            ranks=ranks,
-            modules=modules,
-            units=tuple(units),
-            forward=draw[0],
-            backward=draw[1],
-            weight=draw[2],
-            fused=draw[1] + draw[2],
-            activation=draw[3],
-            deferred_activation=draw[4],
-            transfer=np.full(virtual_microbatches, 0.05),
-            static_bytes=np.zeros(ranks),
-            memory_limit=np.full(ranks, np.inf),
-        )
+        graph = drawn_graph(self.modules, units, self.seed)
         return without_training(graph) if forward_only else followed(graph, training)
 
 

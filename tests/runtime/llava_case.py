@@ -112,7 +112,9 @@ def global_name(chunk: torch.nn.Module, name: str) -> str:
     if "layers" in parts:
         at = parts.index("layers")
         block = chunk.get_submodule(".".join(parts[: at + 1]))
-        parts[at + 1] = str(block[int(parts[at + 1])].layer_number - 1)
+        layer = block[int(parts[at + 1])]
+        if hasattr(layer, "layer_number"):  # Hugging Face's stand under their own
+            parts[at + 1] = str(layer.layer_number - 1)
     return ".".join(parts)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from dip_megatron.core import Kind, ModalityModule, StageGraph
@@ -20,6 +19,7 @@ from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
 from tests.processes import transport
 from tests.runtime.dip_case import followed
+from tests.runtime.drawn_graphs import drawn_graph
 from tests.runtime.llava_case import finalize_without_ddp, global_name, gradients
 from tests.runtime.split_case import Drawn, DrawnMaker
 
@@ -105,7 +105,7 @@ def plain_run(model: Any, forward_step: Callable[..., Any], batches: Sequence[An
 
 @dataclass(frozen=True)
 class DrawnUnitGraphs:
-    """Graphs with drawn durations, so that plans come in orders no cost model would think of."""
+    """Drawn graphs of any model."""
 
     model: MultimodalModel
     modules: tuple[ModalityModule, ...]
@@ -114,23 +114,7 @@ class DrawnUnitGraphs:
 
     def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
         units = make_units(self.model, loads, self.unit_size)
-        ranks, segments = len(self.modules[0].layers[0]), {m.name: m.segments for m in self.modules}
-        virtual_microbatches = sum(segments[u.module] for u in units)
-        draw = np.random.default_rng(self.seed).uniform(0.2, 2.0, (5, 1, virtual_microbatches, ranks))
-        graph = StageGraph(
-            ranks=ranks,
-            modules=self.modules,
-            units=units,
-            forward=draw[0],
-            backward=draw[1],
-            weight=draw[2],
-            fused=draw[1] + draw[2],
-            activation=draw[3],
-            deferred_activation=draw[4],
-            transfer=np.full(virtual_microbatches, 0.05),
-            static_bytes=np.zeros(ranks),
-            memory_limit=np.full(ranks, np.inf),
-        )
+        graph = drawn_graph(self.modules, units, self.seed)
         return without_training(graph) if forward_only else followed(graph, training)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.dip_case import dip_run
-from tests.runtime.llava_case import Case, reference
+from tests.runtime.llava_case import Case, llava_kwargs, reference
 
 TOLERANCE = 3e-6
 """Largest difference of a gradient, relative to the largest entry of the same parameter's gradient, in float32."""
@@ -119,3 +119,21 @@ def test_iterations_read_ahead_lose_no_batch():
         again = team(1).run(reference, case, iteration)[0][0]
         for a, b in zip(again, losses[iteration], strict=True):
             torch.testing.assert_close(b["lm loss"], a["lm loss"], rtol=1e-6, atol=1e-6)
+
+
+def refused(rank: int, world: int) -> str:
+    from dip_megatron.families.llava.program import LlavaProgram
+
+    case = Case((1,))
+    tags = [[1, 2], [1, 2, 3]]
+    with pytest.raises(ValueError) as error:  # noqa: PT011  what it says is compared below
+        LlavaProgram(
+            {**llava_kwargs(case, 1), "tile_tags": tags}, {"vision": case.vision, "language": case.language}, rank=0
+        )
+    return str(error.value)
+
+
+def test_tile_tags_are_refused():
+    """Megatron's model knows them for one image a batch."""
+    (said,) = team(1).run(refused)
+    assert said == "DIP can't segment a LLaVA with tile tags (one image a batch only); use --dip-schedule off"

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from scripts.soaking.checks import faults, read_log
+from scripts.soaking.replicas import samples_of, wrong
 
 LINE = (
     " [2026-01-01 00:00:00.000000] iteration {i:8d}/     400 | consumed samples: 96 | elapsed time per iteration (ms): "
@@ -61,6 +62,38 @@ def test_what_must_not_be_is_found(disturbed: dict, second_diary: dict, message:
 def test_planners_that_start_again_are_no_growth() -> None:
     restarts = diary(planner_bytes=lambda i: 0 if i % 40 == 0 else 2e8)
     assert faults(log(), log(), [restarts], ITERATIONS) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({3: [16, 17, 18, 19, 20, 21, 22]}, "iteration 3 trained on samples"),
+        ({3: [16, 16, 18, 19, 20, 21, 22, 23]}, "iteration 3 trained on samples"),
+        ({5: []}, "iteration 5 trained on samples"),
+    ],
+    ids=["all", "lost", "twice", "an iteration that nobody ended"],
+)
+def test_samples_that_replicas_lose_or_see_twice_are_found(changed: dict[int, list[int]], message: str | None) -> None:
+    samples = {i: list(range(8 * (i - 1), 8 * i))[::-1] for i in range(1, 11)}
+    even = dict.fromkeys(range(1, 11), (3.0, 1.5))
+    found = wrong(even, even, samples | changed, 10)
+    assert [message in line for line in found] == [True] if message else found == []
+    other = even | {7: (3.1, 1.5)}
+    assert wrong(other, even, samples, 10) == ["iteration 7: loss 3.1, undisturbed 3.0"]
+
+
+def test_what_was_trained_last_counts(tmp_path: Path) -> None:
+    """The second start trained iteration 2 again, from a checkpoint; of its third iteration one replica didn't end."""
+    lines = {
+        ("life0", 2): [(1, [0]), (2, [1])], ("life0", 3): [(1, [5]), (2, [6])],
+        ("life1", 2): [(2, [6]), (3, [2])], ("life1", 3): [(2, [1])],
+    }  # fmt: skip
+    for (life, rank), trained in lines.items():
+        (tmp_path / life).mkdir(exist_ok=True)
+        text = "".join(json.dumps({"iteration": i, "samples": samples}) + "\n" for i, samples in trained)
+        (tmp_path / life / f"samples.rank{rank}.jsonl").write_text(text)
+    assert samples_of(tmp_path) == {1: [0, 5], 2: [6, 1]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")

@@ -2,13 +2,15 @@
 
 Kernels get their buffers handed in and allocate nothing, so numba's reference counting (``_nrt``) is switched off: it
 costs more than the kernels' own work. They run without Python's lock, so that threads search in parallel, and are kept
-on disk between processes. What is kept knows the file of a kernel, not those of its pieces: after a change to one,
-remove ``__pycache__``.
+on disk between processes. numba knows what is kept by the file of a kernel alone, though pieces of other files are in
+it; so it is told the contents of all files with kernels (``_cache``), and compiles again after a change to any.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
@@ -20,9 +22,31 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+def digest_of(package: Path) -> str:
+    """Of the contents of a package's files with kernels or pieces of them."""
+    found = hashlib.sha256()
+    for path in sorted(path for folder in ("core", "schedulers") for path in (package / folder).rglob("*.py")):
+        text = path.read_bytes()
+        if any(mark in text for mark in (b"\n@compiled", b"\n@inlined", b"\n@allocating", b"numba.extending")):
+            found.update(path.relative_to(package).as_posix().encode() + b"\0" + text)
+    return found.hexdigest()
+
+
+KERNELS = digest_of(Path(__file__).resolve().parents[2])
+
+
+def _kept(dispatcher: Any) -> Any:
+    """The function with a cache that is stale, too, once another file's kernels have changed."""
+    cache = dispatcher._cache._cache_file
+    cache._source_stamp = (cache._source_stamp, KERNELS)
+    return dispatcher
+
+
 def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Compile ``function`` to machine code at its first call, or load it from the cache."""
-    return cast(Callable[Arguments, Result], njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function))
+    return cast(
+        Callable[Arguments, Result], _kept(njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function))
+    )
 
 
 def inlined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -35,7 +59,7 @@ def inlined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 def allocating(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Like :func:`compiled`, for what runs once an iteration and makes its own buffers."""
-    return cast(Callable[Arguments, Result], njit(cache=True, nogil=True, error_model="numpy")(function))
+    return cast(Callable[Arguments, Result], _kept(njit(cache=True, nogil=True, error_model="numpy")(function)))
 
 
 def _trailing_zeros(_: Any, word: Any) -> Any:

@@ -314,6 +314,9 @@ class ModuleShape:
         return self.layer.window == 0 or (every > 0 and (layer + 1) % every == 0)
 
 
+MOST_RANKS = 1 << 20  # of one dimension: more than any cluster has
+
+
 @dataclass(frozen=True)
 class Parallel:
     """How ranks are used: tensor, pipeline, data and context parallel sizes, what is sharded over them, and over how
@@ -329,7 +332,11 @@ class Parallel:
     etp: int = 0
 
     def __post_init__(self) -> None:
-        _positive("parallel", tp=self.tp, pp=self.pp, dp=self.dp, cp=self.cp, ep=self.ep, etp=self.expert_tp)
+        sizes = {"tp": self.tp, "pp": self.pp, "dp": self.dp, "cp": self.cp, "ep": self.ep, "etp": self.expert_tp}
+        _positive("parallel", **sizes)
+        for name, size in sizes.items():
+            if size > MOST_RANKS:  # arrays of all ranks would take all memory before anything is refused
+                raise ModelError(f"parallel.{name}: {size} ranks; at most {MOST_RANKS}")
 
     @property
     def gpus(self) -> int:
@@ -377,6 +384,9 @@ class MultimodalModel:
     def __post_init__(self) -> None:
         if not self.modules:
             raise ModelError("modules: a model needs at least one")
+        pieces = sum(m.layers + 2 for m in self.modules)  # each has a stem and a head
+        if self.parallel.pp > pieces:
+            raise ModelError(f"parallel.pp: {self.parallel.pp} stages, but only {pieces} pieces to spread over them")
         known: set[str] = set()
         for m in self.modules:
             place = f"modules.{m.name}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ...core.json_lines import load_line
 from .batch import Clip, GlobalBatch, Microbatch, WorkloadError
 
 _CLIP_FIELDS = ("text_tokens", "frames", "height", "width")
@@ -56,12 +57,7 @@ def format_batch(batch: GlobalBatch) -> str:
 
 def parse_batch(line: str) -> GlobalBatch:
     """Inverse of :func:`format_batch`. Raises WorkloadError ``field: reason``."""
-    try:
-        data = json.loads(line, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        raise WorkloadError(f"line: not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise WorkloadError("line: nested too deeply") from error
+    data = load_line(line, WorkloadError)
     _mapping("line", data, ("microbatches",))
     items = data.get("microbatches")
     if not isinstance(items, list) or not items:
@@ -120,12 +116,3 @@ def _integer(place: str, value: Any) -> int:
     if abs(value) > 2**40:
         raise WorkloadError(f"{place}: {value} is out of range")
     return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise WorkloadError(f"{key}: the field comes twice")
-        out[key] = value
-    return out

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from ..shared.cut import found
 from .page import Arguments, Encoder
 
 PIXELS, VIDEOS = "pixel_values", "pixel_values_videos"
@@ -34,21 +34,31 @@ class GivenRows:
 class GridEncoder(Encoder):
     """``merge ** 2`` patches become one token. Instances are the images of a microbatch, then its videos."""
 
+    def config(self, config: Any) -> Any:
+        """The encoder's own, of the model's."""
+        return config.vision_config
+
     def merged(self, config: Any) -> int:
         """Patches that become one token."""
-        return int(config.vision_config.spatial_merge_size) ** 2
+        return int(self.config(config).spatial_merge_size) ** 2
+
+    def grids(self, arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames, height and width in patches of each image, and of each video: ``[n, 3]`` each, ``n`` may be 0."""
+        none = torch.empty(0, 3, dtype=torch.long, device=arguments["input_ids"].device)
+        images, videos = (arguments.get(f"{kind}_grid_thw") for kind in ("image", "video"))
+        return none if images is None else images, none if videos is None else videos
 
     def seen(self, config: Any, arguments: Arguments) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Patches ``[patches, values]``, if they are here, and the grid of each instance, ``[instances, 3]``: frames,
         height and width."""
         pixels = [rows for rows in (arguments.get(PIXELS), arguments.get(VIDEOS)) if rows is not None]
-        images, videos = grids(arguments)
+        images, videos = self.grids(arguments)
         flat = [rows.reshape(-1, rows.shape[-1]) for rows in pixels]
         return (torch.cat(flat) if flat else None), torch.cat((images, videos))
 
     def tokens(self, config: Any, arguments: Arguments) -> list[int]:
         counted = []
-        for kind, grid in zip(("image", "video"), grids(arguments), strict=True):
+        for kind, grid in zip(("image", "video"), self.grids(arguments), strict=True):
             own = [patches // self.merged(config) for patches in grid.prod(dim=-1).tolist()]
             places = int((arguments["input_ids"] == getattr(config, f"{kind}_token_id")).sum())
             if places != sum(own):
@@ -69,7 +79,7 @@ class GridEncoder(Encoder):
 
     def call(self, model: Any, hidden: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """The model's encoder on patches or hidden states; see :meth:`encode`."""
-        embeddings: torch.Tensor = getattr(model, self.called)(hidden, grid_thw=grid).pooler_output
+        embeddings: torch.Tensor = found(model, self.called)(hidden, grid_thw=grid).pooler_output
         return embeddings
 
     def lean(self, arguments: Arguments, present: bool) -> dict[str, Any]:
@@ -78,12 +88,5 @@ class GridEncoder(Encoder):
         return {name: rows[..., :1] if present else None for name, rows in pixels.items()}
 
     def given(self, config: Any, embeddings: torch.Tensor) -> Any:
-        merge = config.vision_config.spatial_merge_size
+        merge = self.config(config).spatial_merge_size
         return GivenRows(embeddings, self.merged(config), spatial_merge_size=merge)
-
-
-def grids(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames, height and width in patches of each image, and of each video: ``[n, 3]`` each, ``n`` may be 0."""
-    none = torch.empty(0, 3, dtype=torch.long, device=arguments["input_ids"].device)
-    images, videos = (arguments.get(f"{kind}_grid_thw") for kind in ("image", "video"))
-    return none if images is None else images, none if videos is None else videos

@@ -11,16 +11,19 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
 
+from ...compat.bridge_building import NoLanguageModel
 from ...describe.model import (
     LanguageHead,
     ModuleShape,
     MultimodalModel,
     Packing,
     Parallel,
+    Projector,
     TokenEmbedding,
 )
 from ..describe import layer_shape, trainable_parts
@@ -72,6 +75,14 @@ class Encoder(ABC):
         """What stands in the encoder's place where the model's forward calls it: ``embeddings`` are those of all
         instances."""
 
+    def leaving(self, arguments: Arguments, own: slice, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden`` as it travels to the next chunk, where what instances are doesn't tell its shape."""
+        return hidden
+
+    def arriving(self, arguments: Arguments, own: slice, hidden: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`leaving`."""
+        return hidden
+
     def lean(self, arguments: Arguments, present: bool) -> dict[str, Any]:
         """Arguments for the language model's first chunk, where others than the given ones do; ``present``: the
         microbatch has instances."""
@@ -79,10 +90,7 @@ class Encoder(ABC):
 
     def layers(self, config: Any) -> int:
         """Their number, by the config."""
-        found: Any = config
-        for part in self.depth.split("."):
-            found = getattr(found, part)
-        return int(found)
+        return int(reduce(getattr, self.depth.split("."), config))
 
 
 class Page(ABC):
@@ -147,6 +155,12 @@ class Page(ABC):
         return MultimodalModel(self.name, modules, parallel, packing)
 
 
+def projector_of(parameters: int, width: int, output: int, reduction: int) -> Projector:
+    """Two matrices, as descriptions have them, with as many parameters in all as a projector from ``reduction`` rows of
+    ``width`` to ``output`` that is built otherwise."""
+    return Projector(output, max(1, round(parameters / (width * reduction + output))), reduction)
+
+
 class ProviderPage(Page):
     """A model that is built as ``Model(provider, pre_process, post_process, vp_stage)``, and has its language model
     from the provider."""
@@ -163,25 +177,15 @@ class ProviderPage(Page):
         return model
 
 
-class NoLanguageModel(torch.nn.Module):
-    """Where a model is built for its encoders alone."""
-
-    share_embeddings_and_output_weights = False
-
-    def shared_embedding_or_output_weight(self) -> None:
-        return None
-
-
 @contextmanager
 def without_layers(config: Any, encoders: tuple[Encoder, ...]) -> Iterator[None]:
     """Within, the settings of ``config`` that these encoders are built by give them no layers."""
-    owners: dict[str, Any] = {}
-    for owner, _, _ in (e.depth.rpartition(".") for e in encoders):
-        owners[owner] = getattr(config, owner)
-        setattr(config, owner, copy.deepcopy(owners[owner]))
-    for e in encoders:
-        owner, _, name = e.depth.rpartition(".")
-        setattr(getattr(config, owner), name, 0)
+    paths = [e.depth.split(".") for e in encoders]
+    owners = {path[0]: getattr(config, path[0]) for path in paths}
+    for name, owner in owners.items():
+        setattr(config, name, copy.deepcopy(owner))
+    for *path, last in paths:
+        setattr(reduce(getattr, path, config), last, 0)
     try:
         yield
     finally:

@@ -73,6 +73,7 @@ class CalledProgram(SegmentedProgram):
         for segment, first, last in self.places(LANGUAGE):
             chunk = self._page.chunk(self._kwargs, language, first=first, last=last, segment=segment)
             self._set_frozen(chunk, [name for name in self._freeze_names(chunk) if "language" in name])
+            _stands(chunk, first, last, self._config.share_embeddings_and_output_weights)
             if any(e.tapped for e in self.shapes.encoders.values()):
                 self._take_taps(chunk)
             if first:
@@ -102,7 +103,7 @@ class CalledProgram(SegmentedProgram):
                 chunk: Any = cut.model
                 self._cuts[id(chunk)] = cut
                 chunk.forward = _RunsEncoder(cut)
-                chunk.share_embeddings_and_output_weights = False
+                _stands(chunk, True, False, False)
                 line.append(chunk)
             made.append(line)
         return made
@@ -118,7 +119,7 @@ class CalledProgram(SegmentedProgram):
         """Megatron and Bridge look for an embedding that is tied to the head in a rank's first chunk, here of an
         encoder: let it show the language model, and have none."""
         _put(first, self._page.language, found(language, self._page.language))
-        first.share_embeddings_and_output_weights = self._config.share_embeddings_and_output_weights
+        _stands(first, True, False, self._config.share_embeddings_and_output_weights)
         first.shared_embedding_or_output_weight = language.shared_embedding_or_output_weight
 
     def _take_taps(self, chunk: Any) -> None:
@@ -231,9 +232,17 @@ class _RunsEncoder:
         cut = self._cut
         if cut.passes:
             return given
-        hidden = None if cut.begins else given["hidden"]
+        hidden = None
+        if not cut.begins:
+            hidden = encoder.arriving(arguments, own, given["hidden"])
+            given = given | {"hidden": hidden}
         output, taps = cut.run(lambda: encoder.encode(cut.model, arguments, own, hidden), given)
-        return {"hidden": output} | taps
+        return {"hidden": output if cut.ends else encoder.leaving(arguments, own, output)} | taps
+
+
+def _stands(chunk: Any, first: bool, last: bool, tied: bool) -> None:
+    """What Megatron asks of a model, also of one that wraps those which know."""
+    chunk.pre_process, chunk.post_process, chunk.share_embeddings_and_output_weights = first, last, tied
 
 
 def _put(model: Any, name: str, value: Any) -> None:

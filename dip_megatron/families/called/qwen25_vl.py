@@ -22,11 +22,12 @@ class Vision(GridEncoder):
         return CutPoints("visual.blocks", stem=("visual.patch_embed",), tail=("visual.merger",))
 
     def hidden(self, config: Any) -> HiddenShape:
-        return HiddenShape(config.vision_config.hidden_size, rows=self.merged(config))
+        return HiddenShape(self.config(config).hidden_size, rows=self.merged(config))
 
     def describe(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
         """Layers of full attention are taken to come at equal distances."""
-        vision, merge = config.vision_config, config.vision_config.spatial_merge_size
+        vision = self.config(config)
+        merge = vision.spatial_merge_size
         full = len(vision.fullatt_block_indexes)
         layer = TransformerLayer(
             hidden=vision.hidden_size, ffn=vision.intermediate_size, heads=vision.num_heads, kv_groups=vision.num_heads,

@@ -14,7 +14,7 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import reorganize_i
 from ...describe.model import ModuleShape, PatchEmbedding, Projector, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
-from .grids import PIXELS, VIDEOS, GivenRows, GridEncoder, grids
+from .grids import PIXELS, VIDEOS, GivenRows, GridEncoder
 from .page import Arguments, Page
 from .shapes import HiddenShape
 
@@ -59,7 +59,7 @@ class Vision(GridEncoder):
 
     def _sorted(self, config: Any, arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of patches, images before videos, and grids, in the order of their tokens."""
-        images, videos = grids(arguments)
+        images, videos = self.grids(arguments)
         counts = [int(grid.prod(dim=-1).sum()) for grid in (images, videos)]
         rows = torch.arange(sum(counts), device=images.device)[:, None]
         own = rows.split(counts)

@@ -15,19 +15,21 @@ Layers = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class HiddenShape:
-    """Hidden states between an encoder's layers: ``rows`` a token of the language model, one after the other, ``[rows,
-    *middle, width]``; or, with ``padded``, so many rows for every instance, ``[instances, padded, width]``."""
+    """Hidden states between an encoder's layers: ``rows`` a token of the language model and ``extra`` an instance, one
+    after the other, ``[rows, *middle, width]``; or, with ``padded``, so many rows for every instance, ``[instances,
+    padded, width]``."""
 
     width: int
     rows: int = 1
     middle: tuple[int, ...] = ()
     padded: int = 0
+    extra: int = 0
 
     def of(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """For instances that become so many tokens each."""
         if self.padded:
             return (len(tokens), self.padded, self.width)
-        return (sum(tokens) * self.rows, *self.middle, self.width)
+        return (sum(tokens) * self.rows + len(tokens) * self.extra, *self.middle, self.width)
 
 
 @dataclass(frozen=True)

@@ -13,37 +13,14 @@ from typing import Any
 import torch
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 
-from ...core import ModalityModule, Operation, Unit
+from ...core import Operation, Unit
 from ...describe.cost import LayerRun
 from ...runtime.protocol import MicrobatchInputs, Tensors
-from ..shared.layout import SegmentLayout, order_free, segment_config
+from ..shared.layout import order_free, segment_config
+from ..shared.mixed import Stages, refuse_tied
 from ..shared.segmented import ModelPart, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE, VISION, LlavaShapes, MixedLlavaShapes, StageEnd
 from .program import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
-
-MODEL = "model"
-Layers = tuple[tuple[int, ...], ...]
-
-
-class StageLayout(SegmentLayout):
-    """:class:`SegmentLayout` whose segments may run from the last rank to the first."""
-
-    def __init__(self, layers: Layers, rank: int, reversed_segments: Sequence[bool]):
-        super().__init__(layers, rank)
-        self.reversed_segments = tuple(reversed_segments)
-
-    def get_num_layers_to_build(
-        self, layer_type: Any = None, vp_stage: int | None = None, pp_rank: int | None = None
-    ) -> int:
-        """As SegmentLayout, of this very rank."""
-        return self.layers[vp_stage or 0][self.rank]
-
-    def get_layer_offset(self, layer_type: Any = None, vp_stage: int | None = None, pp_rank: int | None = None) -> int:
-        """As SegmentLayout, of this very rank."""
-        segment = vp_stage or 0
-        line = self.layers[segment]
-        before = line[self.rank + 1 :] if self.reversed_segments[segment] else line[: self.rank]
-        return sum(map(sum, self.layers[:segment])) + sum(before)
 
 
 class MixedChunk(ModelPart):
@@ -104,11 +81,7 @@ class MixedChunk(ModelPart):
 
 
 class MixedLlavaProgram(LlavaProgram):
-    """Stage program of a LLaVA in V segments of P mixed stages, one unit per microbatch (see ``cost.mixed_graph``).
-
-    ``stages`` lists the V * P virtual stages in the order in which a microbatch passes them; segment k runs from the
-    last rank to the first where ``reversed_segments[k]``.
-    """
+    """Stage program of a LLaVA in V segments of P mixed stages, one unit per microbatch; see :class:`Stages`."""
 
     def __init__(
         self,
@@ -122,47 +95,24 @@ class MixedLlavaProgram(LlavaProgram):
         freeze: Mapping[str, bool] | None = None,
     ):
         """Raises ValueError for models and stages that can't be."""
-        if not stages or len(stages) % ranks or any(not stage for stage in stages):
-            raise ValueError(f"{len(stages)} stages on {ranks} ranks: must be a multiple, and none empty")
-        if kwargs.get("share_embeddings_and_output_weights"):
-            raise ValueError(
-                "a schedule over mixed chunks can't tie embedding and head, which stand on any two ranks there; use "
-                "one over segments (static, dynamic)"
-            )
-        segments = len(stages) // ranks
-        self._stages = tuple(tuple(stage) for stage in stages)
-        self._back = tuple(reversed_segments) or (False,) * segments
-        runs = [[self._stages[self._stage(k, r, ranks)] for r in range(ranks)] for k in range(segments)]
-
-        def layers(module: str) -> Layers:
-            return tuple(tuple(sum(x.layers for x in s if x.module == module) for s in line) for line in runs)
-
+        refuse_tied(bool(kwargs.get("share_embeddings_and_output_weights")))
+        self._stages = Stages(stages, ranks, reversed_segments)
         super().__init__(
-            kwargs, {VISION: layers(VISION), LANGUAGE: layers(LANGUAGE)}, rank=rank, micro_batch_size=micro_batch_size,
-            freeze=freeze,
+            kwargs, {name: self._stages.layers(name) for name in (VISION, LANGUAGE)}, rank=rank,
+            micro_batch_size=micro_batch_size, freeze=freeze,
         )  # fmt: skip
-        total = tuple(tuple(sum(x.layers for x in s) for s in line) for line in runs)
-        back = self._back if any(self._back) else ()
-        self.modules = (ModalityModule(MODEL, total, reversed=back),)  # type: ignore[assignment]
-
-    def _stage(self, segment: int, rank: int, ranks: int) -> int:
-        return segment * ranks + (ranks - 1 - rank if self._back[segment] else rank)
-
-    def _run(self, segment: int, rank: int, module: str) -> LayerRun | None:
-        stage = self._stages[self._stage(segment, rank, self.ranks)]
-        return next((run for run in stage if run.module == module), None)
+        self.modules = (self._stages.module,)  # type: ignore[assignment]
 
     @property
     def loss_rank(self) -> int:
         """The rank that holds the last stage."""
-        return 0 if self._back[-1] else self.ranks - 1
+        return self._stages.loss_rank
 
     @property
     def shapes(self) -> MixedLlavaShapes:
         """What travels between stages; known once the chunks are built."""
         ends = tuple(
-            tuple(self._end(self._stages[self._stage(k, r, self.ranks)][-1]) for r in range(self.ranks))
-            for k in range(len(self._back))
+            tuple(self._end(self._stages.at(k, r)[-1]) for r in range(self.ranks)) for k in range(self._stages.segments)
         )
         return MixedLlavaShapes(self.sizes, ends)
 
@@ -175,16 +125,16 @@ class MixedLlavaProgram(LlavaProgram):
     def build_chunks(self) -> list[torch.nn.Module]:
         """This rank's stages, segment by segment."""
         chunks: list[MixedChunk] = []
-        for segment in range(len(self._back)):
+        for segment in range(self._stages.segments):
             arguments = dict(self.kwargs)
             for name in (VISION, LANGUAGE):
                 key = f"{name}_transformer_config"
                 arguments[key] = segment_config(arguments[key], self.layers[name], self.rank)
-                arguments[key].pipeline_model_parallel_layout = StageLayout(self.layers[name], self.rank, self._back)
+                arguments[key].pipeline_model_parallel_layout = self._stages.layout(name, self.rank)
             arguments["vision_projection_config"] = order_free(arguments["vision_projection_config"])
             parts: dict[str, Any] = {VISION: None, LANGUAGE: None}
             for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
-                run = self._run(segment, self.rank, module)
+                run = self._stages.run(segment, self.rank, module)
                 if run is not None:
                     parts[module] = kind(run.stem, run.head, vp_stage=segment, **arguments)
                     parts[module].freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
@@ -221,14 +171,14 @@ class MixedLlavaProgram(LlavaProgram):
     def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
         """See StageProgram."""
         hidden = inputs[0]["hidden"] if inputs else None
-        return self._compute(chunk, len(self._back) - 1, self.loss_rank, hidden, arguments)
+        return self._compute(chunk, self._stages.segments - 1, self.loss_rank, hidden, arguments)
 
     def _compute(
         self, chunk: torch.nn.Module, segment: int, rank: int, hidden: torch.Tensor | None,
         arguments: Mapping[str, Any],
     ) -> Any:  # fmt: skip
         images, nothing = arguments["images"], None
-        run = self._run(segment, rank, VISION)
+        run = self._stages.run(segment, rank, VISION)
         if run is not None:
             if hidden is not None:
                 # Only their number matters now; ranks after the first may have been given no pixels at all.

@@ -22,7 +22,7 @@ _HALVES = {"selective": 0, "mlp": 1, "activation": 1}
 
 def install(blocks: Sequence[torch.nn.Module], mode: StageMode, halves: tuple[str, str] = ("attn", "mlp")) -> None:
     """Let a chunk's blocks, in their order, follow ``mode.strategies``; ``halves`` names a block's attention and its
-    MLP."""
+    MLP; of one that is no module of its own ("") all of the block is recomputed."""
     for index, block in enumerate(blocks):
         block.forward = _switched(block, index, mode, halves)
 
@@ -40,9 +40,10 @@ def _switched(
             return plain(*args, **kwargs)
         if strategy == "offload":
             return offloaded(block, index, mode, plain, args, kwargs)
-        if strategy == "full":
+        name = "" if strategy == "full" else halves[_HALVES[strategy]]
+        if not name:
             return checkpoint(plain, *args, use_reentrant=False, **kwargs)
-        half = getattr(block, halves[_HALVES[strategy]])
+        half = getattr(block, name)
         half.forward = partial(checkpoint, half.forward, use_reentrant=False)
         try:
             return plain(*args, **kwargs)

@@ -9,7 +9,7 @@ known of the code around the layers but the names of the parameters in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,11 +28,12 @@ class CutPoints:
     """Names within a model of one encoder, dotted.
 
     ``layers`` is the encoder's list of transformer layers. ``stem`` are modules before them: on chunks after the first,
-    they hand on their first argument. ``unused`` are methods whose result is added before the layers, and which would
-    need parameters of the stem: on those chunks they give 0. ``tail`` are modules after the layers, which only the last
-    chunk has. ``taps`` is a list of modules of which the i-th makes something of the output of layer ``tapped[i]``,
-    beside what the encoder returns; it travels under the name ``tap_name(i)``. ``halves`` are the names of a layer's
-    attention and MLP, by which memory strategies recompute them.
+    they hand on their first argument, or do as the module that ``stubs`` makes of them. ``unused`` are methods whose
+    result is added before the layers, and which would need parameters of the stem: on those chunks they give 0.
+    ``tail`` are modules after the layers, which only the last chunk has. ``taps`` is a list of modules of which the
+    i-th makes something of the output of layer ``tapped[i]``, beside what the encoder returns; it travels under the
+    name ``tap_name(i)``. ``halves`` are the names of a layer's attention and MLP, by which memory strategies recompute
+    them ("": it is no module of its own). ``returns_tuple``: layers return hidden states as the only one of a tuple.
     """
 
     layers: str
@@ -42,6 +43,8 @@ class CutPoints:
     taps: str = ""
     tapped: tuple[int, ...] = ()
     halves: tuple[str, str] = ("attn", "mlp")
+    stubs: Mapping[str, Callable[[torch.nn.Module], torch.nn.Module]] = field(default_factory=dict)
+    returns_tuple: bool = False
 
 
 def tap_name(index: int) -> str:
@@ -111,7 +114,7 @@ class CutEncoder:
         self.call = _Call()
         layers = found(whole, points.layers)
         depth, end = len(layers), first + count
-        result = _result_of(layers)
+        result = _result_of(layers, points)
         kept = [
             layer if first <= n < end else _Elsewhere(n, n == end, result) for n, layer in enumerate(layers)
         ]  # fmt: skip
@@ -119,7 +122,10 @@ class CutEncoder:
             kept.append(_Elsewhere(depth, True, result))
         self.own: list[torch.nn.Module] = kept[first:end]
         self.model = with_module(whole, points.layers, torch.nn.ModuleList(kept))
-        for name in (() if begins else points.stem) + (() if ends else points.tail):
+        for name in () if begins else points.stem:
+            stub = points.stubs.get(name)
+            self.model = with_module(self.model, name, Absent() if stub is None else stub(found(whole, name)))
+        for name in () if ends else points.tail:
             self.model = with_module(self.model, name, Absent())
         if not begins:
             for name in points.unused:
@@ -202,8 +208,10 @@ def _is_megatrons(layer: torch.nn.Module) -> bool:
     return isinstance(layer, TransformerLayer)
 
 
-def _result_of(layers: Sequence[torch.nn.Module]) -> Callable[[torch.Tensor], Any]:
+def _result_of(layers: Sequence[torch.nn.Module], points: CutPoints) -> Callable[[torch.Tensor], Any]:
     """How these layers return hidden states: Megatron's with a context beside them."""
+    if points.returns_tuple:
+        return lambda hidden: (hidden,)
     if layers and _is_megatrons(layers[0]):
         return lambda hidden: (hidden, None)
     return lambda hidden: hidden
@@ -229,9 +237,11 @@ def with_module(root: Module, name: str, module: torch.nn.Module) -> Module:
 
 
 def check_all_cut(whole: torch.nn.Module, points: CutPoints) -> None:
-    """Raises ValueError for a parameter of ``whole`` that would stand on every chunk: it comes before or after the
-    layers, and ``points`` don't say so."""
+    """Raises ValueError for a name of ``points`` that ``whole`` doesn't have, and for a parameter of it that would
+    stand on every chunk: it comes before or after the layers, and ``points`` don't say so."""
     placed = (points.layers, *points.stem, *points.tail, *((points.taps,) if points.taps else ()))
+    for place in placed:
+        found(whole, place)
     for name, _ in whole.named_parameters():
         if not any(name.startswith(f"{place}.") for place in placed):
             raise ValueError(

@@ -99,7 +99,10 @@ def _set(owners: Sequence[Any], name: str, value: Any) -> Iterator[None]:
 
 
 def run_without_attention(call: LayerCall) -> Any:
-    """Strategy ``selective``."""
+    """Strategy ``selective``; a layer whose attention has no core (a gated delta net) is recomputed as a whole, so that
+    it holds no more than planned."""
+    if not call.attentions:
+        return run_checkpointed(call)
     with _set(call.attentions, CORE_ATTENTION, True):
         return call()
 

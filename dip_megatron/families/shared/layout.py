@@ -69,3 +69,31 @@ def order_free(config: TransformerConfig) -> TransformerConfig:
     built = copy.copy(config)
     built.disable_parameter_transpose_cache = True
     return built
+
+
+class PinnedLayout(SegmentLayout):
+    """That of one chunk, for models that don't hand ``vp_stage`` on to what asks."""
+
+    def __init__(self, layout: SegmentLayout, segment: int):
+        super().__init__(layout.layers, layout.rank)
+        self._segment = segment
+
+    def get_num_layers_to_build(
+        self, layer_type: Any = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        """Number of layers of the chunk."""
+        return super().get_num_layers_to_build(layer_type, self._segment, pp_rank)
+
+    def get_layer_offset(
+        self, layer_type: Any = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        """Number of the module's layers before the chunk."""
+        return super().get_layer_offset(layer_type, self._segment, pp_rank)
+
+
+def pinned(config: TransformerConfig, segment: int) -> TransformerConfig:
+    """A copy of a :func:`segment_config` for the chunk of that segment, whatever ``vp_stage`` is asked for."""
+    built = copy.copy(config)
+    built.virtual_pipeline_model_parallel_size = None
+    built.pipeline_model_parallel_layout = PinnedLayout(config.pipeline_model_parallel_layout, segment)
+    return built

@@ -5,13 +5,16 @@ Nothing here imports torch or Megatron, so that a worker starts in a second.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ...core import Operation, Payload, TensorSpec, Unit
-from ...describe.workload import Microbatch
+from ...describe.workload import Clip, Microbatch
 
 VISION, LANGUAGE, DIFFUSION = "vision", "language", "diffusion"
+T2vEnd = Literal["text", "condition", "diffusion"]
+"""What a stage of text to video sends on: the LLM's hidden states, the projector's condition, the DiT's state."""
 StageEnd = Literal["vision", "projected", "language"]
 """What a stage of a LLaVA sends on: the ViT's hidden states, what the projector makes of them, the LLM's."""
 
@@ -89,11 +92,19 @@ class T2vShapes:
         """Hidden states within the text encoder, then the condition; within the DiT hidden states, condition and
         timestep."""
         clips = load.clips[unit.first : unit.first + unit.count]
-        words = sum(clip.text_tokens for clip in clips)
-        condition = TensorSpec("condition", (words, 1, self.hidden), self.dtype, made_by=LANGUAGE)
+        end: T2vEnd = "diffusion"
         if unit.module == LANGUAGE:
-            hidden = TensorSpec("hidden", (words, 1, self.text_hidden), self.dtype)
-            return (condition,) if leaves_module else (hidden,)
+            end = "condition" if leaves_module else "text"
+        return self.sent(end, clips, made_by=LANGUAGE)
+
+    def sent(self, end: T2vEnd, clips: Sequence[Clip], made_by: str = "") -> Payload:
+        """What is sent on at such an end, for these clips; ``made_by`` says who made the condition."""
+        words = sum(clip.text_tokens for clip in clips)
+        condition = TensorSpec("condition", (words, 1, self.hidden), self.dtype, made_by=made_by)
+        if end == "text":
+            return (TensorSpec("hidden", (words, 1, self.text_hidden), self.dtype),)
+        if end == "condition":
+            return (condition,)
         tokens = sum(clip.latent_tokens(self.compression, self.patch) for clip in clips)
         return (
             TensorSpec("hidden", (tokens, 1, self.hidden), self.dtype),
@@ -101,3 +112,15 @@ class T2vShapes:
             TensorSpec("timestep", (len(clips), self.hidden), self.dtype),
             TensorSpec("modulation", (len(clips), 6 * self.hidden), self.dtype),
         )
+
+
+@dataclass(frozen=True)
+class MixedT2vShapes:
+    """Payload shapes of text to video in stages that mix modalities; ``ends[segment][rank]``: with what each ends."""
+
+    shapes: T2vShapes
+    ends: tuple[tuple[T2vEnd, ...], ...]
+
+    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+        """What one stage sends on, for all clips of a microbatch."""
+        return self.shapes.sent(self.ends[stage.segment][stage.rank], load.clips)

@@ -24,7 +24,9 @@ def global_name(model: torch.nn.Module, name: str) -> str:
     if "layers" in parts:
         place = parts.index("layers") + 1
         layers: Any = model.get_submodule(".".join(parts[:place]))
-        parts[place] = str(layers[int(parts[place])].layer_number - 1)
+        layer: Any = layers[int(parts[place])]
+        if hasattr(layer, "layer_number"):  # Hugging Face's stand under their own
+            parts[place] = str(layer.layer_number - 1)
     while parts[0] == "module":
         parts.pop(0)
     if parts[-2:] == ["output_layer", "weight"] and model.get_parameter(name).__dict__.get("shared_embedding"):

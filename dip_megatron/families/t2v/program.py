@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Clip, Microbatch
-from ...runtime.protocol import Inputs, MicrobatchInputs, Tensors
+from ...runtime.protocol import Inputs, MicrobatchInputs, Shapes, StageShapes, Tensors
 from ..shared.layout import segment_config
 from ..shared.parts import projector
 from ..shared.segmented import ModelPart, SegmentedProgram, bound, dtype_name, unwrapped
@@ -91,36 +91,38 @@ class VideoBatch:
         return torch.cat([patchify(way, patch) for way in ways])
 
 
-class _Part(ModelPart):
+class Part(ModelPart):
     """A text encoder, a diffusion transformer, or both: all of them or what a chunk holds. ``kwargs`` are those of
     :class:`TextToVideoModel`."""
 
-    def __init__(
-        self, kwargs: Mapping[str, Any], modules: Sequence[str], first: bool, last: bool, vp_stage: int | None
-    ):
+    def __init__(self, kwargs: Mapping[str, Any], ends: Mapping[str, tuple[bool, bool]], vp_stage: int | None):
+        """``ends`` are the modules it has a part of, and whether each of them begins and ends there."""
         config: TransformerConfig = kwargs["diffusion_config"]
         super().__init__(
-            config, pre_process=first and LANGUAGE in modules, post_process=last and DIFFUSION in modules,
-            vp_stage=vp_stage, pg_collection=kwargs.get("pg_collection"),
+            config, pre_process=ends.get(LANGUAGE, (False, False))[0],
+            post_process=ends.get(DIFFUSION, (False, False))[1], vp_stage=vp_stage,
+            pg_collection=kwargs.get("pg_collection"),
         )  # fmt: skip
         self.patch = tuple(kwargs["patch"])
         self.channels = kwargs["latent_channels"]
         self.text_encoder = self.text_projection = self.diffusion = None
-        placed: dict[str, Any] = {
-            "first": first, "last": last, "vp_stage": vp_stage, "pg_collection": self.pg_collection
-        }  # fmt: skip
-        if LANGUAGE in modules:
+
+        def placed(module: str) -> dict[str, Any]:
+            first, last = ends[module]
+            return {"first": first, "last": last, "vp_stage": vp_stage, "pg_collection": self.pg_collection}
+
+        if LANGUAGE in ends:
             text: TransformerConfig = kwargs["text_config"]
             self.text_encoder = TextEncoder(
                 text, kwargs["text_layer_spec"], kwargs["vocabulary"],
-                rotary_base=kwargs["text_rotary_base"], **placed,
+                rotary_base=kwargs["text_rotary_base"], **placed(LANGUAGE),
             )  # fmt: skip
-            if last:
+            if ends[LANGUAGE][1]:
                 self.text_projection = projector(text.hidden_size, config)
-        if DIFFUSION in modules:
+        if DIFFUSION in ends:
             self.diffusion = DiffusionTransformer(
                 config, kwargs["diffusion_layer_spec"], channels=self.channels, patch=self.patch,
-                largest=tuple(kwargs["largest_grid"]), **placed,
+                largest=tuple(kwargs["largest_grid"]), **placed(DIFFUSION),
             )  # fmt: skip
 
     def freeze(self, freeze_text_encoder: bool = False, freeze_text_projection: bool = False) -> None:
@@ -158,7 +160,7 @@ class _Part(ModelPart):
         return state if self.diffusion is None else self.diffuse(batch, state)
 
 
-class TextToVideoModel(_Part):
+class TextToVideoModel(Part):
     """LLM text encoder, projector and diffusion transformer, whole."""
 
     def __init__(
@@ -189,7 +191,7 @@ class TextToVideoModel(_Part):
                 "TextToVideoModel has no pipeline of its own: with --pipeline-model-parallel-size above 1 run it "
                 "through DIP (--dip-schedule static or dynamic), else use size 1"
             )
-        super().__init__(kwargs, (LANGUAGE, DIFFUSION), first=True, last=True, vp_stage=None)
+        super().__init__(kwargs, dict.fromkeys((LANGUAGE, DIFFUSION), (True, True)), vp_stage=None)
 
     def forward(  # type: ignore[override]
         self,
@@ -268,13 +270,14 @@ class T2vProgram(SegmentedProgram):
             ModalityModule(LANGUAGE, layers[LANGUAGE]), ModalityModule(DIFFUSION, layers[DIFFUSION], (LANGUAGE,))
         )  # fmt: skip
         self.patch: Grid = tuple(self.kwargs["patch"])
-        self.shapes = T2vShapes(
+        self.sizes = T2vShapes(
             text_hidden=text.hidden_size,
             hidden=diffusion.hidden_size,
             compression=tuple(self.kwargs["compression"]),
             patch=self.patch,
             dtype=dtype_name(diffusion),
         )
+        self.shapes: Shapes | StageShapes = self.sizes
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """Chunks of the text encoder, then of the diffusion transformer."""
@@ -282,7 +285,7 @@ class T2vProgram(SegmentedProgram):
         for module, name in ((LANGUAGE, "text_config"), (DIFFUSION, "diffusion_config")):
             config = segment_config(self.kwargs[name], self.layers[module], self.rank)
             for segment, first, last in self.places(module):
-                chunk = _Part(self.kwargs | {name: config}, (module,), first, last, vp_stage=segment)
+                chunk = Part(self.kwargs | {name: config}, {module: (first, last)}, vp_stage=segment)
                 chunk.freeze(**self.freeze)
                 chunks.append(chunk)
         return self.finish(chunks, segment_config(self.kwargs["diffusion_config"], self.layers[DIFFUSION], self.rank))
@@ -295,7 +298,7 @@ class T2vProgram(SegmentedProgram):
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
         """Clips by their prompts' tokens, and by the frames and pixels that their latents stand for."""
         batch: VideoBatch = inputs.arguments["batch"]
-        compression = self.shapes.compression
+        compression = self.sizes.compression
         sizes = (
             [n * c for n, c in zip(latent.shape[1:], compression, strict=True)] for latent in batch.latents
         )  # fmt: skip
@@ -318,7 +321,7 @@ class T2vProgram(SegmentedProgram):
         return sum(counts[unit.first : unit.first + unit.count]) / sum(counts)
 
     def _compute(self, chunk: torch.nn.Module, unit: Unit, inputs: Inputs, batch: VideoBatch) -> Any:
-        part = unwrapped(chunk, _Part)
+        part = unwrapped(chunk, Part)
         state: Tensors = dict(inputs[0]) if inputs else {}
         if part.diffusion is not None and part.diffusion.first:
             state = {"condition": torch.cat(list(_prompts(unit, inputs, batch)))}

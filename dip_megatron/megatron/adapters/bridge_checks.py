@@ -30,9 +30,13 @@ def check_release(tell: Callable[[str], object]) -> None:
 def check_bridge(config: Any, schedule: str) -> None:
     """Raises ConfigurationError with the setting, the reason and a way out. ``config`` is a validated
     ``ConfigContainer``."""
-    for unfit, setting, reason, way_out in _refusals(config):
-        if unfit:
-            raise ConfigurationError(f"schedule {schedule} and {setting}: {reason}; {way_out}, or use schedule off")
+    for setting, reason, way_out in refusals(config):
+        raise ConfigurationError(f"schedule {schedule} and {setting}: {reason}; {way_out}, or use schedule off")
+
+
+def refusals(config: Any) -> list[tuple[str, str, str]]:
+    """What DIP can't run of a ``ConfigContainer``: setting, reason and way out of each."""
+    return [(setting, reason, way_out) for unfit, setting, reason, way_out in _refusals(config) if unfit]
 
 
 def parallel_of(config: Any) -> Parallel:

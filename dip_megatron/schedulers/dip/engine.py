@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 
 from ...core.bounds import lower_bound
-from ...core.graph import ModalityModule, StageGraph, Unit
+from ...core.graph import StageGraph
 from ...core.order import Schedule, check_complete
 from ...core.simulate.kernels import simulate_compiled
+from ...core.warm import smallest_graph
 from .annealing import MAY, MAY_LEAN, MAY_REORDER, MAY_SPLIT, anneal
 from .feasibility import check_fits
 from .incumbent import Improved, Incumbent, in_threads, listed
@@ -322,20 +323,6 @@ def _run_counted(chain: KeyChain | SequenceChain, evaluations: int) -> None:
 def warm_up() -> None:
     """Load or compile the kernels, so that the first search of a process is as fast as the others (seconds on the first
     use after installation, well under one later)."""
-    one, none = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
-    graph = StageGraph(
-        ranks=1,
-        modules=(ModalityModule("warm", ((1,),)),),
-        units=(Unit(0, "warm", 0),),
-        forward=one,
-        backward=one,
-        weight=one,
-        fused=2 * one,
-        activation=one,
-        deferred_activation=none,
-        transfer=np.zeros(1),
-        static_bytes=np.zeros(1),
-        memory_limit=np.full(1, 1.0),
-    )
+    graph = smallest_graph(1, memory_limit=1.0)
     for schedule in ("dip", "dip-paper"):
         search(graph, schedule=schedule, budget_seconds=600.0, evaluations=100, options=SearchOptions(gap=-1.0))

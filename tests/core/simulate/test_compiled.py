@@ -1,11 +1,17 @@
 """What kernels rely on in numba beyond its documented options."""
 
+import importlib.util
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numba import njit
 from numba.core.errors import NumbaError
 
-from dip_megatron.core.simulate.compiled import compiled, inlined, trailing_zeros
+import dip_megatron
+from dip_megatron.core.simulate import compiled as compilation
+from dip_megatron.core.simulate.compiled import compiled, digest_of, inlined, trailing_zeros
 
 
 @compiled
@@ -50,3 +56,46 @@ def test_kernels_count_no_references():
     assert njit(allocating)(3) == 0.0
     with pytest.raises(NumbaError):
         compiled(allocating)(3)
+
+
+KERNEL = """
+from dip_megatron.core.simulate.compiled import compiled
+@compiled
+def one_more(x):
+    return x + 1
+"""
+
+
+def hits(path):
+    """How often a fresh process's call would find the kernel of ``path`` on disk."""
+    spec = importlib.util.spec_from_file_location("kernel_of_a_test", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.one_more(2) == 3
+    return sum(module.one_more.stats.cache_hits.values())
+
+
+def test_a_kernel_is_compiled_again_once_pieces_of_other_files_have_changed(monkeypatch, tmp_path):
+    path = tmp_path / "kernel.py"
+    path.write_text(KERNEL)
+    assert [hits(path), hits(path)] == [0, 1]
+    monkeypatch.setattr(compilation, "KERNELS", "after an edit elsewhere")
+    assert [hits(path), hits(path)] == [0, 1]
+
+
+def test_every_file_with_a_piece_counts_and_no_other(tmp_path):
+    package = tmp_path / "package"
+    here = Path(dip_megatron.__file__).parent
+    for folder in ("core", "schedulers"):
+        shutil.copytree(here / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with_kernels = {p.relative_to(here) for p in here.rglob("*.py") if "\n@compiled" in p.read_text()}
+    assert {p.parts[0] for p in with_kernels} == {"core", "schedulers"}
+    before = digest_of(package)
+    assert before == compilation.KERNELS
+    for name, counts in (("schedulers/dip/admission.py", True), ("core/bounds.py", True), ("core/plan.py", False)):
+        text = (package / name).read_text()
+        (package / name).write_text(text + "\n# edited\n")
+        assert (digest_of(package) != before) is counts
+        (package / name).write_text(text)

@@ -83,6 +83,7 @@ def test_a_file_survives_writing_and_reading(tmp_path: Path) -> None:
         ('{"microbatches": [{"text_tokens": 3, "text_tokens": 4}]}', "text_tokens", "twice"),
         ('{"microbatches": [3]}', "microbatches[0]", "object"),
         ('{"microbatches": [', "line", "not JSON"),
+        ('{"microbatches": [{"text_tokens": 1' + "0" * 5000 + "}]}", "line", "a number too long"),
         ("[1]", "line", "object"),
     ],
 )

@@ -1,0 +1,1 @@
+"""As flash-linear-attention's."""

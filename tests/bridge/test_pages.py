@@ -1,0 +1,72 @@
+"""Descriptions that disagree with the model are refused, in a line that says what to change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.bridge import equality
+from tests.bridge.equality import Case
+from tests.bridge.tiny import TINY
+from tests.processes import team
+
+LAYERS: dict[str, tuple[tuple[int, ...], ...]] = {"vision": ((3, 2),), "language": ((3, 3),)}
+
+
+def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
+    """By what is wrong of a page, what is said of it."""
+    from dip_megatron.families.called import qwen3_vl
+    from dip_megatron.families.called.known import BRIDGE_FAMILIES
+    from dip_megatron.families.called.program import CalledProgram
+    from dip_megatron.megatron.build import record_blueprint
+    from dip_megatron.runtime.protocol import MicrobatchInputs
+
+    case = Case("qwen3-vl", folder, LAYERS)
+    _, provider = equality.provider_of(case, world)
+    _, blueprint = record_blueprint(BRIDGE_FAMILIES, provider.provide, pre_process=True, post_process=True)
+    right = qwen3_vl.Vision().points(provider)
+
+    def said(**changes: Any) -> str:
+        class Vision(qwen3_vl.Vision):
+            def points(self, config: Any) -> Any:
+                return replace(right, **changes)
+
+        class Page(qwen3_vl.Qwen3Vl):
+            encoders = (Vision(),)
+
+        with pytest.raises(ValueError) as error:  # noqa: PT011  what it says is compared below
+            CalledProgram(Page(), blueprint.kwargs, LAYERS, rank=rank).build_chunks()
+        return str(error.value)
+
+    found = {
+        "stem": said(stem=("vision_model.patch_embed",)),
+        "tail": said(tail=()),
+        "layers": said(layers="vision_model.blocks"),
+        "taps": said(tapped=(0, 1)),
+    }
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        CalledProgram(qwen3_vl.Qwen3Vl(), blueprint.kwargs, {**LAYERS, "vision": ((2, 2),)}, rank=rank)
+    found["depth"] = str(error.value)
+    program = CalledProgram(qwen3_vl.Qwen3Vl(), blueprint.kwargs, LAYERS, rank=rank)
+    arguments = case.of.arguments((("image", (1, 4, 4)),), 1)
+    arguments["input_ids"] = torch.full_like(arguments["input_ids"], 5)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        program.load(MicrobatchInputs(program.bind(**arguments)))
+    found["batch"] = str(error.value)
+    return found
+
+
+def test_a_page_that_is_wrong_is_told(tmp_path: Path) -> None:
+    TINY["qwen3-vl"].save(tmp_path)
+    (found,) = team(1).run(refused, tmp_path)
+
+    assert "vision_model.pos_embed.weight would stand on every chunk; name its module in the stem" in found["stem"]
+    assert "vision_model.merger" in found["tail"]
+    assert "Qwen3VLModel has no 'vision_model.blocks'; its Qwen3VLVisionModel has patch_embed" in found["layers"]
+    assert "has 3 modules, the description taps layers (0, 1)" in found["taps"]
+    assert found["depth"] == "partition gives vision 4 layers, the model has 5"
+    assert found["batch"] == "the microbatch has 0 image tokens for 1 images that become 4"

@@ -1,0 +1,49 @@
+"""``dip doctor --recipe`` with recipes of Megatron-Bridge: its own, and one of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.bridge.tiny import TINY
+from tests.processes import team
+
+GPT = "vanilla_gpt_pretrain_config"
+
+
+def said(rank: int, world: int, recipes: list[tuple[str, ...]]) -> list[list[tuple[str, str, str]]]:
+    """Name, status and detail of each finding, recipe by recipe."""
+    from dip_megatron.doctor import diagnose
+    from dip_megatron.doctor.recipes import recipe_of
+
+    found = [diagnose([recipe_of(recipe, rest)]) for recipe, *rest in recipes]
+    return [[(check.name, str(check.status), check.detail) for check in checks] for checks in found]
+
+
+def test_recipes_are_made_and_looked_at(tmp_path: Path) -> None:
+    TINY["qwen2-5-vl"].save(tmp_path)
+    file = tmp_path / "recipes.py"
+    file.write_text(
+        "from pathlib import Path\nfrom tests.bridge.loop import Run, configuration\n"
+        "def fits(): return configuration(Path(__file__).parent, Run(pipeline=2))\n"
+        "def fails(): raise OSError('no such model\\nand more')\n"
+    )
+    answers: list[Any] = team(1).run(
+        said,
+        [
+            (GPT, "model.pipeline_model_parallel_size=2"), (GPT, "model.context_parallel_size=2"),
+            (GPT, "model.pipeline=2"), (f"{file}:fits",), (f"{file}:fails",), ("no_such_recipe",),
+        ],
+    )[0]  # fmt: skip
+    runs, refused, unknown, fits, fails, missing = answers
+
+    assert runs[-1][1:] == ("ok", "nothing that can be seen before it starts stands in the way of DIP")
+    assert [detail for _, _, detail in runs if "GPTModel" in detail]
+    assert [name for name, status, _ in refused if status == "broken"] == [
+        "pipeline_model_parallel_size 1", "context_parallel_size 2", GPT,
+    ]  # fmt: skip
+    assert "has no attribute 'pipeline'" in unknown[0][2]
+    assert [detail for _, _, detail in fits if detail.startswith("builds Qwen25VLModel, of the model family")]
+    assert fits[-1][1] == "ok"
+    assert fails[0][1:] == ("broken", "can't be made here: OSError: no such model")
+    assert "none of Megatron-Bridge's own recipes" in missing[0][2]

@@ -1,0 +1,30 @@
+"""Graphs with drawn durations, so that plans come in orders that no cost model would think of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dip_megatron.core import ModalityModule, StageGraph, Unit
+
+
+def drawn_graph(modules: tuple[ModalityModule, ...], units: Sequence[Unit], seed: int) -> StageGraph:
+    """These modules' stages of these units; memory without a limit."""
+    ranks, segments = len(modules[0].layers[0]), {m.name: m.segments for m in modules}
+    virtual_microbatches = sum(segments[u.module] for u in units)
+    draw = np.random.default_rng(seed).uniform(0.2, 2.0, (5, 1, virtual_microbatches, ranks))
+    return StageGraph(
+        ranks=ranks,
+        modules=modules,
+        units=tuple(units),
+        forward=draw[0],
+        backward=draw[1],
+        weight=draw[2],
+        fused=draw[1] + draw[2],
+        activation=draw[3],
+        deferred_activation=draw[4],
+        transfer=np.full(virtual_microbatches, 0.05),
+        static_bytes=np.zeros(ranks),
+        memory_limit=np.full(ranks, np.inf),
+    )
