@@ -12,7 +12,8 @@ from ...core.joint.kernels import joint_arrays, pad_joint_orders
 from ...core.order import Schedule
 from ...core.simulate.kernels import BACKWARD, FUSED, WEIGHT
 from ..dip.random import seeded
-from .sequences import JointProblem, JointSequences, begin_joint, improve_joint, line_fits, make_joint_sequences
+from .moves import improve_joint
+from .sequences import JointProblem, JointSequences, begin_joint, line_fits, make_joint_sequences
 from .together import Together
 
 COOL, COLD = 1e-5, 1e-6
