@@ -239,13 +239,18 @@ def test_dip_trains_with_megatrons_losses(tmp_path):
     assert "can't defer weight gradients" not in log
 
 
+PAGES = EXAMPLE.parents[1] / "dip_megatron" / "families" / "called"
+
+
 def test_the_walkthrough_quotes_the_example():
-    """Every Python block of the page names a file, and stands in it word for word."""
+    """Every Python block of the page names a file, of the example or a page of a family, and stands in it word for
+    word."""
     page = (EXAMPLE.parents[1] / "docs" / "add-a-model.md").read_text()
     quoted = re.findall(r"```python title=\"([\w.]+)\"\n(.*?)```", page, re.DOTALL)
     assert len(quoted) == page.count("```python") >= 8
     for name, text in quoted:
-        source = (EXAMPLE / name).read_text()
+        here = EXAMPLE / name
+        source = (here if here.exists() else PAGES / name).read_text()
         # The page shows them without their indentation in the file.
         levels = [textwrap.indent(text.strip("\n"), " " * level) for level in (0, 4, 8)]
         parts = [re.split(r"\n *\.\.\.\n", text) for text in levels]

@@ -26,7 +26,8 @@ def test_scalars_go_to_the_writers_that_there_are(monkeypatch: pytest.MonkeyPatc
     sizes = dict.fromkeys(("tensor", "pipeline"), 2)
     loop = MegatronLoop(
         Namespace(
-            **{f"{name}_model_parallel_size": size for name, size in sizes.items()}, data_parallel_size=1,
+            **{f"{name}_model_parallel_size": size for name, size in sizes.items()},
+            data_parallel_size=1, context_parallel_size=1,
             sequence_parallel=False, use_distributed_optimizer=False, micro_batch_size=1, global_batch_size=4, seed=1,
             log_interval=1,
         )

@@ -30,10 +30,10 @@ def test_a_description_that_calls_frozen_what_trains_is_refused(tmp_path: Path) 
     with pytest.raises(RunFailed):
         run(tmp_path, options={"described": {"freeze_vision_model": True}})
     text = [(tmp_path / f"run.rank{rank}.log").read_text() for rank in range(2)]
-    for lines in text:
-        assert "dip: vision, segment 0 on pipeline rank 0: the description of the model calls its stem frozen" in lines
-        assert "--dip-schedule off trains without a plan" in lines
-        assert "iteration        1/" not in lines
+    # All ranks refuse, but the first to end has the other ended, which may not have come to say so.
+    words = "dip: vision, segment 0 on pipeline rank 0: the description of the model calls its stem frozen"
+    assert any(words in lines and "--dip-schedule off trains without a plan" in lines for lines in text)
+    assert not any("iteration        1/" in lines for lines in text)
 
 
 def test_a_script_that_freezes_after_get_model_is_followed(tmp_path: Path) -> None:
