@@ -64,7 +64,6 @@ TOPIC = Topic(
             has=("conv1", "conv2", "audio_bos_eos_token", "layers", "ln_post", "proj", "num_mel_bins"),
         ),
         Name(f"{_OMNI}:Qwen25OmniThinkerModel", has=("visual", "audio_model", "language_model")),
-        Name(f"{_OMNI}:Qwen3VLGPTModel"),
         Name(
             f"{_QWEN3}.model:Qwen3VLModel",
             has=("vision_model", "language_model", "pg_collection", "freeze"),
@@ -74,10 +73,6 @@ TOPIC = Topic(
             has=("patch_embed", "pos_embed", "decoder", "merger", "fast_pos_embed_interpolate"),
         ),
         Name(f"{_QWEN3}.transformer_block:Qwen3VLVisionTransformerBlock", has=("deepstack_merger_list",)),
-        Name(
-            f"{_QWEN3}.transformer_block:Qwen3VLTransformerBlock._deepstack_process",
-            ("hidden_states", "visual_pos_masks", "visual_embeds"),
-        ),
         Name(
             f"{_QWEN3}.utils:reorganize_inputs",
             (

@@ -1,4 +1,4 @@
-"""Megatron-Bridge's models, built without their language model; the names are those of :mod:`.bridge`."""
+"""Megatron-Bridge's models, built without their language model, and what their decoders do with a tap."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from .names import Name, Topic
+
+TOPIC = Topic(
+    "parts of Megatron-Bridge's models",
+    "megatron-bridge",
+    "0.6.2",
+    "Qwen's omni models and those with deepstack can't be trained under DIP",
+    (
+        Name("megatron.bridge.models.qwen_omni.modeling_qwen25_omni.thinker_model:Qwen3VLGPTModel"),
+        Name(
+            "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_block:Qwen3VLTransformerBlock._deepstack_process",
+            ("hidden_states", "visual_pos_masks", "visual_embeds"),
+        ),
+    ),
+)
 
 
 class NoLanguageModel(torch.nn.Module):
@@ -31,3 +47,9 @@ def without_language_model(module: str) -> Iterator[None]:
         yield
     finally:
         loaded.Qwen3VLGPTModel = whole
+
+
+def add_deepstack(decoder: Any, hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """``hidden`` with an encoder layer's ``features`` added ``where`` images stand, as the decoder itself does it."""
+    added: torch.Tensor = decoder._deepstack_process(hidden, where, features)
+    return added

@@ -1,8 +1,7 @@
 """One process that takes itself for the first rank of a job: torch's ``fake`` process groups, whose collectives return
 at once and move nothing.
 
-Names torch doesn't promise, seen in torch 2.4 to 2.15: ``torch.testing._internal.distributed.fake_pg`` (importing it
-registers the backend) and its ``FakeStore``.
+Importing ``fake_pg`` registers their backend.
 """
 
 from __future__ import annotations
@@ -11,6 +10,16 @@ import os
 from typing import Any
 
 import torch.distributed as dist
+
+from .names import Name, Topic
+
+TOPIC = Topic(
+    "process groups that move nothing",
+    "torch",
+    "2.13.0, 2.15.0",
+    "`dip estimate` can't run a script",
+    (Name("torch.testing._internal.distributed.fake_pg:FakeStore"),),
+)
 
 
 def pretend_world(size: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -207,7 +208,7 @@ def _parsed(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise RecipeError(f"megatron.training can't be imported here: {type(error).__name__}: {error}") from error
     parser = _Parser(allow_abbrev=False)
     module.add_megatron_arguments(parser)
-    if not any(action.dest == "dip_schedule" for action in parser._actions):
+    with contextlib.suppress(argparse.ArgumentError):  # where the hooks have added them
         add_arguments(parser)
     args, unknown = parser.parse_known_args(list(flags))
     if not run_config(args).on:

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HOMES = {
+    "bokeh": "https://bokeh.org",
     "click": "https://click.palletsprojects.com",
     "hypothesis": "https://hypothesis.works",
     "import-linter": "https://import-linter.readthedocs.io",
@@ -21,6 +22,7 @@ HOMES = {
     "numpy": "https://numpy.org",
     "ortools": "https://developers.google.com/optimization",
     "packaging": "https://packaging.pypa.io",
+    "playwright": "https://github.com/Microsoft/playwright-python",
     "psutil": "https://github.com/giampaolo/psutil",
     "pydantic": "https://github.com/pydantic/pydantic",
     "pytest": "https://github.com/pytest-dev/pytest",

@@ -11,6 +11,7 @@ import torch
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model import Qwen3VLModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import reorganize_inputs, split_deepstack_embs
 
+from ...compat.bridge_building import add_deepstack
 from ...describe.model import ModuleShape, PatchEmbedding, Projector, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
@@ -135,5 +136,4 @@ class Qwen3Vl(Page):
             where, (tap,) = split_deepstack_embs(
                 where, [tap], tp_size=group.size(), tp_rank=group.rank(), cp_size=1, cp_rank=0, sequence_parallel=True
             )
-        added: torch.Tensor = model.language_model.decoder._deepstack_process(hidden, where, tap)
-        return added
+        return add_deepstack(model.language_model.decoder, hidden, where, tap)
