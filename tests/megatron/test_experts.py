@@ -42,7 +42,7 @@ def test_replicas_with_experts_of_their_own(tmp_path: Path) -> None:
 
 def test_replicas_that_share_experts(tmp_path: Path) -> None:
     """Plans are made for both together and read ahead, with an evaluation at the end."""
-    flags = (*EXPERTS, *SHARDED, "--mtp-num-layers", "1")
+    flags = (*EXPERTS, *SHARDED)
     whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1)
     trace = tmp_path / "trace"
     run = run_script(
