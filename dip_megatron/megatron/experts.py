@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..config import DipConfig
 from ..describe.files import ConfigurationError
 from ..describe.model import Parallel
 
@@ -24,14 +25,12 @@ def expert_refusals(config: Any, parallel: Parallel) -> list[Refusal]:
     coefficients = coefficients if isinstance(coefficients, (list, tuple)) else [coefficients] * len(kinds)
     counted = any(k == "global_aux_loss" and c for k, c in zip(kinds, coefficients, strict=False))
     here = parallel.tp * parallel.cp
+    spread = parallel.ep * parallel.expert_tp
     leave = "leave it out"
     return [
-        (parallel.coupled > 1, f"expert_model_parallel_size {parallel.ep}",
-         f"{parallel.coupled} data-parallel replicas would share each group of experts, and plans that are made apart "
-         "hang there, or train something else",
-         f"spread experts over the {here} ranks that a replica has of a stage (expert_model_parallel_size times "
-         f"expert_tensor_parallel_size of at most {here})"),
-        (value("mtp_num_layers"), "mtp_num_layers", "multi-token prediction is untried with experts", leave),
+        (parallel.coupled > 1 and spread % here, f"expert_model_parallel_size {parallel.ep}",
+         f"a group of experts over {spread} ranks would begin or end in the middle of a replica's {here} of a stage",
+         f"spread experts over a multiple of {here} ranks"),
         (counted, "moe_router_load_balancing_type global_aux_loss",
          "its running mean over an iteration depends on the order of microbatches, and every call of it joins all "
          "replicas", "use aux_loss or seq_aux_loss"),
@@ -42,6 +41,17 @@ def expert_refusals(config: Any, parallel: Parallel) -> list[Refusal]:
         (value("overlap_dispatch_backward_with_experts_wgrad"), "overlap_dispatch_backward_with_experts_wgrad",
          "it delays the experts' weight gradients by a queue of its own, DIP by plan", leave),
     ]  # fmt: skip
+
+
+def check_coupled(config: DipConfig) -> None:
+    """Raises ConfigurationError for settings that replicas can't have which share experts."""
+    for unfit, setting, reason, way_out in (
+        (config.plan_file is not None, "a plan file", "it holds the plans of one replica, and they must agree",
+         "leave it out"),
+        (config.balance == "free", "balance free", "they must have equally many microbatches", "use balance swap"),
+    ):  # fmt: skip
+        if unfit:
+            raise ConfigurationError(f"replicas that share experts and {setting}: {reason}; {way_out}")
 
 
 def check_experts(configs: Iterable[Any], parallel: Parallel) -> None:

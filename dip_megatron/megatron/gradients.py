@@ -19,12 +19,15 @@ from ..compat.buckets import start_gradient_reduction
 class GradientSynchronization:
     """Holds back gradient reductions of one iteration and starts them in order.
 
-    ``order`` lists chunk indices as backwards naturally end: the last module's last segment first.
+    ``order`` lists chunk indices as backwards naturally end: the last module's last segment first. ``at_the_end``: none
+    starts before all of them have ended. Replicas that share experts exchange tokens during backwards, and would come
+    to those exchanges and to reductions in orders of their own, which devices with one queue for both can't follow.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], config: Any, order: list[int]):
+    def __init__(self, chunks: list[torch.nn.Module], config: Any, order: list[int], at_the_end: bool = False):
         self._chunks = chunks
         self._order = order
+        self._at_the_end = at_the_end
         self._done: set[int] = set()
         self._started = 0
         self._contexts = contextlib.ExitStack()
@@ -43,6 +46,8 @@ class GradientSynchronization:
     def chunk_done(self, index: int) -> None:
         """The chunk's last weight gradient of the iteration is accumulated."""
         self._done.add(index)
+        if self._at_the_end and len(self._done) < len(self._chunks):
+            return
         while self._overlaps and self._started < len(self._order) and self._order[self._started] in self._done:
             start_gradient_reduction(self._chunks[self._order[self._started]])
             self._started += 1

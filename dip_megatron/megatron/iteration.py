@@ -63,7 +63,8 @@ class Iteration:
         self._handed: list[Any] | None = None
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
-        self._sync = GradientSynchronization(chunks, config, list(reversed(range(len(chunks)))))
+        order = list(reversed(range(len(chunks))))
+        self._sync = GradientSynchronization(chunks, config, order, at_the_end=plan.coupled is not None)
         self._stages = ModelStages(
             program, chunks, self._step, state, last_rank=self._loss_rank,
             look_ahead=StageLookAhead.of(plan, rank), on_chunk_done=self._sync.chunk_done,

@@ -22,11 +22,12 @@ from ..describe.files import ConfigurationError
 from ..describe.model import ModulePartition, MultimodalModel, Partition, Training, TrainingMismatchError
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
-from ..planner.delivery import PlanDelivery
+from ..planner.delivery import CoupledRanks, PlanDelivery
 from ..planner.facade import Setting, live_maker, searched_partition
 from ..planner.from_file import FilePlanner, PlanFile
+from ..planner.joint import joint_maker
 from ..planner.live import Chunks, ModelGraphs
-from ..planner.request import Service
+from ..planner.request import PlanMaker, Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
 from ..report.about import about_run
@@ -45,8 +46,9 @@ from .adapters.loop import TrainingLoop
 from .build import ChunkList, configured_partition, record_blueprint
 from .call import as_list, check_call, check_functions
 from .checkpoints import Checkpoint
+from .coupling import coupled_ranks, experts_of
 from .exchange import GlooExchange
-from .experts import check_experts
+from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
@@ -67,6 +69,8 @@ class DipSession:
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
         if config.balance == "free" and not loop.weights_by_tokens:
             raise ConfigurationError(NOT_FREE)
+        if loop.parallel.coupled > 1:
+            check_coupled(config)
         self._loop = loop
         self._config = config
         self._file = self._plan_file(config, loop.parallel.pp)
@@ -79,6 +83,7 @@ class DipSession:
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
         self._service: Service | None = None
+        self._coupled: CoupledRanks | None = None
         self._step: DipForwardBackward | None = None
         self._closing = contextlib.ExitStack()
         atexit.register(self.close)
@@ -143,16 +148,20 @@ class DipSession:
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk): chunk for chunk in chunks}
-            self._start_planner(self._program, self._graphs)
+            self._start_planner(self._program, self._graphs, chunks)
             return chunks
 
         return build
 
-    def _start_planner(self, program: StageProgram, graphs: ModelGraphs) -> None:
+    def _start_planner(self, program: StageProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
-        config = self._config
+        config, experts = self._config, None
         replica = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+        if self._loop.parallel.coupled > 1:
+            replica, self._coupled = coupled_ranks()
         self._exchange = GlooExchange(replica, config.timeout_seconds)
+        if self._coupled is not None:
+            experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
         supported = self._exchange.gather(b"yes" if program.supports_split else b"no")
         if config.split_backward and b"no" in supported:
             logger.warning("some layers can't defer weight gradients: plans split no backward")
@@ -162,11 +171,14 @@ class DipSession:
             effort = live_effort(config, planners_here, thrifty=not torch.cuda.is_available())
             asked = config.schedule != "off"
             label = config.schedule if asked else self._entry.name
-            maker = live_maker(self._entry, graphs, program.shapes, effort, label=label)
+            if experts is None:
+                maker: PlanMaker = live_maker(self._entry, graphs, program.shapes, effort, label=label)
+            else:
+                maker = joint_maker(self._entry, graphs, program.shapes, effort, experts, label)
             # One worker process, whose threads search together: only one iteration is planned ahead.
             workers = min(config.planner_workers, 1) if asked and self._entry.ahead else 0
             improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
-            if self._reads_ahead() or config.search_evaluations is not None:
+            if self._reads_ahead() or config.search_evaluations is not None or experts is not None:
                 improve = 0.0
             self._service = service = PlannerService(maker, workers, improve_seconds=improve)
             if self._file is not None:
@@ -329,7 +341,8 @@ class DipSession:
             rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
             alone=self._loop.parallel.tp == 1,
         )  # fmt: skip
-        delivery = PlanDelivery(self._exchange, self._service, config.recalibrate)
+        corrects = config.recalibrate and self._coupled is None
+        delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
         progress = self._progress(exchange)

@@ -6,15 +6,17 @@ import hashlib
 import pickle
 import struct
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core import Plan
+from ..core.joint import JointPlan
 from ..core.protocols import Exchange
 from ..describe.cost import Corrections
 from .recalibration import Measurement, Recalibration
-from .request import PlannerStatistics, PlanRequest, Service
+from .request import AnyPlan, PlannerStatistics, PlanRequest, Service, differences
 
 _HEAD = struct.Struct(f"<{hashlib.sha256().digest_size}sI")  # a plan's hash, bytes of news
 
@@ -39,15 +41,36 @@ class DeliveredPlan:
     at_call: bool = False
 
 
-class PlanDelivery:
-    """Delivers the same plan to every rank of a replica. Rank 0 of the exchange owns the planner service, and learns
-    from what all ranks measured."""
+@dataclass(frozen=True)
+class CoupledRanks:
+    """Where replicas that share experts stand in an exchange among all of them: ``replicas[r]`` are the places of
+    replica r's ranks, the first of which has its loads; this rank is of ``replica``."""
 
-    def __init__(self, exchange: Exchange, service: Service | None, recalibrate: bool = False):
+    replicas: tuple[tuple[int, ...], ...]
+    replica: int
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Places of this rank's replica."""
+        return self.replicas[self.replica]
+
+
+class PlanDelivery:
+    """Delivers the same plan to every rank of a replica, and to every replica that shares its experts the plan that was
+    made with it. Rank 0 of the exchange owns the planner service, and learns from what all ranks measured."""
+
+    def __init__(
+        self, exchange: Exchange, service: Service | None, recalibrate: bool = False,
+        coupled: CoupledRanks | None = None,
+    ):  # fmt: skip
         """``exchange`` is the delivery's alone: a thread broadcasts over it at any time. ``recalibrate`` (the same
-        on all ranks): plan with costs corrected by measurements."""
+        on all ranks): plan with costs corrected by measurements. ``coupled``: the exchange is among all ranks of
+        several replicas, for which the service plans together."""
         if (exchange.rank == 0) != (service is not None):
             raise ValueError("exactly rank 0 of the exchange has a planner service")
+        if coupled is not None and recalibrate:
+            raise ValueError("what a stage of coupled replicas took holds waits for the others, and corrects no costs")
+        self._coupled = coupled
         self._exchange = exchange
         self._service = service
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-delivery")
@@ -60,6 +83,10 @@ class PlanDelivery:
     def request(self, request: PlanRequest, wait_seconds: float, shared: Any = None) -> None:
         """Begin to plan and to broadcast; every rank calls it with the same requests in the same order (only rank 0's
         loads, and what is ``shared`` there, matter). ``wait_seconds``: how long to wait for a worker's final plan."""
+        if self._coupled is not None:
+            job = self._thread.submit(self._deliver_together, request, wait_seconds, shared, self._coupled)
+            self._coming[request.request] = request.subject, job
+            return
         if self._service is not None:
             # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
             request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
@@ -77,6 +104,8 @@ class PlanDelivery:
     @property
     def plans_here(self) -> bool:
         """Whether this rank's requests are the ones that count."""
+        if self._coupled is not None:
+            return self._exchange.rank == self._coupled.own[0]
         return self._service is not None
 
     def measured(self, measurement: Measurement) -> None:
@@ -85,8 +114,13 @@ class PlanDelivery:
             self._measured = measurement
 
     def share(self, data: bytes) -> list[bytes]:
-        """Everyone's bytes, to all: before the first request, or between a ``take`` and the next request."""
-        return self._exchange.gather(data)
+        """Everyone's bytes, to all of the replica: before the first request, or between a ``take`` and the next
+        request."""
+        return self._of_replica(self._exchange.gather(data))
+
+    def _of_replica(self, everyone: Sequence[bytes]) -> list[bytes]:
+        places = range(len(everyone)) if self._coupled is None else self._coupled.own
+        return [everyone[place] for place in places]
 
     def take(self, request: int, news: bytes = b"") -> DeliveredPlan:
         """The plan, once all ranks have shown to hold the same; what each has to tell the others travels with it.
@@ -98,24 +132,28 @@ class PlanDelivery:
         answer = pickle.loads(data)
         if isinstance(answer, str):
             raise RuntimeError(f"no plan for {subject}: {answer}")
-        plan: Plan = answer[0]
-        digest = hashlib.sha256(f"{request} {plan.digest()}".encode()).digest()
+        answered: AnyPlan = answer[0]
+        digest = hashlib.sha256(f"{request} {answered.digest()}".encode()).digest()
         measured = b"" if self._measured is None else self._measured.pack()
         everyone = self._exchange.gather(_HEAD.pack(digest, len(news)) + news + measured)
         hashes, lengths = zip(*(_HEAD.unpack_from(data) for data in everyone), strict=True)
         rest = [data[_HEAD.size :] for data in everyone]
         odd = [rank for rank, h in enumerate(hashes) if h != hashes[0]]
         if odd:
+            who = "the replica" if self._coupled is None else "the replicas that share experts"
             raise PlanMismatchError(
-                f"{subject}: ranks {odd} of the replica hold another plan than rank 0; stopping all before "
+                f"{subject}: ranks {odd} of {who} hold another plan than rank 0; stopping all before "
                 "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
             )
         measurements = [data[n:] for data, n in zip(rest, lengths, strict=True) if len(data) > n]
         self._learn([Measurement.unpack(data) for data in measurements])
         self._measured = None
-        self._running = (request, plan, self._corrections.pop(request, Corrections()))
-        told = tuple(data[:n] for data, n in zip(rest, lengths, strict=True))
-        return DeliveredPlan(request, plan, stall, answer[1], answer[2], told)
+        told = tuple(self._of_replica([data[:n] for data, n in zip(rest, lengths, strict=True)]))
+        if isinstance(answered, JointPlan):
+            mine = 0 if self._coupled is None else self._coupled.replica
+            return DeliveredPlan(request, answered.plans[mine], stall, answer[1], answer[2][mine], told)
+        self._running = (request, answered, self._corrections.pop(request, Corrections()))
+        return DeliveredPlan(request, answered, stall, answer[1], answer[2], told)
 
     def _learn(self, measurements: list[Measurement]) -> None:
         if self._recalibration is None or self._service is None or self._running is None or not measurements:
@@ -139,6 +177,26 @@ class PlanDelivery:
             if made_with is not None and request in self._corrections:
                 self._corrections[request] = made_with
             answer = plan, replace(self._service.statistics), shared
+        except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
+            answer = f"{type(error).__name__}: {error}"
+        return self._exchange.broadcast(pickle.dumps(answer))
+
+    def _deliver_together(self, request: PlanRequest, wait_seconds: float, shared: Any, coupled: CoupledRanks) -> bytes:
+        """In the thread, so that no replica waits for another in the middle of an iteration: bring together what the
+        replicas ask, plan for all, and tell all of them."""
+        everyone = self._exchange.gather(pickle.dumps((request, shared)) if self.plans_here else b"")
+        if self._service is None:
+            return self._exchange.broadcast(None)
+        answer: Any
+        try:
+            told = [pickle.loads(everyone[places[0]]) for places in coupled.replicas]
+            asked = [theirs for theirs, _ in told]
+            answer = differences(asked)
+            if not answer:
+                deadline = time.monotonic() + 0.8 * wait_seconds
+                self._service.submit(replace(request, deadline=deadline, replicas=tuple(a.loads for a in asked)))
+                plan = self._service.take(request.request, wait_seconds)
+                answer = plan, replace(self._service.statistics), [theirs for _, theirs in told]
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))

@@ -182,7 +182,8 @@ class FilePlanner:
         """The plan found; see :class:`planner.service.PlannerService`."""
         found = self._found.pop(request, None)
         if found is None:
-            return self.otherwise.take(request, wait_seconds)
+            plan: Plan = self.otherwise.take(request, wait_seconds)
+            return plan
         if isinstance(found, NoPlanError):
             raise found
         self.statistics.plans += 1

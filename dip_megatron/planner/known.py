@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from ..core import Plan
 from ..describe.cost import Corrections
-from .request import PlanRequest
+from .request import AnyPlan, PlanRequest
 
 
 @dataclass(frozen=True)
 class KnownPlan:
     """``corrections`` of the costs it was made with; ``searched``: for long, because the batch has come again."""
 
-    plan: Plan
+    plan: AnyPlan
     corrections: Corrections
     searched: bool
 
@@ -39,7 +38,7 @@ class KnownPlans:
         """Whether a plan of one is a plan of the other."""
         return _signature(one) == _signature(other)
 
-    def keep(self, request: PlanRequest, plan: Plan, searched: bool) -> None:
+    def keep(self, request: PlanRequest, plan: AnyPlan, searched: bool) -> None:
         """Use ``plan`` for such batches from now on."""
         self._plans[_signature(request)] = KnownPlan(plan, request.corrections, searched)
         if len(self._plans) > self._most:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
-from ..core import Plan
 from ..describe.cost import Corrections
 from ..describe.model import Training
 from ..describe.workload import Microbatch
+
+AnyPlan: TypeAlias = Any
+"""What answers a request: a replica's Plan or, from a maker for replicas that share experts, the JointPlan of all."""
 
 READY = b"ready"
 """What a worker sends when it can plan."""
@@ -25,7 +27,8 @@ class PlanRequest:
     ``corrections`` are what earlier iterations taught about the cost model's seconds. The search ends at ``deadline``
     (seconds of this host's monotonic clock) if that comes first. ``iteration`` is the training loop's number, for
     people: of the iteration to plan, or of the one before the evaluation. ``training`` is what trains of the model as
-    built; None where that isn't known (as described) or doesn't matter (an evaluation).
+    built; None where that isn't known (as described) or doesn't matter (an evaluation). ``replicas``: the loads of all
+    replicas that share experts, where they do and one planner plans for all.
     """
 
     request: int
@@ -36,6 +39,7 @@ class PlanRequest:
     deadline: float = math.inf
     iteration: int = 0
     training: Training | None = None
+    replicas: tuple[tuple[Microbatch, ...], ...] = ()
 
     @property
     def subject(self) -> str:
@@ -47,6 +51,21 @@ class PlanRequest:
         return max(min(self.budget_seconds, self.deadline - time.monotonic()), 0.0)
 
 
+def differences(asked: Sequence[PlanRequest]) -> str:
+    """In what the requests of coupled replicas differ that must be alike; empty if in nothing."""
+    for what, values in (
+        ("iterations", [r.subject for r in asked]),
+        ("numbers of microbatches", [len(r.loads) for r in asked]),
+        ("numbers of requests", [r.request for r in asked]),
+    ):
+        if len(set(values)) > 1:
+            return (
+                f"replicas that share experts ask for plans of other {what}: {', '.join(map(str, values))}; give all "
+                "of them as many microbatches in every iteration, or use --dip-schedule off"
+            )
+    return ""
+
+
 class PlanMaker(Protocol):
     """Turns requests into plans; picklable, since planner workers are processes of their own."""
 
@@ -54,11 +73,11 @@ class PlanMaker(Protocol):
         """Load or compile what planning needs, before the first request."""
         ...
 
-    def quick(self, request: PlanRequest) -> Plan:
+    def quick(self, request: PlanRequest) -> AnyPlan:
         """A good plan within milliseconds, in this process, without compiled code."""
         ...
 
-    def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
+    def best(self, request: PlanRequest, give: Callable[[Any], None]) -> AnyPlan:
         """The best plan found within the request's budget; ``give`` takes a first valid plan early."""
         ...
 
@@ -88,7 +107,7 @@ class Service(Protocol):
         """Begin planning; returns at once."""
         ...
 
-    def take(self, request: int, wait_seconds: float) -> Plan:
+    def take(self, request: int, wait_seconds: float) -> AnyPlan:
         """The plan for a submitted request."""
         ...
 

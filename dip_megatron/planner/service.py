@@ -21,12 +21,12 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
-from ..core import Plan
-from ..core.verify import PlanError, verify
+from ..core.verify import PlanError
 from ..describe.cost import Corrections
+from .joint import JointPlanMaker, verify_any
 from .known import KnownPlan, KnownPlans
-from .request import READY, PlanMaker, PlannerStatistics, PlanRequest
-from .warm import warm_up_plans
+from .request import READY, AnyPlan, PlanMaker, PlannerStatistics, PlanRequest
+from .warm import warm_up_joint_plans, warm_up_plans
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class _Asked:
 
 @dataclass
 class _Arrived:
-    plan: Plan
+    plan: AnyPlan
     final: bool
     at: float
     core_seconds: float
@@ -98,7 +98,10 @@ class PlannerService:
     def _warm_up(self) -> None:
         """Load, while the model is built, what this process plans with. What a search needs is loaded when a worker has
         it: after an installation it is compiled first, which takes the better part of a minute of a core, once."""
-        warm_up_plans()
+        if isinstance(self._maker, JointPlanMaker):
+            warm_up_joint_plans(search=False)
+        else:
+            warm_up_plans()
         if self._improve_seconds <= 0:
             return
         while self._workers and not any(worker.ready for worker in self._workers):
@@ -137,7 +140,7 @@ class PlannerService:
             return True
         return False
 
-    def take(self, request: int, wait_seconds: float) -> Plan:
+    def take(self, request: int, wait_seconds: float) -> AnyPlan:
         """The best plan for a submitted request, waiting at most ``wait_seconds`` for a worker's final one.
 
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
@@ -174,12 +177,12 @@ class PlannerService:
         statistics.latency_seconds, statistics.core_seconds = arrived.at - asked.at, arrived.core_seconds
         return arrived.plan
 
-    def _made_here(self, request: PlanRequest) -> Plan:
+    def _made_here(self, request: PlanRequest) -> AnyPlan:
         """Searched for within its budget where batches are planned at the call, else the quick plan."""
         if self._searches_here and request.budget_seconds > 0:
             try:
                 plan = self._maker.best(request, lambda _: None)
-                verify(plan)
+                verify_any(plan)
                 self._known.keep(request, plan, searched=False)
                 return plan
             except Exception as error:  # as of a worker's: the quick plan may be possible all the same
@@ -187,7 +190,7 @@ class PlannerService:
         # What is needed at once (a first batch, an evaluation) is no worker's business and no failure of one.
         self.statistics.fallbacks += request.budget_seconds > 0
         plan = self._maker.quick(request)
-        verify(plan)
+        verify_any(plan)
         return plan
 
     def corrections(self, request: int) -> Corrections | None:
@@ -297,7 +300,7 @@ class PlannerService:
         if request not in self._asked and request not in self._improving:
             return
         try:
-            verify(plan)
+            verify_any(plan)
         except PlanError as fault:
             logger.warning("planner worker made an invalid plan for %s (%s); not used", self._subject(request), fault)
             return

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core import Kind, Schedule
+from ..core import Kind, Schedule, StageGraph
+from ..core.experts import ExpertLayers
+from ..core.joint import make_joint_plan, verify_joint
 from ..core.lower import make_plan
 from ..core.verify import verify
 from ..core.warm import smallest_graph
+from ..schedulers.joint import search_joint
 
 
 def warm_up_plans() -> None:
     """Load, or compile after an installation, the kernels that lower and verify plans: seconds once, then less than
     one."""
+    graph, schedule = _smallest()
+    verify(make_plan(graph, schedule, lower_bound=0.0))
+
+
+def warm_up_joint_plans(search: bool) -> None:
+    """The same for plans of replicas that share experts, and for their search."""
+    graph, schedule = _smallest()
+    experts = ExpertLayers.every(graph.modules, [m.name for m in graph.modules])
+    verify_joint(make_joint_plan([graph, graph], [schedule, schedule], experts, lower_bound=0.0))
+    if search:
+        search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=100)
+
+
+def _smallest() -> tuple[StageGraph, Schedule]:
     graph = smallest_graph(2)
     order = np.array([int(Kind.F), int(Kind.BW)], dtype=np.int32)
-    verify(make_plan(graph, Schedule((order, order.copy()), np.zeros((1, 2), dtype=np.int8)), lower_bound=0.0))
+    return graph, Schedule((order, order.copy()), np.zeros((1, 2), dtype=np.int8))

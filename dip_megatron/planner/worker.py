@@ -8,11 +8,10 @@ import sys
 import time
 from multiprocessing.connection import Connection
 
-from ..core import Plan
-from .request import READY, PlanMaker, PlanRequest
+from .request import READY, AnyPlan, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 
-Answer = tuple[int, Plan | None, bool, str | None, float]
+Answer = tuple[int, AnyPlan | None, bool, str | None, float]
 """(request, plan, whether it is the final one, error, seconds of a core it took so far)"""
 
 
@@ -34,7 +33,7 @@ def serve(connection: Connection) -> None:
 def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> Answer:
     began = time.process_time()
 
-    def give(plan: Plan) -> None:
+    def give(plan: AnyPlan) -> None:
         connection.send_bytes(pickle.dumps((request.request, plan, False, None, time.process_time() - began)))
 
     try:

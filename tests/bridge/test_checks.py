@@ -47,7 +47,7 @@ def said(rank: int, world: int, folder: Path) -> dict[str, str]:
     found["use_decentralized_pg"] = refusal(lambda c: setattr(c.dist, "use_decentralized_pg", True))
     found["non_persistent_ckpt_type"] = refusal(lambda c: setattr(c.checkpoint, "non_persistent_ckpt_type", "local"))
     experts = {"num_moe_experts": 4}
-    for name, value in {"expert_model_parallel_size": 2, "moe_enable_routing_replay": True}.items():
+    for name, value in {"overlap_moe_expert_parallel_comm": True, "moe_enable_routing_replay": True}.items():
         found[name] = refusal(partial(change_model, experts | {name: value}))
     found[""] = refusal(lambda c: None)
     return found

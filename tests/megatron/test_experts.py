@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,27 @@ def test_replicas_with_experts_of_their_own(tmp_path: Path) -> None:
     assert (trace / "dp1_tp0" / "iterations.jsonl").is_file()
 
 
-def test_experts_that_replicas_share_are_refused_before_anything_is_built(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="2 data-parallel replicas would share each group of experts"):
+def test_replicas_that_share_experts(tmp_path: Path) -> None:
+    """Plans are made for both together and read ahead, with an evaluation at the end."""
+    flags = (*EXPERTS, *SHARDED)
+    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1)
+    trace = tmp_path / "trace"
+    run = run_script(
+        "run", SCRIPT, tmp_path / "run", *flags, "--expert-model-parallel-size", "2", "--dip-schedule", "dynamic",
+        "--dip-trace-dir", str(trace), ranks=4, pipeline=2,
+    )  # fmt: skip
+    assert run.losses == pytest.approx(whole.losses, rel=1e-5)
+    lines = [
+        [json.loads(line) for line in (trace / folder / "iterations.jsonl").read_text().splitlines()]
+        for folder in (".", "dp1_tp0")
+    ]
+    predicted = [[line["predicted_seconds"] for line in of_replica] for of_replica in lines]
+    assert predicted[0] == predicted[1]  # the time of both together
+
+
+def test_what_replicas_that_share_experts_cannot_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"replicas that share experts and balance free: .* use balance swap"):
         run_script(
             "run", SCRIPT, tmp_path, *EXPERTS, "--expert-model-parallel-size", "2", "--dip-schedule", "dynamic",
-            ranks=4, pipeline=2,
+            "--calculate-per-token-loss", "--dip-balance", "free", ranks=4, pipeline=2,
         )  # fmt: skip

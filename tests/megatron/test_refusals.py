@@ -28,14 +28,13 @@ EXPERTS: dict[str, Any] = {
     [
         ({"context_parallel_size": 2}, "--context-parallel-size 2: .* context parallelism; use tensor parallelism"),
         (
-            EXPERTS | {"expert_model_parallel_size": 4},
-            "--expert-model-parallel-size 4: 2 data-parallel replicas would share each group .* of at most 2",
+            EXPERTS | {"expert_model_parallel_size": 3},
+            "--expert-model-parallel-size 3: a group of experts over 3 ranks .* spread experts over a multiple of 2",
         ),
         (
             EXPERTS | {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0, 1]},
             "--moe-router-load-balancing-type global_aux_loss: its running mean .* seq_aux_loss",
         ),
-        (EXPERTS | {"mtp_num_layers": 1}, "--mtp-num-layers: .* untried with experts; leave it out"),
         (EXPERTS | {"moe_enable_routing_replay": True}, "--moe-enable-routing-replay: .* leave it out"),
         (EXPERTS | {"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm: .* leave it out"),
         (

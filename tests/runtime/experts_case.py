@@ -4,13 +4,15 @@ batches. Single precision: Megatron's CPU path keeps routing probabilities in it
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import torch
 
 from dip_megatron.families.shared.weights import draw_by_name, global_name
 from dip_megatron.megatron.cpu import install_cpu_platform
+from tests.collectives import recorded
 from tests.runtime.gpt_case import LENGTH, GptCase, forward_step
 from tests.runtime.gpt_case import batches as gpt_batches
 from tests.runtime.llava_case import VOCABULARY
@@ -32,7 +34,8 @@ class Ranks:
 @dataclass(frozen=True)
 class ExpertsCase:
     """What to train: microbatches, layers per chunk, which layers have experts (as ``moe_layer_freq`` lists them) and
-    further fields of Megatron's config, depths of multi-token prediction. Each replica has microbatches of its own."""
+    further fields of Megatron's config, depths of multi-token prediction. Each replica has microbatches of its own, of
+    ``lengths`` one after the other (none: all alike)."""
 
     microbatches: int
     layers: tuple[tuple[int, ...], ...] = ((2, 2),)
@@ -40,6 +43,7 @@ class ExpertsCase:
     options: dict[str, Any] = field(default_factory=dict)
     overlap: bool = False
     mtp: int = 0
+    lengths: tuple[int, ...] = ()
 
 
 def initialize(world: int, ranks: Ranks) -> None:
@@ -105,7 +109,7 @@ def gpt_kwargs(case: ExpertsCase, ranks: Ranks) -> dict[str, Any]:
         expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.etp, pipeline_dtype=torch.float32,
         hidden_dropout=0.0, attention_dropout=0.0, masked_softmax_fusion=False, bias_activation_fusion=False,
         bias_dropout_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
-        mtp_num_layers=case.mtp or None, **case.options,
+        mtp_num_layers=case.mtp or None, variable_seq_lengths=bool(case.lengths), **case.options,
     )  # fmt: skip
     with specs_of_all_layers():
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
@@ -131,7 +135,10 @@ def batches(case: ExpertsCase) -> list[dict[str, torch.Tensor]]:
     from megatron.core import parallel_state
 
     first = case.microbatches * parallel_state.get_data_parallel_rank()
-    return gpt_batches(GptCase(first + case.microbatches))[first:]
+    found = gpt_batches(GptCase(first + case.microbatches))
+    for item, length in zip(found, cycle(case.lengths) if case.lengths else (), strict=False):
+        item.update({name: tensor[:, :length] for name, tensor in item.items()})
+    return found[first:]
 
 
 def wrapped(case: ExpertsCase, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -192,10 +199,68 @@ def megatrons(rank: int, world: int, ranks: Ranks, case: ExpertsCase) -> Any:
 
 def dips(rank: int, world: int, ranks: Ranks, case: ExpertsCase, drawn: Drawn) -> Any:
     """Of ours under a drawn plan, and the kinds of operations that ran."""
+    from megatron.core import parallel_state
+
+    from tests.runtime.dip_case import DrawnGraphs
+
+    program, chunks = built(world, ranks, case)
+    maker = DrawnMaker(DrawnGraphs(program.modules, 1, drawn.seed), program.shapes, drawn)
+    replica = torch.distributed.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    return ran(case, program, chunks, sorted(replica), lambda _: maker)
+
+
+def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: int, room: float | None = None) -> Any:
+    """Of ours where replicas share experts: under plans that a counted search makes for all of them, with ``room`` for
+    such a share of what the microbatches of a replica keep in all."""
+    from dip_megatron.describe.cost import load_cluster
+    from dip_megatron.describe.model import ModulePartition, Parallel, Partition
+    from dip_megatron.describe.workload import Microbatch
+    from dip_megatron.families.describe import describe_gpt
+    from dip_megatron.megatron.coupling import coupled_ranks, experts_of
+    from dip_megatron.planner.joint import joint_maker
+    from dip_megatron.planner.live import ModelGraphs
+    from dip_megatron.schedulers.entry import Effort
+    from dip_megatron.schedulers.registry import find_schedule
+
+    program, chunks = built(world, ranks, case)
+    parallel = Parallel(ranks.tp, ranks.pp, world // ranks.pp // ranks.tp, ranks.tp > 1, False, 1, ranks.ep, ranks.etp)
+    group, coupled = coupled_ranks()
+
+    def make(exchange: Any) -> Any:
+        experts = experts_of(chunks, program.modules, exchange, coupled)
+        model = describe_gpt(gpt_kwargs(case, ranks), parallel)
+        partition = Partition((ModulePartition("language", case.layers, None),))
+        graphs = ModelGraphs(model, load_cluster("cpu"), partition, offload=False)
+        if room is not None:
+            held = graphs.build(tuple(Microbatch(n, sequences=(n,)) for n in case.lengths[: case.microbatches]), False)
+            limit = held.static_bytes.max() + room * held.activation[0].sum(axis=0).max()
+            graphs = replace(graphs, memory_limit=float(limit))
+        effort = Effort(evaluations=200, seed=seed, deterministic=True)
+        return joint_maker(find_schedule("dynamic"), graphs, program.shapes, effort, experts, "drawn")
+
+    return ran(case, program, chunks, group, make, coupled)
+
+
+def built(world: int, ranks: Ranks, case: ExpertsCase) -> Any:
+    """The program and its chunks, wrapped."""
     initialize(world, ranks)
     from megatron.core import parallel_state
 
     from dip_megatron.families.gpt.program import GptProgram
+
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    program = GptProgram(gpt_kwargs(case, ranks), {"language": case.layers}, rank=stage)
+    chunks = program.build_chunks()
+    assert program.supports_split
+    draw_by_name(chunks, 7, deviation)
+    return program, wrapped(case, chunks)
+
+
+def ran(case: ExpertsCase, program: Any, chunks: Any, group: list[int], make: Any, coupled: Any = None) -> Any:
+    """Losses, gradients and counts of one iteration, the kinds of operations and strategies that ran, and the
+    collectives. Plans are delivered to the ranks of ``group``; ``make(exchange)`` gives what makes them."""
+    from megatron.core import parallel_state
+
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.planner.delivery import PlanDelivery
@@ -203,31 +268,30 @@ def dips(rank: int, world: int, ranks: Ranks, case: ExpertsCase, drawn: Drawn) -
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
     from dip_megatron.runtime.transport import DistributedTransport
-    from tests.runtime.dip_case import DrawnGraphs
 
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    program = GptProgram(gpt_kwargs(case, ranks), {"language": case.layers}, rank=stage)
-    built = program.build_chunks()
-    assert program.supports_split
-    draw_by_name(built, 7, deviation)
-    chunks = wrapped(case, built)
     of = torch.distributed.get_process_group_ranks
-    replica = of(parallel_state.get_model_parallel_group())
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     pipeline = of(parallel_state.get_pipeline_model_parallel_group())
-    clock = Clock(torch.device("cpu"))
-    maker = DrawnMaker(DrawnGraphs(program.modules, 1, drawn.seed), program.shapes, drawn)
-    exchange = GlooExchange(sorted(replica), 60.0)
-    delivery = PlanDelivery(exchange, PlannerService(maker, workers=0) if exchange.rank == 0 else None)
     tensor = of(parallel_state.get_tensor_model_parallel_group())
+    clock = Clock(torch.device("cpu"))
+    exchange = GlooExchange(group, 240.0)  # kernels may have to be compiled first
+    maker = make(exchange)
+    service = PlannerService(maker, workers=0) if exchange.rank == 0 else None
+    delivery = PlanDelivery(exchange, service, coupled=coupled)
     seen: list[Any] = []
+
+    def consume(report: Any, plan: Any, spans: Any) -> None:
+        seen.extend(s.operation.kind for s in spans)
+        seen.extend(text for line in plan.graph.strategies for names in line for text in names)
+
     step = DipForwardBackward(
         program, Executor(stage, DistributedTransport(pipeline, stage, torch.device("cpu"), 60.0), clock), delivery,
-        clock, on_iteration=lambda report, plan, spans: seen.extend(s.operation.kind for s in spans),
-        tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
+        clock, on_iteration=consume, tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
     )  # fmt: skip
-    losses = step(
-        forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
-        num_microbatches=case.microbatches, forward_only=False,
-    )  # fmt: skip
+    with recorded() as collectives:
+        losses = step(
+            forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
+            num_microbatches=case.microbatches, forward_only=False,
+        )  # fmt: skip
     delivery.close()
-    return (*found(losses, chunks), seen)
+    return (*found(losses, chunks), seen, collectives)

@@ -10,8 +10,9 @@ import torch
 
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
+from tests.collectives import disagreement
 from tests.processes import Team
-from tests.runtime.experts_case import ExpertsCase, Ranks, dips, megatrons
+from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons
 from tests.runtime.split_case import Drawn
 from tests.runtime.test_equality import TOLERANCE
 
@@ -76,9 +77,10 @@ def test_a_pipeline_equals_megatrons(pair, case):
     assert_equal(theirs, merged(ours))
 
 
-def test_multi_token_prediction_equals_megatrons(pair):
+@pytest.mark.parametrize("case", [ExpertsCase(3, mtp=2, experts=(0, 0, 0, 0)), ExpertsCase(3, mtp=1, options=SHARED)])
+def test_multi_token_prediction_equals_megatrons(pair, case):
     """With the head on the last chunk; its copy of the embedding gets the sum of both copies' gradients."""
-    ranks, case = Ranks(pp=2), ExpertsCase(3, mtp=2, experts=(0, 0, 0, 0))
+    ranks = Ranks(pp=2)
     theirs = merged(pair.run(megatrons, ranks, case))
     assert any(name.startswith("mtp") for name, _ in theirs[1])
     assert_equal(theirs, merged(pair.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))
@@ -100,7 +102,32 @@ def four():
 )
 def test_expert_groups_within_a_replica_equal_megatrons(four, ranks, options):
     """With reductions over expert-data-parallel groups that overlap, backwards in two and layers recomputed."""
-    case = ExpertsCase(3, options=options, overlap=True)
+    case = ExpertsCase(3, options=options, overlap=True, mtp=ranks.ep - 1)
     team = four(ranks)
     theirs = merged(team.run(megatrons, ranks, case))
     assert_equal(theirs, merged(team.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))
+
+
+LENGTHS = (16, 6, 12, 8, 14)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ExpertsCase(4, options=AUX, lengths=LENGTHS, overlap=True),
+        ExpertsCase(4, experts=(0, 0, 1, 1), options=SHARED, lengths=LENGTHS, mtp=1),
+    ],
+    ids=["aux loss", "shared experts, bias and multi-token prediction"],
+)
+def test_replicas_that_share_experts_equal_megatrons(four, case):
+    """DP 2 x PP 2 with EP 2 across the replicas, on batches of other lengths: plans made together, with and without
+    layers that are recomputed."""
+    ranks = Ranks(pp=2, ep=2)
+    theirs = merged(four(ranks).run(megatrons, ranks, case))
+    for seed, room in ((1, None), (2, 0.28)):
+        answers = four(ranks).run(dips_together, ranks, replace(case, layers=SEGMENTS), seed, room)
+        assert_equal(theirs, merged(answers))
+        assert any(name == "all_to_all_single" for answer in answers for name, _ in answer[4])
+        assert disagreement([answer[4] for answer in answers]) == ""
+        recomputed = {kind for answer in answers for kind in answer[3] if isinstance(kind, str) and kind != "none"}
+        assert bool(recomputed) == (room is not None) or case.mtp

@@ -1,0 +1,125 @@
+"""Planning for replicas that share experts: one planner makes the plans of all, which agree where they meet.
+
+See :mod:`dip_megatron.core.joint` for what such plans must keep to, and ``docs/experts.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..core import Plan, Schedule, SearchStatistics, StageGraph
+from ..core.experts import ExpertLayers
+from ..core.joint import JointError, JointPlan, make_joint_plan, verify_joint
+from ..core.simulate import simulate_compiled
+from ..core.verify import PlanError, verify
+from ..schedulers.dip import warm_up
+from ..schedulers.entry import Effort, ScheduleEntry
+from ..schedulers.joint import as_they_come, one_slot_at_a_time, pairings, search_joint, together
+from ..schedulers.joint.others import schedule_together
+from ..schedulers.registry import find_schedule
+from .greedy import greedy
+from .live import ModelGraphs
+from .maker import GraphBuilder, PayloadShapes, StageShapes, payloads, work_bound
+from .request import AnyPlan, PlanRequest
+from .warm import warm_up_joint_plans
+
+
+def verify_any(plan: AnyPlan) -> None:
+    """Raises PlanError at the first fault of a plan, or of a set of plans."""
+    if isinstance(plan, Plan):
+        verify(plan)
+        return
+    try:
+        verify_joint(plan)
+    except JointError as error:
+        raise PlanError(f"plans of coupled replicas ({error.condition}): {error}") from error
+
+
+@dataclass(frozen=True)
+class JointPlanMaker:
+    """Plan maker of coupled replicas (see :class:`planner.request.PlanMaker`); picklable. Takes requests with what all
+    ``replicas`` hold, and makes plans that meet in the stages with ``experts``."""
+
+    builder: GraphBuilder
+    shapes: PayloadShapes | StageShapes
+    experts: ExpertLayers
+    entry: ScheduleEntry
+    effort: Effort
+    name: str
+
+    def warm_up(self) -> None:
+        """Compile the search's kernels, or load them from numba's cache."""
+        warm_up_joint_plans(search=self.entry.searches)
+        if self.entry.searches:
+            warm_up()
+
+    def quick(self, request: PlanRequest) -> JointPlan:
+        """The greedy order of the maxima, microbatches paired by work; one slot after the other if that doesn't fit.
+        Where a search counts its schedules, it is searched for, too."""
+        if self.effort.evaluations is not None and not request.forward_only:
+            return self.best(request, lambda _: None)
+        return self._greedy(request, self._graphs(request))
+
+    def _greedy(self, request: PlanRequest, graphs: Sequence[StageGraph]) -> JointPlan:
+        t = together(graphs, self.experts, pairings(graphs, self.experts)[0])
+        schedules = t.schedules(greedy(t.graph))
+        if not _fit(graphs, schedules):
+            schedules = one_slot_at_a_time(t)
+        return self._plan(request, graphs, schedules, SearchStatistics(), "greedy")
+
+    def best(self, request: PlanRequest, give: Callable[[JointPlan], None]) -> JointPlan:
+        """Pairing and orders searched within the request's budget; the first set is given at once. Under any other
+        schedule: its order of the maxima, run by all, microbatches as they come."""
+        graphs = self._graphs(request)
+        if request.forward_only:
+            return self._greedy(request, graphs)
+        if self.entry != find_schedule("dynamic"):
+            found = schedule_together(self.entry, graphs, self.experts, as_they_come(graphs), effort=self.effort)
+            if not found.fits:
+                return self._greedy(request, graphs)
+            return self._plan(request, graphs, found.schedules, SearchStatistics(workers=1), self.name)
+        given = False
+
+        def improved(schedules: Sequence[Schedule], _: float) -> None:
+            nonlocal given
+            if not given:
+                given = True
+                give(self._plan(request, graphs, schedules, SearchStatistics(workers=1), self.name))
+
+        effort = self.effort
+        best = search_joint(
+            graphs, self.experts, budget_seconds=request.seconds_left(), seed=effort.seed,
+            evaluations=effort.evaluations, workers=effort.workers, options=effort.options, on_improved=improved,
+        )  # fmt: skip
+        statistics = SearchStatistics(best.seconds, best.evaluations, effort.workers, effort.seed)
+        bound = min(best.lower_bound, best.iteration_time)
+        return self._plan(request, graphs, best.schedules, statistics, self.name, bound)
+
+    def _graphs(self, request: PlanRequest) -> list[StageGraph]:
+        return [self.builder.build(loads, request.forward_only, request.training) for loads in request.replicas]
+
+    def _plan(
+        self, request: PlanRequest, graphs: Sequence[StageGraph], schedules: Sequence[Schedule],
+        statistics: SearchStatistics, name: str, bound: float | None = None,
+    ) -> JointPlan:  # fmt: skip
+        shapes = [payloads(g, loads, self.shapes) for g, loads in zip(graphs, request.replicas, strict=True)]
+        bound = max(map(work_bound, graphs)) if bound is None else bound
+        return make_joint_plan(
+            graphs, schedules, self.experts, lower_bound=bound, name=name, payloads=shapes, search=statistics
+        )
+
+
+def _fit(graphs: Sequence[StageGraph], schedules: Sequence[Schedule]) -> bool:
+    peaks = [simulate_compiled(g, s).peak_bytes for g, s in zip(graphs, schedules, strict=True)]
+    return all(bool(np.all(peak <= g.memory_limit)) for peak, g in zip(peaks, graphs, strict=True))
+
+
+def joint_maker(
+    entry: ScheduleEntry, graphs: ModelGraphs, shapes: PayloadShapes | StageShapes, effort: Effort,
+    experts: ExpertLayers, label: str,
+) -> JointPlanMaker:  # fmt: skip
+    """What plans the batches of a run whose replicas are coupled; ``label`` names the plans."""
+    return JointPlanMaker(replace(graphs, paper_costs=entry.paper_costs), shapes, experts, entry, effort, label)

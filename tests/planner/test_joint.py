@@ -1,0 +1,155 @@
+"""Plans for replicas that share experts: made together, told to all of them, or to none."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from dip_megatron.core.experts import ExpertLayers
+from dip_megatron.core.joint import JointPlan, make_joint_plan, verify_joint
+from dip_megatron.core.verify import PlanError
+from dip_megatron.describe.cost import load_cluster
+from dip_megatron.describe.model import (
+    Experts,
+    LanguageHead,
+    ModulePartition,
+    ModuleShape,
+    MultimodalModel,
+    Parallel,
+    Partition,
+    TokenEmbedding,
+    TransformerLayer,
+)
+from dip_megatron.describe.workload import Microbatch
+from dip_megatron.families.shared.shapes import GptShapes
+from dip_megatron.planner.delivery import CoupledRanks, PlanDelivery, PlanMismatchError
+from dip_megatron.planner.joint import JointPlanMaker, joint_maker, verify_any
+from dip_megatron.planner.live import ModelGraphs
+from dip_megatron.planner.request import PlanRequest
+from dip_megatron.planner.service import PlannerService
+from dip_megatron.schedulers.entry import Effort
+from dip_megatron.schedulers.joint import one_slot_at_a_time, pairings, together
+from dip_megatron.schedulers.registry import find_schedule
+from tests.planner.test_delivery import Shared, ThreadExchange
+
+LAYER = TransformerLayer(64, 128, 4, 4, gated=True, causal=True, experts=Experts(8, 2, 48))
+MODEL = MultimodalModel(
+    "moe",
+    (ModuleShape("language", "text", 4, LAYER, TokenEmbedding(256), LanguageHead(256)),),
+    Parallel(pp=2, dp=2, sequence_parallel=False, distributed_optimizer=False, ep=2),
+)
+LAYERS = ((1, 1), (0, 2))
+WITH_EXPERTS = ExpertLayers.of({"language": [[[True] * n for n in row] for row in LAYERS]}, {"mlp", "full"})
+LOADS = tuple(tuple(Microbatch(n, sequences=(n,)) for n in lengths) for lengths in ((512, 64, 256), (96, 480, 300)))
+RANKS = CoupledRanks(((0, 2), (1, 3)), 0)
+
+
+def maker(schedule: str = "dynamic", limit: float | None = None, **effort) -> JointPlanMaker:
+    graphs = ModelGraphs(
+        MODEL, load_cluster("cpu"), Partition((ModulePartition("language", LAYERS, None),)), memory_limit=limit
+    )
+    shapes = GptShapes(64, 1, 1, "float32")
+    return joint_maker(find_schedule(schedule), graphs, shapes, Effort(**effort), WITH_EXPERTS, schedule)
+
+
+def request(loads=LOADS, **more) -> PlanRequest:
+    return PlanRequest(7, loads[0], 0.0, replicas=loads, **more)
+
+
+@pytest.mark.parametrize("schedule", ["dynamic", "static"])
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_every_plan_passes_the_joint_verifier(schedule, forward_only):
+    plans = maker(schedule, evaluations=100, deterministic=True)
+    asked = request(forward_only=forward_only)
+    for joint in (plans.quick(asked), plans.best(asked, lambda _: None), maker(schedule).quick(asked)):
+        verify_joint(joint)
+        assert len({plan.predicted.iteration_time for plan in joint.plans}) == 1
+        assert all(plan.payloads for plan in joint.plans)
+
+
+def test_searching_helps_and_its_first_plan_comes_early():
+    given: list[JointPlan] = []
+    plans = maker(evaluations=400, deterministic=True)
+    best = plans.best(request(), given.append)
+    assert len(given) == 1
+    assert best.iteration_time <= min(given[0].iteration_time, maker().quick(request()).iteration_time)
+    assert best.plans[0].predicted.lower_bound > 0
+
+
+def test_little_memory_is_kept_to_by_all_replicas():
+    static = maker().builder.build(LOADS[0], False).static_bytes.max()
+    whole = maker().quick(request())
+    limit = static + 0.55 * (max(max(p.predicted.peak_bytes) for p in whole.plans) - static)
+    lean = maker(limit=limit).quick(request())
+    verify_joint(lean)
+    assert max(max(plan.predicted.peak_bytes) for plan in lean.plans) <= limit
+
+
+def test_a_faulty_set_is_named():
+    good = maker().quick(request())
+    verify_any(good)
+    graphs = [maker().builder.build(loads, False) for loads in LOADS]
+    slots = pairings(graphs, WITH_EXPERTS)[0]
+    slow = one_slot_at_a_time(together(graphs, WITH_EXPERTS, slots))
+    other = make_joint_plan(graphs, slow, WITH_EXPERTS, lower_bound=0.0)
+    with pytest.raises(PlanError, match=r"plans of coupled replicas \(order\)"):
+        verify_any(JointPlan((good.plans[0], other.plans[1])))
+
+
+def deliver(loads, corrupt=None):
+    shared = Shared(4, corrupt)
+
+    def one(rank: int):
+        coupled = replace(RANKS, replica=rank % 2)
+        service = PlannerService(maker(), 0) if rank == 0 else None
+        delivery = PlanDelivery(ThreadExchange(shared, rank), service, coupled=coupled)
+        assert delivery.plans_here == (rank in (0, 1))
+        mine = loads[rank % 2] if delivery.plans_here else ()
+        delivery.request(PlanRequest(7, mine, 0.0), 0.0, shared=f"of replica {rank % 2}")
+        try:
+            return delivery.take(7, news=bytes([rank]))
+        except Exception as error:
+            return error
+        finally:
+            delivery.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(one, range(4)))
+
+
+def test_each_replica_gets_its_own_of_the_plans_that_were_made_together():
+    answers = deliver(LOADS)
+    digests = [answer.plan.digest() for answer in answers]
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+    assert [answer.plan.coupled.replica for answer in answers] == [0, 1, 0, 1]
+    verify_joint([answers[0].plan, answers[1].plan])
+    assert [answer.shared for answer in answers] == [f"of replica {r}" for r in (0, 1, 0, 1)]
+    assert answers[3].news == (bytes([1]), bytes([3]))
+
+
+def test_replicas_that_ask_for_other_numbers_of_microbatches_all_stop():
+    answers = deliver((LOADS[0], LOADS[1][:2]))
+    assert all(isinstance(answer, RuntimeError) for answer in answers)
+    assert "other numbers of microbatches: 3, 2" in str(answers[0])
+    assert len({str(answer) for answer in answers}) == 1
+
+
+def test_a_rank_with_another_set_of_plans_stops_all_replicas():
+    def corrupt(rank: int, data: bytes) -> bytes:
+        if rank != 3:
+            return data
+        joint, *rest = pickle.loads(data)
+        mixed = replace(joint.plans[0], codes=(joint.plans[0].codes[0][::-1], *joint.plans[0].codes[1:]))
+        return pickle.dumps((JointPlan((mixed, *joint.plans[1:])), *rest))
+
+    answers = deliver(LOADS, corrupt)
+    assert all(isinstance(answer, PlanMismatchError) for answer in answers)
+    assert "ranks [3] of the replicas that share experts" in str(answers[0])
+
+
+def test_measured_times_that_hold_waits_correct_nothing():
+    with pytest.raises(ValueError, match="holds waits for the others"):
+        PlanDelivery(ThreadExchange(Shared(2), 1), None, recalibrate=True, coupled=RANKS)
