@@ -58,6 +58,9 @@ def adapt_core(get_state: Callable[..., Any], set_state: Callable[..., None]) ->
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     dispatcher.maybe_move_tensor_to_cpu = moved_or_here  # type: ignore[attr-defined]
+    utilities = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(utilities, "te_general_gemm"):  # 0.16 looks it up though Transformer Engine is absent
+        utilities.te_general_gemm = None  # type: ignore[attr-defined]
     initialise = vit.__init__
     initialise.__defaults__ = tuple(
         norm if default is torch.nn.LayerNorm else default for default in initialise.__defaults__

@@ -1,7 +1,8 @@
 """Stages, their dependencies, schedules and plans; the verifier and the files."""
 
 from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message, parse_action
-from .graph import GraphError, ModalityModule, StageGraph, Unit
+from .graph import GraphError, StageGraph
+from .modules import ModalityModule, Unit
 from .operations import Kind, Operation
 from .order import Schedule, check_complete
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec, used_strategies

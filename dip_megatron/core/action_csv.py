@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .graph import ModalityModule, StageGraph, Unit
+from .graph import StageGraph
+from .modules import ModalityModule, Unit
 from .operations import Kind
 from .order import Schedule, check_complete
 

@@ -14,7 +14,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .graph import ModalityModule, StageGraph
+from .graph import StageGraph
+from .modules import ModalityModule
 from .strategies import parse_strategy
 
 Flags = tuple[tuple[tuple[bool, ...], ...], ...]

@@ -19,8 +19,9 @@ from .actions import Compute, parse_action
 from .codes import encode
 from .experts import Coupled, ExpertLayers, ExpertLayersError
 from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord, upgraded
-from .graph import Floats, GraphError, ModalityModule, StageGraph, Unit
+from .graph import Floats, GraphError, StageGraph
 from .json_lines import load_line
+from .modules import ModalityModule, Unit
 from .operations import Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec

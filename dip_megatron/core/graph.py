@@ -7,7 +7,7 @@ segment by segment. Arrays are indexed ``[strategy, virtual microbatch, rank]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .modules import ModalityModule, Unit, trained_before
 from .operations import Kind, Operation
 
 Floats = NDArray[np.float64]
@@ -51,67 +52,6 @@ class Dependency(NamedTuple):
 
 class GraphError(ValueError):
     """A stage graph that contradicts itself; the message names the place."""
-
-
-@dataclass(frozen=True)
-class ModalityModule:
-    """One network of the model (ViT, LLM, DiT), cut into ``segments`` passes over all ranks.
-
-    ``layers[segment][rank]`` is the number of transformer layers of each chunk. ``upstream`` names the modules whose
-    outputs feed this module's first segment. ``trainable[segment][rank]`` says whether the chunk has weight gradients
-    (a frozen ViT with a trained projector is trainable in its very last chunk only); empty means all of it.
-    ``reversed[segment]`` is True for a segment that runs from the last rank to rank 0 (the second half of a V-shaped
-    placement); empty means that none does.
-    """
-
-    name: str
-    layers: tuple[tuple[int, ...], ...]
-    upstream: tuple[str, ...] = ()
-    trainable: tuple[tuple[bool, ...], ...] = ()
-    reversed: tuple[bool, ...] = ()
-
-    @property
-    def segments(self) -> int:
-        return len(self.layers)
-
-    def trains(self, segment: int, rank: int) -> bool:
-        return self.trainable[segment][rank] if self.trainable else True
-
-    def runs_back(self, segment: int) -> bool:
-        return self.reversed[segment] if self.reversed else False
-
-
-def trained_before(modules: Sequence[ModalityModule]) -> dict[str, list[list[bool]]]:
-    """``[segment][rank]`` of each module: whether anything before the chunk in the model trains, so that a gradient has
-    to pass through it."""
-    reached: dict[str, bool] = {}
-    flags: dict[str, list[list[bool]]] = {}
-    for m in modules:
-        alive = any(reached[u] for u in m.upstream)
-        flags[m.name] = [[False] * len(line) for line in m.layers]
-        for k, line in enumerate(m.layers):
-            ranks = range(len(line))
-            for r in reversed(ranks) if m.runs_back(k) else ranks:
-                flags[m.name][k][r] = alive
-                alive = alive or m.trains(k, r)
-        reached[m.name] = alive
-    return flags
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A sub-microbatch: the slice of one microbatch that one module processes at a time.
-
-    ``id`` is its position in :attr:`StageGraph.units`. ``first`` and ``count`` say which instances (images, clips,
-    packed sequences) of the microbatch it holds. ``downstream`` are the ids of the downstream units that wait for it.
-    """
-
-    id: int
-    module: str
-    microbatch: int
-    first: int = 0
-    count: int = 1
-    downstream: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

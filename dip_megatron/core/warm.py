@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .graph import ModalityModule, StageGraph, Unit
+from .graph import StageGraph
+from .modules import ModalityModule, Unit
 
 
 def smallest_graph(ranks: int, memory_limit: float = np.inf) -> StageGraph:

@@ -10,8 +10,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ..core import Kind, Operation, Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
-from ..core.graph import trained_before
 from ..core.lower import make_plan
+from ..core.modules import trained_before
 from ..core.simulate import simulate_compiled
 from ..describe.model import Training
 from ..describe.workload import Microbatch

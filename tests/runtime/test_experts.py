@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dip_megatron.compat.releases import version_numbers
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
 from tests.collectives import disagreement
@@ -102,6 +103,8 @@ def four():
 )
 def test_expert_groups_within_a_replica_equal_megatrons(four, ranks, options):
     """With reductions over expert-data-parallel groups that overlap, backwards in two and layers recomputed."""
+    if ranks.ep == 1 and version_numbers() < (0, 17):
+        pytest.skip("under its own schedule, too, this release leaves ranks with other gradients of the same experts")
     case = ExpertsCase(3, options=options, overlap=True, mtp=ranks.ep - 1)
     team = four(ranks)
     theirs = merged(team.run(megatrons, ranks, case))

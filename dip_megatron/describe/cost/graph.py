@@ -9,7 +9,8 @@ from functools import lru_cache
 import numpy as np
 
 from ...core import ModalityModule, StageGraph, Unit
-from ...core.graph import Floats, trained_before
+from ...core.graph import Floats
+from ...core.modules import trained_before
 from ..model import ModuleShape, MultimodalModel, Partition, Training
 from ..workload import Microbatch, WorkloadError, make_units
 from .calibration import Costs

@@ -1,24 +1,26 @@
 """Descriptions of large multimodal models: modality modules, their graph, and how they are cut."""
 
-from .experts import Experts, LayerKind
-from .modules import (
-    EVERY_PART,
+from .ends import (
     AudioEmbedding,
     FeatureEmbedding,
     Head,
     LanguageHead,
     LatentEmbedding,
     LatentHead,
-    ModelError,
-    ModuleShape,
-    MultimodalModel,
     Nothing,
-    Packing,
-    Parallel,
     PatchEmbedding,
     Projector,
     Stem,
     TokenEmbedding,
+)
+from .experts import Experts, LayerKind
+from .modules import (
+    EVERY_PART,
+    ModelError,
+    ModuleShape,
+    MultimodalModel,
+    Packing,
+    Parallel,
     TransformerLayer,
 )
 from .partition import ModulePartition, Partition, even_partition, spread

@@ -8,23 +8,25 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from ..files import ConfigurationError, read_yaml, resolve
-from .experts import Experts
-from .modules import (
-    EVERY_PART,
+from .ends import (
     AudioEmbedding,
     FeatureEmbedding,
     LanguageHead,
     LatentEmbedding,
     LatentHead,
-    ModelError,
-    ModuleShape,
-    MultimodalModel,
     Nothing,
-    Packing,
-    Parallel,
     PatchEmbedding,
     Projector,
     TokenEmbedding,
+)
+from .experts import Experts
+from .modules import (
+    EVERY_PART,
+    ModelError,
+    ModuleShape,
+    MultimodalModel,
+    Packing,
+    Parallel,
     TrainablePart,
     TransformerLayer,
 )

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.experts import ExpertLayers, repeated
-from ...core.graph import PER_STRATEGY, Floats, StageGraph, Unit
+from ...core.graph import PER_STRATEGY, Floats, StageGraph
 from ...core.joint import JointError
+from ...core.modules import Unit
 from ...core.order import Schedule
 from .pairing import Slots
 
