@@ -48,6 +48,7 @@ PUBLIC: dict[str, dict[str, str]] = {
         "TensorSpec": "core",
         "Inputs": "runtime.protocol",
         "MicrobatchInputs": "runtime.protocol",
+        "SamplePacking": "runtime.protocol",
         "Tensors": "runtime.protocol",
         "segment_config": "families.shared.layout",
         "bound": "families.shared.segmented",

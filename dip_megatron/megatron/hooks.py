@@ -28,6 +28,7 @@ from .watching import ModuleWatch
 if TYPE_CHECKING:
     from ..config import DipConfig
     from ..families.family import ModelFamily
+    from ..runtime.protocol import SamplePacking
     from .session import DipSession
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Hooks:
         self._unfinished: list[ModuleType] = []
         self._told: set[str] = set()
         self._installing = False
+        self._samples: SamplePacking | None = None
         # What a run under DIP is; an estimate puts its own here.
         self.make_session: Callable[..., Any] | None = None
         # Whether a run has been asked for, though no loop has begun one yet.
@@ -73,6 +75,10 @@ class Hooks:
             elif known is not family:
                 raise ValueError(f"{family.model_class.__name__} already belongs to the model family {known.name!r}")
 
+    def pack_samples(self, samples: SamplePacking) -> None:
+        """Let loops that begin from now on say that they pack samples into microbatches like this."""
+        self._samples = samples
+
     def families(self) -> list[ModelFamily]:
         """All that are known."""
         if not self._families:
@@ -86,6 +92,8 @@ class Hooks:
         from .session import DipSession
 
         self._finish()
+        if loop.samples is None:
+            loop.samples = self._samples
         for module, attribute, wrapped in self._placed:
             found = getattr(module, attribute, None)
             if found is not wrapped and not ours_inside(found):

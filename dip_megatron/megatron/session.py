@@ -52,6 +52,7 @@ from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
+from .samples import Samples, check_resample
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class DipSession:
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
         if config.balance == "free" and not loop.weights_by_tokens:
             raise ConfigurationError(NOT_FREE)
+        check_resample(config, loop)
         if loop.parallel.coupled > 1:
             check_coupled(config)
         self._loop = loop
@@ -372,8 +374,11 @@ class DipSession:
             return None
         if at_call:
             _tell(AT_CALL)
+        samples = None
+        if config.resample and self._loop.samples is not None and self._program is not None:
+            samples = Samples(self._loop.samples, self._program)
         exchanges = begin_exchanges(
-            self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call=at_call
+            self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call=at_call, samples=samples
         )
         self._closing.callback(exchanges.close)
         return exchanges
