@@ -14,6 +14,7 @@ import torch
 from dip_megatron.config import DipConfig
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import Parallel
+from tests.megatron.replica_case import Crates
 from tests.megatron.training import Log, run, trained
 
 pytestmark = [
@@ -21,7 +22,9 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
 ]
 ITERATIONS, BATCH = 5, 8
-FLAGS = ("--global-batch-size", str(BATCH), "--use-distributed-optimizer", "--overlap-grad-reduce")
+FLAGS = (
+    "--global-batch-size", str(BATCH), "--use-distributed-optimizer", "--overlap-grad-reduce", "--num-workers", "1",
+)  # fmt: skip
 TIED = ("--untie-embeddings-and-output-weights",)
 MEAN = ("--calculate-per-token-loss",)
 
@@ -30,7 +33,7 @@ def train(folder: Path, *flags: str, without: tuple[str, ...] = (), **options: A
     """Two replicas of two stages."""
     return run(
         folder, *FLAGS, "--log-interval", "1", *flags, ranks=4, without=(*TIED, *without),
-        options={"cut": True} | options, iterations=ITERATIONS,
+        options={"cut": True, "draws": True} | options, iterations=ITERATIONS,
     )  # fmt: skip
 
 
@@ -55,6 +58,11 @@ def same(ours: list[Log], plain: Log) -> None:
     assert trained(ours) == list(range(ITERATIONS * BATCH))
 
 
+def drawn(log: Log) -> dict[tuple[int, int], list[float]]:
+    """What each sample drew from the random states of the worker that read it, by iteration and sample."""
+    return {(s["iteration"], s["index"]): s["drawn"] for rank in log.samples for s in rank if s["train"]}
+
+
 def consumed(log: Log) -> dict[int, int]:
     """Samples, by iteration, that the loop says it has consumed."""
     return {int(i): int(n) for i, n in re.findall(r"iteration +(\d+)/.*?consumed samples: +(\d+)", log.text[-1])}
@@ -69,6 +77,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Log:
 def test_replicas_that_exchange_train_the_same(plain: Log, tmp_path: Path) -> None:
     swapped = train(tmp_path / "swapped", "--dip-balance", "swap", "--dip-trace-dir", str(tmp_path / "swap"))
     same([swapped], plain)
+    assert drawn(swapped) == drawn(plain)
+    assert len({tuple(values) for values in drawn(plain).values()}) > BATCH  # draws do tell workers' states apart
     found = exchanges(tmp_path / "swap")
     assert found[0] is None  # the first microbatches are read when they are to run
     moved = [e for e in found[1:] if e is not None and e["moved"]]
@@ -96,6 +106,9 @@ def test_replicas_of_other_numbers_of_microbatches_train_the_same(plain: Log, tm
     second.losses[5] = 2 * second.losses[5] - second.losses[4]
     same([first, second], plain)
     assert consumed(first) | consumed(second) == consumed(plain)
+    again = train(tmp_path / "again", "--load", str(tmp_path / "saved"), "--dist-ckpt-optim-fully-reshardable")
+    assert drawn(first) == {place: values for place, values in drawn(plain).items() if place[0] <= 3}
+    assert drawn(second) == drawn(again)  # workers begin anew, as without an exchange
     counts = [sum(s["iteration"] == i for s in log.samples[3]) for log in (first, second) for i in log.losses]
     assert counts == [4, 3, 3, 4, 3]  # what a run reads first stays where it is
 
@@ -117,10 +130,37 @@ def test_a_loop_that_is_not_read_ahead_exchanges_at_the_call(tmp_path: Path, mon
 
 
 def test_counts_move_only_where_losses_are_weighted_by_tokens() -> None:
+    config = DipConfig(schedule="dynamic", balance="free")
+    with pytest.raises(ConfigurationError, match="averages over microbatches, not over tokens; use --calculate-per"):
+        begin(config)
+    begin(config, weights_by_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "loop", "reason"),
+    [
+        ({}, {}, "nothing says how this loop's microbatches are split into samples and packed"),
+        ({}, {"samples": Crates()}, "this loop averages over microbatches"),
+        ({"balance": "off"}, {"samples": Crates(), "weights_by_tokens": True}, "ask for --dip-balance swap or free"),
+        (
+            {}, {"samples": Crates(), "weights_by_tokens": True, "parallel": Parallel(1, 2, 2, False, False, 1, 2)},
+            "replicas that share experts exchange whole microbatches alone",
+        ),
+    ],
+)  # fmt: skip
+def test_samples_move_only_where_the_loop_packs_them_and_weights_by_tokens(
+    settings: dict[str, Any], loop: dict[str, Any], reason: str
+) -> None:
+    config = DipConfig(**{"schedule": "dynamic", "balance": "swap", "resample": True, **settings})
+    with pytest.raises(ConfigurationError, match=f"resample: .*{reason}"):
+        begin(config, **loop)
+    begin(config.model_copy(update={"balance": "swap"}), samples=Crates(), weights_by_tokens=True)
+
+
+def begin(config: DipConfig, **loop: Any) -> None:
+    """A run, as far as it is refused before anything is built."""
     from dip_megatron.megatron.adapters.loop import TrainingLoop
     from dip_megatron.megatron.session import DipSession
 
-    config = DipConfig(schedule="dynamic", balance="free")
-    with pytest.raises(ConfigurationError, match="averages over microbatches, not over tokens; use --calculate-per"):
-        DipSession(TrainingLoop(Parallel(1, 2, 2, False, False), 1, 4), config, [])
-    DipSession(TrainingLoop(Parallel(1, 2, 2, False, False), 1, 4, weights_by_tokens=True), config, []).close()
+    parallel = loop.pop("parallel", Parallel(1, 2, 2, False, False))
+    DipSession(TrainingLoop(parallel, 1, 4, **loop), config, []).close()
