@@ -21,6 +21,7 @@ from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.files import ConfigurationError
 from ..describe.model import Partition, Training, TrainingMismatchError
 from ..families.family import ModelFamily
+from ..families.shared import deferred_linear
 from ..planner.delivery import CoupledRanks, PlanDelivery
 from ..planner.facade import live_maker
 from ..planner.from_file import FilePlanner, PlanFile
@@ -37,6 +38,7 @@ from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor
 from ..runtime.protocol import StageProgram
+from ..runtime.trained import Names, names_in
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
 from ..schedulers.entry import ScheduleEntry
@@ -77,6 +79,7 @@ class DipSession:
         self._families = families
         self._tell = tell
         self._own: dict[int, torch.nn.Module] = {}
+        self._built: list[Names] = []
         self._running = False
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
@@ -149,6 +152,7 @@ class DipSession:
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk): chunk for chunk in chunks}
+            self._built = [names_in(chunk) for chunk in chunks]
             self._start_planner(self._program, self._graphs, chunks)
             return chunks
 
@@ -278,6 +282,8 @@ class DipSession:
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
         self._closing.callback(self._close, delivery, watchdog, recorder)
+        for chunk in self._own.values():  # what a loop has put into them since, adapters for one
+            deferred_linear.install(chunk, program.mode)
         return DipForwardBackward(
             program, executor, delivery, clock,
             policy=PlanningPolicy(
@@ -288,6 +294,7 @@ class DipSession:
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
+            built=self._built,
         )  # fmt: skip
 
     def _exchanges(self, delivery: PlanDelivery, device: torch.device) -> ExchangesAhead | None:
