@@ -264,18 +264,14 @@ class DipSession:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         pipeline = self._pipeline()
         rank = pipeline.index(dist.get_rank())
-        clock = Clock(device)
+        clock = self._clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
-        executor = Executor(
-            rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
-            alone=self._loop.parallel.tp == 1,
-        )  # fmt: skip
+        executor = self._executor(pipeline, rank, clock, exchange, device)
         corrects = config.recalibrate and self._coupled is None
         delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
-        progress = self._progress(exchange)
-        consumers: list[IterationConsumer] = [progress.record]
+        consumers = self._consumers(exchange)
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange, about_run(config))
             consumers.append(recorder.record)
@@ -296,6 +292,20 @@ class DipSession:
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
             built=self._built,
         )  # fmt: skip
+
+    def _clock(self, device: torch.device) -> Clock:
+        return Clock(device)
+
+    def _executor(
+        self, pipeline: list[int], rank: int, clock: Clock, exchange: GlooExchange, device: torch.device
+    ) -> Executor:
+        """What runs plans here; ``exchange`` is among the ``pipeline``'s global ranks."""
+        transport = choose_transport(pipeline, rank, device, self._config.timeout_seconds, exchange)
+        return Executor(rank, transport, clock, alone=self._loop.parallel.tp == 1)
+
+    def _consumers(self, exchange: GlooExchange) -> list[IterationConsumer]:
+        """Who is told of every training iteration."""
+        return [self._progress(exchange).record]
 
     def _exchanges(self, delivery: PlanDelivery, device: torch.device) -> ExchangesAhead | None:
         """Between replicas, where there are several."""
