@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -172,6 +172,11 @@ class ModelStages:
         self._layers = {place: m.layers[place[1]] for m in program.modules for place in places if place[0] == m.name}
         final = program.modules[-1]
         self._final = (final.name, final.segments - 1, last_rank)
+
+    @property
+    def microbatches(self) -> Sequence[MicrobatchInputs]:
+        """The iteration's."""
+        return self._state.microbatches
 
     def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
         self._prefetch_after(operation)
