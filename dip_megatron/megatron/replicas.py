@@ -29,12 +29,24 @@ from ..describe.workload import Microbatch
 from ..planner.balance import Mode, microbatch_work
 from ..planner.delivery import PlanDelivery
 from ..planner.live import ModelGraphs
-from ..planner.quotes import Answer, ExchangeReport, Move, Proposal, Quote, SampleMoves, propose, settle
+from ..planner.quotes import (
+    TOO_DEAR,
+    TOO_LATE,
+    Answer,
+    ExchangeReport,
+    Move,
+    Proposal,
+    Quote,
+    SampleMoves,
+    propose,
+    settle,
+)
 from ..runtime.groups import local_group
 from ..runtime.parcels import ParcelError, pack, parcel_bytes, tensors_of, unpack
 from .exchange import GlooExchange
 from .samples import PackingError, Samples
 
+FADING = 0.9
 LARGEST_BYTES = 1 << 30
 """Microbatches of more bytes stay where they are: while one travels, both ends hold it twice."""
 
@@ -128,6 +140,9 @@ class ReplicaExchange:
             ) from error
         moved = 0 if proposal.assignment is None else int(proposal.assignment.moved.sum())
         self._declined += proposal.assignment is None
+        if proposal.reason in (TOO_DEAR, TOO_LATE):
+            # What isn't done can't be measured: a link that was slow once must not end all exchanges.
+            self._slowness **= FADING
         samples = 0 if proposal.samples is None else int(proposal.samples.moved.sum())
         report = ExchangeReport(
             proposal.before, proposal.after, moved, sent, time.perf_counter() - began, proposal.reason,

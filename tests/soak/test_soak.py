@@ -104,7 +104,6 @@ def test_a_short_soak_of_replicas_passes(tmp_path: Path) -> None:
     """A rank dies in the middle of an exchange; all start again from the last checkpoint."""
     assert soak_replicas(10, 2, 10, tmp_path, Console(quiet=True), forked) == []
     exchanges = exchanges_of(tmp_path / "disturbed")
-    assert any(e["moved"] for e in exchanges)
     assert "replicas came to different assignments" in {e["reason"] for e in exchanges}
     assert len(list((tmp_path / "disturbed").glob("life*"))) == 2
 
