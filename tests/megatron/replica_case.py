@@ -238,7 +238,7 @@ def priced_by_tokens(rank: int, stages: int, world: int, packing: Crates) -> Rep
 def contradicts(rank: int, world: int, fault: str) -> str:
     """A packing that doesn't do what it says, on the last replica."""
     begin()
-    mine = crates(rank, 2, 0, 0)
+    mine = crates(rank, 1, 11, 0)
     exchange = priced_by_tokens(rank, 1, world, Crates(fault if rank == world - 1 else ""))
     try:
         exchange.exchange((tuple(CrateProgram().load(m) for m in mine), None), mine)
