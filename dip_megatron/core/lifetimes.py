@@ -71,7 +71,7 @@ def held_memory(
             room = float(graph.memory_limit[p] - graph.static_bytes[p])
             if not np.isfinite(room) or room <= 0:
                 continue
-            n = np.arange(p, len(trip), g.ranks)
+            n = np.arange(p, len(trip), g.ranks, dtype=np.int32)
             empty = float(head[n].min() + idle[1, p])
             if share < 1.0:
                 filled, drained = _ramps(g, n, room)

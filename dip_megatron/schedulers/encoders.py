@@ -36,14 +36,12 @@ def nested_encoders(graph: StageGraph) -> Fitted:
     memory of the encoders. Raises BaselineError if a segment is reversed.
     """
     best: Fitted | None = None
-    for lead, lag in _nestings(graph):
-        order = _around(graph, lead, lag)
-        if not _ends(graph, order):
-            continue
+    orders = [order for lead, lag in _nestings(graph) if _ends(graph, order := _around(graph, lead, lag))]
+    for order in orders or [encoders_first(graph)]:  # where none of them ends
         fitted = least_recompute_by_module(graph, _given(order))
         if best is None or _worth(graph, fitted) < _worth(graph, best):
             best = fitted
-    assert best is not None  # backwards behind all of the backbone's end
+    assert best is not None
     return best
 
 
@@ -52,7 +50,6 @@ def _nestings(graph: StageGraph) -> Iterator[tuple[int, int]]:
     for lead in sorted({min(n, count) for n in (1, graph.ranks, 2 * graph.ranks)}):
         for lag in sorted({min(n, count) for n in (0, graph.ranks - 1, 2 * graph.ranks)}):
             yield lead, lag
-    yield count, count
 
 
 def _worth(graph: StageGraph, fitted: Fitted) -> tuple[bool, float]:

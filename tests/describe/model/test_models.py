@@ -1,5 +1,6 @@
 """Model descriptions: the shipped ones are the paper's, files and Python say the same, faults are named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.describe.files import ConfigurationError, shipped
 from dip_megatron.describe.model import (
+    GatedDeltaNet,
     LanguageHead,
     ModelError,
     ModulePartition,
@@ -197,8 +199,9 @@ def test_every_fourth_layer_of_linear_attention_attends_to_all() -> None:
     mixed = 2 * 16 * 128 + inner
     expected = hidden * (mixed + inner + 2 * 48) + 4 * mixed + inner * hidden
     assert linear - full == expected - hidden * (3 * 24 * 256 + 2 * 4 * 256)
-    with pytest.raises(ModelError, match=r"linear_attention: 16 and 48 heads can't be split over tp 32"):
-        load_model("qwen3-5-vl-27b").with_parallel(tp=32)
+    odd = replace(language, upstream=(), layer=replace(language.layer, linear_attention=GatedDeltaNet(6, 48)))
+    with pytest.raises(ModelError, match=r"linear_attention: 6 and 48 heads can't be split over tp 4"):
+        MultimodalModel("odd", (odd,), Parallel(tp=4))
 
 
 @given(st.integers(1, 200), st.integers(1, 6), st.integers(1, 16))
