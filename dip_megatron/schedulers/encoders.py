@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -70,72 +72,81 @@ def _ends(graph: StageGraph, order: Schedule) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Item:
+    """A virtual microbatch of an encoder: the place of its microbatch, and ``level``, how many chunks from it to the
+    backbone; ``rank_in`` and ``rank_out``: among those that may run, in forwards and in backwards."""
+
+    virtual_microbatch: int
+    microbatch: int
+    level: int
+    rank_in: tuple[int, ...]
+    rank_out: tuple[int, ...]
+
+
 def _around(graph: StageGraph, lead: int, lag: int) -> Schedule:
-    """The backbone's own order, and in it the other modules: see :func:`nested_encoders`."""
+    """The backbone's own order, and in it the other modules: see :func:`nested_encoders`. What is several chunks away
+    from the backbone goes as many times ``lead`` ahead of it, as many times ``lag`` behind."""
     turned = [m.name for m in graph.modules if any(m.reversed)]
     if turned:
         raise BaselineError(f"it keeps Megatron's order, which has no reversed segments as {turned[0]} has")
     name = backbone(graph)
     place = {m: i for i, m in enumerate(sorted({u.microbatch for u in graph.units}))}
-    depth = {m.name: i for i, m in enumerate(graph.modules)}
-    others = [s for s in range(graph.virtual_microbatches) if graph.units[int(graph.unit_of[s])].module != name]
-
-    def natural(s: int) -> tuple[int, int, int, int]:
-        unit = graph.units[int(graph.unit_of[s])]
-        return place[unit.microbatch], depth[unit.module], unit.id, graph.segment(s)
-
-    forwards = sorted(others, key=natural)
-    backwards = sorted(others, key=lambda s: (natural(s)[0], -natural(s)[1], natural(s)[2], -natural(s)[3]))
-    forward_of = [[s for s in forwards if natural(s)[0] == m] for m in range(len(place))]
-    backward_of = [[s for s in backwards if natural(s)[0] == m] for m in range(len(place))]
-    entry = {s for unit in graph.units if unit.module == name for s in [graph.virtual_microbatch(unit.id, 0)]}
-    orders = [
-        _rank_order(graph, backbone_order(graph, name, rank), rank, entry, place, forward_of, backward_of, lead, lag)
-        for rank in range(graph.ranks)
-    ]
+    items = _items(graph, name, place)
+    entries = [(graph.virtual_microbatch(u.id, 0), place[u.microbatch]) for u in graph.units if u.module == name]
+    orders = []
+    for rank in range(graph.ranks):
+        forwards, backwards = _triggered(items, len(place), lead, lag)
+        order = list(map(partial(code, graph, Kind.F), forwards[0]))
+        left = {m: sum(1 for _, own in entries if own == m) for m in place.values()}
+        entered = dict(entries)
+        seen, ended, reached = 0, set[int](), 0
+        for kind, s in backbone_order(graph, name, rank):
+            if kind == int(Kind.F):
+                while s in entered and seen < entered[s]:
+                    seen += 1
+                    order += map(partial(code, graph, Kind.F), forwards[seen])
+                order.append(code(graph, Kind.F, s))
+                continue
+            order += fused_backward(graph, s, rank)
+            if s not in entered:
+                continue
+            left[entered[s]] -= 1
+            if left[entered[s]] == 0:
+                ended.add(entered[s])
+            while reached in ended:
+                order += (o for n in backwards[reached] for o in fused_backward(graph, n, rank))
+                reached += 1
+        order += (o for n in backwards[len(place)] for o in fused_backward(graph, n, rank))
+        orders.append(order)
     return uniform(graph, orders)
 
 
-def _rank_order(
-    graph: StageGraph, line: Sequence[tuple[int, int]], rank: int, entry: set[int], place: dict[int, int],
-    forward_of: Sequence[Sequence[int]], backward_of: Sequence[Sequence[int]], lead: int, lag: int,
-) -> list[int]:  # fmt: skip
-    """One rank's order; ``line`` is the backbone's, ``entry`` are the virtual microbatches of its first segment."""
-    count = len(place)
-    order: list[int] = []
-    encoded = returned = 0
-    ended: set[int] = set()
-    left = dict.fromkeys(range(count), 0)
-    for s in entry:
-        left[place[graph.units[int(graph.unit_of[s])].microbatch]] += 1
+def _items(graph: StageGraph, name: str, place: dict[int, int]) -> list[_Item]:
+    """All virtual microbatches but those of the backbone ``name``."""
+    after: dict[str, int] = {}  # chunks between a module's last one and the backbone
+    for m in reversed(graph.modules):
+        following = [d for d in graph.modules if m.name in d.upstream and d.name != name]
+        after[m.name] = max((after[d.name] + d.segments for d in following), default=0)
+    depth = {m.name: i for i, m in enumerate(graph.modules)}
+    items = []
+    for s in range(graph.virtual_microbatches):
+        unit = graph.units[int(graph.unit_of[s])]
+        if unit.module != name:
+            k, m = graph.segment(s), place[unit.microbatch]
+            level = after[unit.module] + graph.module(unit.module).segments - k
+            d = depth[unit.module]
+            items.append(_Item(s, m, level, (d, k, m, unit.id), (-d, -k, m, unit.id)))
+    return items
 
-    def forwards_until(microbatch: int) -> None:
-        nonlocal encoded
-        while encoded < min(microbatch, count):
-            order.extend(code(graph, Kind.F, s) for s in forward_of[encoded])
-            encoded += 1
 
-    def backwards_until(microbatch: int) -> None:
-        nonlocal returned
-        while returned < min(microbatch, count):
-            for s in backward_of[returned]:
-                order.extend(fused_backward(graph, s, rank))
-            returned += 1
-
-    for kind, s in line:
-        microbatch = place[graph.units[int(graph.unit_of[s])].microbatch]
-        if kind == int(Kind.F):
-            if s in entry:
-                forwards_until(microbatch + 1 + lead)
-            order.append(code(graph, Kind.F, s))
-            continue
-        order.extend(fused_backward(graph, s, rank))
-        if s in entry:
-            left[microbatch] -= 1
-            if left[microbatch] == 0:
-                ended.add(microbatch)
-            reached = next((m for m in range(count) if m not in ended), count)
-            backwards_until(reached - lag)
-    forwards_until(count)
-    backwards_until(count)
-    return order
+def _triggered(items: Sequence[_Item], count: int, lead: int, lag: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Virtual microbatches whose forwards go right before the backbone's first forward of each microbatch, and whose
+    backwards go right behind its last backward of each, or, last in the list, at the end."""
+    before: list[list[int]] = [[] for _ in range(count)]
+    behind: list[list[int]] = [[] for _ in range(count + 1)]
+    for item in sorted(items, key=lambda i: i.rank_in):
+        before[max(0, item.microbatch - lead * item.level)].append(item.virtual_microbatch)
+    for item in sorted(items, key=lambda i: i.rank_out):
+        behind[min(count, item.microbatch + lag * item.level)].append(item.virtual_microbatch)
+    return before, behind
