@@ -22,7 +22,7 @@ from dip_megatron.describe.model import load_model
 from dip_megatron.describe.partition import read_partition, write_partition
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import DoesNotFitError, Effort, Setting, make_planner, searched_partition
-from dip_megatron.recipes import FOLDER, dip_settings, load_recipe, megatron_flags, recipe_names
+from dip_megatron.recipes import FOLDER, Planned, dip_settings, load_recipe, megatron_flags, recipe_names
 from dip_megatron.schedulers import BaselineError
 
 BATCHES = 2
@@ -101,12 +101,18 @@ def table() -> str:
                 f"{recipe.workload}, {recipe.microbatches} microbatches",
                 f"{planned.iteration_seconds:.2f}",
                 f"{planned.lower_bound_seconds:.2f}",
-                *(f"{planned.without_dip[n]:.2f}" if n in planned.without_dip else "doesn't fit" for n in WITHOUT_DIP),
+                *(_without(planned, n) for n in WITHOUT_DIP),
                 f"{max(planned.memory_gb):.1f} of {recipe.cluster.usable_bytes / 1e9:.0f}",
                 "some lacking" if recipe.lacks else "all there",
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _without(planned: Planned, name: str) -> str:
+    if not planned.without_dip:
+        return "-"
+    return f"{planned.without_dip[name]:.2f}" if name in planned.without_dip else "doesn't fit"
 
 
 def main() -> None:
