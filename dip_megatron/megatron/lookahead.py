@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.stages import ModelStandIn
+from .copies import copied
 
 
 class _Captured(Exception):
@@ -74,8 +76,13 @@ def capture_microbatch(
         raise _Captured
 
     recorder = None if data_iterator is None else _Recorder(data_iterator)
+    stand_in = ModelStandIn(chunk, call)
+    if copied(program.modules):
+        # Steps keep pixels for the first stage, which they know by the model's groups; here every rank encodes.
+        stand_in.pg_collection = copy.copy(ProcessGroupCollection.use_mpu_process_groups())
+        stand_in.pg_collection.pp = None
     try:
-        forward_step_func(recorder, ModelStandIn(chunk, call))
+        forward_step_func(recorder, stand_in)
     except _Captured:
         return MicrobatchInputs(captured, None if recorder is None else recorder.items)
     raise ValueError(
