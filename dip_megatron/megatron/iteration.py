@@ -116,7 +116,8 @@ class Iteration:
         are summed."""
         if self._config.finalize_model_grads_func is not None:
             self._finalize(pg_collection, force_all_reduce)
-        sum_gradients(self._copies)
+        if self._copies:
+            sum_gradients(self._copies)
 
     def _finalize(self, pg_collection: Any, force_all_reduce: bool | None) -> None:
         config, chunks = self._config, self._chunks
