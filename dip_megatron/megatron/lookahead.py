@@ -62,6 +62,19 @@ class _Recorder:
         return item
 
 
+class _First:
+    """A process group as its first rank sees it."""
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self._size
+
+
 def capture_microbatch(
     forward_step_func: Callable[..., Any],
     data_iterator: Iterator[Any] | None,
@@ -79,8 +92,9 @@ def capture_microbatch(
     stand_in = ModelStandIn(chunk, call)
     if copied(program.modules):
         # Steps keep pixels for the first stage, which they know by the model's groups; here every rank encodes.
-        stand_in.pg_collection = copy.copy(ProcessGroupCollection.use_mpu_process_groups())
-        stand_in.pg_collection.pp = None
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        stand_in.pg_collection = copy.copy(groups)
+        stand_in.pg_collection.pp = _First(groups.pp.size())
     try:
         forward_step_func(recorder, stand_in)
     except _Captured:
