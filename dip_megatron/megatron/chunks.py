@@ -106,7 +106,7 @@ class ChunkChoice:
         batches = load_workload(family.workload, model, 2, self.loop.num_microbatches, self.loop.seed)
         setting = Setting(
             model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload,
-            placements=placements(model, config, family),
+            placements={} if self.loop.adapts else placements(model, config, family),
         )  # fmt: skip
         if self.entry.mixed is not None:
             return tuned_choice(self.entry, setting)
