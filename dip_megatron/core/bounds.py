@@ -235,7 +235,7 @@ def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
     f, b, w, whole = _relaxed(g, split)
     operations = _Operations(g, f, b, w)
     head, tail = operations.heads(turned=False), operations.heads(turned=True)
-    real = np.concatenate([np.ones(virtual_microbatches * ranks, dtype=bool), g.has_backward, g.has_backward & (w > 0)])
+    real = np.concatenate([~graph.is_idle.reshape(-1), g.has_backward, g.has_backward & (w > 0)])
     bound = float((head + operations.length + tail)[real].max())
     buffers = np.zeros(operations.count), np.zeros(operations.count, dtype=np.int32)
     for p in range(ranks):
@@ -271,7 +271,8 @@ def _filling(graph: StageGraph, least: Sequence[Floats], split: bool) -> tuple[F
     trained = bool(graph.has_backward.all())
     for upper in closed_sets(graph):
         inside = np.isin(module, list(upper))
-        if not inside.any() or not _all_lead_to(graph, inside):
+        whole = any(graph.modules[i].replicated for i in upper)  # a unit of it has passed no rank before its own
+        if whole or not inside.any() or not _all_lead_to(graph, inside):
             continue
         filling = np.maximum(filling, _passing(least[0], inside, graph.transfer))
         if not split and trained:
@@ -322,7 +323,7 @@ def _memory(
     f, b, w = least
     for p in range(ranks):
         room = float(graph.memory_limit[p] - graph.static_bytes[p])
-        n = np.arange(p, nodes, ranks)
+        n = np.arange(p, nodes, ranks)[~graph.is_idle[:, p]]
         if not np.isfinite(room) or not g.has_backward[n].all():
             continue
         size, deferred_activation = g.activation[:, n], g.deferred_activation[:, n]
