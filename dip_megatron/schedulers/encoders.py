@@ -133,10 +133,9 @@ def _items(graph: StageGraph, name: str, place: dict[int, int]) -> list[_Item]:
     for s in range(graph.virtual_microbatches):
         unit = graph.units[int(graph.unit_of[s])]
         if unit.module != name:
-            k, m = graph.segment(s), place[unit.microbatch]
+            k, at, d = graph.segment(s), place[unit.microbatch], depth[unit.module]
             level = after[unit.module] + graph.module(unit.module).segments - k
-            d = depth[unit.module]
-            items.append(_Item(s, m, level, (d, k, m, unit.id), (-d, -k, m, unit.id)))
+            items.append(_Item(s, at, level, (d, k, at, unit.id), (-d, -k, at, unit.id)))
     return items
 
 
