@@ -58,7 +58,7 @@ def test_wheels_in_parts_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number in range(11):
         (tmp_path / f"a-1-py3-none-any.whl.part{number}").write_bytes(bytes([number]))
     ran: list[list[str]] = []
-    monkeypatch.setattr(proof.subprocess, "run", lambda command, check: ran.append(command))
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command))
     monkeypatch.setenv("PYTHONPATH", "before")
     proof.install(tmp_path, tmp_path / "site")
     assert (tmp_path / "a-1-py3-none-any.whl").read_bytes() == bytes(range(11))
