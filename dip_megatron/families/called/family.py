@@ -21,4 +21,6 @@ def family_of(page: Page) -> ModelFamily:
         )  # fmt: skip
 
     recorded = ("freeze",) if hasattr(page.model_class, "freeze") else ()
-    return ModelFamily(page.name, page.model_class, describe, program, page.workload, recorded)
+    return ModelFamily(
+        page.name, page.model_class, describe, program, page.workload, recorded, replicates=page.replicates
+    )  # fmt: skip

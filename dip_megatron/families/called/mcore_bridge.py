@@ -51,6 +51,7 @@ class McoreBridgeQwen25Vl(Page):
     name = "qwen2-5-vl-mcore-bridge"
     model_class = MultimodalGPTModel
     encoders = (Vision(),)
+    replicates = False  # mcore-bridge's export knows of one copy
 
     def check(self, config: Any) -> None:
         super().check(config)
