@@ -87,8 +87,8 @@ class Encoded:
 def named(model: Any) -> Iterator[tuple[str, Any]]:
     """Parameters by the names they have in the whole model, of which this is a stage or a chunk."""
     language = model._modules.get("language_model")
-    layers = language.decoder.layers if language is not None else ()
-    before = layers[0].layer_number - 1 if len(layers) else 0
+    layers = [] if language is None else list(language.decoder.layers)
+    before = layers[0].layer_number - 1 if layers else 0
     for name, parameter in model.named_parameters():
         yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda found: str(int(found[0]) + before), name), parameter
 

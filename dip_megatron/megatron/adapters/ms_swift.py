@@ -64,8 +64,9 @@ class SwiftLoop(TrainingLoop):
         """To ms-swift's TensorBoard writer, which exists on the last rank of the job."""
         for callback in self._trainer.callbacks:
             writer = getattr(callback, "writer", None)
-            for name, value in scalars.items() if writer is not None else ():
-                writer.add_scalar(name, value, iteration)
+            if writer is not None:
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, iteration)
 
 
 def check_release(tell: Callable[[str], object]) -> None:
