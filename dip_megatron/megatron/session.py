@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
-from ..describe.cost import Cluster, Costs, load_cluster
+from ..describe.cost import Costs
 from ..describe.files import ConfigurationError
 from ..describe.model import Partition, Training, TrainingMismatchError
 from ..families.family import ModelFamily
@@ -46,7 +46,7 @@ from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
-from .chunks import ChunkChoice
+from .chunks import ChunkChoice, cluster_of
 from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_ranks, experts_of
 from .exchange import GlooExchange
@@ -128,7 +128,7 @@ class DipSession:
             model = family.describe(blueprint, loop.parallel)
             check_placement(model, self._config, family)
             check_entry(self._entry, model, family, loop.num_microbatches)
-            cluster = _cluster(self._config)
+            cluster = cluster_of(self._config)
             costs = None if self._config.costs is None else Costs.load(self._config.costs)
             checkpoint = loop.checkpoint()
             choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
@@ -381,13 +381,6 @@ class DipSession:
         delivery.close()
         if recorder is not None:
             recorder.close()
-
-
-def _cluster(config: DipConfig) -> Cluster:
-    name = config.cluster
-    if name == "auto":
-        name = "h100" if torch.cuda.is_available() else "cpu"
-    return load_cluster(name)
 
 
 def _tell(sentence: str) -> None:
