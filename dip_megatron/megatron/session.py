@@ -294,7 +294,7 @@ class DipSession:
             ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
-            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
+            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, peers=self._peers(),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
             built=self._built,
         )  # fmt: skip
@@ -344,11 +344,11 @@ class DipSession:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
         return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
 
-    def _everyone(self) -> GlooExchange | None:
-        """All ranks, where there are several replicas."""
-        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
-            return None
-        return GlooExchange(list(range(dist.get_world_size())), self._config.timeout_seconds)
+    def _peers(self) -> GlooExchange | None:
+        """The ranks at this place of all replicas, where there are several."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        ranks = list(dist.get_process_group_ranks(group))
+        return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
 
     def _training_is(self, training: Training, first: bool) -> None:
         """Compare the description of the model with the model as built. Leaves with a message if it is wrong."""
