@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
-from ..describe.cost import Cluster, Costs, load_cluster
+from ..describe.cost import Costs
 from ..describe.files import ConfigurationError
 from ..describe.model import Partition, Training, TrainingMismatchError
 from ..families.family import ModelFamily
@@ -44,9 +44,10 @@ from ..runtime.watch import Watchdog
 from ..schedulers.entry import ScheduleEntry
 from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
-from .build import ChunkList, record_blueprint
+from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
-from .chunks import ChunkChoice
+from .chunks import ChunkChoice, cluster_of
+from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_ranks, experts_of
 from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
@@ -127,12 +128,13 @@ class DipSession:
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
             model = family.describe(blueprint, loop.parallel)
+            check_placement(model, self._config, family)
             check_entry(self._entry, model, family, loop.num_microbatches)
-            cluster = _cluster(self._config)
+            cluster = cluster_of(self._config)
             costs = None if self._config.costs is None else Costs.load(self._config.costs)
             checkpoint = loop.checkpoint()
             choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
-            held = choice.chunks(model, cluster, costs, family.workload, checkpoint)
+            held = choice.chunks(model, cluster, costs, family, checkpoint)
             for sentence in (loop.record(held), checkpoint and checkpoint.compare(held)):
                 if sentence:
                     _tell(sentence)
@@ -151,6 +153,7 @@ class DipSession:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
             check_experts(configs_of_experts(chunks), loop.parallel)  # however a family is told of them
+            begin_alike([chunks[i] for i in copied(self._program.modules)])
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk): chunk for chunk in chunks}
@@ -280,7 +283,10 @@ class DipSession:
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
         self._closing.callback(self._close, delivery, watchdog, recorder)
-        for chunk in self._own.values():  # what a loop has put into them since, adapters for one
+        chunks = list(self._own.values())
+        for i in copied(program.modules):
+            check_unchanged(chunks[i], self._built[i])
+        for chunk in chunks:  # what a loop has put into them since, adapters for one
             deferred_linear.install(chunk, program.mode)
         return DipForwardBackward(
             program, executor, delivery, clock,
@@ -290,7 +296,7 @@ class DipSession:
             ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
-            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
+            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, peers=self._peers(),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
             built=self._built,
         )  # fmt: skip
@@ -302,7 +308,11 @@ class DipSession:
         self, pipeline: list[int], rank: int, clock: Clock, exchange: GlooExchange, device: torch.device
     ) -> Executor:
         """What runs plans here; ``exchange`` is among the ``pipeline``'s global ranks."""
-        transport = choose_transport(pipeline, rank, device, self._config.timeout_seconds, exchange)
+        assert self._program is not None
+        transport = choose_transport(
+            pipeline, rank, device, self._config.timeout_seconds, exchange,
+            replicated=bool(copied(self._program.modules)),
+        )  # fmt: skip
         return Executor(rank, transport, clock, alone=self._loop.parallel.tp == 1)
 
     def _consumers(self, exchange: GlooExchange) -> list[IterationConsumer]:
@@ -339,11 +349,11 @@ class DipSession:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
         return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
 
-    def _everyone(self) -> GlooExchange | None:
-        """All ranks, where there are several replicas."""
-        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
-            return None
-        return GlooExchange(list(range(dist.get_world_size())), self._config.timeout_seconds)
+    def _peers(self) -> GlooExchange | None:
+        """The ranks at this place of all replicas, where there are several."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        ranks = list(dist.get_process_group_ranks(group))
+        return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
 
     def _training_is(self, training: Training, first: bool) -> None:
         """Compare the description of the model with the model as built. Leaves with a message if it is wrong."""
@@ -376,13 +386,6 @@ class DipSession:
         delivery.close()
         if recorder is not None:
             recorder.close()
-
-
-def _cluster(config: DipConfig) -> Cluster:
-    name = config.cluster
-    if name == "auto":
-        name = "h100" if torch.cuda.is_available() else "cpu"
-    return load_cluster(name)
 
 
 def _tell(sentence: str) -> None:

@@ -58,6 +58,9 @@ class ModelStandIn:
     """As in a pipeline without virtual stages, which is what a loop's settings say under DIP: the place of its stage
     alone says what of a batch a rank needs."""
 
+    pg_collection: Any
+    """Megatron's groups, where it shall see others than the chunk's."""
+
     def __init__(self, chunk: torch.nn.Module, call: Callable[..., Any]):
         self._chunk = chunk
         self._call = call
@@ -180,6 +183,8 @@ class ModelStages:
 
     def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
         self._prefetch_after(operation)
+        if unit.rank not in (None, operation.rank):
+            return {}  # another rank's copy of the module runs it
         chunk = self._chunks[self._index[operation.module, operation.segment]]
         microbatch = self._state.microbatches[unit.microbatch]
         place = (operation.unit, operation.segment)

@@ -202,7 +202,8 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
         program, Executor(place, carrier, clock), delivery, clock,
         tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
     )  # fmt: skip
-    data = batches(case, place)
+    copied = any(m.replicated for m in program.modules)
+    data = batches(case, 0 if copied else place)
     if logits:
         data = [arguments | {"labels": None} for arguments in data]
     found = step(
@@ -213,7 +214,9 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     if logits:
         return [one["logits"] for one in found]
     if rank == 0:  # the planner prices it, as described
-        partition = Partition(tuple(ModulePartition(name, case.layers[name], units[name]) for name in units))
+        partition = Partition(
+            tuple(ModulePartition(m.name, m.layers, units[m.name], m.replicated) for m in program.modules)
+        )
         build_graph(model, load_cluster("cpu"), partition, [program.load(_inputs(program, a)) for a in data])
     return [one["loss"] for one in found], gradients(chunks), exported
 

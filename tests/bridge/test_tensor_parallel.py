@@ -17,7 +17,7 @@ SEED = 3
 
 
 @pytest.mark.parametrize(("name", "cut", "sequence"), [
-    ("qwen2-5-vl", "several", False), ("qwen2-5-vl", "one", True), ("qwen3-vl", "several", True),
+    ("qwen2-5-vl", "several", False), ("qwen2-5-vl", "replicated", True), ("qwen3-vl", "several", True),
 ])  # fmt: skip
 def test_shards_train_as_the_class_does(name: str, cut: str, sequence: bool, tmp_path: Path) -> None:
     tiny = TINY[name]

@@ -9,7 +9,7 @@ lengths; ``signal``: the iteration in which the last rank gets a SIGTERM; ``trai
 description of the model is told of, and the model is not; ``loader``: the folder for states of a data loader that can
 save its own, ``restore``: the file of one to begin from (``--dataloader-type external``); ``path``: a folder for
 the import path; ``uneven``: how many microbatches the exchange between replicas gives the first one more than it had,
-of the last one's; ``draws``: samples hold what the random states of whoever reads them give.
+of the last one's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import copy
 import importlib
 import json
 import os
-import random
 import re
 import runpy
 import signal
@@ -31,7 +30,6 @@ from dip_megatron.megatron.cpu import install_cpu_platform
 install_cpu_platform()
 
 import megatron.training  # noqa: E402
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
@@ -63,11 +61,10 @@ class Tap:
         return self.last
 
 
-def record(index: int, train: bool, loss: float, drawn: Any) -> None:
+def record(index: int, train: bool, loss: float) -> None:
     with (Path(OPTIONS["folder"]) / f"samples.rank{RANK}.jsonl").open("a") as lines:
         iteration = megatron.training.get_args().curr_iteration + 1 if train else None
-        line = {"index": index, "train": train, "iteration": iteration, "loss": loss, "drawn": drawn}
-        lines.write(json.dumps(line) + "\n")
+        lines.write(json.dumps({"index": index, "train": train, "iteration": iteration, "loss": loss}) + "\n")
     if train and iteration == OPTIONS.get("signal") and RANK == LAST:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -102,8 +99,7 @@ def recording(forward_step: Any) -> Any:
         def loss(*arguments: Any) -> Any:
             train = torch.is_grad_enabled()
             result = loss_func(*arguments)
-            drawn = tap.last.get("drawn")
-            record(int(tap.last["index"]), train, float(result[0]), None if drawn is None else drawn.flatten().tolist())
+            record(int(tap.last["index"]), train, float(result[0]))
             if train and OPTIONS.get("reject") is not None:
                 reject_once(result[0])
             return result
@@ -116,9 +112,6 @@ def recording(forward_step: Any) -> Any:
 def indexed(get: Any) -> Any:
     def get_item(self: Any, index: int) -> Any:
         item = get(self, index) | {"index": index}
-        if OPTIONS.get("draws"):
-            states = float(torch.rand(())), np.random.random(), random.random()  # noqa: NPY002  # the workers' own
-            item["drawn"] = torch.tensor(states, dtype=torch.float64)
         if OPTIONS.get("cut"):
             for name in ("tokens", "labels", "position_ids", "loss_mask"):
                 item[name] = item[name][: len(item[name]) - 3 * (index % 4)]

@@ -34,9 +34,16 @@ class GivenRows:
 class GridEncoder(Encoder):
     """``merge ** 2`` patches become one token. Instances are the images of a microbatch, then its videos."""
 
+    values = (PIXELS, VIDEOS)
+
     def config(self, config: Any) -> Any:
         """The encoder's own, of the model's."""
         return config.vision_config
+
+    def token(self, config: Any, kind: str) -> int:
+        """Id of the token in whose places an ``image`` or a ``video`` stands."""
+        found: int = getattr(config, f"{kind}_token_id")
+        return found
 
     def merged(self, config: Any) -> int:
         """Patches that become one token."""
@@ -60,7 +67,7 @@ class GridEncoder(Encoder):
         counted = []
         for kind, grid in zip(("image", "video"), self.grids(arguments), strict=True):
             own = [patches // self.merged(config) for patches in grid.prod(dim=-1).tolist()]
-            places = int((arguments["input_ids"] == getattr(config, f"{kind}_token_id")).sum())
+            places = int((arguments["input_ids"] == self.token(config, kind)).sum())
             if places != sum(own):
                 raise ValueError(
                     f"the microbatch has {places} {kind} tokens for {len(own)} {kind}s that become {sum(own)}"

@@ -24,6 +24,8 @@ class CalledProgram(SegmentedProgram):
     """One rank's share of the model that ``kwargs`` of its class would build. ``layers`` gives ``{"vision":
     layers[segment][rank], ..., "language": ...}``, ``freeze`` the arguments of the model's ``freeze``."""
 
+    replicates = True
+
     def __init__(
         self,
         page: Page,
@@ -44,7 +46,7 @@ class CalledProgram(SegmentedProgram):
             self.check_layers(encoder.name, encoder.layers(config))
         self.check_layers(LANGUAGE, config.num_layers)
         self.modules = (
-            *(ModalityModule(name, layers[name]) for name in self._encoders),
+            *(ModalityModule(name, layers[name], replicated=self.is_whole(name)) for name in self._encoders),
             ModalityModule(LANGUAGE, layers[LANGUAGE], tuple(self._encoders)),
         )
         self._signature = inspect.signature(page.model_class.forward)
@@ -53,7 +55,9 @@ class CalledProgram(SegmentedProgram):
         self._where: torch.Tensor | None = None
         self.shapes = CalledShapes(
             {
-                e.name: EncoderShapes(e.kind, layers[e.name], e.hidden(config), e.points(config).tapped)
+                e.name: EncoderShapes(
+                    e.kind, layers[e.name], e.hidden(config), e.points(config).tapped, self.is_whole(e.name)
+                )
                 for e in page.encoders
             },
             language=layers[LANGUAGE],
@@ -73,7 +77,7 @@ class CalledProgram(SegmentedProgram):
         for segment, first, last in self.places(LANGUAGE):
             chunk = self._page.chunk(self._kwargs, language, first=first, last=last, segment=segment)
             self._set_frozen(chunk, [name for name in self._freeze_names(chunk) if "language" in name])
-            _stands(chunk, first, last, self._config.share_embeddings_and_output_weights)
+            _stands(chunk, first, last, self._page.tied(self._config))
             if any(e.tapped for e in self.shapes.encoders.values()):
                 self._take_taps(chunk)
             if first:
@@ -96,7 +100,7 @@ class CalledProgram(SegmentedProgram):
             check_all_cut(alone, points)
             line = []
             for segment, begins, ends in self.places(encoder.name):
-                end = layers_until(self.layers[encoder.name], segment, self.rank)
+                end = self.shapes.encoders[encoder.name].until(segment, self.rank)
                 count = self.layers[encoder.name][segment][self.rank]
                 cut = CutEncoder(alone, points, end - count, count, begins=begins, ends=ends)
                 cut.follow(self.mode)
@@ -109,17 +113,19 @@ class CalledProgram(SegmentedProgram):
         return made
 
     def _freeze_names(self, model: Any) -> list[str]:
-        return list(inspect.signature(model.freeze).parameters)
+        """What a model's own freeze can freeze; nothing where loops freeze parameters by themselves."""
+        return list(inspect.signature(model.freeze).parameters) if hasattr(model, "freeze") else []
 
     def _set_frozen(self, model: Any, names: list[str]) -> None:
         every = self._freeze_names(model)
-        model.freeze(**{name: bool(name in names and self._freeze.get(name)) for name in every})
+        if every:
+            model.freeze(**{name: bool(name in names and self._freeze.get(name)) for name in every})
 
     def _tie(self, first: Any, language: Any) -> None:
         """Megatron and Bridge look for an embedding that is tied to the head in a rank's first chunk, here of an
         encoder: let it show the language model, and have none."""
         _put(first, self._page.language, found(language, self._page.language))
-        _stands(first, True, False, self._config.share_embeddings_and_output_weights)
+        _stands(first, True, False, self._page.tied(self._config))
         first.shared_embedding_or_output_weight = language.shared_embedding_or_output_weight
 
     def _take_taps(self, chunk: Any) -> None:
@@ -168,9 +174,15 @@ class CalledProgram(SegmentedProgram):
     ) -> Tensors:
         """One stage; see StageProgram."""
         if stage.module in self._encoders:
+            encoder, arguments = self._encoders[stage.module], microbatch.arguments
             own = slice(unit.first, unit.first + unit.count)
             given = inputs[0] if inputs else {}
-            output: Tensors = chunk(self._encoders[stage.module], microbatch.arguments, own, given)
+            if not inputs and all(arguments.get(name) is None for name in encoder.values):
+                raise ValueError(
+                    f"pipeline rank {stage.rank} is to encode what the loop's forward_step gives to other ranks only "
+                    f"({' or '.join(encoder.values)}); use placement: segmented for {stage.module}"
+                )
+            output: Tensors = chunk(encoder, arguments, own, given)
             return output
         starts = stage.segment == stage.rank == 0
         done = layers_until(self.layers[LANGUAGE], stage.segment, stage.rank)
@@ -204,7 +216,8 @@ class CalledProgram(SegmentedProgram):
             self._taps = taps
             self._where = torch.isin(ids, torch.tensor(self._page.position_tokens(self._config), device=ids.device))
         try:
-            output = chunk(**given)
+            with self._page.calling(model):
+                output = chunk(**given)
         finally:
             self._taps, self._where = {}, None
             for encoder in self._page.encoders if starts else ():

@@ -26,8 +26,8 @@ class TrainingLoop:
     last, as the loop counts (None: DIP counts those that train, from 1). ``layout``: of layers, that the loop's own
     settings ask for; it must not apply it itself. ``weights_by_tokens``: losses and gradients of all replicas are added
     up and divided by their tokens, so that replicas may train on different numbers of microbatches. ``finalizes``: the
-    loop gives schedules a function that reduces gradients over replicas. ``samples``: how it packs samples into
-    microbatches, if it says so.
+    loop gives schedules a function that reduces gradients over replicas. ``adapts``: the loop puts adapters into
+    the model once it is built. ``samples``: how it packs samples into microbatches, if it says so.
     """
 
     parallel: Parallel
@@ -40,6 +40,7 @@ class TrainingLoop:
     layout: GivenLayout | None = None
     weights_by_tokens: bool = False
     finalizes: bool = False
+    adapts: bool = False
     samples: SamplePacking | None = None
 
     def another_follows(self) -> bool:
@@ -65,8 +66,8 @@ class TrainingLoop:
 
 @dataclass(frozen=True)
 class Target:
-    """A function of a loop's module to wrap. ``purpose`` is what can't be done where it is missing; empty if nothing
-    is lost."""
+    """A function of a loop's module to wrap, or a method of a class in it (``Class.method``). ``purpose`` is what can't
+    be done where it is missing; empty if nothing is lost."""
 
     attribute: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]

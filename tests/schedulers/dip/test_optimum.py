@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dip_megatron.core import bounds
 from dip_megatron.core.bounds import lower_bound
 from dip_megatron.core.simulate import simulate
 from dip_megatron.schedulers.dip import DoesNotFitError, search
@@ -35,6 +36,32 @@ def test_bound_holds_with_and_without_split(seed: int) -> None:
     for split in (True, False):
         optimum = solve(graph, split=split, seconds=30)
         assert lower_bound(graph, split=split) <= optimum.time + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bound_holds_where_memory_is_tight(seed: int) -> None:
+    """No plan that CP-SAT finds is shorter, and knowing of memory never lowers the bound."""
+    graph = random_graph(
+        1000 + seed, ranks=2, microbatches=3, max_units=2, max_segments=1, integer=True, candidates=1 + seed % 3,
+        memory=(1.0, 1.1, 1.3, 1.6)[seed % 4],
+    )  # fmt: skip
+    for split in (True, False):
+        bound = lower_bound(graph, split=split)
+        assert bound <= solve(graph, split=split, seconds=4).time + 1e-9
+        assert bound >= lower_bound(with_memory(graph, float("inf")), split=split) * (1 - 1e-9)
+
+
+def test_how_long_bytes_are_held_raises_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a few microbatches fit at once, the bound is higher for knowing for how long each must be held."""
+    graphs = [
+        with_memory(random_graph(seed, ranks=3, microbatches=8, memory=float("inf"), frozen=False), 1.3)
+        for seed in range(20)
+    ]
+    knowing = [lower_bound(graph) for graph in graphs]
+    monkeypatch.setattr(bounds, "held_memory", lambda *_, **__: np.zeros(1))
+    raised = [bound / lower_bound(graph) for graph, bound in zip(graphs, knowing, strict=True)]
+    assert min(raised) >= 1.0
+    assert np.mean(raised) > 1.02
 
 
 def test_a_tight_limit_raises_the_bound() -> None:
