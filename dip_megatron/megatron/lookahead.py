@@ -65,6 +65,7 @@ def capture_microbatch(
     data_iterator: Iterator[Any] | None,
     chunk: torch.nn.Module,
     program: StageProgram,
+    stand_in: type[ModelStandIn] = ModelStandIn,
 ) -> MicrobatchInputs:
     """Read one microbatch. Raises StopIteration when the data has ended, ValueError for what can't be segmented."""
     captured: dict[str, Any] = {}
@@ -75,7 +76,7 @@ def capture_microbatch(
 
     recorder = None if data_iterator is None else _Recorder(data_iterator)
     try:
-        forward_step_func(recorder, ModelStandIn(chunk, call))
+        forward_step_func(recorder, stand_in(chunk, call))
     except _Captured:
         return MicrobatchInputs(captured, None if recorder is None else recorder.items)
     raise ValueError(
