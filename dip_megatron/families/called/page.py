@@ -26,7 +26,7 @@ from ...describe.model import (
     Projector,
     TokenEmbedding,
 )
-from ..describe import layer_shape, trainable_parts
+from ..describe import configured_experts, layer_shape, trainable_parts
 from ..shared.cut import CutPoints, found
 from ..shared.shapes import LANGUAGE, VISION
 from .shapes import HiddenShape
@@ -143,7 +143,8 @@ class Page(ABC):
         """The language model in the planner's words."""
         reads = not freeze.get("freeze_language_model")
         return ModuleShape(
-            LANGUAGE, "text", config.num_layers, layer_shape(config, causal=True), TokenEmbedding(config.vocab_size),
+            LANGUAGE, "text", config.num_layers,
+            layer_shape(config, causal=True, spec=configured_experts(config)), TokenEmbedding(config.vocab_size),
             LanguageHead(config.vocab_size, config.share_embeddings_and_output_weights),
             tuple(e.name for e in self.encoders), trainable_parts(stem=reads, layers=reads, head=reads),
         )  # fmt: skip
