@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
+from ..core.experts import ExpertLayers
 from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.files import ConfigurationError
 from ..describe.model import ModulePartition, MultimodalModel, Partition, Training, TrainingMismatchError
@@ -51,6 +52,7 @@ from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, configured_choice, make_program, tuned_choice
+from .ranks import replica_ranks
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class DipSession:
         self._exchange: GlooExchange | None = None
         self._service: Service | None = None
         self._coupled: CoupledRanks | None = None
+        self._experts: ExpertLayers | None = None
         self._step: DipForwardBackward | None = None
         self._closing = contextlib.ExitStack()
         atexit.register(self.close)
@@ -155,13 +158,14 @@ class DipSession:
 
     def _start_planner(self, program: StageProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
-        config, experts = self._config, None
-        replica = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+        config = self._config
+        replica = replica_ranks()
         if self._loop.parallel.coupled > 1:
             replica, self._coupled = coupled_ranks()
         self._exchange = GlooExchange(replica, config.timeout_seconds)
         if self._coupled is not None:
-            experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
+            self._experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
+        experts = self._experts
         supported = self._exchange.gather(b"yes" if program.supports_split else b"no")
         if config.split_backward and b"no" in supported:
             logger.warning("some layers can't defer weight gradients: plans split no backward")
@@ -339,7 +343,7 @@ class DipSession:
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = Executor(
             rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
-            alone=self._loop.parallel.tp == 1,
+            alone=self._loop.parallel.tp == self._loop.parallel.cp == 1,
         )  # fmt: skip
         corrects = config.recalibrate and self._coupled is None
         delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
@@ -373,8 +377,9 @@ class DipSession:
         if at_call:
             _tell(AT_CALL)
         exchanges = begin_exchanges(
-            self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call=at_call
-        )
+            self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call, self._coupled,
+            self._experts,
+        )  # fmt: skip
         self._closing.callback(exchanges.close)
         return exchanges
 
@@ -440,4 +445,6 @@ def _tell(sentence: str) -> None:
 def _replica_folder() -> str:
     """Traces of one pipeline each: the trace directory itself for the first, a folder for each other."""
     data, tensor = parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-    return "." if data == tensor == 0 else f"dp{data}_tp{tensor}"
+    context = parallel_state.get_context_parallel_rank()
+    more = f"_cp{context}" if context else ""
+    return "." if data == tensor == context == 0 else f"dp{data}_tp{tensor}{more}"
