@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 IMAGE, VIDEO, START, END, AUDIO, AUDIO_START, AUDIO_END, VOCABULARY = 120, 121, 122, 123, 124, 125, 126, 128
 SEQUENCE = 96
@@ -231,9 +232,30 @@ def qwen35(tied: bool) -> Any:
 
 
 def deterministic(provider: Any) -> None:
-    """Gated delta nets by Megatron's own rule."""
+    """Gated delta nets by Megatron's own rule; one depth of multi-token prediction."""
     provider.mrope_section, provider.deterministic_mode = [4, 2, 2], True
-    provider.cross_entropy_loss_fusion = False
+    provider.cross_entropy_loss_fusion, provider.mtp_num_layers = False, 1
+
+
+class Predicting(Tiny):
+    """With weights of multi-token prediction, which Hugging Face's model has not and its folder has."""
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        weights = load_file(folder / "model.safetensors")
+        layer = "mtp.layers.0"
+        shapes = {
+            "mtp.fc": (64, 128), "mtp.pre_fc_norm_embedding": (64,), "mtp.pre_fc_norm_hidden": (64,), "mtp.norm": (64,),
+            f"{layer}.input_layernorm": (64,), f"{layer}.post_attention_layernorm": (64,),
+            f"{layer}.self_attn.q_proj": (256, 64), f"{layer}.self_attn.k_proj": (64, 64),
+            f"{layer}.self_attn.v_proj": (64, 64), f"{layer}.self_attn.o_proj": (64, 128),
+            f"{layer}.self_attn.q_norm": (32,), f"{layer}.self_attn.k_norm": (32,),
+            f"{layer}.mlp.gate_proj": (128, 64), f"{layer}.mlp.up_proj": (128, 64), f"{layer}.mlp.down_proj": (64, 128),
+        }  # fmt: skip
+        generator = torch.Generator().manual_seed(9)
+        for name, shape in shapes.items():
+            weights[f"{name}.weight"] = 0.05 * torch.randn(shape, generator=generator)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def gemma3(tied: bool) -> Any:
@@ -416,7 +438,7 @@ TINY = {
             "qwen3-vl", qwen3, patch=16, split_frames=True, vision_layers=5, language_layers=6,
             change=sections(4, 2, 2), logits=exact_gelu, step=QWEN3_STEP,
         ),
-        Tiny(
+        Predicting(
             "qwen3-5-vl", qwen35, patch=16, split_frames=True, change=deterministic, logits=exact_gelu, step=QWEN3_STEP,
         ),
         Pictures(

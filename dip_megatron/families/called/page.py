@@ -109,12 +109,14 @@ class Page(ABC):
         "inference_context": "inference",
         "inference_params": "inference",
     }
+    predicts: ClassVar[bool] = False
+    """Whether the class takes multi-token prediction."""
     usual_picture: ClassVar[int] = 391
     """Tokens of a picture of 640 x 480 pixels, for the first choice of a partition."""
 
     def check(self, config: Any) -> None:
         """Raises ValueError for models that can't be segmented."""
-        if getattr(config, "mtp_num_layers", None):
+        if getattr(config, "mtp_num_layers", None) and not self.predicts:
             raise ValueError("DIP can't segment multi-token prediction layers; use --dip-schedule off")
         if config.context_parallel_size > 1:
             raise ValueError(f"DIP can't run {self.model_class.__name__} with context parallelism; use "
@@ -147,6 +149,7 @@ class Page(ABC):
             layer_shape(config, causal=True, spec=configured_experts(config)), TokenEmbedding(config.vocab_size),
             LanguageHead(config.vocab_size, config.share_embeddings_and_output_weights),
             tuple(e.name for e in self.encoders), trainable_parts(stem=reads, layers=reads, head=reads),
+            mtp=getattr(config, "mtp_num_layers", None) or 0,
         )  # fmt: skip
 
     def describe(self, config: Any, freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
