@@ -18,7 +18,7 @@ from ..describe.model import Training, TrainingMismatchError
 from ..describe.model.training import Report, check_replicas
 from ..planner.delivery import PlanDelivery
 from ..runtime.protocol import RunnableStages
-from ..runtime.trained import TrainedParameters, report
+from ..runtime.trained import Names, TrainedParameters, report
 
 TrainingConsumer = Callable[[Training, bool], object]
 """Is told what trains, before the first iteration (True) and after every change, on all ranks."""
@@ -35,14 +35,17 @@ class TrainingAgreement:
         *,
         everyone: Exchange | None = None,
         on_change: TrainingConsumer | None = None,
+        built: Sequence[Names] | None = None,
     ):
-        """``rank`` is the pipeline rank; ``everyone`` are the ranks of all replicas, if there are several."""
+        """``rank`` is the pipeline rank; ``everyone`` are the ranks of all replicas, if there are several; ``built``
+        see :func:`dip_megatron.runtime.trained.report`."""
         self.training: Training | None = None
         self._modules = program.modules
         self._rank = rank
         self._delivery = delivery
         self._everyone = everyone
         self._on_change = on_change
+        self._built = built
         self._parameters = TrainedParameters()
         self._reports: list[tuple[int, Report]] = []
         places = [(m, k) for m in self._modules for k in range(m.segments)]
@@ -55,7 +58,7 @@ class TrainingAgreement:
         time all reports are exchanged at once. Raises TrainingMismatchError if ranks disagree."""
         if not self._parameters.changed(chunks):
             return b""
-        mine = self._rank, report(chunks, self._begins)
+        mine = self._rank, report(chunks, self._begins, self._built)
         if self.training is not None:
             return pickle.dumps(mine)
         self._compare_replicas(mine[1])

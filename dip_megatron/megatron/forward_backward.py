@@ -25,6 +25,7 @@ from ..report.iterations import IterationReport
 from ..runtime.clock import Clock, MeasuredSpan
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, StageProgram
+from ..runtime.trained import Names
 from ..runtime.watch import Watchdog
 from .agreement import TrainingAgreement, TrainingConsumer
 from .call import ScheduleCall
@@ -78,11 +79,13 @@ class DipForwardBackward:
         everyone: Exchange | None = None,
         on_training: TrainingConsumer | None = None,
         exchanges: ExchangesAhead | None = None,
+        built: Sequence[Names] | None = None,
     ):
         """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
         calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
         they are several; ``pipeline`` among the pipeline's, which hand over losses that the last one doesn't compute;
-        ``everyone`` and ``on_training`` see :class:`TrainingAgreement`; ``exchanges`` are between the replicas."""
+        ``everyone``, ``on_training`` and ``built`` see :class:`TrainingAgreement`; ``exchanges`` are between the
+        replicas."""
         self._program = program
         self._executor = executor
         self._delivery = delivery
@@ -102,7 +105,7 @@ class DipForwardBackward:
         # The request of what has been read ahead, how many microbatches that is, and those that replaced them.
         self._next_request: dict[tuple[int, bool], tuple[int, int, list[MicrobatchInputs] | None]] = {}
         self._agreement = TrainingAgreement(
-            program, executor.position.rank, delivery, everyone=everyone, on_change=on_training
+            program, executor.position.rank, delivery, everyone=everyone, on_change=on_training, built=built
         )
         self._repetition = Repetition()
         self._last_seconds = 0.0

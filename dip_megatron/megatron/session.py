@@ -20,14 +20,14 @@ from ..config import DipConfig
 from ..core.experts import ExpertLayers
 from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.files import ConfigurationError
-from ..describe.model import ModulePartition, MultimodalModel, Partition, Training, TrainingMismatchError
-from ..describe.workload import load_workload
+from ..describe.model import Partition, Training, TrainingMismatchError
 from ..families.family import ModelFamily
+from ..families.shared import deferred_linear
 from ..planner.delivery import CoupledRanks, PlanDelivery
-from ..planner.facade import Setting, live_maker, searched_partition
+from ..planner.facade import live_maker
 from ..planner.from_file import FilePlanner, PlanFile
 from ..planner.joint import joint_maker
-from ..planner.live import Chunks, ModelGraphs
+from ..planner.live import ModelGraphs
 from ..planner.request import PlanMaker, Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
@@ -39,19 +39,20 @@ from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor
 from ..runtime.protocol import StageProgram
+from ..runtime.trained import Names, names_in
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
 from ..schedulers.entry import ScheduleEntry
 from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
-from .build import ChunkList, configured_partition, record_blueprint
+from .build import ChunkList, record_blueprint
 from .call import as_list, check_call, check_functions
-from .checkpoints import Checkpoint
+from .chunks import ChunkChoice
 from .coupling import coupled_ranks, experts_of
 from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
-from .mixed import check_entry, configured_choice, make_program, tuned_choice
+from .mixed import check_entry, make_program
 from .ranks import replica_ranks
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
 
@@ -80,6 +81,7 @@ class DipSession:
         self._families = families
         self._tell = tell
         self._own: dict[int, torch.nn.Module] = {}
+        self._built: list[Names] = []
         self._running = False
         self._program: StageProgram | None = None
         self._graphs: ModelGraphs | None = None
@@ -127,9 +129,11 @@ class DipSession:
                 self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
             model = family.describe(blueprint, loop.parallel)
             check_entry(self._entry, model, family, loop.num_microbatches)
-            cluster, costs = self._cluster(), None if self._config.costs is None else Costs.load(self._config.costs)
+            cluster = _cluster(self._config)
+            costs = None if self._config.costs is None else Costs.load(self._config.costs)
             checkpoint = loop.checkpoint()
-            held = self._chunks(model, cluster, costs, family.workload, checkpoint)
+            choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
+            held = choice.chunks(model, cluster, costs, family.workload, checkpoint)
             for sentence in (loop.record(held), checkpoint and checkpoint.compare(held)):
                 if sentence:
                     _tell(sentence)
@@ -151,6 +155,7 @@ class DipSession:
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk): chunk for chunk in chunks}
+            self._built = [names_in(chunk) for chunk in chunks]
             self._start_planner(self._program, self._graphs, chunks)
             return chunks
 
@@ -188,82 +193,6 @@ class DipSession:
             if self._file is not None:
                 self._service = FilePlanner(self._file, graphs.model, program.shapes, service, falls_back=asked)
             self._closing.callback(service.close)
-
-    def _cluster(self) -> Cluster:
-        name = self._config.cluster
-        if name == "auto":
-            name = "h100" if torch.cuda.is_available() else "cpu"
-        return load_cluster(name)
-
-    def _chunks(
-        self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str,
-        checkpoint: Checkpoint | None,
-    ) -> Chunks:  # fmt: skip
-        """As configured, or those of the plan file, or of the checkpoint to go on from, or chosen for the schedule."""
-        mixed = self._entry.mixed is not None
-        given: Chunks | None
-        if mixed:
-            given = configured_choice(self._entry, model, self._config)
-        else:
-            given = configured_partition(model, self._config)
-        if given is None and self._file is not None and (not mixed or len(model.modules) == 1):
-            return self._file.partition(model)
-        if given is None and not mixed:
-            given = self._given_partition(model)
-        if given is None and checkpoint is not None:
-            given = checkpoint.stages_for(self._entry.name, model) if mixed else checkpoint.partition_for(model)
-            if given is not None:
-                _tell(f"going on with the checkpoint's partition:\n{given.explain()}")
-        if given is None:
-            given = self._chosen(model, cluster, costs, workload)
-        return given if isinstance(given, Partition) else given.partition(model) or given
-
-    def _chosen(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
-        """On one rank, because a search may be timed."""
-        found: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                found = [self._choose(model, cluster, costs, workload)]
-            except Exception as error:  # told to all ranks, which would otherwise wait
-                found = [error]
-        dist.broadcast_object_list(found, 0)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        chunks: Chunks = found[0]
-        if isinstance(chunks, Partition):
-            for m in chunks.modules:
-                _tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
-        else:
-            _tell(chunks.explain())
-        return chunks
-
-    def _given_partition(self, model: MultimodalModel) -> Partition | None:
-        """The layout that the loop's own settings give, where it says all of the partition: a model of one module."""
-        layout = self._loop.layout
-        if layout is None or self._config.override:
-            return None
-        if len(model.modules) > 1:
-            _tell(
-                f"{layout} lay out one of {len(model.modules)} modules: DIP's partition of all of them replaces it (as "
-                "with --dip-override; modules.NAME.layers in --dip-config fixes layers)"
-            )
-            return None
-        partition = Partition((ModulePartition(model.modules[0].name, layout.layers, None),))
-        partition.check(model)
-        _tell(f"{model.modules[0].name}: layers {layout.layers}, as {layout} say")
-        return partition
-
-    def _choose(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
-        """Chunks are built before the first batch is read, so they are judged by a published mix, packed to the model's
-        sequence length."""
-        config = self._config
-        batches = load_workload(workload, model, 2, self._loop.num_microbatches, self._loop.seed)
-        setting = Setting(
-            model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload
-        )
-        if self._entry.mixed is not None:
-            return tuned_choice(self._entry, setting)
-        return searched_partition(setting, 5.0)
 
     # -- iterations ----------------------------------------------------------------------------------------------
     def owns(self, model: Any) -> bool:
@@ -357,6 +286,8 @@ class DipSession:
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
         self._closing.callback(self._close, delivery, watchdog, recorder)
+        for chunk in self._own.values():  # what a loop has put into them since, adapters for one
+            deferred_linear.install(chunk, program.mode)
         return DipForwardBackward(
             program, executor, delivery, clock,
             policy=PlanningPolicy(
@@ -367,6 +298,7 @@ class DipSession:
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
+            built=self._built,
         )  # fmt: skip
 
     def _exchanges(self, delivery: PlanDelivery, device: torch.device) -> ExchangesAhead | None:
@@ -434,6 +366,13 @@ class DipSession:
         delivery.close()
         if recorder is not None:
             recorder.close()
+
+
+def _cluster(config: DipConfig) -> Cluster:
+    name = config.cluster
+    if name == "auto":
+        name = "h100" if torch.cuda.is_available() else "cpu"
+    return load_cluster(name)
 
 
 def _tell(sentence: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import dip_megatron
 from tests.bridge.tiny import SEQUENCE, TINY, VOCABULARY, Tiny
+from tests.runtime.llava_case import gradients
 
 GLOBAL_BATCH = 4
 
@@ -76,6 +77,22 @@ class Run:
     text: bool = False
     """whether the folder has a model of text alone"""
     tiny: str = "qwen2-5-vl"
+    adapters: tuple[str, ...] = ()
+    """what LoRA adapts; nothing else trains then"""
+
+
+def lora(targets: tuple[str, ...]) -> Any:
+    """Bridge's, its adapters drawn by name: Bridge draws them in the order in which a rank builds them, and leaves
+    half of them zero, which hides mistakes."""
+    from megatron.bridge.peft.lora import LoRA
+
+    class DrawnLora(LoRA):
+        def __call__(self, model: Any, training: bool = True) -> Any:
+            model = super().__call__(model, training)
+            dip_megatron.draw_by_name(model, 5, lambda name, parameter: 0.05 if parameter.requires_grad else None)
+            return model
+
+    return DrawnLora(target_modules=list(targets), dim=4, alpha=8)
 
 
 def configuration(folder: Path, run: Run) -> Any:
@@ -138,12 +155,14 @@ def configuration(folder: Path, run: Run) -> Any:
         mixed_precision="bf16_mixed" if run.bf16 else None,
     )  # fmt: skip
     container.dip = run.dip
+    container.peft = lora(run.adapters) if run.adapters else None
     return container
 
 
 def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
     """Train on this rank. ``losses`` of the iterations and ``evaluated`` ones, on the last stage; ``norms`` of the
-    gradients; ``weights`` as exported to Hugging Face's names, on the first rank."""
+    gradients; ``gradients`` of this rank's parameters in the first iteration; ``weights`` as exported to Hugging Face's
+    names, on the first rank."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.finetune import finetune
@@ -151,10 +170,12 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
 
     step: Any = importlib.import_module("megatron.bridge.training.gpt_step" if run.text else TINY[run.tiny].step)
     dip_megatron.install()
-    result: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "weights": {}}
+    result: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "weights": {}, "gradients": {}}
 
     class Record(Callback):
         def on_train_step_end(self, context: Any) -> None:
+            if not result["norms"]:
+                result["gradients"] = gradients(context.model)
             result["norms"].append(float(context.grad_norm))
             if context.loss_dict:
                 result["losses"].append(float(context.loss_dict["lm loss"]))
@@ -163,6 +184,8 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
             result["evaluated"] += [float(loss) for loss in (context.total_loss_dict or {}).values()]
 
         def on_train_end(self, context: Any) -> None:
+            if run.adapters:  # Bridge has no names to export those of Hugging Face's linears by
+                return
             bridge = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32)
             weights = dict(bridge.export_hf_weights(context.model, cpu=True, show_progress=False))
             if rank == 0:

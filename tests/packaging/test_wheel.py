@@ -46,10 +46,25 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("installed")
-    pip("install", "--target", str(folder), str(wheel))
-    return folder
+def interpreter(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of an environment of its own, laid over the one that runs the tests, in which pip has installed the wheel."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    packages = _packages(folder)
+    pip("install", "--target", str(packages), str(wheel))
+    # After the wheel's, so that its start-up file is the first to be read.
+    (packages / "zz_laid_over.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
+    return str(folder / "bin" / "python")
+
+
+@pytest.fixture(scope="module")
+def installed(interpreter: str) -> Path:
+    """The folder that the wheel was installed in; the same one, so that kernels are compiled once."""
+    return _packages(Path(interpreter).parents[1])
+
+
+def _packages(environment: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", "venv", {"base": str(environment), "platbase": str(environment)}))
 
 
 @pytest.fixture
@@ -122,18 +137,6 @@ def test_a_model_trains(installed: Path, empty: Path) -> None:
     assert printed.count(f"using {installed / 'dip_megatron'}\n") == 2
     assert "iteration        3/" in printed
     assert "[dip] iteration 3: measured" in printed
-
-
-@pytest.fixture(scope="module")
-def interpreter(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Of an environment of its own, laid over the one that runs the tests, in which pip has installed the wheel."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False, symlinks=True)
-    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
-    pip("install", "--target", str(packages), str(wheel))
-    # After the wheel's, so that its start-up file is the first to be read.
-    (packages / "zz_laid_over.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
-    return str(folder / "bin" / "python")
 
 
 def test_what_is_installed_starts_with_python_and_only_where_it_is_asked_for(interpreter: str, empty: Path) -> None:

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from ..experts import ExpertLayers
 from ..graph import Floats, Ints, StageGraph
-from ..operations import Kind
 from ..order import Schedule
 from ..simulate.compiled import compiled
+from ..simulate.kernels import FORWARD, WEIGHT, backward_ready, forward_ready
 
-FORWARD, WEIGHT = int(Kind.F), int(Kind.W)
 DISAGREE = -1.0
 """Results of :func:`replay_joint` from here down are no times: -1 - p, members disagree on rank p."""
 
@@ -119,12 +118,7 @@ def input_time(x: JointArrays, kind: int, n: int, forward_end: Floats, backward_
     """When an operation could start on a rank that is free at ``clock``; nan if that is not known yet."""
     ready = clock
     if kind == FORWARD:
-        for e in range(x.before_start[n], x.before_start[n + 1]):
-            at = forward_end[x.before[e]] + x.before_transfer[e]
-            if not at <= ready:
-                ready = at
-                if np.isnan(at):
-                    break
+        ready = forward_ready(x, n, forward_end, ready)
     elif kind == WEIGHT:
         if not backward_end[n] <= ready:
             ready = backward_end[n]
@@ -132,12 +126,7 @@ def input_time(x: JointArrays, kind: int, n: int, forward_end: Floats, backward_
         if not forward_end[n] <= ready:
             ready = forward_end[n]
         if not np.isnan(ready):
-            for e in range(x.after_start[n], x.after_start[n + 1]):
-                at = backward_end[x.after[e]] + x.after_transfer[e]
-                if not at <= ready:
-                    ready = at
-                    if np.isnan(at):
-                        break
+            ready = backward_ready(x, n, backward_end, ready)
     return ready
 
 

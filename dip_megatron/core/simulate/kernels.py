@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..graph import Floats, Ints, StageGraph
 from ..operations import Kind
 from ..order import Schedule
-from .compiled import compiled
+from .compiled import compiled, inlined
 from .reference import DeadlockError, Timeline
 
 FORWARD, BACKWARD, WEIGHT, FUSED = int(Kind.F), int(Kind.B), int(Kind.W), int(Kind.BW)
@@ -81,6 +81,47 @@ def pad_orders(schedule: Schedule) -> tuple[Ints, Ints]:
     return padded, lengths
 
 
+class Edges(Protocol):
+    """The edges of :class:`GraphArrays`, and of whatever else nodes wait along."""
+
+    @property
+    def before_start(self) -> Ints: ...
+    @property
+    def before(self) -> Ints: ...
+    @property
+    def before_transfer(self) -> Floats: ...
+    @property
+    def after_start(self) -> Ints: ...
+    @property
+    def after(self) -> Ints: ...
+    @property
+    def after_transfer(self) -> Floats: ...
+
+
+@inlined
+def forward_ready(g: Edges, n: int, forward_end: Floats, ready: float) -> float:
+    """When a forward's last input is there, at ``ready`` seconds at the earliest; nan if one isn't known yet."""
+    for e in range(g.before_start[n], g.before_start[n + 1]):
+        at = forward_end[g.before[e]] + g.before_transfer[e]
+        if not at <= ready:
+            ready = at
+            if np.isnan(at):
+                break
+    return ready
+
+
+@inlined
+def backward_ready(g: Edges, n: int, backward_end: Floats, ready: float) -> float:
+    """The same for the gradients that a backward takes; that its own forward has run isn't looked at."""
+    for e in range(g.after_start[n], g.after_start[n + 1]):
+        at = backward_end[g.after[e]] + g.after_transfer[e]
+        if not at <= ready:
+            ready = at
+            if np.isnan(at):
+                break
+    return ready
+
+
 @compiled
 def replay(
     g: GraphArrays, orders: Ints, lengths: Ints, strategy: NDArray[np.int8], start: Floats, end: Floats, place: Ints,
@@ -111,12 +152,7 @@ def replay(
                 n = (code - kind * virtual_microbatches) * ranks + p
                 ready = clock
                 if kind == FORWARD:
-                    for e in range(g.before_start[n], g.before_start[n + 1]):
-                        at = forward_end[g.before[e]] + g.before_transfer[e]
-                        if not at <= ready:
-                            ready = at
-                            if np.isnan(at):
-                                break
+                    ready = forward_ready(g, n, forward_end, ready)
                 elif kind == WEIGHT:
                     if not backward_end[n] <= ready:
                         ready = backward_end[n]
@@ -124,12 +160,7 @@ def replay(
                     if not forward_end[n] <= ready:
                         ready = forward_end[n]
                     if not np.isnan(ready):
-                        for e in range(g.after_start[n], g.after_start[n + 1]):
-                            at = backward_end[g.after[e]] + g.after_transfer[e]
-                            if not at <= ready:
-                                ready = at
-                                if np.isnan(at):
-                                    break
+                        ready = backward_ready(g, n, backward_end, ready)
                 if np.isnan(ready):
                     break
                 finish = ready + g.duration[kind, strategy[n], n]

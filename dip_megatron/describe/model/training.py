@@ -19,8 +19,8 @@ class TrainingMismatchError(ValueError):
 @dataclass(frozen=True)
 class PartTraining:
     """A chunk's stem, layers or head: how many of its ``parameters`` (elements on this rank) are ``trained``, and the
-    name of a trained matrix if there is one. Vectors (norms, biases) have gradients, too, but say little: a final norm
-    may stand before or in what a description calls the head."""
+    name of a trained matrix if there is one, adapters left out. Vectors (norms, biases) have gradients, too, but say
+    little: a final norm may stand before or in what a description calls the head."""
 
     trained: int = 0
     parameters: int = 0

@@ -11,12 +11,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from ...describe.cost import LayerRun
 from ...runtime.protocol import Tensors
 from ..shared.layout import segment_config
-from ..shared.mixed import Stages, refuse_tied
+from ..shared.mixed import OnStages, Stages, refuse_tied
 from ..shared.shapes import LANGUAGE
 from .program import GptProgram
 
 
-class MixedGptProgram(GptProgram):
+class MixedGptProgram(OnStages, GptProgram):
     """Stage program of a GPT in V segments of P stages, one unit per microbatch; see :class:`Stages`."""
 
     def __init__(
@@ -36,11 +36,6 @@ class MixedGptProgram(GptProgram):
             kwargs, {LANGUAGE: self._stages.layers(LANGUAGE)}, rank=rank, micro_batch_size=micro_batch_size
         )  # fmt: skip
         self.modules = (self._stages.module,)
-
-    @property
-    def loss_rank(self) -> int:
-        """The rank that holds the last stage."""
-        return self._stages.loss_rank
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """This rank's stages, segment by segment."""

@@ -16,7 +16,7 @@ from ...core import Operation, Unit
 from ...describe.cost import LayerRun
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import order_free, segment_config
-from ..shared.mixed import Stages, refuse_tied
+from ..shared.mixed import OnStages, Stages, refuse_tied
 from ..shared.segmented import ModelPart, unwrapped
 from ..shared.shapes import LANGUAGE, VISION, MixedLlavaShapes, StageEnd
 from .program import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
@@ -79,7 +79,7 @@ class MixedChunk(ModelPart):
         return output if self.post_process else output[0]
 
 
-class MixedLlavaProgram(LlavaProgram):
+class MixedLlavaProgram(OnStages, LlavaProgram):
     """Stage program of a LLaVA in V segments of P mixed stages, one unit per microbatch; see :class:`Stages`."""
 
     def __init__(
@@ -101,11 +101,6 @@ class MixedLlavaProgram(LlavaProgram):
             micro_batch_size=micro_batch_size, freeze=freeze,
         )  # fmt: skip
         self.modules = (self._stages.module,)  # type: ignore[assignment]
-
-    @property
-    def loss_rank(self) -> int:
-        """The rank that holds the last stage."""
-        return self._stages.loss_rank
 
     @property
     def shapes(self) -> MixedLlavaShapes:

@@ -22,6 +22,7 @@ from ...runtime.modes import StageMode
 from . import deferred_te
 from .deferred_te import StageStore
 
+_FOLLOWS = "follows_a_stage_mode"
 _WITHOUT_INPUT_GRADIENT = (VocabParallelEmbedding, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
@@ -118,15 +119,20 @@ def _without_input_gradient(module: torch.nn.Module, mode: StageMode) -> Callabl
 
 
 def install(chunk: torch.nn.Module, mode: StageMode) -> None:
-    """Let the layers of a chunk follow ``mode.weight_gradients``, Transformer Engine's too. Call it once, before the
-    chunk is wrapped."""
+    """Let the layers of a chunk follow ``mode.weight_gradients``, Transformer Engine's too; those that do already are
+    left alone. Call it before the chunk is wrapped, and again where a loop has put layers (adapters) into it since."""
     deferred_te.install(chunk, mode)
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            if linears.understood(module):
-                linears.replace_multiplication(module, _linear(module, mode))
-        elif isinstance(module, _WITHOUT_INPUT_GRADIENT):
-            module.forward = _without_input_gradient(module, mode)
+            if linears.understood(module) and not hasattr(linears.multiplication(module), _FOLLOWS):
+                linears.replace_multiplication(module, _marked(_linear(module, mode)))
+        elif isinstance(module, _WITHOUT_INPUT_GRADIENT) and not hasattr(module.forward, _FOLLOWS):
+            module.forward = _marked(_without_input_gradient(module, mode))
+
+
+def _marked(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    setattr(function, _FOLLOWS, True)
+    return function
 
 
 def undeferrable(chunk: torch.nn.Module) -> list[str]:

@@ -45,9 +45,9 @@ class StageStore:
 
 
 def install(chunk: torch.nn.Module, mode: StageMode) -> None:
-    """Let Transformer Engine's linears of a chunk follow ``mode.weight_gradients``; without any, nothing is done."""
+    """Let Transformer Engine's linears of a chunk follow ``mode.weight_gradients``, but for those that do already."""
     for module in chunk.modules():
-        if not te.has_one_weight(module):
+        if not te.has_one_weight(module) or isinstance(te.store_of(module), StageStore):
             continue
         te.replace_store(module, StageStore(module, mode))
         for parameter in module.parameters(recurse=False):

@@ -79,6 +79,17 @@ class Stages:
         return 0 if self.reversed[-1] else self.ranks - 1
 
 
+class OnStages:
+    """A program over :class:`Stages`, which it sets before it is asked."""
+
+    _stages: Stages
+
+    @property
+    def loss_rank(self) -> int:
+        """The rank that holds the last stage."""
+        return self._stages.loss_rank
+
+
 def refuse_tied(tied: bool) -> None:
     """Raises ValueError for a model whose embedding and head are one table."""
     if tied:

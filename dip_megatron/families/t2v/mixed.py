@@ -15,12 +15,12 @@ from ...core import Operation, Unit
 from ...describe.cost import LayerRun
 from ...runtime.protocol import Inputs, MicrobatchInputs, Tensors
 from ..shared.layout import segment_config
-from ..shared.mixed import Stages
+from ..shared.mixed import OnStages, Stages
 from ..shared.shapes import DIFFUSION, LANGUAGE, MixedT2vShapes, T2vEnd
 from .program import Part, T2vProgram, VideoBatch
 
 
-class MixedT2vProgram(T2vProgram):
+class MixedT2vProgram(OnStages, T2vProgram):
     """Stage program of a :class:`.program.TextToVideoModel` in V segments of P mixed stages, one unit per microbatch;
     see :class:`Stages`."""
 
@@ -43,11 +43,6 @@ class MixedT2vProgram(T2vProgram):
             tuple(self._end(self._stages.at(k, r)[-1]) for r in range(ranks)) for k in range(self._stages.segments)
         )
         self.shapes = MixedT2vShapes(self.sizes, ends)
-
-    @property
-    def loss_rank(self) -> int:
-        """The rank that holds the last stage."""
-        return self._stages.loss_rank
 
     @staticmethod
     def _end(run: LayerRun) -> T2vEnd:

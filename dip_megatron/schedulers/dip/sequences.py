@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...core.graph import Floats, Ints
 from ...core.order import Schedule
 from ...core.simulate.compiled import compiled
-from ...core.simulate.kernels import BACKWARD, FORWARD, WEIGHT, pad_orders, replay
+from ...core.simulate.kernels import BACKWARD, FORWARD, WEIGHT, backward_ready, forward_ready, pad_orders, replay
 from .problem import Problem
 from .random import below, uniform
 
@@ -225,6 +225,7 @@ def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) 
                     0 if kind == FORWARD else 1, (s.orders[r, i] - kind * virtual_microbatches) * ranks + r
                 ] = np.nan
         remaining += s.lengths[r] - low
+    forward_end, backward_end = s.trial_ends[0], s.trial_ends[1]
     while remaining > 0:
         progressed = False
         for r in range(ranks):
@@ -236,20 +237,10 @@ def replay_after(q: Problem, s: Sequences, p: int, position: int, limit: float) 
                 n = (code - kind * virtual_microbatches) * ranks + r
                 ready = clock
                 if kind == FORWARD:
-                    for e in range(g.before_start[n], g.before_start[n + 1]):
-                        arrival = s.trial_ends[0, g.before[e]] + g.before_transfer[e]
-                        if not arrival <= ready:
-                            ready = arrival
-                            if np.isnan(arrival):
-                                break
+                    ready = forward_ready(g, n, forward_end, ready)
                 elif kind != WEIGHT:
                     # Its own F and, for a W, its own B come earlier in this very order.
-                    for e in range(g.after_start[n], g.after_start[n + 1]):
-                        arrival = s.trial_ends[1, g.after[e]] + g.after_transfer[e]
-                        if not arrival <= ready:
-                            ready = arrival
-                            if np.isnan(arrival):
-                                break
+                    ready = backward_ready(g, n, backward_end, ready)
                 if np.isnan(ready):
                     break
                 clock = ready + duration[kind, s.strategy[n], n]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ...core.graph import Floats, Ints
 from ...core.joint.kernels import JointArrays
 from ...core.simulate.compiled import compiled
-from ...core.simulate.kernels import BACKWARD, FORWARD, WEIGHT
+from ...core.simulate.kernels import BACKWARD, FORWARD, WEIGHT, backward_ready, forward_ready
 from ..dip.random import below, uniform
 
 
@@ -112,27 +112,6 @@ def line_fits(q: JointProblem, s: JointSequences, line: int) -> bool:
 
 
 @compiled
-def _ready(q: JointProblem, s: JointSequences, kind: int, n: int, clock: float) -> float:
-    """When an operation's inputs are there. Its own F and B come earlier in the very order."""
-    x, ready = q.x, clock
-    if kind == FORWARD:
-        for e in range(x.before_start[n], x.before_start[n + 1]):
-            at = s.trial_ends[0, x.before[e]] + x.before_transfer[e]
-            if not at <= ready:
-                ready = at
-                if np.isnan(at):
-                    break
-    elif kind != WEIGHT:
-        for e in range(x.after_start[n], x.after_start[n + 1]):
-            at = s.trial_ends[1, x.after[e]] + x.after_transfer[e]
-            if not at <= ready:
-                ready = at
-                if np.isnan(at):
-                    break
-    return ready
-
-
-@compiled
 def replay_from(q: JointProblem, s: JointSequences, since: float, limit: float) -> float:
     """The time of orders that have changed only where operations start at ``since`` seconds or later; nan if they can't
     end, inf as soon as a rank can't end before ``limit``."""
@@ -159,6 +138,7 @@ def replay_from(q: JointProblem, s: JointSequences, since: float, limit: float) 
             if kind != WEIGHT:
                 s.trial_ends[0 if kind == FORWARD else 1, n] = np.nan
         remaining += s.lengths[line] - low
+    forward_end, backward_end = s.trial_ends[0], s.trial_ends[1]
     while remaining > 0:
         progressed = False
         for p in range(x.ranks):
@@ -173,7 +153,12 @@ def replay_from(q: JointProblem, s: JointSequences, since: float, limit: float) 
                 while i < s.lengths[line]:
                     kind = s.orders[line, i] // x.nodes
                     n = s.orders[line, i] - kind * x.nodes
-                    ready = _ready(q, s, kind, n, clock)
+                    ready = clock
+                    if kind == FORWARD:
+                        ready = forward_ready(x, n, forward_end, ready)
+                    elif kind != WEIGHT:
+                        # Its own F and, for a W, its own B come earlier in this very order.
+                        ready = backward_ready(x, n, backward_end, ready)
                     if np.isnan(ready):
                         break
                     if ready + s.rest[line] > limit:

@@ -78,8 +78,7 @@ class LayerNormLinear(Linear):
             in_features, out_features, sequence_parallel=sequence_parallel, params_dtype=params_dtype, device=device,
             **kwargs,
         )  # fmt: skip
-        if return_layernorm_output:
-            raise NotImplementedError("the stand-in for Transformer Engine doesn't return the norm's output")
+        self.return_layernorm_output = return_layernorm_output
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
         self.layer_norm_weight, self.layer_norm_bias = norm_parameters(
             in_features, normalization, zero_centered_gamma, sequence_parallel, dtype=params_dtype, device=device
@@ -87,7 +86,11 @@ class LayerNormLinear(Linear):
 
     def forward(self, x, is_first_microbatch=None):
         norm = (self.layer_norm_weight, self.layer_norm_bias, self.normalization, self.eps, self.zero_centered_gamma)
-        return super().forward(normalized(x, *norm))
+        x = normalized(x, *norm)
+        output = super().forward(x)
+        if not self.return_layernorm_output:
+            return output
+        return (*output, x) if self.return_bias else (output, x)
 
 
 class GroupedLinear(_Base):

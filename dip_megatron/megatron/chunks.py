@@ -1,0 +1,110 @@
+"""Which chunks a run holds: as its configuration, a plan file or a checkpoint say, or chosen for its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from ..config import DipConfig
+from ..describe.cost import Cluster, Costs
+from ..describe.model import ModulePartition, MultimodalModel, Partition
+from ..describe.workload import load_workload
+from ..planner.facade import Setting, searched_partition
+from ..planner.from_file import PlanFile
+from ..planner.live import Chunks
+from ..schedulers.entry import ScheduleEntry
+from .adapters.loop import TrainingLoop
+from .build import configured_partition
+from .checkpoints import Checkpoint
+from .mixed import configured_choice, tuned_choice
+
+# Seconds to search a partition for, before the model is built.
+_PARTITION_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class ChunkChoice:
+    """What the chunks of a run are chosen by; ``tell`` takes the sentences about it, on every rank."""
+
+    loop: TrainingLoop
+    config: DipConfig
+    entry: ScheduleEntry
+    file: PlanFile | None
+    tell: Callable[[str], object]
+
+    def chunks(
+        self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str,
+        checkpoint: Checkpoint | None,
+    ) -> Chunks:  # fmt: skip
+        """As configured, or those of the plan file, or of the checkpoint to go on from, or chosen for the schedule.
+        The same on all ranks, which all have to ask.
+
+        Raises ConfigurationError for settings that don't fit the model or the schedule.
+        """
+        mixed = self.entry.mixed is not None
+        given: Chunks | None
+        if mixed:
+            given = configured_choice(self.entry, model, self.config)
+        else:
+            given = configured_partition(model, self.config)
+        if given is None and self.file is not None and (not mixed or len(model.modules) == 1):
+            return self.file.partition(model)
+        if given is None and not mixed:
+            given = self._layout(model)
+        if given is None and checkpoint is not None:
+            given = checkpoint.stages_for(self.entry.name, model) if mixed else checkpoint.partition_for(model)
+            if given is not None:
+                self.tell(f"going on with the checkpoint's partition:\n{given.explain()}")
+        if given is None:
+            given = self._chosen(model, cluster, costs, workload)
+        return given if isinstance(given, Partition) else given.partition(model) or given
+
+    def _layout(self, model: MultimodalModel) -> Partition | None:
+        """The layout that the loop's own settings give, where it says all of the partition: a model of one module."""
+        layout = self.loop.layout
+        if layout is None or self.config.override:
+            return None
+        if len(model.modules) > 1:
+            self.tell(
+                f"{layout} lay out one of {len(model.modules)} modules: DIP's partition of all of them replaces it (as "
+                "with --dip-override; modules.NAME.layers in --dip-config fixes layers)"
+            )
+            return None
+        partition = Partition((ModulePartition(model.modules[0].name, layout.layers, None),))
+        partition.check(model)
+        self.tell(f"{model.modules[0].name}: layers {layout.layers}, as {layout} say")
+        return partition
+
+    def _chosen(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
+        """On one rank, because a search may be timed."""
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                found = [self._search(model, cluster, costs, workload)]
+            except Exception as error:  # told to all ranks, which would otherwise wait
+                found = [error]
+        dist.broadcast_object_list(found, 0)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        chunks: Chunks = found[0]
+        if isinstance(chunks, Partition):
+            for m in chunks.modules:
+                self.tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
+        else:
+            self.tell(chunks.explain())
+        return chunks
+
+    def _search(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
+        """Chunks are built before the first batch is read, so they are judged by a published mix, packed to the model's
+        sequence length."""
+        config = self.config
+        batches = load_workload(workload, model, 2, self.loop.num_microbatches, self.loop.seed)
+        setting = Setting(
+            model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload
+        )
+        if self.entry.mixed is not None:
+            return tuned_choice(self.entry, setting)
+        return searched_partition(setting, _PARTITION_SECONDS)
