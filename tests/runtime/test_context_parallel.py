@@ -52,15 +52,15 @@ def assert_equal(theirs, answers):
     assert any("all_gather" in name and len(who) == 2 for answer in answers for name, who in answer[3])
 
 
-SEGMENTS = {"vision": ((1, 1), (0, 1)), "language": ((1, 1), (1, 1))}
+VISION, LANGUAGE = ((1, 1), (0, 1)), ((1, 1), (1, 1))
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case((3, 0, 2), text=13, rotary=True, per_token_loss=True, **SEGMENTS),
+        Case((3, 0, 2), VISION, LANGUAGE, text=13, rotary=True, per_token_loss=True),
         Case((2, 1), text=10, micro_batch_size=2, per_token_loss=True),
-        Case((3, 0, 2), packed=4, rotary=True, per_token_loss=True, **SEGMENTS),
+        Case((3, 0, 2), VISION, LANGUAGE, packed=4, rotary=True, per_token_loss=True),
     ],
     ids=["a length that doesn't divide", "two samples", "packed samples"],
 )

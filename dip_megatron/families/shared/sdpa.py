@@ -71,8 +71,8 @@ class SdpaAttention(MegatronModule):
             if packed_seq_params is None:
                 return self._over_context(query, key, value, (query.shape[0],), (query.shape[0] * ranks,), causal)
             here, lengths = shares_of(packed_seq_params, ranks)
-            one = (x.unsqueeze(1) for x in (query, key, value))
-            return self._over_context(*one, here, lengths, causal).squeeze(1)
+            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+            return self._over_context(query, key, value, here, lengths, causal).squeeze(1)
         if packed_seq_params is None:
             return self._attend(query, key, value, causal)
         queries, keys = lengths_of(packed_seq_params)
