@@ -205,7 +205,7 @@ class _Search:
             ]
             layer = (whole - sum(ends)) / shape.layers
             last = int(_meets_behind(shape, self.pricer.model.parallel))
-            loads.append(ModuleLoad(shape.name, shape.layers, segments, layer, *ends, last=last))
+            loads.append(ModuleLoad(shape.name, shape.layers, segments, layer, ends[0], ends[1], last))
         return loads
 
     def _judge(self, partition: Partition) -> float:
