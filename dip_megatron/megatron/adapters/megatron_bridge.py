@@ -120,7 +120,7 @@ class MegatronBridge:
 
     def _setup(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def setup(state: Any, *rest: Any, **kwargs: Any) -> Any:
-            self._session = None
+            self._session = self._hooks.pairing = None
             try:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
