@@ -20,6 +20,7 @@ VERBS = {
     "check": "verify plan files",
     "trace": "draw a plan as a Perfetto trace",
     "plot": "draw a plan as a picture",
+    "rehearse": "run a job's processes on this machine before it has its GPUs",
     "report": "show a run or a plan in a browser",
     "doctor": "say what works in this environment, and what doesn't",
     "profile": "measure this device, calibrate the cost model",

@@ -29,6 +29,14 @@ class ModuleConfig(BaseModel):
     layers: list[list[int]] | None = Field(None, description="layers per chunk, [segment][pipeline rank]")
     segments: int | None = Field(None, ge=1, description="number of segments K, layers spread evenly")
     unit_size: int | None = Field(None, ge=1, description="most instances in a sub-microbatch (null: all)")
+    placement: Literal["segmented", "replicated"] | None = Field(
+        None, description="segmented: cut over all ranks; replicated: whole on every rank, each of which encodes some "
+        "of the sub-microbatches; null: by layers, or the partitioner's choice")  # fmt: skip
+
+    @property
+    def gives_layers(self) -> bool:
+        """Whether it says which layers stand where."""
+        return self.layers is not None or self.segments is not None or self.placement == "replicated"
 
 
 class DipConfig(BaseModel):

@@ -24,7 +24,8 @@ FOLDER = Path(__file__).parent / "configs" / "train"
 
 class Planned(BaseModel):
     """What the plans of the recipe's batches say: mean seconds an iteration and their lower bound; 1e9 bytes that each
-    pipeline rank holds at its fullest, activations of the largest batch included."""
+    pipeline rank holds at its fullest, activations of the largest batch included; by name of the schedule, mean seconds
+    without DIP, where that fits."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
@@ -32,6 +33,7 @@ class Planned(BaseModel):
     iteration_seconds: PositiveFloat
     lower_bound_seconds: PositiveFloat
     memory_gb: Annotated[list[PositiveFloat], Field(min_length=1)]
+    without_dip: dict[str, PositiveFloat] = Field(default_factory=dict)
 
 
 class _File(BaseModel):

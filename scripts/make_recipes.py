@@ -21,10 +21,12 @@ from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.partition import read_partition, write_partition
 from dip_megatron.describe.workload import load_workload
-from dip_megatron.planner.facade import Effort, Setting, make_planner, searched_partition
-from dip_megatron.recipes import FOLDER, dip_settings, load_recipe, megatron_flags, recipe_names
+from dip_megatron.planner.facade import DoesNotFitError, Effort, Setting, make_planner, searched_partition
+from dip_megatron.recipes import FOLDER, Planned, dip_settings, load_recipe, megatron_flags, recipe_names
+from dip_megatron.schedulers import BaselineError
 
 BATCHES = 2
+WITHOUT_DIP = ("encoder-first-stage", "megatron-interleaved")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 BEGIN, END = "<!-- table: made by scripts/make_recipes.py -->", "<!-- end of table -->"
 MARK = "# From here on made by scripts/make_recipes.py; simulated, not measured.\n"
@@ -57,10 +59,25 @@ def make(name: str, budget: float, search: float, again: bool) -> None:
         "iteration_seconds": round(float(np.mean([p.iteration_time for p in plans])), 3),
         "lower_bound_seconds": round(float(np.mean([p.lower_bound for p in plans])), 3),
         "memory_gb": [round(max(p.peak_bytes[r] for p in plans) / 1e9, 1) for r in range(model.parallel.pp)],
+        "without_dip": without_dip(setting),
     }
     made = yaml.safe_dump({"planned": planned}, sort_keys=False, default_flow_style=None, width=120)
     path.write_text(told + MARK + made, encoding="utf-8")
     print(f"{name}: {planned}", flush=True)
+
+
+def without_dip(setting: Setting) -> dict[str, float]:
+    """Mean seconds under each of the static schedules that fits, tuned on the very batches."""
+    found = {}
+    for name in WITHOUT_DIP:
+        try:
+            planner = make_planner(name, setting, Effort())
+            plans = [planner(batch.microbatches) for batch in setting.batches]
+        except (BaselineError, DoesNotFitError):
+            continue
+        if all(plan.fits for plan in plans):
+            found[name] = round(float(np.mean([plan.iteration_time for plan in plans])), 3)
+    return found
 
 
 def write_table() -> None:
@@ -72,7 +89,8 @@ def write_table() -> None:
 
 def table() -> str:
     """All recipes as Markdown."""
-    head = ["recipe", "GPUs", "data mix", "s/iteration", "bound", "GB/rank of limit", "parts"]
+    head = ["recipe", "GPUs", "data mix", "s/iteration", "bound", *(f"`{n}`" for n in WITHOUT_DIP), "GB/rank of limit",
+            "parts"]  # fmt: skip
     rows = [head, ["---"] * len(head)]
     for recipe in map(load_recipe, recipe_names()):
         p, planned = recipe.model.parallel, recipe.planned
@@ -83,11 +101,18 @@ def table() -> str:
                 f"{recipe.workload}, {recipe.microbatches} microbatches",
                 f"{planned.iteration_seconds:.2f}",
                 f"{planned.lower_bound_seconds:.2f}",
+                *(_without(planned, n) for n in WITHOUT_DIP),
                 f"{max(planned.memory_gb):.1f} of {recipe.cluster.usable_bytes / 1e9:.0f}",
                 "some lacking" if recipe.lacks else "all there",
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _without(planned: Planned, name: str) -> str:
+    if not planned.without_dip:
+        return "-"
+    return f"{planned.without_dip[name]:.2f}" if name in planned.without_dip else "doesn't fit"
 
 
 def main() -> None:

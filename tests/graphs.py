@@ -91,6 +91,11 @@ def random_graph(
             )
         turned = tuple(bool(x) for x in rng.random(segments) < 0.5) if turning else ()
         modules.append(ModalityModule(name, layers, upstream, trainable, turned))
+    placing = np.random.default_rng((seed, 1))  # of its own, so that all other graphs stay as they were
+    copied = ranks > 1 and chains[0][0] == "vision" and bool(placing.random() < 0.3)
+    if copied:
+        trains = tuple((modules[0].trains(modules[0].segments - 1, ranks - 1),) * ranks for _ in range(1))
+        modules[0] = ModalityModule("vision", ((2,) * ranks,), (), () if all(trains[0]) else trains, (), True)
     units: list[Unit] = []
     for m in range(microbatches):
         members: dict[str, list[int]] = {}
@@ -110,7 +115,12 @@ def random_graph(
             first += sizes[name]
         for name, _ in chains:
             downstream = tuple(v for n, up in chains if name in up for v in members[n])
-            units.extend(Unit(i, name, m, j, 1, downstream) for j, i in enumerate(members[name]))
+            units.extend(
+                Unit(
+                    i, name, m, j, 1, downstream, int(placing.integers(ranks)) if copied and name == "vision" else None
+                )
+                for j, i in enumerate(members[name])
+            )
     module_of = {m.name: m for m in modules}
     rows = sum(module_of[u.module].segments for u in units)
     speed = {m.name: float(rng.uniform(2.0, 12.0)) for m in modules}
@@ -152,6 +162,8 @@ def random_graph(
         static_bytes=np.round(rng.uniform(1e9, 2e9, ranks)),
         memory_limit=np.full(ranks, np.inf),
     )
+    for array in (forward, backward, weight, fused, activation, deferred_activation):
+        array[:, graph.is_idle] = 0.0
     # Frozen chunks have no weight gradient to pay for.
     frozen_mask = ~graph.has_weight[None] | np.zeros_like(weight, dtype=bool)
     weight[frozen_mask] = 0.0

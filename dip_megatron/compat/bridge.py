@@ -25,6 +25,7 @@ TESTED = (0, 6)
 _VISION = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 _QWEN3 = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl"
 _SIGLIP = "transformers.models.siglip.modeling_siglip"
+_PIXTRAL = "transformers.models.pixtral.modeling_pixtral"
 _OMNI = "megatron.bridge.models.qwen_omni.modeling_qwen25_omni.thinker_model"
 TOPIC = Topic(
     "Models of Megatron-Bridge in segments",
@@ -59,6 +60,12 @@ TOPIC = Topic(
             ),
         ),
         Name("megatron.bridge.models.glm_vl.modeling_glm_45v:GLM45VModel", has=("visual", "language_model", "freeze")),
+        Name(f"{_PIXTRAL}:PixtralVisionModel", has=("patch_conv", "ln_pre", "transformer")),
+        Name(f"{_PIXTRAL}:PixtralAttentionLayer", has=("attention", "feed_forward")),
+        Name(
+            "megatron.bridge.models.ministral3.modeling_ministral3:Ministral3Model",
+            has=("vision_tower", "multi_modal_projector", "get_image_features", "language_model", "freeze"),
+        ),
         Name(
             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni:Qwen2_5OmniAudioEncoder",
             has=("conv1", "conv2", "audio_bos_eos_token", "layers", "ln_post", "proj", "num_mel_bins"),

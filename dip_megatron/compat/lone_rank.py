@@ -7,6 +7,8 @@ Importing ``fake_pg`` registers their backend.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +19,7 @@ TOPIC = Topic(
     "process groups that move nothing",
     "torch",
     "2.13.0, 2.15.0",
-    "`dip estimate` can't run a script",
+    "`dip estimate` can't run a script, `dip rehearse` no job",
     (Name("torch.testing._internal.distributed.fake_pg:FakeStore"),),
 )
 
@@ -44,3 +46,24 @@ def pretend_world(size: int) -> None:
     dist.init_process_group, dist.new_group = init_process_group, group
     dist.all_gather_object = all_gather_object
     dist.broadcast_object_list = lambda *_, **__: None
+
+
+@contextmanager
+def groups_that_move_nothing() -> Iterator[None]:
+    """Within, process groups know their ranks and nothing more, and a rank makes those it is a member of alone: a loop
+    that asks groups who is in them can be run by hundreds of processes of one machine."""
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers the backend
+
+    new_group = dist.new_group
+
+    def group(ranks: Any = None, *_: Any, **__: Any) -> Any:
+        members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
+        if dist.get_rank() not in members:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        return new_group(members, backend="fake", use_local_synchronization=True)
+
+    dist.new_group = group
+    try:
+        yield
+    finally:
+        dist.new_group = new_group

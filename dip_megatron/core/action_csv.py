@@ -38,6 +38,8 @@ class _Chain:
         """Raises ActionCsvError if the graph is no chain of stages for whole microbatches."""
         self.graph = graph
         for before, module in zip((None, *graph.modules), graph.modules, strict=False):
+            if module.replicated:
+                raise ActionCsvError(f"module {module.name} is replicated: the CSV knows one chain of stages")
             if module.upstream != (() if before is None else (before.name,)):
                 fed = ", ".join(module.upstream) or "nothing"
                 raise ActionCsvError(f"module {module.name} is fed by {fed}: the CSV knows one chain of stages")

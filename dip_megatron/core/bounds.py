@@ -6,7 +6,7 @@ at least f, b and w on a stage, b not before F is done and w not before b is, wh
 whatever its strategies are; so a bound of the relaxed problem with these durations, in which ranks may interrupt
 operations, holds for every plan. Without ``split`` (no plan splits a backward) b = t and w = 0.
 
-Three bounds, each valid by itself; the largest is returned.
+Four bounds, each valid by itself; the largest is returned.
 
 1. *Critical path, heads and tails.* The head of an operation is the longest path that must end before it starts, its
    tail the longest that must follow its end. Where paths join, everything that precedes has to run on its rank one
@@ -33,6 +33,14 @@ Three bounds, each valid by itself; the largest is returned.
    what it holds, but the plan takes the least tail of a forward. Where all forwards don't fit at once, the first
    backward comes before the last forward and both losses add. Alone, the first argument may also charge each forward
    run early for the longer backward of its strategy, and the second each backward run late for the longer forward.
+
+4. *Bytes held over time.* A stage holds its activations from the start of its forward to the end of its backward: at
+   least for both of these and the way there and back between them, h(c) byte-seconds under strategy c (and what waits
+   for a weight gradient as long as that takes). All of a rank's are held between its least head and its least tail
+   before the end, within the capacity A: the sum of h is at most A (T - head - tail). And T is at least the sum of what
+   the stages take, d(c), plus the losses of argument 2, in which forwards alone run. For any price x >= 0 of a
+   byte-second T (1 + x A) is at least losses + x A (head + tail) + the sum over stages of min over c of d(c) + x h(c).
+   A second form knows that memory takes time to fill and to drain; see :mod:`.lifetimes`.
 """
 
 from __future__ import annotations
@@ -44,6 +52,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .graph import Floats, Ints, StageGraph
+from .lifetimes import held_memory
 from .simulate.compiled import compiled
 from .simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT, GraphArrays, graph_arrays
 
@@ -226,7 +235,7 @@ def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
     f, b, w, whole = _relaxed(g, split)
     operations = _Operations(g, f, b, w)
     head, tail = operations.heads(turned=False), operations.heads(turned=True)
-    real = np.concatenate([np.ones(virtual_microbatches * ranks, dtype=bool), g.has_backward, g.has_backward & (w > 0)])
+    real = np.concatenate([~graph.is_idle.reshape(-1), g.has_backward, g.has_backward & (w > 0)])
     bound = float((head + operations.length + tail)[real].max())
     buffers = np.zeros(operations.count), np.zeros(operations.count, dtype=np.int32)
     for p in range(ranks):
@@ -241,8 +250,13 @@ def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
     lost = np.maximum(filling + end, start + np.maximum(least_tail, draining))
     lost = np.maximum(lost, np.maximum(early[1] + least_tail, late[1]))
     lost = np.where(both, np.maximum(lost, start + end), lost)
+    nodes = virtual_microbatches * ranks
+    order = operations.order[operations.order < nodes]
     # Sums of floats: stay on the safe side of rounding.
     seconds = max(bound, float((work + lost).max())) * (1.0 - 1e-12)
+    idle = np.stack([filling, least_tail])
+    held = held_memory(graph, g, order, (f, b), whole, head[:nodes], idle, seconds, split=split)
+    seconds = max(seconds, float(held.max()) * (1.0 - 1e-12))
     return Bounded(seconds, per_rank[0], per_rank[1], per_rank[2], filling, least_tail)
 
 
@@ -257,7 +271,8 @@ def _filling(graph: StageGraph, least: Sequence[Floats], split: bool) -> tuple[F
     trained = bool(graph.has_backward.all())
     for upper in closed_sets(graph):
         inside = np.isin(module, list(upper))
-        if not inside.any() or not _all_lead_to(graph, inside):
+        whole = any(graph.modules[i].replicated for i in upper)  # a unit of it has passed no rank before its own
+        if whole or not inside.any() or not _all_lead_to(graph, inside):
             continue
         filling = np.maximum(filling, _passing(least[0], inside, graph.transfer))
         if not split and trained:
@@ -308,7 +323,7 @@ def _memory(
     f, b, w = least
     for p in range(ranks):
         room = float(graph.memory_limit[p] - graph.static_bytes[p])
-        n = np.arange(p, nodes, ranks)
+        n = np.arange(p, nodes, ranks)[~graph.is_idle[:, p]]
         if not np.isfinite(room) or not g.has_backward[n].all():
             continue
         size, deferred_activation = g.activation[:, n], g.deferred_activation[:, n]

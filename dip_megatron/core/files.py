@@ -87,14 +87,14 @@ def format_plan(plan: Plan) -> str:
         "modules": [
             {
                 "name": m.name, "segments": m.segments, "layers": m.layers, "trainable": m.trainable,
-                "upstream": m.upstream, "reversed": m.reversed,
+                "upstream": m.upstream, "reversed": m.reversed, **({"replicated": True} if m.replicated else {}),
             }
             for m in graph.modules
         ],
         "units": [
             {
                 "id": u.id, "module": u.module, "microbatch": u.microbatch, "instances": [u.first, u.count],
-                "downstream": u.downstream,
+                "downstream": u.downstream, **({} if u.rank is None else {"rank": u.rank}),
             }
             for u in graph.units
         ],
@@ -140,7 +140,12 @@ def parse_plan(line: str) -> Plan:
     record = _validated(load_line(line, PlanFileError))
     modules = tuple(
         ModalityModule(
-            m.name, tuple(map(tuple, m.layers)), tuple(m.upstream), tuple(map(tuple, m.trainable)), tuple(m.reversed)
+            m.name,
+            tuple(map(tuple, m.layers)),
+            tuple(m.upstream),
+            tuple(map(tuple, m.trainable)),
+            tuple(m.reversed),
+            m.replicated,
         )
         for m in record.modules
     )
@@ -249,7 +254,7 @@ def _unit(place: int, record: UnitRecord) -> Unit:
     if record.id != place:
         raise PlanFileError(f"units[{place}].id: {record.id} stands at place {place}; ids are positions")
     first, count = record.instances
-    return Unit(record.id, record.module, record.microbatch, first, count, tuple(record.downstream))
+    return Unit(record.id, record.module, record.microbatch, first, count, tuple(record.downstream), record.rank)
 
 
 def _length(place: str, values: Sequence[object], expected: int, of: str) -> None:

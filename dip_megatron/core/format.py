@@ -31,6 +31,9 @@ class ModuleRecord(Strict):
     trainable: Annotated[list[list[bool]], Field(description="[segment][rank]; empty: every chunk trains")]
     upstream: Annotated[list[Name], Field(description="modules whose outputs feed the first segment")]
     reversed: Annotated[list[bool], Field(description="[segment]: runs from the last rank to rank 0; empty: none does")]
+    replicated: Annotated[
+        bool, Field(description="whole on every rank, in one segment; each of its units runs on one rank")
+    ] = False
 
 
 class UnitRecord(Strict):
@@ -41,6 +44,7 @@ class UnitRecord(Strict):
     microbatch: Count
     instances: Annotated[list[Count], Field(min_length=2, max_length=2)]
     downstream: Annotated[list[Count], Field(description="ids of the downstream units that wait for this one")]
+    rank: Annotated[Count | None, Field(description="where a unit of a replicated module runs")] = None
 
 
 class StageTimes(Strict):

@@ -99,12 +99,16 @@ class StageGraph:
                 raise GraphError(f"module {m.name}: reversed must name each of its {m.segments} segments")
             if not set(m.upstream) <= known:
                 raise GraphError(f"module {m.name}: upstream {m.upstream} must be listed before it, known: {known}")
+            if m.replicated and m.segments > 1:
+                raise GraphError(f"module {m.name}: a replicated module has one segment, got {m.segments}")
             known.add(m.name)
         for i, u in enumerate(self.units):
             if u.id != i:
                 raise GraphError(f"unit {u.id} stands at place {i}; ids must be positions")
             if u.module not in known:
                 raise GraphError(f"unit {i}: unknown module {u.module!r}")
+            if (u.rank is not None) != self.module(u.module).replicated or not 0 <= (u.rank or 0) < self.ranks:
+                raise GraphError(f"unit {i}: rank must be one of {self.ranks} if and only if {u.module} is replicated")
             for v in u.downstream:
                 if not 0 <= v < len(self.units) or u.module not in self.module(self.units[v].module).upstream:
                     raise GraphError(f"unit {i} ({u.module}) cannot feed unit {v}")
@@ -181,17 +185,38 @@ class StageGraph:
         ]
         return np.array(flags, dtype=np.bool_)
 
+    @cached_property
+    def only_rank(self) -> Ints:
+        """``[S]``: the one rank on which it runs, of a replicated module; -1 for one that passes over all ranks."""
+        ranks = np.array([-1 if u.rank is None else u.rank for u in self.units], dtype=np.int32)
+        return ranks[self.unit_of]
+
+    @cached_property
+    def is_idle(self) -> NDArray[np.bool_]:
+        """``[S, P]``: stages of a replicated module on ranks where their unit doesn't run. They take no time, wait for
+        nothing and have no backward; they are there so that every rank's order holds every virtual microbatch."""
+        only = self.only_rank[:, None]
+        idle: NDArray[np.bool_] = (only >= 0) & (only != np.arange(self.ranks, dtype=np.int32))
+        return idle
+
     def entry_rank(self, virtual_microbatch: int) -> int:
         """The rank where its forward starts (and its backward ends)."""
-        return self.ranks - 1 if self.is_reversed[virtual_microbatch] else 0
+        only = int(self.only_rank[virtual_microbatch])
+        return only if only >= 0 else self.ranks - 1 if self.is_reversed[virtual_microbatch] else 0
 
     def exit_rank(self, virtual_microbatch: int) -> int:
         """The rank where its forward ends (and its backward starts)."""
-        return 0 if self.is_reversed[virtual_microbatch] else self.ranks - 1
+        only = int(self.only_rank[virtual_microbatch])
+        return only if only >= 0 else 0 if self.is_reversed[virtual_microbatch] else self.ranks - 1
 
     def link_transfer(self, before: int, after: int) -> float:
-        """Seconds from the last stage of ``before`` to the first of ``after``: nothing travels at a turn."""
-        return 0.0 if self.is_reversed[before] != self.is_reversed[after] else float(self.transfer[before])
+        """Seconds from the last stage of ``before`` to the first of ``after``: nothing travels at a turn, nor from a
+        replicated module to what stands on the same rank."""
+        if self.only_rank[before] >= 0 or self.only_rank[after] >= 0:
+            stays = self.exit_rank(before) == self.entry_rank(after)
+        else:
+            stays = bool(self.is_reversed[before] != self.is_reversed[after])
+        return 0.0 if stays else float(self.transfer[before])
 
     # -- the dependency rule -------------------------------------------------------------------------------------
     @cached_property
@@ -220,8 +245,9 @@ class StageGraph:
     def edges(self) -> Edges:
         """The dependency rule, from which all others follow: what each stage's forward waits for.
 
-        The previous rank's F; on the entry rank (rank 0; the last rank if the segment is reversed) the F of every
-        previous virtual microbatch on its exit rank. :meth:`inputs` says what that means for backwards.
+        The previous rank's F; on the entry rank (rank 0; the last rank if the segment is reversed; of a replicated
+        module the unit's own) the F of every previous virtual microbatch on its exit rank. :meth:`inputs` says what
+        that means for backwards.
         """
         ranks, transfer = self.ranks, self.transfer.tolist()
         into: list[list[tuple[int, float]]] = [[] for _ in range(self.virtual_microbatches * ranks)]
@@ -231,7 +257,7 @@ class StageGraph:
                 (q * ranks + self.exit_rank(q), self.link_transfer(q, s)) for q in self.previous_virtual_microbatches[s]
             ]
             for p in range(ranks):
-                if p != entry:
+                if p != entry and self.only_rank[s] < 0:
                     into[s * ranks + p].append((s * ranks + p - step, transfer[s]))
         counts = [len(edges) for edges in into]
         source = np.array([n for edges in into for n, _ in edges], dtype=np.int32)
@@ -250,14 +276,13 @@ class StageGraph:
     def has_weight(self) -> NDArray[np.bool_]:
         """``[S, P]``: the stage's chunk is trainable."""
         ranks = range(self.ranks)
-        return self._by_chunk(
-            {m.name: [[m.trains(k, r) for r in ranks] for k in range(m.segments)] for m in self.modules}
-        )
+        trains = {m.name: [[m.trains(k, r) for r in ranks] for k in range(m.segments)] for m in self.modules}
+        return self._by_chunk(trains) & ~self.is_idle
 
     @cached_property
     def has_backward(self) -> NDArray[np.bool_]:
         """``[S, P]``: the stage's chunk or anything before it in the model trains (whatever the batch holds)."""
-        return self._by_chunk(trained_before(self.modules)) | self.has_weight
+        return (self._by_chunk(trained_before(self.modules)) & ~self.is_idle) | self.has_weight
 
     def _by_chunk(self, flags: dict[str, list[list[bool]]]) -> NDArray[np.bool_]:
         """``[S, P]`` of flags ``[segment][rank]`` of each module."""
@@ -351,6 +376,7 @@ class StageGraph:
 
 _STRUCTURE = (
     "_module_by_name", "first_virtual_microbatch", "virtual_microbatches", "unit_of", "is_reversed",
+    "only_rank", "is_idle",
     "previous_virtual_microbatches", "next_virtual_microbatches", "edges", "has_weight", "has_backward", "_neighbours",
 )  # fmt: skip
 """Cached properties of a graph that its costs don't matter to."""

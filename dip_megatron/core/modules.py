@@ -14,7 +14,9 @@ class ModalityModule:
     outputs feed this module's first segment. ``trainable[segment][rank]`` says whether the chunk has weight gradients
     (a frozen ViT with a trained projector is trainable in its very last chunk only); empty means all of it.
     ``reversed[segment]`` is True for a segment that runs from the last rank to rank 0 (the second half of a V-shaped
-    placement); empty means that none does.
+    placement); empty means that none does. A ``replicated`` module stands whole on every rank, in one segment
+    (``layers[0][rank]`` are all of its layers); each of its units runs on one rank, and what they leave of weight
+    gradients is summed over the ranks.
     """
 
     name: str
@@ -22,6 +24,7 @@ class ModalityModule:
     upstream: tuple[str, ...] = ()
     trainable: tuple[tuple[bool, ...], ...] = ()
     reversed: tuple[bool, ...] = ()
+    replicated: bool = False
 
     @property
     def segments(self) -> int:
@@ -46,8 +49,8 @@ def trained_before(modules: Sequence[ModalityModule]) -> dict[str, list[list[boo
             ranks = range(len(line))
             for r in reversed(ranks) if m.runs_back(k) else ranks:
                 flags[m.name][k][r] = alive
-                alive = alive or m.trains(k, r)
-        reached[m.name] = alive
+                alive = alive or (m.trains(k, r) and not m.replicated)
+        reached[m.name] = alive or (m.replicated and any(m.trains(0, r) for r in range(len(m.layers[0]))))
     return flags
 
 
@@ -57,6 +60,7 @@ class Unit:
 
     ``id`` is its position in :attr:`StageGraph.units`. ``first`` and ``count`` say which instances (images, clips,
     packed sequences) of the microbatch it holds. ``downstream`` are the ids of the downstream units that wait for it.
+    ``rank`` is where a unit of a replicated module runs; None of any other, which passes over all ranks.
     """
 
     id: int
@@ -65,3 +69,4 @@ class Unit:
     first: int = 0
     count: int = 1
     downstream: tuple[int, ...] = ()
+    rank: int | None = None

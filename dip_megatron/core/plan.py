@@ -90,8 +90,8 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 over all that decides what ranks do and exchange: units, actions of all ranks, payload shapes."""
-        units = [(u.module, u.microbatch, u.first, u.count, u.downstream) for u in self.graph.units]
-        modules = [(m.name, m.layers, m.upstream, m.trainable, m.reversed) for m in self.graph.modules]
+        units = [(u.module, u.microbatch, u.first, u.count, u.downstream, u.rank) for u in self.graph.units]
+        modules = [(m.name, m.layers, m.upstream, m.trainable, m.reversed, m.replicated) for m in self.graph.modules]
         payloads = sorted(
             (key, [(t.name, t.shape, t.dtype, t.differentiable) for t in payload])
             for key, payload in self.payloads.items()

@@ -42,7 +42,7 @@ def verify(plan: Plan) -> None:
         )
     if plan.payloads:
         for s in range(graph.virtual_microbatches):
-            inner = [(s, r) for r in range(graph.ranks) if r != graph.exit_rank(s)]
+            inner = [(s, r) for r in range(graph.ranks) if r != graph.exit_rank(s) and not graph.is_idle[s, r]]
             for target, rank in inner + [(n, graph.exit_rank(s)) for n in graph.next_virtual_microbatches[s]]:
                 if plan.payload(s, target, rank) is None:
                     raise PlanError(f"no payload for virtual microbatch {s} to {target}")

@@ -49,7 +49,8 @@ class ModelFamily:
     """``model_class`` is what scripts construct. ``describe`` gives the planner's view of a blueprint, ``program`` its
     stages; both raise ValueError for what can't be segmented. ``workload`` names the mix (``configs/workloads``) by
     which the partitioner judges before the first batch is read. ``mixed_program`` None: its chunks can't mix modules,
-    as Megatron's own schedules and zero bubble need them of a model of several."""
+    as Megatron's own schedules and zero bubble need them of a model of several. ``replicates``: its program can hold
+    modules that feed others whole on every rank."""
 
     name: str
     model_class: type[torch.nn.Module]
@@ -58,3 +59,4 @@ class ModelFamily:
     workload: str
     recorded_methods: tuple[str, ...] = ()
     mixed_program: MakeMixedProgram | None = None
+    replicates: bool = False

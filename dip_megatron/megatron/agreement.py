@@ -50,7 +50,7 @@ class TrainingAgreement:
         self._reports: list[tuple[int, Report]] = []
         places = [(m, k) for m in self._modules for k in range(m.segments)]
         self._begins = [
-            k == 0 and rank == (len(m.layers[0]) - 1 if m.runs_back(0) else 0) for m, k in places
+            k == 0 and (m.replicated or rank == (len(m.layers[0]) - 1 if m.runs_back(0) else 0)) for m, k in places
         ]  # fmt: skip
 
     def news(self, chunks: Sequence[torch.nn.Module]) -> bytes:

@@ -19,6 +19,7 @@ from ..describe.files import ConfigurationError
 from ..describe.model import ModulePartition, MultimodalModel, Partition
 from ..describe.model.partition import spread
 from ..families.family import Blueprint, ModelFamily
+from ..planner.partitioning import Placements
 
 
 class ChunkList(list[torch.nn.Module]):
@@ -100,6 +101,34 @@ def _recording(family: ModelFamily, built: list[tuple[ModelFamily, Blueprint]]) 
             setattr(cls, name, original)
 
 
+def check_placement(model: MultimodalModel, config: DipConfig, family: ModelFamily) -> None:
+    """Raises ConfigurationError for a placement that the model can't have."""
+    for shape in model.modules:
+        own = config.modules.get(shape.name)
+        if own is None or own.placement != "replicated":
+            continue
+        fault = None
+        if own.layers is not None or own.segments is not None:
+            fault = "all of its layers stand on every rank; leave out layers and segments"
+        elif shape is model.modules[-1] or shape.upstream:
+            fault = "only encoders can stand on every rank; leave it out"
+        elif not family.replicates:
+            fault = f"models of family {family.name} can't be built so; leave it out"
+        elif model.parallel.coupled > 1:
+            fault = "replicas that share experts plan together, which this isn't part of; leave it out"
+        if fault is not None:
+            raise ConfigurationError(f"--dip-config: modules.{shape.name}.placement: replicated: {fault}")
+
+
+def placements(model: MultimodalModel, config: DipConfig, family: ModelFamily) -> Placements:
+    """Where the partitioner may place modules whose layers the configuration leaves to it: encoders anywhere, if they
+    can stand on every rank and it doesn't say."""
+    if not family.replicates or model.parallel.coupled > 1:
+        return {}
+    asked = {name: own.placement for name, own in config.modules.items()}
+    return {m.name: asked.get(m.name) or "either" for m in model.modules[:-1] if not m.upstream}
+
+
 def configured_partition(model: MultimodalModel, config: DipConfig) -> Partition | None:
     """The partition that the configuration fully gives; None if a module's layers are left to the partitioner.
 
@@ -114,8 +143,11 @@ def configured_partition(model: MultimodalModel, config: DipConfig) -> Partition
     parts = []
     for shape in model.modules:
         own = config.modules.get(shape.name)
-        if own is None or (own.layers is None and own.segments is None):
+        if own is None or not own.gives_layers:
             return None
+        if own.placement == "replicated":
+            parts.append(ModulePartition.whole(shape.name, shape.layers, model.parallel.pp, own.unit_size))
+            continue
         if own.layers is not None:
             layers = tuple(tuple(line) for line in own.layers)
         else:

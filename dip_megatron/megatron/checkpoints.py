@@ -130,7 +130,12 @@ def record(args: Any, chunks: Partition | StaticChoice) -> None:
     args.dip_partition = args.dip_stages = None
     if isinstance(chunks, Partition):
         args.dip_partition = {
-            m.module: {"layers": [list(line) for line in m.layers], "unit_size": m.unit_size} for m in chunks.modules
+            m.module: {
+                "layers": [list(line) for line in m.layers],
+                "unit_size": m.unit_size,
+                "replicated": m.replicated,
+            }
+            for m in chunks.modules
         }
         return
     args.dip_stages = {
@@ -197,7 +202,9 @@ def _recorded(entry: Mapping[str, Any] | None) -> Partition | None:
         return None
     return Partition(
         tuple(
-            ModulePartition(name, tuple(tuple(line) for line in m["layers"]), m["unit_size"])
+            ModulePartition(
+                name, tuple(tuple(line) for line in m["layers"]), m["unit_size"], m.get("replicated", False)
+            )
             for name, m in entry.items()
         )
     )

@@ -12,12 +12,13 @@ from ..config import DipConfig
 from ..describe.cost import Cluster, Costs
 from ..describe.model import ModulePartition, MultimodalModel, Partition
 from ..describe.workload import load_workload
+from ..families.family import ModelFamily
 from ..planner.facade import Setting, searched_partition
 from ..planner.from_file import PlanFile
 from ..planner.live import Chunks
 from ..schedulers.entry import ScheduleEntry
 from .adapters.loop import TrainingLoop
-from .build import configured_partition
+from .build import configured_partition, placements
 from .checkpoints import Checkpoint
 from .mixed import configured_choice, tuned_choice
 
@@ -36,7 +37,7 @@ class ChunkChoice:
     tell: Callable[[str], object]
 
     def chunks(
-        self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str,
+        self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, family: ModelFamily,
         checkpoint: Checkpoint | None,
     ) -> Chunks:  # fmt: skip
         """As configured, or those of the plan file, or of the checkpoint to go on from, or chosen for the schedule.
@@ -59,7 +60,7 @@ class ChunkChoice:
             if given is not None:
                 self.tell(f"going on with the checkpoint's partition:\n{given.explain()}")
         if given is None:
-            given = self._chosen(model, cluster, costs, workload)
+            given = self._chosen(model, cluster, costs, family)
         return given if isinstance(given, Partition) else given.partition(model) or given
 
     def _layout(self, model: MultimodalModel) -> Partition | None:
@@ -78,12 +79,12 @@ class ChunkChoice:
         self.tell(f"{model.modules[0].name}: layers {layout.layers}, as {layout} say")
         return partition
 
-    def _chosen(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
+    def _chosen(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, family: ModelFamily) -> Chunks:
         """On one rank, because a search may be timed."""
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                found = [self._search(model, cluster, costs, workload)]
+                found = [self._search(model, cluster, costs, family)]
             except Exception as error:  # told to all ranks, which would otherwise wait
                 found = [error]
         dist.broadcast_object_list(found, 0)
@@ -92,19 +93,21 @@ class ChunkChoice:
         chunks: Chunks = found[0]
         if isinstance(chunks, Partition):
             for m in chunks.modules:
-                self.tell(f"{m.module}: layers {m.layers}, sub-microbatches of {m.unit_size or 'all'}")
+                place = "on every rank" if m.replicated else f"layers {m.layers}"
+                self.tell(f"{m.module}: {place}, sub-microbatches of {m.unit_size or 'all'}")
         else:
             self.tell(chunks.explain())
         return chunks
 
-    def _search(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, workload: str) -> Chunks:
+    def _search(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, family: ModelFamily) -> Chunks:
         """Chunks are built before the first batch is read, so they are judged by a published mix, packed to the model's
         sequence length."""
         config = self.config
-        batches = load_workload(workload, model, 2, self.loop.num_microbatches, self.loop.seed)
+        batches = load_workload(family.workload, model, 2, self.loop.num_microbatches, self.loop.seed)
         setting = Setting(
-            model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload
-        )
+            model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload,
+            placements={} if self.loop.adapts else placements(model, config, family),
+        )  # fmt: skip
         if self.entry.mixed is not None:
             return tuned_choice(self.entry, setting)
         return searched_partition(setting, _PARTITION_SECONDS)

@@ -16,6 +16,7 @@ from ..core import Plan
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, RunnableStages
 from ..runtime.stages import IterationState, ModelStages, StageLookAhead
+from .copies import copied, sum_gradients
 from .gradients import GradientSynchronization
 from .parameters import ParameterSynchronization
 from .step import MegatronStep
@@ -59,6 +60,7 @@ class Iteration:
                     remaining[
                         graph.units[int(graph.unit_of[virtual_microbatch])].module, graph.segment(virtual_microbatch)
                     ] += 1
+        self._copies = [chunks[i] for i in copied(program.modules)]
         self._loss_rank = graph.ranks - 1 if loss_rank is None else loss_rank
         self._handed: list[Any] | None = None
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}
@@ -110,10 +112,15 @@ class Iteration:
 
     def finalize(self, pg_collection: Any = None, force_all_reduce: bool | None = False) -> None:
         """Megatron's end of an iteration: gradients reduced over replicas, shared embeddings added up, losses scaled by
-        tokens. Does nothing where the chunks' config has no function for it."""
+        tokens; nothing where the chunks' config has no function for it. Then those of modules that stand on every rank
+        are summed."""
+        if self._config.finalize_model_grads_func is not None:
+            self._finalize(pg_collection, force_all_reduce)
+        if self._copies:
+            sum_gradients(self._copies)
+
+    def _finalize(self, pg_collection: Any, force_all_reduce: bool | None) -> None:
         config, chunks = self._config, self._chunks
-        if config.finalize_model_grads_func is None:
-            return
         tokens = self._step.total_num_tokens
         if tokens is None:
             parameter = next(p for chunk in chunks for p in chunk.parameters())  # a chunk may have no layers

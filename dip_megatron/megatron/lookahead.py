@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.stages import ModelStandIn
+from .copies import copied
 
 
 class _Captured(Exception):
@@ -60,12 +62,25 @@ class _Recorder:
         return item
 
 
+class _First:
+    """A process group as its first rank sees it."""
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self._size
+
+
 def capture_microbatch(
     forward_step_func: Callable[..., Any],
     data_iterator: Iterator[Any] | None,
     chunk: torch.nn.Module,
     program: StageProgram,
-    stand_in: type[ModelStandIn] = ModelStandIn,
+    kind: type[ModelStandIn] = ModelStandIn,
 ) -> MicrobatchInputs:
     """Read one microbatch. Raises StopIteration when the data has ended, ValueError for what can't be segmented."""
     captured: dict[str, Any] = {}
@@ -75,8 +90,14 @@ def capture_microbatch(
         raise _Captured
 
     recorder = None if data_iterator is None else _Recorder(data_iterator)
+    stand_in = kind(chunk, call)
+    if copied(program.modules):
+        # Steps keep pixels for the first stage, which they know by the model's groups; here every rank encodes.
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        stand_in.pg_collection = copy.copy(groups)
+        stand_in.pg_collection.pp = _First(groups.pp.size())
     try:
-        forward_step_func(recorder, stand_in(chunk, call))
+        forward_step_func(recorder, stand_in)
     except _Captured:
         return MicrobatchInputs(captured, None if recorder is None else recorder.items)
     raise ValueError(

@@ -45,9 +45,10 @@ from ..runtime.watch import Watchdog
 from ..schedulers.entry import ScheduleEntry
 from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
-from .build import ChunkList, record_blueprint
+from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
 from .chunks import ChunkChoice
+from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_ranks, experts_of
 from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
@@ -128,12 +129,13 @@ class DipSession:
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
             model = family.describe(blueprint, loop.parallel)
+            check_placement(model, self._config, family)
             check_entry(self._entry, model, family, loop.num_microbatches)
             cluster = _cluster(self._config)
             costs = None if self._config.costs is None else Costs.load(self._config.costs)
             checkpoint = loop.checkpoint()
             choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
-            held = choice.chunks(model, cluster, costs, family.workload, checkpoint)
+            held = choice.chunks(model, cluster, costs, family, checkpoint)
             for sentence in (loop.record(held), checkpoint and checkpoint.compare(held)):
                 if sentence:
                     _tell(sentence)
@@ -152,6 +154,7 @@ class DipSession:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
             check_experts(configs_of_experts(chunks), loop.parallel)  # however a family is told of them
+            begin_alike([chunks[i] for i in copied(self._program.modules)])
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
             self._own = {id(chunk): chunk for chunk in chunks}
@@ -268,25 +271,24 @@ class DipSession:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         pipeline = self._pipeline()
         rank = pipeline.index(dist.get_rank())
-        clock = Clock(device)
+        clock = self._clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
-        executor = Executor(
-            rank, choose_transport(pipeline, rank, device, config.timeout_seconds, exchange), clock,
-            alone=self._loop.parallel.tp == self._loop.parallel.cp == 1,
-        )  # fmt: skip
+        executor = self._executor(pipeline, rank, clock, exchange, device)
         corrects = config.recalibrate and self._coupled is None
         delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
         recorder = None
-        progress = self._progress(exchange)
-        consumers: list[IterationConsumer] = [progress.record]
+        consumers = self._consumers(exchange)
         if config.trace_dir is not None:
             recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange, about_run(config))
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
         self._closing.callback(self._close, delivery, watchdog, recorder)
-        for chunk in self._own.values():  # what a loop has put into them since, adapters for one
+        chunks = list(self._own.values())
+        for i in copied(program.modules):
+            check_unchanged(chunks[i], self._built[i])
+        for chunk in chunks:  # what a loop has put into them since, adapters for one
             deferred_linear.install(chunk, program.mode)
         return DipForwardBackward(
             program, executor, delivery, clock,
@@ -300,6 +302,24 @@ class DipSession:
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
             built=self._built,
         )  # fmt: skip
+
+    def _clock(self, device: torch.device) -> Clock:
+        return Clock(device)
+
+    def _executor(
+        self, pipeline: list[int], rank: int, clock: Clock, exchange: GlooExchange, device: torch.device
+    ) -> Executor:
+        """What runs plans here; ``exchange`` is among the ``pipeline``'s global ranks."""
+        assert self._program is not None
+        transport = choose_transport(
+            pipeline, rank, device, self._config.timeout_seconds, exchange,
+            replicated=bool(copied(self._program.modules)),
+        )  # fmt: skip
+        return Executor(rank, transport, clock, alone=self._loop.parallel.tp == self._loop.parallel.cp == 1)
+
+    def _consumers(self, exchange: GlooExchange) -> list[IterationConsumer]:
+        """Who is told of every training iteration."""
+        return [self._progress(exchange).record]
 
     def _exchanges(self, delivery: PlanDelivery, device: torch.device) -> ExchangesAhead | None:
         """Between replicas, where there are several."""

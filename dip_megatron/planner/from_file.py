@@ -67,7 +67,9 @@ class PlanFile:
 
         Raises ConfigurationError if they are not this model's.
         """
-        partition = Partition(tuple(ModulePartition(m.name, m.layers, self._unit_size(m.name)) for m in self.modules))
+        partition = Partition(
+            tuple(ModulePartition(m.name, m.layers, self._unit_size(m.name), m.replicated) for m in self.modules)
+        )
         try:
             partition.check(model)
         except ModelError as error:
@@ -92,7 +94,7 @@ class PlanFile:
                 "the --dip-schedule that they are for"
             )
         for mine, built in zip(self.modules, modules, strict=True):
-            for what in ("layers", "upstream", "reversed"):
+            for what in ("layers", "upstream", "reversed", "replicated"):
                 said, found = _property(mine, what), _property(built, what)
                 if said != found:
                     raise ConfigurationError(

@@ -59,10 +59,13 @@ def greedy(graph: StageGraph) -> Schedule:
             virtual_microbatch, p = divmod(n, ranks)
             lines[p].arrives(backward, virtual_microbatch, arrival[backward][n])
 
+    idle = graph.is_idle.reshape(-1).tolist()
     for n in range(nodes):
-        if not waits[0][n]:
+        if idle[n]:
+            lines[n % ranks].order.append(int(Kind.F) * virtual_microbatches + n // ranks)
+        elif not waits[0][n]:
             lines[n % ranks].arrives(False, n // ranks, 0.0)
-    remaining = nodes + sum(trains)
+    remaining = nodes - sum(idle) + sum(trains)
     while remaining:
         p = min(range(ranks), key=lambda r: lines[r].next()[0])
         start, backward, virtual_microbatch = lines[p].next()

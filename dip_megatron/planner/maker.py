@@ -152,6 +152,8 @@ def payloads(
             unit = graph.units[int(graph.unit_of[s])]
             load = loads[unit.microbatch]
             for r in range(graph.ranks):
+                if graph.is_idle[s, r]:
+                    continue
                 payload = shapes.stage_payload(graph.operation(Kind.F, s, r), unit, load)
                 sent = settled(payload, bool(trains[s, r]))
                 for target in graph.next_virtual_microbatches[s] if r == graph.exit_rank(s) else (s,):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+import numpy as np
 
 from ..core import StageGraph
 from ..describe.cost import Cluster, CostModel, Costs, segmented_graph, unit_sizes
+from ..describe.cost.static import run_bytes
 from ..describe.model import ModulePartition, ModuleShape, MultimodalModel, Parallel, Partition, spread
 from ..describe.partition.layers import ModuleLoad, balance_layers, rank_loads
 from ..describe.partition.unit_size import UnitSize, efficient_unit_size, mean_instance, module_seconds, times
@@ -21,6 +24,9 @@ Judge = Callable[[StageGraph], float]
 """Predicted iteration time (seconds) of a stage graph; inf if it doesn't fit in memory."""
 
 Item = TypeVar("Item")
+
+Placement = Literal["segmented", "replicated", "either"]
+Placements = Mapping[str, Placement]
 
 STAGE_WEIGHTS = (0.1, 1.0)
 MAX_SEGMENTS = 6
@@ -43,7 +49,8 @@ def greedy_judge(evaluations: int = 32, seed: int = 0) -> Judge:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What the search varies: per module segments and unit size; how much an even pace of stages counts."""
+    """What the search varies: per module segments (0: it stands whole on every rank) and unit size; how much an even
+    pace of stages counts."""
 
     segments: tuple[int, ...]
     sizes: tuple[int | None, ...]
@@ -71,6 +78,7 @@ def choose_partition(
     max_trials: int | None = None,
     judge: Judge | None = None,
     on_trial: Callable[[str, float], None] | None = None,
+    placements: Placements | None = None,
 ) -> Partition:
     """The partition with the least predicted iteration time on ``batches`` that a local search finds.
 
@@ -80,13 +88,13 @@ def choose_partition(
     endless budget the result is reproducible), or when no step or pair of steps helps. The seconds are this process's
     on a core, after a first trial for which kernels may have to be compiled, so that a first run or a busy machine
     doesn't choose worse; by the clock at most four times as many. ``on_trial`` hears of every trial (description,
-    seconds). Raises ValueError if nothing fits the memory.
+    seconds). ``placements`` by module name: whether it is cut over all ranks or stands whole on each, which then pays
+    for the sum of its gradients; without one it is cut. Raises ValueError if nothing fits the memory.
     """
     if not batches:
         raise ValueError("choosing a partition needs at least one batch to judge by")
-    return _Search(CostModel(model, cluster, costs), batches, memory_limit, judge, on_trial).run(
-        budget_seconds, max_trials
-    )
+    pricer = CostModel(model, cluster, costs)
+    return _Search(pricer, batches, memory_limit, judge, on_trial, placements or {}).run(budget_seconds, max_trials)
 
 
 def _microbatches(batches: Sequence[GlobalBatch]) -> list[Microbatch]:
@@ -132,7 +140,9 @@ class _Search:
         memory_limit: float | None,
         judge: Judge | None,
         on_trial: Callable[[str, float], None] | None,
+        placements: Placements,
     ) -> None:
+        self.placements = [placements.get(m.name, "segmented") for m in pricer.model.modules]
         self.pricer, self.batches, self.memory_limit, self.on_trial = pricer, batches, memory_limit, on_trial
         self.microbatches = _microbatches(batches)
         self.quick = judge or greedy_judge(32)
@@ -150,6 +160,8 @@ class _Search:
             _Setting((1,) * len(paper.modules), sizes, STAGE_WEIGHTS[0]),
             _Setting((1,) * len(paper.modules), (None,) * len(paper.modules), STAGE_WEIGHTS[0]),
         ]
+        starts = [self._whole(s, ("replicated",)) for s in starts]
+        starts += [self._whole(s, ("replicated", "either")) for s in starts]
         best = min(dict.fromkeys(starts), key=lambda s: self._judge(self.partition(s)))
         value = self._judge(self.partition(best))
         improved = True
@@ -170,8 +182,8 @@ class _Search:
     def _decide(self, paper: Partition) -> Partition:
         finalists = sorted(self.judged, key=lambda p: self.judged[p])[:FINALISTS]
         closely = {p: self._seconds(Partition(p), self.closer) for p in dict.fromkeys((*finalists, paper.modules))}
-        chosen = min(closely, key=lambda p: closely[p])
-        if closely[chosen] == inf:
+        chosen = min(closely, key=lambda p: (not self._allowed(p), closely[p]))
+        if closely[chosen] == inf or not self._allowed(chosen):
             raise ValueError(
                 "no partition fits the memory: every one tried needs more than a rank has, even with full recompute; "
                 "raise pp or tp, shard the optimizer over more replicas (dp), or shorten the microbatches"
@@ -181,13 +193,27 @@ class _Search:
     # -- trials --------------------------------------------------------------------------------------------------
     def partition(self, setting: _Setting) -> Partition:
         model, ranks = self.pricer.model, self.pricer.model.parallel.pp
-        loads = self._loads(setting)
-        rows = balance_layers(loads, ranks, setting.stage_weight)
+        # Units of modules that stand on every rank even out what the others leave.
+        cut = [load for load in self._loads(setting) if load.segments]
+        rows = {load.name: row for load, row in zip(cut, balance_layers(cut, ranks, setting.stage_weight), strict=True)}
         return Partition(
             tuple(
-                ModulePartition(m.name, row, size)
-                for m, row, size in zip(model.modules, rows, setting.sizes, strict=True)
+                ModulePartition(m.name, rows[m.name], size)
+                if m.name in rows
+                else ModulePartition.whole(m.name, m.layers, ranks, size)
+                for m, size in zip(model.modules, setting.sizes, strict=True)
             )
+        )
+
+    def _whole(self, setting: _Setting, placements: tuple[str, ...]) -> _Setting:
+        """``setting`` with the modules of these placements on every rank."""
+        segments = zip(setting.segments, self.placements, strict=True)
+        return replace(setting, segments=tuple(0 if placed in placements else k for k, placed in segments))
+
+    def _allowed(self, parts: tuple[ModulePartition, ...]) -> bool:
+        return all(
+            placed == "either" or p.replicated == (placed == "replicated")
+            for p, placed in zip(parts, self.placements, strict=True)
         )
 
     def _loads(self, setting: _Setting) -> list[ModuleLoad]:
@@ -219,7 +245,7 @@ class _Search:
         total = 0.0
         for batch in self.batches:
             graph = segmented_graph(self.pricer, partition, batch.microbatches, self.memory_limit)
-            total += judge(graph)
+            total += judge(graph) + copies_seconds(self.pricer, partition)
             if total == inf:
                 break
         return total / len(self.batches)
@@ -234,7 +260,9 @@ class _Search:
             for j in (at - 1, at + 1, at - 2, at + 2):
                 if 0 <= j < len(ladder) and ladder[j] != setting.sizes[i]:
                     yield replace(setting, sizes=_with(setting.sizes, i, ladder[j]))
-            for k in (setting.segments[i] + 1, setting.segments[i] - 1):
+            if self.placements[i] == "either":
+                yield replace(setting, segments=_with(setting.segments, i, 0 if setting.segments[i] else 1))
+            for k in (setting.segments[i] + 1, setting.segments[i] - 1) if setting.segments[i] else ():
                 if 1 <= k <= min(MAX_SEGMENTS, max(1, shape.layers // ranks)):
                     yield replace(setting, segments=_with(setting.segments, i, k))
         for weight in STAGE_WEIGHTS:
@@ -258,9 +286,11 @@ class _Search:
         else:
             out.append(f"The paper's rules give {_describe(paper.modules)}: {other:.3f} s.")
         out += [f"Paper's rules, {reason}" for reason in paper.reasons]
-        setting = _Setting(tuple(p.segments for p in chosen), tuple(p.unit_size for p in chosen), 0.0)
-        totals = [[sum(column) for column in zip(*p.layers, strict=True)] for p in chosen]
-        loads = rank_loads(self._loads(setting), totals)
+        setting = _Setting(
+            tuple(0 if p.replicated else p.segments for p in chosen), tuple(p.unit_size for p in chosen), 0.0
+        )
+        totals = [[sum(column) for column in zip(*p.layers, strict=True)] for p in chosen if not p.replicated]
+        loads = rank_loads([load for load in self._loads(setting) if load.segments], totals)
         mean = sum(loads) / len(loads)
         out.append(
             f"With stems, heads and loss counted, the most-loaded rank has {max(loads) / mean:.3f} times the mean work."
@@ -272,6 +302,22 @@ def _meets_behind(shape: ModuleShape, parallel: Parallel) -> bool:
     """Whether the module has experts behind its last layer (multi-token prediction's) that replicas share. Where they
     run, all must know that they meet there: by a layer with experts on the same chunk."""
     return bool(shape.mtp) and parallel.coupled > 1 and shape.kind(shape.layers - 1).experts
+
+
+def _segments(count: int) -> str:
+    return f"{count} segment{'s' * (count > 1)}"
+
+
+def copies_seconds(pricer: CostModel, partition: Partition) -> float:
+    """Seconds at the end of an iteration in which the gradients of modules that stand on every rank are summed over
+    them: an all-reduce around the ring sends each gradient, of four bytes, almost twice."""
+    ranks, total = pricer.model.parallel.pp, 0.0
+    for shape in (pricer.model.module(p.module) for p in partition.modules if p.replicated):
+        gradients = run_bytes(
+            pricer.model, pricer.cluster, shape, range(shape.layers), True, 1 + len(shape.taps)
+        ).gradients
+        total += float(pricer.transfer_seconds(np.array([2.0 * gradients * (ranks - 1) / ranks]))[0])
+    return total
 
 
 def _ladder(most: int) -> list[int | None]:
@@ -290,7 +336,7 @@ def _with(values: tuple[Item, ...], i: int, value: Item) -> tuple[Item, ...]:
 
 def _describe(parts: Sequence[ModulePartition]) -> str:
     return ", ".join(
-        f"{p.module} {p.segments} segment{'s' * (p.segments > 1)} of "
+        f"{p.module} {'on every rank, units' if p.replicated else _segments(p.segments)} of "
         f"{'whole microbatches' if p.unit_size is None else p.unit_size}"
         for p in parts
     )

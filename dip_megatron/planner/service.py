@@ -221,6 +221,12 @@ class PlannerService:
                 worker.process.kill()
         self._workers = []
 
+    def ready(self) -> bool:
+        """Whether a worker can plan; what is asked before is planned in this process."""
+        with self._lock:
+            self._collect()
+            return any(worker.ready for worker in self._workers)
+
     @property
     def processes(self) -> list[subprocess.Popen[bytes]]:
         """The worker processes, for monitoring."""

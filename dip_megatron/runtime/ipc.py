@@ -20,7 +20,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +58,7 @@ class IpcTransport:
         exchange: Exchange,
         timeout_seconds: float,
         slots: int = SLOTS,
+        replicated: bool = False,
     ):
         """All pipeline ranks construct it at the same time. ``timeout_seconds`` bounds every wait for a peer. Raises
         TransportError if a peer can't be reached."""
@@ -65,7 +66,7 @@ class IpcTransport:
         self._rank = rank
         self._timeout = timeout_seconds
         self._device = device
-        connected = _connect(ranks, rank, exchange, timeout_seconds, slots)
+        connected = _connect(ring_channels(ranks, replicated), rank, exchange, timeout_seconds, slots)
 
         # Each link copies on a stream of its own: a copy that waits for a peer holds up no other channel.
         def copies() -> CudaCopies | HostCopies:
@@ -347,9 +348,12 @@ class _Incoming(_Link):
                 self.tell(slot, handle)
 
 
-def _connect(ranks: int, rank: int, exchange: Exchange, timeout_seconds: float, slots: int) -> dict[Channel, _Wire]:
-    """All channels of this rank, connected. The directory of the socket's path is this user's alone."""
-    mine = [c for c in ring_channels(ranks) if rank in (c.source, c.target)]
+def _connect(
+    channels: Sequence[Channel], rank: int, exchange: Exchange, timeout_seconds: float, slots: int
+) -> dict[Channel, _Wire]:
+    """Those of these channels that are this rank's, connected. The directory of the socket's path is this user's
+    alone."""
+    mine = [c for c in channels if rank in (c.source, c.target)]
     wires: dict[Channel, _Wire] = {}
     with tempfile.TemporaryDirectory(prefix="dip-") as folder, socket.socket(socket.AF_UNIX) as listener:
         path = os.path.join(folder, "inbox")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -57,6 +57,9 @@ class ModelStandIn:
     vp_stage = 0
     """As in a pipeline without virtual stages, which is what a loop's settings say under DIP: the place of its stage
     alone says what of a batch a rank needs."""
+
+    pg_collection: Any
+    """Megatron's groups, where it shall see others than the chunk's."""
 
     def __init__(self, chunk: torch.nn.Module, call: Callable[..., Any]):
         self._chunk = chunk
@@ -173,8 +176,15 @@ class ModelStages:
         final = program.modules[-1]
         self._final = (final.name, final.segments - 1, last_rank)
 
+    @property
+    def microbatches(self) -> Sequence[MicrobatchInputs]:
+        """The iteration's."""
+        return self._state.microbatches
+
     def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
         self._prefetch_after(operation)
+        if unit.rank not in (None, operation.rank):
+            return {}  # another rank's copy of the module runs it
         chunk = self._chunks[self._index[operation.module, operation.segment]]
         microbatch = self._state.microbatches[unit.microbatch]
         place = (operation.unit, operation.segment)

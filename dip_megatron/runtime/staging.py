@@ -26,11 +26,13 @@ class StagingTransport:
 
     sees_arrivals = False
 
-    def __init__(self, global_ranks: list[int], rank: int, device: torch.device, timeout_seconds: float):
+    def __init__(
+        self, global_ranks: list[int], rank: int, device: torch.device, timeout_seconds: float, replicated: bool = False
+    ):
         """As :class:`DistributedTransport`; all pipeline ranks construct it at the same time."""
         self._timeout = timeout_seconds
         self._links: dict[Channel, _Link] = {}
-        for channel in ring_channels(len(global_ranks)):
+        for channel in ring_channels(len(global_ranks), replicated):
             if rank in (channel.source, channel.target):
                 peer = global_ranks[channel.target if channel.source == rank else channel.source]
                 group = local_group([global_ranks[rank], peer], "gloo", timedelta(seconds=timeout_seconds))

@@ -39,10 +39,11 @@ def report(chunks: Sequence[torch.nn.Module], begins: Sequence[bool], built: Seq
 
 def names_in(chunk: torch.nn.Module) -> Names:
     """Of a chunk's parameters, within Megatron's wrappers."""
-    return frozenset(_inside(name) for name, _ in chunk.named_parameters())
+    return frozenset(within(name) for name, _ in chunk.named_parameters())
 
 
-def _inside(name: str) -> str:
+def within(name: str) -> str:
+    """A parameter's name within Megatron's wrappers."""
     return _WRAPPERS.sub("", name)
 
 
@@ -58,5 +59,5 @@ def _chunk(chunk: torch.nn.Module, first: bool, built: Names) -> ChunkTraining:
 
 def _part(parameters: list[tuple[str, torch.nn.Parameter]], built: Names) -> PartTraining:
     trained = [(name, p) for name, p in parameters if p.requires_grad]
-    matrix = next((name for name, p in trained if p.dim() > 1 and _inside(name) in built), "")
+    matrix = next((name for name, p in trained if p.dim() > 1 and within(name) in built), "")
     return PartTraining(sum(p.numel() for _, p in trained), sum(p.numel() for _, p in parameters), matrix)

@@ -53,10 +53,11 @@ class Transport(Protocol):
         ...
 
 
-def ring_channels(ranks: int) -> list[Channel]:
+def ring_channels(ranks: int, replicated: bool = False) -> list[Channel]:
     """All channels a plan over ``ranks`` ranks can use: both neighbours of the ring, both kinds of payload.
 
-    Reversed segments run against the ring, so each kind travels both ways.
+    Reversed segments run against the ring, so each kind travels both ways. With ``replicated`` modules every rank also
+    sends what it has encoded to the first, and has gradients from there.
     """
     channels = set()
     for r in range(ranks):
@@ -64,6 +65,8 @@ def ring_channels(ranks: int) -> list[Channel]:
             for peer in ((r + 1) % ranks, (r - 1) % ranks):
                 if peer != r:
                     channels.add(Channel(r, peer, gradient))
+    if replicated:
+        channels |= {c for r in range(1, ranks) for c in (Channel(r, 0, False), Channel(0, r, True))}
     return sorted(channels)
 
 
@@ -101,15 +104,18 @@ class DistributedTransport:
 
     sees_arrivals = False
 
-    def __init__(self, global_ranks: list[int], rank: int, device: torch.device, timeout_seconds: float):
-        """``global_ranks[p]`` is the global rank of pipeline rank p; ``rank`` is this process's pipeline rank. Both
-        ends of every channel must construct their transports at the same time."""
+    def __init__(
+        self, global_ranks: list[int], rank: int, device: torch.device, timeout_seconds: float, replicated: bool = False
+    ):
+        """``global_ranks[p]`` is the global rank of pipeline rank p; ``rank`` is this process's pipeline rank;
+        ``replicated`` see :func:`ring_channels`. Both ends of every channel must construct their transports at the same
+        time."""
         self._timeout = timedelta(seconds=timeout_seconds)
         self._device = device
         self._peers = {channel: global_ranks[channel.target if channel.source == rank else channel.source]
-                       for channel in ring_channels(len(global_ranks))}  # fmt: skip
+                       for channel in ring_channels(len(global_ranks), replicated)}  # fmt: skip
         self._groups: dict[Channel, Any] = {}
-        for channel in ring_channels(len(global_ranks)):
+        for channel in self._peers:
             if rank in (channel.source, channel.target):
                 self._groups[channel] = local_group(
                     [global_ranks[channel.source], global_ranks[channel.target]],

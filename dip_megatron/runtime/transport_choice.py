@@ -68,11 +68,14 @@ def choose_transport(
     timeout_seconds: float,
     exchange: Exchange,
     kind: TransportKind | None = None,
+    *,
+    replicated: bool = False,
 ) -> Transport:
     """The transport of pipeline rank ``rank``; ``global_ranks[p]`` is the global rank of pipeline rank p.
 
-    All ranks of the pipeline call it at the same time; ``exchange`` gathers among them. ``kind`` overrides the choice.
-    What isn't the usual way is said on the first rank.
+    All ranks of the pipeline call it at the same time; ``exchange`` gathers among them. ``kind`` overrides the choice;
+    ``replicated``: the model has modules that stand whole on every rank. What isn't the usual way is said on the first
+    rank.
     """
     gathered = exchange.gather(json.dumps(astuple(place_of(device))).encode())
     chosen, reason = transport_kind([Place(*json.loads(data)) for data in gathered], dist.is_nccl_available())
@@ -82,7 +85,7 @@ def choose_transport(
         way = {"ipc": "CUDA IPC", "staging": "host memory and gloo"}
         print(f"[dip] stages exchange tensors through {way[chosen]}: {reason}", flush=True)
     if chosen == "ipc":
-        return IpcTransport(len(global_ranks), rank, device, exchange, timeout_seconds)
+        return IpcTransport(len(global_ranks), rank, device, exchange, timeout_seconds, replicated=replicated)
     if chosen == "staging":
-        return StagingTransport(global_ranks, rank, device, timeout_seconds)
-    return DistributedTransport(global_ranks, rank, device, timeout_seconds)
+        return StagingTransport(global_ranks, rank, device, timeout_seconds, replicated)
+    return DistributedTransport(global_ranks, rank, device, timeout_seconds, replicated)

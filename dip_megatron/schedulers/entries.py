@@ -10,6 +10,7 @@ from ..core.order import Schedule
 from ..core.plan import SearchStatistics
 from ..describe.model import MultimodalModel
 from .common import BaselineError
+from .encoders import encoders_first, nested_encoders
 from .entry import Found, LeastRecompute, MixedChunks, Problem, ScheduleEntry
 from .fit import least_recompute_by_module
 from .megatron import check_group, interleaved, legal_group, one_forward_one_backward
@@ -75,6 +76,18 @@ def _segmented_static(problem: Problem) -> Found:
     return Found(fitted.schedule, SearchStatistics(time.perf_counter() - start, 1, 1, 0))
 
 
+def _encoders_first(problem: Problem) -> Found:
+    start = time.perf_counter()
+    fitted = least_recompute_by_module(problem.graph, encoders_first)
+    return Found(fitted.schedule, SearchStatistics(time.perf_counter() - start, 1, 1, 0))
+
+
+def _nested_encoders(problem: Problem) -> Found:
+    start = time.perf_counter()
+    fitted = nested_encoders(problem.graph)
+    return Found(fitted.schedule, SearchStatistics(time.perf_counter() - start, 1, 1, 0))
+
+
 def _too_few_pieces(model: MultimodalModel, segments: int) -> str | None:
     """Stages are made of stems, layers and heads; each needs one."""
     pieces, stages = sum(m.layers + 2 for m in model.modules), segments * model.parallel.pp
@@ -89,6 +102,21 @@ def _one_each(model: MultimodalModel, microbatches: int) -> str | None:
 
 def _two_each(model: MultimodalModel, microbatches: int) -> str | None:
     return _too_few_pieces(model, 2)
+
+
+def _encoder_on_first(model: MultimodalModel, microbatches: int) -> str | None:
+    last, ranks = model.modules[-1], model.parallel.pp
+    if len(model.modules) == 1:
+        return f"{model.name} has no encoder; use megatron-1f1b or megatron-interleaved"
+    if last.layers + 2 < ranks:
+        return f"{last.name} has {last.layers + 2} layers, stems and heads for {ranks} stages; lower the pipeline size"
+    return None
+
+
+def _encoders_apart(model: MultimodalModel, microbatches: int) -> str | None:
+    if model.parallel.pp < 2:
+        return "encoders need ranks of their own; raise the pipeline size"
+    return _encoder_on_first(model, microbatches)
 
 
 def _interleaves(model: MultimodalModel, microbatches: int) -> str | None:
@@ -141,3 +169,18 @@ NNSCALER = ScheduleEntry(
 SEGMENTED_STATIC = ScheduleEntry(
     "segmented-static", "one interleaved order of modality segments for every batch", _segmented_static, ahead=False
 )
+ENCODER_FIRST_STAGE = ScheduleEntry(
+    "encoder-first-stage", "encoders whole on the first stage, the model behind them balanced, Megatron's orders",
+    LeastRecompute(_megatron), MixedChunks(encoders="whole"), refusal=_encoder_on_first,
+)  # fmt: skip
+ENCODERS_FIRST = ScheduleEntry(
+    "encoders-first", "all encoder forwards, then 1F1B of the model behind them, then all encoder backwards",
+    _encoders_first, ahead=False,
+)  # fmt: skip
+BIGMAC = ScheduleEntry(
+    "bigmac", "encoders nested in the pipeline of the model behind them, a few microbatches ahead", _nested_encoders
+)
+DISTTRAIN = ScheduleEntry(
+    "disttrain", "encoders on pipeline ranks of their own, 1F1B through both", LeastRecompute(_megatron),
+    MixedChunks((1,), encoders="apart"), refusal=_encoders_apart,
+)  # fmt: skip

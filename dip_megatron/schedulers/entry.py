@@ -72,7 +72,9 @@ class MixedChunks:
 
     ``segments``: how many virtual stages a rank may have. ``turned``: two of them, the second one from the last rank
     back to the first. ``by_parameters``: cut into equal parameters rather than equal latencies. ``groups``: Megatron's
-    larger microbatch groups are tried, too. ``on_mean``: judged by the mean of the known batches alone.
+    larger microbatch groups are tried, too. ``on_mean``: judged by the mean of the known batches alone. ``encoders``:
+    modules before the last one are ``cut`` between any two layers, stand ``whole`` on the first stage, or ``apart``, on
+    stages that hold nothing of the last one.
     """
 
     segments: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
@@ -80,6 +82,7 @@ class MixedChunks:
     by_parameters: bool = False
     groups: bool = True
     on_mean: bool = False
+    encoders: Literal["cut", "whole", "apart"] = "cut"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def _leads(graph: StageGraph) -> list[int]:
     return sorted({min(n, microbatches) for n in (1, graph.ranks // 2 + 1, graph.ranks, 2 * graph.ranks, microbatches)})
 
 
-def _backbone(graph: StageGraph) -> str:
+def backbone(graph: StageGraph) -> str:
     """The module that feeds no other (of several the one with the most work): its backward never waits for its own
     later forwards, so that Megatron's order of it can't hang."""
     feeding = {name for m in graph.modules for name in m.upstream}
@@ -51,7 +51,7 @@ def _backbone(graph: StageGraph) -> str:
     return max(work, key=lambda name: work[name])
 
 
-def _backbone_order(graph: StageGraph, name: str, rank: int) -> list[tuple[int, int]]:
+def backbone_order(graph: StageGraph, name: str, rank: int) -> list[tuple[int, int]]:
     """Megatron's order of the backbone's own stages: (kind, virtual microbatch)."""
     units = sorted((u for u in graph.units if u.module == name), key=lambda u: (u.microbatch, u.id))
     segments, count, ranks = graph.module(name).segments, len(units), graph.ranks
@@ -75,21 +75,21 @@ def _backbone_order(graph: StageGraph, name: str, rank: int) -> list[tuple[int, 
 
 def _fill_bubbles(graph: StageGraph, ahead: int) -> Schedule:
     """Timed list scheduling: the backbone in its fixed order, the other modules where it waits."""
-    name = _backbone(graph)
+    name = backbone(graph)
     ranks = graph.ranks
-    fixed = [_backbone_order(graph, name, rank) for rank in range(ranks)]
+    fixed = [backbone_order(graph, name, rank) for rank in range(ranks)]
     place_of = {m: i for i, m in enumerate(sorted({u.microbatch for u in graph.units}))}
     place = [place_of[graph.units[int(u)].microbatch] for u in graph.unit_of]
     module_place = {m.name: i for i, m in enumerate(graph.modules)}
     depth = [module_place[graph.units[int(u)].module] for u in graph.unit_of]
-    backbone = module_place[name]
+    main = module_place[name]
     heads = set(graph.first_virtual_microbatch)
     # By rank 0, where the backbone starts: a later rank may wait for an encoder stage that rank 0 needs first.
     reached = _reached(fixed[0], place, heads, len(place_of))
     others = [
         (place[s], module, graph.segment(s), s)
         for s in range(graph.virtual_microbatches)
-        if (module := depth[s]) != backbone
+        if (module := depth[s]) != main
     ]
     forwards = [s for *_, s in sorted(others)]
     backwards = [s for *_, s in sorted(others, key=lambda key: (key[0], -key[1], -key[2], key[3]))]

@@ -3,7 +3,7 @@
 A package brings one through the entry-point group ``dip_megatron.schedules``::
 
     [project.entry-points."dip_megatron.schedules"]
-    encoders-first = "my_package.schedules:ENCODERS_FIRST"
+    largest-first = "my_package.schedules:LARGEST_FIRST"
 
 Names are known without loading anything; an entry is loaded when it is first asked for.
 """
@@ -32,6 +32,10 @@ _BUILT_IN = {
     "optimus": "OPTIMUS",
     "nnscaler": "NNSCALER",
     "segmented-static": "SEGMENTED_STATIC",
+    "encoder-first-stage": "ENCODER_FIRST_STAGE",
+    "encoders-first": "ENCODERS_FIRST",
+    "bigmac": "BIGMAC",
+    "disttrain": "DISTTRAIN",
 }
 _registered: dict[str, ScheduleEntry] = {}
 

@@ -23,7 +23,14 @@ from .fit import Fitted
 from .mean import mean_graph
 from .megatron import legal_group
 from .registry import find_schedule
-from .static_partition import Stages, item_seconds, latency_balanced, parameter_balanced
+from .static_partition import (
+    Stages,
+    encoders_apart,
+    encoders_whole,
+    item_seconds,
+    latency_balanced,
+    parameter_balanced,
+)
 
 MEMORY_WEIGHTS = (0.0, 0.3, 1.0, 3.0)
 
@@ -199,8 +206,12 @@ def _families(
             continue
 
         def family(memory_weight: float, segments: int = segments) -> Iterator[StaticChoice]:
-            if rules.by_parameters:
-                partitions: tuple[Stages, ...] = (parameter_balanced(model, segments),)
+            if rules.encoders == "whole":
+                partitions: tuple[Stages, ...] = encoders_whole(seconds, model, segments, memory_weight)
+            elif rules.encoders == "apart":
+                partitions = encoders_apart(seconds, model, memory_weight)
+            elif rules.by_parameters:
+                partitions = (parameter_balanced(model, segments),)
             else:
                 partitions = latency_balanced(seconds, model, segments, turned=turned, memory_weight=memory_weight)
             for stages in partitions:

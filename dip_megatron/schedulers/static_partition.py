@@ -158,8 +158,45 @@ def latency_balanced(
     least greatest total of a rank. ``memory_weight`` counts parameters too, as a share of the model's: where the layers
     that are fast hold most parameters, balanced latencies alone overfill a rank."""
     ranks = model.parallel.pp
-    parameters = item_parameters(model)
-    weights = seconds / seconds.sum() + memory_weight * parameters / parameters.sum()
+    weights = _with_memory(seconds, model, memory_weight)
     even = least_maximum(weights, segments * ranks)
     balanced = balance_ranks(weights, even, ranks, turned)
     return tuple(stages_of(model, sizes) for sizes in dict.fromkeys((even, balanced)))
+
+
+def encoders_whole(
+    seconds: Floats, model: MultimodalModel, segments: int, memory_weight: float = 0.0
+) -> tuple[Stages, ...]:
+    """:func:`latency_balanced` where all modules before the last one stand whole on the first stage, with the last
+    one's stem, and the layers behind them make up for it."""
+    ranks, first = model.parallel.pp, _encoder_pieces(model) + 1
+    weights = _with_memory(seconds, model, memory_weight)
+    joined = np.concatenate([[weights[:first].sum()], weights[first:]])
+    if len(joined) < segments * ranks:
+        return ()
+    even = least_maximum(joined, segments * ranks)
+    balanced = balance_ranks(joined, even, ranks, False)
+    return tuple(stages_of(model, (sizes[0] + first - 1, *sizes[1:])) for sizes in dict.fromkeys((even, balanced)))
+
+
+def encoders_apart(seconds: Floats, model: MultimodalModel, memory_weight: float = 0.0) -> tuple[Stages, ...]:
+    """One stage a rank, none of which holds both pieces of the last module and of those before it: for each number of
+    ranks that the others may have, both sides cut to their least maximum."""
+    ranks, first = model.parallel.pp, _encoder_pieces(model)
+    weights = _with_memory(seconds, model, memory_weight)
+    return tuple(
+        stages_of(model, (*least_maximum(weights[:first], k), *least_maximum(weights[first:], ranks - k)))
+        for k in range(1, ranks)
+        if k <= first and ranks - k <= len(weights) - first
+    )
+
+
+def _encoder_pieces(model: MultimodalModel) -> int:
+    """Pieces of :func:`chain` before the last module."""
+    return sum(m.layers + 2 for m in model.modules[:-1])
+
+
+def _with_memory(seconds: Floats, model: MultimodalModel, memory_weight: float) -> Floats:
+    parameters = item_parameters(model)
+    weights: Floats = seconds / seconds.sum() + memory_weight * parameters / parameters.sum()
+    return weights

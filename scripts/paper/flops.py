@@ -22,11 +22,18 @@ def model_flops(model: MultimodalModel, microbatches: Sequence[Microbatch]) -> f
         tokens = float(sizes.tokens.sum())
         width = layer.query_width
         condition = float(sizes.condition.sum())
+        per_layer = 0.0
+        mlp = layer.hidden * layer.ffn * (3 if layer.gated else 2)
+        full = layer.hidden * ((3 if layer.output_gate else 2) * width + 2 * layer.kv_width)
         for number in range(module.layers):
+            linear = layer.linear_attention
+            if linear is not None and not module.full_attention(number):
+                core = linear.value_heads * 6 * linear.key_dim * linear.value_dim  # products with the state
+                total += (6 * (linear.parameters(layer.hidden) + mlp) + 3 * core) * tokens
+                continue
             pairs = sizes.pairs if module.full_attention(number) else sizes.window_pairs
             total += 3 * 4 * width * float(pairs.sum()) * (0.5 if layer.causal else 1.0)
-        own = layer.hidden * (2 * width + 2 * layer.kv_width) + layer.hidden * layer.ffn * (3 if layer.gated else 2)
-        per_layer = 6 * own * tokens
+            total += 6 * (full + mlp) * tokens
         if layer.cross_attention:
             per_layer += 6 * (
                 2 * layer.hidden * width * tokens + 2 * layer.cross_attention * layer.kv_width * condition
@@ -34,9 +41,11 @@ def model_flops(model: MultimodalModel, microbatches: Sequence[Microbatch]) -> f
             per_layer += 3 * 4 * width * float(sizes.cross_pairs.sum())
         total += module.layers * per_layer
         if isinstance(module.head, Projector):
-            total += 6 * module.head.parameters(layer.hidden) * float(sizes.outputs.sum())
+            mergers = 1 + len(module.taps)
+            total += 6 * mergers * module.head.parameters(layer.hidden) * float(sizes.outputs.sum())
         elif isinstance(module.head, LanguageHead | LatentHead):
-            total += 6 * module.head.parameters(layer.hidden) * tokens
+            depths = module.mtp * (full + mlp + 2 * layer.hidden**2)
+            total += 6 * ((1 + module.mtp) * module.head.parameters(layer.hidden) + depths) * tokens
     return total
 
 

@@ -21,7 +21,8 @@ MICROBATCHES = 5
 
 @dataclass(frozen=True)
 class Case:
-    """``layers`` of each module, ``[segment][rank]``; units of ``unit_size`` instances; ``frozen`` parts."""
+    """``layers`` of each module, ``[segment][rank]``; units of ``unit_size`` instances; ``frozen`` parts; ``tensor``
+    ranks share each stage, and with ``sequence`` the norms' work, too."""
 
     tiny: str
     folder: Path
@@ -30,6 +31,8 @@ class Case:
     seed: int = 0
     frozen: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ("none",)
+    tensor: int = 1
+    sequence: bool = False
 
     @property
     def of(self) -> Tiny:
@@ -41,14 +44,15 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    initialize(world)
+    initialize(world // case.tensor, case.tensor)
     for backend in ("FLASH", "FUSED", "UNFUSED"):  # families of one process differ in what they ask for
         os.environ.pop(f"NVTE_{backend}_ATTN", None)
     bridge = AutoBridge.from_hf_pretrained(case.folder, dtype=torch.float32, trust_remote_code=True)
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.params_dtype = provider.autocast_dtype = provider.pipeline_dtype = torch.float32
     provider.bf16 = provider.fp16 = provider.gradient_accumulation_fusion = False
-    provider.use_cpu_initialization, provider.pipeline_model_parallel_size = True, world
+    provider.use_cpu_initialization, provider.pipeline_model_parallel_size = True, world // case.tensor
+    provider.tensor_model_parallel_size, provider.sequence_parallel = case.tensor, case.sequence
     for part in ("language_model", "vision_model", "vision_projection"):
         setattr(provider, f"freeze_{part}", part in case.frozen)
     case.of.change(provider)
@@ -60,15 +64,28 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
 def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> None:
     """As finalize_model_grads does, for modules without DDP: tied embeddings, and the number of tokens."""
     from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.distributed.finalize_model_grads import _allreduce_word_embedding_grads
+    from megatron.core.distributed.finalize_model_grads import (
+        _allreduce_non_tensor_model_parallel_grads,
+        _allreduce_word_embedding_grads,
+    )
     from megatron.core.utils import get_model_config
 
     for chunk in model:
         if not hasattr(chunk, "pre_process"):  # of the model inside, which isn't looked at
             return finalize_without_ddp(model, num_tokens)
         chunk.ddp_config = DistributedDataParallelConfig()  # type: ignore[assignment]
-    _allreduce_word_embedding_grads(model, get_model_config(model[0]))
+    config = get_model_config(model[0])
+    _allreduce_word_embedding_grads(model, config)
+    if config.tensor_model_parallel_size > 1:
+        for parameter in (p for chunk in model for p in chunk.parameters() if p.requires_grad):
+            parameter.main_grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        _allreduce_non_tensor_model_parallel_grads(model, config)
     finalize_without_ddp(model, num_tokens)
+
+
+def stage(case: Case, rank: int) -> int:
+    """The pipeline rank of a rank: tensor-parallel ones are neighbours."""
+    return rank // case.tensor
 
 
 def batches(case: Case, rank: int) -> list[dict[str, Any]]:
@@ -107,12 +124,13 @@ def megatrons(rank: int, world: int, case: Case) -> tuple[list[Any], dict[str, t
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     bridge, provider = provider_of(case, world)
-    model = provider.provide(pre_process=rank == 0, post_process=rank == world - 1)
+    place, stages = stage(case, rank), world // case.tensor
+    model = provider.provide(pre_process=place == 0, post_process=place == stages - 1)
     bridge.load_hf_weights([model])
     model.model_type = ModelType.encoder_or_decoder
     model.config.finalize_model_grads_func = finalize
     losses = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(batches(case, rank)), model=[model],
+        forward_step_func=forward_step, data_iterator=iter(batches(case, place)), model=[model],
         num_microbatches=MICROBATCHES, seq_length=96, micro_batch_size=1, forward_only=False,
     )  # fmt: skip
     return [step["loss"] for step in losses], gradients([model])
@@ -138,8 +156,8 @@ def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
 
     bridge, provider = provider_of(case, world)
     family, blueprint = record_blueprint(BRIDGE_FAMILIES, provider.provide, pre_process=True, post_process=True)
-    program: Any = family.program(blueprint, case.layers, rank=rank, micro_batch_size=1)
-    model = family.describe(blueprint, Parallel(pp=world))
+    program: Any = family.program(blueprint, case.layers, rank=stage(case, rank), micro_batch_size=1)
+    model = family.describe(blueprint, Parallel(case.tensor, world // case.tensor, sequence_parallel=case.sequence))
     chunks = program.build_chunks()
     bridge.load_hf_weights(chunks)
     return bridge, program, chunks, model
@@ -148,6 +166,8 @@ def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
 def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     """Losses and gradients of one iteration in segments under a drawn plan, and the weights as they are exported;
     or the logits."""
+    from megatron.core import parallel_state
+
     from dip_megatron.describe.cost import load_cluster
     from dip_megatron.describe.cost.graph import build_graph
     from dip_megatron.describe.model import ModulePartition, Partition
@@ -157,6 +177,7 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     from dip_megatron.planner.service import PlannerService
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
+    from dip_megatron.runtime.transport import DistributedTransport
 
     bridge, program, chunks, model = build(rank, world, case)
     exported = {name: t.clone() for name, t in bridge.export_hf_weights(chunks, cpu=True, show_progress=False)}
@@ -171,8 +192,19 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, units, case.seed), program.shapes, drawn)
     service = PlannerService(maker, workers=0) if rank == 0 else None
     delivery = PlanDelivery(GlooExchange(list(range(world)), 60.0), service)
-    step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), delivery, clock)
-    data = batches(case, rank)
+    place = stage(case, rank)
+    of = torch.distributed.get_process_group_ranks
+    pipeline = of(parallel_state.get_pipeline_model_parallel_group())
+    tensor = of(parallel_state.get_tensor_model_parallel_group())
+    carrier = (
+        transport(world, rank) if case.tensor == 1 else DistributedTransport(pipeline, place, torch.device("cpu"), 60.0)
+    )
+    step = DipForwardBackward(
+        program, Executor(place, carrier, clock), delivery, clock,
+        tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
+    )  # fmt: skip
+    copied = any(m.replicated for m in program.modules)
+    data = batches(case, 0 if copied else place)
     if logits:
         data = [arguments | {"labels": None} for arguments in data]
     found = step(
@@ -183,7 +215,9 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     if logits:
         return [one["logits"] for one in found]
     if rank == 0:  # the planner prices it, as described
-        partition = Partition(tuple(ModulePartition(name, case.layers[name], units[name]) for name in units))
+        partition = Partition(
+            tuple(ModulePartition(m.name, m.layers, units[m.name], m.replicated) for m in program.modules)
+        )
         build_graph(model, load_cluster("cpu"), partition, [program.load(_inputs(program, a)) for a in data])
     return [one["loss"] for one in found], gradients(chunks), exported
 

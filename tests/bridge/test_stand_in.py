@@ -143,7 +143,7 @@ def test_packed_attention_keeps_to_each_sequence() -> None:
 
 def test_what_is_missing_is_refused() -> None:
     for refused in (
-        lambda: te.Linear(4, 4, tp_size=2),
+        lambda: te.GroupedLinear(2, 4, 4, tp_size=2),
         lambda: te.Linear(4, 4, fuse_wgrad_accumulation=True),
         lambda: te.DotProductAttention(4, 8, cp_group=object()),
         lambda: te.fp8_autocast(enabled=True).__enter__(),

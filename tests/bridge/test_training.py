@@ -72,12 +72,21 @@ def test_training_moves_all_weights_of_the_folder(folder: Path, alone: dict[str,
 
 LAYERS = {"vision": {"layers": [[1, 1], [2, 0]]}, "language": {"layers": [[1, 1], [1, 1]]}}
 GIVEN = {"schedule": "dynamic", "modules": LAYERS}
+REPLICATED = {
+    "schedule": "dynamic",
+    "modules": {"vision": {"placement": "replicated", "unit_size": 1}, "language": {"layers": [[1, 1], [1, 1]]}},
+}
 
 
 def test_dip_trains_as_one_rank(folder: Path, alone: dict[str, Any]) -> None:
     """The encoder in segments over all ranks, one image or video a unit."""
     by_one = {**GIVEN, "modules": {**LAYERS, "vision": {**LAYERS["vision"], "unit_size": 1}}}
     assert_same(run(folder, Run(pipeline=2, dip=by_one)), alone)
+
+
+def test_an_encoder_that_stands_on_both_ranks_trains_as_on_one(folder: Path, alone: dict[str, Any]) -> None:
+    """One image or video a unit, encoded by one rank or the other; copies that stepped apart would show."""
+    assert_same(run(folder, Run(pipeline=2, dip=REPLICATED)), alone)
 
 
 def test_dips_own_partition_replaces_virtual_stages(folder: Path, alone: dict[str, Any]) -> None:
@@ -93,13 +102,16 @@ def test_dip_keeps_frozen_what_is(folder: Path, how: Run) -> None:
     assert_same(run(folder, replace(how, pipeline=2, dip=GIVEN)), run(folder, how)[0])
 
 
-def test_dip_goes_on_from_a_checkpoint_without_it_and_the_other_way(folder: Path, saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dip", [GIVEN, REPLICATED], ids=["segmented", "replicated"])
+def test_dip_goes_on_from_a_checkpoint_without_it_and_the_other_way(
+    folder: Path, saved: Path, tmp_path: Path, dip: dict[str, Any]
+) -> None:
     onwards = run(folder, Run(load=saved, iterations=4))[0]
     assert len(onwards["losses"]) == 2
-    under = Run(load=saved, pipeline=2, iterations=4, dip=GIVEN)
+    under = Run(load=saved, pipeline=2, iterations=4, dip=dip)
     assert_same(run(folder, under), onwards)
 
-    run(folder, Run(save=tmp_path, pipeline=2, iterations=2, dip=GIVEN))
+    run(folder, Run(save=tmp_path, pipeline=2, iterations=2, dip=dip))
     assert_same([run(folder, Run(load=tmp_path, iterations=4))[0]] * 2, onwards)
 
 

@@ -302,6 +302,43 @@ class Pictures(Tiny):
         return {"token_type_ids": (arguments["input_ids"] == IMAGE).int()}
 
 
+def ministral3(tied: bool) -> Any:
+    import transformers
+
+    text = TEXT | {
+        "head_dim": 16, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5, "model_type": "ministral3",
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+            "truncate": False,  # as Bridge has it
+        },
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64,
+        "num_attention_heads": 2, "head_dim": 16, "image_size": 224, "patch_size": 14,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, spatial_merge_size=2, dtype=torch.float32,
+        tie_word_embeddings=tied, architectures=["Mistral3ForConditionalGeneration"],
+    )  # fmt: skip
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+class Padded(Pictures):
+    """Of pictures of any size, padded to the largest."""
+
+    def seen(self, shown: tuple[Content, ...], generator: torch.Generator) -> dict[str, Any]:
+        if not shown:
+            return {}
+        sizes = torch.tensor([[self.patch * side for side in grid[1:]] for _, grid in shown])
+        pixels = torch.randn(len(shown), 3, *sizes.amax(dim=0).tolist(), generator=generator)
+        return {"pixel_values": pixels, "image_sizes": sizes}
+
+    def hugging_face(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
 def glm45(tied: bool) -> Any:
     import transformers
 
@@ -445,6 +482,8 @@ TINY = {
             "gemma3-vl", gemma3, change=small_pictures, logits=exact_norms, tied=True, videos=False, language_layers=6,
             sizes=((1, 4, 4),),
         ),
+        # A picture of one token alone in its microbatch ends in Hugging Face's code.
+        Padded("ministral3-vl", ministral3, videos=False, sizes=((1, 4, 4), (1, 4, 8), (1, 8, 12))),
         Tiny(
             "qwen3-vl-moe", qwen3_moe, patch=16, split_frames=True, vision_layers=5, language_layers=6,
             change=plain_experts(4, 2, 2), logits=exact_gelu, step=QWEN3_STEP, experts=True,

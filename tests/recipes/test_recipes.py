@@ -53,6 +53,8 @@ def test_a_plan_on_the_recipes_partition_fits(name):
     assert np.all(np.array(recipe.planned.memory_gb) * 1e9 >= graph.static_bytes * (1 - 0.15))
     assert max(recipe.planned.memory_gb) * 1e9 <= recipe.cluster.usable_bytes
     assert recipe.planned.iteration_seconds >= recipe.planned.lower_bound_seconds
+    assert set(recipe.planned.without_dip) <= set(make_recipes.WITHOUT_DIP)
+    assert all(recipe.planned.iteration_seconds < seconds for seconds in recipe.planned.without_dip.values())
 
 
 @pytest.mark.parametrize("name", recipe_names())

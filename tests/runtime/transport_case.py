@@ -26,8 +26,8 @@ def make(kind: str, rank: int, world: int, timeout: float = 60.0, slots: int = 2
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     exchange = GlooExchange(ranks, timeout)
     if kind == "ipc":
-        return IpcTransport(world, rank, device, exchange, timeout, slots)
-    return choose_transport(ranks, rank, device, timeout, exchange, kind)  # type: ignore[arg-type]
+        return IpcTransport(world, rank, device, exchange, timeout, slots, replicated=True)
+    return choose_transport(ranks, rank, device, timeout, exchange, kind, replicated=True)  # type: ignore[arg-type]
 
 
 def draw_payloads(channel: Channel, count: int, seed: int) -> list[Payload]:
@@ -54,7 +54,7 @@ def traffic(rank: int, world: int, kind: str, count: int, seed: int, slots: int 
     """Send and receive ``count`` messages on every channel, in drawn orders; returns how many tensors came."""
     transport = make(kind, rank, world, slots=slots)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    channels = [c for c in ring_channels(world) if rank in (c.source, c.target)]
+    channels = [c for c in ring_channels(world, replicated=True) if rank in (c.source, c.target)]
     payloads = {c: draw_payloads(c, count, seed) for c in channels}
     begun = dict.fromkeys(channels, 0)
     source = random.Random(seed * 100 + rank)

@@ -38,6 +38,7 @@ class GraphArrays(NamedTuple):
     after_transfer: Floats
     has_backward: NDArray[np.bool_]
     has_weight: NDArray[np.bool_]
+    is_idle: NDArray[np.bool_]
     static_bytes: Floats
 
 
@@ -68,6 +69,7 @@ def graph_arrays(graph: StageGraph) -> GraphArrays:
         after_transfer=edges.transfer[edges.after],
         has_backward=np.ascontiguousarray(graph.has_backward.reshape(nodes)),
         has_weight=np.ascontiguousarray(graph.has_weight.reshape(nodes)),
+        is_idle=np.ascontiguousarray(graph.is_idle.reshape(nodes)),
         static_bytes=graph.static_bytes.astype(np.float64),
     )
 

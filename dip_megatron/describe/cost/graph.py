@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core import ModalityModule, StageGraph, Unit
 from ...core.graph import Floats
 from ...core.modules import trained_before
 from ..model import ModuleShape, MultimodalModel, Partition, Training
-from ..workload import Microbatch, WorkloadError, make_units
+from ..workload import Microbatch, WorkloadError, make_units, place_units
 from .calibration import Costs
 from .chunks import Chunk, ChunkCost, CostModel, Kind, LayerRun
 from .hardware import Cluster
@@ -88,6 +89,8 @@ def segmented_graph(
         priced: dict[tuple[CostModel, Chunk], ChunkCost] = {}
         trained = None if training is None else training.of_module(shape.name)
         message = pricer.message_bytes(shape, sizes[shape.name])
+        if partition.module(shape.name).replicated:  # what leaves it is all that travels
+            message = pricer.tap_bytes(shape, sizes[shape.name].outputs.astype(np.float64))
         for k, line in enumerate(chunks[shape.name]):
             transfer[first + k] = _transfer(pricer, shape, line, message, sizes[shape.name], mine, microbatches)
             for rank, run in enumerate(line):
@@ -101,6 +104,7 @@ def segmented_graph(
                     priced[same] = own._chunk(same[1], here, layers.setdefault(own, {}))
                 costs.append((first + k, rank, priced[same]))
     arrays, names = _fill(virtual_microbatches, ranks, costs)
+    units = _placed(partition, units, arrays, first_virtual_microbatch)
     ranked = [[(line[rank],) for m in model.modules for line in chunks[m.name]] for rank in range(ranks)]
     static = [s.total for s in pricer.static(ranked, sizes, built)]
     return _graph(pricer, modules, units, arrays, names, transfer, static, memory_limit)
@@ -237,8 +241,33 @@ def _numbered(model: MultimodalModel, stages: Sequence[Sequence[LayerRun]]) -> l
     return chunks
 
 
+def _placed(
+    partition: Partition, units: tuple[Unit, ...], arrays: dict[str, Floats],
+    first_virtual_microbatch: NDArray[np.int64],
+) -> tuple[Unit, ...]:  # fmt: skip
+    """The units, with a rank for each of a replicated module; its stages on other ranks cost nothing any more."""
+    work = arrays["forward"][0] + arrays["backward"][0] + arrays["weight"][0]
+    placed = list(units)
+    rows = {name: [u.id for u in units if u.module == name] for name in (m.module for m in partition.modules)}
+    whole = [m.module for m in partition.modules if m.replicated]
+    taken = np.zeros(len(work), dtype=np.bool_)
+    taken[[first_virtual_microbatch[i] for name in whole for i in rows[name]]] = True
+    others = work[~taken].sum(axis=0)
+    for name in whole:
+        here = first_virtual_microbatch[rows[name]]
+        ranks = place_units(work[here, 0].tolist(), others)
+        for unit, row, rank in zip(rows[name], here.tolist(), ranks, strict=True):
+            placed[unit] = replace(units[unit], rank=rank)
+            others[rank] += work[row, 0]
+            for values in arrays.values():
+                values[:, row, np.arange(values.shape[2]) != rank] = 0.0
+    return tuple(placed)
+
+
 def _chunks(partition: Partition, shape: ModuleShape) -> list[list[LayerRun]]:
     part = partition.module(shape.name)
+    if part.replicated:
+        return [[LayerRun(shape.name, n, stem=True, head=True) for n in part.layers[0]]]
     last = (part.segments - 1, len(part.layers[0]) - 1)
     return [
         [
@@ -259,12 +288,16 @@ def _trains(shape: ModuleShape, run: LayerRun) -> bool:
 
 
 def _module(partition: Partition, shape: ModuleShape, training: Training | None) -> ModalityModule:
-    layers = partition.module(shape.name).layers
+    part = partition.module(shape.name)
+    layers, whole = part.layers, part.replicated
     if training is not None:
-        return ModalityModule(shape.name, layers, shape.upstream, training.trainable(shape.name))
+        return ModalityModule(
+            shape.name, layers, shape.upstream, training.trainable(shape.name), replicated=whole
+        )  # fmt: skip
     runs = _chunks(partition, shape)
     trainable = tuple(tuple(_trains(shape, run) for run in segment) for segment in runs)
-    return ModalityModule(shape.name, layers, shape.upstream, () if all(map(all, trainable)) else trainable)
+    trains = () if all(map(all, trainable)) else trainable
+    return ModalityModule(shape.name, layers, shape.upstream, trains, replicated=whole)
 
 
 def _fill(

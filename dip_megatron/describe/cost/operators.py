@@ -50,6 +50,17 @@ class Operators:
         moved = element * tokens * (4 * width + 4 * kv_width)
         return self._compute("attention_backward", 2 * products * width * pairs * share, moved)
 
+    def delta_rule(
+        self, tokens: Floats, heads: float, key_dim: int, value_dim: int, chunk: int, passes: float = 1.0
+    ) -> Floats:
+        """Gated delta rule in its chunkwise form (arXiv 2412.06464, section 3.3): a token and head takes three products
+        with the state, and with the other tokens of its chunk three by key channels and two by value channels. Each
+        chunk reads and writes its state in float32. ``passes``: how many times as much (a backward)."""
+        flops = heads * (6 * key_dim * value_dim + 2 * chunk * (3 * key_dim + 2 * value_dim)) * tokens
+        state = 8 * heads * key_dim * value_dim / chunk * tokens
+        moved = self.cluster.element_bytes * heads * (2 * key_dim + 2 * value_dim) * tokens + state
+        return self._compute("attention", passes * flops, passes * moved)
+
     def memory(self, moved: Floats) -> Floats:
         """An elementwise operator that reads and writes ``moved`` bytes in all."""
         c = self.cluster

@@ -27,6 +27,7 @@ from ..model import (
     TokenEmbedding,
     TransformerLayer,
 )
+from .linear_attention import delta_net_cost
 from .mlp import experts_cost, mlp_cost
 from .operators import Operators
 from .sizes import Sizes
@@ -93,8 +94,9 @@ def layer_cost(
 
     def attend(q: Floats, inner: float, kv: Floats, kv_inner: float, pair: Floats, causal: bool) -> tuple[Floats, ...]:
         """Forward, core forward, backward, weight, kept bytes, core bytes, linear-gradient bytes of one attention."""
+        gates = width if layer.output_gate and q is kv else 0.0
         if q is kv:
-            project, project_weight = linear(inner, width + 2 * kv_width)
+            project, project_weight = linear(inner, width + gates + 2 * kv_width)
         else:
             (a, aw), (b, bw) = linear(inner, width), linear(kv_inner, 2 * kv_width, kv)
             project, project_weight = a + b, aw + bw
@@ -107,14 +109,15 @@ def layer_cost(
             core, core_back = core + operators.memory(scores), core_back + operators.memory(2 * scores)
             # The probabilities (dropout is taken to be off), and a byte for the mask.
             core_bytes = (e * layer.heads / tp + causal) * pair
-        kept = e * (2 * width * q + 2 * kv_width * kv)
+        kept = e * ((2 * width + 2 * gates) * q + 2 * kv_width * kv)  # a gate, and the output before it
         deferred_activation = e * (
-            2 * width * q + 2 * kv_width * kv
-        )  # the output's input, and the gradients of q, k and v
+            (2 * width + gates) * q + 2 * kv_width * kv
+        )  # the output's input, and the gradients of q, its gate, k and v
+        gated = operators.memory(3 * e * gates * q)
         return (
-            project + core + out,
+            project + core + gated + out,
             core,
-            project + core_back + out,
+            project + core_back + 2 * gated + out,
             project_weight + out_weight,
             kept,
             core_bytes,
@@ -126,14 +129,21 @@ def layer_cost(
     modulate = operators.memory(3 * local) if layer.adaln != "none" else 0.0
     one = norm_and_residual + modulate
 
-    forward, core, backward, weight, kept, core_bytes, deferred_activation = attend(
-        tokens, hidden, tokens, hidden, pairs, layer.causal
-    )
-    if parallel.cp > 1:
-        # The core gathers keys and values of whole sequences and keeps them; their gradients are scattered back.
-        gathered = 2 * e * kv_width * tokens * parallel.cp
-        moved = operators.gather(gathered, parallel.cp, parallel.tp)
-        forward, core, backward, core_bytes = forward + moved, core + moved, backward + moved, core_bytes + gathered
+    if layer.linear_attention is not None and not kind.full_attention:
+        rope = 0.0
+        core, core_bytes = np.zeros_like(tokens), np.zeros_like(tokens)
+        forward, backward, weight, kept, deferred_activation = delta_net_cost(
+            layer.linear_attention, hidden, tp, operators, tokens
+        )
+    else:
+        forward, core, backward, weight, kept, core_bytes, deferred_activation = attend(
+            tokens, hidden, tokens, hidden, pairs, layer.causal
+        )
+        if parallel.cp > 1:
+            # The core gathers keys and values of whole sequences and keeps them; their gradients are scattered back.
+            gathered = 2 * e * kv_width * tokens * parallel.cp
+            moved = operators.gather(gathered, parallel.cp, parallel.tp)
+            forward, core, backward, core_bytes = forward + moved, core + moved, backward + moved, core_bytes + gathered
     # Layer input and normalised input of the attention; the modulated one and the gated output too if there is adaLN.
     extra = 2 if layer.adaln != "none" else 0
     forward, backward = forward + one + rope + exchange(2), backward + 2 * one + rope + exchange(2)

@@ -16,8 +16,8 @@ from .strategies import Counts
 @dataclass(frozen=True, eq=False)
 class Sizes:
     """Per unit, arrays ``[U]``: ``tokens`` of the module's own sequence; ``pairs``, the sum over packed sequences of
-    the squared length; ``window_pairs``, the same with sequences cut into windows; ``condition`` tokens and
-    ``cross_pairs`` of the cross attention; ``outputs``, tokens handed downstream."""
+    the squared length; ``window_pairs``, the same with sequences cut into windows (which slide where attention is
+    causal); ``condition`` tokens and ``cross_pairs`` of the cross attention; ``outputs``, tokens handed downstream."""
 
     tokens: Floats
     pairs: Floats
@@ -92,7 +92,9 @@ def instance_sizes(module: ModuleShape, microbatch: Microbatch) -> Floats:
 def _rows(module: ModuleShape, lengths: Floats, condition: Floats, outputs: Floats) -> Floats:
     window = module.layer.window
     pairs = lengths**2
-    if window:
+    if window and module.layer.causal:  # slides: of the pairs counted here, half are of later tokens
+        windowed = np.where(lengths > window, window * (2 * lengths - window), pairs)
+    elif window:
         rest = lengths % window
         windowed = (lengths - rest) * window + rest**2
     else:

@@ -14,6 +14,7 @@ from .ends import (
     TokenEmbedding,
 )
 from .experts import Experts, LayerKind
+from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
     ModelError,
@@ -33,6 +34,7 @@ __all__ = [
     "ChunkTraining",
     "Experts",
     "FeatureEmbedding",
+    "GatedDeltaNet",
     "Head",
     "LanguageHead",
     "LatentEmbedding",

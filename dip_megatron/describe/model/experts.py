@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 
 class LayerKind(NamedTuple):
-    """What layers of one module may differ in: attention to all of a sequence or to windows, experts or an MLP."""
+    """What layers of one module may differ in: attention to all of a sequence, or to windows, or linear; experts or an
+    MLP."""
 
     full_attention: bool = True
     experts: bool = False

@@ -12,6 +12,7 @@ from typing import Literal
 
 from .ends import Head, LanguageHead, LatentEmbedding, LatentHead, Nothing, Projector, Stem, TokenEmbedding
 from .experts import Experts, LayerKind
+from .linear_attention import GatedDeltaNet
 
 TrainablePart = Literal["stem", "layers", "head"]
 EVERY_PART: tuple[TrainablePart, ...] = ("stem", "layers", "head")
@@ -34,7 +35,9 @@ class TransformerLayer:
     ``cross_attention`` is the width of the condition its second attention reads (0: none). ``adaln`` says where scale,
     shift and gate come from: nowhere, one projection shared by all layers (``single``, in the stem), or one of each
     layer's own (``block``). ``window`` limits self-attention to windows of so many tokens (0: none), except in every
-    ``full_attention_every``-th layer (0: no exception). ``experts`` stand instead of the MLP in some layers, or all.
+    ``full_attention_every``-th layer (0: no exception). ``linear_attention`` stands instead of self-attention in all
+    layers but every ``full_attention_every``-th one. ``output_gate``: queries bring a gate of their size, by which the
+    attention's output is multiplied. ``experts`` stand instead of the MLP in some layers, or all.
     """
 
     hidden: int
@@ -49,8 +52,12 @@ class TransformerLayer:
     window: int = 0
     full_attention_every: int = 0
     experts: Experts | None = None
+    linear_attention: GatedDeltaNet | None = None
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
+        if self.linear_attention is not None and self.window:
+            raise ModelError("layer.window: layers are either of windows or of linear_attention; leave one out")
         _positive("layer", hidden=self.hidden, ffn=self.ffn, heads=self.heads, kv_groups=self.kv_groups)
         if self.head_dim == 0:
             if self.hidden % self.heads:
@@ -69,14 +76,22 @@ class TransformerLayer:
 
     @property
     def parameters(self) -> int:
-        """Parameters of one layer without experts, biases left out."""
-        return self._without_mlp + self._mlp(self.ffn)
+        """Parameters of one layer with full attention and without experts, biases left out."""
+        return self.parameters_of(LayerKind())
+
+    def parameters_of(self, kind: LayerKind) -> int:
+        """Parameters of one layer of a kind, biases left out, and experts: router and shared experts are counted."""
+        linear = self.linear_attention
+        mixer = self._attention if linear is None or kind.full_attention else linear.parameters(self.hidden)
+        if not kind.experts:
+            return mixer + self._beside + self._mlp(self.ffn)
+        assert self.experts is not None
+        return mixer + self._beside + self.hidden * self.experts.count + self._mlp(self.experts.shared_ffn)
 
     @property
     def parameters_beside_experts(self) -> int:
         """Parameters of one layer with experts, these left out: router and shared experts are counted."""
-        assert self.experts is not None
-        return self._without_mlp + self.hidden * self.experts.count + self._mlp(self.experts.shared_ffn)
+        return self.parameters_of(LayerKind(experts=True))
 
     @property
     def expert_parameters(self) -> int:
@@ -86,13 +101,17 @@ class TransformerLayer:
     def _mlp(self, ffn: int) -> int:
         return self.hidden * ffn * (3 if self.gated else 2)
 
+    @property
+    def _attention(self) -> int:
+        return self.hidden * ((3 if self.output_gate else 2) * self.query_width + 2 * self.kv_width)
+
     @cached_property
-    def _without_mlp(self) -> int:
-        attention = self.hidden * (2 * self.query_width + 2 * self.kv_width)
+    def _beside(self) -> int:
+        """Of all that stands beside self-attention and MLP."""
         cross = 2 * self.hidden * self.query_width + 2 * self.cross_attention * self.kv_width
         modulation = {"none": 0, "single": 6 * self.hidden, "block": 6 * self.hidden**2}[self.adaln]
         norms = (3 if self.cross_attention else 2) * self.hidden
-        return attention + (cross if self.cross_attention else 0) + modulation + norms
+        return (cross if self.cross_attention else 0) + modulation + norms
 
 
 @dataclass(frozen=True)
@@ -190,9 +209,8 @@ class ModuleShape:
 
     def layer_parameters(self, layer: int) -> tuple[int, int]:
         """Parameters of layer number ``layer`` (from 0), and of its experts."""
-        if not self.kind(layer).experts:
-            return self.layer.parameters, 0
-        return self.layer.parameters_beside_experts, self.layer.expert_parameters
+        kind = self.kind(layer)
+        return self.layer.parameters_of(kind), self.layer.expert_parameters if kind.experts else 0
 
     def kind(self, layer: int) -> LayerKind:
         """What layer number ``layer`` (from 0) is."""
@@ -205,9 +223,10 @@ class ModuleShape:
         return tuple(map(self.kind, range(self.layers)))
 
     def full_attention(self, layer: int) -> bool:
-        """Whether layer number ``layer`` (from 0) attends to its whole sequence rather than to a window."""
+        """Whether layer number ``layer`` (from 0) attends to its whole sequence, not to a window or linearly."""
         every = self.layer.full_attention_every
-        return self.layer.window == 0 or (every > 0 and (layer + 1) % every == 0)
+        other = self.layer.window > 0 or self.layer.linear_attention is not None
+        return not other or (every > 0 and (layer + 1) % every == 0)
 
 
 MOST_RANKS = 1 << 20  # of one dimension: more than any cluster has
@@ -313,6 +332,10 @@ class MultimodalModel:
             value = getattr(m.layer, name)
             if value % tp and not (name == "kv_groups" and tp % value == 0):
                 raise ModelError(f"{place}.layer.{name}: {value} can't be split over tp {tp}")
+        linear = m.layer.linear_attention
+        if linear is not None and (linear.key_heads % tp or linear.value_heads % tp):
+            heads = f"{linear.key_heads} and {linear.value_heads} heads"
+            raise ModelError(f"{place}.layer.linear_attention: {heads} can't be split over tp {tp}")
         experts = m.layer.experts
         if experts is not None:
             ep, etp = self.parallel.ep, self.parallel.expert_tp

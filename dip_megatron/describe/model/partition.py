@@ -11,11 +11,14 @@ from .modules import ModelError, MultimodalModel
 @dataclass(frozen=True)
 class ModulePartition:
     """``layers[segment][rank]`` layers on each chunk, consecutive in that order; the stem stands on the first chunk,
-    the head on the last. ``unit_size`` is B_i, the most instances a sub-microbatch holds (None: whole microbatches)."""
+    the head on the last. ``unit_size`` is B_i, the most instances a sub-microbatch holds (None: whole microbatches).
+    ``replicated``: the module stands whole on every rank, ``layers[0][rank]`` being all of its layers, and each of its
+    units runs on one of them."""
 
     module: str
     layers: tuple[tuple[int, ...], ...]
     unit_size: int | None = None
+    replicated: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers or any(len(row) != len(self.layers[0]) or not row for row in self.layers):
@@ -24,6 +27,13 @@ class ModulePartition:
             raise ModelError(f"modules.{self.module}.layers: a chunk can't have fewer than 0 layers")
         if self.unit_size is not None and self.unit_size < 1:
             raise ModelError(f"modules.{self.module}.unit_size: must be at least 1 or null, got {self.unit_size}")
+        if self.replicated and (len(self.layers) > 1 or len(set(self.layers[0])) > 1):
+            raise ModelError(f"modules.{self.module}.layers: a replicated module has all of its layers on every rank")
+
+    @staticmethod
+    def whole(module: str, layers: int, ranks: int, unit_size: int | None = None) -> ModulePartition:
+        """A module of so many layers, replicated."""
+        return ModulePartition(module, ((layers,) * ranks,), unit_size, replicated=True)
 
     @property
     def segments(self) -> int:
@@ -31,11 +41,13 @@ class ModulePartition:
 
     @property
     def total(self) -> int:
-        return sum(map(sum, self.layers))
+        return self.layers[0][0] if self.replicated else sum(map(sum, self.layers))
 
     @cached_property
     def first_layer(self) -> tuple[tuple[int, ...], ...]:
         """Number of each chunk's first layer, ``[segment][rank]``."""
+        if self.replicated:
+            return ((0,) * len(self.layers[0]),)
         out, n = [], 0
         for row in self.layers:
             line = []
@@ -69,6 +81,9 @@ class Partition:
         lines = []
         for m in self.modules:
             size = "whole microbatches" if m.unit_size is None else f"sub-microbatches of at most {m.unit_size}"
+            if m.replicated:
+                lines.append(f"{m.module}: {size}, all of its {m.total} layers on every rank.")
+                continue
             passes = "one segment" if m.segments == 1 else f"{m.segments} segments"
             rows = "; ".join(" ".join(map(str, row)) for row in m.layers)
             lines.append(f"{m.module}: {size}, {passes}, layers per rank {rows}.")

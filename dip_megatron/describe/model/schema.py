@@ -20,6 +20,7 @@ from .ends import (
     TokenEmbedding,
 )
 from .experts import Experts
+from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
     ModelError,
@@ -53,6 +54,16 @@ class _Experts(_Strict):
     imbalance: float = Field(default=1.15, ge=1.0)
 
 
+class _GatedDeltaNet(_Strict):
+    kind: Literal["gated_delta_net"]
+    key_heads: PositiveInt
+    value_heads: PositiveInt
+    key_dim: PositiveInt = 128
+    value_dim: PositiveInt = 128
+    convolution: PositiveInt = 4
+    chunk: PositiveInt = 64
+
+
 class _Layer(_Strict):
     hidden: PositiveInt
     ffn: PositiveInt
@@ -66,6 +77,8 @@ class _Layer(_Strict):
     window: int = Field(default=0, ge=0)
     full_attention_every: int = Field(default=0, ge=0)
     experts: _Experts | None = None
+    linear_attention: _GatedDeltaNet | None = None
+    output_gate: bool = False
 
     def shape(self) -> TransformerLayer:
         """As the dataclass. Raises ModelError."""
@@ -74,7 +87,8 @@ class _Layer(_Strict):
             experts = None if self.experts is None else Experts(**self.experts.values())
         except ValueError as error:
             raise ModelError(f"layer.experts.{error}") from error
-        return TransformerLayer(**values | {"experts": experts})
+        linear = None if self.linear_attention is None else GatedDeltaNet(**self.linear_attention.values())
+        return TransformerLayer(**values | {"experts": experts, "linear_attention": linear})
 
 
 class _PatchEmbedding(_Strict):

@@ -63,9 +63,11 @@ Report = tuple[ChunkTraining, ...]
 
 @dataclass(frozen=True)
 class Training:
-    """``chunks[module][segment][rank]`` of all modules, by name in the model's order."""
+    """``chunks[module][segment][rank]`` of all modules, by name in the model's order; ``replicated`` are the names of
+    those that stand whole on every rank."""
 
     chunks: tuple[tuple[str, tuple[tuple[ChunkTraining, ...], ...]], ...]
+    replicated: frozenset[str] = frozenset()
 
     @staticmethod
     def of(modules: Sequence[ModalityModule], reports: Sequence[tuple[int, Report]]) -> Training:
@@ -78,7 +80,10 @@ class Training:
             check_alike(places, rank, first, report, "tensor-parallel ranks")
         ranks = sorted(mine)
         line = {place: tuple(mine[r][i] for r in ranks) for i, place in enumerate(places)}
-        return Training(tuple((m.name, tuple(line[m.name, k] for k in range(m.segments))) for m in modules))
+        return Training(
+            tuple((m.name, tuple(line[m.name, k] for k in range(m.segments))) for m in modules),
+            frozenset(m.name for m in modules if m.replicated),
+        )
 
     def of_module(self, name: str) -> tuple[tuple[ChunkTraining, ...], ...]:
         """``[segment][rank]``. Raises KeyError for a module that the model doesn't have."""
@@ -111,7 +116,7 @@ class Training:
         sentences = []
         for shape in model.modules:
             built: dict[str, list[PartTraining]] = {part: [] for part in EVERY_PART}
-            alone = len(self._of(shape.name)) == 1
+            alone = len(self._of(shape.name)) == 1 or shape.name in self.replicated
             for segment, rank, chunk in self._of(shape.name):
                 for part, training in chunk.parts.items():
                     built[part].append(training)

@@ -17,6 +17,7 @@ class _Module(BaseModel):
 
     unit_size: PositiveInt | None
     layers: Annotated[list[Annotated[list[NonNegativeInt], Field(min_length=1)]], Field(min_length=1)]
+    replicated: bool = False
 
 
 class _File(BaseModel):
@@ -29,7 +30,9 @@ class _File(BaseModel):
 def write_partition(path: str | Path, partition: Partition) -> None:
     """Write a partition so that :func:`read_partition` gives exactly it back, reasons included."""
     modules = {
-        m.module: {"unit_size": m.unit_size, "layers": [list(row) for row in m.layers]} for m in partition.modules
+        m.module: {"unit_size": m.unit_size, "layers": [list(row) for row in m.layers]}
+        | ({"replicated": True} if m.replicated else {})
+        for m in partition.modules
     }
     data = {"modules": modules, "reasons": list(partition.reasons)}
     Path(path).write_text(
@@ -45,7 +48,7 @@ def read_partition(path: str | Path, model: MultimodalModel | None = None) -> Pa
     try:
         partition = Partition(
             tuple(
-                ModulePartition(name, tuple(tuple(row) for row in m.layers), m.unit_size)
+                ModulePartition(name, tuple(tuple(row) for row in m.layers), m.unit_size, m.replicated)
                 for name, m in data.modules.items()
             ),
             tuple(data.reasons),

@@ -4,6 +4,7 @@ from .batch import Clip, GlobalBatch, Microbatch, WorkloadError
 from .files import format_batch, parse_batch, read_workload, write_workload
 from .mixes import image_bounds, load_workload
 from .packing import Sample, pack_clips, pack_documents
+from .replicas import place_units
 from .units import even_slices, make_units
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "pack_clips",
     "pack_documents",
     "parse_batch",
+    "place_units",
     "read_workload",
     "write_workload",
 ]

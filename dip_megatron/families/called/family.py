@@ -20,4 +20,4 @@ def family_of(page: Page) -> ModelFamily:
             freeze=blueprint.calls.get("freeze"),
         )  # fmt: skip
 
-    return ModelFamily(page.name, page.model_class, describe, program, page.workload, ("freeze",))
+    return ModelFamily(page.name, page.model_class, describe, program, page.workload, ("freeze",), replicates=True)

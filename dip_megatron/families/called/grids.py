@@ -34,6 +34,8 @@ class GivenRows:
 class GridEncoder(Encoder):
     """``merge ** 2`` patches become one token. Instances are the images of a microbatch, then its videos."""
 
+    values = (PIXELS, VIDEOS)
+
     def config(self, config: Any) -> Any:
         """The encoder's own, of the model's."""
         return config.vision_config

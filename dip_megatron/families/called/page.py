@@ -37,12 +37,14 @@ Arguments = Mapping[str, Any]
 
 class Encoder(ABC):
     """One encoder of a family. ``called`` is what the model's forward calls, ``kind`` what of a microbatch it reads,
-    ``depth`` the setting of the model's config that gives its number of layers, dotted."""
+    ``depth`` the setting of the model's config that gives its number of layers, dotted, ``values`` the arguments of the
+    model's forward with what it encodes."""
 
     name: ClassVar[str] = VISION
     kind: ClassVar[str] = "images"
     called: ClassVar[str] = "visual"
     depth: ClassVar[str] = "vision_config.depth"
+    values: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     @abstractmethod
     def points(self, config: Any) -> CutPoints:

@@ -24,6 +24,8 @@ class CalledProgram(SegmentedProgram):
     """One rank's share of the model that ``kwargs`` of its class would build. ``layers`` gives ``{"vision":
     layers[segment][rank], ..., "language": ...}``, ``freeze`` the arguments of the model's ``freeze``."""
 
+    replicates = True
+
     def __init__(
         self,
         page: Page,
@@ -44,7 +46,7 @@ class CalledProgram(SegmentedProgram):
             self.check_layers(encoder.name, encoder.layers(config))
         self.check_layers(LANGUAGE, config.num_layers)
         self.modules = (
-            *(ModalityModule(name, layers[name]) for name in self._encoders),
+            *(ModalityModule(name, layers[name], replicated=self.is_whole(name)) for name in self._encoders),
             ModalityModule(LANGUAGE, layers[LANGUAGE], tuple(self._encoders)),
         )
         self._signature = inspect.signature(page.model_class.forward)
@@ -53,7 +55,9 @@ class CalledProgram(SegmentedProgram):
         self._where: torch.Tensor | None = None
         self.shapes = CalledShapes(
             {
-                e.name: EncoderShapes(e.kind, layers[e.name], e.hidden(config), e.points(config).tapped)
+                e.name: EncoderShapes(
+                    e.kind, layers[e.name], e.hidden(config), e.points(config).tapped, self.is_whole(e.name)
+                )
                 for e in page.encoders
             },
             language=layers[LANGUAGE],
@@ -96,7 +100,7 @@ class CalledProgram(SegmentedProgram):
             check_all_cut(alone, points)
             line = []
             for segment, begins, ends in self.places(encoder.name):
-                end = layers_until(self.layers[encoder.name], segment, self.rank)
+                end = self.shapes.encoders[encoder.name].until(segment, self.rank)
                 count = self.layers[encoder.name][segment][self.rank]
                 cut = CutEncoder(alone, points, end - count, count, begins=begins, ends=ends)
                 cut.follow(self.mode)
@@ -168,9 +172,15 @@ class CalledProgram(SegmentedProgram):
     ) -> Tensors:
         """One stage; see StageProgram."""
         if stage.module in self._encoders:
+            encoder, arguments = self._encoders[stage.module], microbatch.arguments
             own = slice(unit.first, unit.first + unit.count)
             given = inputs[0] if inputs else {}
-            output: Tensors = chunk(self._encoders[stage.module], microbatch.arguments, own, given)
+            if not inputs and all(arguments.get(name) is None for name in encoder.values):
+                raise ValueError(
+                    f"pipeline rank {stage.rank} is to encode what the loop's forward_step gives to other ranks only "
+                    f"({' or '.join(encoder.values)}); use placement: segmented for {stage.module}"
+                )
+            output: Tensors = chunk(encoder, arguments, own, given)
             return output
         starts = stage.segment == stage.rank == 0
         done = layers_until(self.layers[LANGUAGE], stage.segment, stage.rank)

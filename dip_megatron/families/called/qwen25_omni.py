@@ -59,6 +59,7 @@ class Audio(Encoder):
     name, kind = "audio", "audios"
     called = "thinker.audio_model"
     depth = "thinker_config.audio_config.encoder_layers"
+    values = ("input_features",)
 
     def points(self, config: Any) -> CutPoints:
         root = "thinker.audio_model"

@@ -35,12 +35,22 @@ class HiddenShape:
 @dataclass(frozen=True)
 class EncoderShapes:
     """What an encoder of ``layers[segment][rank]`` sends: ``hidden`` within it; the outputs of its ``tapped`` layers,
-    which a module each has brought to the width of the language model, go on to the layer of the same index there."""
+    which a module each has brought to the width of the language model, go on to the layer of the same index there.
+    ``whole``: it is replicated, with all of its layers on every rank."""
 
     kind: str
     layers: Layers
     hidden: HiddenShape
     tapped: tuple[int, ...] = ()
+    whole: bool = False
+
+    def until(self, segment: int, rank: int) -> int:
+        """How many of its layers come before the end of that chunk."""
+        return self.layers[0][rank] if self.whole else layers_until(self.layers, segment, rank)
+
+    def ends(self, segment: int, rank: int) -> bool:
+        """Whether it ends with that chunk."""
+        return self.whole or (segment, rank) == (len(self.layers) - 1, len(self.layers[0]) - 1)
 
 
 @dataclass(frozen=True)
@@ -72,10 +82,9 @@ class CalledShapes:
         encoder = self.encoders[stage.module]
         tokens = load.encoded[encoder.kind][unit.first : unit.first + unit.count]
         embedded = (sum(tokens), self.language_hidden)
-        ends = place == (len(encoder.layers) - 1, len(encoder.layers[0]) - 1)
-        done = layers_until(encoder.layers, *place)
+        done = encoder.until(*place)
         return (
-            TensorSpec("hidden", embedded if ends else encoder.hidden.of(tokens), self.dtype),
+            TensorSpec("hidden", embedded if encoder.ends(*place) else encoder.hidden.of(tokens), self.dtype),
             *(TensorSpec(f"tap{i}", embedded, self.dtype) for i, layer in enumerate(encoder.tapped) if layer < done),
         )
 

@@ -44,13 +44,17 @@ class ModelPart(MegatronModule):
 
 
 class SegmentedProgram:
-    """One rank's share of a model: ``layers[module][segment][rank]``, and what its chunks follow while they run."""
+    """One rank's share of a model: ``layers[module][segment][rank]``, and what its chunks follow while they run. Of a
+    replicated module every rank has all layers, ``((n, ..., n),)``; a program that can build it says ``replicates``."""
+
+    replicates = False
 
     def __init__(self, layers: Mapping[str, tuple[tuple[int, ...], ...]], rank: int):
         self.layers = dict(layers)
         self.rank = rank
         self.ranks = len(next(iter(self.layers.values()))[0])
         self.mode = StageMode()
+        self._whole: set[str] = set()
         self._supports_split = False
 
     @property
@@ -71,14 +75,24 @@ class SegmentedProgram:
 
     def check_layers(self, module: str, count: int) -> None:
         """Raises ValueError unless the partition gives ``module`` its ``count`` layers, on all ranks' chunks."""
+        if self.replicates and self.ranks > 1 and self.layers[module] == ((count,) * self.ranks,):
+            self._whole.add(module)
+            return
         total = sum(sum(line) for line in self.layers[module])
         if total != count:
             raise ValueError(f"partition gives {module} {total} layers, the model has {count}")
         if any(len(line) != self.ranks for line in self.layers[module]):
             raise ValueError(f"partition of {module} must list {self.ranks} ranks per segment")
 
+    def is_whole(self, module: str) -> bool:
+        """Whether a module, whose layers have been checked, stands whole on every rank."""
+        return module in self._whole
+
     def places(self, module: str) -> Iterator[tuple[int, bool, bool]]:
         """This rank's chunks of ``module``: the segment of each, and whether the module begins and ends with it."""
+        if self.is_whole(module):
+            yield 0, True, True
+            return
         last = (len(self.layers[module]) - 1, self.ranks - 1)
         for segment in range(last[0] + 1):
             yield segment, segment == self.rank == 0, (segment, self.rank) == last

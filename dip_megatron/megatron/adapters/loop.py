@@ -25,7 +25,8 @@ class TrainingLoop:
     last, as the loop counts (None: DIP counts those that train, from 1). ``layout``: of layers, that the loop's own
     settings ask for; it must not apply it itself. ``weights_by_tokens``: losses and gradients of all replicas are added
     up and divided by their tokens, so that replicas may train on different numbers of microbatches. ``finalizes``: the
-    loop gives schedules a function that reduces gradients over replicas.
+    loop gives schedules a function that reduces gradients over replicas. ``adapts``: the loop puts adapters into
+    the model once it is built.
     """
 
     parallel: Parallel
@@ -38,6 +39,7 @@ class TrainingLoop:
     layout: GivenLayout | None = None
     weights_by_tokens: bool = False
     finalizes: bool = False
+    adapts: bool = False
 
     def another_follows(self) -> bool:
         """Whether the training iteration that is about to run is followed by another: data sets may hold no more than

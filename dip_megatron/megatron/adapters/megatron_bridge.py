@@ -46,6 +46,7 @@ class BridgeLoop(TrainingLoop):
             config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config.dataset),
             iteration=self._following, layout=layout,
             weights_by_tokens=bool(getattr(config.model, "calculate_per_token_loss", False)), finalizes=True,
+            adapts=config.peft is not None,
         )  # fmt: skip
         self._state = state
 

@@ -56,6 +56,11 @@ def _begin(q: Problem, x: Keys, w: Work) -> None:
             m.waits_backward = g.after_start[n + 1] - g.after_start[n]
             m.arrives_forward = 0.0
             m.arrives_backward = 0.0
+            if g.is_idle[n]:
+                w.strategy[n] = 0
+                w.orders[p, w.rank[p].length] = FORWARD * g.virtual_microbatches + s
+                w.rank[p].length += 1
+                continue
             _count(q, x, w.rank, p, n)
             if m.waits_forward == 0:
                 mark(w.known_forward, p, w.queued[s].place_forward)

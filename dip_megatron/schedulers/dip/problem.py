@@ -83,13 +83,15 @@ def make_problem(graph: StageGraph) -> Problem:
     passing_count = np.zeros_like(reservation)
     held = np.where(g.has_backward, lean, 0).reshape(virtual_microbatches, ranks)
     shown = np.where(g.has_backward, 0, lean).reshape(virtual_microbatches, ranks)
+    passes = ~(g.has_backward | g.is_idle).reshape(virtual_microbatches, ranks)
     for s in range(virtual_microbatches):
         reservation[first[s]] += held[s]
         freed[last[s]] += held[s]
         passing[first[s]] = np.maximum(passing[first[s]], shown[s])
-        passing_count[first[s]] += ~g.has_backward.reshape(virtual_microbatches, ranks)[s]
+        passing_count[first[s]] += passes[s]
     most = np.maximum(activation, deferred_activation).max(axis=0).reshape(virtual_microbatches, ranks).sum(axis=0)
-    least = np.where(g.has_backward, lean, 0).reshape(virtual_microbatches, ranks).min(axis=0)
+    least = np.where(g.has_backward, lean, np.where(g.is_idle, UNBOUNDED, 0))
+    least = least.reshape(virtual_microbatches, ranks).min(axis=0)
     ends = {u.module for u in graph.units if not u.downstream and u.module not in _upstream_modules(graph)}
     backbone = np.array([graph.units[int(u)].module in ends for u in graph.unit_of], dtype=np.bool_)
     return Problem(

@@ -38,10 +38,13 @@ def _images(count: int, tokens: int = 169) -> Sizes:
 
 
 def test_clusters_have_the_published_figures() -> None:
-    assert {"h100", "h800", "h20", "cpu"} <= set(shipped("clusters"))
+    assert {"h100", "h200", "b200", "h800", "h20", "cpu"} <= set(shipped("clusters"))
     for name in shipped("clusters"):
         assert load_cluster(name).name == name
     assert load_cluster("h800").node_bandwidth == 200e9
+    h200, b200 = load_cluster("h200"), load_cluster("b200")
+    assert (h200.flops, h200.memory_bytes, h200.memory_bandwidth) == (989.4e12, 141e9, 4.8e12)
+    assert (b200.flops, b200.memory_bytes, b200.memory_bandwidth, b200.node_bandwidth) == (2.25e15, 180e9, 8e12, 9e11)
     assert (load_cluster("h20").flops, load_cluster("h20").memory_bytes) == (148e12, 96e9)
 
 

@@ -1,5 +1,6 @@
 """Model descriptions: the shipped ones are the paper's, files and Python say the same, faults are named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.describe.files import ConfigurationError, shipped
 from dip_megatron.describe.model import (
+    GatedDeltaNet,
     LanguageHead,
     ModelError,
     ModulePartition,
@@ -49,6 +51,27 @@ def test_shipped_models_are_the_papers(name: str) -> None:
         )  # fmt: skip
         # The nominal size is a rounded one: within an eighth of it (ViT "5B" has 4.4B).
         assert shape.parameters == pytest.approx(billions * 1e9, rel=0.125)
+
+
+PUBLISHED = {
+    # name: parameters as published, and of the description those that the published count leaves out
+    "qwen2-5-vl-7b": (8_292_166_656, 0),  # safetensors index of Qwen2.5-VL-7B-Instruct
+    "qwen2-5-vl-32b": (33_452_718_336, 0),  # the same of -32B-Instruct
+    "qwen2-5-vl-72b": (73_410_777_344, 0),  # of -72B-Instruct
+    "qwen3-vl-8b": (8_767_123_696, 0),  # of Qwen3-VL-8B-Instruct
+    "qwen3-vl-32b": (33_357_390_064, 0),  # of -32B-Instruct
+    "qwen3-5-vl-27b": (27_780_000_000, 0),  # 55.56 GB of bfloat16, multi-token prediction included
+    # 5.5B and 32.8B (arXiv 2508.18265, table 1); three heads of 128 that only fill up those of tp 4.
+    "internvl3-5-38b": (38_400_000_000, 45 * 4 * 3200 * 3 * 128),
+    # arXiv 2503.19786, table 1: 417M, 1416M of embeddings, 25600M; the head is the same table.
+    "gemma3-27b": (27_433_000_000, 262208 * 5376),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_published_parameters(name: str) -> None:
+    published, beside = PUBLISHED[name]
+    assert load_model(name).parameters - beside == pytest.approx(published, rel=0.01)
 
 
 def test_every_shipped_model_loads() -> None:
@@ -166,6 +189,19 @@ def test_window_attention_excepts_every_nth_layer() -> None:
     layer = TransformerLayer(64, 256, 4, 4, window=16, full_attention_every=4)
     module = ModuleShape("vision", "images", 9, layer)
     assert [i for i in range(9) if module.full_attention(i)] == [3, 7]
+
+
+def test_every_fourth_layer_of_linear_attention_attends_to_all() -> None:
+    language = load_model("qwen3-5-vl-27b").module("language")
+    assert [i for i in range(9) if language.full_attention(i)] == [3, 7]
+    linear, full = (sum(language.layer_parameters(i)) for i in (0, 3))
+    hidden, inner = 5120, 48 * 128
+    mixed = 2 * 16 * 128 + inner
+    expected = hidden * (mixed + inner + 2 * 48) + 4 * mixed + inner * hidden
+    assert linear - full == expected - hidden * (3 * 24 * 256 + 2 * 4 * 256)
+    odd = replace(language, upstream=(), layer=replace(language.layer, linear_attention=GatedDeltaNet(6, 48)))
+    with pytest.raises(ModelError, match=r"linear_attention: 6 and 48 heads can't be split over tp 4"):
+        MultimodalModel("odd", (odd,), Parallel(tp=4))
 
 
 @given(st.integers(1, 200), st.integers(1, 6), st.integers(1, 16))

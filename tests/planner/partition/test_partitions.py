@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from dip_megatron.describe.partition import (
     read_partition,
     write_partition,
 )
-from dip_megatron.describe.workload import GlobalBatch, Microbatch, load_workload
+from dip_megatron.describe.workload import GlobalBatch, Microbatch, load_workload, place_units
 from dip_megatron.planner import partitioning
 from dip_megatron.planner.partitioning import choose_partition, greedy_judge, paper_partition
 from tests.drawn import settings
@@ -203,6 +204,34 @@ def test_what_counts_against_the_budget(first: float, later: float, cores: float
     again = choose_partition(model, H100, batches, judge=judge, budget_seconds=0.1 * all_trials)
     assert (trials < all_trials) == ends
     assert ends or again == chosen
+
+
+def _placed(model: MultimodalModel, placement: str, memory_limit: float | None = None) -> tuple[bool, float]:
+    """Whether the vision tower stands whole on every rank, and predicted seconds, the sum of its gradients included."""
+    batches = load_workload("vlm-mix", model, 1, 4, 3)
+    chosen = choose_partition(
+        model, H100, batches, memory_limit=memory_limit, budget_seconds=inf, max_trials=12,
+        placements={"vision": placement},  # type: ignore[dict-item]
+    )  # fmt: skip
+    pricer = CostModel(model, H100)
+    graph = build_graph(model, H100, chosen, batches[0].microbatches, memory_limit=memory_limit)
+    return chosen.module("vision").replicated, greedy_judge(400)(graph) + partitioning.copies_seconds(pricer, chosen)
+
+
+def test_a_placement_is_chosen_by_predicted_time_within_memory() -> None:
+    model = _tiny(VLM, 4)
+    (cut, slow), (copied, fast), (either, best) = (_placed(model, p) for p in ("segmented", "replicated", "either"))
+    assert (cut, copied) == (False, True)
+    assert best <= min(slow, fast) * 1.001
+    assert either == (fast < slow)
+
+
+def test_units_of_a_module_on_every_rank_go_around_by_what_ranks_have_to_do_besides() -> None:
+    alike = place_units([1.0] * 8, np.zeros(4))
+    assert sorted(alike[:4]) == sorted(alike[4:]) == [0, 1, 2, 3]
+    assert alike[0] == 3  # which waits longest for the first microbatch
+    loaded = place_units([1.0] * 12, np.array([0.0, 4.0, 8.0, 100.0]))
+    assert [loaded.count(rank) for rank in range(4)] == [8, 4, 0, 0]
 
 
 def test_a_model_that_cannot_fit_is_refused_with_a_way_out() -> None:

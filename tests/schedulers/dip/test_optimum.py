@@ -37,6 +37,27 @@ def test_bound_holds_with_and_without_split(seed: int) -> None:
         assert lower_bound(graph, split=split) <= optimum.time + 1e-9
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_bound_holds_where_memory_is_tight(seed: int) -> None:
+    """No plan that CP-SAT finds is shorter, and knowing of memory never lowers the bound."""
+    graph = random_graph(
+        1000 + seed, ranks=2, microbatches=3, max_units=2, max_segments=1, integer=True, candidates=1 + seed % 3,
+        memory=(1.0, 1.1, 1.3, 1.6)[seed % 4],
+    )  # fmt: skip
+    for split in (True, False):
+        bound = lower_bound(graph, split=split)
+        assert bound <= solve(graph, split=split, seconds=4).time + 1e-9
+        assert bound >= lower_bound(with_memory(graph, float("inf")), split=split) * (1 - 1e-9)
+
+
+def test_what_must_be_held_for_long_costs_time() -> None:
+    """Many microbatches and memory for two at a time: the bound knows that most of the iteration must recompute."""
+    loose = random_graph(5, ranks=4, microbatches=4, candidates=1, max_segments=1, memory=float("inf"), frozen=False)
+    longer = replace(loose, transfer=20 * loose.transfer)
+    tight = with_memory(longer, 1.0)
+    assert lower_bound(tight) > 1.2 * lower_bound(longer)
+
+
 def test_a_tight_limit_raises_the_bound() -> None:
     """The bound knows of memory: with room for one microbatch at a time ranks must idle."""
     loose = random_graph(5, ranks=4, microbatches=4, candidates=1, max_segments=1, memory=float("inf"), frozen=False)

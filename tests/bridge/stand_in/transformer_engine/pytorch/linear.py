@@ -6,6 +6,12 @@ from torch.nn.functional import linear
 from .norms import norm_parameters, normalized
 
 
+def _mappings():
+    from megatron.core.tensor_parallel import mappings  # which is imported after Transformer Engine
+
+    return mappings
+
+
 class _Base(torch.nn.Module):
     """The empty state of FP8 that every module of Transformer Engine with a GEMM has in checkpoints."""
 
@@ -25,11 +31,10 @@ class _Base(torch.nn.Module):
         pass
 
     def _sizes(self, in_features, out_features, parallel_mode, tp_size, fuse_wgrad_accumulation):
-        if tp_size > 1:
-            raise NotImplementedError("the stand-in for Transformer Engine has no tensor parallelism")
         if fuse_wgrad_accumulation:
             raise NotImplementedError("the stand-in for Transformer Engine has no gradient_accumulation_fusion")
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features // tp_size if parallel_mode == "row" else in_features
+        self.out_features = out_features // tp_size if parallel_mode == "column" else out_features
         self.parallel_mode, self.tp_size = parallel_mode, tp_size
 
     def _make(self, number, bias, get_rng_state_tracker, rng_tracker_name, init_method, **where):
@@ -60,14 +65,32 @@ class Linear(_Base):
         super().__init__()
         self._sizes(in_features, out_features, parallel_mode, tp_size, fuse_wgrad_accumulation)
         self.use_bias, self.return_bias, self.sequence_parallel = bias, return_bias, sequence_parallel
+        self.tp_group = tp_group
         self._make(
             "", bias, get_rng_state_tracker, rng_tracker_name, init_method, dtype=params_dtype, device=device
         )  # fmt: skip
 
     def forward(self, x, is_first_microbatch=None):
+        output = self._multiplied(self._whole(x))
         if self.return_bias:
-            return linear(x, self.weight), self.bias
-        return linear(x, self.weight, self.bias)
+            return output, self.bias
+        return output if self.bias is None else output + self.bias
+
+    def _whole(self, x):
+        """The input as all ranks of a column have it."""
+        if self.parallel_mode != "column" or self.tp_size == 1:
+            return x
+        if self.sequence_parallel:
+            return _mappings().gather_from_sequence_parallel_region(x, group=self.tp_group)
+        return _mappings().copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+
+    def _multiplied(self, x):
+        output = linear(x, self.weight)
+        if self.parallel_mode != "row" or self.tp_size == 1:
+            return output
+        if self.sequence_parallel:
+            return _mappings().reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        return _mappings().reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
 
 
 class LayerNormLinear(Linear):
@@ -78,7 +101,7 @@ class LayerNormLinear(Linear):
             in_features, out_features, sequence_parallel=sequence_parallel, params_dtype=params_dtype, device=device,
             **kwargs,
         )  # fmt: skip
-        self.return_layernorm_output = return_layernorm_output
+        self.return_layernorm_output, self.return_layernorm_output_gathered = return_layernorm_output, False
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
         self.layer_norm_weight, self.layer_norm_bias = norm_parameters(
             in_features, normalization, zero_centered_gamma, sequence_parallel, dtype=params_dtype, device=device
@@ -86,11 +109,15 @@ class LayerNormLinear(Linear):
 
     def forward(self, x, is_first_microbatch=None):
         norm = (self.layer_norm_weight, self.layer_norm_bias, self.normalization, self.eps, self.zero_centered_gamma)
-        x = normalized(x, *norm)
-        output = super().forward(x)
-        if not self.return_layernorm_output:
-            return output
-        return (*output, x) if self.return_bias else (output, x)
+        normed = normalized(x, *norm)
+        whole = self._whole(normed)
+        output = self._multiplied(whole)
+        if not self.return_bias and self.bias is not None:
+            output = output + self.bias
+        found = (output, self.bias) if self.return_bias else (output,)
+        if self.return_layernorm_output:
+            found = (*found, whole if self.return_layernorm_output_gathered else normed)
+        return found if len(found) > 1 else output
 
 
 class GroupedLinear(_Base):
@@ -100,6 +127,8 @@ class GroupedLinear(_Base):
                  get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True, return_bias=False,
                  params_dtype=None, parallel_mode=None, device="cpu", **kwargs):  # fmt: skip
         super().__init__()
+        if tp_size > 1:
+            raise NotImplementedError("the stand-in for Transformer Engine splits no grouped linears")
         self._sizes(in_features, out_features, parallel_mode, tp_size, fuse_wgrad_accumulation)
         self.num_gemms, self.use_bias, self.return_bias = num_gemms, bias, return_bias
         for number in range(num_gemms):

@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Published models at their sizes, simulated: plans over their bounds and over what teams do today, few microbatches.
+
+    scripts/bench sizes [--models NAME,...] [--workloads NAME,...] [--microbatches N,...] [--schedules NAME,...]
+                        [--budget S] [--batches B] [--partition S] [--no-text] [--json FILE]
+
+For each model, workload and number of microbatches: the mean time of ``dip``'s plans over their proven bounds, on a
+partition chosen on other batches; the time of every other schedule over dip's; throughput in FLOP/s over that of the
+language model alone on text, packed full, with as many FLOPs a rank (under dip too, and under the best of Megatron's
+orders). A row takes minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dip_megatron.describe.cost import load_cluster
+from dip_megatron.describe.model import MultimodalModel, Partition, load_model
+from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.facade import DoesNotFitError, Effort, Planned, Setting, make_planner, searched_partition
+from dip_megatron.report.schedules import text_table
+from dip_megatron.schedulers import BaselineError
+from dip_megatron.schedulers.dip import warm_up
+from scripts.paper.flops import model_flops
+
+MODELS = ("qwen2-5-vl-72b", "qwen3-vl-32b", "internvl3-5-38b", "qwen3-5-vl-27b")
+WORKLOADS = ("vlm-any-resolution", "vlm-video")
+BASELINES = ("encoder-first-stage", "encoders-first", "bigmac", "disttrain", "megatron-interleaved")
+TEXT = ("dip", "megatron-1f1b", "megatron-interleaved")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: seconds of dip's plans and their bounds (means over batches), what each other schedule takes over
+    that (None: it can't run, or fits no memory), FLOP/s over those of text alone, under dip and the best of Megatron's
+    orders; ``at_most``: what any schedule of these chunks could reach of text alone under dip, by its least work."""
+
+    model: str
+    workload: str
+    microbatches: int
+    seconds: float
+    over_bound: float
+    others: dict[str, float | None]
+    of_text: float | None = None
+    of_text_under_megatron: float | None = None
+    at_most: float | None = None
+
+    def cells(self, names: Sequence[str]) -> list[str]:
+        """As text."""
+        others = [self.others[n] for n in names]
+        text = [self.of_text, self.at_most, self.of_text_under_megatron]
+        return [
+            self.model, self.workload, str(self.microbatches), f"{self.seconds:.3f}", f"{self.over_bound:.3f}",
+            *("-" if value is None else f"{value:.2f}" for value in others),
+            *("-" if value is None else f"{value:.3f}" for value in text),
+        ]  # fmt: skip
+
+
+def planned(name: str, setting: Setting, effort: Effort, partition: Partition | None) -> list[Planned] | None:
+    """Plans of all batches; None where the schedule can't run them within memory."""
+    try:
+        planner = make_planner(name, setting, effort, partition)
+        found = [planner(batch.microbatches) for batch in setting.batches]
+    except (BaselineError, DoesNotFitError):
+        return None
+    return found if all(plan.fits for plan in found) else None
+
+
+def mean_seconds(plans: Sequence[Planned]) -> float:
+    """Mean iteration time."""
+    return float(np.mean([plan.iteration_time for plan in plans]))
+
+
+def flops(setting: Setting) -> float:
+    """Mean FLOPs of a batch."""
+    return float(np.mean([model_flops(setting.model, batch.microbatches) for batch in setting.batches]))
+
+
+def alone(model: MultimodalModel) -> MultimodalModel:
+    """The language model without encoders."""
+    text = next(m for m in model.modules if m.input == "text")
+    return replace(model, name=f"{model.name}-text", modules=(replace(text, upstream=()),))
+
+
+def text_rates(setting: Setting, effort: Effort, partition_seconds: float) -> tuple[float, float]:
+    """FLOP/s of the language model on text, with as many FLOPs: under dip, and under the best of Megatron's orders."""
+    model = alone(setting.model)
+    one = load_workload("text-packed", model, 1, 1, 0)
+    each = model_flops(model, one[0].microbatches)
+    count = max(1, round(flops(setting) / each))
+    batches = load_workload("text-packed", model, 1, count, 0)
+    text = Setting(model, setting.cluster, batches)
+    partition = searched_partition(text, partition_seconds)
+    rates = []
+    for name in TEXT:
+        plans = planned(name, text, effort, partition)
+        rates.append(0.0 if plans is None else count * each / mean_seconds(plans))
+    return rates[0], max(rates[1:])
+
+
+def row(
+    name: str, workload: str, microbatches: int, schedules: Sequence[str], effort: Effort, batches: int,
+    partition_seconds: float, cluster: str, text: bool,
+) -> Row:  # fmt: skip
+    """Plan one setting."""
+    model = load_model(name)
+    drawn, earlier = (load_workload(workload, model, batches, microbatches, seed) for seed in (0, 1))
+    setting = Setting(model, load_cluster(cluster), drawn, earlier=earlier)
+    partition = searched_partition(setting, partition_seconds)
+    plans = planned("dip", setting, effort, partition)
+    assert plans is not None, f"{name}: no plan fits"
+    seconds = mean_seconds(plans)
+    others = {}
+    for other in schedules:
+        found = planned(other, setting, effort, None if other == "dip-paper" else partition)
+        others[other] = None if found is None else mean_seconds(found) / seconds
+    over = float(np.mean([plan.iteration_time / plan.lower_bound for plan in plans]))
+    made = Row(name, workload, microbatches, seconds, over, others)
+    if not text:
+        return made
+    rate, megatrons = (flops(setting) / seconds / r for r in text_rates(setting, effort, partition_seconds))
+    least = float(np.mean([float((p.graph.forward + p.graph.fused).min(axis=0).sum()) / p.graph.ranks for p in plans]))
+    return replace(made, of_text=rate, of_text_under_megatron=megatrons, at_most=rate * seconds / least)
+
+
+def main() -> int:
+    """Print a row as soon as it is known, then all; 1 if dip is behind another schedule."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--microbatches", default="16,8,4")
+    parser.add_argument("--schedules", default=",".join(BASELINES))
+    parser.add_argument("--cluster", default="h100")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds to search a plan")
+    parser.add_argument("--partition", type=float, default=20.0, help="seconds to search a partition")
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--no-text", action="store_true", help="leave out the language model alone")
+    parser.add_argument("--json", type=Path, help="save the rows")
+    arguments = parser.parse_args()
+    names = [n for n in arguments.schedules.split(",") if n]
+    warm_up()
+    rows = []
+    for name in arguments.models.split(","):
+        for workload in arguments.workloads.split(","):
+            for count in map(int, arguments.microbatches.split(",")):
+                rows.append(
+                    row(name, workload, count, names, Effort(arguments.budget), arguments.batches,
+                        arguments.partition, arguments.cluster, not arguments.no_text)
+                )  # fmt: skip
+                print("  ".join(rows[-1].cells(names)), flush=True)
+    head = ["model", "workload", "N", "seconds", "over bound", *(f"{n} / dip" for n in names), "of text",
+            "at most", "of text under Megatron"]  # fmt: skip
+    print(f"\nSimulated, {arguments.budget:g} s of search\n{text_table(head, [r.cells(names) for r in rows])}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+    behind = [r for r in rows if any(v is not None and v < 1.0 for v in r.others.values())]
+    return 1 if behind else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
