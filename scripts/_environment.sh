@@ -9,6 +9,8 @@ VENV_DIR="${DIP_VENV_DIR:-$ROOT}"
 MEGATRON=0.19.2       # newest release; its wheel brings megatron.training
 MEGATRON_CORE=0.16.1  # newest release for Python 3.11; core only
 BRIDGE=0.6.2          # newest release of Megatron-Bridge that goes with it; Python 3.12 only
+SWIFT=4.6.0           # newest release of ms-swift, and of the models it trains
+MCORE_BRIDGE=1.6.5
 
 fail() {
     echo "${0##*/}: $*" >&2
@@ -97,13 +99,16 @@ recipe_core() {
 # Megatron-Bridge, laid over the newest environment: torch, Megatron and the tests' own packages are that one's, so this
 # takes half a minute and half a gigabyte where an environment of its own takes minutes and six, and the newest
 # environment stays as users without Bridge have it. Bridge's metadata also asks for packages that build CUDA kernels or
-# serve recipes and loggers that no test uses; what it imports is named here.
+# serve recipes and loggers that no test uses; what it imports is named here. ms-swift is laid beside it: it asks for
+# older releases of two packages, and works with these.
 recipe_bridge() {
     echo "import site; site.addsitedir('$(echo "$NEWEST"/lib/python3.*/site-packages)')" \
         >"$(echo "$1"/lib/python3.*/site-packages)/newest_environment.pth"
     install "$1" --no-compile accelerate datasets einops "hydra-core<1.4" "megatron-energon~=7.0" nvidia-modelopt \
         nvidia-resiliency-ext omegaconf peft requests "transformers>=5.8,<=5.12.1"
     install "$1" --no-compile --no-deps diffusers "megatron-bridge==$BRIDGE"
+    install "$1" --no-compile dacite json_repair modelscope
+    install "$1" --no-compile --no-deps "mcore-bridge==$MCORE_BRIDGE" "ms-swift==$SWIFT"
 }
 
 # newest_environment: the environment with the newest Megatron, on whatever Python answers; its path is then in VENV

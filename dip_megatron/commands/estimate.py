@@ -52,21 +52,31 @@ NAMES = {
     "--budget", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Seconds of search a plan."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Search threads (default: half the cores).")
+@click.option(
+    "--recipe", is_flag=True, help="SCRIPT is a recipe of Megatron-Bridge's instead, as `dip doctor` takes it."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout at the end, and nothing else there.")
-@click.argument("script", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @one_line_errors
 def estimate(
     cluster: str, gpus: int | None, workload: str | None, costs: Path | None, iterations: int, budget: float,
-    workers: int | None, as_json: bool, script: Path, arguments: tuple[str, ...],
+    workers: int | None, recipe: bool, as_json: bool, script: str, arguments: tuple[str, ...],
 ) -> None:  # fmt: skip
     """What an iteration of SCRIPT ARGUMENTS... takes today and would take under DIP. Simulated, on one process.
 
     The script runs as it is, without a GPU, up to its first iteration: the model is described, not built, and
     microbatches are read from its own data (or drawn from --workload). Partitions are chosen on a batch of which none
     is judged. Give the options of this command before SCRIPT, the script's own after it.
+
+    With --recipe SCRIPT is a function that returns a configuration of Megatron-Bridge's, as FILE.py:FUNCTION,
+    MODULE:FUNCTION or the name of one of Bridge's own, and ARGUMENTS are changes such as model.num_layers=4. Its data
+    are drawn from --workload, or from the published mix nearest to them.
     """
-    size = gpus or _replica_size(arguments)
+    size = gpus or (0 if recipe else _replica_size(arguments))
+    if not recipe and not Path(script).is_file():
+        raise InputError(f"{script}: no such script (a recipe of Megatron-Bridge's: give --recipe before it)")
+    name = script if recipe else Path(script).name
 
     terminal = sys.stderr  # the script's own words are kept back
 
@@ -77,8 +87,15 @@ def estimate(
 
             raise SampleTaken(sample)
 
-    with progress_bar(f"reading {script.name}", None, as_json) as advance:
-        sample = _sampled(script, arguments, size, iterations, described, lambda: advance(None))
+    with progress_bar(f"reading {name}", None, as_json) as advance:
+        if recipe:
+            sample, size = _recipe(script, arguments, size)
+            workload = workload or sample.workload
+            click.echo(_first_words(sample, size), file=terminal)
+        else:
+            sample = _sampled(Path(script), arguments, size, iterations, described, lambda: advance(None))
+        mix = load_workload(workload or sample.workload, sample.model, 2, sample.each, 0)
+        unseen = [batch.microbatches for batch in mix]
         known, judged = _batches(sample, workload, min(sample.replicas, MOST_REPLICAS), iterations)
         today: Any
         try:
@@ -88,12 +105,13 @@ def estimate(
             today = str(error)
         found = estimating.estimate(
             sample.model, load_cluster(cluster), Costs.load(costs) if costs else None, known, judged, today,
-            Effort(budget, worker_count(workers)), progress=lambda what: advance(what),
+            Effort(budget, worker_count(workers)), progress=lambda what: advance(what), unseen=unseen,
         )  # fmt: skip
     if as_json:
         print_json({"cluster": cluster, "gpus": size, "estimate": _as_dict(found)})
     else:
-        click.echo(_told(found, sample, cluster, script, workload, costs))
+        click.echo(_told(found, sample, cluster, name, workload, costs))
+        click.echo(_how_to_train(script, sample.replicas > 1, recipe))
 
 
 def _replica_size(arguments: tuple[str, ...]) -> int:
@@ -110,23 +128,61 @@ def _replica_size(arguments: tuple[str, ...]) -> int:
     return size
 
 
+def _on_the_host() -> None:
+    """From now on Megatron computes here, and says nothing of what this machine hasn't and the cluster has."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DIP_SCHEDULE"] = "dynamic"
+    warnings.simplefilter("ignore")
+    from ..megatron.cpu import install_cpu_platform
+
+    install_cpu_platform()
+
+
+def _recipe(recipe: str, overrides: tuple[str, ...], gpus: int) -> tuple[Sample, int]:
+    """What a recipe of Bridge's asks for, on how many GPUs (``gpus`` 0: one replica). Raises InputError."""
+    from ..compat.lone_rank import pretend_world
+    from ..doctor.recipes import RecipeError, bridge_configuration
+
+    _on_the_host()
+    said = io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                config = bridge_configuration(recipe, overrides)
+                from ..families.known import known_families
+                from ..megatron.recipe_sample import replica_size, sample_of_recipe
+            except (RecipeError, ImportError) as error:
+                raise InputError(f"{recipe}: {error}") from error
+            each = replica_size(config)
+            size = gpus or each
+            if size % each:
+                raise InputError(f"--gpus {gpus}: no multiple of the {each} of one replica")
+            pretend_world(size)
+            try:
+                return sample_of_recipe(config, known_families(), size), size
+            except ValueError:
+                raise
+            except Exception as error:  # whatever a provider may need
+                raise InputError(f"{recipe}: its model can't be made: {type(error).__name__}: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _sampled(
     script: Path, arguments: tuple[str, ...], size: int, iterations: int, described: Callable[[Sample], None],
     progress: Callable[[], None],
 ) -> Sample:  # fmt: skip
     """Run the script up to its first iteration. Raises InputError where it doesn't come so far."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["DIP_SCHEDULE"] = "dynamic"
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
-    warnings.simplefilter("ignore")  # Megatron's, of what this machine hasn't and the cluster has
     from ..compat.lone_rank import pretend_world
-    from ..megatron.cpu import install_cpu_platform
+
+    pretend_world(size)
+    _on_the_host()
     from ..megatron.hooks import Hooks
     from ..megatron.sampling import SampleTaken, SamplingSession
 
-    pretend_world(size)
-    install_cpu_platform()
     hooks = Hooks.installed()
     hooks.make_session = lambda loop, config, families, tell: SamplingSession(
         loop, config, families, progress=progress, described=described,
@@ -191,18 +247,18 @@ def _as_dict(found: estimating.Estimate) -> dict[str, Any]:
 
 
 def _told(
-    found: estimating.Estimate, sample: Sample, cluster: str, script: Path, workload: str | None, costs: Path | None
+    found: estimating.Estimate, sample: Sample, cluster: str, name: str, workload: str | None, costs: Path | None
 ) -> str:  # fmt: skip
     rows = []
-    for key, name in NAMES.items():
+    for key, title in NAMES.items():
         if key in found.outcomes:
             o = found.outcomes[key]
             rows.append([
-                name, seconds(o.job_seconds), seconds(o.seconds), f"{o.straggling:.3f}", f"{o.bubble_ratio:.1%}",
+                title, seconds(o.job_seconds), seconds(o.seconds), f"{o.straggling:.3f}", f"{o.bubble_ratio:.1%}",
                 f"{o.peak_bytes / 1e9:.1f}" + ("" if o.fits else " !"), f"{o.recompute:.1%}",
             ])  # fmt: skip
     header = ["", "iteration", "mean replica", "slowest/mean", "bubbles", "peak GB", "recompute"]
-    data = workload or f"{script.name}'s data"
+    data = workload or f"{name}'s data"
     text = [
         f"Simulated for {cluster}: {found.iterations} iterations of {found.replicas} replica"
         f"{'s' * (found.replicas > 1)}, {data}.",
@@ -212,22 +268,36 @@ def _told(
     text += [f"{NAMES[key]}: can't run: {reason}" for key, reason in found.refused.items()]
     if any(not o.fits for o in found.outcomes.values()):
         text.append("!: does not fit even with the leanest recompute")
-    if found.gain is not None and found.gain_between is not None:
-        low, high = found.gain_between
-        text.append(f"Today's iteration takes {found.gain:.2f}x DIP's ({low:.2f}x to {high:.2f}x where the encoders' "
-                    "prices are off by 20%).")  # fmt: skip
+    if found.gain is not None and found.gain_between is not None and found.gain_of_batches is not None:
+        (low, high), (few, many) = found.gain_between, found.gain_of_batches
+        text.append(
+            f"Today's iteration takes {found.gain:.2f}x DIP's; half of the iterations {few:.2f}x to {many:.2f}x; "
+            f"{low:.2f}x to {high:.2f}x where the encoders' prices are off by 20%. What follows an iteration "
+            "(optimizer, reductions, logs) takes both the same time, and isn't in it."
+        )
     over = found.outcomes["dip"].seconds / found.outcomes["dip"].bound
     text.append(f"DIP's plans are within {over - 1:.1%} of a proven bound.")
     if costs is None:
         text.append("Prices are modelled. Measured ones: `dip profile` on one such GPU, then --costs.")
     text.append(f"Planning needs two cores of each replica's hosts ({sample.replicas} replicas).")
-    flags = "--dip-schedule dynamic" + (" --dip-balance swap" if sample.replicas > 1 else "")
-    text += [
+    return "\n".join(text)
+
+
+def _how_to_train(script: str, replicas: bool, recipe: bool) -> str:
+    """The lines to add."""
+    if recipe:
+        settings = '"schedule": "dynamic"' + (', "balance": "swap"' * replicas)
+        return "\n".join([
+            "", "To train so, put into the script, before Megatron is used,",
+            "    import dip_megatron", "    dip_megatron.install()",
+            "and into the configuration that the recipe returns", f"    config.dip = {{{settings}}}",
+        ])  # fmt: skip
+    flags = "--dip-schedule dynamic" + (" --dip-balance swap" * replicas)
+    return "\n".join([
         "", "To train so, launch as before, with",
         f"    python -m dip_megatron.cli run {script} ... {flags}",
         "in place of the script, or put into it, before Megatron is used,",
         "    import dip_megatron",
         "    dip_megatron.install()",
         f"and add {flags} to its flags.",
-    ]  # fmt: skip
-    return "\n".join(text)
+    ])  # fmt: skip

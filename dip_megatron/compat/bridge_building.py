@@ -30,6 +30,7 @@ class NoLanguageModel(torch.nn.Module):
     """Where a model is built for its encoders alone."""
 
     share_embeddings_and_output_weights = False
+    vp_stage = None
 
     def __init__(self, *_: Any, **__: Any):
         super().__init__()

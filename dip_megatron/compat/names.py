@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any, Literal
 
-Package = Literal["megatron-core", "megatron.training", "transformer-engine", "megatron-bridge", "torch"]
+Package = Literal[
+    "megatron-core", "megatron.training", "transformer-engine", "megatron-bridge", "mcore-bridge", "ms-swift", "torch"
+]
 
 
 @dataclass(frozen=True)

@@ -290,19 +290,31 @@ class StageGraph:
         return np.concatenate([tables[u.module] for u in self.units])
 
     @cached_property
-    def _neighbours(self) -> tuple[list[tuple[Dependency, ...]], list[tuple[Dependency, ...]]]:
-        """Per node, the forwards that its forward waits for, and the backwards that its backward waits for."""
-        e, ranks = self.edges, self.ranks
-        source, target, seconds = e.source.tolist(), e.target.tolist(), e.transfer.tolist()
-        into, out_of, after = e.before_start.tolist(), e.after_start.tolist(), e.after.tolist()
+    def _adjacency(self) -> tuple[list[int], list[int], list[float], list[int], list[int], list[int]]:
+        """:attr:`edges` as lists, which single nodes are looked up in faster: most ranks ask for their own alone."""
+        e = self.edges
+        return (
+            e.source.tolist(), e.target.tolist(), e.transfer.tolist(), e.before_start.tolist(), e.after_start.tolist(),
+            e.after.tolist(),
+        )  # fmt: skip
 
-        def end(kind: Kind, node: int, edge: int) -> Dependency:
-            return Dependency(kind, node // ranks, node % ranks, seconds[edge])
+    def _forwards_before(self, node: int) -> tuple[Dependency, ...]:
+        """The forwards that a node's forward waits for."""
+        source, _, seconds, into, _, _ = self._adjacency
+        ranks = self.ranks
+        return tuple(
+            Dependency(Kind.F, source[i] // ranks, source[i] % ranks, seconds[i])
+            for i in range(into[node], into[node + 1])
+        )
 
-        nodes = range(self.virtual_microbatches * ranks)
-        forwards = [tuple(end(Kind.F, source[i], i) for i in range(into[n], into[n + 1])) for n in nodes]
-        backwards = [tuple(end(Kind.B, target[i], i) for i in after[out_of[n] : out_of[n + 1]]) for n in nodes]
-        return forwards, backwards
+    def _backwards_before(self, node: int) -> tuple[Dependency, ...]:
+        """The backwards that a node's backward waits for."""
+        _, target, seconds, _, out_of, after = self._adjacency
+        ranks = self.ranks
+        return tuple(
+            Dependency(Kind.B, target[i] // ranks, target[i] % ranks, seconds[i])
+            for i in after[out_of[node] : out_of[node + 1]]
+        )
 
     def inputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:
         """What must end before an operation may start, other than by its rank's own order.
@@ -311,24 +323,23 @@ class StageGraph:
         for the next rank's B; on the exit rank for the B of every next virtual microbatch on its entry rank. W follows
         its own B.
         """
-        forwards, backwards = self._neighbours
+        node = virtual_microbatch * self.ranks + rank
         if kind == Kind.F:
-            return forwards[virtual_microbatch * self.ranks + rank]
+            return self._forwards_before(node)
         if kind == Kind.W:
             return (Dependency(Kind.B, virtual_microbatch, rank, 0.0),)
         own = Dependency(Kind.F, virtual_microbatch, rank, 0.0)
-        return (own, *backwards[virtual_microbatch * self.ranks + rank])
+        return (own, *self._backwards_before(node))
 
     def outputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:
         """Who waits for the data that an operation leaves: the other end of :meth:`inputs` between stages. A gradient
         has no reader where nothing trains."""
-        forwards, backwards = self._neighbours
         node = virtual_microbatch * self.ranks + rank
         if kind == Kind.W:
             return ()
         if kind == Kind.F:
-            return tuple(d._replace(kind=Kind.F) for d in backwards[node])
-        readers = (d._replace(kind=Kind.B) for d in forwards[node])
+            return tuple(d._replace(kind=Kind.F) for d in self._backwards_before(node))
+        readers = (d._replace(kind=Kind.B) for d in self._forwards_before(node))
         return tuple(d for d in readers if self.has_backward[d.virtual_microbatch, d.rank])
 
     def predecessors(self, operation: Operation) -> tuple[Operation, ...]:
@@ -377,6 +388,6 @@ class StageGraph:
 _STRUCTURE = (
     "_module_by_name", "first_virtual_microbatch", "virtual_microbatches", "unit_of", "is_reversed",
     "only_rank", "is_idle",
-    "previous_virtual_microbatches", "next_virtual_microbatches", "edges", "has_weight", "has_backward", "_neighbours",
+    "previous_virtual_microbatches", "next_virtual_microbatches", "edges", "has_weight", "has_backward", "_adjacency",
 )  # fmt: skip
 """Cached properties of a graph that its costs don't matter to."""

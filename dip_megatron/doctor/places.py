@@ -33,7 +33,10 @@ def places() -> Iterator[Check]:
 def _applies(topic: Topic) -> bool:
     if topic.package == "megatron.training":
         return has_training_loop()
-    optional = {"transformer-engine": "transformer_engine", "megatron-bridge": "megatron.bridge"}
+    optional = {
+        "transformer-engine": "transformer_engine", "megatron-bridge": "megatron.bridge",
+        "mcore-bridge": "mcore_bridge", "ms-swift": "swift.megatron",
+    }  # fmt: skip
     return topic.package not in optional or importable(optional[topic.package])
 
 

@@ -67,15 +67,7 @@ def _in_the_way(refusals: Refusals) -> Iterator[Check]:
 def _bridge(recipe: str, overrides: Sequence[str]) -> Iterator[Check]:
     from ..megatron.adapters.bridge_checks import check_release, refusals
 
-    function = _function(recipe)
-    try:
-        config = function()
-    except Exception as error:  # whatever a recipe may need, such as a model's configuration from the net
-        raise RecipeError(
-            f"can't be made here: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        ) from error
-    for override in overrides:
-        _override(config, override)
+    config = bridge_configuration(recipe, overrides)
     told: list[str] = []
     try:
         check_release(told.append)
@@ -87,6 +79,20 @@ def _bridge(recipe: str, overrides: Sequence[str]) -> Iterator[Check]:
         )
     yield from _in_the_way(refusals(config))
     yield _provided(config.model)
+
+
+def bridge_configuration(recipe: str, overrides: Sequence[str]) -> Any:
+    """What a recipe of Bridge's gives (see :func:`recipe_of`), changed as ``overrides`` say. Raises RecipeError."""
+    function = _function(recipe)
+    try:
+        config = function()
+    except Exception as error:  # whatever a recipe may need, such as a model's configuration from the net
+        raise RecipeError(
+            f"can't be made here: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        ) from error
+    for override in overrides:
+        _override(config, override)
+    return config
 
 
 def _function(recipe: str) -> Callable[[], Any]:

@@ -33,17 +33,17 @@ class TrainingAgreement:
         rank: int,
         delivery: PlanDelivery,
         *,
-        everyone: Exchange | None = None,
+        peers: Exchange | None = None,
         on_change: TrainingConsumer | None = None,
         built: Sequence[Names] | None = None,
     ):
-        """``rank`` is the pipeline rank; ``everyone`` are the ranks of all replicas, if there are several; ``built``
-        see :func:`dip_megatron.runtime.trained.report`."""
+        """``rank`` is the pipeline rank; ``peers`` are the ranks at this place of all replicas, if there are several;
+        ``built`` see :func:`dip_megatron.runtime.trained.report`."""
         self.training: Training | None = None
         self._modules = program.modules
         self._rank = rank
         self._delivery = delivery
-        self._everyone = everyone
+        self._peers = peers
         self._on_change = on_change
         self._built = built
         self._parameters = TrainedParameters()
@@ -61,8 +61,11 @@ class TrainingAgreement:
         mine = self._rank, report(chunks, self._begins, self._built)
         if self.training is not None:
             return pickle.dumps(mine)
-        self._compare_replicas(mine[1])
-        self._learn([pickle.loads(data) for data in self._delivery.share(pickle.dumps(mine))], first=True)
+        told = [pickle.loads(data) for data in self._delivery.share(pickle.dumps((mine, self._difference(mine[1]))))]
+        differences = [difference for _, difference in told if difference]
+        if differences:  # of every replica some ranks have seen it, and have told the others
+            raise TrainingMismatchError(differences[0])
+        self._learn([reported for reported, _ in told], first=True)
         return b""
 
     def learn(self, news: Sequence[bytes]) -> bool:
@@ -88,8 +91,14 @@ class TrainingAgreement:
         if self._on_change is not None:
             self._on_change(self.training, first)
 
-    def _compare_replicas(self, mine: Report) -> None:
-        if self._everyone is None:
-            return
+    def _difference(self, mine: Report) -> str:
+        """In what this place of the replicas differs, or nothing. Peers alone are asked: an exchange among all ranks
+        would have a connection for each pair of them."""
+        if self._peers is None:
+            return ""
         own = self._rank, parallel_state.get_tensor_model_parallel_rank(), mine
-        check_replicas(self._modules, [pickle.loads(data) for data in self._everyone.gather(pickle.dumps(own))])
+        try:
+            check_replicas(self._modules, [pickle.loads(data) for data in self._peers.gather(pickle.dumps(own))])
+        except TrainingMismatchError as error:
+            return str(error)
+        return ""

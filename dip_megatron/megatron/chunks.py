@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ..config import DipConfig
-from ..describe.cost import Cluster, Costs
+from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.model import ModulePartition, MultimodalModel, Partition
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
@@ -24,6 +25,14 @@ from .mixed import configured_choice, tuned_choice
 
 # Seconds to search a partition for, before the model is built.
 _PARTITION_SECONDS = 5.0
+
+
+def cluster_of(config: DipConfig) -> Cluster:
+    """The cluster whose published rates price what isn't measured: as configured, or by the device here."""
+    name = config.cluster
+    if name == "auto":
+        name = "h100" if torch.cuda.is_available() else "cpu"
+    return load_cluster(name)
 
 
 @dataclass(frozen=True)

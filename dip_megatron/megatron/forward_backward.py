@@ -76,7 +76,7 @@ class DipForwardBackward:
         on_iteration: IterationConsumer | None = None,
         tensor_parallel: Exchange | None = None,
         pipeline: Exchange | None = None,
-        everyone: Exchange | None = None,
+        peers: Exchange | None = None,
         on_training: TrainingConsumer | None = None,
         exchanges: ExchangesAhead | None = None,
         built: Sequence[Names] | None = None,
@@ -84,7 +84,7 @@ class DipForwardBackward:
         """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
         calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
         they are several; ``pipeline`` among the pipeline's, which hand over losses that the last one doesn't compute;
-        ``everyone``, ``on_training`` and ``built`` see :class:`TrainingAgreement`; ``exchanges`` are between the
+        ``peers``, ``on_training`` and ``built`` see :class:`TrainingAgreement`; ``exchanges`` are between the
         replicas."""
         self._program = program
         self._executor = executor
@@ -105,7 +105,7 @@ class DipForwardBackward:
         # The request of what has been read ahead, how many microbatches that is, and those that replaced them.
         self._next_request: dict[tuple[int, bool], tuple[int, int, list[MicrobatchInputs] | None]] = {}
         self._agreement = TrainingAgreement(
-            program, executor.position.rank, delivery, everyone=everyone, on_change=on_training, built=built
+            program, executor.position.rank, delivery, peers=peers, on_change=on_training, built=built
         )
         self._repetition = Repetition()
         self._last_seconds = 0.0

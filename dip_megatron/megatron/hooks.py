@@ -21,6 +21,7 @@ from ..environment import asks
 from .adapters.loop import LoopAdapter, Target, TrainingLoop
 from .adapters.megatron_bridge import MegatronBridge
 from .adapters.megatron_training import MegatronTraining
+from .adapters.ms_swift import MsSwift
 from .marks import MARK, ours_inside, owner_of
 from .schedule_hook import HOME, NAME, hook_schedule
 from .watching import ModuleWatch
@@ -42,8 +43,9 @@ class Hooks:
     def __init__(self) -> None:
         self._sessions: list[DipSession] = []
         self._families: list[ModelFamily] = []
-        self._adapters: list[LoopAdapter] = [MegatronTraining(self), MegatronBridge(self)]
-        self._placed: list[tuple[ModuleType, str, Callable[..., Any]]] = []
+        self._adapters: list[LoopAdapter] = [MegatronTraining(self), MegatronBridge(self), MsSwift(self)]
+        # Modules, and classes in them.
+        self._placed: list[tuple[Any, str, Callable[..., Any]]] = []
         self._missing: list[str] = []
         self._unfinished: list[ModuleType] = []
         self._told: set[str] = set()
@@ -89,11 +91,11 @@ class Hooks:
         from .session import DipSession
 
         self._finish()
-        for module, attribute, wrapped in self._placed:
-            found = getattr(module, attribute, None)
+        for place, name, wrapped in self._placed:
+            found = getattr(place, name, None)
             if found is not wrapped and not ours_inside(found):
                 self.tell(
-                    f"{module.__name__}.{attribute}, a hook of DIP's, has been replaced by {owner_of(found)}; if that "
+                    f"{place.__name__}.{name}, a hook of DIP's, has been replaced by {owner_of(found)}; if that "
                     "doesn't call DIP's, install DIP after it"
                 )
         self._sessions.append((self.make_session or DipSession)(loop, config, self.families(), self.tell))
@@ -146,12 +148,14 @@ class Hooks:
         missing = []
         wanting = [adapter for adapter in self._adapters if adapter.wanted(module.__name__)]
         for target in (target for adapter in wanting for target in adapter.targets(module)):
-            original = getattr(module, target.attribute, None)
+            owner, _, name = target.attribute.rpartition(".")
+            place = getattr(module, owner, None) if owner else module
+            original = getattr(place, name, None)
             if original is None:
                 if target.purpose:
                     missing.append(f"{module.__name__}.{target.attribute} ({target.purpose})")
             elif not hasattr(original, MARK):
-                self._wrap(module, target, original)
+                self._wrap(place, name, target, original)
         self._missing += missing
         if (missing or module.__name__ == HOME) and not self._installing:
             self._warn_of_version()
@@ -175,11 +179,11 @@ class Hooks:
         else:
             self._placed.append((home, NAME, schedule))
 
-    def _wrap(self, module: ModuleType, target: Target, original: Callable[..., Any]) -> None:
+    def _wrap(self, place: Any, name: str, target: Target, original: Callable[..., Any]) -> None:
         wrapped = functools.wraps(original)(target.wrap(original))
         setattr(wrapped, MARK, self)
-        setattr(module, target.attribute, wrapped)
-        self._placed.append((module, target.attribute, wrapped))
+        setattr(place, name, wrapped)
+        self._placed.append((place, name, wrapped))
 
     def _warn_of_version(self) -> None:
         """Say what could not be hooked, or that this Megatron is not a tested one."""

@@ -18,7 +18,7 @@ from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..core.experts import ExpertLayers
-from ..describe.cost import Cluster, Costs, load_cluster
+from ..describe.cost import Costs
 from ..describe.files import ConfigurationError
 from ..describe.model import Partition, Training, TrainingMismatchError
 from ..families.family import ModelFamily
@@ -47,7 +47,7 @@ from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
-from .chunks import ChunkChoice
+from .chunks import ChunkChoice, cluster_of
 from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_ranks, experts_of
 from .exchange import GlooExchange
@@ -131,7 +131,7 @@ class DipSession:
             model = family.describe(blueprint, loop.parallel)
             check_placement(model, self._config, family)
             check_entry(self._entry, model, family, loop.num_microbatches)
-            cluster = _cluster(self._config)
+            cluster = cluster_of(self._config)
             costs = None if self._config.costs is None else Costs.load(self._config.costs)
             checkpoint = loop.checkpoint()
             choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
@@ -298,7 +298,7 @@ class DipSession:
             ), iteration=self._loop.iteration,
             watchdog=watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
-            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, everyone=self._everyone(),
+            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, peers=self._peers(),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
             built=self._built,
         )  # fmt: skip
@@ -349,11 +349,11 @@ class DipSession:
         ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
         return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
 
-    def _everyone(self) -> GlooExchange | None:
-        """All ranks, where there are several replicas."""
-        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
-            return None
-        return GlooExchange(list(range(dist.get_world_size())), self._config.timeout_seconds)
+    def _peers(self) -> GlooExchange | None:
+        """The ranks at this place of all replicas, where there are several."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        ranks = list(dist.get_process_group_ranks(group))
+        return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
 
     def _training_is(self, training: Training, first: bool) -> None:
         """Compare the description of the model with the model as built. Leaves with a message if it is wrong."""
@@ -386,13 +386,6 @@ class DipSession:
         delivery.close()
         if recorder is not None:
             recorder.close()
-
-
-def _cluster(config: DipConfig) -> Cluster:
-    name = config.cluster
-    if name == "auto":
-        name = "h100" if torch.cuda.is_available() else "cpu"
-    return load_cluster(name)
 
 
 def _tell(sentence: str) -> None:

@@ -30,7 +30,8 @@ Iteration = Sequence[Sequence[Microbatch]]
 class Outcome:
     """One way to train these batches. ``seconds``: a replica's mean iteration, ``job_seconds``: the mean iteration of
     the slowest replica, which all wait for; ``peak_bytes`` of the fullest rank; ``recompute``: share of compute time;
-    ``bound``: mean lower bound of the batches. ``layout`` in words."""
+    ``bound``: mean lower bound of the batches. ``layout`` in words; ``jobs``: the slowest replica's seconds, iteration
+    by iteration."""
 
     name: str
     seconds: float
@@ -41,6 +42,7 @@ class Outcome:
     recompute: float
     bound: float
     layout: str
+    jobs: tuple[float, ...] = ()
 
     @property
     def straggling(self) -> float:
@@ -51,13 +53,15 @@ class Outcome:
 @dataclass(frozen=True)
 class Estimate:
     """``outcomes`` by what they are: ``today``, ``megatron`` (its best), ``dip``, ``balanced`` (DIP with exchanged
-    microbatches); those that can't run are missing and ``refused`` says why. ``gain``: today's job over DIP's, and
-    ``gain_between``: the same where the encoders' prices are ``UNCERTAIN`` off. ``replicas``: how many were simulated.
+    microbatches); those that can't run are missing and ``refused`` says why. ``gain``: today's
+    job over DIP's; ``gain_of_batches``: the quartiles of that of single iterations; ``gain_between``: the gain where
+    the encoders' prices are ``UNCERTAIN`` off. ``replicas``: how many were simulated.
     """
 
     outcomes: dict[str, Outcome]
     refused: dict[str, str]
     gain: float | None
+    gain_of_batches: tuple[float, float] | None
     gain_between: tuple[float, float] | None
     partition: Partition
     replicas: int
@@ -87,16 +91,19 @@ def todays_choice(
 
 def estimate(
     model: MultimodalModel, cluster: Cluster, costs: Costs | None, known: Iteration, judged: Sequence[Iteration],
-    today: StaticChoice | str, effort: Effort, *, memory_limit: float | None = None, partition_seconds: float = 5.0,
+    today: StaticChoice | str, effort: Effort, *, unseen: Iteration | None = None,
+    memory_limit: float | None = None, partition_seconds: float = 5.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Estimate:  # fmt: skip
-    """Choose on ``known`` batches, judge on others: ``judged[iteration][replica]``.
+    """Choose on ``known`` batches, judge on others: ``judged[iteration][replica]``. DIP's partition is chosen on
+    ``unseen`` batches (None: the known ones): a run has no batch yet when it builds its chunks, and takes a published
+    mix.
 
     ``today`` is a layout, or why there is none. Raises what the partitioner and the search raise.
     """
     setting = Setting(
         model, cluster, tuple(GlobalBatch(tuple(r)) for r in judged[0]), costs, memory_limit,
-        earlier=tuple(GlobalBatch(tuple(r)) for r in known),
+        earlier=tuple(GlobalBatch(tuple(r)) for r in unseen or known),
     )  # fmt: skip
     progress("choosing a partition")
     partition = searched_partition(setting, partition_seconds)
@@ -124,17 +131,20 @@ def estimate(
         progress("balanced")
         even = [_exchanged(setting, partition, iteration) for iteration in judged]
         outcomes["balanced"] = _outcome("dip, --dip-balance swap", _dip_plans(setting, partition, even, effort), words)
-    gain = between = None
+    gain = quartiles = between = None
     if "today" in outcomes and not isinstance(today, str):
         gain = outcomes["today"].job_seconds / outcomes["dip"].job_seconds
+        ratios = np.array(outcomes["today"].jobs) / np.array(outcomes["dip"].jobs)
+        quartiles = (float(np.quantile(ratios, 0.25)), float(np.quantile(ratios, 0.75)))
         ends = [gain]
         for factor in (1 / (1 + UNCERTAIN), 1 + UNCERTAIN):
             progress("if prices are off")
             off = _scaled(setting, factor)
             plans = _dip_plans(off, partition, judged[:1], effort), _static_plans(off, today, judged[:1])
-            ends.append(_outcome("", plans[1], "").job_seconds / _outcome("", plans[0], "").job_seconds)
+            off_by = _outcome("", plans[1], "").job_seconds / _outcome("", plans[0], "").job_seconds / ratios[0]
+            ends.append(gain * float(off_by))
         between = (min(ends), max(ends))
-    return Estimate(outcomes, refused, gain, between, partition, len(judged[0]), len(judged))
+    return Estimate(outcomes, refused, gain, quartiles, between, partition, len(judged[0]), len(judged))
 
 
 def _scaled(setting: Setting, factor: float) -> Setting:
@@ -186,4 +196,5 @@ def _outcome(name: str, plans: Sequence[Sequence[Planned]], layout: str) -> Outc
         recompute=float(np.mean([p.recompute_fraction for p in flat])),
         bound=float(np.mean([p.lower_bound for p in flat])),
         layout=layout,
+        jobs=tuple(times.max(axis=1).tolist()),
     )

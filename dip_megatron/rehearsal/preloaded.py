@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import warnings
 
 warnings.simplefilter("ignore")  # Megatron's and torch's, of what this machine hasn't and the cluster has
@@ -18,3 +19,5 @@ Hooks.installed().families()
 warm_up_plans()
 gc.collect()
 gc.freeze()  # a collection in a rank would write to, and so copy, what is shared
+# Libraries complain of themselves when this process ends; ranks have logs of their own.
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -57,7 +57,6 @@ class RehearsalSession(DipSession):
     report: IterationReport
 
     def _clock(self, device: torch.device) -> Clock:
-        self.account = Account()
         return AccountingClock(device, self.account)
 
     def _executor(
@@ -168,7 +167,7 @@ def _train(job: Job, folder: Path, write: Any, began: float) -> None:
         del settings["modules"]  # the checkpoint has them
     session = hooks.begin(loop, DipConfig(schedule="dynamic", **settings))
     assert isinstance(session, RehearsalSession)
-    session.scale = job.scale
+    session.scale, session.account = job.scale, Account()
     session.prices = read_prices(folder, parallel_state.get_pipeline_model_parallel_rank())
     provider = lambda **_: RehearsedModel(job.model, job.microbatches)  # noqa: E731
     chunks = session.segmented(provider)(pre_process=True, post_process=True)
@@ -208,7 +207,7 @@ def _go_wrong(job: Job, session: RehearsalSession, replica: int, iteration: int)
     """What is to happen here in this iteration."""
     for fault in (f for f in job.faults if f.iteration == iteration):
         if fault.kind == "rank dies" and fault.who == dist.get_rank():
-            _later(0.2, "KILL", os.getpid())  # in the middle of its work
+            session.account.dies = True
         elif fault.kind != "rank dies" and fault.who == replica:
             for process in session.planners:
                 if fault.kind == "planner dies":
@@ -216,12 +215,9 @@ def _go_wrong(job: Job, session: RehearsalSession, replica: int, iteration: int)
                     process.wait(60.0)  # a busy machine lets it die late
                 else:
                     process.send_signal(signal.SIGSTOP)
-                    _later(LATE_SECONDS, "CONT", process.pid)
-
-
-def _later(seconds: float, name: str, pid: int) -> None:
-    """Send a signal, even if this process is gone by then."""
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -{name} {pid}"], stderr=subprocess.DEVNULL)
+                    # By another process, in case that this one is gone by then.
+                    later = f"sleep {LATE_SECONDS}; kill -CONT {process.pid}"
+                    subprocess.Popen(["sh", "-c", later], stderr=subprocess.DEVNULL)
 
 
 @dataclass(frozen=True)

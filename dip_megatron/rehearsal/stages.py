@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -150,8 +152,8 @@ def forward_step(data_iterator: Iterator[dict[str, Any]], model: Any) -> Any:
 class _Sleeping:
     """A stage runner whose operations last as long as they cost; see :class:`StageRunner`."""
 
-    def __init__(self, stages: ModelStages, prices: Prices, scale: float):
-        self._stages, self._prices, self._scale = stages, prices, scale
+    def __init__(self, stages: ModelStages, prices: Prices, scale: float, dies: bool):
+        self._stages, self._prices, self._scale, self._dies = stages, prices, scale, dies
         self._numbers = [inputs.arguments["number"] for inputs in stages.microbatches]
 
     def _rest(self, began: float, operation: Operation, unit: Unit, strategy: str) -> None:
@@ -165,6 +167,8 @@ class _Sleeping:
         return outputs
 
     def backward(self, operation: Operation, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
+        if self._dies:
+            os.kill(os.getpid(), signal.SIGKILL)
         began = time.perf_counter()
         results = self._stages.backward(operation, unit, strategy, gradients)
         self._rest(began, operation, unit, strategy)
@@ -183,6 +187,8 @@ class Account:
 
     began: float = 0.0
     stages: float = 0.0
+    dies: bool = False
+    """The process does, in the iteration's first backward here."""
     _prepared: float = 0.0
 
     def planned(self) -> None:
@@ -232,5 +238,5 @@ class SleepingExecutor(Executor):
                 yield
 
         steps = None if meanwhile is None else counted(meanwhile)
-        super().run(plan, _Sleeping(runner, self._prices, self._scale), iteration, steps)
+        super().run(plan, _Sleeping(runner, self._prices, self._scale, self._account.dies), iteration, steps)
         self._account.ran(began, between)

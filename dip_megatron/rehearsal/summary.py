@@ -122,10 +122,15 @@ def limits(found: Sequence[Summary]) -> list[str]:
     ranks = np.array([s.ranks for s in found], dtype=float)
     if len(set(ranks)) > 2:
         slope, fixed = np.polyfit(ranks, [s.control for s in found], 1)
-        where = "it doesn't grow with the job" if slope <= 0 else (
-            f"it grows by {1e6 * slope:.0f} us a rank, and is {SHARE:.0%} of a second at about "
-            f"{max((SHARE - fixed) / slope, 0.0):,.0f} ranks"
-        )  # fmt: skip
+        if min(s.control for s in found) > SHARE:
+            where = f"it grows by {1e6 * slope:.0f} us a rank, and takes more than {SHARE:.0%} of a second already"
+        elif slope <= 0:
+            where = "it doesn't grow with the job"
+        else:
+            most = max((SHARE - fixed) / slope, 0.0)
+            where = (
+                f"it grows by {1e6 * slope:.0f} us a rank, and is {SHARE:.0%} of a second at about {most:,.0f} ranks"
+            )
         slope, fixed = np.polyfit(ranks, [s.files for s in found], 1)
         out[-1] += f" By a line through {len(found)} jobs {where}."
         if slope > 0:

@@ -170,9 +170,10 @@ class Executor:
         """What to do for each action, and with what."""
 
         def letter(message: Message) -> _Letter:
-            if message not in self._letters:
-                self._letters[message] = _Letter(plan, message)
-            return self._letters[message]
+            known = self._letters.get(message)
+            if known is None:
+                known = self._letters[message] = _Letter(plan, message)
+            return known
 
         communicate = {
             CommunicationKind.ISEND: self._isend,

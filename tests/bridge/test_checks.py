@@ -79,3 +79,34 @@ def refused_run(rank: int, world: int, folder: Path) -> str:
 def test_a_run_ends_with_the_line(tmp_path: Path) -> None:
     TINY["qwen2-5-vl"].save(tmp_path)
     assert "there is no pipeline to schedule" in team(1).run(refused_run, tmp_path)[0]
+
+
+def of_releases(rank: int, world: int) -> list[str]:
+    """What is said of an unknown release with everything in its place, and of one that lacks a function."""
+    from unittest import mock
+
+    import megatron.bridge.package_info as info
+    import megatron.bridge.training.train as loop
+
+    from dip_megatron.megatron.adapters.bridge_checks import check_release
+
+    told: list[str] = []
+    with mock.patch.object(info, "__version__", "0.42.1"):
+        check_release(told.append)
+        with mock.patch.object(loop, "make_data_iterator_list"):
+            del loop.make_data_iterator_list
+            with pytest.raises(ConfigurationError) as error:
+                check_release(told.append)
+            loop.make_data_iterator_list = None  # which the patch takes back
+    check_release(told.append)
+    return [*told, str(error.value)]
+
+
+def test_an_unknown_release_gets_a_line_and_one_without_a_hook_is_refused() -> None:
+    told, refused = team(1).run(of_releases)[0]
+    assert told == "Megatron-Bridge 0.42.1 has all that DIP hooks into; DIP is tested with 0.6.2"
+    assert refused.startswith(
+        "Megatron-Bridge 0.42.1: megatron.bridge.training.train:make_data_iterator_list is missing"
+    )
+    assert refused.endswith("DIP is tested with 0.6.2: install that, or use schedule off")
+    assert "\n" not in refused

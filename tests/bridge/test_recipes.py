@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 from tests.bridge.tiny import TINY
+from tests.forked import Forked
 from tests.processes import team
 
 GPT = "vanilla_gpt_pretrain_config"
@@ -47,3 +50,35 @@ def test_recipes_are_made_and_looked_at(tmp_path: Path) -> None:
     assert fits[-1][1] == "ok"
     assert fails[0][1:] == ("broken", "can't be made here: OSError: no such model")
     assert "none of Megatron-Bridge's own recipes" in missing[0][2]
+
+
+def estimated(folder: Path, *words: str) -> tuple[int, str]:
+    """Status and words of ``dip estimate --recipe``, in a process that takes itself for one of many."""
+    log = folder / "estimate.log"
+    log.unlink(missing_ok=True)
+    options = ["--recipe", "--iterations", "1", "--budget", "0.05"]
+    command = ["python", "-m", "dip_megatron.cli", "estimate", *options, *words]
+    process = Forked(command, dict(os.environ), log)
+    return process.wait(250), log.read_text()
+
+
+def test_an_estimate_of_a_recipe(tmp_path: Path) -> None:
+    TINY["qwen2-5-vl"].save(tmp_path)
+    file = tmp_path / "recipes.py"
+    file.write_text(
+        "from pathlib import Path\nfrom tests.bridge.loop import Run, configuration\n"
+        "def fits(): return configuration(Path(__file__).parent, Run(pipeline=2))\n"
+    )
+    status, said = estimated(tmp_path, "--gpus", "4", "--json", f"{file}:fits")
+    assert status == 0, said[-3000:]
+    assert "TP 1 x PP 2 x DP 2 on 4 GPUs, 2 microbatches a replica" in said
+    told = json.loads(said[said.index("\n{") :])["estimate"]
+    assert told["replicas"] == 2
+    assert told["outcomes"]["dip"]["seconds"] > 0
+
+    tried = estimated(tmp_path, GPT, "model.pipeline_model_parallel_size=2")  # whose size is its user's to set
+    assert tried[0] == 2
+    assert tried[1].strip().endswith("its model can't be made: ZeroDivisionError: integer division or modulo by zero")
+    refused = estimated(tmp_path, GPT)
+    assert refused[0] == 2
+    assert "pipeline_model_parallel_size 1: there is no pipeline to schedule" in refused[1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -13,6 +15,8 @@ from dip_megatron.core.simulate import idle_share
 from dip_megatron.describe.files import ConfigurationError, resolve
 from dip_megatron.describe.model import ModelError, Packing, Parallel, load_model
 from dip_megatron.describe.workload import Sample, WorkloadError, load_workload, pack_documents
+from dip_megatron.planner.facade import DoesNotFitError
+from dip_megatron.schedulers.dip import search
 from scripts.edit_files import main
 from tests.core.test_files import plan_of
 
@@ -45,6 +49,13 @@ def test_more_ranks_than_there_are_anywhere_are_refused(tmp_path: Path, size: st
     file.write_text(text.replace("pp: 4", f"pp: {2**63}"), encoding="utf-8")
     with pytest.raises(ConfigurationError, match="at most"):
         load_model(file)
+
+
+def test_a_model_of_more_bytes_than_an_integer_holds_does_not_fit():
+    """As drawn edits found it: 2**80 words wrapped around to plenty of room."""
+    graph = replace(plan_of(215, ranks=2).graph, static_bytes=np.full(2, 2.0**95), memory_limit=np.full(2, 8e10))
+    with pytest.raises(DoesNotFitError, match=f"short of {2.0**95 / 2**30:.3f} GiB"):
+        search(graph, budget_seconds=0.1)
 
 
 def test_documents_too_short_for_a_microbatch_end_its_drawing():

@@ -161,3 +161,31 @@ def in_turn(rank: int, world: int) -> list[tuple[int, str, int, list[int]]]:
     note(strict.exchange(loads, large[:1] * 4))
     note(exchange.exchange(loads, data, complete=rank == 0))
     return out
+
+
+def disagreement(rank: int, world: int) -> str:
+    """Two replicas of two stages, of which one has frozen a chunk: what each rank hears of it."""
+    from types import SimpleNamespace
+
+    from megatron.core import parallel_state
+
+    from dip_megatron.core import ModalityModule
+    from dip_megatron.describe.model import TrainingMismatchError
+    from dip_megatron.megatron.agreement import TrainingAgreement
+    from dip_megatron.megatron.exchange import GlooExchange
+
+    begin()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    stage, index = divmod(rank, 2)
+    peers, replica = GlooExchange([2 * stage, 2 * stage + 1], 60.0), GlooExchange([index, 2 + index], 60.0)
+    chunk = torch.nn.Linear(2, 2).requires_grad_(rank != world - 1)
+    agreement = TrainingAgreement(
+        SimpleNamespace(modules=(ModalityModule("language", ((1, 1),)),)),  # type: ignore[arg-type]
+        stage, SimpleNamespace(share=replica.gather), peers=peers,  # type: ignore[arg-type]
+    )  # fmt: skip
+    try:
+        agreement.news([chunk])
+    except TrainingMismatchError as error:
+        return str(error)
+    return ""

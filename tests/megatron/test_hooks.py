@@ -16,8 +16,8 @@ pytestmark = [
 ]
 
 
-def installed_after(preparation: str) -> str:
-    """What ``install()`` writes to the standard error after ``preparation``."""
+def installed_after(preparation: str, then: str = "") -> str:
+    """What ``install()`` writes to the standard error after ``preparation``, and what ``then`` comes upon."""
     source = f"""
         import logging
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -29,6 +29,7 @@ def installed_after(preparation: str) -> str:
         import dip_megatron
         dip_megatron.install()
         dip_megatron.install()
+        {then}
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=240, check=False
@@ -55,3 +56,26 @@ def test_an_unknown_release_is_named_once_with_what_could_not_be_hooked() -> Non
 def test_an_unknown_release_with_everything_in_its_place_is_named_too() -> None:
     said = installed_after("megatron.core.package_info.__version__ = '0.42.1'")
     assert said.startswith("dip: Megatron-Core 0.42.1 has all it hooks into. DIP is tested with 0.16 to 0.19")
+
+
+REPLACED = """
+        import functools
+        from dip_megatron.megatron.hooks import Hooks
+        def theirs(*arguments, **keywords): ...
+        training.get_model = {replacement}
+        hooks = Hooks.installed()
+        hooks.make_session = lambda *_: None
+        hooks.begin(None, None)
+"""
+
+
+def test_a_hook_that_another_package_has_replaced_is_named_when_a_run_begins() -> None:
+    said = installed_after("", REPLACED.format(replacement="theirs"))
+    assert said == (
+        "dip: megatron.training.training.get_model, a hook of DIP's, has been replaced by __main__.theirs; if that "
+        "doesn't call DIP's, install DIP after it"
+    )
+
+
+def test_a_hook_that_another_package_has_wrapped_is_no_news() -> None:
+    assert installed_after("", REPLACED.format(replacement="functools.wraps(training.get_model)(theirs)")) == ""

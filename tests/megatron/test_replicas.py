@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.drawn import settings
-from tests.megatron.replica_case import another, changes, cut, hung, in_turn, little, stuck
+from tests.megatron.replica_case import another, changes, cut, disagreement, hung, in_turn, little, stuck
 from tests.processes import ProcessFailure, Team, team
 
 
@@ -81,3 +81,10 @@ def test_nobody_moves_where_that_would_make_it_worse():
     assert ended[:3] == (0, "the data of a replica has ended", 3)
     assert late[3] == dear[3] == ended[3] == [0, 1, 2, 3]
     assert set(some[3]) >= {0, 2}  # the large ones stay
+
+
+def test_all_ranks_of_all_replicas_learn_that_two_differ_in_what_trains() -> None:
+    """Those whose own places agree, too: they would wait for the others."""
+    said = team(4).run(disagreement)
+    assert said[0].startswith("language, segment 0 on pipeline rank 1: data-parallel replicas disagree on what trains")
+    assert said == [said[0]] * 4

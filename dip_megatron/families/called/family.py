@@ -20,4 +20,7 @@ def family_of(page: Page) -> ModelFamily:
             freeze=blueprint.calls.get("freeze"),
         )  # fmt: skip
 
-    return ModelFamily(page.name, page.model_class, describe, program, page.workload, ("freeze",), replicates=True)
+    recorded = ("freeze",) if hasattr(page.model_class, "freeze") else ()
+    return ModelFamily(
+        page.name, page.model_class, describe, program, page.workload, recorded, replicates=page.replicates
+    )  # fmt: skip

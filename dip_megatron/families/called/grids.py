@@ -40,6 +40,11 @@ class GridEncoder(Encoder):
         """The encoder's own, of the model's."""
         return config.vision_config
 
+    def token(self, config: Any, kind: str) -> int:
+        """Id of the token in whose places an ``image`` or a ``video`` stands."""
+        found: int = getattr(config, f"{kind}_token_id")
+        return found
+
     def merged(self, config: Any) -> int:
         """Patches that become one token."""
         return int(self.config(config).spatial_merge_size) ** 2
@@ -62,7 +67,7 @@ class GridEncoder(Encoder):
         counted = []
         for kind, grid in zip(("image", "video"), self.grids(arguments), strict=True):
             own = [patches // self.merged(config) for patches in grid.prod(dim=-1).tolist()]
-            places = int((arguments["input_ids"] == getattr(config, f"{kind}_token_id")).sum())
+            places = int((arguments["input_ids"] == self.token(config, kind)).sum())
             if places != sum(own):
                 raise ValueError(
                     f"the microbatch has {places} {kind} tokens for {len(own)} {kind}s that become {sum(own)}"

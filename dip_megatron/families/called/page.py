@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -113,6 +113,8 @@ class Page(ABC):
     }
     predicts: ClassVar[bool] = False
     """Whether the class takes multi-token prediction."""
+    replicates: ClassVar[bool] = True
+    """Whether every rank may hold all of an encoder."""
     usual_picture: ClassVar[int] = 391
     """Tokens of a picture of 640 x 480 pixels, for the first choice of a partition."""
 
@@ -135,6 +137,10 @@ class Page(ABC):
     def chunk(self, kwargs: Mapping[str, Any], config: Any, *, first: bool, last: bool, segment: int) -> Any:
         """The model with some layers of its language model, built by ``config``, and without encoders."""
 
+    def calling(self, model: Any) -> AbstractContextManager[None]:
+        """Around each call of a chunk of the language model."""
+        return nullcontext()
+
     def position_tokens(self, config: Any) -> tuple[int, ...]:
         """Ids of the tokens in whose places taps are added."""
         return tuple(getattr(config, name) for name in ("image_token_id", "video_token_id") if hasattr(config, name))
@@ -143,13 +149,25 @@ class Page(ABC):
         """``hidden`` ``[s, b, h]`` of the language model, ``tap`` added ``where`` ``[b, s]`` instances stand."""
         raise NotImplementedError(f"{self.name} has no taps")
 
+    def tied(self, config: Any) -> bool:
+        """Whether the head has the embedding's weight."""
+        return bool(config.share_embeddings_and_output_weights)
+
+    def vocabulary(self, config: Any) -> int:
+        """Tokens the language model knows."""
+        return int(config.vocab_size)
+
+    def longest(self, config: Any) -> int:
+        """Tokens of a sequence, as the loop packs or pads them."""
+        return int(config.seq_length)
+
     def decoder(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
         """The language model in the planner's words."""
-        reads = not freeze.get("freeze_language_model")
+        reads, words = not freeze.get("freeze_language_model"), self.vocabulary(config)
         return ModuleShape(
             LANGUAGE, "text", config.num_layers,
-            layer_shape(config, causal=True, spec=configured_experts(config)), TokenEmbedding(config.vocab_size),
-            LanguageHead(config.vocab_size, config.share_embeddings_and_output_weights),
+            layer_shape(config, causal=True, spec=configured_experts(config)), TokenEmbedding(words),
+            LanguageHead(words, self.tied(config)),
             tuple(e.name for e in self.encoders), trainable_parts(stem=reads, layers=reads, head=reads),
             mtp=getattr(config, "mtp_num_layers", None) or 0,
         )  # fmt: skip
@@ -157,7 +175,8 @@ class Page(ABC):
     def describe(self, config: Any, freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
         """The model of this config."""
         modules = (*(e.describe(config, freeze) for e in self.encoders), self.decoder(config, freeze))
-        packing = Packing(max_tokens=config.seq_length, image_tokens=min(self.usual_picture, config.seq_length // 2))
+        longest = self.longest(config)
+        packing = Packing(max_tokens=longest, image_tokens=min(self.usual_picture, longest // 2))
         return MultimodalModel(self.name, modules, parallel, packing)
 
 

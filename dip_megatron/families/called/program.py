@@ -77,7 +77,7 @@ class CalledProgram(SegmentedProgram):
         for segment, first, last in self.places(LANGUAGE):
             chunk = self._page.chunk(self._kwargs, language, first=first, last=last, segment=segment)
             self._set_frozen(chunk, [name for name in self._freeze_names(chunk) if "language" in name])
-            _stands(chunk, first, last, self._config.share_embeddings_and_output_weights)
+            _stands(chunk, first, last, self._page.tied(self._config))
             if any(e.tapped for e in self.shapes.encoders.values()):
                 self._take_taps(chunk)
             if first:
@@ -113,17 +113,19 @@ class CalledProgram(SegmentedProgram):
         return made
 
     def _freeze_names(self, model: Any) -> list[str]:
-        return list(inspect.signature(model.freeze).parameters)
+        """What a model's own freeze can freeze; nothing where loops freeze parameters by themselves."""
+        return list(inspect.signature(model.freeze).parameters) if hasattr(model, "freeze") else []
 
     def _set_frozen(self, model: Any, names: list[str]) -> None:
         every = self._freeze_names(model)
-        model.freeze(**{name: bool(name in names and self._freeze.get(name)) for name in every})
+        if every:
+            model.freeze(**{name: bool(name in names and self._freeze.get(name)) for name in every})
 
     def _tie(self, first: Any, language: Any) -> None:
         """Megatron and Bridge look for an embedding that is tied to the head in a rank's first chunk, here of an
         encoder: let it show the language model, and have none."""
         _put(first, self._page.language, found(language, self._page.language))
-        _stands(first, True, False, self._config.share_embeddings_and_output_weights)
+        _stands(first, True, False, self._page.tied(self._config))
         first.shared_embedding_or_output_weight = language.shared_embedding_or_output_weight
 
     def _take_taps(self, chunk: Any) -> None:
@@ -214,7 +216,8 @@ class CalledProgram(SegmentedProgram):
             self._taps = taps
             self._where = torch.isin(ids, torch.tensor(self._page.position_tokens(self._config), device=ids.device))
         try:
-            output = chunk(**given)
+            with self._page.calling(model):
+                output = chunk(**given)
         finally:
             self._taps, self._where = {}, None
             for encoder in self._page.encoders if starts else ():

@@ -15,12 +15,12 @@ from ...describe.model import AudioEmbedding, ModuleShape, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
 from ..shared.layout import pinned
-from . import qwen25_vl
 from .page import Arguments, Encoder, Page, drop, projector_of, without_layers
+from .qwen25_vision import WindowedVision
 from .shapes import HiddenShape
 
 
-class Vision(qwen25_vl.Vision):
+class Vision(WindowedVision):
     """As Qwen2.5-VL's; Bridge freezes all of it or nothing."""
 
     called = "thinker.visual"
@@ -28,9 +28,6 @@ class Vision(qwen25_vl.Vision):
 
     def config(self, config: Any) -> Any:
         return config.thinker_config.vision_config
-
-    def points(self, config: Any) -> CutPoints:
-        return CutPoints("thinker.visual.blocks", stem=("thinker.visual.patch_embed",), tail=("thinker.visual.merger",))
 
     def describe(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
         return super().describe(

@@ -2,45 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from megatron.bridge.models.qwen_vl.modeling_qwen25_vl import Qwen25VLModel
 
-from ...describe.model import ModuleShape, PatchEmbedding, Projector, TransformerLayer
-from ..describe import trainable_parts
-from ..shared.cut import CutPoints
-from .grids import GridEncoder
 from .page import ProviderPage
-from .shapes import HiddenShape
-
-
-class Vision(GridEncoder):
-    """Patches travel in the order of windows in which the layers have them."""
-
-    def points(self, config: Any) -> CutPoints:
-        return CutPoints("visual.blocks", stem=("visual.patch_embed",), tail=("visual.merger",))
-
-    def hidden(self, config: Any) -> HiddenShape:
-        return HiddenShape(self.config(config).hidden_size, rows=self.merged(config))
-
-    def describe(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
-        """Layers of full attention are taken to come at equal distances."""
-        vision = self.config(config)
-        merge = vision.spatial_merge_size
-        full = len(vision.fullatt_block_indexes)
-        layer = TransformerLayer(
-            hidden=vision.hidden_size, ffn=vision.intermediate_size, heads=vision.num_heads, kv_groups=vision.num_heads,
-            gated=True, window=(vision.window_size // merge // vision.patch_size * merge) ** 2,
-            full_attention_every=vision.depth // full if full else 0,
-        )  # fmt: skip
-        sees = not freeze.get("freeze_vision_model")
-        return ModuleShape(
-            self.name, self.kind, vision.depth, layer,
-            PatchEmbedding(vision.patch_size, vision.in_channels, vision.temporal_patch_size),
-            Projector(config.hidden_size, vision.hidden_size * merge**2, merge**2),
-            trainable=trainable_parts(stem=sees, layers=sees, head=not freeze.get("freeze_vision_projection")),
-        )  # fmt: skip
+from .qwen25_vision import WindowedVision
 
 
 class Qwen25Vl(ProviderPage):
@@ -48,4 +13,4 @@ class Qwen25Vl(ProviderPage):
 
     name = "qwen2-5-vl"
     model_class = Qwen25VLModel
-    encoders = (Vision(),)
+    encoders = (WindowedVision(),)

@@ -64,8 +64,8 @@ class TrainingLoop:
 
 @dataclass(frozen=True)
 class Target:
-    """A function of a loop's module to wrap. ``purpose`` is what can't be done where it is missing; empty if nothing
-    is lost."""
+    """A function of a loop's module to wrap, or a method of a class in it (``Class.method``). ``purpose`` is what can't
+    be done where it is missing; empty if nothing is lost."""
 
     attribute: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]

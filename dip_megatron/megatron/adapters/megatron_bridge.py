@@ -75,7 +75,7 @@ def _may_be_read_ahead(dataset: Any) -> bool:
     return dataset.dataloader_type != "batch" and getattr(dataset, "dataloader_save", None) is None
 
 
-def _take_layout(model: Any) -> GivenLayout | None:
+def take_layout(model: Any) -> GivenLayout | None:
     """The layout that a provider asks for; none of it is left, as chunks are DIP's. Raises ConfigurationError."""
     given = {name: getattr(model, name, None) for name in _LAYOUT}
     given = {name: value for name, value in given.items() if value not in (None, False)}
@@ -140,7 +140,7 @@ class MegatronBridge:
         from ...families.called.known import BRIDGE_FAMILIES
 
         self._hooks.add_families(BRIDGE_FAMILIES)
-        return self._hooks.begin(BridgeLoop(state, _take_layout(state.cfg.model)), config)
+        return self._hooks.begin(BridgeLoop(state, take_layout(state.cfg.model)), config)
 
     def _begin_pairing(self, state: Any, config: DipConfig) -> None:
         from ...families.called.known import BRIDGE_FAMILIES

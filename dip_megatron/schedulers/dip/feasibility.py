@@ -39,7 +39,8 @@ def check_fits(graph: StageGraph, q: Problem) -> None:
     rank = int(np.argmax(short))
     if short[rank] <= 0:
         return
-    missing = float(short[rank]) * q.bytes_per_count
+    beyond = float(graph.static_bytes[rank] - graph.memory_limit[rank])  # may be more than counts can say
+    missing = max(float(short[rank]) * q.bytes_per_count, beyond)
     virtual_microbatch = int(np.flatnonzero(q.last == where[rank])[0])
     microbatch = graph.units[int(graph.unit_of[virtual_microbatch])].microbatch
     knobs = [

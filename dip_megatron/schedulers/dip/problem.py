@@ -131,7 +131,9 @@ def _counted(graph: StageGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Lo
     activation = np.ceil(g.activation / per_count).astype(np.int64)
     deferred_activation = np.ceil(g.deferred_activation / per_count).astype(np.int64)
     capacity = np.full(graph.ranks, UNBOUNDED, dtype=np.int64)
-    capacity[finite] = np.minimum(np.floor(room[finite] / per_count), float(UNBOUNDED)).astype(np.int64) - margin
+    # A model described to need more bytes than an integer holds is short of memory like any other.
+    counts = np.clip(np.floor(room[finite] / per_count), -float(UNBOUNDED), float(UNBOUNDED))
+    capacity[finite] = counts.astype(np.int64) - margin
     return float(per_count), activation, deferred_activation, capacity
 
 

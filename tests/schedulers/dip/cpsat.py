@@ -94,7 +94,8 @@ def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, worke
             model.add_cumulative(held, demand, int(graph.memory_limit[p] - graph.static_bytes[p]))
     for s in range(virtual_microbatches):
         step = -1 if graph.is_reversed[s] else 1
-        for p in range(ranks):
+        alone = graph.units[int(graph.unit_of[s])].rank  # where a replicated module's unit runs, from no other rank
+        for p in range(ranks) if alone is None else (alone,):
             if p != graph.entry_rank(s):
                 model.add(start["F", s, p] >= finish["F", s, p - step] + ticks(graph.transfer[s]))
             else:

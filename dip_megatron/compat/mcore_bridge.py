@@ -1,0 +1,147 @@
+"""mcore-bridge: how its models are built, and its weights' way in from Hugging Face's files and out again."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from .names import Name, Topic
+
+_BRIDGE = "mcore_bridge.bridge.gpt_bridge:GPTBridge"
+TOPIC = Topic(
+    "models of mcore-bridge",
+    "mcore-bridge",
+    "1.6.5",
+    "models of mcore-bridge (ms-swift) can't be trained under DIP",
+    (
+        Name("mcore_bridge.model:MultimodalGPTModel", has=("visual", "language_model", "language_model_cls")),
+        Name("mcore_bridge.model.mm_gpts.qwen:Qwen2_5VL_Vit", has=("visual", "hf_config", "get_inputs_embeds")),
+        Name("mcore_bridge.model.register:ModelLoader.build_model", ("pre_process", "post_process", "vp_stage")),
+        Name(f"{_BRIDGE}", has=("module_mapping",)),
+        Name(f"{_BRIDGE}.load_weights", ("mg_models", "hf_model_dir", "peft_format")),
+        Name(f"{_BRIDGE}.export_weights", ("mg_models", "*", "peft_format", "converter")),
+        Name(f"{_BRIDGE}._set_module", ("mg_module", "hf_state_dict", "hf_prefix", "to_mcore")),
+        Name(f"{_BRIDGE}._convert_hf_state_dict", ("hf_state_dict", "to_mcore")),
+        Name("mcore_bridge.utils:SafetensorLazyLoader", ("hf_model_dir",)),
+        Name("mcore_bridge.utils:unwrap_model", ("models",)),
+    ),
+)
+
+
+class _Stage:
+    """A chunk of the language model, as a virtual stage that has no encoder."""
+
+    visual = None
+
+    def __init__(self, chunk: Any, segment: int):
+        self.config, self.language_model, self.vp_stage = chunk.config, chunk.language_model, segment
+
+
+@contextmanager
+def by_class(module: torch.nn.Module) -> Iterator[None]:
+    """Within, a ``forward`` of the module's own is found by way of its class, where mcore-bridge wraps it in another
+    for the time of a call."""
+    own, kind = module.__dict__.pop("forward", None), type(module)
+    if own is None:
+        yield
+        return
+    before = kind.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if self is module else before(self, *args, **kwargs)
+
+    kind.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.forward = before  # type: ignore[method-assign]
+        module.__dict__["forward"] = own
+
+
+def cut_models(models: Any) -> list[Any] | None:
+    """The models inside what a loop hands to mcore-bridge, if some are an encoder's chunks; None if none is."""
+    utils = importlib.import_module("mcore_bridge.utils")
+    found = list(utils.unwrap_model(models if isinstance(models, (list, tuple)) else [models]))
+    return found if any(_is_encoder(model) for model in found) else None
+
+
+def load_into_chunks(
+    load: Callable[..., Any], bridge: Any, models: Sequence[Any], folder: str, *given: Any, **rest: Any
+) -> None:
+    """``load``, mcore-bridge's own ``load_weights``, for chunks of encoders and of the language model.
+
+    Its pipeline has a whole encoder on the first stage; here each chunk takes what it has of it from the files."""
+    stages = _stages(models)
+    with _virtual_stages(len(stages)):
+        load(bridge, stages, folder, *given, **rest)
+    utils = importlib.import_module("mcore_bridge.utils")
+    with torch.no_grad(), utils.SafetensorLazyLoader(folder) as files:
+        state = bridge._convert_hf_state_dict(files.get_state_dict(), True)
+        for prefix, part in _parts(bridge):
+            for model in filter(_is_encoder, models):
+                bridge._set_module(_within(model, part), state, prefix, True)
+
+
+def export_of_chunks(
+    export: Callable[..., Any], bridge: Any, models: Sequence[Any], *given: Any, **rest: Any
+) -> Iterator[tuple[str, Any]]:
+    """``export``, mcore-bridge's own ``export_weights``, of chunks: names and tensors of the language model, then of
+    what each pipeline rank has of the encoder. To be drawn on all ranks."""
+    yield from export(bridge, _stages(models), *given, **rest)
+    convert = inspect.signature(export).bind(bridge, models, *given, **rest).arguments.get("converter")
+    ranks = parallel_state.get_pipeline_model_parallel_world_size()
+    for prefix, part in _parts(bridge):
+        held = _Held([_within(model, part) for model in models if _is_encoder(model)])
+        for rank in range(ranks):
+            own = held if rank == parallel_state.get_pipeline_model_parallel_rank() else None
+            with torch.no_grad():
+                found = bridge._convert_hf_state_dict(bridge._set_module(own, {}, prefix, False), False)
+            for name, tensor in found.items():
+                pair = (name, tensor) if convert is None or tensor is None else convert(name, tensor)
+                if pair is not None:
+                    yield pair
+
+
+class _Held:
+    """What several chunks hold of one module, as of one."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module]):
+        self._modules = modules
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for module in self._modules for name, tensor in module.state_dict().items()}
+
+
+def _is_encoder(model: Any) -> bool:
+    """Whether it is a chunk without a language model of its own (of one that is tied it may show another's)."""
+    return hasattr(model, "visual") and "language_model" not in getattr(model, "_modules", {"language_model": None})
+
+
+def _stages(models: Sequence[Any]) -> list[_Stage]:
+    return [_Stage(model, segment) for segment, model in enumerate(m for m in models if not _is_encoder(m))]
+
+
+def _parts(bridge: Any) -> list[tuple[str, str]]:
+    """Prefix of an encoder's weights in the files, and its name within the wrapper."""
+    return [(f"{prefix}.", name) for prefix, name in bridge.module_mapping.items()]
+
+
+def _within(model: Any, part: str) -> Any:
+    return model.visual.get_submodule(part)
+
+
+@contextmanager
+def _virtual_stages(count: int) -> Iterator[None]:
+    """Within, Megatron counts so many virtual stages a rank."""
+    before = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(count if count > 1 else None)
+    try:
+        yield
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(before)

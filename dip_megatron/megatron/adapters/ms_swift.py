@@ -1,0 +1,224 @@
+"""ms-swift's Megatron trainer, whose models are mcore-bridge's.
+
+Its flags are its own, so that the environment (or the YAML file) asks for DIP. Another loop with mcore-bridge's models
+goes through ``dip_megatron.build_model``; their weights go in and out of DIP's chunks there, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ...compat.ms_swift import HOOKS, TESTED, swift_version
+from ...compat.names import fault
+from ...compat.releases import numbers_of
+from ...describe.files import ConfigurationError
+from ...describe.model import Parallel
+from ...environment import load_settings
+from .layout import GivenLayout
+from .loop import Target, TrainingLoop
+
+if TYPE_CHECKING:
+    from ..hooks import Hooks
+    from ..session import DipSession
+
+_BRIDGE = "mcore_bridge.bridge.gpt_bridge"
+_TRAINER = "swift.megatron.trainers.base"
+_LAYOUT = (
+    "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
+
+
+class SwiftLoop(TrainingLoop):
+    """A run of ms-swift's trainer, by its arguments and its state, which it makes after its model."""
+
+    def __init__(self, trainer: Any, layout: GivenLayout | None):
+        args = trainer.args
+        parallel = Parallel(
+            args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size,
+            args.sequence_parallel, args.use_distributed_optimizer, args.context_parallel_size,
+            args.expert_model_parallel_size, args.expert_tensor_parallel_size,
+        )  # fmt: skip
+        super().__init__(
+            parallel,
+            1 if args.padding_free else args.micro_batch_size,  # samples packed in one row
+            args.num_microbatches, args.seed, args.logging_steps,
+            # A stream that ends ends the training, when it is read.
+            read_ahead=not args.streaming, iteration=self._following, layout=layout,
+            weights_by_tokens=bool(args.calculate_per_token_loss), finalizes=True,
+        )  # fmt: skip
+        self._trainer = trainer
+
+    def _following(self) -> int:
+        """ms-swift counts an iteration once it is done."""
+        return int(self._trainer.state.iteration) + 1
+
+    def another_follows(self) -> bool:
+        return self._following() < int(self._trainer.args.train_iters)
+
+    def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:
+        """To ms-swift's TensorBoard writer, which exists on the last rank of the job."""
+        for callback in self._trainer.callbacks:
+            writer = getattr(callback, "writer", None)
+            if writer is not None:
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, iteration)
+
+
+def check_release(tell: Callable[[str], object]) -> None:
+    """``tell`` of a release that DIP isn't tested with. Raises ConfigurationError if it has not all that DIP hooks
+    into."""
+    version = swift_version()
+    faults = [found for name in HOOKS.names if (found := fault(name)) is not None]
+    if faults:
+        raise ConfigurationError(
+            f"ms-swift {version}: {'; '.join(faults)}; DIP is tested with {HOOKS.seen}: install that, or use schedule "
+            "off"
+        )
+    if numbers_of(version) != TESTED:
+        tell(f"ms-swift {version} has all that DIP hooks into; DIP is tested with {HOOKS.seen}")
+
+
+def refusals(trainer: Any) -> list[tuple[str, str, str]]:
+    """What DIP can't run of a trainer and its arguments: setting, reason and way out of each."""
+    args, kind = trainer.args, type(trainer).__name__
+    pipeline, context = args.pipeline_model_parallel_size, args.context_parallel_size
+    found = [
+        (kind != "MegatronTrainer", f"trainer {kind}",
+         "it may call its models by itself, of which chunks can't be run without a plan",
+         "train with megatron sft or pt"),
+        (args.task_type != "causal_lm", f"task_type {args.task_type}", "untried", "use causal_lm"),
+        (args.bridge_backend != "mcore-bridge", f"bridge_backend {args.bridge_backend}",
+         "ms-swift gives it no multimodal models", "use mcore-bridge"),
+        (pipeline < 2, f"pipeline_model_parallel_size {pipeline}", "there is no pipeline to schedule", "use 2 or more"),
+        (context > 1, f"context_parallel_size {context}",
+         "payload shapes in plans don't know sequence shards of context parallelism",
+         "use tensor parallelism with sequence_parallel"),
+        (args.use_megatron_fsdp, "use_megatron_fsdp", "it gathers parameters in one fixed order of layers",
+         "use the distributed optimizer"),
+        (args.tuner_type != "full", f"tuner_type {args.tuner_type}",
+         "adapters are put into layers after DIP has prepared them", "use full"),
+        (args.freeze_parameters_ratio, "freeze_parameters_ratio",
+         "it counts a pipeline stage's parameters, which chunks share out otherwise", "use freeze_parameters"),
+        (args.mcore_model or args.mcore_adapter, "mcore_model",
+         "its files number the chunks of the partition that wrote them", "start from the model's safetensors"),
+    ]  # fmt: skip
+    return [(setting, reason, way_out) for unfit, setting, reason, way_out in found if unfit]
+
+
+def _take_layout(args: Any) -> GivenLayout | None:
+    """What the arguments ask for, and no longer do: chunks are DIP's, and every rank has one data iterator. By then
+    ms-swift has told Megatron-Core of its virtual stages."""
+    from megatron.core import parallel_state
+
+    given = tuple(name for name in _LAYOUT if getattr(args, name, None) not in (None, False))
+    for name in given:
+        setattr(args, name, False if name.startswith("account_for") else None)
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+        args.overlap_p2p_comm = args.align_param_gather = False
+    return GivenLayout(given, ()) if given else None
+
+
+class MsSwift:
+    """See :class:`.loop.LoopAdapter`."""
+
+    def __init__(self, hooks: Hooks):
+        self._hooks = hooks
+        self._session: DipSession | None = None
+        self._targets = {
+            _TRAINER: (
+                Target("BaseMegatronTrainer.prepare_model", self._prepare, "starting DIP"),
+                Target("BaseMegatronTrainer.finalize_training", self._finish, "ending DIP"),
+                Target("get_mcore_model", self._get_model, "models of mcore-bridge"),
+            ),
+            _BRIDGE: (
+                Target("GPTBridge.load_weights", self._load, "weights of mcore-bridge's models"),
+                Target("GPTBridge.export_weights", self._export, "weights of mcore-bridge's models"),
+            ),
+        }
+
+    def wanted(self, module: str) -> bool:
+        return module in self._targets
+
+    def targets(self, module: ModuleType) -> Sequence[Target]:
+        return self._targets[module.__name__]
+
+    def _prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare_model(trainer: Any, *rest: Any, **kwargs: Any) -> Any:
+            self._session = None
+            try:
+                config = load_settings({}).config
+                if config.on:
+                    check_release(self._hooks.tell)
+                    for setting, reason, way_out in refusals(trainer):
+                        raise ConfigurationError(
+                            f"schedule {config.schedule} and {setting}: {reason}; {way_out}, or use schedule off"
+                        )
+                    self._session = self._hooks.begin(self._loop(trainer), config)
+                return original(trainer, *rest, **kwargs)
+            except ConfigurationError as error:
+                sys.exit(f"dip: {error}")
+
+        return prepare_model
+
+    def _loop(self, trainer: Any) -> SwiftLoop:
+        from ...families.called.mcore_bridge import MCORE_BRIDGE_FAMILIES
+
+        self._hooks.add_families(MCORE_BRIDGE_FAMILIES)
+        if trainer.args.vit_gradient_checkpointing:
+            trainer.args.vit_gradient_checkpointing = False
+            self._hooks.tell("vit_gradient_checkpointing isn't followed: plans say what is recomputed")
+        return SwiftLoop(trainer, _take_layout(trainer.args))
+
+    def _get_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_mcore_model(args: Any, hf_config: Any, *rest: Any, **kwargs: Any) -> Any:
+            if self._session is None:
+                return original(args, hf_config, *rest, **kwargs)
+            from megatron.core.enums import ModelType
+
+            chunks = self._session.segmented(partial(original, args, hf_config))(*rest, **kwargs)
+            chunks.model_type = ModelType.encoder_or_decoder
+            return list(chunks)
+
+        return get_mcore_model
+
+    def _finish(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def finalize_training(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            finally:
+                # ms-swift goes on to end the process groups over which DIP's ranks talk.
+                if self._session is not None:
+                    self._hooks.end(self._session)
+                    self._session = None
+
+        return finalize_training
+
+    @staticmethod
+    def _load(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_weights(bridge: Any, mg_models: Any, hf_model_dir: str, *rest: Any, **kwargs: Any) -> Any:
+            from ...compat.mcore_bridge import cut_models, load_into_chunks
+
+            chunks = cut_models(mg_models)
+            if chunks is None:
+                return original(bridge, mg_models, hf_model_dir, *rest, **kwargs)
+            return load_into_chunks(original, bridge, chunks, hf_model_dir, *rest, **kwargs)
+
+        return load_weights
+
+    @staticmethod
+    def _export(original: Callable[..., Any]) -> Callable[..., Any]:
+        def export_weights(bridge: Any, mg_models: Any, *rest: Any, **kwargs: Any) -> Iterator[Any]:
+            from ...compat.mcore_bridge import cut_models, export_of_chunks
+
+            chunks = cut_models(mg_models)
+            if chunks is None:
+                return original(bridge, mg_models, *rest, **kwargs)  # type: ignore[no-any-return]
+            return export_of_chunks(original, bridge, chunks, *rest, **kwargs)
+
+        return export_weights

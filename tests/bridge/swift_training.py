@@ -1,0 +1,166 @@
+"""A tiny Qwen2.5-VL of mcore-bridge trained by ms-swift's own trainer, as one rank of a run: ``python -m
+tests.bridge.swift_training FOLDER OUT RUNS``. Runs come as JSON; what each did is saved in ``OUT``, by run and rank.
+
+What is ms-swift's: arguments, model, weights from the folder, data loader, steps, optimizer, logs, safetensors. Samples
+come encoded: its templates need a published tokenizer. It and mcore-bridge load before the CPU platform does, which
+replaces factories that they compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "stand_in"))  # before Megatron looks for Transformer Engine
+
+import torch
+
+# isort: split
+import swift.megatron.trainers.trainer as trainers
+from swift.megatron.arguments import MegatronSftArguments
+from swift.megatron.callbacks.base import MegatronCallback
+
+# isort: split
+import tests.preloaded  # noqa: F401  installs the CPU platform
+
+# isort: split
+import dip_megatron
+from dip_megatron.compat import topics_of
+from dip_megatron.compat.names import fault
+from tests.bridge.tiny import IMAGE, TINY, VIDEO
+
+MICROBATCHES = 4
+NAME = "qwen2-5-vl"
+
+
+class Samples(torch.utils.data.Dataset[Any]):
+    """Encoded as ms-swift's templates do: tokens of several lengths, pictures and videos, positions by Hugging Face's
+    model."""
+
+    def __init__(self, size: int):
+        tiny = TINY[NAME]
+        model = tiny.made().model
+        self._samples = []
+        for index, shown in enumerate(tiny.contents(5, size)):
+            given = tiny.arguments(shown, index)
+            ids = given["input_ids"][:, : 96 - 8 * (index % 3)]
+            kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+            grids = [given.get(f"{kind}_grid_thw") for kind in ("image", "video")]
+            positions, _ = model.get_rope_index(ids, kinds, *grids)
+            labels = ids.masked_fill(kinds > 0, -100)
+            labels[:, 0] = -100
+            seen = {name: value for name, value in given.items() if "pixel" in name or "grid" in name}
+            self._samples.append({"input_ids": ids, "labels": labels, "position_ids": positions, **seen})
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._samples[index]
+
+
+class Encoded:
+    """What the trainer asks of a template, for samples that are encoded already."""
+
+    padding_free = True
+    processor = None
+    use_chat_template = True
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @staticmethod
+    def data_collator(samples: list[dict[str, Any]], padding_to: int | None = None) -> dict[str, Any]:
+        """Packed into one row."""
+        found: dict[str, Any] = {}
+        for name in {name for sample in samples for name in sample}:
+            values = [sample[name] for sample in samples if name in sample]
+            found[name] = torch.cat(values, dim=0 if "pixel" in name or "grid" in name else -1)
+        found["text_position_ids"] = torch.cat([torch.arange(s["input_ids"].shape[1])[None] for s in samples], dim=-1)
+        return found
+
+
+def named(model: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters by the names they have in the whole model, of which this is a stage or a chunk."""
+    language = model._modules.get("language_model")
+    layers = [] if language is None else list(language.decoder.layers)
+    before = layers[0].layer_number - 1 if layers else 0
+    for name, parameter in model.named_parameters():
+        yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda found: str(int(found[0]) + before), name), parameter
+
+
+class Record(MegatronCallback):
+    """Losses, gradients' norms, and the first iteration's gradients by name."""
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self.found: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "gradients": {}}
+
+    def on_step_end(self) -> None:
+        if self.state.iteration == 1:
+            self.found["gradients"] = {
+                name: parameter.main_grad.clone()
+                for model in self.trainer.unwrapped_models
+                for name, parameter in named(model)
+                if parameter.requires_grad
+            }
+
+    def on_log(self, logs: dict[str, Any]) -> None:
+        if "eval_loss" in logs:
+            self.found["evaluated"].append(logs["eval_loss"])
+        elif "grad_norm" in logs:
+            self.found["norms"].append(float(logs["grad_norm"]))
+            self.found["losses"] += [logs["loss"]] if "loss" in logs else []
+
+
+def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """One training; ``run`` are arguments of ms-swift's, and under ``dip`` the variables of DIP's."""
+    given = dict(run)
+    environ = given.pop("dip", {})
+    for name in [name for name in os.environ if name.startswith("DIP_")]:
+        del os.environ[name]
+    os.environ.update(environ)
+    args = MegatronSftArguments(
+        model=str(folder), model_type="qwen2_5_vl", template="qwen2_5_vl", dataset=["none"], output_dir=str(out),
+        add_version=False, max_length=96, check_model=False, torch_dtype="float32", bf16=False, fp16=False,
+        ddp_backend="gloo",
+        pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]), use_distributed_optimizer=False, train_iters=3,
+        global_batch_size=MICROBATCHES * given.get("micro_batch_size", 1), lr=1e-3, min_lr=1e-3, weight_decay=0.0,
+        lr_decay_style="constant", logging_steps=1, save_steps=100, no_save_optim=True, no_save_rng=True, report_to=[],
+        dataloader_num_workers=0, dataloader_pin_memory=False, attention_backend="auto", masked_softmax_fusion=False,
+        bias_dropout_fusion=False, bias_activation_fusion=False, cross_entropy_loss_fusion=False,
+        vit_gradient_checkpointing=False, train_dataloader_shuffle=False, **given,
+    )  # fmt: skip
+    args.save_args(args.output_dir)
+    from transformers import AutoConfig
+
+    trainer = trainers.MegatronTrainer(args, Encoded(AutoConfig.from_pretrained(folder)))
+    record = Record(trainer)
+    trainer.callbacks.append(record)
+    size = 2 * args.global_batch_size
+    trainer.train(Samples(size), Samples(size) if args.eval_iters > 0 else None)
+    exported = dict(trainer.bridge.export_weights(trainer.unwrapped_models, target_device="cpu"))
+    return record.found | {"weights": exported, "saved": trainer.state.last_model_checkpoint}
+
+
+def faults() -> list[str]:
+    """Of the names that DIP leans on in ms-swift and mcore-bridge."""
+    found = [fault(name) for file in ("ms_swift", "mcore_bridge") for topic in topics_of(file) for name in topic.names]
+    assert found
+    return [line for line in found if line is not None]
+
+
+def main(folder: str, out: str, runs: str) -> None:
+    dip_megatron.install()
+    assert faults() == []
+    rank = os.environ["RANK"]
+    for name, run in json.loads(runs).items():
+        torch.save(trained(Path(folder), Path(out) / name, run), Path(out) / f"{name}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,91 @@
+"""ms-swift's own trainer with mcore-bridge's Qwen2.5-VL on two CPU ranks: the same numbers without DIP and under it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from examples.llava_digits.runs import train
+from tests.bridge.tiny import TINY
+
+MISSING = [name for name in ("mcore_bridge", "swift", "modelscope") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"needs ms-swift and mcore-bridge: no {', '.join(MISSING)}"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+]
+LAYERS = "{vision: {layers: [[1, 1], [2, 0]], unit_size: 1}, language: {layers: [[1, 1], [1, 1]]}}"
+ALL = {"freeze_vit": False, "freeze_aligner": False}
+USUAL = {"micro_batch_size": 2, "eval_iters": 1, "eval_steps": 2}
+"""Frozen encoders, as ms-swift has it unless it is told otherwise, and evaluations; two samples are packed in a row."""
+DIP = {"DIP_SCHEDULE": "dynamic", "DIP_MODULES": LAYERS, "DIP_PLANNER_WORKERS": "0"}
+RUNS: dict[str, dict[str, Any]] = {
+    "all": ALL,
+    "all-dip": {**ALL, "dip": DIP},
+    "usual": USUAL,
+    "usual-dip": {**USUAL, "dip": DIP},
+    "virtual-dip": {**ALL, "virtual_pipeline_model_parallel_size": 2, "dip": {"DIP_SCHEDULE": "static"}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("qwen")
+    TINY["qwen2-5-vl"].save(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """All of them by the same two processes, which take longer to import ms-swift than to train."""
+    out = tmp_path_factory.mktemp("swift")
+    command = [sys.executable, "-m", "tests.bridge.swift_training", str(folder), str(out), json.dumps(RUNS)]
+    train("swift", command, out, lambda *_: None, ranks=2)
+    return {name: [torch.load(out / f"{name}-{rank}.pt") for rank in range(2)] for name in RUNS}
+
+
+@pytest.mark.parametrize(("under", "off"), [("all-dip", "all"), ("usual-dip", "usual"), ("virtual-dip", "all")])
+def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:
+    """Losses, the first iteration's gradients, norms, evaluations and exported weights."""
+    found, expected = runs[under], runs[off]
+    assert len(found[-1]["losses"]) == 3
+    assert len(found[-1]["evaluated"]) == (2 if off == "usual" else 0)
+    for name in ("losses", "evaluated"):
+        torch.testing.assert_close(found[-1][name], expected[-1][name], rtol=0, atol=3e-6)
+    torch.testing.assert_close(found[-1]["norms"], expected[-1]["norms"], rtol=2e-5, atol=0)
+    ours, theirs = (rank[0]["gradients"] | rank[1]["gradients"] for rank in (found, expected))
+    assert ours.keys() == theirs.keys()
+    assert any("visual" in name for name in ours) == (off == "all")
+    for name, gradient in theirs.items():
+        off_by = float((ours[name] - gradient).abs().max())
+        assert off_by <= 2e-5 * max(float(gradient.abs().max()), 1e-4), f"{name}: {off_by}"
+    assert found[0]["weights"].keys() == expected[0]["weights"].keys()
+    for name, weight in expected[0]["weights"].items():
+        torch.testing.assert_close(found[0]["weights"][name], weight, rtol=0, atol=1e-5)
+
+
+def test_what_it_saves_is_read_again_bit_for_bit(runs: Any, folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    (run, _), start = runs["all-dip"], load_file(folder / "model.safetensors")
+    shutil.copy(Path(run["saved"]) / "model.safetensors", tmp_path)
+    for name in ("config.json", "generation_config.json"):  # which ms-swift saves with the processor
+        shutil.copy(folder / name, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == run["weights"].keys() == start.keys()
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    read = {  # by the names of files
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): weight
+        for name, weight in model.state_dict().items()
+    }
+    assert [name for name in start if torch.equal(read[name], start[name])] == []
+    for name, weight in saved.items():
+        assert torch.equal(read[name], weight), name
+        assert torch.equal(run["weights"][name], weight), name
