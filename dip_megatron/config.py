@@ -69,6 +69,8 @@ class DipConfig(BaseModel):
     balance: Literal["off", "swap", "free"] = Field(
         "off", description="swap: exchange microbatches between data-parallel replicas, as many each as before, so "
         "that all end together; free: any number each, where the loop weights by tokens")  # fmt: skip
+    pairing: bool = Field(False, description="with schedule off: let Megatron's own schedule have each replica's "
+                          "microbatches longest first, so that replicas that share experts wait less")  # fmt: skip
     trace_dir: Path | None = Field(None, description="where to write iterations.jsonl, trace.json and timeline.png")
     trace_plans: bool = Field(False, description="also write the plans that ran to trace_dir, as plans.jsonl: a run "
                               "can be repeated from them")  # fmt: skip
@@ -86,8 +88,13 @@ class DipConfig(BaseModel):
 
     @property
     def on(self) -> bool:
-        """Whether DIP does anything."""
+        """Whether DIP schedules anything."""
         return self.schedule != "off" or self.plan_file is not None
+
+    @property
+    def pairs(self) -> bool:
+        """Whether Megatron's own schedule gets its microbatches in an order of DIP's."""
+        return self.pairing and not self.on
 
     @staticmethod
     def load(path: str | Path | None, overrides: dict[str, Any]) -> DipConfig:

@@ -27,7 +27,6 @@ from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import MultimodalModel, Partition, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import DoesNotFitError, Effort, Planned, Setting, make_planner, searched_partition
-from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers import BaselineError
 from dip_megatron.schedulers.dip import warm_up
 from scripts.paper.flops import model_flops
@@ -159,7 +158,11 @@ def main() -> int:
                 print("  ".join(rows[-1].cells(names)), flush=True)
     head = ["model", "workload", "N", "seconds", "over bound", *(f"{n} / dip" for n in names), "of text",
             "at most", "of text under Megatron"]  # fmt: skip
-    print(f"\nSimulated, {arguments.budget:g} s of search\n{text_table(head, [r.cells(names) for r in rows])}")
+    lines = [head, *(r.cells(names) for r in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\nSimulated, {arguments.budget:g} s of search")
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
     behind = [r for r in rows if any(v is not None and v < 1.0 for v in r.others.values())]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.graph import Floats
+from .alike import AlikeSlots, CoupledWork, assign_alike
 from .balance import Assignment, Mode, Places, Work, assign, lines
 
 LEAST_GAIN = 0.005
@@ -27,18 +28,22 @@ DATA_ENDED = "the data of a replica has ended"
 TOO_LITTLE = "there is too little to gain"
 TOO_LATE = "the numbers of a replica came late"
 TOO_DEAR = "moving microbatches would take longer than it gains"
+UNEQUAL = "replicas that share experts have unequally many microbatches"
+TOO_LARGE = "a microbatch that would have to move is too large"
 DIFFERENT = "replicas came to different assignments"
 
 
 @dataclass(frozen=True, eq=False)
 class Quote:
     """One replica's coming microbatches: ``seconds`` and ``held`` (bytes of activations) ``[M, P]``, and ``sizes``
-    ``[M]``, the bytes to send if one moves. ``slowness``: what its exchanges took over what was expected of them."""
+    ``[M]``, the bytes to send if one moves. ``slowness``: what its exchanges took over what was expected of them.
+    ``meeting`` ``[M, P]``: of the seconds, those in which it waits for replicas that share its experts."""
 
     seconds: Floats
     held: Floats
     sizes: NDArray[np.int64]
     slowness: float = 1.0
+    meeting: Floats | None = None
 
 
 class Move(NamedTuple):
@@ -56,7 +61,7 @@ class Proposal:
     replica has. ``gain_seconds``: what the job's iteration is expected to gain; ``nominal_seconds``: what moving takes
     where it has not been measured, ``slowness`` times as long where it has."""
 
-    assignment: Assignment | None
+    assignment: Assignment | AlikeSlots | None
     counts: tuple[int, ...]
     before: float = 1.0
     after: float = 1.0
@@ -126,28 +131,43 @@ class ExchangeReport:
     declined: int = 0
 
 
-def propose(quotes: Sequence[Quote | None], mode: Mode = "swap", largest: float = np.inf) -> Proposal:
+def propose(
+    quotes: Sequence[Quote | None], mode: Mode = "swap", largest: float = np.inf, group: int = 1
+) -> Proposal:  # fmt: skip
     """From everybody's quotes, in the order of replicas (None: its data has ended). Microbatches of more than
-    ``largest`` bytes stay where they are."""
+    ``largest`` bytes stay where they are. ``group`` replicas after one another share experts: what those of a group
+    train should be alike, slot by slot, rather than the same in all."""
     given = [quote for quote in quotes if quote is not None]
     if len(given) < len(quotes):
         return Proposal(None, (), reason=DATA_ENDED)
     counts = tuple(len(quote.seconds) for quote in given)
     sizes = np.concatenate([quote.sizes for quote in given])
-    work = Work(
-        np.concatenate([quote.seconds for quote in given]), np.concatenate([quote.held for quote in given]),
-        np.repeat(np.arange(len(given)), counts), len(given), sizes > largest,
-    )  # fmt: skip
-    found = assign(work, mode)
+    owner = np.repeat(np.arange(len(given)), counts)
+    found: Assignment | AlikeSlots
+    if group > 1:
+        if len(set(counts)) > 1:
+            return Proposal(None, counts, reason=UNEQUAL)
+        seconds, meeting = np.concatenate([q.seconds for q in given]), np.concatenate([_meeting(q) for q in given])
+        found = assign_alike(CoupledWork(meeting, np.maximum(seconds - meeting, 0.0), owner, len(given), group))
+        if (found.moved & (sizes > largest)).any():
+            return Proposal(None, counts, reason=TOO_LARGE)
+    else:
+        held = np.concatenate([quote.held for quote in given])
+        work = Work(np.concatenate([q.seconds for q in given]), held, owner, len(given), sizes > largest)
+        found = assign(work, mode)
     before, after = _spread(found.before), _spread(found.after)
     proposal = Proposal(found, counts, before, after, "", float(found.before.max() - found.after.max()))
     if not found.moved.any() or proposal.gain_seconds < LEAST_GAIN * found.before.max():
         return proposal.declined(TOO_LITTLE)
     sent, received = (
-        np.bincount(place[found.moved], sizes[found.moved], len(given)) for place in (work.replica, found.replica)
+        np.bincount(place[found.moved], sizes[found.moved], len(given)) for place in (owner, found.replica)
     )
     expected = ROUND_SECONDS * len(proposal.rounds()) + BYTE_SECONDS * float(np.maximum(sent, received).max())
     return replace(proposal, nominal_seconds=expected, slowness=max(quote.slowness for quote in given))
+
+
+def _meeting(quote: Quote) -> Floats:
+    return np.zeros_like(quote.seconds) if quote.meeting is None else quote.meeting
 
 
 def settle(proposal: Proposal, answers: Sequence[Answer]) -> Proposal:
