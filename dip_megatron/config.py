@@ -71,6 +71,8 @@ class DipConfig(BaseModel):
         "that all end together; free: any number each, where the loop weights by tokens")  # fmt: skip
     resample: bool = Field(False, description="with balance, also move samples between microbatches, where the loop "
                            "says how it packs them and weights by tokens")  # fmt: skip
+    pairing: bool = Field(False, description="with schedule off: let Megatron's own schedule have each replica's "
+                          "microbatches longest first, so that replicas that share experts wait less")  # fmt: skip
     trace_dir: Path | None = Field(None, description="where to write iterations.jsonl, trace.json and timeline.png")
     trace_plans: bool = Field(False, description="also write the plans that ran to trace_dir, as plans.jsonl: a run "
                               "can be repeated from them")  # fmt: skip
@@ -88,8 +90,13 @@ class DipConfig(BaseModel):
 
     @property
     def on(self) -> bool:
-        """Whether DIP does anything."""
+        """Whether DIP schedules anything."""
         return self.schedule != "off" or self.plan_file is not None
+
+    @property
+    def pairs(self) -> bool:
+        """Whether Megatron's own schedule gets its microbatches in an order of DIP's."""
+        return self.pairing and not self.on
 
     @staticmethod
     def load(path: str | Path | None, overrides: dict[str, Any]) -> DipConfig:

@@ -75,13 +75,15 @@ def offers(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) ->
 
 
 def asks(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment asks for a schedule of DIP's, as far as can be told before a loop's own flags are read.
+    """Whether the environment asks for a schedule of DIP's, or for Megatron's with microbatches in an order of DIP's,
+    as far as can be told before a loop's own flags are read.
 
     Raises ConfigurationError.
     """
-    if not any(variable(name) in environ for name in ("schedule", "plan_file", "config")):
+    if not any(variable(name) in environ for name in ("schedule", "plan_file", "pairing", "config")):
         return False
-    return load_settings({}, environ).config.on
+    config = load_settings({}, environ).config
+    return config.on or config.pairs
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 """What coupling costs, and what joint plans, pairing and an exchange mend. Simulated.
 
     scripts/bench joint [--quick] [--models vlm-s,...] [--replicas 32] [--group 8] [--batches 1] [--json FILE]
+    scripts/bench joint --published [--models glm-4-5v,...]
 
 Replicas draw batches of 16 microbatches of the model's published mix (H100, the shipped partition, which was chosen on
 other batches). All layers of the language model are taken for mixtures of experts whose group spans ``--group``
@@ -10,6 +11,10 @@ Times are those of the slowest group, over the slowest replica of independent pl
 ``--dip-balance swap`` (what the same batches would take without coupling). Every schedule runs under the same
 synchronisation: in the order in which microbatches come, paired (each replica gives its microbatches longest first),
 and after an exchange that makes the slots of a group alike.
+
+``--published``: models with their own experts, at the parallel sizes, replicas and microbatches of public recipes,
+on a partition found on other batches. Of a recipe's microbatches at most 32 are drawn. Replicas that share no experts
+are groups of one.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.core import Schedule, StageGraph
+from dip_megatron.core import ModalityModule, Schedule, StageGraph
 from dip_megatron.core.graph import Floats
 from dip_megatron.core.joint import ExpertLayers, make_joint_plan, verify_joint
 from dip_megatron.describe.cost import Cluster, cost_model, load_cluster, paper_cost_model, segmented_graph
@@ -35,7 +40,7 @@ from dip_megatron.describe.model import MultimodalModel, load_model
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.planner.alike import AlikeSlots, CoupledWork, assign_alike
 from dip_megatron.planner.balance import Work, assign, microbatch_work
-from dip_megatron.planner.partitioning import paper_partition
+from dip_megatron.planner.partitioning import choose_partition, paper_partition
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers import BaselineError, find_schedule
 from dip_megatron.schedulers.dip import search, warm_up
@@ -48,6 +53,10 @@ from scripts.bench_replicas import COUNT, Case, Seconds
 MODELS = ("vlm-s", "qwen2-5-vl-7b")
 BASELINES = ("megatron-1f1b", "megatron-interleaved", "zb-h1", "optimus", "nnscaler", "segmented-static", "dip-paper")
 WITH_EXPERTS = "language"
+PUBLISHED = {"qwen3-vl-30b-a3b": 16, "qwen3-vl-235b-a22b": 8, "glm-4-5v": 4, "kimi-k2-5": 32}
+"""Microbatches of each replica."""
+TRIALS = 6
+"""Partitions judged for each of them."""
 ALONE = 3
 """Replicas that are planned alone: the costliest ones, one of which is the slowest."""
 
@@ -63,6 +72,28 @@ class Draw:
     paired: bool
 
 
+def published(name: str) -> Case:
+    """A public recipe."""
+    model, count = load_model(name), PUBLISHED[name]
+    cluster, mix = load_cluster("h100"), "vlm-any-resolution"
+    earlier = load_workload(mix, model, 1, count, 1)
+    partition = choose_partition(model, cluster, earlier, budget_seconds=np.inf, max_trials=TRIALS)
+    return Case(name, model, partition, cost_model(model, cluster), mix, Seconds(None), count)
+
+
+def experts_of(case: Case, modules: Sequence[ModalityModule]) -> ExpertLayers:
+    """Those of the model, or all layers of a language model that has none."""
+    shape = case.model.module(WITH_EXPERTS)
+    if shape.layer.experts is None:
+        return ExpertLayers.every(modules, [WITH_EXPERTS])
+    part = case.partition.module(WITH_EXPERTS)
+    flags = [
+        [[shape.kind(first + i).experts for i in range(count)] for first, count in zip(firsts, counts, strict=True)]
+        for firsts, counts in zip(part.first_layer, part.layers, strict=True)
+    ]
+    return ExpertLayers.of({WITH_EXPERTS: flags})
+
+
 def graphs_of(case: Case, batches: Sequence[Batch]) -> list[StageGraph]:
     """One graph a replica."""
     return [segmented_graph(case.pricer, case.partition, b) for b in batches]
@@ -70,6 +101,7 @@ def graphs_of(case: Case, batches: Sequence[Batch]) -> list[StageGraph]:
 
 def coupled_work(graphs: Sequence[StageGraph], experts: ExpertLayers, group: int) -> CoupledWork:
     """What the microbatches of all replicas are worth."""
+    count = 1 + max(unit.microbatch for unit in graphs[0].units)
     meeting: list[Floats] = []
     own: list[Floats] = []
     for graph in graphs:
@@ -78,16 +110,16 @@ def coupled_work(graphs: Sequence[StageGraph], experts: ExpertLayers, group: int
         owner = np.array([graph.units[int(u)].microbatch for u in graph.unit_of])
         meets = experts.meets(graph)
         for out, part in ((meeting, np.where(meets, seconds, 0.0)), (own, np.where(meets, 0.0, seconds))):
-            out.append(np.zeros((COUNT, graph.ranks)))
+            out.append(np.zeros((count, graph.ranks)))
             np.add.at(out[-1], owner, part)
-    replica = np.repeat(np.arange(len(graphs)), COUNT)
+    replica = np.repeat(np.arange(len(graphs)), count)
     return CoupledWork(np.concatenate(meeting), np.concatenate(own), replica, len(graphs), group)
 
 
 def alone(case: Case, batches: Sequence[Batch], evaluations: int) -> float:
     """The slowest replica of independent plans, after the exchange for replicas that are not coupled."""
     each = [microbatch_work(g) for g in graphs_of(case, batches)]
-    replica = np.repeat(np.arange(len(batches)), COUNT)
+    replica = np.repeat(np.arange(len(batches)), case.count)
     work = Work(np.concatenate([s for s, _ in each]), np.concatenate([h for _, h in each]), replica, len(batches))
     even, flat = assign(work), [m for b in batches for m in b]
     times = []
@@ -140,9 +172,16 @@ class Baselines:
 
     @staticmethod
     def of(case: Case, names: Sequence[str]) -> Baselines:
-        known = [b.microbatches for b in load_workload(case.mix, case.model, 2, COUNT, 1)]
-        choices = {n: tune_static(n, case.pricer, known) for n in names if find_schedule(n).mixed is not None}
-        return Baselines(case, names, choices)
+        known = [b.microbatches for b in load_workload(case.mix, case.model, 2, case.count, 1)]
+        choices = {}
+        for name in names:
+            if find_schedule(name).mixed is None:
+                continue
+            try:
+                choices[name] = tune_static(name, case.pricer, known)
+            except BaselineError as error:
+                print(f"{case.name} {name}: {error}", file=sys.stderr)
+        return Baselines(case, [n for n in names if find_schedule(n).mixed is None or n in choices], choices)
 
     def seconds(self, name: str, draw: Draw, experts: ExpertLayers, size: int, evaluations: int) -> float:
         """The slowest group's; raises BaselineError."""
@@ -169,7 +208,7 @@ def measure(
     """Seconds of every schedule in every way that microbatches come; ``alone`` by itself."""
     batches: list[Batch] = list(case.independent(replicas, seed))
     all_graphs = graphs_of(case, batches)
-    experts = ExpertLayers.every(all_graphs[0].modules, [WITH_EXPERTS])
+    experts = experts_of(case, all_graphs[0].modules)
     work = coupled_work(all_graphs, experts, size)
     alike, assignment, spent = exchanged(work, [m for b in batches for m in b])
     draws = [
@@ -232,7 +271,8 @@ def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one group, two baselines, short searches")
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default="")
+    parser.add_argument("--published", action="store_true", help="public recipes at their own sizes")
     parser.add_argument("--replicas", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--batches", type=int, default=1)
@@ -243,16 +283,19 @@ def main() -> int:
     options = parser.parse_args()
     names = [n for n in options.baselines.split(",") if n]
     if options.quick:
-        options.replicas, options.evaluations, names = options.group, 2000, names[:2]
+        options.replicas, options.evaluations, names = options.group, min(options.evaluations, 2000), names[:2]
     warm_up()
     data, bars = [], []
-    for model in options.models.split(","):
-        case = Case.of(model, Seconds(None))
+    usual = PUBLISHED if options.published else MODELS
+    for model in options.models.split(",") if options.models else usual:
+        case = published(model) if options.published else Case.of(model, Seconds(None))
+        replicas, group = options.replicas, options.group
+        if options.published:
+            replicas, group = case.model.parallel.dp, case.model.parallel.coupled
         baselines = Baselines.of(case, names)
         found = [
-            measure(case, baselines, options.replicas, options.group, 5 + b, options.evaluations)
-            for b in range(options.batches)
-        ]
+            measure(case, baselines, replicas, group, 5 + b, options.evaluations) for b in range(options.batches)
+        ]  # fmt: skip
         data += [{"model": model, "batch": b, **f} for b, f in enumerate(found)]
         base = float(np.mean([f["alone"]["seconds"] for f in found]))
         rows = []
@@ -265,8 +308,8 @@ def main() -> int:
                     rows.append([draw, name, f"{mean:.4f}", f"{mean / base:.3f}", f"{mean / dip:.3f}"])
             gap = max(f[draw]["over bound"] for f in found)
             bars.append([model, draw, f"{dip / base:.3f}", f"{gap:.3f}"])
-        print(f"\n{model}: {options.replicas} replicas in groups of {options.group}, simulated; independent plans take "
-              f"{base:.4f} s")  # fmt: skip
+        print(f"\n{model}: {replicas} replicas of {case.count} microbatches in groups of {group}, simulated; "
+              f"independent plans take {base:.4f} s")  # fmt: skip
         print(text_table(["microbatches", "schedule", "seconds", "over independent", "over dip"], rows), flush=True)
     print("\nJoint plans: slowest group over independent plans, and the worst group over its proven lower bound")
     print(text_table(["model", "microbatches", "over independent", "over bound"], bars))

@@ -94,6 +94,7 @@ class Case:
     pricer: CostModel
     mix: str
     known: Seconds
+    count: int = COUNT
 
     @staticmethod
     def of(name: str, known: Seconds) -> Case:
@@ -109,7 +110,7 @@ class Case:
 
     def independent(self, replicas: int, seed: int) -> list[tuple[Microbatch, ...]]:
         """A batch for each replica, all from the whole mix."""
-        return [b.microbatches for b in load_workload(self.mix, self.model, replicas, COUNT, seed)]
+        return [b.microbatches for b in load_workload(self.mix, self.model, replicas, self.count, seed)]
 
     def shards(self, replicas: int, seed: int) -> list[tuple[Microbatch, ...]]:
         """A batch for each replica, each from one source of the mix, sources shared out by their weights."""
@@ -122,7 +123,7 @@ class Case:
                 source = sources[int(np.searchsorted(share, (r + 0.5) / replicas))]
                 file = Path(folder) / "shard.yaml"
                 file.write_text(yaml.safe_dump(whole | {"draw": whole["draw"] | {"sources": [source]}}))
-                batches += [b.microbatches for b in load_workload(file, self.model, 1, COUNT, seed * 10_000 + r)]
+                batches += [b.microbatches for b in load_workload(file, self.model, 1, self.count, seed * 10_000 + r)]
         return batches
 
 

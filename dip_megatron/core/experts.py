@@ -8,7 +8,7 @@ microbatch of its own; weight gradients, and chunks without such layers, are eac
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from .graph import StageGraph
 from .modules import ModalityModule
-from .strategies import parse_strategy
+from .strategies import exchanging_strategies, parse_strategy
 
 Flags = tuple[tuple[tuple[bool, ...], ...], ...]
 """Of one module, ``[segment][rank][layer]``."""
-REPEATING = frozenset({"activation", "mlp", "full"})
-"""Memory strategies under which the backward of a mixture of experts runs the collectives of its forward again."""
 
 
 class ExpertLayersError(ValueError):
@@ -31,20 +29,23 @@ class ExpertLayersError(ValueError):
 @dataclass(frozen=True)
 class ExpertLayers:
     """The layers with experts of each module that has any: ``modules`` are pairs of a name and, ``[segment][rank]
-    [layer]``, whether the layer has. ``repeating``: see :data:`REPEATING`."""
+    [layer]``, whether the layer has. ``repeating``: the memory strategies under which a backward runs the
+    collectives of its forward again, those of :func:`.strategies.exchanging_strategies` unless a file says others."""
 
     modules: tuple[tuple[str, Flags], ...]
-    repeating: frozenset[str] = REPEATING
+    repeating: frozenset[str] = field(default_factory=exchanging_strategies)
 
     @staticmethod
     def of(
-        layers: Mapping[str, Sequence[Sequence[Sequence[bool]]]], repeating: Iterable[str] = REPEATING
+        layers: Mapping[str, Sequence[Sequence[Sequence[bool]]]], repeating: Iterable[str] | None = None
     ) -> ExpertLayers:
         """From ``{module: [segment][rank][layer]}``."""
         modules = [
             (name, tuple(tuple(tuple(map(bool, chunk)) for chunk in row) for row in rows))
             for name, rows in layers.items()
         ]
+        if repeating is None:
+            return ExpertLayers(tuple(modules))
         return ExpertLayers(tuple(modules), frozenset(repeating))
 
     @staticmethod
@@ -96,7 +97,7 @@ class ExpertLayers:
 
 
 @lru_cache(maxsize=1 << 16)
-def repeated(chunk: tuple[bool, ...], strategy: str, repeating: frozenset[str] = REPEATING) -> int:
+def repeated(chunk: tuple[bool, ...], strategy: str, repeating: frozenset[str]) -> int:
     """Which layers with experts (``chunk[i]``) a backward under ``strategy`` repeats, as bits. Raises StrategyError."""
     names = parse_strategy(strategy, len(chunk))
     return sum(1 << i for i, (has, name) in enumerate(zip(chunk, names, strict=True)) if has and name in repeating)

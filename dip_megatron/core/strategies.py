@@ -61,6 +61,7 @@ class LayerStrategy:
     chunk that mixes strategies, lowest first. ``run`` is the function that runs a layer's forward, as
     ``package.module:function``, so that planning needs not import it; it takes a
     :class:`dip_megatron.families.shared.layer_memory.LayerCall` and returns what the layer's forward returns.
+    ``exchanges_again``: the backward of a layer with experts runs the collectives of its forward again.
     """
 
     name: str
@@ -68,6 +69,7 @@ class LayerStrategy:
     run: str = ""
     recomputes: bool = False
     offloads: bool = False
+    exchanges_again: bool = False
     place: float = 3.5
 
     def runner(self) -> Callable[[Any], Any]:
@@ -134,11 +136,13 @@ _known: dict[str, LayerStrategy] = {
         ),
         # Megatron-Core's module mlp.
         LayerStrategy(
-            name="mlp", price=_recompute_mlp, run=f"{_RUNNERS}:run_without_mlp", recomputes=True, place=1
+            name="mlp", price=_recompute_mlp, run=f"{_RUNNERS}:run_without_mlp", recomputes=True,
+            exchanges_again=True, place=1,
         ),
         # Megatron-Core's full granularity.
         LayerStrategy(
-            name="full", price=_recompute_layer, run=f"{_RUNNERS}:run_checkpointed", recomputes=True, place=0
+            name="full", price=_recompute_layer, run=f"{_RUNNERS}:run_checkpointed", recomputes=True,
+            exchanges_again=True, place=0,
         ),
         LayerStrategy(name="offload", price=_offload, run=f"{_RUNNERS}:run_offloaded", offloads=True, place=4),
     )
@@ -173,6 +177,11 @@ def strategy_names() -> tuple[str, ...]:
 def allowed_strategies(*, recompute: bool, offload: bool) -> tuple[str, ...]:
     """Names of the entries that the switches leave."""
     return tuple(s.name for s in _known.values() if (recompute or not s.recomputes) and (offload or not s.offloads))
+
+
+def exchanging_strategies() -> frozenset[str]:
+    """Names of the entries under which a backward runs the collectives of a layer with experts again."""
+    return frozenset(s.name for s in _known.values() if s.exchanges_again)
 
 
 def strategy(name: str) -> LayerStrategy:

@@ -89,7 +89,9 @@ def describe_t2v(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parallel
 
 
 def layer_shape(config: Any, *, causal: bool, spec: Any = None) -> TransformerLayer:
-    """A transformer layer of this TransformerConfig; ``spec`` (of a layer, or of each) says where experts are."""
+    """A transformer layer of this TransformerConfig; ``spec`` (of a layer, of each, or for each whether it has any)
+    says where experts are."""
+    places = spec if isinstance(spec, tuple) else layers_with_experts(spec, config.num_layers)
     return TransformerLayer(
         hidden=config.hidden_size,
         ffn=config.ffn_hidden_size,
@@ -98,8 +100,18 @@ def layer_shape(config: Any, *, causal: bool, spec: Any = None) -> TransformerLa
         head_dim=config.kv_channels or 0,
         gated=config.gated_linear_unit,
         causal=causal,
-        experts=_experts(config, layers_with_experts(spec, config.num_layers)),
+        experts=_experts(config, places),
     )
+
+
+def configured_experts(config: Any) -> tuple[bool, ...]:
+    """Of each layer of a model that is built by its config alone, whether it has experts."""
+    if not getattr(config, "num_moe_experts", None):
+        return (False,) * config.num_layers
+    every = config.moe_layer_freq
+    if isinstance(every, int):
+        return tuple(i % every == 0 for i in range(config.num_layers))
+    return tuple(map(bool, every))
 
 
 def _experts(config: Any, layers: tuple[bool, ...]) -> Experts | None:

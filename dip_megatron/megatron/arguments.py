@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dip-balance", choices=["off", "swap", "free"], default=None,
                        help="swap: exchange microbatches between replicas so that all end together; free: also change "
                        "how many each has (with --calculate-per-token-loss)")  # fmt: skip
+    group.add_argument("--dip-pairing", action="store_true", default=None,
+                       help="under Megatron's own schedule: each replica's microbatches longest first, so that "
+                       "replicas that share experts wait less for one another")  # fmt: skip
     group.add_argument("--dip-trace-dir", type=Path, default=None,
                        help="write iterations.jsonl; trace.json and timeline.png of the last iteration")  # fmt: skip
     group.add_argument("--dip-trace-plans", action="store_true", default=None,
@@ -44,7 +47,7 @@ def run_config(args: argparse.Namespace) -> DipConfig:
     """The run's configuration, from flags, environment, file and defaults. Raises ConfigurationError."""
     flags = (
         "config", "schedule", "plan_file", "planner_workers", "search_budget", "memory_limit", "trace_dir",
-        "trace_plans", "override", "balance",
+        "trace_plans", "override", "balance", "pairing",
     )  # fmt: skip
     return load_settings({name: getattr(args, f"dip_{name}", None) for name in flags}).config
 
@@ -86,9 +89,9 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
         "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",
     )  # fmt: skip
     refuse(
-        args.context_parallel_size > 1, f"--context-parallel-size {args.context_parallel_size}",
-        "payload shapes in plans don't know sequence shards of context parallelism",
-        f"use tensor parallelism with --sequence-parallel {_WITH_OFF}",
+        getattr(args, "hybrid_context_parallel", False), "--hybrid-context-parallel",
+        "it gives each microbatch another group of ranks, with other shapes",
+        f"use --context-parallel-size alone {_WITH_OFF}",
     )  # fmt: skip
     evaluated = getattr(args, "eval_micro_batch_size", None)
     refuse(

@@ -17,16 +17,14 @@ from ..core.protocols import Exchange
 from ..describe.files import ConfigurationError
 from ..families.shared.layer_memory import transformer_layers
 from ..planner.delivery import CoupledRanks
-
-REPEATING = frozenset({"mlp", "full"})
-"""Memory strategies under which a backward runs a mixture of experts, and its exchange, again."""
+from .ranks import replica_ranks
 
 
 def coupled_ranks() -> tuple[list[int], CoupledRanks]:
     """Global ranks of all replicas that share experts with this rank's, directly or through others, and where each
     replica's stand among them. All ranks of the job call it together. Raises ConfigurationError where replicas that
     share experts are no equal blocks."""
-    replica = tuple(sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group())))
+    replica = tuple(replica_ranks())
     experts = dist.get_process_group_ranks(parallel_state.get_expert_tensor_and_model_parallel_group())
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (replica, tuple(experts)))
@@ -74,7 +72,7 @@ def experts_of(
         for m in modules
         if any(any(found[0][r][m.name, k][0]) for r in range(len(m.layers[0])) for k in range(m.segments))
     }
-    return ExpertLayers.of(layers, REPEATING)
+    return ExpertLayers.of(layers)
 
 
 def _flags(chunk: torch.nn.Module) -> tuple[list[bool], bool]:

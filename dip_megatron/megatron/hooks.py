@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..config import DipConfig
     from ..families.family import ModelFamily
     from ..runtime.protocol import SamplePacking
+    from .pairing import Pairing
     from .session import DipSession
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class Hooks:
         self._samples: SamplePacking | None = None
         # What a run under DIP is; an estimate puts its own here.
         self.make_session: Callable[..., Any] | None = None
+        # Of a run under Megatron's own schedule.
+        self.pairing: Pairing | None = None
         # Whether a run has been asked for, though no loop has begun one yet.
         self._expected = False
 
@@ -105,6 +108,14 @@ class Hooks:
                 )
         self._sessions.append((self.make_session or DipSession)(loop, config, self.families(), self.tell))
         return self._sessions[-1]
+
+    def pair(self, loop: TrainingLoop, config: DipConfig) -> Pairing:
+        """A run under Megatron's own schedule, whose microbatches are to be given longest first."""
+        from .pairing import Pairing
+
+        self._finish()
+        self.pairing = Pairing(loop, config, self.families())
+        return self.pairing
 
     @property
     def session(self) -> DipSession | None:
@@ -198,7 +209,7 @@ class Hooks:
     def _choose(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
         """What a loop gets instead of Megatron's ``schedule``: the same where there is no run under DIP. Loops may ask
         before they build their model, and keep the answer; so whose model it is, is found at each call."""
-        if not self._sessions and not self._expected:
+        if not self._sessions and not self._expected and self.pairing is None:
             return schedule
 
         @functools.wraps(schedule)
@@ -209,6 +220,9 @@ class Hooks:
                     session.check_other_call(kwargs.get("data_iterator"))
             if owner is not None:
                 return owner.run(**kwargs)
+            if self.pairing is not None:
+                owned = self.pairing.owns(kwargs.get("model"))
+                return schedule(*args, **(self.pairing.ordered(kwargs) if owned else kwargs))
             self.tell(
                 "a model that DIP didn't build runs under Megatron's own schedule; to have DIP schedule it, build it "
                 "with dip_megatron.build_model (docs/any-loop.md)"

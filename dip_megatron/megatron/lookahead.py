@@ -80,6 +80,7 @@ def capture_microbatch(
     data_iterator: Iterator[Any] | None,
     chunk: torch.nn.Module,
     program: StageProgram,
+    kind: type[ModelStandIn] = ModelStandIn,
 ) -> MicrobatchInputs:
     """Read one microbatch. Raises StopIteration when the data has ended, ValueError for what can't be segmented."""
     captured: dict[str, Any] = {}
@@ -89,7 +90,7 @@ def capture_microbatch(
         raise _Captured
 
     recorder = None if data_iterator is None else _Recorder(data_iterator)
-    stand_in = ModelStandIn(chunk, call)
+    stand_in = kind(chunk, call)
     if copied(program.modules):
         # Steps keep pixels for the first stage, which they know by the model's groups; here every rank encodes.
         groups = ProcessGroupCollection.use_mpu_process_groups()

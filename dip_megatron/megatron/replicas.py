@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ..core.experts import ExpertLayers
 from ..core.graph import Floats
 from ..describe.cost import Corrections
+from ..describe.files import ConfigurationError
 from ..describe.model import Training
 from ..describe.workload import Microbatch
-from ..planner.balance import Mode, microbatch_work
-from ..planner.delivery import PlanDelivery
+from ..planner.balance import Mode, meeting_work, microbatch_work
+from ..planner.delivery import CoupledRanks, PlanDelivery
 from ..planner.live import ModelGraphs
 from ..planner.quotes import (
     TOO_DEAR,
@@ -44,6 +46,7 @@ from ..planner.quotes import (
 from ..runtime.groups import local_group
 from ..runtime.parcels import ParcelError, pack, parcel_bytes, tensors_of, unpack
 from .exchange import GlooExchange
+from .ranks import replica_ranks
 from .samples import PackingError, Samples
 
 FADING = 0.9
@@ -60,19 +63,26 @@ NOT_FREE = (
     "loops: build_model(weights_by_tokens=True)), or balance swap"
 )
 
-Price = Callable[[Any], tuple[Floats, Floats]]
+Price = Callable[[Any], tuple[Floats, ...]]
+"""From what a replica is about to train to seconds and bytes ``[microbatches, pipeline ranks]`` and, where it shares
+experts, to the seconds in which it waits for others."""
 
 
 class ReplicaExchangeError(RuntimeError):
     """An exchange that did not come to its end; no rank may train on what it holds."""
 
 
-def price_of(graphs: ModelGraphs, corrections: Callable[[], Corrections]) -> Price:
-    """Prices a replica's microbatches, given with what trains, as its plans would be priced now."""
+def price_of(
+    graphs: ModelGraphs, corrections: Callable[[], Corrections], experts: ExpertLayers | None = None
+) -> Price:  # fmt: skip
+    """Prices a replica's microbatches, given with what trains, as its plans would be priced now; ``experts`` are those
+    that it shares."""
 
-    def price(given: tuple[tuple[Microbatch, ...], Training | None]) -> tuple[Floats, Floats]:
+    def price(given: tuple[tuple[Microbatch, ...], Training | None]) -> tuple[Floats, ...]:
         loads, training = given
-        return microbatch_work(corrections().apply(graphs.build(loads, False, training)))
+        graph = corrections().apply(graphs.build(loads, False, training))
+        found = microbatch_work(graph)
+        return found if experts is None else (*found, meeting_work(graph, experts.meets(graph)))
 
     return price
 
@@ -87,21 +97,23 @@ class ReplicaExchange:
         price: Price | None,
         *,
         mode: Mode = "swap",
+        group: int = 1,
         largest_bytes: float = LARGEST_BYTES,
         timeout_seconds: float = 600.0,
         device: torch.device | None = None,
         samples: Samples | None = None,
     ):
         """``peers``: global ranks of this place in every replica, in the order of replicas; ``replica``: those of this
-        rank's replica, the first of which prices. ``price`` gives seconds and bytes ``[microbatches, pipeline ranks]``
-        of the loads it is handed; the first rank has one, the others None. With ``samples`` these move, too."""
+        rank's replica, the first of which prices: it has a ``price``, which gives seconds and bytes ``[microbatches,
+        pipeline ranks]`` of the loads it is handed and, with experts, the seconds that meet others; the rest have None.
+        ``group`` replicas after one another share experts. With ``samples`` these move, too."""
         self._peers = list(peers)
         self._index = self._peers.index(dist.get_rank())
         self._timeout = timedelta(seconds=timeout_seconds)
         self._group = local_group(self._peers, "gloo", self._timeout)
         self._quotes = GlooExchange(self._peers, timeout_seconds)
         self._replica = GlooExchange(list(replica), timeout_seconds)
-        self._price, self._mode, self._largest = price, mode, largest_bytes
+        self._price, self._mode, self._group_size, self._largest = price, mode, group, largest_bytes
         self._device, self._samples = device, samples
         accelerated = device is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if accelerated else None
@@ -170,11 +182,12 @@ class ReplicaExchange:
             samples = None if self._samples is None else self._samples.quote(price, microbatches, loads[1])
         except (ParcelError, PackingError) as error:
             return str(error)
-        return Quote(*price(loads), sizes, self._slowness, samples=samples)
+        seconds, held, *meeting = price(loads)
+        return Quote(seconds, held, sizes, self._slowness, meeting[0] if meeting else None, samples)
 
     def _settled(self, everyone: Sequence[Quote | None], until: float | None) -> Proposal:
         """From the quotes of all replicas; the first ranks alone."""
-        proposal = propose(everyone, self._mode, self._largest)
+        proposal = propose(everyone, self._mode, self._largest, self._group_size)
         left = 0.0 if until is None else until - time.perf_counter()
         answer = Answer(proposal.digest(), max(left, 0.0), until is not None and left <= 0.0)
         return settle(proposal, [Answer.unpack(data) for data in self._quotes.gather(answer.pack())])
@@ -301,14 +314,22 @@ class ExchangesAhead:
 
 def begin_exchanges(
     graphs: ModelGraphs | None, delivery: PlanDelivery, timeout_seconds: float, device: torch.device, mode: Mode,
-    at_call: bool, samples: Samples | None = None,
+    at_call: bool, coupled: CoupledRanks | None = None, experts: ExpertLayers | None = None,
+    samples: Samples | None = None,
 ) -> ExchangesAhead:  # fmt: skip
     """Between the data-parallel replicas of Megatron's groups; all ranks call it together. ``graphs`` price the
-    microbatches where plans are made; with ``samples`` these move, too."""
+    microbatches where plans are made; with ``samples`` these move, too. ``coupled`` replicas share ``experts``. Raises
+    ConfigurationError if those don't follow one another."""
+    group = 1 if coupled is None else len(coupled.replicas)
+    if coupled is not None and parallel_state.get_data_parallel_rank() % group != coupled.replica:
+        raise ConfigurationError(
+            f"balance {mode}: the replicas that share experts aren't {group} data-parallel ranks after one another; "
+            "leave it out"
+        )
     exchange = ReplicaExchange(
         dist.get_process_group_ranks(parallel_state.get_data_parallel_group()),
-        sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group())),
-        price_of(graphs, delivery.corrections) if delivery.plans_here and graphs is not None else None,
-        mode=mode, timeout_seconds=timeout_seconds, device=device, samples=samples,
+        replica_ranks(),
+        price_of(graphs, delivery.corrections, experts) if delivery.plans_here and graphs is not None else None,
+        mode=mode, group=group, timeout_seconds=timeout_seconds, device=device, samples=samples,
     )  # fmt: skip
     return ExchangesAhead(exchange, at_call)

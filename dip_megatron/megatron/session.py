@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
+from ..core.experts import ExpertLayers
 from ..describe.cost import Costs
 from ..describe.files import ConfigurationError
 from ..describe.model import Partition, Training, TrainingMismatchError
@@ -53,6 +54,7 @@ from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, make_program
+from .ranks import replica_folder, replica_ranks
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
 from .samples import Samples, check_resample
 
@@ -89,6 +91,7 @@ class DipSession:
         self._exchange: GlooExchange | None = None
         self._service: Service | None = None
         self._coupled: CoupledRanks | None = None
+        self._experts: ExpertLayers | None = None
         self._step: DipForwardBackward | None = None
         self._closing = contextlib.ExitStack()
         atexit.register(self.close)
@@ -126,7 +129,7 @@ class DipSession:
             loop = self._loop
             check_experts(blueprint.kwargs.values(), loop.parallel)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
-                self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
+                self._file = self._plan_file(self._config, loop.parallel.pp, replica_folder())
             model = family.describe(blueprint, loop.parallel)
             check_placement(model, self._config, family)
             check_entry(self._entry, model, family, loop.num_microbatches)
@@ -165,13 +168,14 @@ class DipSession:
 
     def _start_planner(self, program: StageProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
-        config, experts = self._config, None
-        replica = sorted(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+        config = self._config
+        replica = replica_ranks()
         if self._loop.parallel.coupled > 1:
             replica, self._coupled = coupled_ranks()
         self._exchange = GlooExchange(replica, config.timeout_seconds)
         if self._coupled is not None:
-            experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
+            self._experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
+        experts = self._experts
         supported = self._exchange.gather(b"yes" if program.supports_split else b"no")
         if config.split_backward and b"no" in supported:
             logger.warning("some layers can't defer weight gradients: plans split no backward")
@@ -278,10 +282,10 @@ class DipSession:
         recorder = None
         consumers = self._consumers(exchange)
         if config.trace_dir is not None:
-            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange, about_run(config))
+            recorder = RunRecorder(config.trace_dir / replica_folder(), exchange, about_run(config))
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
-                consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
+                consumers.append(PlanWriter(config.trace_dir / replica_folder()).record)
         self._closing.callback(self._close, delivery, watchdog, recorder)
         chunks = list(self._own.values())
         for i in copied(program.modules):
@@ -313,7 +317,7 @@ class DipSession:
             pipeline, rank, device, self._config.timeout_seconds, exchange,
             replicated=bool(copied(self._program.modules)),
         )  # fmt: skip
-        return Executor(rank, transport, clock, alone=self._loop.parallel.tp == 1)
+        return Executor(rank, transport, clock, alone=self._loop.parallel.tp == self._loop.parallel.cp == 1)
 
     def _consumers(self, exchange: GlooExchange) -> list[IterationConsumer]:
         """Who is told of every training iteration."""
@@ -330,8 +334,9 @@ class DipSession:
         if config.resample and self._loop.samples is not None and self._program is not None:
             samples = Samples(self._loop.samples, self._program)
         exchanges = begin_exchanges(
-            self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call=at_call, samples=samples
-        )
+            self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call, self._coupled,
+            self._experts, samples,
+        )  # fmt: skip
         self._closing.callback(exchanges.close)
         return exchanges
 
@@ -392,9 +397,3 @@ def _tell(sentence: str) -> None:
     """Print on one rank."""
     if dist.get_rank() == 0:
         print(f"[dip] {sentence}", flush=True)
-
-
-def _replica_folder() -> str:
-    """Traces of one pipeline each: the trace directory itself for the first, a folder for each other."""
-    data, tensor = parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-    return "." if data == tensor == 0 else f"dp{data}_tp{tensor}"

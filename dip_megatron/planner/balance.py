@@ -90,14 +90,27 @@ class Assignment:
 def microbatch_work(graph: StageGraph) -> tuple[Floats, Floats]:
     """Seconds and bytes of activations ``[microbatches, ranks]`` of one replica's batch, from its stage graph: forwards
     and backwards of all units of a microbatch, each with the fastest strategy; frozen parts have no backward."""
-    count = 1 + max(unit.microbatch for unit in graph.units)
+    return _of_microbatches(graph, _seconds(graph)), _of_microbatches(graph, graph.activation[0])
+
+
+def meeting_work(graph: StageGraph, meets: NDArray[np.bool_]) -> Floats:
+    """Seconds as :func:`microbatch_work` gives them, of the stages ``[S, P]`` alone that meet others' of replicas that
+    share experts, without their weight gradients."""
+    backward = np.where(graph.has_backward, graph.backward[0], 0.0)
+    return _of_microbatches(graph, np.where(meets, graph.forward[0] + backward, 0.0))
+
+
+def _seconds(graph: StageGraph) -> Floats:
     backward = np.where(graph.has_weight, graph.fused[0], graph.backward[0])
-    seconds = graph.forward[0] + np.where(graph.has_backward, backward, 0.0)
+    return np.asarray(graph.forward[0] + np.where(graph.has_backward, backward, 0.0))
+
+
+def _of_microbatches(graph: StageGraph, values: Floats) -> Floats:
+    """``values`` ``[S, P]`` added up by microbatch."""
     owner = np.array([graph.units[int(unit)].microbatch for unit in graph.unit_of])
-    out = np.zeros((2, count, graph.ranks))
-    np.add.at(out[0], owner, seconds)
-    np.add.at(out[1], owner, graph.activation[0])
-    return out[0], out[1]
+    out = np.zeros((1 + int(owner.max()), graph.ranks))
+    np.add.at(out, owner, values)
+    return out
 
 
 def assign(work: Work, mode: Mode = "swap", goal: float = GOAL) -> Assignment:

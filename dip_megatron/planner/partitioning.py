@@ -14,7 +14,7 @@ import numpy as np
 from ..core import StageGraph
 from ..describe.cost import Cluster, CostModel, Costs, segmented_graph, unit_sizes
 from ..describe.cost.static import run_bytes
-from ..describe.model import ModulePartition, MultimodalModel, Partition, spread
+from ..describe.model import ModulePartition, ModuleShape, MultimodalModel, Parallel, Partition, spread
 from ..describe.partition.layers import ModuleLoad, balance_layers, rank_loads
 from ..describe.partition.unit_size import UnitSize, efficient_unit_size, mean_instance, module_seconds, times
 from ..describe.workload import GlobalBatch, Microbatch, make_units
@@ -230,7 +230,8 @@ class _Search:
                 for part in (self.pricer.stem(shape.name, here), self.pricer.head(shape.name, here))
             ]
             layer = (whole - sum(ends)) / shape.layers
-            loads.append(ModuleLoad(shape.name, shape.layers, segments, layer, *ends))
+            last = int(_meets_behind(shape, self.pricer.model.parallel))
+            loads.append(ModuleLoad(shape.name, shape.layers, segments, layer, ends[0], ends[1], last))
         return loads
 
     def _judge(self, partition: Partition) -> float:
@@ -295,6 +296,12 @@ class _Search:
             f"With stems, heads and loss counted, the most-loaded rank has {max(loads) / mean:.3f} times the mean work."
         )
         return tuple(out)
+
+
+def _meets_behind(shape: ModuleShape, parallel: Parallel) -> bool:
+    """Whether the module has experts behind its last layer (multi-token prediction's) that replicas share. Where they
+    run, all must know that they meet there: by a layer with experts on the same chunk."""
+    return bool(shape.mtp) and parallel.coupled > 1 and shape.kind(shape.layers - 1).experts
 
 
 def _segments(count: int) -> str:

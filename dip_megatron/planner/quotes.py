@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.graph import Floats
+from .alike import AlikeSlots, CoupledWork, assign_alike
 from .balance import GOAL, Assignment, Mode, Places, Work, assign, lines
 from .resample import Resampling, SampleWork, resample
 
@@ -29,6 +30,8 @@ DATA_ENDED = "the data of a replica has ended"
 TOO_LITTLE = "there is too little to gain"
 TOO_LATE = "the numbers of a replica came late"
 TOO_DEAR = "moving microbatches would take longer than it gains"
+UNEQUAL = "replicas that share experts have unequally many microbatches"
+TOO_LARGE = "a microbatch that would have to move is too large"
 DIFFERENT = "replicas came to different assignments"
 
 
@@ -50,12 +53,14 @@ class SampleQuote:
 class Quote:
     """One replica's coming microbatches: ``seconds`` and ``held`` (bytes of activations) ``[M, P]``, and ``sizes``
     ``[M]``, the bytes to send if one moves. ``slowness``: what its exchanges took over what was expected of them.
-    ``samples``: what they are made of, where samples may move, too."""
+    ``meeting`` ``[M, P]``: of the seconds, those in which it waits for replicas that share its experts. ``samples``:
+    what the microbatches are made of, where samples may move, too."""
 
     seconds: Floats
     held: Floats
     sizes: NDArray[np.int64]
     slowness: float = 1.0
+    meeting: Floats | None = None
     samples: SampleQuote | None = None
 
 
@@ -113,7 +118,7 @@ class Proposal:
     replica has. ``gain_seconds``: what the job's iteration is expected to gain; ``nominal_seconds``: what moving takes
     where it has not been measured, ``slowness`` times as long where it has."""
 
-    assignment: Assignment | None
+    assignment: Assignment | AlikeSlots | None
     counts: tuple[int, ...]
     before: float = 1.0
     after: float = 1.0
@@ -188,27 +193,40 @@ class ExchangeReport:
     samples: int = 0
 
 
-def propose(quotes: Sequence[Quote | None], mode: Mode = "swap", largest: float = np.inf) -> Proposal:
+def propose(
+    quotes: Sequence[Quote | None], mode: Mode = "swap", largest: float = np.inf, group: int = 1
+) -> Proposal:  # fmt: skip
     """From everybody's quotes, in the order of replicas (None: its data has ended). Microbatches of more than
-    ``largest`` bytes stay where they are."""
+    ``largest`` bytes stay where they are. ``group`` replicas after one another share experts: what those of a group
+    train should be alike, slot by slot, rather than the same in all."""
     given = [quote for quote in quotes if quote is not None]
     if len(given) < len(quotes):
         return Proposal(None, (), reason=DATA_ENDED)
     counts = tuple(len(quote.seconds) for quote in given)
     sizes = np.concatenate([quote.sizes for quote in given])
-    work = Work(
-        np.concatenate([quote.seconds for quote in given]), np.concatenate([quote.held for quote in given]),
-        np.repeat(np.arange(len(given)), counts), len(given), sizes > largest,
-    )  # fmt: skip
-    found = assign(work, mode)
-    again = _resampled([quote.samples for quote in given], work, found, largest)
+    owner = np.repeat(np.arange(len(given)), counts)
+    found: Assignment | AlikeSlots
+    again: tuple[SampleMoves, Resampling] | None = None
+    if group > 1:
+        if len(set(counts)) > 1:
+            return Proposal(None, counts, reason=UNEQUAL)
+        seconds, meeting = np.concatenate([q.seconds for q in given]), np.concatenate([_meeting(q) for q in given])
+        found = assign_alike(CoupledWork(meeting, np.maximum(seconds - meeting, 0.0), owner, len(given), group))
+        if (found.moved & (sizes > largest)).any():
+            return Proposal(None, counts, reason=TOO_LARGE)
+    else:
+        held = np.concatenate([quote.held for quote in given])
+        work = Work(np.concatenate([q.seconds for q in given]), held, owner, len(given), sizes > largest)
+        found = assigned = assign(work, mode)
+        again = _resampled([quote.samples for quote in given], work, assigned, largest)
     after = found.after if again is None else again[1].after
-    before = _spread(found.before)
-    proposal = Proposal(found, counts, before, _spread(after), "", float(found.before.max() - after.max()))
+    proposal = Proposal(
+        found, counts, _spread(found.before), _spread(after), "", float(found.before.max() - after.max())
+    )  # fmt: skip
     moved = found.moved.any() or again is not None
     if not moved or proposal.gain_seconds < LEAST_GAIN * found.before.max():
         return proposal.declined(TOO_LITTLE)
-    sent = _sent(work.replica, found.replica, sizes, len(given))
+    sent = _sent(owner, found.replica, sizes, len(given))
     number = len(proposal.rounds())
     if again is not None:
         proposal = replace(proposal, samples=again[0])
@@ -248,6 +266,10 @@ def _resampled(
     if again.after.max() > found.after.max() * (1 - LEAST_GAIN):
         return None
     return SampleMoves(microbatch, again.microbatch, found.replica), again
+
+
+def _meeting(quote: Quote) -> Floats:
+    return np.zeros_like(quote.seconds) if quote.meeting is None else quote.meeting
 
 
 def settle(proposal: Proposal, answers: Sequence[Answer]) -> Proposal:

@@ -50,6 +50,7 @@ from megatron.training.arguments import (  # noqa: E402
 )
 
 from dip_megatron import draw_by_name  # noqa: E402
+from dip_megatron.families.shared.sdpa import with_sdpa  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from documents import LABEL_WEIGHT, VOCABULARY, PackedDigitDocuments, split_images  # noqa: E402
@@ -127,6 +128,8 @@ def model_provider(
     else:
         language_spec = decoder_model_with_local_default_spec(None, False)
         vision_spec = get_vit_layer_with_local_spec()
+        if args.context_parallel_size > 1:
+            language_spec = with_sdpa(language_spec)  # Megatron's own local attention knows no shards of sequences
     model = LLaVAModel(
         language_transformer_config=language,
         language_transformer_layer_spec=language_spec,

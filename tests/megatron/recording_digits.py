@@ -61,10 +61,11 @@ class Tap:
         return self.last
 
 
-def record(index: int, train: bool, loss: float) -> None:
+def record(index: int, train: bool, loss: float, images: int) -> None:
     with (Path(OPTIONS["folder"]) / f"samples.rank{RANK}.jsonl").open("a") as lines:
         iteration = megatron.training.get_args().curr_iteration + 1 if train else None
-        lines.write(json.dumps({"index": index, "train": train, "iteration": iteration, "loss": loss}) + "\n")
+        line = {"index": index, "train": train, "iteration": iteration, "loss": loss, "images": images}
+        lines.write(json.dumps(line) + "\n")
     if train and iteration == OPTIONS.get("signal") and RANK == LAST:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -99,7 +100,7 @@ def recording(forward_step: Any) -> Any:
         def loss(*arguments: Any) -> Any:
             train = torch.is_grad_enabled()
             result = loss_func(*arguments)
-            record(int(tap.last["index"]), train, float(result[0]))
+            record(int(tap.last["index"]), train, float(result[0]), tap.last["images"].shape[1])
             if train and OPTIONS.get("reject") is not None:
                 reject_once(result[0])
             return result

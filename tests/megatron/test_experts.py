@@ -41,8 +41,9 @@ def test_replicas_with_experts_of_their_own(tmp_path: Path) -> None:
 
 
 def test_replicas_that_share_experts(tmp_path: Path) -> None:
-    """Plans are made for both together and read ahead, with an evaluation at the end."""
-    flags = (*EXPERTS, *SHARDED)
+    """Plans are made for both together and read ahead, with an evaluation at the end. The partition found leaves a
+    layer with experts beside those of multi-token prediction."""
+    flags = (*EXPERTS, *SHARDED, "--mtp-num-layers", "1")
     whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1)
     trace = tmp_path / "trace"
     run = run_script(

@@ -70,6 +70,16 @@ def test_tensor_parallel_stages_fed_by_one_rank(megatron: Log, tmp_path: Path) -
     assert trained([log]) == sorted(2 * list(range(ITERATIONS * BATCH)))
 
 
+def test_context_parallel_stages(megatron: Log, tmp_path: Path) -> None:
+    """Two ranks of each stage share the sequences, whose lengths don't divide; plans, read ahead, are those of all four
+    ranks."""
+    log = run(
+        tmp_path, "--context-parallel-size", "2", ranks=4, without=TIED, options=CUT, iterations=ITERATIONS
+    )  # fmt: skip
+    assert_equal(log, megatron)
+    assert trained([log]) == sorted(2 * list(range(ITERATIONS * BATCH)))
+
+
 def test_tensor_pipeline_and_data_parallel_together(megatron: Log, tmp_path: Path) -> None:
     """Eight ranks, two of each kind, with a distributed optimizer."""
     log = run(tmp_path, *TENSOR_PARALLEL, *SHARDED, ranks=8, without=TIED, options=CUT, iterations=ITERATIONS)

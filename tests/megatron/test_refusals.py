@@ -26,7 +26,7 @@ EXPERTS: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"context_parallel_size": 2}, "--context-parallel-size 2: .* context parallelism; use tensor parallelism"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel: .* use --context-parallel-size alone"),
         (
             EXPERTS | {"expert_model_parallel_size": 3},
             "--expert-model-parallel-size 3: a group of experts over 3 ranks .* spread experts over a multiple of 2",
@@ -51,6 +51,7 @@ EXPERTS: dict[str, Any] = {
 def test_the_reason_and_the_way_out_are_named(flags: dict[str, Any], message: str) -> None:
     check_arguments(Namespace(**FINE))
     check_arguments(Namespace(**FINE | EXPERTS))
+    check_arguments(Namespace(**FINE | {"context_parallel_size": 2}))
     with pytest.raises(ConfigurationError, match=f"--dip-schedule dynamic and {message}") as refusal:
         check_arguments(Namespace(**FINE | flags))
     assert "\n" not in str(refusal.value)

@@ -53,7 +53,7 @@ def run(
     """Train and return what the run left in ``folder``; ``without`` names flags of the example to leave out, values and
     all, ``options`` are those of the recorded script. Raises RunFailed when a rank fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    launcher = ["-m", "dip_megatron.cli", "run"] if dip else []
+    launcher = ["-m", "dip_megatron.cli", "run"] if dip or any(flag.startswith("--dip-") for flag in flags) else []
     schedule = ["--dip-schedule", "dynamic", "--dip-search-budget", "0.05"] if dip else list(MEGATRON)
     usual = training_flags(iterations)
     for name, value in SMALL.items():

@@ -42,7 +42,7 @@ MODEL = MultimodalModel(
     Parallel(pp=2, dp=2, sequence_parallel=False, distributed_optimizer=False, ep=2),
 )
 LAYERS = ((1, 1), (0, 2))
-WITH_EXPERTS = ExpertLayers.of({"language": [[[True] * n for n in row] for row in LAYERS]}, {"mlp", "full"})
+WITH_EXPERTS = ExpertLayers.of({"language": [[[True] * n for n in row] for row in LAYERS]})
 LOADS = tuple(tuple(Microbatch(n, sequences=(n,)) for n in lengths) for lengths in ((512, 64, 256), (96, 480, 300)))
 RANKS = CoupledRanks(((0, 2), (1, 3)), 0)
 

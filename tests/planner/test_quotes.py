@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.planner.balance import lines
-from dip_megatron.planner.quotes import Answer, Move, Proposal, Quote, propose, rounds, settle
+from dip_megatron.planner.quotes import TOO_LARGE, UNEQUAL, Answer, Move, Proposal, Quote, propose, rounds, settle
 from tests.drawn import settings
 
 
@@ -100,3 +102,47 @@ def test_what_cannot_be_balanced_stays():
     assert propose([*same, None]).reason == "the data of a replica has ended"
     large = propose(quotes(3, 4, 4), largest=0)
     assert (large.assignment, large.reason) == (None, "there is too little to gain")
+
+
+def coupled_quotes(seed: int, replicas: int, each: int) -> list[Quote | None]:
+    """Half of what a microbatch takes, about, meets the others'."""
+    out: list[Quote | None] = []
+    for i, quote in enumerate(quotes(seed, replicas, each)):
+        assert quote is not None
+        share = np.random.default_rng([seed, i]).uniform(0.3, 0.7, (each, 1))
+        out.append(replace(quote, meeting=share * quote.seconds))
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3), st.sampled_from([2, 4]), st.integers(2, 5))
+def test_replicas_that_share_experts_aim_at_alike_slots(seed, groups, group, each):
+    """All have as many microbatches as before, none is lost, and the slowest group waits less."""
+    replicas = groups * group
+    proposal = propose(coupled_quotes(seed, replicas, each), group=group)
+    if proposal.assignment is None:
+        assert proposal.reason
+        return
+    has = [proposal.line(r) or [] for r in range(replicas)]
+    assert sorted(n for line in has for n in line) == list(range(replicas * each))
+    assert {len(line) for line in has} == {each}
+    assert len(proposal.assignment.after) == groups
+    assert proposal.assignment.after.max() < proposal.assignment.before.max()
+
+
+def test_alike_slots_are_worth_more_than_equal_sums_there():
+    """Two replicas of equal sums, which wait for one another in every slot."""
+    given_quotes = [
+        Quote(np.array(seconds), np.ones((4, 1)), np.array([1, 1, 1, 1]), 1.0, np.array(seconds))
+        for seconds in ([[5.0], [5.0], [5.0], [5.0]], [[9.0], [9.0], [1.0], [1.0]])
+    ]
+    assert propose(given_quotes).assignment is None  # 20 seconds each
+    found = propose(given_quotes, group=2)
+    assert found.assignment is not None  # 28 seconds as they are: 9 with 9, 5 with 5 twice, 1 with 1 make 20
+    assert found.assignment.after.tolist() == [20.0]
+
+
+def test_replicas_that_share_experts_move_nothing_too_large_and_count_alike():
+    several = coupled_quotes(3, 4, 4)
+    assert propose(several, group=2, largest=1.0).reason == TOO_LARGE
+    assert propose([*several[:3], *coupled_quotes(4, 1, 3)], group=2).reason == UNEQUAL

@@ -12,10 +12,10 @@ import torch
 
 from dip_megatron.families.shared.weights import draw_by_name, global_name
 from dip_megatron.megatron.cpu import install_cpu_platform
-from tests.collectives import recorded
 from tests.runtime.gpt_case import LENGTH, GptCase, forward_step
 from tests.runtime.gpt_case import batches as gpt_batches
 from tests.runtime.llava_case import VOCABULARY
+from tests.runtime.planned_run import planned_run
 from tests.runtime.split_case import Drawn, DrawnMaker
 
 EXPERTS = 4
@@ -29,6 +29,7 @@ class Ranks:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    cp: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def initialize(world: int, ranks: Ranks) -> None:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=ranks.tp, pipeline_model_parallel_size=ranks.pp,
-            expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.etp,
+            context_parallel_size=ranks.cp, expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.etp,
             get_embedding_ranks=lambda group: [group[0], group[-1]] if len(group) > 1 else group,
         )  # fmt: skip
         _norms_of_sequence_shards()
@@ -99,6 +100,7 @@ def gpt_kwargs(case: ExpertsCase, ranks: Ranks) -> dict[str, Any]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from dip_megatron.compat.layer_specs import specs_of_all_layers
+    from dip_megatron.families.shared.sdpa import with_sdpa
 
     config = TransformerConfig(
         num_layers=len(case.experts), hidden_size=32, num_attention_heads=4, ffn_hidden_size=48,
@@ -107,12 +109,15 @@ def gpt_kwargs(case: ExpertsCase, ranks: Ranks) -> dict[str, Any]:
         activation_func=torch.nn.functional.silu, use_cpu_initialization=True,
         tensor_model_parallel_size=ranks.tp, sequence_parallel=ranks.tp > 1, pipeline_model_parallel_size=ranks.pp,
         expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.etp, pipeline_dtype=torch.float32,
+        context_parallel_size=ranks.cp,
         hidden_dropout=0.0, attention_dropout=0.0, masked_softmax_fusion=False, bias_activation_fusion=False,
         bias_dropout_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
         mtp_num_layers=case.mtp or None, variable_seq_lengths=bool(case.lengths), **case.options,
     )  # fmt: skip
     with specs_of_all_layers():
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+        if ranks.cp > 1:  # the local attention knows no shards of sequences
+            spec.layer_specs = [with_sdpa(layer) for layer in spec.layer_specs]
         mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if case.mtp else None
     return {
         "config": config,
@@ -138,6 +143,12 @@ def batches(case: ExpertsCase) -> list[dict[str, torch.Tensor]]:
     found = gpt_batches(GptCase(first + case.microbatches))
     for item, length in zip(found, cycle(case.lengths) if case.lengths else (), strict=False):
         item.update({name: tensor[:, :length] for name, tensor in item.items()})
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if ranks > 1:  # two pieces of each sequence, one from either end, as Megatron's scripts cut it
+        for item in found:
+            for name, tensor in item.items():
+                pieces = tensor.chunk(2 * ranks, dim=1)
+                item[name] = torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]], dim=1)
     return found[first:]
 
 
@@ -162,6 +173,8 @@ def found(losses: list[Any], chunks: list[torch.nn.Module]) -> Any:
     grads, buffers = {}, {}
     for chunk in chunks:
         for local, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                continue
             name = global_name(chunk, local)
             expert = "local_experts" in name
             shard = state.get_expert_tensor_parallel_rank() if expert else state.get_tensor_model_parallel_rank()
@@ -199,14 +212,12 @@ def megatrons(rank: int, world: int, ranks: Ranks, case: ExpertsCase) -> Any:
 
 def dips(rank: int, world: int, ranks: Ranks, case: ExpertsCase, drawn: Drawn) -> Any:
     """Of ours under a drawn plan, and the kinds of operations that ran."""
-    from megatron.core import parallel_state
-
+    from dip_megatron.megatron.ranks import replica_ranks
     from tests.runtime.dip_case import DrawnGraphs
 
     program, chunks = built(world, ranks, case)
     maker = DrawnMaker(DrawnGraphs(program.modules, 1, drawn.seed), program.shapes, drawn)
-    replica = torch.distributed.get_process_group_ranks(parallel_state.get_model_parallel_group())
-    return ran(case, program, chunks, sorted(replica), lambda _: maker)
+    return ran(case, program, chunks, replica_ranks(), lambda _: maker)
 
 
 def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: int, room: float | None = None) -> Any:
@@ -258,40 +269,6 @@ def built(world: int, ranks: Ranks, case: ExpertsCase) -> Any:
 
 def ran(case: ExpertsCase, program: Any, chunks: Any, group: list[int], make: Any, coupled: Any = None) -> Any:
     """Losses, gradients and counts of one iteration, the kinds of operations and strategies that ran, and the
-    collectives. Plans are delivered to the ranks of ``group``; ``make(exchange)`` gives what makes them."""
-    from megatron.core import parallel_state
-
-    from dip_megatron.megatron.exchange import GlooExchange
-    from dip_megatron.megatron.forward_backward import DipForwardBackward
-    from dip_megatron.planner.delivery import PlanDelivery
-    from dip_megatron.planner.service import PlannerService
-    from dip_megatron.runtime.clock import Clock
-    from dip_megatron.runtime.executor import Executor
-    from dip_megatron.runtime.transport import DistributedTransport
-
-    of = torch.distributed.get_process_group_ranks
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    pipeline = of(parallel_state.get_pipeline_model_parallel_group())
-    tensor = of(parallel_state.get_tensor_model_parallel_group())
-    clock = Clock(torch.device("cpu"))
-    exchange = GlooExchange(group, 240.0)  # kernels may have to be compiled first
-    maker = make(exchange)
-    service = PlannerService(maker, workers=0) if exchange.rank == 0 else None
-    delivery = PlanDelivery(exchange, service, coupled=coupled)
-    seen: list[Any] = []
-
-    def consume(report: Any, plan: Any, spans: Any) -> None:
-        seen.extend(s.operation.kind for s in spans)
-        seen.extend(text for line in plan.graph.strategies for names in line for text in names)
-
-    step = DipForwardBackward(
-        program, Executor(stage, DistributedTransport(pipeline, stage, torch.device("cpu"), 60.0), clock), delivery,
-        clock, on_iteration=consume, tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
-    )  # fmt: skip
-    with recorded() as collectives:
-        losses = step(
-            forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
-            num_microbatches=case.microbatches, forward_only=False,
-        )  # fmt: skip
-    delivery.close()
+    collectives; see :func:`tests.runtime.planned_run.planned_run`."""
+    losses, seen, collectives = planned_run(program, chunks, forward_step, batches(case), group, make, coupled)
     return (*found(losses, chunks), seen, collectives)

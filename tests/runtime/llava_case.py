@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ TEXT = 12
 
 @dataclass(frozen=True)
 class Case:
-    """What to train: images per microbatch, layers per chunk, sub-microbatch size, Megatron options."""
+    """What to train: images per microbatch beside ``text`` tokens, layers per chunk, sub-microbatch size, Megatron
+    options. ``packed``: samples packed in each sequence end at multiples of so many tokens (0: one sample)."""
 
     images: tuple[int, ...]
     vision: tuple[tuple[int, ...], ...] = ((1, 1),)
@@ -30,16 +31,18 @@ class Case:
     per_token_loss: bool = False
     deallocate: bool = True
     freeze: tuple[str, ...] = ()
-    packed: bool = False
+    packed: int = 0
     sparse: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    text: int = TEXT
+    context: int = 1
+    rotary: bool = False
 
     @property
     def layers(self) -> tuple[int, int]:
         return sum(map(sum, self.vision)), sum(map(sum, self.language))
 
 
-def initialize(pp: int, tp: int = 1) -> None:
+def initialize(pp: int, tp: int = 1, cp: int = 1) -> None:
     """torch.distributed and Megatron's groups on this process."""
     install_cpu_platform()
     from megatron.core import parallel_state, tensor_parallel
@@ -52,12 +55,13 @@ def initialize(pp: int, tp: int = 1) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         get_embedding_ranks=lambda ranks: [ranks[0], ranks[-1]] if len(ranks) > 1 else ranks,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
 
 
-def config(case: Case, layers: int, pp: int) -> Any:
+def config(case: Case, layers: int, pp: int, **more: Any) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     recompute: dict[str, Any] = {}
@@ -68,7 +72,7 @@ def config(case: Case, layers: int, pp: int) -> Any:
         pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32, hidden_dropout=0.0, attention_dropout=0.0,
         calculate_per_token_loss=case.per_token_loss, deallocate_pipeline_outputs=case.deallocate,
         masked_softmax_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
-        persist_layer_norm=False, gradient_accumulation_fusion=False, **recompute,
+        persist_layer_norm=False, gradient_accumulation_fusion=False, **recompute, **more,
     )  # fmt: skip
     return built
 
@@ -79,10 +83,15 @@ def llava_kwargs(case: Case, pp: int) -> dict[str, Any]:
     from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 
     vision, language = config(case, case.layers[0], pp), config(case, case.layers[1], pp)
+    language.context_parallel_size = case.context
     vision.vision_model_type = "clip"
     projection = config(case, 1, 1)
     spec = decoder_model_with_local_default_spec(None, False)
-    if case.packed:
+    if case.context > 1:
+        from dip_megatron.families.shared.sdpa import with_sdpa
+
+        spec = with_sdpa(spec)
+    elif case.packed:
         from tests.runtime.packed_attention import with_packed_attention
 
         spec = with_packed_attention(spec)
@@ -100,6 +109,7 @@ def llava_kwargs(case: Case, pp: int) -> dict[str, Any]:
         "vision_projection_layer_spec": mlp_modules,
         "vision_projection_type": "mlp",
         "parallel_output": True,
+        "language_position_embedding_type": "rope" if case.rotary else "learned_absolute",
         "img_h": 8,
         "img_w": 8,
         "patch_dim": 4,
@@ -137,12 +147,12 @@ def seed_parameter(parameter: torch.nn.Parameter, name: str) -> None:
         parameter.copy_(noise + (1.0 if is_norm and name.endswith("weight") else 0.0))
 
 
-def batch(index: int, images: int, micro_batch_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def batch(index: int, images: int, micro_batch_size: int, seed: int = 0, text: int = TEXT) -> dict[str, torch.Tensor]:
     """One microbatch: ``images`` image tokens spread over each sample's text."""
     generator = torch.Generator().manual_seed(1000 * seed + index)
-    ids = torch.randint(0, VOCABULARY, (micro_batch_size, TEXT + images), generator=generator)
+    ids = torch.randint(0, VOCABULARY, (micro_batch_size, text + images), generator=generator)
     for sample in range(micro_batch_size):
-        places = torch.randperm(TEXT + images, generator=generator)[:images]
+        places = torch.randperm(text + images, generator=generator)[:images]
         ids[sample, places] = IMAGE
     labels = torch.randint(0, VOCABULARY, ids.shape, generator=generator)
     return {
@@ -155,17 +165,19 @@ def batch(index: int, images: int, micro_batch_size: int, seed: int = 0) -> dict
 
 
 def batches(case: Case, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    items = [batch(i, n, case.micro_batch_size, seed) for i, n in enumerate(case.images)]
+    items = [batch(i, n, case.micro_batch_size, seed, case.text) for i, n in enumerate(case.images)]
     if case.packed:
         for item, images in zip(items, case.images, strict=True):
-            item["bounds"] = sample_bounds(images)
+            item["bounds"] = sample_bounds(images, case.packed)
     return items
 
 
-def sample_bounds(images: int) -> torch.Tensor:
-    """Where samples begin and end in a packed sequence: three, across text and image embeddings alike."""
+def sample_bounds(images: int, step: int = 1) -> torch.Tensor:
+    """Where samples begin and end in a packed sequence: three, across text and image embeddings alike, at multiples of
+    ``step`` tokens."""
     total = TEXT + 4 * images
-    return torch.tensor([0, 5, 5 + total // 3, total], dtype=torch.int32)
+    first, second = (n - n % step for n in (5, total // 3))
+    return torch.tensor([0, first, first + second, total], dtype=torch.int32)
 
 
 def packed_parameters(item: dict[str, torch.Tensor]) -> Any:

@@ -10,10 +10,13 @@ import torch
 
 from dip_megatron.compat.releases import version_numbers
 from dip_megatron.core import Kind
-from dip_megatron.core.strategies import strategy_names
+from dip_megatron.core.strategies import known_strategies, strategy_names
+from dip_megatron.planner.quotes import ExchangeReport
 from tests.collectives import disagreement
 from tests.processes import Team
+from tests.runtime import coupled_llava_case
 from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons
+from tests.runtime.llava_case import Case
 from tests.runtime.split_case import Drawn
 from tests.runtime.test_equality import TOLERANCE
 
@@ -111,6 +114,23 @@ def test_expert_groups_within_a_replica_equal_megatrons(four, ranks, options):
     assert_equal(theirs, merged(team.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))
 
 
+def test_a_strategy_says_whether_it_exchanges_tokens_again(four):
+    """What plans of replicas that share experts must agree on is what each strategy's backward does."""
+    ranks, case = Ranks(pp=2, tp=2, ep=2), ExpertsCase(1, options=AUX)
+    exchanges = {
+        s: [
+            [name for name, _ in answer[4]].count("all_to_all_single")
+            for answer in four(ranks).run(dips, ranks, case, Drawn(1, 0.0, (s.name,)))
+        ]
+        for s in known_strategies()
+    }
+    kept = exchanges[known_strategies()[0]]
+    assert all(kept)
+    again = {s.name for s, counts in exchanges.items() if all(a > b for a, b in zip(counts, kept, strict=True))}
+    assert again == {s.name for s in known_strategies() if s.exchanges_again}
+    assert all(counts == kept for s, counts in exchanges.items() if s.name not in again)
+
+
 LENGTHS = (16, 6, 12, 8, 14)
 
 
@@ -134,3 +154,38 @@ def test_replicas_that_share_experts_equal_megatrons(four, case):
         assert disagreement([answer[4] for answer in answers]) == ""
         recomputed = {kind for answer in answers for kind in answer[3] if isinstance(kind, str) and kind != "none"}
         assert bool(recomputed) == (room is not None) or case.mtp
+
+
+LLAVA = Case((7, 0, 1, 5, 3, 2), vision=((1, 1), (1, 0)), language=((1, 1), (1, 1)))
+"""Three microbatches for each of two replicas."""
+
+
+@pytest.mark.parametrize(
+    "freeze", [(), ("vision_model",), ("vision_model", "vision_projection")], ids=["trained", "ViT", "ViT, projector"]
+)
+def test_replicas_with_encoders_of_their_own_equal_megatrons(pair_of_replicas, four, freeze):
+    """Experts in the language model alone, which two replicas share; a frozen encoder has no backward to plan."""
+    case = replace(LLAVA, freeze=freeze)
+    theirs = merged(pair_of_replicas.run(coupled_llava_case.megatrons, case))
+    answers = four(Ranks(pp=2, ep=2)).run(coupled_llava_case.dips, case, 1)
+    assert_equal(theirs, merged(answers))
+    assert disagreement([answer[4] for answer in answers]) == ""
+
+
+def test_replicas_that_share_experts_exchange_for_alike_slots(pair_of_replicas, four):
+    """Whoever trains which microbatch: the same losses, and the same gradients of all together."""
+    case = replace(LLAVA, images=(7, 6, 7, 0, 1, 0))
+    theirs = merged(pair_of_replicas.run(coupled_llava_case.megatrons, case))
+    answers = four(Ranks(pp=2, ep=2)).run(coupled_llava_case.dips, case, 1, True)
+    reports = [report for answer in answers for report in answer[3] if isinstance(report, ExchangeReport)]
+    assert {(report.moved > 0, report.reason) for report in reports} == {(True, "")}
+    losses, grads, counts = merged(answers)
+    ordered = [sorted(side, key=lambda report: report["lm loss"][0].item()) for side in (theirs[0], losses)]
+    assert_equal((ordered[0], *theirs[1:]), (ordered[1], grads, counts))
+
+
+@pytest.fixture(scope="module")
+def pair_of_replicas():
+    processes = Team(2)
+    yield processes
+    processes.close()

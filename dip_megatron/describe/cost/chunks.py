@@ -11,7 +11,7 @@ import numpy as np
 
 from ...core.graph import Floats
 from ...core.strategies import LayerStrategy, format_strategy, known_strategies
-from ..model import ChunkTraining, LanguageHead, LayerKind, ModuleShape, MultimodalModel
+from ..model import ChunkTraining, LanguageHead, LayerKind, ModuleShape, MultimodalModel, Parallel
 from ..model.modules import TrainablePart
 from ..workload import Microbatch
 from .calibration import Costs, Part
@@ -101,7 +101,7 @@ class CostModel:
         self.model = model
         self.costs = costs or Costs()
         self.cluster = self.costs.calibrate(cluster)
-        self.operators = Operators(self.cluster, model.parallel.tp)
+        self.operators = Operators(self.cluster, model.parallel.tp, model.parallel.cp)
         self.candidates, self.corners = candidates, corners
         self._allowed = np.array([name == "none" or name in allowed for name in names])
         self._full = names.index("full")
@@ -144,22 +144,28 @@ class CostModel:
             return PartCost(cost.forward, cost.backward, zero, cost.activation, zero)
         return replace(cost, weight=share * cost.weight)
 
+    def _here(self, shape: ModuleShape, sizes: Sizes) -> tuple[Parallel, Sizes]:
+        """Parallel sizes as the module sees them, and what of units of these sizes one rank has."""
+        parallel = self.model.parallel
+        return (parallel, sizes.sharded(parallel.cp)) if shape.sharded else (replace(parallel, cp=1), sizes)
+
     def stem(self, module: str, sizes: Sizes) -> PartCost:
         """The module's stem for units of the given sizes."""
         shape = self.model.module(module)
-        return self._settle(shape, "stem", stem_cost(shape, self.model.parallel, self.operators, sizes), sizes)
+        parallel, sizes = self._here(shape, sizes)
+        return self._settle(shape, "stem", stem_cost(shape, parallel, self.operators, sizes), sizes)
 
     def head(self, module: str, sizes: Sizes) -> PartCost:
         """The module's head, loss included, for units of the given sizes."""
         shape = self.model.module(module)
-        return self._settle(shape, "head", head_cost(shape, self.model.parallel, self.operators, sizes), sizes)
+        parallel, sizes = self._here(shape, sizes)
+        return self._settle(shape, "head", head_cost(shape, parallel, self.operators, sizes), sizes)
 
     def layer(self, module: str, sizes: Sizes, kind: LayerKind = _USUAL) -> LayerCost:
         """One layer of the module, of a kind, under every layer strategy."""
         shape = self.model.module(module)
-        formula, recompute, dropped, layer_input = layer_cost(
-            shape.layer, self.model.parallel, self.operators, sizes, kind
-        )
+        parallel, sizes = self._here(shape, sizes)
+        formula, recompute, dropped, layer_input = layer_cost(shape.layer, parallel, self.operators, sizes, kind)
         cost = self._settle(shape, "layer", formula, sizes)
         # What is recomputed or dropped is a share of the layer, also of a measured one.
         recompute = recompute * _ratio(cost.forward, formula.forward)
@@ -293,8 +299,9 @@ class CostModel:
 
     def _workspace(self, shape: ModuleShape, sizes: Sizes) -> tuple[float, float]:
         """Bytes for a moment beside what stages hold: all activations of one layer, and an output head's logits."""
+        parallel, sizes = self._here(shape, sizes)
         layer = max(
-            layer_cost(shape.layer, self.model.parallel, self.operators, sizes.largest(), kind)[0].activation.max()
+            layer_cost(shape.layer, parallel, self.operators, sizes.largest(), kind)[0].activation.max()
             for kind in set(shape.kinds)
         )
         logits = 0.0
@@ -306,6 +313,7 @@ class CostModel:
     def message_bytes(self, shape: ModuleShape, sizes: Sizes) -> Floats:
         """Bytes a tensor-parallel rank hands to the next pipeline rank inside the module, ``[U]``: hidden states, and
         the condition that a DiT's later chunks read too."""
+        sizes = self._here(shape, sizes)[1]
         shard = self.model.parallel.tp if self.model.parallel.sequence_parallel else 1
         elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
         return self.cluster.element_bytes * elements / shard

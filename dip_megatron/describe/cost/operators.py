@@ -15,10 +15,12 @@ from .hardware import Cluster, Operator, interpolate
 
 @dataclass(frozen=True)
 class Operators:
-    """The operators of one tensor-parallel rank: sizes ``[U]`` in, seconds ``[U]`` out. Nothing to do takes no time."""
+    """The operators of one tensor-parallel rank: sizes ``[U]`` in, seconds ``[U]`` out. Nothing to do takes no time. A
+    stage has ``tp * cp`` neighbouring ranks."""
 
     cluster: Cluster
     tp: int
+    cp: int = 1
 
     def _compute(self, operator: Operator, flops: Floats, moved: Floats) -> Floats:
         c = self.cluster
@@ -90,14 +92,14 @@ class Operators:
         latency = c.node_latency if ranks == near else c.network_latency
         return np.where(size > 0, np.maximum(within, beyond) + latency, 0.0)
 
-    def gather(self, size: Floats, ranks: int | None = None) -> Floats:
-        """All-gather, or reduce-scatter, of ``size`` bytes (of all ranks together) over so many neighbouring ranks
-        (None: the tensor-parallel ones)."""
+    def gather(self, size: Floats, ranks: int | None = None, apart: int = 1) -> Floats:
+        """All-gather, or reduce-scatter, of ``size`` bytes (of all ranks together) over so many ranks (None: the
+        tensor-parallel ones), each the next but ``apart - 1``."""
         ranks = self.tp if ranks is None else ranks
         if ranks == 1:
             return np.zeros_like(size)
         c = self.cluster
-        inside = ranks <= c.gpus_per_node
+        inside = ranks * apart <= c.gpus_per_node
         bandwidth = c.node_bandwidth if inside else c.network_bandwidth
         latency = c.node_latency if inside else c.network_latency
         moved = size * (ranks - 1) / ranks
@@ -112,7 +114,7 @@ class Operators:
         c = self.cluster
         if ranks == 1:
             return np.zeros_like(size)
-        inside = self.tp * ranks <= c.gpus_per_node
+        inside = self.tp * self.cp * ranks <= c.gpus_per_node
         bandwidth = c.node_bandwidth if inside else c.network_bandwidth
         latency = c.node_latency if inside else c.network_latency
         return size / (bandwidth * interpolate(c.curve("p2p"), size)) + latency

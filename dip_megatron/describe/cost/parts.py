@@ -73,9 +73,9 @@ class LayerCost:
 def layer_cost(
     layer: TransformerLayer, parallel: Parallel, operators: Operators, sizes: Sizes, kind: LayerKind = _USUAL
 ) -> tuple[PartCost, Floats, Floats, Floats]:
-    """One layer of a kind that keeps all its activations; beside it, per part that can be recomputed, its forward
-    seconds and the bytes dropped: activation function, attention core and MLP (or experts), ``[3, U]`` each; the bytes
-    of the layer's input ``[U]``.
+    """One layer of a kind that keeps all its activations, for ``sizes`` of one context-parallel rank; beside it, per
+    part that can be recomputed, its forward seconds and the bytes dropped: activation function, attention core and MLP
+    (or experts), ``[3, U]`` each; the bytes of the layer's input ``[U]``.
     """
     e, tp = operators.cluster.element_bytes, parallel.tp
     shard = tp if parallel.sequence_parallel else 1
@@ -139,6 +139,11 @@ def layer_cost(
         forward, core, backward, weight, kept, core_bytes, deferred_activation = attend(
             tokens, hidden, tokens, hidden, pairs, layer.causal
         )
+        if parallel.cp > 1:
+            # The core gathers keys and values of whole sequences and keeps them; their gradients are scattered back.
+            gathered = 2 * e * kv_width * tokens * parallel.cp
+            moved = operators.gather(gathered, parallel.cp, parallel.tp)
+            forward, core, backward, core_bytes = forward + moved, core + moved, backward + moved, core_bytes + gathered
     # Layer input and normalised input of the attention; the modulated one and the gated output too if there is adaLN.
     extra = 2 if layer.adaln != "none" else 0
     forward, backward = forward + one + rope + exchange(2), backward + 2 * one + rope + exchange(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -40,6 +40,12 @@ class Sizes:
     def mean(self) -> Sizes:
         """One unit of the mean size."""
         return Sizes(*(np.array([getattr(self, f.name).mean()]) for f in fields(self)))
+
+    def sharded(self, ranks: int) -> Sizes:
+        """What each of so many context-parallel ranks has: its share of every sequence, each token of which meets all
+        of its sequence and of its condition."""
+        shared = ("tokens", "pairs", "window_pairs", "cross_pairs", "outputs")
+        return self if ranks == 1 else replace(self, **{name: getattr(self, name) / ranks for name in shared})
 
     def rounded(self) -> Sizes:
         """Tokens rounded to a power of two, the rest more coarsely: the few sizes at which memory candidates are

@@ -168,6 +168,12 @@ class ModuleShape:
         """Whether it reads instances of a kind, neither text nor clips."""
         return self.input not in ("text", "clips")
 
+    @property
+    def sharded(self) -> bool:
+        """Whether context-parallel ranks have a share each of its sequences: so where the loss is. Encoders run whole
+        on each."""
+        return isinstance(self.head, LanguageHead | LatentHead)
+
     def share(self, part: TrainablePart) -> float:
         """Of the part's parameters, those that train; 0 for a frozen part."""
         return self.trained_share[EVERY_PART.index(part)] if part in self.trainable else 0.0

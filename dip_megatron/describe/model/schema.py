@@ -173,6 +173,7 @@ class _Parallel(_Strict):
     dp: PositiveInt = 1
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
+    cp: PositiveInt = 1
     ep: PositiveInt = 1
     etp: int = Field(default=0, ge=0)
 

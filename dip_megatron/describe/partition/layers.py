@@ -14,7 +14,8 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class ModuleLoad:
-    """Seconds an iteration spends on one module, all units together: per layer, on its stem and on its head."""
+    """Seconds an iteration spends on one module, all units together: per layer, on its stem and on its head. The
+    chunk with the head has ``last`` layers at least."""
 
     name: str
     layers: int
@@ -22,6 +23,7 @@ class ModuleLoad:
     layer: float
     stem: float = 0.0
     head: float = 0.0
+    last: int = 0
 
     def fixed(self, rank: int, ranks: int) -> float:
         """Seconds that stand on a rank whatever the split."""
@@ -79,12 +81,14 @@ def _solve(loads: Sequence[ModuleLoad], ranks: int, stage_weight: float) -> list
     objective = np.zeros(size)
     objective[count] = 1.0
     objective[count + 1 :] = stage_weight
+    lower = np.zeros(size)
+    lower[ranks - 1 : count : ranks] = [m.last for m in loads]
     upper = np.concatenate([np.repeat([m.layers for m in loads], ranks), np.full(1 + modules, np.inf)])
     result = milp(
         objective,
         constraints=LinearConstraint(matrix.tocsr(), low, high),
         integrality=np.concatenate([np.ones(count), np.zeros(1 + modules)]),
-        bounds=Bounds(0, upper),
+        bounds=Bounds(lower, upper),
         options={"mip_rel_gap": 1e-4, "time_limit": 5.0},
     )
     if result.x is None:
@@ -94,14 +98,16 @@ def _solve(loads: Sequence[ModuleLoad], ranks: int, stage_weight: float) -> list
 
 
 def _deal(m: ModuleLoad, layers: int, rank: int, ranks: int) -> tuple[int, ...]:
-    """One rank's layers over its segments: each goes to the chunk that is shortest so far, stem and head counted."""
+    """One rank's layers over its segments: each goes to the chunk that is shortest so far, stem and head counted, but
+    those that the chunk with the head must have."""
     seconds = [
         m.stem * (rank == 0 and k == 0) + m.head * (rank == ranks - 1 and k == m.segments - 1)
         for k in range(m.segments)
     ]
     counts = [0] * m.segments
-    for _ in range(layers):
-        k = min(range(m.segments), key=lambda k: (round(seconds[k] + m.layer, 12), k))
+    for n in range(layers):
+        must = rank == ranks - 1 and n < m.last
+        k = m.segments - 1 if must else min(range(m.segments), key=lambda k: (round(seconds[k] + m.layer, 12), k))
         counts[k] += 1
         seconds[k] += m.layer
     return tuple(counts)

@@ -65,6 +65,7 @@ class GptProgram(SegmentedProgram):
             micro_batch_size=micro_batch_size,
             sequence_parallel_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
             dtype=dtype_name(config),
+            context_parallel_size=config.context_parallel_size,
         )
 
     def build_chunks(self) -> list[torch.nn.Module]:
@@ -84,7 +85,8 @@ class GptProgram(SegmentedProgram):
         return bound(_SIGNATURE, args, kwargs, _UNSUPPORTED)
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
-        """One sequence per sample; only the first rank, which plans, needs to have the tokens."""
+        """One sequence per sample; only the first rank, which plans, needs to have the tokens. Context-parallel ranks
+        have a share each, as scripts cut it."""
         ids = inputs.arguments["input_ids"]
         if ids is None:
             raise ValueError("the script's forward_step gives the first pipeline rank no tokens")
@@ -92,7 +94,8 @@ class GptProgram(SegmentedProgram):
         if samples != self.shapes.micro_batch_size:
             raise ValueError(f"a microbatch of {samples} samples where --micro-batch-size is "
                              f"{self.shapes.micro_batch_size}")  # fmt: skip
-        return Microbatch(samples * length, sequences=(int(length),) * samples)
+        whole = int(length) * self.shapes.context_parallel_size
+        return Microbatch(samples * whole, sequences=(whole,) * samples)
 
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs

@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 
 from ...core import Operation, Unit
 from ...describe.cost import LayerRun
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import order_free, segment_config
 from ..shared.mixed import OnStages, Stages, refuse_tied
-from ..shared.segmented import ModelPart, dtype_name, unwrapped
-from ..shared.shapes import LANGUAGE, VISION, LlavaShapes, MixedLlavaShapes, StageEnd
+from ..shared.segmented import ModelPart, unwrapped
+from ..shared.shapes import LANGUAGE, VISION, MixedLlavaShapes, StageEnd
 from .program import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
 
 
@@ -105,7 +104,7 @@ class MixedLlavaProgram(OnStages, LlavaProgram):
 
     @property
     def shapes(self) -> MixedLlavaShapes:
-        """What travels between stages; known once the chunks are built."""
+        """What travels between stages."""
         ends = tuple(
             tuple(self._end(self._stages.at(k, r)[-1]) for r in range(self.ranks)) for k in range(self._stages.segments)
         )
@@ -131,30 +130,14 @@ class MixedLlavaProgram(OnStages, LlavaProgram):
             for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
                 run = self._stages.run(segment, self.rank, module)
                 if run is not None:
-                    parts[module] = kind(run.stem, run.head, vp_stage=segment, **arguments)
+                    with self._takes_attention():
+                        parts[module] = kind(run.stem, run.head, vp_stage=segment, **arguments)
                     parts[module].freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
                                             "freeze_vision_projection": False, **self.freeze})  # fmt: skip
             config = copy.copy(arguments["language_transformer_config"])
             chunks.append(MixedChunk(parts[VISION], parts[LANGUAGE], config, segment))
         self._built_shapes = self._shapes()
         return self.finish(chunks, chunks[0].config)
-
-    def _shapes(self) -> LlavaShapes:
-        kwargs = self.kwargs
-        vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
-        sizes = (kwargs.get("img_h", 336), kwargs.get("img_w", 336), kwargs.get("patch_dim", 14))
-        return LlavaShapes(
-            vision_tokens=get_num_image_embeddings(*sizes, vision.vision_model_type, False, 1, False),
-            vision_hidden=vision.hidden_size,
-            image_tokens=get_num_image_embeddings(
-                *sizes, vision.vision_model_type, kwargs["drop_vision_class_token"], 1,
-                kwargs.get("pixel_shuffle", False),
-            ),
-            language_hidden=language.hidden_size,
-            micro_batch_size=self._micro_batch_size,
-            sequence_parallel_size=self._sequence_parallel,
-            dtype=dtype_name(language),
-        )  # fmt: skip
 
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs

@@ -6,24 +6,28 @@ projector and loss are Megatron's, in whatever version is installed.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
-from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel, get_num_image_embeddings
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from ...compat.llava import UnpaddedLLaVA, forget_input
+from ...compat.llava import UnpaddedLLaVA, forget_input, length_multiple, takes_attention
 from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Shapes, StageShapes, Tensors
 from ..shared.layout import order_free, segment_config
 from ..shared.packing import packed_lengths
+from ..shared.sdpa import SdpaAttention, core_attention
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE, VISION, LlavaShapes
+from ..shared.shards import shard_rows
 
 _SIGNATURE = inspect.signature(LLaVAModel.forward)
 _UNSUPPORTED = {
@@ -94,7 +98,9 @@ class LanguageChunk(UnpaddedLLaVA):
     """GPT layers; embedding and merging of images on the first chunk, head and loss on the last."""
 
     def __init__(self, first: bool, last: bool, **kwargs: Any):
-        super().__init__(add_encoder=False, add_decoder=True, pre_process=first, post_process=last, **kwargs)
+        super().__init__(
+            shard_rows=shard_rows, add_encoder=False, add_decoder=True, pre_process=first, post_process=last, **kwargs
+        )
 
 
 class LlavaProgram(SegmentedProgram):
@@ -123,6 +129,8 @@ class LlavaProgram(SegmentedProgram):
         )  # fmt: skip
         self._tensor_parallel = language.tensor_model_parallel_size
         self._sequence_parallel = language.tensor_model_parallel_size if language.sequence_parallel else 1
+        self._context_parallel = language.context_parallel_size
+        self._multiple = length_multiple(language)
         self._image_token = kwargs.get("image_token_index", _default("image_token_index"))
         self._micro_batch_size = micro_batch_size
         self._built_shapes: LlavaShapes | None = None
@@ -137,6 +145,18 @@ class LlavaProgram(SegmentedProgram):
                 "LLaVAModel gives its language model no token ids, which multi-token prediction needs; leave "
                 "--mtp-num-layers out, or use --dip-schedule off"
             )
+        if vision.context_parallel_size > 1:
+            raise ValueError(
+                "vision_transformer_config.context_parallel_size is "
+                f"{vision.context_parallel_size}: images are not shared out by tokens; set it to 1, as Megatron's "
+                "scripts do: each context-parallel rank runs the whole ViT"
+            )
+        shared = language.context_parallel_size > 1
+        if shared and core_attention(self.kwargs["language_transformer_layer_spec"]) is DotProductAttention:
+            raise ValueError(
+                "Megatron's local attention knows no shards of sequences; for context parallelism give the language "
+                "model's layers Transformer Engine's, or torch's (dip_megatron.families.shared.sdpa.with_sdpa)"
+            )
         if self.kwargs.get("tile_tags"):
             raise ValueError(
                 "DIP can't segment a LLaVA with tile tags (one image a batch only); use --dip-schedule off"
@@ -144,15 +164,13 @@ class LlavaProgram(SegmentedProgram):
 
     @property
     def shapes(self) -> Shapes | StageShapes:
-        """What travels between stages; known once the chunks are built."""
+        """What travels between stages."""
         return self.sizes
 
     @property
     def sizes(self) -> LlavaShapes:
-        """Known once the chunks are built: the number of tokens an image becomes is the model's to say."""
-        if self._built_shapes is None:
-            raise RuntimeError("build_chunks() comes first")
-        return self._built_shapes
+        """As the model says once its chunks are built; before, as its arguments say."""
+        return self._built_shapes or self._shapes()
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """Vision chunks, then language chunks."""
@@ -166,21 +184,39 @@ class LlavaProgram(SegmentedProgram):
                 spec = f"{module}_transformer_layer_spec"
                 arguments[spec] = self.chunk_spec(arguments[spec], module, segment)
                 arguments["vision_projection_config"] = order_free(arguments["vision_projection_config"])
-                chunk = kind(first, last, vp_stage=segment, **arguments)
+                with self._takes_attention():
+                    chunk = kind(first, last, vp_stage=segment, **arguments)
                 chunk.freeze(**{"freeze_language_model": False, "freeze_vision_model": False,
                                 "freeze_vision_projection": False, **self.freeze})  # fmt: skip
                 chunks.append(chunk)
-        vision, language = self.kwargs["vision_transformer_config"], self.kwargs["language_transformer_config"]
-        self._built_shapes = LlavaShapes(
-            vision_tokens=chunks[0].vision_model.seq_length,
+        self._built_shapes = replace(
+            self._shapes(), vision_tokens=chunks[0].vision_model.seq_length, image_tokens=chunks[0].img_seq_len
+        )
+        language = self.kwargs["language_transformer_config"]
+        return self.finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
+
+    def _shapes(self) -> LlavaShapes:
+        kwargs = self.kwargs
+        vision, language = kwargs["vision_transformer_config"], kwargs["language_transformer_config"]
+        sizes = (kwargs.get("img_h", 336), kwargs.get("img_w", 336), kwargs.get("patch_dim", 14))
+        return LlavaShapes(
+            vision_tokens=get_num_image_embeddings(*sizes, vision.vision_model_type, False, 1, False),
             vision_hidden=vision.hidden_size,
-            image_tokens=chunks[0].img_seq_len,
+            image_tokens=get_num_image_embeddings(
+                *sizes, vision.vision_model_type, kwargs["drop_vision_class_token"], 1,
+                kwargs.get("pixel_shuffle", False),
+            ),
             language_hidden=language.hidden_size,
             micro_batch_size=self._micro_batch_size,
             sequence_parallel_size=self._sequence_parallel,
             dtype=dtype_name(language),
-        )
-        return self.finish(chunks, segment_config(language, self.layers[LANGUAGE], self.rank))
+            context_parallel_size=self._context_parallel,
+        )  # fmt: skip
+
+    def _takes_attention(self) -> contextlib.AbstractContextManager[None]:
+        core = core_attention(self.kwargs["language_transformer_layer_spec"])
+        ours = isinstance(core, type) and issubclass(core, SdpaAttention)
+        return takes_attention(core) if ours else contextlib.nullcontext()
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``LLaVAModel.forward`` by name. Raises ValueError for what has no segmented form."""
@@ -205,7 +241,7 @@ class LlavaProgram(SegmentedProgram):
             lengths.append(own * self.sizes.image_tokens - n + int(ids.shape[1]))
             start += n
         longest = min(max(lengths), int(self.kwargs["language_max_sequence_length"]))
-        padded = -(-longest // self._sequence_parallel) * self._sequence_parallel
+        padded = -(-longest // self._multiple) * self._multiple
         total, seen = padded * len(per_sample), count * self.sizes.image_tokens
         if seen > total:
             raise ValueError(

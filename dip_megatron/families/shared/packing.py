@@ -14,18 +14,24 @@ from megatron.core.packed_seq_params import PackedSeqParams
 @dataclass
 class PackedLengths(PackedSeqParams):
     """Megatron's parameters of packed sequences (``thd``), with the lengths also on the host, so that a loop over them
-    waits for no device. ``cross`` packs the same queries with what a second attention reads."""
+    waits for no device. ``cross`` packs the same queries with what a second attention reads. Where context-parallel
+    ranks share the sequences, queries are those of this rank, keys whole sequences."""
 
     lengths_q: tuple[int, ...] = ()
     lengths_kv: tuple[int, ...] = ()
     cross: PackedLengths | None = None
 
 
-def pack(lengths: Sequence[int], device: torch.device, condition: Sequence[int] | None = None) -> PackedLengths:
-    """Sequences of these lengths; with ``condition`` also its lengths, sequence by sequence, for cross attention."""
-    packed = _packed(tuple(lengths), tuple(lengths), device)
+def pack(
+    lengths: Sequence[int], device: torch.device, condition: Sequence[int] | None = None,
+    here: Sequence[int] | None = None,
+) -> PackedLengths:  # fmt: skip
+    """Sequences of these lengths; with ``condition`` also its lengths, sequence by sequence, for cross attention;
+    ``here``: how many rows of each a context-parallel rank has (None: all)."""
+    own = tuple(lengths) if here is None else tuple(here)
+    packed = _packed(own, tuple(lengths), device)
     if condition is not None:
-        packed.cross = _packed(tuple(lengths), tuple(condition), device)
+        packed.cross = _packed(own, tuple(condition), device)
     return packed
 
 
@@ -44,6 +50,22 @@ def lengths_of(packed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ends = packed.cu_seqlens_q, packed.cu_seqlens_kv
     queries, keys = (tuple((e[1:] - e[:-1]).tolist()) for e in ends)
     return queries, keys
+
+
+def shares_of(packed: Any, ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each packed sequence, how many rows a context-parallel rank has, what stands behind the sequence included, and
+    how long the whole one is. Raises ValueError for a sequence that can't be shared."""
+    if isinstance(packed, PackedLengths):
+        return packed.lengths_q, packed.lengths_kv
+    lengths = lengths_of(packed)[1]
+    bounds = packed.cu_seqlens_q_padded
+    padded = lengths if bounds is None else tuple(bounds.diff().tolist())
+    if any(n % (2 * ranks) for n in padded):
+        raise ValueError(
+            f"packed sequences of {padded} tokens can't be shared by {ranks} context-parallel ranks; pad each to a "
+            f"multiple of {2 * ranks} (cu_seqlens_q_padded)"
+        )
+    return tuple(n // ranks for n in padded), lengths
 
 
 def packed_lengths(parameters: Any, total: int) -> tuple[int, ...]:

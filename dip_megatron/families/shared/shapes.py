@@ -12,6 +12,13 @@ from typing import Literal
 from ...core import Operation, Payload, TensorSpec, Unit
 from ...describe.workload import Clip, Microbatch
 
+
+def shard_lengths(lengths: Sequence[int], ranks: int) -> tuple[int, ...]:
+    """Rows of sequences of these lengths on each of so many context-parallel ranks, each of which has two equal pieces
+    of every sequence: rounded up."""
+    return tuple(lengths) if ranks == 1 else tuple(2 * -(-length // (2 * ranks)) for length in lengths)
+
+
 VISION, LANGUAGE, DIFFUSION = "vision", "language", "diffusion"
 T2vEnd = Literal["text", "condition", "diffusion"]
 """What a stage of text to video sends on: the LLM's hidden states, the projector's condition, the DiT's state."""
@@ -30,6 +37,7 @@ class LlavaShapes:
     micro_batch_size: int
     sequence_parallel_size: int
     dtype: str
+    context_parallel_size: int = 1
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """One tensor of hidden states, or of projected image embeddings."""
@@ -44,7 +52,7 @@ class LlavaShapes:
             return (self.vision_tokens, images, self.vision_hidden)
         if end == "projected":
             return (self.image_tokens, images, self.language_hidden)
-        length = tokens // self.micro_batch_size // self.sequence_parallel_size
+        length = tokens // self.micro_batch_size // self.sequence_parallel_size // self.context_parallel_size
         return (length, self.micro_batch_size, self.language_hidden)
 
 
@@ -70,10 +78,12 @@ class GptShapes:
     micro_batch_size: int
     sequence_parallel_size: int
     dtype: str
+    context_parallel_size: int = 1
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """One tensor of hidden states, ``[s, b, h]``."""
-        shape = (max(load.sequences) // self.sequence_parallel_size, self.micro_batch_size, self.hidden)
+        length = max(load.sequences) // self.sequence_parallel_size // self.context_parallel_size
+        shape = (length, self.micro_batch_size, self.hidden)
         return (TensorSpec("hidden", shape, self.dtype),)
 
 
@@ -87,6 +97,7 @@ class T2vShapes:
     compression: tuple[int, int, int]
     patch: tuple[int, int, int]
     dtype: str
+    context_parallel_size: int = 1
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """Hidden states within the text encoder, then the condition; within the DiT hidden states, condition and
@@ -105,7 +116,8 @@ class T2vShapes:
             return (TensorSpec("hidden", (words, 1, self.text_hidden), self.dtype),)
         if end == "condition":
             return (condition,)
-        tokens = sum(clip.latent_tokens(self.compression, self.patch) for clip in clips)
+        lengths = [clip.latent_tokens(self.compression, self.patch) for clip in clips]
+        tokens = sum(shard_lengths(lengths, self.context_parallel_size))
         return (
             TensorSpec("hidden", (tokens, 1, self.hidden), self.dtype),
             condition,

@@ -32,6 +32,7 @@ from ...runtime.protocol import Tensors
 from ..shared.packing import PackedLengths, pack
 from ..shared.parts import applied, linear
 from ..shared.sdpa import with_sdpa
+from .share import share_of
 
 FREQUENCIES = 256
 """Width of a timestep's sines and cosines."""
@@ -148,6 +149,7 @@ class DiffusionTransformer(MegatronModule):
         """Latents have ``channels`` channels and at most ``largest`` patches (in frames, rows, columns)."""
         super().__init__(config=config)
         self.patch, self.largest, self.first, self.last = patch, largest, first, last
+        self._share = share_of(config, pg_collection)
         hidden, values = config.hidden_size, channels * math.prod(patch)
         if first:
             self.patch_embedding = linear(config, values, hidden, config.init_method)
@@ -177,39 +179,46 @@ class DiffusionTransformer(MegatronModule):
 
         On the first chunk ``state`` is the condition alone, ``patches`` ``[t, values]`` are the noisy latents and
         ``timesteps`` ``[clips]`` (0: noise, 1: data). Returns the state for the next chunk, or from the last one the
-        velocity of each patch, ``[t, values]`` in float32."""
-        lengths = [math.prod(grid) for grid in grids]
+        velocity of each patch, ``[t, values]`` in float32. Context-parallel ranks take and return their rows of what is
+        of patches (:class:`.share.Share`), but for ``patches``, which are all."""
+        lengths = tuple(math.prod(grid) for grid in grids)
+        here = self._share.lengths(lengths)
         if self.first:
             assert patches is not None
             assert timesteps is not None
             state = state | self._embed(grids, patches, timesteps)
         hidden = self.decoder(
             state["hidden"], attention_mask=None, context=state["condition"], context_mask=state["modulation"],
-            packed_seq_params=pack(lengths, state["hidden"].device, prompt_lengths),
+            packed_seq_params=pack(lengths, state["hidden"].device, prompt_lengths, here),
         )  # fmt: skip
         if not self.last:
             return state | {"hidden": hidden}
         shift, scale = applied(self.last_modulation, torch.nn.functional.silu(state["timestep"])).chunk(2, dim=-1)
-        return applied(self.output, modulate(hidden, shift, scale, lengths)).squeeze(1).float()
+        return applied(self.output, modulate(hidden, shift, scale, here)).squeeze(1).float()
 
     def _embed(self, grids: Sequence[Grid], patches: torch.Tensor, timesteps: torch.Tensor) -> Tensors:
         dtype = self.config.params_dtype
-        hidden = applied(self.patch_embedding, patches.to(dtype)) + self._positions(grids, patches.device)
+        lengths = tuple(math.prod(grid) for grid in grids)
+        positions = self._share.rows(self._positions(grids, patches.device), lengths)
+        hidden = applied(self.patch_embedding, self._share.rows(patches, lengths).to(dtype)) + self._embedded(positions)
         embedded = applied(self.timestep_fc1, sinusoid(timesteps).to(dtype))
         embedded = applied(self.timestep_fc2, torch.nn.functional.silu(embedded))
         modulation = applied(self.modulation, torch.nn.functional.silu(embedded))
         return {"hidden": hidden.unsqueeze(1), "timestep": embedded, "modulation": modulation}
 
     def _positions(self, grids: Sequence[Grid], device: torch.device) -> torch.Tensor:
-        """Learned positions of all patches, ``[t, h]``."""
+        """Frame, row and column of all patches, ``[t, 3]``."""
         places = []
         for grid in grids:
             if any(size > most for size, most in zip(grid, self.largest, strict=True)):
                 raise ValueError(f"a clip of {grid} patches; this model has positions for {self.largest} at most")
             axes = [torch.arange(size, device=device) for size in grid]
             places.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
-        index = torch.cat(places, dim=1)
-        frame, row, column = (table(own) for table, own in zip(self.positions, index, strict=True))
+        return torch.cat(places, dim=1).T
+
+    def _embedded(self, positions: torch.Tensor) -> torch.Tensor:
+        """Learned positions, ``[t, h]``."""
+        frame, row, column = (table(own) for table, own in zip(self.positions, positions.T, strict=True))
         return frame + row + column
 
 

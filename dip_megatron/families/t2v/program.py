@@ -21,10 +21,12 @@ from ...describe.workload import Clip, Microbatch
 from ...runtime.protocol import Inputs, MicrobatchInputs, Shapes, StageShapes, Tensors
 from ..shared.layout import segment_config
 from ..shared.parts import projector
+from ..shared.sdpa import SdpaAttention, core_attention
 from ..shared.segmented import ModelPart, SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import DIFFUSION, LANGUAGE, T2vShapes
 from .diffusion import DiffusionTransformer, Grid, patchify, unpatchify
-from .text_encoder import TextEncoder
+from .share import share_of
+from .text_encoder import TextEncoder, unshared
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Part(ModelPart):
         self.patch = tuple(kwargs["patch"])
         self.channels = kwargs["latent_channels"]
         self.text_encoder = self.text_projection = self.diffusion = None
+        self._share = share_of(config, self.pg_collection)
 
         def placed(module: str) -> dict[str, Any]:
             first, last = ends[module]
@@ -113,9 +116,12 @@ class Part(ModelPart):
 
         if LANGUAGE in ends:
             text: TransformerConfig = kwargs["text_config"]
+            placement = placed(LANGUAGE)
+            if text.context_parallel_size > 1:  # each rank reads all prompts
+                text, placement["pg_collection"] = unshared(text, self.pg_collection)
             self.text_encoder = TextEncoder(
                 text, kwargs["text_layer_spec"], kwargs["vocabulary"],
-                rotary_base=kwargs["text_rotary_base"], **placed(LANGUAGE),
+                rotary_base=kwargs["text_rotary_base"], **placement,
             )  # fmt: skip
             if ends[LANGUAGE][1]:
                 self.text_projection = projector(text.hidden_size, config)
@@ -147,9 +153,11 @@ class Part(ModelPart):
         output = dit(grids, batch.prompt_lengths, state, noisy, batch.timesteps)
         if not dit.last:
             return output
+        lengths = tuple(math.prod(grid) for grid in grids)
         if batch.noise is not None:
-            return (output - batch.velocity(self.patch)).square().mean(dim=-1)
-        patches = output.split([math.prod(grid) for grid in grids])
+            errors = (output - self._share.rows(batch.velocity(self.patch), lengths)).square().mean(dim=-1)
+            return self._share.real(errors, lengths)
+        patches = self._share.whole(output, lengths)
         return [unpatchify(p, grid, self.patch) for p, grid in zip(patches, grids, strict=True)]
 
     def forward(self, batch: VideoBatch, state: Tensors | None = None) -> Any:
@@ -205,7 +213,8 @@ class TextToVideoModel(Part):
 
         With ``noise``, the loss of every patch, ``[patches of all clips]`` in float32: the mean squared error of its
         velocity. Without, ``latents`` are taken as they are at ``timesteps``, and each clip's velocity is returned, in
-        the shape of its latents. Raises ValueError for a batch that contradicts itself.
+        the shape of its latents. Context-parallel ranks are given the same clips; each returns the losses of its own
+        patches, about as many as the others. Raises ValueError for a batch that contradicts itself.
         """
         return super().forward(_batch(self.patch, self.channels, locals()))
 
@@ -213,11 +222,22 @@ class TextToVideoModel(Part):
 def _check_configs(kwargs: Mapping[str, Any]) -> None:
     text, diffusion = kwargs["text_config"], kwargs["diffusion_config"]
     for name, config in (("text_config", text), ("diffusion_config", diffusion)):
-        if config.sequence_parallel or config.context_parallel_size > 1:
-            raise ValueError(f"{name}: clips are packed without padding, which sequence and context parallelism don't "
-                             "divide; leave --sequence-parallel out and use --context-parallel-size 1")  # fmt: skip
-    if text.tensor_model_parallel_size != diffusion.tensor_model_parallel_size:
-        raise ValueError("text_config and diffusion_config must have the same tensor_model_parallel_size")
+        if config.sequence_parallel:
+            raise ValueError(f"{name}: clips are packed without padding, which sequence parallelism doesn't divide; "
+                             "leave --sequence-parallel out")  # fmt: skip
+    for size in ("tensor_model_parallel_size", "context_parallel_size"):
+        if getattr(text, size) != getattr(diffusion, size):
+            raise ValueError(f"text_config and diffusion_config must have the same {size}")
+    if diffusion.context_parallel_size > 1:
+        core = core_attention(kwargs["diffusion_layer_spec"])
+        if not (isinstance(core, type) and issubclass(core, SdpaAttention)):
+            raise ValueError(
+                "diffusion_layer_spec: context parallelism is for torch's attention here, which leaves out what stands "
+                "behind clips; use diffusion_layer_spec(transformer_engine=False)"
+            )
+        if not diffusion.calculate_per_token_loss:
+            raise ValueError("diffusion_config: context-parallel ranks may have unequally many patches of a clip, "
+                             "which weigh alike with calculate_per_token_loss only; set it")  # fmt: skip
     if diffusion.num_query_groups != diffusion.num_attention_heads:
         raise ValueError("diffusion_config: Megatron's cross attention has no grouped queries; set num_query_groups to "
                          "num_attention_heads")  # fmt: skip
@@ -276,6 +296,7 @@ class T2vProgram(SegmentedProgram):
             compression=tuple(self.kwargs["compression"]),
             patch=self.patch,
             dtype=dtype_name(diffusion),
+            context_parallel_size=diffusion.context_parallel_size,
         )
         self.shapes: Shapes | StageShapes = self.sizes
 

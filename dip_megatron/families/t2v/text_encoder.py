@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -17,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ...runtime.groups import local_group
 from ..shared.packing import pack
 from ..shared.sdpa import with_sdpa
 
@@ -67,5 +71,14 @@ class TextEncoder(MegatronModule):
         assert hidden is not None
         packed = pack(lengths, hidden.device)
         return self.decoder(
-            hidden, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(max(lengths)), packed_seq_params=packed
-        )
+            hidden, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(max(lengths), packed_seq=True),
+            packed_seq_params=packed,
+        )  # fmt: skip
+
+
+def unshared(config: TransformerConfig, pg_collection: Any) -> tuple[TransformerConfig, Any]:
+    """Config and process groups of a module that each context-parallel rank runs whole."""
+    own, groups = copy.copy(config), copy.copy(pg_collection)
+    own.context_parallel_size = 1
+    groups.cp = local_group([dist.get_rank()], "gloo", timedelta(seconds=60))
+    return own, groups

@@ -56,8 +56,9 @@ def build(
         raise ConfigurationError(f"build_model: no setting {sorted(unknown)[0]!r}; docs/any-loop.md lists them")
     config = load_settings(settings).config
     hooks = Hooks.installed()
+    loop = GenericLoop(micro_batch_size=micro_batch_size, num_microbatches=num_microbatches, **of_loop)
     if not config.on or parallel_state.get_pipeline_model_parallel_world_size() < 2:
         first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-        return [provider(pre_process=first, post_process=last)]
-    loop = GenericLoop(micro_batch_size=micro_batch_size, num_microbatches=num_microbatches, **of_loop)
+        own = hooks.pair(loop, config).noting(provider) if config.pairs else provider
+        return [own(pre_process=first, post_process=last)]
     return hooks.begin(loop, config).segmented(provider)(pre_process=True, post_process=True)

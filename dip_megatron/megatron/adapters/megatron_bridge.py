@@ -121,13 +121,15 @@ class MegatronBridge:
 
     def _setup(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def setup(state: Any, *rest: Any, **kwargs: Any) -> Any:
-            self._session = None
+            self._session = self._hooks.pairing = None
             try:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
                     check_release(self._hooks.tell)
                     check_bridge(state.cfg, config.schedule)
                     self._session = self._begin(state, config)
+                elif config.pairs:
+                    self._begin_pairing(state, config)
                 return original(state, *rest, **kwargs)
             except ConfigurationError as error:
                 sys.exit(f"dip: {error}")
@@ -139,6 +141,12 @@ class MegatronBridge:
 
         self._hooks.add_families(BRIDGE_FAMILIES)
         return self._hooks.begin(BridgeLoop(state, take_layout(state.cfg.model)), config)
+
+    def _begin_pairing(self, state: Any, config: DipConfig) -> None:
+        from ...families.called.known import BRIDGE_FAMILIES
+
+        self._hooks.add_families(BRIDGE_FAMILIES)
+        self._hooks.pair(BridgeLoop(state, None), config)
 
     def _finish(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def finish_train(*args: Any, **kwargs: Any) -> Any:
@@ -152,6 +160,9 @@ class MegatronBridge:
 
     def _create(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def create_model(provider: Any, *rest: Any, **kwargs: Any) -> Any:
+            if self._session is None and self._hooks.pairing is not None:
+                noting = self._hooks.pairing.noting(provider.provide)
+                return original(SimpleNamespace(provide=noting), *rest, **kwargs)
             if self._session is None:
                 return original(provider, *rest, **kwargs)
             # Of the provider, Bridge asks for no more here, and takes a list of chunks, too.

@@ -145,17 +145,25 @@ class MegatronTraining:
                     self._hooks.begin(self._loop, config)
                 except ConfigurationError as error:
                     sys.exit(f"dip: {error}")
+            elif config.pairs:
+                self._hooks.pair(MegatronLoop(args, original.__module__.rpartition(".")[0], None), config)
             return result
 
         return validate
 
+    def _built_by(self, provider: Callable[..., Any]) -> Callable[..., Any] | None:
+        """What builds a model instead of a script's ``provider``; None: that itself."""
+        if self._hooks.session is not None:
+            return self._hooks.session.segmented(provider)
+        return None if self._hooks.pairing is None else self._hooks.pairing.noting(provider)
+
     def _get_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_model(provider: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-            session = self._hooks.session
-            if session is None:
+            builder = self._built_by(provider)
+            if builder is None:
                 return original(provider, *rest, **kwargs)
             try:
-                return original(session.segmented(provider), *rest, **kwargs)
+                return original(builder, *rest, **kwargs)
             except ConfigurationError as error:
                 sys.exit(f"dip: {error}")
 
@@ -163,11 +171,11 @@ class MegatronTraining:
 
     def _stages(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def build_virtual_pipeline_stages(build: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
-            session = self._hooks.session
-            if session is None:
+            builder = self._built_by(build)
+            if builder is None:
                 return original(build, *rest, **kwargs)
             try:
-                stages = original(session.segmented(build), *rest, **kwargs)
+                stages = original(builder, *rest, **kwargs)
                 # One stage as Megatron asks for it, which is all chunks of this rank.
                 return stages[0] if isinstance(stages[0], list) else stages
             except ConfigurationError as error:

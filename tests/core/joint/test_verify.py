@@ -122,9 +122,10 @@ def test_another_recompute_is_caught_by_name():
     assert "'none' and 'full:1'" in message
 
 
-def test_what_repeats_no_collective_is_free():
+@pytest.mark.parametrize("other", ["offload:1", "activation:1", "none"])
+def test_what_repeats_no_collective_is_free(other):
     line = [[(F, 0), (BW, 0)]]
-    verify_joint(two_replicas([line, line], [[["selective:1"]], [["offload:1"]]]))
+    verify_joint(two_replicas([line, line], [[["selective:1"]], [[other]]]))
 
 
 def test_another_pairing_is_caught_by_name():

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from dip_megatron.core import StageGraph
 from dip_megatron.describe.cost import CostModel, build_graph, load_cluster
 from dip_megatron.describe.files import ConfigurationError
-from dip_megatron.describe.model import MultimodalModel, load_model
+from dip_megatron.describe.model import (
+    Experts,
+    LanguageHead,
+    ModuleShape,
+    MultimodalModel,
+    Parallel,
+    TokenEmbedding,
+    TransformerLayer,
+    load_model,
+)
 from dip_megatron.describe.partition import (
     ModuleLoad,
     Partition,
@@ -74,6 +83,24 @@ def test_a_heavy_head_takes_layers_away_from_its_rank() -> None:
     assert row == (9, 9, 9, 5)
     (rows,) = balance_layers([ModuleLoad("language", 32, 2, layer=1.0, head=4.0)], 4)
     assert rows[1][3] < rows[0][3]  # the head is on the last chunk only
+
+
+def test_experts_behind_the_last_layer_keep_one_before_them() -> None:
+    """Replicas that share the experts of multi-token prediction meet on its chunk, whatever the layers are worth."""
+    layer = TransformerLayer(64, 128, 4, 4, gated=True, causal=True, experts=Experts(8, 2, 48, dense_first=1))
+    shape = ModuleShape("language", "text", 4, layer, TokenEmbedding(128_000), LanguageHead(128_000), mtp=1)
+    alone = MultimodalModel("moe", (shape,), Parallel(pp=2, dp=2, sequence_parallel=False))
+    batches = [GlobalBatch((Microbatch(512, sequences=(512,)),) * 4)]
+    rows = choose_partition(alone, H100, batches, budget_seconds=inf, max_trials=6).module("language").layers
+    assert rows[-1][-1] == 0  # the head, thrice the vocabulary, is worth more than all layers
+    shared = alone.with_parallel(ep=2)
+    assert shared.parallel.coupled == 2
+    rows = choose_partition(shared, H100, batches, budget_seconds=inf, max_trials=6).module("language").layers
+    assert rows[-1][-1] > 0
+    ((row,),) = balance_layers([ModuleLoad("language", 4, 1, layer=1.0, head=9.0, last=1)], 2)
+    assert row == (3, 1)
+    (rows,) = balance_layers([ModuleLoad("language", 4, 2, layer=1.0, head=9.0, last=1)], 2)
+    assert (rows[1][1], sum(map(sum, rows))) == (1, 4)
 
 
 def test_sub_microbatch_sizes_follow_the_95_percent_rule() -> None:
