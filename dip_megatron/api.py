@@ -61,6 +61,7 @@ PUBLIC: dict[str, dict[str, str]] = {
         "linear": "families.shared.parts",
         "applied": "families.shared.parts",
         "projector": "families.shared.parts",
+        "with_sdpa": "families.shared.sdpa",
         "pack": "families.shared.packing",
         "patchify": "families.t2v.diffusion",
         "draw_by_name": "families.shared.weights",
