@@ -65,7 +65,7 @@ def save_model(folder: Path, hidden: int, layers: int) -> None:
     import torch
     import transformers
 
-    from tests.bridge.tiny import VOCABULARY
+    from tests.bridge.tiny_model import VOCABULARY
 
     torch.manual_seed(7)
     config = transformers.Qwen2Config(

@@ -18,3 +18,11 @@ def replica_ranks() -> list[int]:
     told: list[Any] = [None] * dist.get_world_size(context)
     dist.all_gather_object(told, mine, group=context)
     return sorted(rank for ranks in told for rank in ranks)
+
+
+def replica_folder() -> str:
+    """Traces of one pipeline each: the trace directory itself for the first, a folder for each other."""
+    data, tensor = parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    context = parallel_state.get_context_parallel_rank()
+    more = f"_cp{context}" if context else ""
+    return "." if data == tensor == context == 0 else f"dp{data}_tp{tensor}{more}"

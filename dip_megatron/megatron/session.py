@@ -54,7 +54,7 @@ from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, make_program
-from .ranks import replica_ranks
+from .ranks import replica_folder, replica_ranks
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class DipSession:
             loop = self._loop
             check_experts(blueprint.kwargs.values(), loop.parallel)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
-                self._file = self._plan_file(self._config, loop.parallel.pp, _replica_folder())
+                self._file = self._plan_file(self._config, loop.parallel.pp, replica_folder())
             model = family.describe(blueprint, loop.parallel)
             check_placement(model, self._config, family)
             check_entry(self._entry, model, family, loop.num_microbatches)
@@ -280,10 +280,10 @@ class DipSession:
         recorder = None
         consumers = self._consumers(exchange)
         if config.trace_dir is not None:
-            recorder = RunRecorder(config.trace_dir / _replica_folder(), exchange, about_run(config))
+            recorder = RunRecorder(config.trace_dir / replica_folder(), exchange, about_run(config))
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
-                consumers.append(PlanWriter(config.trace_dir / _replica_folder()).record)
+                consumers.append(PlanWriter(config.trace_dir / replica_folder()).record)
         self._closing.callback(self._close, delivery, watchdog, recorder)
         chunks = list(self._own.values())
         for i in copied(program.modules):
@@ -392,11 +392,3 @@ def _tell(sentence: str) -> None:
     """Print on one rank."""
     if dist.get_rank() == 0:
         print(f"[dip] {sentence}", flush=True)
-
-
-def _replica_folder() -> str:
-    """Traces of one pipeline each: the trace directory itself for the first, a folder for each other."""
-    data, tensor = parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-    context = parallel_state.get_context_parallel_rank()
-    more = f"_cp{context}" if context else ""
-    return "." if data == tensor == context == 0 else f"dp{data}_tp{tensor}{more}"

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.bridge.tiny import TINY, Tiny
+from tests.bridge.tiny import TINY
+from tests.bridge.tiny_model import Tiny
 from tests.processes import transport
 from tests.runtime.llava_case import finalize_without_ddp, gradients, initialize
 from tests.runtime.program_case import DrawnUnitGraphs

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import dip_megatron
-from tests.bridge.tiny import SEQUENCE, TINY, VOCABULARY, Tiny
+from tests.bridge.tiny import TINY
+from tests.bridge.tiny_model import SEQUENCE, VOCABULARY, Tiny
 from tests.runtime.llava_case import gradients
 
 GLOBAL_BATCH = 4

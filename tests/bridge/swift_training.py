@@ -31,7 +31,8 @@ import tests.preloaded  # noqa: F401  installs the CPU platform
 import dip_megatron
 from dip_megatron.compat import topics_of
 from dip_megatron.compat.names import fault
-from tests.bridge.tiny import IMAGE, TINY, VIDEO
+from tests.bridge.tiny import TINY
+from tests.bridge.tiny_model import IMAGE, VIDEO
 
 MICROBATCHES = 4
 NAME = "qwen2-5-vl"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tests.bridge import equality, loop
 from tests.bridge.equality import Case, together
 from tests.bridge.loop import Run
-from tests.bridge.tiny import TINY, Tiny
+from tests.bridge.tiny import TINY
+from tests.bridge.tiny_model import Tiny
 from tests.processes import Team, team
 
 SEED = 3
