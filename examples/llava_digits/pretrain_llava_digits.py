@@ -49,8 +49,7 @@ from megatron.training.arguments import (  # noqa: E402
     parse_and_validate_args,
 )
 
-from dip_megatron import draw_by_name  # noqa: E402
-from dip_megatron.families.shared.sdpa import with_sdpa  # noqa: E402
+from dip_megatron import draw_by_name, with_sdpa  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from documents import LABEL_WEIGHT, VOCABULARY, PackedDigitDocuments, split_images  # noqa: E402

@@ -155,7 +155,7 @@ class LlavaProgram(SegmentedProgram):
         if shared and core_attention(self.kwargs["language_transformer_layer_spec"]) is DotProductAttention:
             raise ValueError(
                 "Megatron's local attention knows no shards of sequences; for context parallelism give the language "
-                "model's layers Transformer Engine's, or torch's (dip_megatron.families.shared.sdpa.with_sdpa)"
+                "model's layers Transformer Engine's, or torch's (dip_megatron.with_sdpa)"
             )
         if self.kwargs.get("tile_tags"):
             raise ValueError(
