@@ -60,9 +60,9 @@ if TYPE_CHECKING:
     from .families.shared.packing import pack as pack
     from .families.shared.parts import applied as applied
     from .families.shared.parts import encoder_layer_spec as encoder_layer_spec
-    from .families.shared.sdpa import with_sdpa as with_sdpa
     from .families.shared.parts import linear as linear
     from .families.shared.parts import projector as projector
+    from .families.shared.sdpa import with_sdpa as with_sdpa
     from .families.shared.segmented import ModelPart as ModelPart
     from .families.shared.segmented import SegmentedProgram as SegmentedProgram
     from .families.shared.segmented import bound as bound
