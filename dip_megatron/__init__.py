@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from .megatron.cpu import install_cpu_platform as install_cpu_platform
     from .runtime.protocol import Inputs as Inputs
     from .runtime.protocol import MicrobatchInputs as MicrobatchInputs
+    from .runtime.protocol import SamplePacking as SamplePacking
     from .runtime.protocol import StageProgram as StageProgram
     from .runtime.protocol import Tensors as Tensors
     from .schedulers.common import BaselineError as BaselineError
@@ -91,18 +92,22 @@ __version__ = "0.1.0"
 __all__ = [*HOMES, "__version__"]
 
 
-def install(families: Sequence[ModelFamily] = ()) -> None:
+def install(families: Sequence[ModelFamily] = (), samples: SamplePacking | None = None) -> None:
     """Hook DIP into Megatron-Core's schedules and into the training loops it knows; it acts only where it is asked to.
 
     Call it before the loop parses its arguments or builds its model; modules may be imported before or after. With
     ``megatron.training`` it adds the argument group ``dip``, other loops ask through the environment or
     :func:`build_model`. ``families`` are models of yours that DIP shall segment (docs/add-a-model.md); calling it again
-    only adds families. Raises ImportError if Megatron-Core can't be imported, ValueError if a model class has a family
+    only adds families. ``samples`` says how the loop packs samples into microbatches, for ``resample``
+    (docs/balance.md). Raises ImportError if Megatron-Core can't be imported, ValueError if a model class has a family
     already.
     """
     from .megatron.hooks import Hooks
 
-    Hooks.installed().add_families(families)
+    hooks = Hooks.installed()
+    hooks.add_families(families)
+    if samples is not None:
+        hooks.pack_samples(samples)
 
 
 def build_model(
@@ -120,7 +125,8 @@ def build_model(
     the log), ``read_ahead`` (whether the data iterator may be read while an iteration trains), ``another_follows()``
     (whether the iteration about to run is followed by another; asked only with ``read_ahead``), ``sequence_parallel``,
     ``distributed_optimizer``, and ``weights_by_tokens`` (whether losses and gradients of all replicas are added up and
-    divided by their tokens; ``balance="free"`` needs it). With ``schedule`` off, or one pipeline rank, it returns the
+    divided by their tokens; ``balance="free"`` and ``resample`` need it) and ``samples``, a :class:`SamplePacking` (for
+    ``resample``). With ``schedule`` off, or one pipeline rank, it returns the
     provider's stage.
 
     Raises ConfigurationError, in one line, for settings or a model that DIP can't take, RuntimeError before Megatron's

@@ -69,6 +69,8 @@ class DipConfig(BaseModel):
     balance: Literal["off", "swap", "free"] = Field(
         "off", description="swap: exchange microbatches between data-parallel replicas, as many each as before, so "
         "that all end together; free: any number each, where the loop weights by tokens")  # fmt: skip
+    resample: bool = Field(False, description="with balance, also move samples between microbatches, where the loop "
+                           "says how it packs them and weights by tokens")  # fmt: skip
     pairing: bool = Field(False, description="with schedule off: let Megatron's own schedule have each replica's "
                           "microbatches longest first, so that replicas that share experts wait less")  # fmt: skip
     trace_dir: Path | None = Field(None, description="where to write iterations.jsonl, trace.json and timeline.png")

@@ -8,7 +8,8 @@ second replica reads documents twice as long. Each operation lasts as long as it
 computed), as if every rank had a device of its own, so that more ranks than cores can be measured. Each number of
 replicas trains without and with the exchange, in turn; the first third of the iterations, in which measured times
 correct the prices, is left out. Printed: by how much an iteration got shorter, by how much the plans said it would, and
-how long training waited for the exchange.
+how long training waited for the exchange; of an iteration with it, by how much operations of the rank that is worst off
+were late (the host had no core for them), and what is not under plans (gradients are reduced, ranks wait for the last).
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main() -> None:
             "gain": measured, "predicted_gain": predicted,
             "predicted_off": off["predicted"], "predicted_swap": swap["predicted"], "moved": swap["moved"],
             "exchange_seconds": swap["exchange"], "stall_share": swap["stall"] / swap["seconds"],
+            **{f"{key}_{mode}": seen[mode][key] for key in ("slowest_replica", "late") for mode in seen},
         }  # fmt: skip
         data.append(row)
         met = abs(measured / predicted - 1) <= PREDICTION and row["stall_share"] <= STALL
@@ -78,10 +80,10 @@ def main() -> None:
             str(replicas), f"{off['seconds']:.3f}", f"{off['predicted']:.3f}", f"{swap['seconds']:.3f}",
             f"{swap['predicted']:.3f}", f"{measured:.3f}", f"{predicted:.3f}",
             f"{swap['moved']:.1f}", f"{1e3 * swap['exchange']:.1f}", f"{row['stall_share']:.2%}",
-            "met" if met else "MISSED",
+            f"{swap['late']:.3f}", f"{swap['seconds'] - swap['slowest_replica']:.3f}", "met" if met else "MISSED",
         ])  # fmt: skip
     head = ["replicas", "s off", "planned", "s swap", "planned", "gain", "predicted", "moved", "exchange ms", "waited",
-            f"within {PREDICTION:.0%}, <= {STALL:.0%}"]  # fmt: skip
+            "s late", "s after", f"within {PREDICTION:.0%}, <= {STALL:.0%}"]  # fmt: skip
     print(f"Measured on CPU ranks that emulate devices, {STAGES} pipeline ranks a replica, {os.cpu_count()} cores\n")
     print(text_table(head, rows))
     if options.json is not None:
@@ -97,22 +99,29 @@ def read(out: Path, replicas: int, iterations: int) -> dict[str, float]:
         traces.append([json.loads(line) for line in path.read_text().splitlines()][skipped:])
     exchanges = [line["exchange"] for line in traces[0] if line["exchange"] is not None]
     seconds = json.loads((out / "seconds.json").read_text())[skipped:]
-    slowest = [max(line["predicted_seconds"] for line in together) for together in zip(*traces, strict=True)]
+    slowest, longest = (
+        [max(line[key] for line in together) for together in zip(*traces, strict=True)]
+        for key in ("predicted_seconds", "iteration_seconds")
+    )
+    late = [json.loads((out / f"late.rank{r}.json").read_text())[skipped:] for r in range(replicas * STAGES)]
     stalls = [max(line["exchange"]["stall_seconds"] for line in together if line["exchange"])
               for together in zip(*traces, strict=True)] if exchanges else [0.0]  # fmt: skip
     return {
         "seconds": statistics.median(seconds), "predicted": statistics.median(slowest),
+        "slowest_replica": statistics.median(longest), "late": statistics.median(map(max, zip(*late, strict=True))),
         "moved": statistics.fmean([e["moved"] for e in exchanges] or [0.0]),
         "exchange": statistics.median([e["seconds"] for e in exchanges] or [0.0]),
         "stall": statistics.fmean(stalls),
     }  # fmt: skip
 
 
-def emulate(seconds_per_token: float) -> None:
-    """Let operations last as long as a device would take for their tokens."""
+def emulate(seconds_per_token: float) -> list[float]:
+    """Let operations last as long as a device would take for their tokens. What is returned gets by how much each was
+    late all the same: its computing took longer, or the host had no core for it when its time was over."""
     from dip_megatron.core import Kind
     from dip_megatron.runtime.stages import ModelStages
 
+    late: list[float] = []
     shares = {Kind.F: 1.0, Kind.B: 1.0, Kind.W: 1.0, Kind.BW: 2.0}
 
     def lasting(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,14 +129,16 @@ def emulate(seconds_per_token: float) -> None:
             began = time.perf_counter()
             result = method(self, operation, unit, *rest)
             tokens = self._state.microbatches[unit.microbatch].arguments["input_ids"].shape[1]
-            left = began + shares[operation.kind] * seconds_per_token * tokens - time.perf_counter()
-            time.sleep(max(left, 0.0))
+            end = began + shares[operation.kind] * seconds_per_token * tokens
+            time.sleep(max(end - time.perf_counter(), 0.0))
+            late.append(time.perf_counter() - end)
             return result
 
         return run
 
     for name in ("forward", "backward", "weight"):
         setattr(ModelStages, name, lasting(getattr(ModelStages, name)))
+    return late
 
 
 def work(mode: str, iterations: int, token_seconds: float, out: Path) -> None:
@@ -147,7 +158,7 @@ def work(mode: str, iterations: int, token_seconds: float, out: Path) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
 
-    emulate(token_seconds)
+    late = emulate(token_seconds)
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=STAGES)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -168,18 +179,21 @@ def work(mode: str, iterations: int, token_seconds: float, out: Path) -> None:
             ids = torch.randint(0, loop.VOCABULARY, (1, length + 1), generator=generator)
             yield {"tokens": ids[:, :-1], "labels": ids[:, 1:]}
 
-    data, seconds = microbatches(), []
+    data, seconds, late_seconds = microbatches(), [], []
     for iteration in range(iterations):  # noqa: B007  # another_follows looks at it
         for chunk in chunks:
             chunk.zero_grad_buffer()
         dist.barrier()
+        late.clear()
         began = time.perf_counter()
         get_forward_backward_func()(
             forward_step_func=loop.forward_step, data_iterator=data, model=chunks, num_microbatches=MICROBATCHES,
             seq_length=loop.LENGTH, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
+        late_seconds.append(sum(late))
         dist.barrier()
         seconds.append(time.perf_counter() - began)
+    (out / f"late.rank{dist.get_rank()}.json").write_text(json.dumps(late_seconds))
     if dist.get_rank() == 0:
         (out / "seconds.json").write_text(json.dumps(seconds))
 

@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
 """How uneven data-parallel replicas are, and what an exchange of microbatches mends. Simulated.
 
-    scripts/bench replicas [--quick] [--models vlm-s,...] [--replicas 2,8,32] [--batches 2] [--cache FILE] [--json FILE]
+    scripts/bench replicas [--quick] [--models vlm-s,...] [--replicas 2,8,32] [--batches 2] [--by-work] [--cache FILE]
+        [--json FILE]
 
 Every replica draws its own batches of 16 microbatches of the model's published mix (H100, the shipped partition of the
 model, chosen on other batches); ``shards``: each replica draws from one source of the mix alone. All replicas are
 planned before and after the exchange; of more than 32, the ten costliest and twenty others, the mean being scaled from
-them by work. Rules of others are planned by the same search and priced by the same simulator: ``lengths`` (largest
-first by tokens, equal counts), ``fitted`` (LoongForge's: a quadratic in tokens fitted to what microbatches take,
-largest first, up to 20 moves), ``by module`` (OrchMLLM's: instances of each module evened by their tokens, apart from
-their microbatch; what moving the encoder's outputs back costs is left out, which flatters it).
+them by work. Plans are searched by 6,000 schedules, a second of a core; those of the slowest replicas, which alone
+count, by 20,000, for which a run has the time. Rules of others are planned by the same search and priced by the same
+simulator, on the first batch of 32 replicas, ``swap`` beside them: ``lengths`` (largest first by tokens, equal counts),
+``fitted`` (LoongForge's: a quadratic in tokens fitted to what microbatches take, largest first, up to 20 moves), ``by
+module`` (OrchMLLM's: instances of each module evened by their tokens, apart from their microbatch; what moving the
+encoder's outputs back costs is left out, which flatters it).
 
-Thousands of plans are searched; those in ``--cache`` are not searched again, so that the table can be made in pieces.
+``--by-work`` searches no plans: it prints how uneven the work of replicas is before and after, over many global
+batches, which bounds what any balance can gain. Thousands of plans are searched else; those in ``--cache`` are not
+searched again, so that the table can be made in pieces.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -40,30 +45,31 @@ from dip_megatron.describe.model import MultimodalModel, Partition, load_model
 from dip_megatron.describe.partition import read_partition
 from dip_megatron.describe.workload import Clip, Microbatch, load_workload
 from dip_megatron.planner.balance import Places, Work, assign, microbatch_work
-from dip_megatron.planner.replicated import Outcome, outcome, rearranged, work_of
+from dip_megatron.planner.replicated import PLANNED, Outcome, outcome, rearranged, work_of
 from dip_megatron.recipes import FOLDER
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers.dip import search, warm_up
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l", "qwen2-5-vl-7b")
+RULES = ("swap", "free", "lengths", "fitted", "by module")
 COUNT = 16
-EVALUATIONS = 6000
+EVALUATIONS, LONGER = 6000, 20_000
 
 
 class Seconds:
     """Iteration times of batches under their plans, kept in a file if there is one; many processes may share it."""
 
-    def __init__(self, file: Path | None, evaluations: int = EVALUATIONS):
-        self._evaluations = evaluations
+    def __init__(self, file: Path | None, evaluations: int = EVALUATIONS, longer: int = LONGER):
+        self.evaluations, self.longer = evaluations, longer
         self._data = sqlite3.connect(":memory:" if file is None else file, timeout=60.0, isolation_level=None)
         self._data.execute("CREATE TABLE IF NOT EXISTS plans (batch TEXT PRIMARY KEY, seconds REAL)")
 
-    def of(self, graph: StageGraph) -> float:
-        """Under the plan of a search."""
-        key = _digest(graph, self._evaluations)
+    def of(self, graph: StageGraph, evaluations: int) -> float:
+        """Under the plan of a search that tries so many schedules."""
+        key = _digest(graph, evaluations)
         known = self._data.execute("SELECT seconds FROM plans WHERE batch = ?", (key,)).fetchone()
         if known is None:
-            found = search(graph, budget_seconds=1e6, evaluations=self._evaluations, deterministic=True, workers=1)
+            found = search(graph, budget_seconds=1e6, evaluations=evaluations, deterministic=True, workers=1)
             known = (found.iteration_time,)
             self._data.execute("INSERT OR REPLACE INTO plans VALUES (?, ?)", (key, *known))
         return float(known[0])
@@ -97,9 +103,10 @@ class Case:
         partition = read_partition(FOLDER / name / "partition.yaml", model)
         return Case(name, model, partition, cost_model(model, load_cluster("h100")), mix, known)
 
-    def seconds(self, microbatches: Sequence[Microbatch]) -> float:
-        """What a replica takes under a plan for these."""
-        return self.known.of(segmented_graph(self.pricer, self.partition, microbatches))
+    def seconds(self, microbatches: Sequence[Microbatch], longer: bool = False) -> float:
+        """What a replica takes under a plan for these; searched ``longer``: as long as a run does."""
+        evaluations = self.known.longer if longer else self.known.evaluations
+        return self.known.of(segmented_graph(self.pricer, self.partition, microbatches), evaluations)
 
     def independent(self, replicas: int, seed: int) -> list[tuple[Microbatch, ...]]:
         """A batch for each replica, all from the whole mix."""
@@ -183,15 +190,39 @@ def by_module(batches: Sequence[Sequence[Microbatch]]) -> list[list[Microbatch]]
 
 def planned(case: Case, work: Work, batches: Sequence[Sequence[Microbatch]], place: Places) -> Outcome:
     """Of the replicas under their plans, if microbatches are where ``place`` says."""
-    return outcome(case.seconds, rearranged(batches, work.replica, place), work.cost(place))
+    return outcome_of(case, rearranged(batches, work.replica, place), work.cost(place))
+
+
+def outcome_of(case: Case, batches: Sequence[Sequence[Microbatch]], cost: Floats) -> Outcome:
+    """Under plans; those of the slowest replicas, which count, are searched as long as a run would."""
+    return outcome(case.seconds, batches, cost, longer=lambda batch: case.seconds(batch, longer=True))
+
+
+def price_of(case: Case) -> Callable[[Sequence[Microbatch]], tuple[Floats, Floats]]:
+    """What microbatches of one replica are worth, as :func:`work_of` asks for it."""
+    return lambda batch: microbatch_work(segmented_graph(case.pricer, case.partition, batch))
+
+
+def by_work(case: Case, draw: str, replicas: int, count: int) -> list[str]:
+    """A row of the table without plans, over ``count`` global batches."""
+    before, after, moved, spent = [], [], [], []
+    for b in range(count):
+        work = work_of(price_of(case), getattr(case, draw)(replicas, 5 + b))
+        start = time.process_time()
+        found = assign(work)
+        spent.append(time.process_time() - start)
+        before.append(found.before.max() / found.before.mean())
+        after.append(found.after.max() / found.after.mean())
+        moved.append(found.moved.mean())
+    return [
+        case.name, draw, str(replicas), str(count), f"{np.mean(before):.3f}", f"{min(before):.3f}",
+        f"{max(before):.3f}", f"{max(after):.4f}", f"{np.mean(moved):.0%}", f"{max(spent):.3f}",
+    ]  # fmt: skip
 
 
 def measure(case: Case, batches: Sequence[Sequence[Microbatch]], rules: bool) -> dict[str, float]:
     """One row of the table."""
-
-    def price(batch: Sequence[Microbatch]) -> tuple[Floats, Floats]:
-        return microbatch_work(segmented_graph(case.pricer, case.partition, batch))
-
+    price = price_of(case)
     replicas = len(batches)
     work = work_of(price, batches)
     start = time.process_time()
@@ -208,10 +239,11 @@ def measure(case: Case, batches: Sequence[Sequence[Microbatch]], rules: bool) ->
             "free": assign(work, "free").replica, "lengths": largest_first(tokens, replicas, COUNT),
             "fitted": fitted(work, tokens),
         }  # fmt: skip
+        row["swap"] = after.spread
         row |= {name: planned(case, work, batches, place).spread for name, place in others.items()}
         apart = by_module(batches)
         worth = work_of(price, apart)
-        row["by module"] = outcome(case.seconds, apart, worth.cost(worth.replica)).spread
+        row["by module"] = outcome_of(case, apart, worth.cost(worth.replica)).spread
     return row
 
 
@@ -221,8 +253,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two models, few replicas, one batch")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--replicas", default="2,8,32,128,1024")
-    parser.add_argument("--batches", type=int, default=2, help="global batches a row")
+    parser.add_argument("--batches", type=int, default=2, help="global batches a row of up to 32 replicas")
+    parser.add_argument("--by-work", action="store_true", help="no plans: work alone")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="schedules tried for every plan")
+    parser.add_argument("--longer", type=int, default=LONGER, help="schedules tried for the slowest replicas' plans")
     parser.add_argument("--no-rules", action="store_true", help="leave out the rules of others")
     parser.add_argument("--cache", type=Path, help="keep the times of plans in this file")
     parser.add_argument("--json", type=Path)
@@ -232,29 +266,42 @@ def main() -> None:
         models, counts, options.batches = models[:2], [2, 8], 1
     warm_up()
     assign(replace_work())
-    known = Seconds(options.cache, options.evaluations)
+    known = Seconds(options.cache, options.evaluations, options.longer)
     rows, data = [], []
     for name in models:
         case = Case.of(name, known)
         for draw in ("independent", "shards"):
             for replicas in counts if draw == "independent" else [r for r in counts if r in (8, 32)]:
+                if options.by_work:
+                    few = replicas <= PLANNED
+                    rows.append(by_work(case, draw, replicas, options.batches if few else min(options.batches, 2)))
+                    print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+                    continue
+                rules = replicas == 32 and not options.no_rules
                 found = [
-                    measure(case, getattr(case, draw)(replicas, 5 + b), rules=replicas == 32 and not options.no_rules)
-                    for b in range(options.batches)
+                    measure(case, getattr(case, draw)(replicas, 5 + b), rules and b == 0)
+                    for b in range(options.batches if replicas <= PLANNED else 1)
                 ]
-                mean = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
+                mean = {key: float(np.mean([f[key] for f in found if key in f])) for key in found[0]}
                 data.append({"model": name, "draw": draw, "replicas": replicas, **mean})
                 rows.append([
                     name, draw, str(replicas), f"{mean['before']:.3f}", f"{mean['after']:.3f}", f"{mean['gain']:.3f}",
                     f"{mean['moved']:.0%}", f"{mean['seconds']:.3f}",
-                    *(f"{mean[k]:.3f}" if k in mean else "" for k in ("free", "lengths", "fitted", "by module")),
+                    *(f"{mean[k]:.3f}" if k in mean else "" for k in RULES),
                 ])  # fmt: skip
                 print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+    if options.by_work:
+        print(f"Work of the most loaded replica over the mean; {COUNT} microbatches a replica\n")
+        print(text_table(["model", "draw", "replicas", "batches", "before", "least", "most", "after, most", "moved",
+                          "seconds"], rows))  # fmt: skip
+        return
     print("Slowest replica over the mean, simulated;", end=" ")
-    print(f"{COUNT} microbatches a replica, {options.evaluations} schedules tried for every plan\n")
+    print(
+        f"{COUNT} microbatches a replica, {options.evaluations} schedules tried for every plan, {options.longer} for "
+        "those of the slowest replicas\n"
+    )
     print(text_table(
-        ["model", "draw", "replicas", "before", "after", "gain", "moved", "seconds", "free", "lengths", "fitted",
-         "by module"], rows,
+        ["model", "draw", "replicas", "before", "after", "gain", "moved", "seconds", *RULES], rows,
     ))  # fmt: skip
     if options.json is not None:
         options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

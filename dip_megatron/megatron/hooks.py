@@ -29,6 +29,7 @@ from .watching import ModuleWatch
 if TYPE_CHECKING:
     from ..config import DipConfig
     from ..families.family import ModelFamily
+    from ..runtime.protocol import SamplePacking
     from .pairing import Pairing
     from .session import DipSession
 
@@ -50,6 +51,7 @@ class Hooks:
         self._unfinished: list[ModuleType] = []
         self._told: set[str] = set()
         self._installing = False
+        self._samples: SamplePacking | None = None
         # What a run under DIP is; an estimate puts its own here.
         self.make_session: Callable[..., Any] | None = None
         # Of a run under Megatron's own schedule.
@@ -78,6 +80,10 @@ class Hooks:
             elif known is not family:
                 raise ValueError(f"{family.model_class.__name__} already belongs to the model family {known.name!r}")
 
+    def pack_samples(self, samples: SamplePacking) -> None:
+        """Let loops that begin from now on say that they pack samples into microbatches like this."""
+        self._samples = samples
+
     def families(self) -> list[ModelFamily]:
         """All that are known."""
         if not self._families:
@@ -91,6 +97,8 @@ class Hooks:
         from .session import DipSession
 
         self._finish()
+        if loop.samples is None:
+            loop.samples = self._samples
         for place, name, wrapped in self._placed:
             found = getattr(place, name, None)
             if found is not wrapped and not ours_inside(found):

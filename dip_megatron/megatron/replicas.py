@@ -31,12 +31,25 @@ from ..describe.workload import Microbatch
 from ..planner.balance import Mode, meeting_work, microbatch_work
 from ..planner.delivery import CoupledRanks, PlanDelivery
 from ..planner.live import ModelGraphs
-from ..planner.quotes import Answer, ExchangeReport, Move, Proposal, Quote, propose, settle
+from ..planner.quotes import (
+    TOO_DEAR,
+    TOO_LATE,
+    Answer,
+    ExchangeReport,
+    Move,
+    Proposal,
+    Quote,
+    SampleMoves,
+    propose,
+    settle,
+)
 from ..runtime.groups import local_group
-from ..runtime.parcels import ParcelError, pack, parcel_bytes, unpack
+from ..runtime.parcels import ParcelError, pack, parcel_bytes, tensors_of, unpack
 from .exchange import GlooExchange
 from .ranks import replica_ranks
+from .samples import PackingError, Samples
 
+FADING = 0.9
 LARGEST_BYTES = 1 << 30
 """Microbatches of more bytes stay where they are: while one travels, both ends hold it twice."""
 
@@ -88,10 +101,12 @@ class ReplicaExchange:
         largest_bytes: float = LARGEST_BYTES,
         timeout_seconds: float = 600.0,
         device: torch.device | None = None,
+        samples: Samples | None = None,
     ):
         """``peers``: global ranks of this place in every replica, in the order of replicas; ``replica``: those of this
-        rank's replica, the first of which prices: it has a ``price``, the others None. ``group`` replicas after one
-        another share experts."""
+        rank's replica, the first of which prices: it has a ``price``, which gives seconds and bytes ``[microbatches,
+        pipeline ranks]`` of the loads it is handed and, with experts, the seconds that meet others; the rest have None.
+        ``group`` replicas after one another share experts. With ``samples`` these move, too."""
         self._peers = list(peers)
         self._index = self._peers.index(dist.get_rank())
         self._timeout = timedelta(seconds=timeout_seconds)
@@ -99,11 +114,16 @@ class ReplicaExchange:
         self._quotes = GlooExchange(self._peers, timeout_seconds)
         self._replica = GlooExchange(list(replica), timeout_seconds)
         self._price, self._mode, self._group_size, self._largest = price, mode, group, largest_bytes
-        self._device = device
+        self._device, self._samples = device, samples
         accelerated = device is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if accelerated else None
         self._slowness = 1.0
         self._declined = 0
+
+    def begin_thread(self) -> None:
+        """Call it in a thread that is going to exchange: threads begin on the first device."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
 
     def may_begin(self) -> None:
         """Call it where the microbatches have been read, before the exchange, which may be in another thread."""
@@ -118,7 +138,8 @@ class ReplicaExchange:
         ``left``: seconds until the iteration that runs meanwhile is expected to end.
 
         Raises ReplicaExchangeError where a peer doesn't answer in time or answers something else, ParcelError where a
-        microbatch can't travel: then the run has to stop.
+        microbatch can't travel, PackingError where the loop packs samples otherwise than it says: then the run has to
+        stop.
         """
         began = time.perf_counter()
         try:
@@ -131,9 +152,13 @@ class ReplicaExchange:
             ) from error
         moved = 0 if proposal.assignment is None else int(proposal.assignment.moved.sum())
         self._declined += proposal.assignment is None
+        if proposal.reason in (TOO_DEAR, TOO_LATE):
+            # What isn't done can't be measured: a link that was slow once must not end all exchanges.
+            self._slowness **= FADING
+        samples = 0 if proposal.samples is None else int(proposal.samples.moved.sum())
         report = ExchangeReport(
             proposal.before, proposal.after, moved, sent, time.perf_counter() - began, proposal.reason,
-            declined=self._declined,
+            declined=self._declined, samples=samples,
         )  # fmt: skip
         return result, report
 
@@ -147,17 +172,18 @@ class ReplicaExchange:
             told = pickle.dumps(faults[0] if faults else self._settled(everyone, until))
         answer: Proposal | str = pickle.loads(self._replica.broadcast(told))
         if isinstance(answer, str):
-            raise ParcelError(answer)
+            raise ParcelError(answer)  # or a PackingError's message: either way the data can't be exchanged
         return answer
 
     def _quote(self, price: Price, loads: Any, microbatches: Sequence[Any]) -> Quote | str:
         """What can't travel is told to all, or they would wait for it."""
         try:
             sizes = np.array([parcel_bytes(m) for m in microbatches], dtype=np.int64)
-        except ParcelError as error:
+            samples = None if self._samples is None else self._samples.quote(price, microbatches, loads[1])
+        except (ParcelError, PackingError) as error:
             return str(error)
         seconds, held, *meeting = price(loads)
-        return Quote(seconds, held, sizes, self._slowness, *meeting)
+        return Quote(seconds, held, sizes, self._slowness, meeting[0] if meeting else None, samples)
 
     def _settled(self, everyone: Sequence[Quote | None], until: float | None) -> Proposal:
         """From the quotes of all replicas; the first ranks alone."""
@@ -171,24 +197,51 @@ class ReplicaExchange:
         line = proposal.line(self._index)
         if line is None:
             return list(microbatches), 0
-        first, sent = sum(proposal.counts[: self._index]), 0
-        known = dict(enumerate(microbatches, first))
         began = time.perf_counter()
-        for moves in proposal.rounds():
+        known = dict(enumerate(microbatches, sum(proposal.counts[: self._index])))
+        sent = self._rounds(proposal.rounds(), known)
+        if proposal.samples is not None:
+            sent += self._repack(proposal.samples, known)
+        took = (time.perf_counter() - began) / proposal.nominal_seconds
+        self._slowness = (self._slowness * min(max(took, 0.01), 1000.0)) ** 0.5
+        return [known[number] for number in line], sent
+
+    def _rounds(self, rounds: Sequence[Sequence[Move]], known: dict[int, Any]) -> int:
+        """What ``known`` holds by its number, after these rounds; the bytes sent."""
+        sent = 0
+        for moves in rounds:
             out = next((move for move in moves if move.source == self._index), None)
             into = next((move for move in moves if move.target == self._index), None)
             arrived, size = self._round(out, None if out is None else known.pop(out.number), into)
             sent += size
             if into is not None:
                 known[into.number] = arrived
-        took = (time.perf_counter() - began) / proposal.nominal_seconds
-        self._slowness = (self._slowness * min(max(took, 0.01), 1000.0)) ** 0.5
-        return [known[number] for number in line], sent
+        return sent
+
+    def _repack(self, moves: SampleMoves, known: dict[int, Any]) -> int:
+        """Take microbatches of ``known`` apart, exchange their samples and pack them anew; the bytes sent."""
+        assert self._samples is not None  # or it would not have been proposed
+        loose: dict[int, Any] = {}
+        with self._on_stream():
+            for number, samples in moves.split(self._index).items():
+                loose |= zip(samples, self._samples.split(known[number], len(samples)), strict=True)
+            sent = self._rounds(moves.rounds(), loose)
+            for number, samples in moves.packed(self._index).items():
+                known[number] = self._samples.pack([loose[sample] for sample in samples])
+                for tensor in tensors_of(known[number]) if self._stream is not None else ():
+                    if tensor.is_cuda:  # it will be used, and freed, by what runs on the device's usual stream
+                        tensor.record_stream(torch.cuda.default_stream(tensor.device))
+        if self._stream is not None:
+            self._stream.synchronize()
+        return sent
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _round(self, out: Move | None, microbatch: Any, into: Move | None) -> tuple[Any, int]:
         """Send one microbatch and receive one, either of which may be none; what came, and the bytes sent."""
         works, parcel = [], None
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+        with self._on_stream():
             if out is not None:
                 parcel = pack(microbatch, pinned=self._stream is not None)
                 if self._stream is not None:
@@ -221,7 +274,7 @@ class ExchangesAhead:
 
     def __init__(self, exchange: ReplicaExchange, at_call: bool = False):
         self._exchange = exchange
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-exchange")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-exchange", initializer=exchange.begin_thread)
         self._running: Future[ExchangeReport] | None = None
         self.at_call = at_call
 
@@ -262,10 +315,11 @@ class ExchangesAhead:
 def begin_exchanges(
     graphs: ModelGraphs | None, delivery: PlanDelivery, timeout_seconds: float, device: torch.device, mode: Mode,
     at_call: bool, coupled: CoupledRanks | None = None, experts: ExpertLayers | None = None,
+    samples: Samples | None = None,
 ) -> ExchangesAhead:  # fmt: skip
     """Between the data-parallel replicas of Megatron's groups; all ranks call it together. ``graphs`` price the
-    microbatches where plans are made. ``coupled`` replicas share ``experts``. Raises ConfigurationError if those don't
-    follow one another."""
+    microbatches where plans are made; with ``samples`` these move, too. ``coupled`` replicas share ``experts``. Raises
+    ConfigurationError if those don't follow one another."""
     group = 1 if coupled is None else len(coupled.replicas)
     if coupled is not None and parallel_state.get_data_parallel_rank() % group != coupled.replica:
         raise ConfigurationError(
@@ -276,6 +330,6 @@ def begin_exchanges(
         dist.get_process_group_ranks(parallel_state.get_data_parallel_group()),
         replica_ranks(),
         price_of(graphs, delivery.corrections, experts) if delivery.plans_here and graphs is not None else None,
-        mode=mode, group=group, timeout_seconds=timeout_seconds, device=device,
+        mode=mode, group=group, timeout_seconds=timeout_seconds, device=device, samples=samples,
     )  # fmt: skip
     return ExchangesAhead(exchange, at_call)

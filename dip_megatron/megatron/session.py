@@ -56,6 +56,7 @@ from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPol
 from .mixed import check_entry, make_program
 from .ranks import replica_folder, replica_ranks
 from .replicas import AT_CALL, NOT_FREE, ExchangesAhead, begin_exchanges
+from .samples import Samples, check_resample
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class DipSession:
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
         if config.balance == "free" and not loop.weights_by_tokens:
             raise ConfigurationError(NOT_FREE)
+        check_resample(config, loop)
         if loop.parallel.coupled > 1:
             check_coupled(config)
         self._loop = loop
@@ -328,9 +330,12 @@ class DipSession:
             return None
         if at_call:
             _tell(AT_CALL)
+        samples = None
+        if config.resample and self._loop.samples is not None and self._program is not None:
+            samples = Samples(self._loop.samples, self._program)
         exchanges = begin_exchanges(
             self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call, self._coupled,
-            self._experts,
+            self._experts, samples,
         )  # fmt: skip
         self._closing.callback(exchanges.close)
         return exchanges

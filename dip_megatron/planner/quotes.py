@@ -6,6 +6,7 @@ tell each other the proposal's hash and how much time each has left, and from th
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from ..core.graph import Floats
 from .alike import AlikeSlots, CoupledWork, assign_alike
-from .balance import Assignment, Mode, Places, Work, assign, lines
+from .balance import GOAL, Assignment, Mode, Places, Work, assign, lines
+from .resample import Resampling, SampleWork, resample
 
 LEAST_GAIN = 0.005
 """Share of the job's time that an exchange has to gain, or nobody moves anything."""
@@ -34,24 +36,79 @@ DIFFERENT = "replicas came to different assignments"
 
 
 @dataclass(frozen=True, eq=False)
+class SampleQuote:
+    """The samples of one replica's coming microbatches, one after the other: ``seconds`` and ``held`` ``[S, P]`` that
+    their microbatch is worth more with than without them, ``tokens`` and ``sizes`` (bytes to send) ``[S]``, and
+    ``counts`` ``[M]``, how many each microbatch has. ``length``: the most tokens that the loop packs."""
+
+    seconds: Floats
+    held: Floats
+    tokens: Places
+    sizes: Places
+    counts: Places
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
 class Quote:
     """One replica's coming microbatches: ``seconds`` and ``held`` (bytes of activations) ``[M, P]``, and ``sizes``
     ``[M]``, the bytes to send if one moves. ``slowness``: what its exchanges took over what was expected of them.
-    ``meeting`` ``[M, P]``: of the seconds, those in which it waits for replicas that share its experts."""
+    ``meeting`` ``[M, P]``: of the seconds, those in which it waits for replicas that share its experts. ``samples``:
+    what the microbatches are made of, where samples may move, too."""
 
     seconds: Floats
     held: Floats
     sizes: NDArray[np.int64]
     slowness: float = 1.0
     meeting: Floats | None = None
+    samples: SampleQuote | None = None
 
 
 class Move(NamedTuple):
-    """Microbatch ``number`` (counted over all replicas, in their order) goes from ``source`` to ``target``."""
+    """Microbatch (or sample) ``number``, counted over all replicas, in their order, goes from ``source`` to
+    ``target``."""
 
     number: int
     source: int
     target: int
+
+
+@dataclass(frozen=True, eq=False)
+class SampleMoves:
+    """Samples change microbatches, once these are where they shall be trained. ``before`` and ``after`` ``[S]``: the
+    microbatch of each sample; ``replica`` ``[M]``: who trains each microbatch."""
+
+    before: Places
+    after: Places
+    replica: Places
+
+    @property
+    def moved(self) -> NDArray[np.bool_]:
+        """Which samples do, ``[S]``."""
+        return np.asarray(self.before != self.after)
+
+    def digest(self) -> str:
+        """Equal for equal moves."""
+        return hashlib.sha256(self.after.astype(np.int64).tobytes()).hexdigest()
+
+    def rounds(self) -> list[list[Move]]:
+        """As those of :class:`Proposal`, of samples."""
+        source, target = self.replica[self.before], self.replica[self.after]
+        return rounds([Move(int(s), int(source[s]), int(target[s])) for s in np.flatnonzero(self.moved)])
+
+    def split(self, replica: int) -> dict[int, list[int]]:
+        """Numbers of the samples of each microbatch that a replica has to take apart, as they are before."""
+        return {m: [int(s) for s in np.flatnonzero(self.before == m)] for m in self._touched(replica)}
+
+    def packed(self, replica: int) -> dict[int, list[int]]:
+        """The same afterwards: those that stay keep their order, and those that come take the places of those that
+        leave."""
+        order = lines(self.before, self.after, len(self.replica))
+        return {m: order[m] for m in self._touched(replica)}
+
+    def _touched(self, replica: int) -> list[int]:
+        touched = np.union1d(self.before[self.moved], self.after[self.moved])
+        return [int(m) for m in touched if self.replica[m] == replica]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +126,17 @@ class Proposal:
     gain_seconds: float = 0.0
     nominal_seconds: float = 0.0
     slowness: float = 1.0
+    samples: SampleMoves | None = None
 
     def declined(self, reason: str) -> Proposal:
         """The same, with nobody moving."""
-        return replace(self, assignment=None, after=self.before, reason=reason, gain_seconds=0.0)
+        return replace(self, assignment=None, samples=None, after=self.before, reason=reason, gain_seconds=0.0)
 
     def digest(self) -> str:
         """Equal for equal proposals."""
-        return self.reason if self.assignment is None else self.assignment.digest()
+        if self.assignment is None:
+            return self.reason
+        return self.assignment.digest() + ("" if self.samples is None else self.samples.digest())
 
     @property
     def _owner(self) -> Places:
@@ -119,7 +179,8 @@ class ExchangeReport:
     """One exchange. ``before`` and ``after``: the slowest replica's predicted seconds over the mean. ``moved``:
     microbatches that changed replicas, in all; ``sent_bytes``: by this rank; ``seconds``: the exchange took here,
     waiting for others included; ``stall_seconds``: of these, training waited. ``reason``: why nobody moved anything,
-    or empty. ``declined``: exchanges since the start of the run in which nobody did."""
+    or empty. ``declined``: exchanges since the start of the run in which nobody did. ``samples``: that changed
+    microbatches, in all."""
 
     before: float
     after: float
@@ -129,6 +190,7 @@ class ExchangeReport:
     reason: str = ""
     stall_seconds: float = 0.0
     declined: int = 0
+    samples: int = 0
 
 
 def propose(
@@ -144,6 +206,7 @@ def propose(
     sizes = np.concatenate([quote.sizes for quote in given])
     owner = np.repeat(np.arange(len(given)), counts)
     found: Assignment | AlikeSlots
+    again: tuple[SampleMoves, Resampling] | None = None
     if group > 1:
         if len(set(counts)) > 1:
             return Proposal(None, counts, reason=UNEQUAL)
@@ -154,16 +217,55 @@ def propose(
     else:
         held = np.concatenate([quote.held for quote in given])
         work = Work(np.concatenate([q.seconds for q in given]), held, owner, len(given), sizes > largest)
-        found = assign(work, mode)
-    before, after = _spread(found.before), _spread(found.after)
-    proposal = Proposal(found, counts, before, after, "", float(found.before.max() - found.after.max()))
-    if not found.moved.any() or proposal.gain_seconds < LEAST_GAIN * found.before.max():
+        found = assigned = assign(work, mode)
+        again = _resampled([quote.samples for quote in given], work, assigned, largest)
+    after = found.after if again is None else again[1].after
+    proposal = Proposal(
+        found, counts, _spread(found.before), _spread(after), "", float(found.before.max() - after.max())
+    )  # fmt: skip
+    moved = found.moved.any() or again is not None
+    if not moved or proposal.gain_seconds < LEAST_GAIN * found.before.max():
         return proposal.declined(TOO_LITTLE)
-    sent, received = (
-        np.bincount(place[found.moved], sizes[found.moved], len(given)) for place in (owner, found.replica)
-    )
-    expected = ROUND_SECONDS * len(proposal.rounds()) + BYTE_SECONDS * float(np.maximum(sent, received).max())
-    return replace(proposal, nominal_seconds=expected, slowness=max(quote.slowness for quote in given))
+    sent = _sent(owner, found.replica, sizes, len(given))
+    number = len(proposal.rounds())
+    if again is not None:
+        proposal = replace(proposal, samples=again[0])
+        moves, bytes_of = again[0], np.concatenate([quote.samples.sizes for quote in given if quote.samples])
+        sent += _sent(moves.replica[moves.before], moves.replica[moves.after], bytes_of, len(given))
+        number += len(moves.rounds())
+    return replace(
+        proposal, nominal_seconds=ROUND_SECONDS * number + BYTE_SECONDS * sent,
+        slowness=max(quote.slowness for quote in given),
+    )  # fmt: skip
+
+
+def _sent(before: Places, after: Places, sizes: Places, replicas: int) -> float:
+    """Bytes on the busiest replica, one way."""
+    moved = before != after
+    return float(max(np.bincount(end[moved], sizes[moved], replicas).max() for end in (before, after)))
+
+
+def _resampled(
+    quotes: Sequence[SampleQuote | None], work: Work, found: Assignment, largest: float
+) -> tuple[SampleMoves, Resampling] | None:
+    """What moving samples adds to an exchange of whole microbatches: nothing where those end together already, or a
+    replica can't take its own apart."""
+    given = [quote for quote in quotes if quote is not None]
+    if len(given) < len(quotes) or found.after.max(initial=0.0) <= GOAL * found.after.mean():
+        return None
+    counts = np.concatenate([quote.counts for quote in given])
+    microbatch = np.repeat(np.arange(len(counts)), counts)
+    tokens, sizes = (np.concatenate([getattr(q, name) for q in given]) for name in ("tokens", "sizes"))
+    length = min(quote.length for quote in given)
+    room = length - np.bincount(microbatch, tokens, len(counts)).astype(np.int64)
+    samples = SampleWork(
+        np.concatenate([quote.seconds for quote in given]), np.concatenate([quote.held for quote in given]),
+        tokens, microbatch, (sizes > largest) | (counts[microbatch] < 2), room,
+    )  # fmt: skip
+    again = resample(samples, work, found.replica)
+    if again.after.max() > found.after.max() * (1 - LEAST_GAIN):
+        return None
+    return SampleMoves(microbatch, again.microbatch, found.replica), again
 
 
 def _meeting(quote: Quote) -> Floats:

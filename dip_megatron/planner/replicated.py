@@ -54,15 +54,30 @@ def rearranged(batches: Sequence[Batch], before: Places, after: Places) -> list[
     return [tuple(flat[number] for number in line) for line in lines(before, after, len(batches))]
 
 
-def outcome(seconds: Callable[[Batch], float], batches: Sequence[Batch], cost: Floats, moved: float = 0.0) -> Outcome:
+def outcome(
+    seconds: Callable[[Batch], float], batches: Sequence[Batch], cost: Floats, moved: float = 0.0,
+    longer: Callable[[Batch], float] | None = None,
+) -> Outcome:  # fmt: skip
     """From what each replica's plan takes. ``cost`` ``[replicas]`` is what their work is worth: of more than
-    :data:`PLANNED` only some are planned, and the mean is scaled from them by it."""
+    :data:`PLANNED` only some are planned, and the mean is scaled from them by it. ``longer``: seconds under a longer
+    search, which the slowest replicas' plans get, one after the other, until the slowest one's is such a plan; the
+    others are then taken to gain by it what these did."""
     order = np.argsort(-cost, kind="stable")
     few = len(cost) <= PLANNED
     chosen = order if few else np.concatenate([order[:10], order[10 :: max(1, len(order) // 20)]])
     took = np.array([seconds(batches[int(r)]) for r in chosen])
+    if longer is not None:
+        took = _searched_longer(took, [batches[int(r)] for r in chosen], longer)
     mean = float(took.mean()) if few else float((took / cost[chosen])[10:].mean() * cost.mean())
     return Outcome(float(took.max()), mean, moved)
+
+
+def _searched_longer(took: Floats, batches: Sequence[Batch], longer: Callable[[Batch], float]) -> Floats:
+    short, done = took.copy(), np.zeros(len(took), dtype=np.bool_)
+    while not done[slowest := int(np.argmax(took))]:
+        took[slowest], done[slowest] = min(took[slowest], longer(batches[slowest])), True
+    gained = float((took[done] / short[done]).mean())
+    return np.where(done, took, took * gained)
 
 
 def replicated(

@@ -79,6 +79,7 @@ def _exchanged(exchanges: Sequence[ExchangeReport]) -> dict[str, float]:
         "dip/slowest_replica_before": sum(e.before for e in exchanges) / count,
         "dip/slowest_replica_after": sum(e.after for e in exchanges) / count,
         "dip/microbatches_moved": sum(e.moved for e in exchanges) / count,
+        "dip/samples_moved": sum(e.samples for e in exchanges) / count,
         "dip/exchange_bytes": sum(e.sent_bytes for e in exchanges) / count,
         "dip/exchange_seconds": sum(e.seconds for e in exchanges) / count,
         "dip/exchange_stall_seconds": sum(e.stall_seconds for e in exchanges) / count,
@@ -89,9 +90,10 @@ def _exchanged(exchanges: Sequence[ExchangeReport]) -> dict[str, float]:
 def _line(scalars: dict[str, float], last: IterationReport) -> str:
     balance = ""
     if "dip/slowest_replica_before" in scalars:
+        samples = f" and {scalars['dip/samples_moved']:.0f} samples" if scalars["dip/samples_moved"] else ""
         balance = (
             f" | slowest replica {scalars['dip/slowest_replica_before']:.3f} of the mean, "
-            f"{scalars['dip/slowest_replica_after']:.3f} after {scalars['dip/microbatches_moved']:.0f} moved "
+            f"{scalars['dip/slowest_replica_after']:.3f} after {scalars['dip/microbatches_moved']:.0f}{samples} moved "
             f"in {seconds(scalars['dip/exchange_seconds'])}, waited {seconds(scalars['dip/exchange_stall_seconds'])}"
         )
     waited = seconds(scalars["dip/stall_seconds"])

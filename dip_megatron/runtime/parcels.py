@@ -27,6 +27,11 @@ def parcel_bytes(data: Any) -> int:
     return _places(head, tensors)[-1]
 
 
+def tensors_of(data: Any) -> list[torch.Tensor]:
+    """All tensors in ``data``. Raises ParcelError as :func:`pack` does."""
+    return _taken_apart(data)[1]
+
+
 def pack(data: Any, pinned: bool = False) -> torch.Tensor:
     """A parcel of ``data``, on the host (in ``pinned`` memory if asked for). Copies of tensors on an accelerator may be
     under way yet on its current stream. Raises ParcelError naming the path of what can't travel."""

@@ -27,6 +27,32 @@ class MicrobatchInputs:
     items: list[Any] | None = field(default_factory=list)
 
 
+class SamplePacking(Protocol):
+    """How a loop packs samples (documents, clips) into microbatches, for ``resample``: whoever packs them says how to
+    take a microbatch apart and how to pack samples anew. Methods are called on every rank, in a thread beside training,
+    and only move data: they call no other rank, draw no random numbers, and change nothing they are given."""
+
+    @property
+    def length(self) -> int:
+        """The most tokens of a microbatch."""
+        ...
+
+    def split(self, microbatch: MicrobatchInputs) -> Sequence[Any]:
+        """Its samples, in their order: as many on all ranks that have the microbatch. They travel as microbatches do:
+        tensors, and what Python can pickle, nested in any way."""
+        ...
+
+    def tokens(self, sample: Any) -> int:
+        """How many of a microbatch's tokens it takes."""
+        ...
+
+    def pack(self, samples: Sequence[Any]) -> MicrobatchInputs:
+        """A microbatch of these samples, one at least: the arguments of ``model(...)`` by name as ``forward_step``
+        would give them, and the items that ``forward_step`` would take for it from the data iterator. Padding, masks
+        and positions are made anew: what a sample's loss is must not depend on the samples beside it."""
+        ...
+
+
 class Inputs(list[Tensors]):
     """The payloads of a stage's incoming messages. ``units`` are those they come from, in the same order: the stage's
     own where it isn't the first of its module. ``unit`` is the stage's; without one it is the whole microbatch."""

@@ -90,8 +90,8 @@ def _main() -> None:
 
         install = dip_megatron.install
 
-        def install_and_draw(families: Any = ()) -> None:
-            install(families)
+        def install_and_draw(families: Any = (), samples: Any = None) -> None:
+            install(families, samples)
             draw_weights_before_the_optimizer()
             adapt_example(script)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -16,17 +17,19 @@ from tests.forked import forked
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "any_loop" / "train.py"
+PACKED = SCRIPT.with_name("packed.py")
 _LINE = re.compile(r"iteration (\d+): loss ([\d.]+), gradient norm ([\d.]+)")
 
 
 def trained(
-    folder: Path, environment: Mapping[str, str], *flags: str, ranks: int = 2, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[float], str]:
+    folder: Path, environment: Mapping[str, str], *flags: str, ranks: int = 2, monkeypatch: pytest.MonkeyPatch,
+    script: Path = SCRIPT,
+) -> tuple[list[float], str]:  # fmt: skip
     """Losses and gradient norms by iteration, and what all ranks wrote."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     folder.mkdir(parents=True, exist_ok=True)
-    train("run", [sys.executable, str(SCRIPT), *flags], folder, lambda *_: None, ranks, forked)
+    train("run", [sys.executable, str(script), *flags], folder, lambda *_: None, ranks, forked)
     texts = [(folder / f"run.rank{rank}.log").read_text() for rank in range(ranks)]
     numbers = [float(x) for line in _LINE.findall(texts[-1]) for x in line[1:]]
     assert len(numbers) == 8
@@ -85,9 +88,29 @@ def test_chunks_run_by_anything_but_dip_stop_before_a_step(tmp_path: Path, monke
         trained(tmp_path, {"DIP_SCHEDULE": "dynamic"}, "--by-hand", monkeypatch=monkeypatch)
 
 
-def test_the_walkthrough_shows_the_script() -> None:
-    source = SCRIPT.read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "any-loop.md").read_text(encoding="utf-8"), re.S)
+def test_documents_that_change_microbatches_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas of two stages, of which one reads longer documents; losses are weighted by tokens."""
+    theirs, before = trained(tmp_path / "plain", {}, ranks=4, monkeypatch=monkeypatch, script=PACKED)
+    asked = {
+        "DIP_SCHEDULE": "dynamic", "DIP_BALANCE": "swap", "DIP_RESAMPLE": "true", "DIP_SEARCH_BUDGET": "0.05",
+        "DIP_TRACE_DIR": str(tmp_path / "trace"),
+    }  # fmt: skip
+    ours, after = trained(tmp_path / "dip", asked, ranks=4, monkeypatch=monkeypatch, script=PACKED)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert re.findall(r"(\d+) tokens", after) == re.findall(r"(\d+) tokens", before)
+    lines = [json.loads(line) for line in (tmp_path / "trace" / "iterations.jsonl").read_text().splitlines()]
+    found = [line["exchange"] for line in lines]
+    assert found[0] is None
+    resampled = [e for e in found[1:] if e["samples"]]
+    assert resampled  # a busy host may decline some
+    assert all(e["after"] < 1.1 < e["before"] for e in resampled)
+    assert re.search(r"slowest replica .* samples moved", after)
+
+
+@pytest.mark.parametrize(("page", "script"), [("any-loop.md", SCRIPT), ("balance.md", PACKED)])
+def test_the_walkthrough_shows_the_script(page: str, script: Path) -> None:
+    source = script.read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
     lines = {line.strip() for line in source.splitlines()}
     assert blocks
     for block in blocks:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from dip_megatron.describe.workload import Microbatch
 from dip_megatron.megatron.replicas import ReplicaExchange, ReplicaExchangeError
+from dip_megatron.megatron.samples import Samples
 from dip_megatron.runtime.protocol import MicrobatchInputs
 
 
@@ -30,8 +33,9 @@ def exchange_of(rank: int, stages: int, world: int, **options: Any) -> ReplicaEx
     def price(loads: list[float]) -> Any:
         return np.array(loads)[:, None] * np.ones(stages), np.ones((len(loads), stages))
 
+    priced = options.pop("priced", price)
     options = {"timeout_seconds": 60.0} | options
-    return ReplicaExchange(peers, replica, price if stage == 0 else None, **options)
+    return ReplicaExchange(peers, replica, priced if stage == 0 else None, **options)
 
 
 def microbatch(number: int, stage: int) -> MicrobatchInputs:
@@ -161,6 +165,86 @@ def in_turn(rank: int, world: int) -> list[tuple[int, str, int, list[int]]]:
     note(strict.exchange(loads, large[:1] * 4))
     note(exchange.exchange(loads, data, complete=rank == 0))
     return out
+
+
+class Crates:
+    """A packing of made-up samples, of at most 20 tokens a microbatch. ``fault``: what is wrong with it."""
+
+    length = 20
+
+    def __init__(self, fault: str = ""):
+        self.fault = fault
+
+    def split(self, microbatch: MicrobatchInputs) -> list[Any]:
+        return list(microbatch.arguments["samples"])[int(self.fault == "loses") :]
+
+    def tokens(self, sample: Any) -> int:
+        return int(sample["missing" if self.fault == "raises" else "size"])
+
+    def pack(self, samples: Sequence[Any]) -> MicrobatchInputs:
+        return MicrobatchInputs({"samples": list(samples)}, [{"numbers": [sample["number"] for sample in samples]}])
+
+
+class CrateProgram:
+    """What of a stage program samples need."""
+
+    def bind(self, **arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    def load(self, inputs: MicrobatchInputs) -> Microbatch:
+        return Microbatch(sum(sample["size"] for sample in inputs.arguments["samples"]))
+
+
+def crates(replica: int, each: int, seed: int, stage: int) -> list[MicrobatchInputs]:
+    """Of a few samples each, those of odd replicas larger; numbers tell samples apart."""
+    draw = random.Random(f"{replica} {seed}")
+    out = []
+    for m in range(each):
+        count = draw.randint(1, 5)
+        sizes = [draw.randint(1, 4 if replica % 2 else 2) for _ in range(count)]
+        out.append(Crates().pack([
+            {"number": 100 * (replica * each + m) + i, "size": size, "data": torch.arange(size) + stage}
+            for i, size in enumerate(sizes)
+        ]))  # fmt: skip
+    return out
+
+
+def resampled(rank: int, world: int, stages: int, each: int, seed: int) -> tuple[list[list[int]], list[int], Any]:
+    """Numbers of the samples in each microbatch that this rank has afterwards, their sizes, and the report."""
+    begin()
+    stage, index = divmod(rank, world // stages)
+    exchange = priced_by_tokens(rank, stages, world, Crates())
+    mine = crates(index, each, seed, stage)
+    found, report = exchange.exchange((tuple(CrateProgram().load(m) for m in mine), None), mine)
+    for m in found:
+        assert m.items == [{"numbers": [sample["number"] for sample in m.arguments["samples"]]}]
+        for sample in m.arguments["samples"]:
+            assert torch.equal(sample["data"], torch.arange(sample["size"]) + stage)
+    held = [[sample["number"] for sample in m.arguments["samples"]] for m in found]
+    sizes = [sum(sample["size"] for sample in m.arguments["samples"]) for m in found]
+    return held, sizes, (report.before, report.after, report.moved, report.samples, report.reason)
+
+
+def priced_by_tokens(rank: int, stages: int, world: int, packing: Crates) -> ReplicaExchange:
+    """A second for a token."""
+
+    def price(given: Any) -> Any:
+        tokens = np.array([float(load.tokens) for load in given[0]])
+        return tokens[:, None] * np.ones(stages), np.ones((len(tokens), stages))
+
+    return exchange_of(rank, stages, world, priced=price, samples=Samples(packing, CrateProgram()))
+
+
+def contradicts(rank: int, world: int, fault: str) -> str:
+    """A packing that doesn't do what it says, on the last replica."""
+    begin()
+    mine = crates(rank, 1, 11, 0)
+    exchange = priced_by_tokens(rank, 1, world, Crates(fault if rank == world - 1 else ""))
+    try:
+        exchange.exchange((tuple(CrateProgram().load(m) for m in mine), None), mine)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def disagreement(rank: int, world: int) -> str:

@@ -14,6 +14,7 @@ import torch
 from dip_megatron.config import DipConfig
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import Parallel
+from tests.megatron.replica_case import Crates
 from tests.megatron.training import Log, run, trained
 
 pytestmark = [
@@ -21,7 +22,9 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
 ]
 ITERATIONS, BATCH = 5, 8
-FLAGS = ("--global-batch-size", str(BATCH), "--use-distributed-optimizer", "--overlap-grad-reduce")
+FLAGS = (
+    "--global-batch-size", str(BATCH), "--use-distributed-optimizer", "--overlap-grad-reduce",
+)  # fmt: skip
 TIED = ("--untie-embeddings-and-output-weights",)
 MEAN = ("--calculate-per-token-loss",)
 
@@ -117,10 +120,37 @@ def test_a_loop_that_is_not_read_ahead_exchanges_at_the_call(tmp_path: Path, mon
 
 
 def test_counts_move_only_where_losses_are_weighted_by_tokens() -> None:
+    config = DipConfig(schedule="dynamic", balance="free")
+    with pytest.raises(ConfigurationError, match="averages over microbatches, not over tokens; use --calculate-per"):
+        begin(config)
+    begin(config, weights_by_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "loop", "reason"),
+    [
+        ({}, {}, "nothing says how this loop's microbatches are split into samples and packed"),
+        ({}, {"samples": Crates()}, "this loop averages over microbatches"),
+        ({"balance": "off"}, {"samples": Crates(), "weights_by_tokens": True}, "ask for --dip-balance swap or free"),
+        (
+            {}, {"samples": Crates(), "weights_by_tokens": True, "parallel": Parallel(1, 2, 2, False, False, 1, 2)},
+            "replicas that share experts exchange whole microbatches alone",
+        ),
+    ],
+)  # fmt: skip
+def test_samples_move_only_where_the_loop_packs_them_and_weights_by_tokens(
+    settings: dict[str, Any], loop: dict[str, Any], reason: str
+) -> None:
+    config = DipConfig(**{"schedule": "dynamic", "balance": "swap", "resample": True, **settings})
+    with pytest.raises(ConfigurationError, match=f"resample: .*{reason}"):
+        begin(config, **loop)
+    begin(config.model_copy(update={"balance": "swap"}), samples=Crates(), weights_by_tokens=True)
+
+
+def begin(config: DipConfig, **loop: Any) -> None:
+    """A run, as far as it is refused before anything is built."""
     from dip_megatron.megatron.adapters.loop import TrainingLoop
     from dip_megatron.megatron.session import DipSession
 
-    config = DipConfig(schedule="dynamic", balance="free")
-    with pytest.raises(ConfigurationError, match="averages over microbatches, not over tokens; use --calculate-per"):
-        DipSession(TrainingLoop(Parallel(1, 2, 2, False, False), 1, 4), config, [])
-    DipSession(TrainingLoop(Parallel(1, 2, 2, False, False), 1, 4, weights_by_tokens=True), config, []).close()
+    parallel = loop.pop("parallel", Parallel(1, 2, 2, False, False))
+    DipSession(TrainingLoop(parallel, 1, 4, **loop), config, []).close()

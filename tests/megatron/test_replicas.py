@@ -9,7 +9,19 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.drawn import settings
-from tests.megatron.replica_case import another, changes, cut, disagreement, hung, in_turn, little, stuck
+from tests.megatron.replica_case import (
+    another,
+    changes,
+    contradicts,
+    crates,
+    cut,
+    disagreement,
+    hung,
+    in_turn,
+    little,
+    resampled,
+    stuck,
+)
 from tests.processes import ProcessFailure, Team, team
 
 
@@ -31,6 +43,45 @@ def test_nothing_is_lost_and_the_slowest_gets_faster(mode, stages, each, seed):
     assert bool(moved) == (reason == "") == (has != [list(range(r * each, (r + 1) * each)) for r in range(replicas)])
     if mode == "swap":
         assert {len(numbers) for numbers in has} == {each}
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(stages=st.sampled_from([1, 2]), each=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_samples_move_where_whole_microbatches_are_too_few(stages, each, seed):
+    """The same samples, each once, no microbatch too long or empty, and as many microbatches as before."""
+    answers = team(4).run(resampled, stages, each, seed)
+    replicas = 4 // stages
+    before, after, moved, samples, reason = answers[0][2]
+    has, sizes = [held for held, _, _ in answers[:replicas]], [sizes for _, sizes, _ in answers[:replicas]]
+    assert all(answers[p * replicas + r][0] == has[r] for p in range(stages) for r in range(replicas))
+    assert all(len(held) == each for held in has)
+    assert all(numbers for held in has for numbers in held)
+    assert max(size for line in sizes for size in line) <= 20
+    drawn = [sample for r in range(replicas) for m in crates(r, each, seed, 0) for sample in m.arguments["samples"]]
+    assert sorted(n for held in has for numbers in held for n in numbers) == sorted(s["number"] for s in drawn)
+    sums = [sum(line) for line in sizes]
+    assert after == pytest.approx(max(sums) / (sum(sums) / replicas))
+    assert after <= before
+    assert bool(moved or samples) == (not reason)
+
+
+def test_samples_do_move():
+    """One microbatch a replica: nothing whole can even them."""
+    *_, (before, after, moved, samples, _) = team(2).run(resampled, 1, 1, 4)[0]
+    assert (before, moved) == (pytest.approx(1.25), 0)
+    assert samples > 0
+    assert after < 1.1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("loses", r"Crates: a microbatch of .*, split and packed again, is one of "),
+        ("raises", r"Crates.tokens: KeyErr"),
+    ],
+)
+def test_a_packing_that_does_not_do_what_it_says_is_named(fault, message):
+    assert all(re.match(message, said) for said in team(2).run(contradicts, fault))
 
 
 def test_nobody_moves_where_there_is_nothing_to_gain():

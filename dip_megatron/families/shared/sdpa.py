@@ -130,7 +130,8 @@ def core_attention(layer: Any) -> Any:
 
 
 def with_sdpa(layer: ModuleSpec) -> ModuleSpec:
-    """A copy of a local transformer layer's spec whose attention runs on :class:`SdpaAttention`."""
+    """A copy of a local transformer layer's spec whose attention is torch's: causal or full, grouped queries, packed
+    sequences; also over context-parallel ranks, which Megatron's own local attention can't."""
     changed = copy.deepcopy(layer)
     changed.submodules.self_attention.submodules.core_attention = SdpaAttention
     if isinstance(changed.submodules.cross_attention, ModuleSpec):

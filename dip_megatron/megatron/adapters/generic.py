@@ -40,7 +40,7 @@ class GenericLoop(TrainingLoop):
 
 _OF_LOOP = (
     "seed", "log_interval", "read_ahead", "another_follows", "sequence_parallel", "distributed_optimizer",
-    "weights_by_tokens",
+    "weights_by_tokens", "samples",
 )  # fmt: skip
 
 

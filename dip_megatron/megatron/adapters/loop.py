@@ -12,6 +12,7 @@ from .layout import GivenLayout
 if TYPE_CHECKING:  # hooks are installed while Megatron is being imported
     from ...describe.model import Parallel
     from ...planner.live import Chunks
+    from ...runtime.protocol import SamplePacking
     from ..checkpoints import Checkpoint
 
 
@@ -26,7 +27,7 @@ class TrainingLoop:
     settings ask for; it must not apply it itself. ``weights_by_tokens``: losses and gradients of all replicas are added
     up and divided by their tokens, so that replicas may train on different numbers of microbatches. ``finalizes``: the
     loop gives schedules a function that reduces gradients over replicas. ``adapts``: the loop puts adapters into
-    the model once it is built.
+    the model once it is built. ``samples``: how it packs samples into microbatches, if it says so.
     """
 
     parallel: Parallel
@@ -40,6 +41,7 @@ class TrainingLoop:
     weights_by_tokens: bool = False
     finalizes: bool = False
     adapts: bool = False
+    samples: SamplePacking | None = None
 
     def another_follows(self) -> bool:
         """Whether the training iteration that is about to run is followed by another: data sets may hold no more than
