@@ -142,27 +142,6 @@ def test_bridges_finetune_gives_the_same_under_dip(name: str, folders: Any) -> N
             torch.testing.assert_close(under[0]["weights"][key], weight, rtol=0, atol=1e-5)
 
 
-def test_replicas_that_share_experts_train_as_under_bridge(folders: Any) -> None:
-    """Two replicas of two stages spread the experts of each layer over both: plans are made for them together."""
-    tiny = TINY["qwen3-vl-moe"]
-
-    def run(dip: dict[str, Any] | None) -> list[dict[str, Any]]:
-        ranks = Team(4)
-        try:
-            return ranks.run(
-                loop.trained, folders(tiny.name), Run(tiny=tiny.name, pipeline=2, experts=2, finetunes=True, dip=dip)
-            )
-        finally:
-            ranks.close()
-
-    modules = {module: {"layers": layers} for module, layers in partitions(tiny)["several"].items()}
-    off, under = run(None), run({"schedule": "dynamic", "modules": modules, "planner_workers": 0})
-    torch.testing.assert_close(under[-1]["losses"], off[-1]["losses"], rtol=0, atol=3e-6)
-    torch.testing.assert_close(under[-1]["norms"], off[-1]["norms"], rtol=3e-5, atol=0)
-    for key, weight in off[0]["weights"].items():
-        torch.testing.assert_close(under[0]["weights"][key], weight, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_hugging_face(name: str, folders: Any) -> None:
     tiny = TINY[name]
