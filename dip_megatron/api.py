@@ -57,7 +57,6 @@ PUBLIC: dict[str, dict[str, str]] = {
     },
     "Build a model of parts": {
         "encoder_layer_spec": "families.shared.parts",
-        "with_sdpa": "families.shared.sdpa",
         "text_layer_spec": "families.t2v.text_encoder",
         "linear": "families.shared.parts",
         "applied": "families.shared.parts",

@@ -96,6 +96,11 @@ def random_graph(
     if copied:
         trains = tuple((modules[0].trains(modules[0].segments - 1, ranks - 1),) * ranks for _ in range(1))
         modules[0] = ModalityModule("vision", ((2,) * ranks,), (), () if all(trains[0]) else trains, (), True)
+        # What all ranks encode goes to the first one, where its readers begin.
+        modules[1:] = [
+            replace(m, reversed=(False, *m.reversed[1:])) if "vision" in m.upstream and m.reversed else m
+            for m in modules[1:]
+        ]
     units: list[Unit] = []
     for m in range(microbatches):
         members: dict[str, list[int]] = {}

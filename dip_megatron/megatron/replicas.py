@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,7 @@ from ..planner.quotes import (
     propose,
     settle,
 )
+from ..planner.warm import warm_up_exchanges
 from ..runtime.groups import local_group
 from ..runtime.parcels import ParcelError, pack, parcel_bytes, tensors_of, unpack
 from .exchange import GlooExchange
@@ -332,4 +334,6 @@ def begin_exchanges(
         price_of(graphs, delivery.corrections, experts) if delivery.plans_here and graphs is not None else None,
         mode=mode, group=group, timeout_seconds=timeout_seconds, device=device, samples=samples,
     )  # fmt: skip
+    # Else the first exchange would wait for them; after an installation they are compiled first.
+    threading.Thread(target=warm_up_exchanges, name="dip-warm-up-exchanges", daemon=True).start()
     return ExchangesAhead(exchange, at_call)

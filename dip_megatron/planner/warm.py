@@ -11,6 +11,7 @@ from ..core.lower import make_plan
 from ..core.verify import verify
 from ..core.warm import smallest_graph
 from ..schedulers.joint import search_joint
+from .balance import Work, assign
 
 
 def warm_up_plans() -> None:
@@ -27,6 +28,12 @@ def warm_up_joint_plans(search: bool) -> None:
     verify_joint(make_joint_plan([graph, graph], [schedule, schedule], experts, lower_bound=0.0))
     if search:
         search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=100)
+
+
+def warm_up_exchanges() -> None:
+    """The same for what decides which microbatches replicas exchange."""
+    seconds = np.array([[3.0], [1.0], [1.0], [1.0]])
+    assign(Work(seconds, np.zeros_like(seconds), np.array([0, 0, 1, 1]), 2), "free", 1.0)
 
 
 def _smallest() -> tuple[StageGraph, Schedule]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.bridge.tiny_model import (
     AUDIO,
@@ -73,6 +75,27 @@ def qwen3(tied: bool) -> Any:
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
+def qwen3_moe(tied: bool) -> Any:
+    import transformers
+
+    text = TEXT | {
+        "head_dim": 16, "num_hidden_layers": 6, "tie_word_embeddings": tied, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.01,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
+                            "mrope_interleaved": True},
+    }  # fmt: skip
+    vision = {
+        "depth": 5, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1, 3],
+    }  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, **IDS,
+        architectures=["Qwen3VLMoeForConditionalGeneration"],
+    )  # fmt: skip
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+
+
 def exact_gelu(model: Any) -> None:
     """Bridge gives patch mergers the tower's GELU, by the tangent; Hugging Face's have the exact one."""
     if model.vision_model is None:
@@ -104,9 +127,30 @@ def qwen35(tied: bool) -> Any:
 
 
 def deterministic(provider: Any) -> None:
-    """Gated delta nets by Megatron's own rule."""
+    """Gated delta nets by Megatron's own rule; one depth of multi-token prediction."""
     provider.mrope_section, provider.deterministic_mode = [4, 2, 2], True
-    provider.cross_entropy_loss_fusion = False
+    provider.cross_entropy_loss_fusion, provider.mtp_num_layers = False, 1
+
+
+class Predicting(Tiny):
+    """With weights of multi-token prediction, which Hugging Face's model has not and its folder has."""
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        weights = load_file(folder / "model.safetensors")
+        layer = "mtp.layers.0"
+        shapes = {
+            "mtp.fc": (64, 128), "mtp.pre_fc_norm_embedding": (64,), "mtp.pre_fc_norm_hidden": (64,), "mtp.norm": (64,),
+            f"{layer}.input_layernorm": (64,), f"{layer}.post_attention_layernorm": (64,),
+            f"{layer}.self_attn.q_proj": (256, 64), f"{layer}.self_attn.k_proj": (64, 64),
+            f"{layer}.self_attn.v_proj": (64, 64), f"{layer}.self_attn.o_proj": (64, 128),
+            f"{layer}.self_attn.q_norm": (32,), f"{layer}.self_attn.k_norm": (32,),
+            f"{layer}.mlp.gate_proj": (128, 64), f"{layer}.mlp.up_proj": (128, 64), f"{layer}.mlp.down_proj": (64, 128),
+        }  # fmt: skip
+        generator = torch.Generator().manual_seed(9)
+        for name, shape in shapes.items():
+            weights[f"{name}.weight"] = 0.05 * torch.randn(shape, generator=generator)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def gemma3(tied: bool) -> Any:
@@ -194,7 +238,7 @@ def glm45(tied: bool) -> Any:
     import transformers
 
     text = TEXT | {
-        "head_dim": 16, "tie_word_embeddings": tied, "first_k_dense_replace": 4, "n_routed_experts": 4,
+        "head_dim": 16, "tie_word_embeddings": tied, "first_k_dense_replace": 1, "n_routed_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "use_qk_norm": False, "attention_bias": True,
         "image_start_token_id": START, "image_end_token_id": END, "image_token_id": IMAGE, "video_token_id": VIDEO,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
@@ -212,11 +256,14 @@ def glm45(tied: bool) -> Any:
     return transformers.Glm4vMoeForConditionalGeneration(config)
 
 
-def dense(provider: Any) -> None:
-    """All layers of the tiny GLM-4.5V are as its published first one."""
-    provider.mrope_section, provider.num_moe_experts, provider.mtp_num_layers = [2, 1, 1], None, None
-    provider.moe_permute_fusion = provider.moe_shared_expert_overlap = provider.moe_router_enable_expert_bias = False
-    provider.moe_shared_expert_intermediate_size = None
+def plain_experts(*section: int) -> Callable[[Any], None]:
+    """:func:`sections`, and experts without fused kernels and what needs devices of its own."""
+
+    def change(provider: Any) -> None:
+        provider.mrope_section, provider.mtp_num_layers = list(section), None
+        provider.moe_permute_fusion = provider.moe_shared_expert_overlap = False
+
+    return change
 
 
 class OneToken(Tiny):
@@ -323,7 +370,7 @@ TINY = {
             "qwen3-vl", qwen3, patch=16, split_frames=True, vision_layers=5, language_layers=6,
             change=sections(4, 2, 2), logits=exact_gelu, step=QWEN3_STEP,
         ),
-        Tiny(
+        Predicting(
             "qwen3-5-vl", qwen35, patch=16, split_frames=True, change=deterministic, logits=exact_gelu, step=QWEN3_STEP,
         ),
         Pictures(
@@ -332,7 +379,11 @@ TINY = {
         ),
         # A picture of one token alone in its microbatch ends in Hugging Face's code.
         Padded("ministral3-vl", ministral3, videos=False, sizes=((1, 4, 4), (1, 4, 8), (1, 8, 12))),
-        OneToken("glm-4-5v", glm45, split_frames=True, change=dense),
+        Tiny(
+            "qwen3-vl-moe", qwen3_moe, patch=16, split_frames=True, vision_layers=5, language_layers=6,
+            change=plain_experts(4, 2, 2), logits=exact_gelu, step=QWEN3_STEP, experts=True,
+        ),
+        OneToken("glm-4-5v", glm45, split_frames=True, change=plain_experts(2, 1, 1), experts=True),
         Sounding(
             "qwen2-5-omni", omni, audio_layers=4, change=sections(2, 3, 3), logits=sectioned,
             step="megatron.bridge.models.qwen_omni.qwen3_omni_step",

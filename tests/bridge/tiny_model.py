@@ -38,6 +38,7 @@ class Tiny:
     patch: int = 14
     temporal: int = 2
     split_frames: bool = False
+    experts: bool = False
     videos: bool = True
     vision_layers: int = 4
     language_layers: int = 4

@@ -59,13 +59,13 @@ def test_an_unknown_release_with_everything_in_its_place_is_named_too() -> None:
 
 
 REPLACED = """
-        import functools
+        import functools, types
         from dip_megatron.megatron.hooks import Hooks
         def theirs(*arguments, **keywords): ...
         training.get_model = {replacement}
         hooks = Hooks.installed()
         hooks.make_session = lambda *_: None
-        hooks.begin(None, None)
+        hooks.begin(types.SimpleNamespace(samples=None), None)
 """
 
 

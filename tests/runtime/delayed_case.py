@@ -216,7 +216,7 @@ class DelayedTransport:
     sees_arrivals = False
 
     def __init__(self, folder: Path, rank: int, world: int, seed: int):
-        channels = ring_channels(world)
+        channels = ring_channels(world, replicated=True)
         paths = {c: str(folder / f"{c.source}-{c.target}-{int(c.gradient)}") for c in channels}
         listeners = {c: Listener(paths[c], "AF_UNIX") for c in channels if c.target == rank}
         self._sends: dict[Channel, _End] = {}

@@ -66,7 +66,7 @@ class Vision(GridEncoder):
 
 
 class Glm45Vl(ProviderPage):
-    """Its layers without experts; those with are a matter of the loop's checks."""
+    """Its first layers have no experts."""
 
     name = "glm-4-5v"
     model_class = GLM45VModel

@@ -26,7 +26,7 @@ from ...describe.model import (
     Projector,
     TokenEmbedding,
 )
-from ..describe import layer_shape, trainable_parts
+from ..describe import configured_experts, layer_shape, trainable_parts
 from ..shared.cut import CutPoints, found
 from ..shared.shapes import LANGUAGE, VISION
 from .shapes import HiddenShape
@@ -111,6 +111,8 @@ class Page(ABC):
         "inference_context": "inference",
         "inference_params": "inference",
     }
+    predicts: ClassVar[bool] = False
+    """Whether the class takes multi-token prediction."""
     replicates: ClassVar[bool] = True
     """Whether every rank may hold all of an encoder."""
     usual_picture: ClassVar[int] = 391
@@ -118,7 +120,7 @@ class Page(ABC):
 
     def check(self, config: Any) -> None:
         """Raises ValueError for models that can't be segmented."""
-        if getattr(config, "mtp_num_layers", None):
+        if getattr(config, "mtp_num_layers", None) and not self.predicts:
             raise ValueError("DIP can't segment multi-token prediction layers; use --dip-schedule off")
         if config.context_parallel_size > 1:
             raise ValueError(f"DIP can't run {self.model_class.__name__} with context parallelism; use "
@@ -163,9 +165,11 @@ class Page(ABC):
         """The language model in the planner's words."""
         reads, words = not freeze.get("freeze_language_model"), self.vocabulary(config)
         return ModuleShape(
-            LANGUAGE, "text", config.num_layers, layer_shape(config, causal=True), TokenEmbedding(words),
+            LANGUAGE, "text", config.num_layers,
+            layer_shape(config, causal=True, spec=configured_experts(config)), TokenEmbedding(words),
             LanguageHead(words, self.tied(config)),
             tuple(e.name for e in self.encoders), trainable_parts(stem=reads, layers=reads, head=reads),
+            mtp=getattr(config, "mtp_num_layers", None) or 0,
         )  # fmt: skip
 
     def describe(self, config: Any, freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:

@@ -91,17 +91,24 @@ class Vision(GridEncoder):
 
 
 class Qwen3Vl(Page):
-    """Qwen3.5-VL has the same class: its layers, full attention among gated delta nets, come as a list."""
+    """Qwen3.5-VL has the same class: its layers, full attention among gated delta nets, come as a list, and it has
+    multi-token prediction."""
 
     name = "qwen3-vl"
     model_class = Qwen3VLModel
     encoders = (Vision(),)
     config_name = "language_transformer_config"
+    predicts = True
     usual_picture = 300
     """Patches of 16 x 16, four a token."""
 
     def check(self, config: Any) -> None:
         super().check(config)
+        if getattr(config, "mtp_num_layers", None) and not hasattr(config, "build_mtp_spec"):
+            raise ValueError(
+                f"a {type(config).__name__} says nothing of its {config.mtp_num_layers} multi-token prediction layers; "
+                "leave out mtp_num_layers"
+            )
         if getattr(getattr(config, "dist_train", None), "use_dist_train", False):
             raise ValueError("DIP places encoders itself; leave out dist_train.use_dist_train")
 
@@ -126,6 +133,8 @@ class Qwen3Vl(Page):
         }  # fmt: skip
         if hasattr(config, "build_language_spec"):
             given["language_transformer_layer_spec"] = config.build_language_spec(vp_stage=segment)
+        predicts = last and getattr(config, "mtp_num_layers", None)  # beside the head alone
+        given["mtp_block_spec"] = config.build_mtp_spec(vp_stage=segment) if predicts else None
         model = Qwen3VLModel(**given)
         model.add_encoder = first
         return model
