@@ -72,6 +72,8 @@ class Run:
     bf16: bool = False
     save: Path | None = None
     load: Path | None = None
+    export: Path | None = None
+    """where to write what was trained, as a Hugging Face folder"""
     finetunes: bool = False
     text: bool = False
     """whether the folder has a model of text alone"""
@@ -188,6 +190,8 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
             weights = dict(bridge.export_hf_weights(context.model, cpu=True, show_progress=False))
             if rank == 0:
                 result["weights"] = weights
+            if run.export is not None:
+                AutoBridge.from_hf_pretrained(folder).save_hf_pretrained(context.model, run.export, show_progress=False)
 
     train = finetune if run.finetunes else pretrain
     train(configuration(folder, run), step.forward_step, callbacks=[Record()])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.bridge.equality import Case, provider_of
 from tests.bridge.loop import Run, save_text_model, trained
 from tests.bridge.tiny import TINY
-from tests.processes import Team
+from tests.processes import Team, team
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,35 @@ def test_dip_trains_as_one_rank(folder: Path, alone: dict[str, Any]) -> None:
 def test_an_encoder_that_stands_on_both_ranks_trains_as_on_one(folder: Path, alone: dict[str, Any]) -> None:
     """One image or video a unit, encoded by one rank or the other; copies that stepped apart would show."""
     assert_same(run(folder, Run(pipeline=2, dip=REPLICATED)), alone)
+
+
+def read_again(rank: int, world: int, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights that Hugging Face's model has of a folder, and Bridge's own model exports again."""
+    import transformers
+
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    read = {  # by the names of files
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): weight
+        for name, weight in theirs.state_dict().items()
+    }
+    saved = load_file(folder / "model.safetensors")
+    assert read.keys() == saved.keys()
+    assert all(torch.equal(weight, saved[name]) for name, weight in read.items())
+    bridge, provider = provider_of(Case("qwen2-5-vl", folder, {}), world)
+    model = provider.provide(pre_process=True, post_process=True)
+    bridge.load_hf_weights([model])
+    return dict(bridge.export_hf_weights([model], cpu=True, show_progress=False))
+
+
+def test_what_dip_trained_is_saved_and_read_again_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    trained = run(folder, Run(pipeline=2, iterations=2, dip=GIVEN, export=tmp_path))[0]["weights"]
+    start, saved = (load_file(made / "model.safetensors") for made in (folder, tmp_path))
+    assert saved.keys() == trained.keys() == start.keys()
+    assert [name for name in saved if torch.equal(saved[name], start[name])] == []
+    again = team(1).run(read_again, tmp_path)[0]
+    for name, weight in trained.items():
+        assert torch.equal(saved[name], weight), name
+        assert torch.equal(again[name], weight), name
 
 
 def test_dips_own_partition_replaces_virtual_stages(folder: Path, alone: dict[str, Any]) -> None:
