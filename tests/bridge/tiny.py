@@ -55,44 +55,37 @@ def sections(*section: int) -> Callable[[Any], None]:
     return change
 
 
-def qwen3(tied: bool) -> Any:
-    import transformers
-
-    text = TEXT | {
-        "head_dim": 16, "num_hidden_layers": 6, "tie_word_embeddings": tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
-                            "mrope_interleaved": True},
+def qwen3_parts(tied: bool, **text: Any) -> dict[str, Any]:
+    """Of a configuration of Qwen3-VL's, dense or with experts."""
+    rotary = {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
     }  # fmt: skip
+    language = {"head_dim": 16, "num_hidden_layers": 6, "tie_word_embeddings": tied, "rope_parameters": rotary}
     vision = {
         "depth": 5, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16,
         "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 1, 3],
     }  # fmt: skip
-    config = transformers.Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, **IDS,
-        architectures=["Qwen3VLForConditionalGeneration"],
-    )  # fmt: skip
+    return {
+        "text_config": TEXT | language | text, "vision_config": vision, "tie_word_embeddings": tied,
+        "dtype": torch.float32, **IDS,
+    }  # fmt: skip
+
+
+def qwen3(tied: bool) -> Any:
+    import transformers
+
+    config = transformers.Qwen3VLConfig(**qwen3_parts(tied), architectures=["Qwen3VLForConditionalGeneration"])
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
 def qwen3_moe(tied: bool) -> Any:
     import transformers
 
-    text = TEXT | {
-        "head_dim": 16, "num_hidden_layers": 6, "tie_word_embeddings": tied, "num_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.01,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
-                            "mrope_interleaved": True},
-    }  # fmt: skip
-    vision = {
-        "depth": 5, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1, 3],
-    }  # fmt: skip
-    config = transformers.Qwen3VLMoeConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, **IDS,
-        architectures=["Qwen3VLMoeForConditionalGeneration"],
+    parts = qwen3_parts(
+        tied, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, router_aux_loss_coef=0.01
     )  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(**parts, architectures=["Qwen3VLMoeForConditionalGeneration"])
     return transformers.Qwen3VLMoeForConditionalGeneration(config)
 
 
