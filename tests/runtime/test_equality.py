@@ -133,24 +133,30 @@ def test_tile_tags():
     check(case, 2)
 
 
-def refused(rank: int, world: int) -> str:
+def refused(rank: int, world: int) -> list[str]:
     from dip_megatron.families.llava.program import LlavaProgram
     from dip_megatron.runtime.protocol import MicrobatchInputs
 
     case = Case((2,), tagged=True)
-    program = LlavaProgram(llava_kwargs(case, 1), {"vision": case.vision, "language": case.language}, rank=0)
+    layers = {"vision": case.vision, "language": case.language}
+    kwargs, hybrid = llava_kwargs(case, 1), llava_kwargs(case, 1)
+    hybrid["language_transformer_config"].language_model_type = "nemotron5-hybrid-8b"
+    program = LlavaProgram(kwargs, layers, rank=0)
     item = batch(0, 2, 1)
-    with pytest.raises(ValueError) as error:  # noqa: PT011  what it says is compared below
-        program.load(MicrobatchInputs(program.bind(
-            item["images"], item["tokens"], None, None, num_image_tiles=torch.tensor([1, 1])
-        )))  # fmt: skip
-    return str(error.value)
+    several = program.bind(item["images"], item["tokens"], None, None, num_image_tiles=torch.tensor([1, 1]))
+    said = []
+    for call in (lambda: program.load(MicrobatchInputs(several)), lambda: LlavaProgram(hybrid, layers, rank=0)):
+        with pytest.raises(ValueError) as error:  # noqa: PT011  what it says is compared below
+            call()
+        said.append(str(error.value))
+    return said
 
 
-def test_tile_tags_of_several_images_are_refused():
-    """Megatron's model knows them for one image a batch."""
+def test_what_it_cannot_run_is_refused_with_a_reason():
+    """Megatron's model knows tile tags for one image a batch."""
     (said,) = team(1).run(refused)
-    assert said == (
+    assert said == [
         "Megatron's LLaVAModel knows tile tags for one image a microbatch, with num_image_tiles; this one has 2: leave "
-        "the tags out, or give one image"
-    )
+        "the tags out, or give one image",
+        "DIP can't segment hybrid (Mamba) language models; use --dip-schedule off",
+    ]
