@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from examples.llava_digits.runs import train
+from tests.forked import forked
 
 pytestmark = [
     pytest.mark.skipif(
@@ -28,7 +29,7 @@ DIP = {
 def ran(out: Path, ranks: int) -> list[dict[str, Any]]:
     """What each rank saved."""
     out.mkdir()
-    train("roll", [sys.executable, "-m", "tests.bridge.roll_step", str(out)], out, lambda *_: None, ranks=ranks)
+    train("roll", [sys.executable, "-m", "tests.bridge.roll_step", str(out)], out, lambda *_: None, ranks, forked)
     return [torch.load(out / f"{rank}.pt") for rank in range(ranks)]
 
 
