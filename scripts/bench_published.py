@@ -4,11 +4,11 @@
     scripts/bench published [--models glm-4-5v,...] [--microbatches 64] [--evaluations 20000] [--json FILE]
 
 Megatron-Bridge's recipes for H100s with their parallel sizes, replicas, microbatches (at most ``--microbatches`` of
-them are drawn) and sequences, drawn from ``vlm-any-resolution``. ``as published``: the encoder whole on the first stage and
-layers of the language model on chunks as the recipe lays them out. Other schedules choose their chunks on batches drawn
-before; all of them recompute as little as fits, and wait for one another in every stage with experts, as replicas that
-share an expert group do. ``over dip`` is over joint plans without an exchange. Left out: overlap of the experts'
-exchange with compute inside a chunk, which six of these recipes ask for; it would shorten all rows.
+them are drawn) and sequences, drawn from ``vlm-any-resolution``. ``as published``: the encoder whole on the first stage
+and layers of the language model on chunks as the recipe lays them out. Other schedules choose their chunks on batches
+drawn before; all of them recompute as little as fits, and wait for one another in every stage with experts, as replicas
+that share an expert group do. ``over dip`` is over joint plans without an exchange. Left out: overlap of the experts'
+exchange with compute inside a chunk, which four of these recipes ask for; it would shorten all rows.
 """
 
 from __future__ import annotations
