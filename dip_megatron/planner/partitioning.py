@@ -263,7 +263,7 @@ class _Search:
             if self.placements[i] == "either":
                 yield replace(setting, segments=_with(setting.segments, i, 0 if setting.segments[i] else 1))
             for k in (setting.segments[i] + 1, setting.segments[i] - 1) if setting.segments[i] else ():
-                if 1 <= k <= min(MAX_SEGMENTS, max(1, shape.layers // ranks)):
+                if 1 <= k <= min(MAX_SEGMENTS, -(-shape.layers // ranks)):
                     yield replace(setting, segments=_with(setting.segments, i, k))
         for weight in STAGE_WEIGHTS:
             if weight != setting.stage_weight:
