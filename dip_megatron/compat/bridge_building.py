@@ -11,6 +11,7 @@ import torch
 
 from .names import Name, Topic
 
+_ROPE = "megatron.bridge.models.qwen_omni.modeling_qwen3_omni.rope"
 TOPIC = Topic(
     "parts of Megatron-Bridge's models",
     "megatron-bridge",
@@ -18,6 +19,8 @@ TOPIC = Topic(
     "Qwen's omni models and those with deepstack can't be trained under DIP",
     (
         Name("megatron.bridge.models.qwen_omni.modeling_qwen25_omni.thinker_model:Qwen3VLGPTModel"),
+        Name("megatron.bridge.models.qwen_omni.modeling_qwen3_omni.thinker_model:Qwen3VLGPTModel"),
+        Name(f"{_ROPE}:_get_feat_extract_output_lengths", ("input_lengths",)),
         Name(
             "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_block:Qwen3VLTransformerBlock._deepstack_process",
             ("hidden_states", "visual_pos_masks", "visual_embeds"),
@@ -54,3 +57,10 @@ def add_deepstack(decoder: Any, hidden: torch.Tensor, where: torch.Tensor, featu
     """``hidden`` with an encoder layer's ``features`` added ``where`` images stand, as the decoder itself does it."""
     added: torch.Tensor = decoder._deepstack_process(hidden, where, features)
     return added
+
+
+def sound_tokens(frames: torch.Tensor) -> torch.Tensor:
+    """What clips of so many mel ``frames`` become in Qwen3-Omni, ``[clips]`` both."""
+    rope: Any = importlib.import_module(_ROPE)
+    counted: torch.Tensor = rope._get_feat_extract_output_lengths(frames)
+    return counted
