@@ -68,7 +68,7 @@ TOPIC = Topic(
         ),
         Name(
             "megatron.bridge.models.kimi_vl.modeling_kimi_k25_vl:KimiK25VLModel",
-            has=("vision_tower", "mm_projector", "_extract_image_features", "language_model", "freeze"),
+            has=("vision_tower", "mm_projector", "language_model", "freeze"),
         ),
         Name(
             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni:Qwen2_5OmniAudioEncoder",

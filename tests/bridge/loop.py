@@ -148,7 +148,7 @@ def configuration(folder: Path, run: Run) -> Any:
         tokenizer=bridge.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY),
         checkpoint=bridge.CheckpointConfig(
             save=run.save and str(run.save), save_interval=2 if run.save else None, load=run.load and str(run.load),
-            pretrained_checkpoint=str(folder) if run.finetunes else None,
+            pretrained_checkpoint=str(folder) if run.finetunes else None, hf_trust_remote_code=True,
         ),
         rng=bridge.RNGConfig(seed=1234),
         dist=bridge.DistributedInitConfig(distributed_backend="gloo"),

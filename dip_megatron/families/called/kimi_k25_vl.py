@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.bridge.models.kimi_vl.modeling_kimi_k25_vl import KimiK25VLModel
 
+from ...compat.bridge_building import KIMI_FEATURES, kimi_features
 from ...describe.model import ModuleShape, PatchEmbedding, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
@@ -22,7 +23,7 @@ _PIXELS, _GRIDS = "pixel_values", "image_grid_thw"
 class Vision(Encoder):
     """An instance is a picture of any size."""
 
-    called = "_extract_image_features"
+    called = KIMI_FEATURES
     depth = "vision_config.vt_num_hidden_layers"
 
     def points(self, config: Any) -> CutPoints:
@@ -70,7 +71,7 @@ class Vision(Encoder):
             start = sum(patches[: own.start])
             pixels = arguments[_PIXELS][start : start + sum(patches[own])]
             hidden = pixels.to(model.config.params_dtype)
-        return torch.cat(list(model._extract_image_features(hidden, grids[own])))
+        return kimi_features(model, hidden, grids[own])
 
     def lean(self, arguments: Arguments, present: bool) -> dict[str, Any]:
         """A single patch, or the model would take the microbatch for one of text alone."""
