@@ -1,5 +1,6 @@
-"""ms-swift's own trainer with mcore-bridge's models on two CPU ranks: the same numbers without DIP and under it; and
-InternVL, which comes through mcore-bridge alone, as :mod:`.test_families` has the families of Megatron-Bridge."""
+"""ms-swift's own trainer with mcore-bridge's models on two CPU ranks: the same numbers without DIP and under it, which
+the wheel's start-up file and the environment alone switch on; and InternVL, which comes through mcore-bridge alone, as
+:mod:`.test_families` has the families of Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
     out = tmp_path_factory.mktemp("swift")
     all_runs = RUNS | {run: asked for name in MCORE_TINY for run, asked in compared(name).items()}
     command = [sys.executable, "-m", "tests.bridge.swift_training", str(folders), str(out), json.dumps(all_runs)]
-    train("swift", command, out, lambda *_: None, ranks=2)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DIP_SCHEDULE", "dynamic")  # for the start-up file; each run has variables of its own
+        train("swift", command, out, lambda *_: None, ranks=2)
     return {name: [torch.load(out / f"{name}-{rank}.pt") for rank in range(2)] for name in all_runs}
 
 
