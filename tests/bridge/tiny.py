@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.bridge.tiny_kimi import Patches, kimi, latent
 from tests.bridge.tiny_model import (
     END,
     IDS,
@@ -281,6 +282,7 @@ TINY = {
             "qwen3-vl-moe", qwen3_moe, patch=16, split_frames=True, vision_layers=5, language_layers=6,
             change=plain_experts(4, 2, 2), logits=exact_gelu, step=QWEN3_STEP, experts=True,
         ),
+        Patches("kimi-k2-5", kimi, temporal=1, videos=False, change=latent, experts=True),
         OneToken("glm-4-5v", glm45, split_frames=True, change=plain_experts(2, 1, 1), experts=True),
         *OMNI,
     )
