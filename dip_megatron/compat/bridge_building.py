@@ -11,16 +11,22 @@ import torch
 
 from .names import Name, Topic
 
+KIMI_FEATURES = "_extract_image_features"
+"""The method of Bridge's Kimi-K2.5 that calls its encoder and its projector."""
 TOPIC = Topic(
     "parts of Megatron-Bridge's models",
     "megatron-bridge",
     "0.6.2",
-    "Qwen's omni models and those with deepstack can't be trained under DIP",
+    "Kimi-K2.5, Qwen's omni models and those with deepstack can't be trained under DIP",
     (
         Name("megatron.bridge.models.qwen_omni.modeling_qwen25_omni.thinker_model:Qwen3VLGPTModel"),
         Name(
             "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_block:Qwen3VLTransformerBlock._deepstack_process",
             ("hidden_states", "visual_pos_masks", "visual_embeds"),
+        ),
+        Name(
+            f"megatron.bridge.models.kimi_vl.modeling_kimi_k25_vl:KimiK25VLModel.{KIMI_FEATURES}",
+            ("pixel_values", "grid_thws"),
         ),
     ),
 )
@@ -48,6 +54,11 @@ def without_language_model(module: str) -> Iterator[None]:
         yield
     finally:
         loaded.Qwen3VLGPTModel = whole
+
+
+def kimi_features(model: Any, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """What that makes of pictures: embeddings ``[tokens, language hidden]`` of all of them."""
+    return torch.cat(list(model._extract_image_features(pixels, grids)))
 
 
 def add_deepstack(decoder: Any, hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

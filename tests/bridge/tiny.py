@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.bridge.tiny_kimi import Patches, kimi, latent
 from tests.bridge.tiny_model import (
     AUDIO,
     AUDIO_END,
@@ -22,6 +22,8 @@ from tests.bridge.tiny_model import (
     Content,
     Grid,
     Tiny,
+    plain_experts,
+    sections,
 )
 
 QWEN3_STEP = "megatron.bridge.models.qwen_vl.qwen3_vl_step"
@@ -44,15 +46,6 @@ def qwen25(tied: bool) -> Any:
         architectures=["Qwen2_5_VLForConditionalGeneration"],
     )  # fmt: skip
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def sections(*section: int) -> Callable[[Any], None]:
-    """Bridge's providers keep the sections of M-RoPE of the published models."""
-
-    def change(provider: Any) -> None:
-        provider.mrope_section = list(section)
-
-    return change
 
 
 def qwen3_parts(tied: bool, **text: Any) -> dict[str, Any]:
@@ -249,16 +242,6 @@ def glm45(tied: bool) -> Any:
     return transformers.Glm4vMoeForConditionalGeneration(config)
 
 
-def plain_experts(*section: int) -> Callable[[Any], None]:
-    """:func:`sections`, and experts without fused kernels and what needs devices of its own."""
-
-    def change(provider: Any) -> None:
-        provider.mrope_section, provider.mtp_num_layers = list(section), None
-        provider.moe_permute_fusion = provider.moe_shared_expert_overlap = False
-
-    return change
-
-
 class OneToken(Tiny):
     """With one token for images and videos, of which a microbatch therefore holds either."""
 
@@ -376,6 +359,7 @@ TINY = {
             "qwen3-vl-moe", qwen3_moe, patch=16, split_frames=True, vision_layers=5, language_layers=6,
             change=plain_experts(4, 2, 2), logits=exact_gelu, step=QWEN3_STEP, experts=True,
         ),
+        Patches("kimi-k2-5", kimi, temporal=1, videos=False, change=latent, experts=True),
         OneToken("glm-4-5v", glm45, split_frames=True, change=plain_experts(2, 1, 1), experts=True),
         Sounding(
             "qwen2-5-omni", omni, audio_layers=4, change=sections(2, 3, 3), logits=sectioned,

@@ -126,3 +126,22 @@ class Tiny:
                 found[name] = torch.randn(sum(map(prod, own)), values, generator=generator)
                 found[f"{kind}_grid_thw"] = torch.tensor(own)
         return found
+
+
+def sections(*section: int) -> Callable[[Any], None]:
+    """Bridge's providers keep the sections of M-RoPE of the published models."""
+
+    def change(provider: Any) -> None:
+        provider.mrope_section = list(section)
+
+    return change
+
+
+def plain_experts(*section: int) -> Callable[[Any], None]:
+    """:func:`sections`, and experts without fused kernels and what needs devices of its own."""
+
+    def change(provider: Any) -> None:
+        provider.mrope_section, provider.mtp_num_layers = list(section), None
+        provider.moe_permute_fusion = provider.moe_shared_expert_overlap = False
+
+    return change
