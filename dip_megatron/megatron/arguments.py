@@ -93,11 +93,6 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
         "it gives each microbatch another group of ranks, with other shapes",
         f"use --context-parallel-size alone {_WITH_OFF}",
     )  # fmt: skip
-    evaluated = getattr(args, "eval_micro_batch_size", None)
-    refuse(
-        evaluated not in (None, args.micro_batch_size), f"--eval-micro-batch-size {evaluated}",
-        "payload shapes in plans are those of --micro-batch-size", f"leave it out {_WITH_OFF}",
-    )  # fmt: skip
     refuse(
         getattr(args, "perform_rl_step", False), "--perform-rl-step",
         "its batches are made while it trains and can't be read ahead", _WITH_OFF.removeprefix("or "),
@@ -109,11 +104,6 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
     refuse(
         getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False), "FSDP",
         "it gathers parameters in one fixed order of layers", f"use --use-distributed-optimizer {_WITH_OFF}",
-    )  # fmt: skip
-    graphs = getattr(args, "cuda_graph_impl", "none") or "none"
-    refuse(
-        graphs != "none" or getattr(args, "enable_cuda_graph", False), f"CUDA graphs ({graphs})",
-        "a captured iteration can't change with the batch", f"leave --cuda-graph-impl out {_WITH_OFF}",
     )  # fmt: skip
     refuse(
         getattr(args, "moe_paged_stash", False), "--moe-paged-stash", "it wraps Megatron's own schedule",

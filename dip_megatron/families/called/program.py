@@ -157,16 +157,13 @@ class CalledProgram(SegmentedProgram):
         if ids is None:
             raise ValueError("the loop's forward_step gives the first pipeline rank no tokens")
         samples, length = ids.shape
-        if samples != self.shapes.micro_batch_size:
-            raise ValueError(
-                f"a microbatch of {samples} samples where the micro batch size is {self.shapes.micro_batch_size}"
-            )
+        rows = 0 if samples == self.shapes.micro_batch_size else int(samples)
         held = {e.kind: tuple(e.tokens(self._config, arguments)) for e in self._page.encoders}
         packed = arguments.get("packed_seq_params")
         sequences = (int(length),) * samples if packed is None else packed_lengths(packed, int(length))
         text = samples * int(length) - sum(map(sum, held.values()))
         images, audios = held.pop("images", ()), held.pop("audios", ())
-        return Microbatch(text, images, audios, sequences=sequences, others=held)
+        return Microbatch(text, images, audios, sequences=sequences, others=held, rows=rows)
 
     # -- stages --------------------------------------------------------------------------------------------------
     def forward(
@@ -201,7 +198,7 @@ class CalledProgram(SegmentedProgram):
         self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any], starts: bool
     ) -> tuple[Any, dict[int, torch.Tensor]]:
         model = self._model(chunk)
-        taps = self._arrived(inputs, starts)
+        taps = self._arrived(inputs, arguments, starts)
         given = dict(arguments)
         if starts:
             for name, encoder in self._encoders.items():
@@ -225,13 +222,14 @@ class CalledProgram(SegmentedProgram):
         found(model, self._page.language).decoder.input_tensor = None  # Megatron's block would hold it
         return (output[0] if isinstance(output, tuple) and not model.post_process else output), taps
 
-    def _arrived(self, inputs: Inputs, starts: bool) -> dict[int, torch.Tensor]:
+    def _arrived(self, inputs: Inputs, arguments: Mapping[str, Any], starts: bool) -> dict[int, torch.Tensor]:
         arrived: dict[int, torch.Tensor] = {}
         for name, encoder in self.shapes.encoders.items():
             for i in range(len(encoder.tapped)):
                 tap = inputs.of(name, tap_name(i)) if starts else inputs[0].get(tap_name(i))
                 if tap is not None:
-                    arrived[i] = tap
+                    order = self._encoders[name].in_order
+                    arrived[i] = order(self._config, arguments, tap) if starts else tap
         return arrived
 
 
