@@ -64,7 +64,10 @@ if not distrib_optimizer.HAVE_APEX_OR_TE:
 # Starting Python and loading the kernels takes longer than what most tests plan; tests/planner and whatever starts
 # ranks by their command have workers as users have them.
 service.start_process = forked_planner.start_process
-warm_up(), warm_up_plans(), warm_up_joint_plans(search=True), warm_up_exchanges()
+warm_up()
+warm_up_plans()
+warm_up_joint_plans(search=True)
+warm_up_exchanges()
 gc.collect()
 gc.freeze()  # a collection in a rank would write to, and so copy, what is shared
 atexit.register(gc.unfreeze)  # else libraries complain of what was left when the server ends
