@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.forked import forked
+from tests.processes import free_port
 
 SCRIPT = """
-import os, signal
+import os, sys, signal
+sys.path.insert(0, {root!r})
 import torch
+torch.set_num_threads(1)
 from dip_megatron.runtime.watch import Watchdog
 import tests.runtime.dip_case as dip_case
 from tests.runtime.llava_case import Case, initialize
@@ -40,18 +44,30 @@ dip_case.dip_run(rank, world, Case((2, 0, 3, 1), vision=((1,) * world,), languag
 
 
 @pytest.mark.parametrize("fault", ["raises", "killed"])
-def test_everyone_leaves_and_says_where_it_stood(fault, tmp_path):
-    world = 3
-    logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
-    with forked([sys.executable, "-c", SCRIPT.format(fault=fault)], logs) as processes:
-        deadline = time.monotonic() + 150
-        while None in (codes := [process.poll() for process in processes]):
-            assert time.monotonic() < deadline, "a rank hangs after another's failure"
-            time.sleep(0.05)
-    outputs = [log.read_text() for log in logs]
-    assert [code != 0 for code in codes] == [True] * world
+def test_everyone_leaves_and_says_where_it_stood(fault):
+    world, root = 3, os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT.format(root=root, fault=fault)],
+            env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank),
+                 "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    deadline = time.monotonic() + 150
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 1.0))[1])
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                other.kill()
+            pytest.fail("a rank hangs after another's failure")
+    assert [p.returncode != 0 for p in processes] == [True] * world
     if fault == "killed":
-        assert codes[-1] == -signal.SIGKILL
+        assert processes[-1].returncode == -signal.SIGKILL
     else:
         assert "the loss went up in flames" in outputs[-1]
     for rank, text in enumerate(outputs[:-1]):
