@@ -93,11 +93,6 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
         "it gives each microbatch another group of ranks, with other shapes",
         f"use --context-parallel-size alone {_WITH_OFF}",
     )  # fmt: skip
-    evaluated = getattr(args, "eval_micro_batch_size", None)
-    refuse(
-        evaluated not in (None, args.micro_batch_size), f"--eval-micro-batch-size {evaluated}",
-        "payload shapes in plans are those of --micro-batch-size", f"leave it out {_WITH_OFF}",
-    )  # fmt: skip
     refuse(
         getattr(args, "perform_rl_step", False), "--perform-rl-step",
         "its batches are made while it trains and can't be read ahead", _WITH_OFF.removeprefix("or "),

@@ -43,7 +43,6 @@ EXPERTS: dict[str, Any] = {
         ),
         ({"use_torch_fsdp2": True}, "FSDP: .* use --use-distributed-optimizer"),
         ({"use_megatron_fsdp": True}, "FSDP: .* use --use-distributed-optimizer"),
-        ({"eval_micro_batch_size": 2}, "--eval-micro-batch-size 2: payload shapes .* leave it out"),
         ({"perform_rl_step": True}, "--perform-rl-step: .* can't be read ahead; use --dip-schedule off"),
     ],
 )

@@ -4,6 +4,7 @@ experts."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,14 @@ class KimiK25Vl(ProviderPage):
     model_class = KimiK25VLModel
     encoders = (Vision(),)
     usual_picture = 391
+
+    def decoder(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
+        """Latent attention as a grouped one with as few keys and values as tensor-parallel ranks allow, which comes
+        nearest in parameters: 2 h * heads * v for queries and output, of latent attention's h * (q + kv + positions) +
+        heads * (q * (k + positions) + kv * (k + v) + h * v), ``q`` and ``kv`` the ranks (arXiv 2405.04434)."""
+        shape = super().decoder(config, freeze)
+        few = replace(shape.layer, kv_groups=config.tensor_model_parallel_size, head_dim=config.v_head_dim)
+        return replace(shape, layer=few)
 
     def chunk(self, kwargs: Mapping[str, Any], config: Any, *, first: bool, last: bool, segment: int) -> Any:
         """Built as a later stage is, which has no encoder, but for the language model in it: depth of the encoder is
