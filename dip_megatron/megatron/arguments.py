@@ -105,11 +105,6 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
         getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False), "FSDP",
         "it gathers parameters in one fixed order of layers", f"use --use-distributed-optimizer {_WITH_OFF}",
     )  # fmt: skip
-    graphs = getattr(args, "cuda_graph_impl", "none") or "none"
-    refuse(
-        graphs != "none" or getattr(args, "enable_cuda_graph", False), f"CUDA graphs ({graphs})",
-        "a captured iteration can't change with the batch", f"leave --cuda-graph-impl out {_WITH_OFF}",
-    )  # fmt: skip
     refuse(
         getattr(args, "moe_paged_stash", False), "--moe-paged-stash", "it wraps Megatron's own schedule",
         f"leave it out {_WITH_OFF}",
