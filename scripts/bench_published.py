@@ -51,7 +51,7 @@ from scripts.bench_replicas import Case, Seconds
 MIX = "vlm-any-resolution"
 PUBLISHED, FIRST_STAGE = "as published", "encoder-first-stage"
 BASELINES = (FIRST_STAGE, "megatron-interleaved", "encoders-first", "bigmac", "disttrain")
-TRIALS = 6
+TRIALS = 25
 """Partitions judged for each recipe."""
 
 

@@ -97,11 +97,11 @@ def stage(case: Case, rank: int) -> int:
 
 
 def batches(case: Case, rank: int) -> list[dict[str, Any]]:
-    """Microbatches as Bridge's steps hand them to a rank's model: pixels on the first rank only."""
-    found = []
+    """Microbatches as Bridge's steps hand them to a rank's model: pixels on the first rank only, as a rule."""
+    found, first = [], rank == 0 or case.of.pixels_everywhere
     for i, shown in enumerate(case.of.contents(case.seed, MICROBATCHES)):
         arguments = case.of.arguments(shown, 100 * case.seed + i)
-        found.append({name: value for name, value in arguments.items() if rank == 0 or not name.startswith(PIXELS)})
+        found.append({name: value for name, value in arguments.items() if first or not name.startswith(PIXELS)})
     return found
 
 

@@ -37,7 +37,7 @@ def partitions(tiny: Tiny) -> dict[str, dict[str, Any]]:
     rest, half = tiny.vision_layers - 2, tiny.language_layers // 2
     cuts: dict[str, dict[str, Any]] = {
         "one": {"vision": ((1, tiny.vision_layers - 1),), "language": ((half, half),)},
-        "several": {"vision": ((0, 2), (rest, 0)), "language": ((1, 1), (0, tiny.language_layers - 2))},
+        "several": {"vision": ((0, 2), (rest, 0)), "language": ((0, 1), (1, tiny.language_layers - 2))},
     }
     cuts["replicated"] = {"vision": ((tiny.vision_layers,) * 2,), "language": ((1, 1), (0, tiny.language_layers - 2))}
     if tiny.audio_layers:
