@@ -2,16 +2,18 @@
 
 Two replicas of two stages train tiny iterations on drifting data, while exchanges suffer faults. Some end the run: it
 must end within a bounded time, and say why; it is started again from its last checkpoint. Whatever an iteration was
-trained on last is what counts: every sample must be in exactly one iteration, on one replica, the one of Megatron's own
-order of samples. Losses and gradient norms are compared with those of Megatron's own schedule on one rank. What is done
-is kept in the folder, so that a soak that was stopped goes on, and checked after each start, so that one that is cut has
-shown something.
+trained on last is what counts: every sample must be in exactly one iteration, on one replica, the one of Megatron's
+own order of samples. Losses and gradient norms are compared with those of Megatron's own schedule on one rank. What is
+done is kept in the folder, so that a soak that was stopped goes on, and checked after each start, so that one that is
+cut has shown something.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -30,7 +32,8 @@ from scripts.soaking.exchanges import FATAL
 from tests.forked import forked
 
 RANKS, BATCH = 4, 6
-SILENCE_SECONDS = 60.0
+TIMEOUT_SECONDS = 40.0
+SILENCE_SECONDS = 2 * TIMEOUT_SECONDS
 ALONE = ["--pipeline-model-parallel-size", "1"]
 # Searches that would fill an iteration take from training on hosts with few cores, and aren't what is tried here.
 DISTURBED = ["--dip-schedule", "dynamic", "--dip-balance", "swap", "--dip-search-budget", "0.01"]
@@ -64,8 +67,8 @@ def run(
     name: str, flags: Sequence[str], ranks: int, iterations: int, every: int, life: int, folder: Path,
     console: Console, check: Callable[[int], list[str]],
 ) -> list[str]:  # fmt: skip
-    """Train to the end, from checkpoint to checkpoint; what went wrong with its ends, and what ``check`` finds wrong with
-    the iterations until then."""
+    """Train to the end, from checkpoint to checkpoint; what went wrong with its ends, and what ``check`` finds wrong
+    with the iterations until then."""
     faults: list[str] = []
     done = folder / "done"
     while not faults and not done.exists():
@@ -75,7 +78,7 @@ def run(
         fatal = FATAL[number // 2 % len(FATAL)] if every and number % 2 == 0 else ""
         os.environ |= {
             "SOAK_DIARY": str(here), "SOAK_SAMPLES": str(BATCH * iterations), "SOAK_EVERY": str(every),
-            "SOAK_FATAL": fatal, "SOAK_EXCHANGES": str(life // 2), "DIP_TIMEOUT_SECONDS": "20",
+            "SOAK_FATAL": fatal, "SOAK_EXCHANGES": str(life // 2), "DIP_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS),
             "DIP_TRACE_DIR": str(here),
         }  # fmt: skip
         command = [
@@ -102,6 +105,8 @@ def run(
                 faults.append(f"{name}, life {number}: a rank that {fatal} is not named as the cause")
             if time.monotonic() - last > SILENCE_SECONDS:
                 faults.append(f"{name}, life {number}: ended {time.monotonic() - last:.0f} s after the fault")
+        finally:
+            end_left_behind(here)
         reached = max(log_of(here), default=0)
         faults += check(reached)
         console.print(f"{name}, life {number} ({fatal or 'no end'}): to iteration {reached} of {iterations} in "
@@ -110,6 +115,16 @@ def run(
         if reached >= iterations:
             done.touch()
     return faults
+
+
+def end_left_behind(life: Path) -> None:
+    """Processes that Megatron's ranks have started for checkpoints don't notice that a rank has died."""
+    mark = f"SOAK_DIARY={life}\0".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            spawned = b"--multiprocessing-fork" in (process / "cmdline").read_bytes()
+            if spawned and mark in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def lives(folder: Path) -> list[Path]:
