@@ -29,8 +29,9 @@ TOPIC = Topic(
             _MODEL,
             has=("_language_is_pipeline_parallel", "sequence_parallel_lm", "tensor_model_parallel_size_lm",
                  "context_parallel_lm", "cp_group", "encoder_hidden_state", "img_seq_len", "vision_model",
-                 "vision_projection", "language_model"),
+                 "vision_projection", "language_model", "_tile_tags"),
         ),
+        Name(f"{_MODEL}._apply_tile_tagging", ("image_embeddings", "num_image_tiles")),
         Name(
             f"{_MODEL}._process_embedding_token_parallel",
             ("combined_embeddings", "new_labels", "new_loss_mask", "packed_seq_params"),
@@ -56,6 +57,13 @@ class UnpaddedLLaVA(LLaVAModel):
         # Shapes travel in the plan, so nothing needs Megatron's padding.
         self._language_is_pipeline_parallel = False
         self._shard_rows = shard_rows
+
+    def tagged(self, embeddings: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+        """What encoders have made of so many tiles an image, ``[tokens, tiles, h]``, behind the embedded tags of a
+        model that has tile tags. Megatron puts them there where its encoder is; the embedding is here."""
+        if self._tile_tags is None:
+            return embeddings
+        return self._apply_tile_tagging(embeddings, tiles)  # type: ignore[no-any-return]
 
     def _process_embedding_token_parallel(
         self, combined_embeddings: Any, new_labels: Any, new_loss_mask: Any, packed_seq_params: Any

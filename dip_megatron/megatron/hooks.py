@@ -22,6 +22,7 @@ from .adapters.loop import LoopAdapter, Target, TrainingLoop
 from .adapters.megatron_bridge import MegatronBridge
 from .adapters.megatron_training import MegatronTraining
 from .adapters.ms_swift import MsSwift
+from .adapters.verl import Verl
 from .marks import MARK, ours_inside, owner_of
 from .schedule_hook import HOME, NAME, hook_schedule
 from .watching import ModuleWatch
@@ -44,7 +45,9 @@ class Hooks:
     def __init__(self) -> None:
         self._sessions: list[DipSession] = []
         self._families: list[ModelFamily] = []
-        self._adapters: list[LoopAdapter] = [MegatronTraining(self), MegatronBridge(self), MsSwift(self)]
+        self._adapters: list[LoopAdapter] = [
+            MegatronTraining(self), MegatronBridge(self), MsSwift(self), Verl(self),
+        ]  # fmt: skip
         # Modules, and classes in them.
         self._placed: list[tuple[Any, str, Callable[..., Any]]] = []
         self._missing: list[str] = []

@@ -52,7 +52,8 @@ class StepFunctions(Protocol):
 
 
 class ModelStandIn:
-    """What a script's forward_step sees as its model: it calls it once, and may read attributes of the real chunk."""
+    """What a script's forward_step sees as its model: it calls it once, and may read attributes of the real chunk, or
+    of what its wrappers hold."""
 
     vp_stage = 0
     """As in a pipeline without virtual stages, which is what a loop's settings say under DIP: the place of its stage
@@ -69,7 +70,10 @@ class ModelStandIn:
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._chunk, name)
+        held = self._chunk
+        while not hasattr(held, name) and isinstance(getattr(held, "module", None), torch.nn.Module):
+            held = held.module  # type: ignore[assignment]
+        return getattr(held, name)
 
 
 @dataclass

@@ -3,18 +3,21 @@ tests.bridge.swift_training FOLDER OUT RUNS``. Runs come as JSON; what each did 
 
 What is ms-swift's: arguments, model, weights from the folder, data loader, steps, optimizer, logs, safetensors. Samples
 come encoded: its templates need a published tokenizer. It and mcore-bridge load before the CPU platform does, which
-replaces factories that they compile."""
+replaces factories that they compile. Nothing here installs DIP: the wheel's start-up file does, where ``DIP_SCHEDULE``
+is set as the process starts."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import site
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+site.addsitedir(str(Path(__file__).parents[2]))  # as Python does with the folder of installed packages
 sys.path.insert(0, str(Path(__file__).parent / "stand_in"))  # before Megatron looks for Transformer Engine
 
 import torch
@@ -28,7 +31,6 @@ from swift.megatron.callbacks.base import MegatronCallback
 import tests.preloaded  # noqa: F401  installs the CPU platform
 
 # isort: split
-import dip_megatron
 from dip_megatron.compat import topics_of
 from dip_megatron.compat.names import fault
 from tests.bridge.tiny import TINY
@@ -156,7 +158,6 @@ def faults() -> list[str]:
 
 
 def main(folder: str, out: str, runs: str) -> None:
-    dip_megatron.install()
     assert faults() == []
     rank = os.environ["RANK"]
     for name, run in json.loads(runs).items():

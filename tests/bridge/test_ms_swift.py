@@ -1,4 +1,5 @@
-"""ms-swift's own trainer with mcore-bridge's Qwen2.5-VL on two CPU ranks: the same numbers without DIP and under it."""
+"""ms-swift's own trainer with mcore-bridge's Qwen2.5-VL on two CPU ranks: the same numbers without DIP and under it,
+which the wheel's start-up file and the environment alone switch on."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
     """All of them by the same two processes, which take longer to import ms-swift than to train."""
     out = tmp_path_factory.mktemp("swift")
     command = [sys.executable, "-m", "tests.bridge.swift_training", str(folder), str(out), json.dumps(RUNS)]
-    train("swift", command, out, lambda *_: None, ranks=2)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DIP_SCHEDULE", "dynamic")  # for the start-up file; each run has variables of its own
+        train("swift", command, out, lambda *_: None, ranks=2)
     return {name: [torch.load(out / f"{name}-{rank}.pt") for rank in range(2)] for name in RUNS}
 
 

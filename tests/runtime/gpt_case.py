@@ -8,14 +8,24 @@ from typing import Any
 
 import torch
 
-from tests.runtime.llava_case import VOCABULARY, Case, config, gradients, initialize, seed_parameter, seed_parameters
+from tests.runtime.llava_case import (
+    VOCABULARY,
+    Case,
+    config,
+    gradients,
+    initialize,
+    packed_parameters,
+    seed_parameter,
+    seed_parameters,
+)
 
 LENGTH = 16
 
 
 @dataclass(frozen=True)
 class GptCase:
-    """What to train: microbatches, layers per chunk, Megatron options."""
+    """What to train: microbatches, layers per chunk, Megatron options. ``rows``: samples of each microbatch, if they
+    aren't always ``micro_batch_size``. ``packed``: three samples are packed in each sequence."""
 
     microbatches: int
     layers: tuple[tuple[int, ...], ...] = ((1, 1),)
@@ -24,16 +34,21 @@ class GptCase:
     rotary: bool = False
     recompute: bool = False
     per_token_loss: bool = False
+    rows: tuple[int, ...] = ()
+    packed: bool = False
 
 
 def gpt_kwargs(case: GptCase, pp: int) -> dict[str, Any]:
     """Keyword arguments of Megatron's GPTModel."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    from tests.runtime.packed_attention import with_packed_attention
+
     options = Case((), recompute=case.recompute, per_token_loss=case.per_token_loss)
+    spec = get_gpt_layer_local_spec()
     return {
         "config": config(options, sum(map(sum, case.layers)), pp),
-        "transformer_layer_spec": get_gpt_layer_local_spec(),
+        "transformer_layer_spec": with_packed_attention(spec) if case.packed else spec,
         "vocab_size": VOCABULARY,
         "max_sequence_length": LENGTH,
         "share_embeddings_and_output_weights": case.tied,
@@ -45,19 +60,25 @@ def batches(case: GptCase) -> list[dict[str, torch.Tensor]]:
     found = []
     for index in range(case.microbatches):
         generator = torch.Generator().manual_seed(index)
-        ids = torch.randint(0, VOCABULARY, (case.micro_batch_size, LENGTH + 1), generator=generator)
+        samples = case.rows[index] if case.rows else case.micro_batch_size
+        ids = torch.randint(0, VOCABULARY, (samples, LENGTH + 1), generator=generator)
         found.append({
             "tokens": ids[:, :-1], "labels": ids[:, 1:],
             "loss_mask": (torch.rand(ids[:, 1:].shape, generator=generator) < 0.8).float(),
-            "position_ids": torch.arange(LENGTH).expand(case.micro_batch_size, -1),
+            "position_ids": torch.arange(LENGTH).expand(samples, -1),
         })  # fmt: skip
+        if case.packed:
+            found[-1]["bounds"] = torch.tensor([0, 3 + index, 9, LENGTH], dtype=torch.int32)
     return found
 
 
 def forward_step(data_iterator: Any, model: Any) -> Any:
     """In the manner of upstream's pretrain_gpt.py."""
     item = next(data_iterator)
-    output = model(item["tokens"], item["position_ids"], None, labels=item["labels"], loss_mask=item["loss_mask"])
+    output = model(
+        item["tokens"], item["position_ids"], None, labels=item["labels"], loss_mask=item["loss_mask"],
+        packed_seq_params=packed_parameters(item),
+    )  # fmt: skip
 
     def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
         total = (losses.float() * mask).sum()

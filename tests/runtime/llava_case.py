@@ -15,12 +15,16 @@ IMAGE = -200
 VOCABULARY = 64
 HIDDEN = 32
 TEXT = 12
+TAGS = [[10 + tile, 1, 2, 3, 4] for tile in range(5)]
+"""Of the tiles of an image by number, and of its thumbnail, which is last."""
 
 
 @dataclass(frozen=True)
 class Case:
     """What to train: images per microbatch beside ``text`` tokens, layers per chunk, sub-microbatch size, Megatron
-    options. ``packed``: samples packed in each sequence end at multiples of so many tokens (0: one sample)."""
+    options. ``packed``: samples packed in each sequence end at multiples of so many tokens (0: one sample). ``tagged``:
+    images are the tiles of one image, each behind its tag. ``rows``: samples of each microbatch, if they aren't always
+    ``micro_batch_size``."""
 
     images: tuple[int, ...]
     vision: tuple[tuple[int, ...], ...] = ((1, 1),)
@@ -36,6 +40,8 @@ class Case:
     text: int = TEXT
     context: int = 1
     rotary: bool = False
+    tagged: bool = False
+    rows: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -97,11 +103,13 @@ def llava_kwargs(case: Case, pp: int) -> dict[str, Any]:
         spec = with_packed_attention(spec)
     mlp = spec.submodules.mlp
     mlp_modules = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
+    tags = {"tile_tags": TAGS, "tokenizer_type": "chatml", "max_num_tiles": len(TAGS) - 1} if case.tagged else {}
     return {
+        **tags,
         "language_transformer_config": language,
         "language_transformer_layer_spec": spec,
         "language_vocab_size": VOCABULARY,
-        "language_max_sequence_length": TEXT + 5 * max(case.images, default=0) * 2 + 8,
+        "language_max_sequence_length": TEXT + (10 if case.tagged else 5) * max(case.images, default=0) * 2 + 8,
         "vision_transformer_config": vision,
         "vision_transformer_layer_spec": get_vit_layer_with_local_spec(),
         "drop_vision_class_token": True,
@@ -109,7 +117,7 @@ def llava_kwargs(case: Case, pp: int) -> dict[str, Any]:
         "vision_projection_layer_spec": mlp_modules,
         "vision_projection_type": "mlp",
         "parallel_output": True,
-        "language_position_embedding_type": "rope" if case.rotary else "learned_absolute",
+        "language_position_embedding_type": "rope" if case.rotary or case.tagged else "learned_absolute",
         "img_h": 8,
         "img_w": 8,
         "patch_dim": 4,
@@ -165,7 +173,13 @@ def batch(index: int, images: int, micro_batch_size: int, seed: int = 0, text: i
 
 
 def batches(case: Case, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    items = [batch(i, n, case.micro_batch_size, seed, case.text) for i, n in enumerate(case.images)]
+    marks = [min(n, 1) if case.tagged else n for n in case.images]
+    rows = case.rows or (case.micro_batch_size,) * len(marks)
+    items = [batch(i, n, samples, seed, case.text) for i, (n, samples) in enumerate(zip(marks, rows, strict=True))]
+    if case.tagged:
+        for index, (item, tiles) in enumerate(zip(items, case.images, strict=True)):
+            item["images"] = torch.randn(tiles, 3, 8, 8, generator=torch.Generator().manual_seed(1000 * seed + index))
+            item["tiles"] = torch.tensor([tiles] if tiles else [], dtype=torch.int)
     if case.packed:
         for item, images in zip(items, case.images, strict=True):
             item["bounds"] = sample_bounds(images, case.packed)
@@ -198,7 +212,7 @@ def forward_step(data_iterator: Any, model: Any) -> Any:
     item = next(data_iterator)
     output, loss_mask = model(
         item["images"], item["tokens"], item["position_ids"], None, item["labels"], item["loss_mask"],
-        packed_seq_params=packed_parameters(item),
+        num_image_tiles=item.get("tiles"), packed_seq_params=packed_parameters(item),
     )  # fmt: skip
 
     def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.dip_case import dip_run
-from tests.runtime.llava_case import Case, llava_kwargs, reference
+from tests.runtime.llava_case import Case, batch, llava_kwargs, reference
 
 TOLERANCE = 3e-6
 """Largest difference of a gradient, relative to the largest entry of the same parameter's gradient, in float32."""
@@ -72,8 +72,14 @@ def test_two_ranks_equal_one(images, unit_size, recompute, per_token_loss, segme
         Case((3, 0, 5, 1, 2, 0), vision=((1, 1, 0, 1),), language=((1, 1, 1, 1),), unit_size=2),
         Case((0,), vision=((1, 1, 1, 1),), language=((1, 1, 1, 1), (1, 1, 1, 1))),
         Case((4, 2, 1), vision=((1, 1, 1, 1), (1, 1, 1, 1)), language=((1, 1, 1, 1),), micro_batch_size=2),
+        Case((1, 2, 0), language=((1, 1, 1, 1),), vision=((1, 1, 1, 1),), micro_batch_size=2, rows=(3, 1, 2)),
     ],
-    ids=["uneven layers, chunk without layers", "one text-only microbatch", "two samples a microbatch"],
+    ids=[
+        "uneven layers, chunk without layers",
+        "one text-only microbatch",
+        "two samples a microbatch",
+        "as many samples as come",
+    ],
 )
 def test_four_ranks_equal_one(case):
     check(case, 4)
@@ -121,19 +127,36 @@ def test_iterations_read_ahead_lose_no_batch():
             torch.testing.assert_close(b["lm loss"], a["lm loss"], rtol=1e-6, atol=1e-6)
 
 
-def refused(rank: int, world: int) -> str:
+def test_tile_tags():
+    """Of the tiles of one image a microbatch, or of none, as Megatron knows them; embedded where the embedding is."""
+    case = Case((3, 0, 1, 5), vision=((1, 1), (1, 1)), language=((0, 1), (1, 1)), tagged=True)
+    check(case, 2)
+
+
+def refused(rank: int, world: int) -> list[str]:
     from dip_megatron.families.llava.program import LlavaProgram
+    from dip_megatron.runtime.protocol import MicrobatchInputs
 
-    case = Case((1,))
-    tags = [[1, 2], [1, 2, 3]]
-    with pytest.raises(ValueError) as error:  # noqa: PT011  what it says is compared below
-        LlavaProgram(
-            {**llava_kwargs(case, 1), "tile_tags": tags}, {"vision": case.vision, "language": case.language}, rank=0
-        )
-    return str(error.value)
+    case = Case((2,), tagged=True)
+    layers = {"vision": case.vision, "language": case.language}
+    kwargs, hybrid = llava_kwargs(case, 1), llava_kwargs(case, 1)
+    hybrid["language_transformer_config"].language_model_type = "nemotron5-hybrid-8b"
+    program = LlavaProgram(kwargs, layers, rank=0)
+    item = batch(0, 2, 1)
+    several = program.bind(item["images"], item["tokens"], None, None, num_image_tiles=torch.tensor([1, 1]))
+    said = []
+    for call in (lambda: program.load(MicrobatchInputs(several)), lambda: LlavaProgram(hybrid, layers, rank=0)):
+        with pytest.raises(ValueError) as error:  # noqa: PT011  what it says is compared below
+            call()
+        said.append(str(error.value))
+    return said
 
 
-def test_tile_tags_are_refused():
-    """Megatron's model knows them for one image a batch."""
+def test_what_it_cannot_run_is_refused_with_a_reason():
+    """Megatron's model knows tile tags for one image a batch."""
     (said,) = team(1).run(refused)
-    assert said == "DIP can't segment a LLaVA with tile tags (one image a batch only); use --dip-schedule off"
+    assert said == [
+        "Megatron's LLaVAModel knows tile tags for one image a microbatch, with num_image_tiles; this one has 2: leave "
+        "the tags out, or give one image",
+        "DIP can't segment hybrid (Mamba) language models; use --dip-schedule off",
+    ]

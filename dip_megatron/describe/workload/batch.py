@@ -42,7 +42,8 @@ class Microbatch:
     """Counts of one microbatch. ``images`` and ``audios`` hold one entry an instance: its tokens as the language model
     sees them. ``others`` are the same of further kinds, by name (a mapping, kept as pairs). ``sequences`` are the
     lengths (text and all) of the samples packed into it, each attending to itself only; empty: one sequence of
-    everything."""
+    everything. ``rows`` are the samples of its batch axis where they aren't as many as in every microbatch; 0: they
+    are."""
 
     text_tokens: int = 0
     images: tuple[int, ...] = ()
@@ -50,6 +51,7 @@ class Microbatch:
     clips: tuple[Clip, ...] = ()
     sequences: tuple[int, ...] = ()
     others: Mapping[str, tuple[int, ...]] | tuple[tuple[str, tuple[int, ...]], ...] = ()
+    rows: int = 0
 
     def __post_init__(self) -> None:
         others = self.others.items() if isinstance(self.others, Mapping) else self.others
@@ -62,6 +64,8 @@ class Microbatch:
         """``field: reason`` of the first contradiction, or None."""
         if self.text_tokens < 0:
             return f"text_tokens: {self.text_tokens} is negative"
+        if self.rows < 0 or (self.rows and self.tokens % self.rows):
+            return f"rows: {self.tokens} tokens don't make {self.rows} rows of one length"
         for name in dict(self.others):
             if name in _OWN_FIELDS:
                 return f"others.{name}: stands beside others, not in it"

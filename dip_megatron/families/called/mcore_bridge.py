@@ -1,27 +1,26 @@
-"""Qwen2.5-VL of mcore-bridge, the models that ms-swift trains: Hugging Face's vision transformer before a GPT.
+"""Multimodal models of mcore-bridge, which ms-swift trains.
 
-mcore-bridge has one class for all its multimodal models; what differs between them is the class of the encoder in it.
+mcore-bridge has one class for all of them; what differs is the class of the encoder's wrapper in it, which also merges
+the encoder's embeddings into the text's: a page is of models with one such class.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mcore_bridge.model import MultimodalGPTModel
-from mcore_bridge.model.mm_gpts.qwen import Qwen2_5VL_Vit
 
 from ...compat.bridge_building import NoLanguageModel
 from ...compat.mcore_bridge import by_class
 from ...describe.files import ConfigurationError
-from ...describe.model import MultimodalModel, Parallel
-from .family import family_of
+from ..family import ModelFamily
+from .family import family_of_class
 from .page import Page, drop, without_layers
-from .qwen25_vision import WindowedVision
 
 
 class _Encoders(MultimodalGPTModel):
@@ -30,39 +29,19 @@ class _Encoders(MultimodalGPTModel):
     language_model_cls = NoLanguageModel
 
 
-class Vision(WindowedVision):
-    """Within a wrapper of mcore-bridge's, which also merges its embeddings into the text's."""
+class McoreBridgePage(Page):
+    """Models whose encoder has the wrapper ``visual_class``. For a microbatch of text alone mcore-bridge runs the
+    encoder on an empty picture and adds nothing of it: DIP doesn't. Loops freeze parameters by themselves, and plans
+    follow what trains."""
 
-    called = "visual.visual"
-    depth = "hf_config.vision_config.depth"
-
-    def config(self, config: Any) -> Any:
-        return config.hf_config.vision_config
-
-    def token(self, config: Any, kind: str) -> int:
-        found: int = getattr(config.hf_config, f"{kind}_token_id")
-        return found
-
-
-class McoreBridgeQwen25Vl(Page):
-    """Images and videos of any size; text alone, for which mcore-bridge runs its encoder on an empty picture and adds
-    nothing of it: DIP doesn't. Loops freeze parameters by themselves, and plans follow what trains."""
-
-    name = "qwen2-5-vl-mcore-bridge"
     model_class = MultimodalGPTModel
-    encoders = (Vision(),)
+    visual_class: ClassVar[type[torch.nn.Module]]
     replicates = False  # mcore-bridge's export knows of one copy
 
     def check(self, config: Any) -> None:
         super().check(config)
-        kind = config.model_meta.visual_cls
-        if kind is not Qwen2_5VL_Vit:
-            raise ConfigurationError(
-                f"DIP has no family for mcore-bridge's models with {getattr(kind, '__name__', 'no encoder')}, so far "
-                "for those of Qwen2.5-VL alone; use schedule off"
-            )
         if config.language_model_only:
-            raise ConfigurationError("DIP has no family for Qwen2.5-VL without its encoder; use schedule off")
+            raise ConfigurationError(f"DIP has no family for {self.name} without its encoder; use schedule off")
 
     def tied(self, config: Any) -> bool:
         return not config.untie_embeddings_and_output_weights
@@ -73,10 +52,6 @@ class McoreBridgeQwen25Vl(Page):
     def longest(self, config: Any) -> int:
         """mcore-bridge's config says no more than what the model could take; loops pad to a microbatch's longest."""
         return int(getattr(config, "seq_length", None) or min(config.max_position_embeddings, 8192))
-
-    def describe(self, config: Any, freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
-        self.check(config)  # of another encoder, nothing below would be there
-        return super().describe(config, freeze, parallel)
 
     def bare(self, kwargs: Mapping[str, Any]) -> Any:
         own = copy.copy(kwargs["config"])
@@ -91,19 +66,38 @@ class McoreBridgeQwen25Vl(Page):
         builder = config.model_meta.loader(config)
         with without_layers(config, self.encoders):
             model = builder.build_model(pre_process=first, post_process=last, vp_stage=segment)
-        drop(model, first, *(e.called for e in self.encoders))
+        drop(model, first, *(name for e in self.encoders for name in (e.called, *e.points(config).tail)))
         if first:
-            model.visual.get_inputs_embeds = MethodType(_merged, model.visual)
+            called = tuple(e.called.rpartition(".")[2] for e in self.encoders)
+            model.visual.get_inputs_embeds = MethodType(_Merged(called), model.visual)
         return model
 
 
-def _merged(visual: Any, inputs_embeds: torch.Tensor, **given: Any) -> torch.Tensor:
-    """Instead of the wrapper's own ``get_inputs_embeds``: that, where the microbatch has instances."""
-    if visual.__dict__.get("visual") is None:
-        return inputs_embeds
-    merged: torch.Tensor = type(visual).get_inputs_embeds(visual, inputs_embeds, **given)
-    return merged
+class _Merged:
+    """Instead of the wrapper's own ``get_inputs_embeds``: that, where the microbatch has instances of what is
+    ``called``."""
+
+    def __init__(self, called: tuple[str, ...]):
+        self._called = called
+
+    def __call__(self, visual: Any, inputs_embeds: torch.Tensor, **given: Any) -> torch.Tensor:
+        if all(visual.__dict__.get(name) is None for name in self._called):
+            return inputs_embeds
+        merged: torch.Tensor = type(visual).get_inputs_embeds(visual, inputs_embeds, **given)
+        return merged
 
 
-MCORE_BRIDGE_FAMILIES = (family_of(McoreBridgeQwen25Vl()),)
-"""Importing this module imports mcore-bridge: the adapter of ms-swift does, once that is there."""
+def families_of(pages: Sequence[McoreBridgePage]) -> tuple[ModelFamily, ...]:
+    """One, of mcore-bridge's class, for the models of these pages."""
+    by_visual = {page.visual_class: page for page in pages}
+
+    def choose(kwargs: Mapping[str, Any]) -> Page:
+        kind = kwargs["config"].model_meta.visual_cls
+        if kind not in by_visual:
+            raise ConfigurationError(
+                f"DIP has no family for mcore-bridge's models with {getattr(kind, '__name__', 'no encoder')}, so far "
+                f"for those with {', '.join(k.__name__ for k in by_visual)}; use schedule off"
+            )
+        return by_visual[kind]
+
+    return (family_of_class("mcore-bridge", pages[0], choose),)

@@ -220,11 +220,11 @@ def without_layers(config: Any, encoders: tuple[Encoder, ...]) -> Iterator[None]
 
 def drop(model: torch.nn.Module, there: bool, *names: str) -> None:
     """Take submodules away, which are ``there`` on the first chunk only; their names are free for something else."""
-    for name in names:
+    for name in names if there else ():
         owner, _, last = name.rpartition(".")
         try:
             held = found(model, owner)
         except ValueError:  # gone with what it stood in
             continue
-        if there and last in held._modules:
+        if last in held._modules:
             delattr(held, last)

@@ -157,16 +157,13 @@ class CalledProgram(SegmentedProgram):
         if ids is None:
             raise ValueError("the loop's forward_step gives the first pipeline rank no tokens")
         samples, length = ids.shape
-        if samples != self.shapes.micro_batch_size:
-            raise ValueError(
-                f"a microbatch of {samples} samples where the micro batch size is {self.shapes.micro_batch_size}"
-            )
+        rows = 0 if samples == self.shapes.micro_batch_size else int(samples)
         held = {e.kind: tuple(e.tokens(self._config, arguments)) for e in self._page.encoders}
         packed = arguments.get("packed_seq_params")
         sequences = (int(length),) * samples if packed is None else packed_lengths(packed, int(length))
         text = samples * int(length) - sum(map(sum, held.values()))
         images, audios = held.pop("images", ()), held.pop("audios", ())
-        return Microbatch(text, images, audios, sequences=sequences, others=held)
+        return Microbatch(text, images, audios, sequences=sequences, others=held, rows=rows)
 
     # -- stages --------------------------------------------------------------------------------------------------
     def forward(

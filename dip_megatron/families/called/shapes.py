@@ -55,7 +55,8 @@ class EncoderShapes:
 
 @dataclass(frozen=True)
 class CalledShapes:
-    """``encoders`` by module name; ``language`` are the layers of the language model, ``[segment][rank]``."""
+    """``encoders`` by module name; ``language`` are the layers of the language model, ``[segment][rank]``;
+    ``micro_batch_size`` the samples of a microbatch that doesn't say otherwise."""
 
     encoders: Mapping[str, EncoderShapes]
     language: Layers
@@ -69,8 +70,8 @@ class CalledShapes:
         language_hidden]`` of the language model. Beside them what taps made, as far as later stages need it."""
         place = (stage.segment, stage.rank)
         if stage.module == LANGUAGE:
-            length = load.tokens // self.micro_batch_size // self.sequence_parallel_size
-            hidden = (length, self.micro_batch_size, self.language_hidden)
+            samples = load.rows or self.micro_batch_size
+            hidden = (load.tokens // samples // self.sequence_parallel_size, samples, self.language_hidden)
             done = layers_until(self.language, *place)
             taps = [
                 TensorSpec(f"tap{i}", (sum(load.encoded[e.kind]), self.language_hidden), self.dtype, made_by=name)

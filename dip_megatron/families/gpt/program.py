@@ -13,6 +13,7 @@ from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import segment_config
+from ..shared.packing import complete_ends, packed_lengths, shared_ends
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE, GptShapes
 
@@ -21,7 +22,6 @@ _UNSUPPORTED = {
     "decoder_input": "embeddings instead of tokens",
     "inference_context": "inference",
     "inference_params": "inference",
-    "packed_seq_params": "packed sequences with attention within each (THD)",
     "output_processor": "a processor of the model's output",
 }
 _PLACEMENT = ("pre_process", "post_process", "vp_stage")
@@ -82,20 +82,34 @@ class GptProgram(SegmentedProgram):
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of ``GPTModel.forward`` by name. Raises ValueError for what has no segmented form."""
-        return bound(_SIGNATURE, args, kwargs, _UNSUPPORTED)
+        arguments = bound(_SIGNATURE, args, kwargs, _UNSUPPORTED)
+        if arguments.get("packed_seq_params") is not None and self.shapes.context_parallel_size > 1:
+            raise ValueError(
+                "DIP can't run a GPT's packed sequences with context parallelism (packed_seq_params is set); use "
+                "--context-parallel-size 1, or --dip-schedule off"
+            )
+        return arguments
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
-        """One sequence per sample; only the first rank, which plans, needs to have the tokens. Context-parallel ranks
-        have a share each, as scripts cut it."""
+        """One sequence per sample, packed ones too; only the first rank, which plans, needs to have the tokens.
+        Context-parallel ranks have a share each, as scripts cut it."""
         ids = inputs.arguments["input_ids"]
         if ids is None:
             raise ValueError("the script's forward_step gives the first pipeline rank no tokens")
         samples, length = ids.shape
-        if samples != self.shapes.micro_batch_size:
-            raise ValueError(f"a microbatch of {samples} samples where --micro-batch-size is "
-                             f"{self.shapes.micro_batch_size}")  # fmt: skip
         whole = int(length) * self.shapes.context_parallel_size
-        return Microbatch(samples * whole, sequences=(whole,) * samples)
+        rows = 0 if samples == self.shapes.micro_batch_size else int(samples)
+        packed = inputs.arguments.get("packed_seq_params")
+        sequences = (whole,) * samples if packed is None else packed_lengths(packed, samples * whole)
+        return Microbatch(samples * whole, sequences=sequences, rows=rows)
+
+    def shared(self, inputs: MicrobatchInputs) -> Any:
+        """Where samples begin and end in a packed sequence."""
+        return shared_ends(inputs)
+
+    def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
+        """See StageProgram."""
+        complete_ends(inputs, shared)
 
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs

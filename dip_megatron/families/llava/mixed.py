@@ -69,9 +69,8 @@ class MixedChunk(ModelPart):
         if language is None:
             return hidden
         if self.pre_process:
-            # Without images Megatron expects an embedding without positions.
             assert hidden is not None
-            language.encoder_hidden_state = hidden if hidden.shape[1] else hidden[:0]
+            language.take_images(hidden, arguments.get("num_image_tiles"))
         else:
             language.language_model.set_input_tensor(hidden)
         output = language(**_only_forward(arguments))

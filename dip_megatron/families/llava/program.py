@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel, get_num_image_embeddings
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from ...compat.llava import UnpaddedLLaVA, forget_input, length_multiple, takes_attention
@@ -23,7 +22,7 @@ from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
 from ...runtime.protocol import MicrobatchInputs, Shapes, StageShapes, Tensors
 from ..shared.layout import order_free, segment_config
-from ..shared.packing import packed_lengths
+from ..shared.packing import complete_ends, packed_lengths, shared_ends
 from ..shared.sdpa import SdpaAttention, core_attention
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE, VISION, LlavaShapes
@@ -72,9 +71,10 @@ class ViTSegment(CLIPViTModel):
 
 
 class VisionChunk(LLaVAModel):
-    """ViT layers; the projector on the last chunk."""
+    """ViT layers; the projector on the last chunk. Tile tags are the language model's business, which embeds them."""
 
     def __init__(self, first: bool, last: bool, **kwargs: Any):
+        kwargs["tile_tags"] = None
         super().__init__(add_encoder=True, add_decoder=False, pre_process=first, post_process=False, **kwargs)
         if not isinstance(self.vision_model, CLIPViTModel):
             raise ValueError(
@@ -101,6 +101,14 @@ class LanguageChunk(UnpaddedLLaVA):
         super().__init__(
             shard_rows=shard_rows, add_encoder=False, add_decoder=True, pre_process=first, post_process=last, **kwargs
         )
+
+    def take_images(self, embeddings: torch.Tensor, tiles: torch.Tensor | None) -> None:
+        """Give the first chunk its images, ``[tokens, tiles, h]``, before it is called; without any, an embedding
+        without positions."""
+        if embeddings.shape[1] == 0:
+            self.encoder_hidden_state = embeddings[:0]
+        else:
+            self.encoder_hidden_state = embeddings if tiles is None else self.tagged(embeddings, tiles)
 
 
 class LlavaProgram(SegmentedProgram):
@@ -131,6 +139,8 @@ class LlavaProgram(SegmentedProgram):
         self._sequence_parallel = language.tensor_model_parallel_size if language.sequence_parallel else 1
         self._context_parallel = language.context_parallel_size
         self._multiple = length_multiple(language)
+        tags = kwargs.get("tile_tags")
+        self._tag_tokens = len(tags[-1]) if tags else 0  # of each tile
         self._image_token = kwargs.get("image_token_index", _default("image_token_index"))
         self._micro_batch_size = micro_batch_size
         self._built_shapes: LlavaShapes | None = None
@@ -156,10 +166,6 @@ class LlavaProgram(SegmentedProgram):
             raise ValueError(
                 "Megatron's local attention knows no shards of sequences; for context parallelism give the language "
                 "model's layers Transformer Engine's, or torch's (dip_megatron.with_sdpa)"
-            )
-        if self.kwargs.get("tile_tags"):
-            raise ValueError(
-                "DIP can't segment a LLaVA with tile tags (one image a batch only); use --dip-schedule off"
             )
 
     @property
@@ -235,34 +241,37 @@ class LlavaProgram(SegmentedProgram):
                 f"the batch has {sum(per_sample)} image tokens for {len(per_image)} images of {sum(per_image)} tiles, "
                 f"and pixels of {count} tiles"
             )
+        if self._tag_tokens and count and (tiles is None or len(per_image) != 1):
+            raise ValueError(
+                f"Megatron's LLaVAModel knows tile tags for one image a microbatch, with num_image_tiles; this one has "
+                f"{len(per_image)}{' and none' if tiles is None else ''}: leave the tags out, or give one image"
+            )
+        per_tile = self.sizes.image_tokens + self._tag_tokens
         lengths, start = [], 0
         for n in per_sample:
             own = sum(per_image[start : start + n])
-            lengths.append(own * self.sizes.image_tokens - n + int(ids.shape[1]))
+            lengths.append(own * per_tile - n + int(ids.shape[1]))
             start += n
         longest = min(max(lengths), int(self.kwargs["language_max_sequence_length"]))
         padded = -(-longest // self._multiple) * self._multiple
-        total, seen = padded * len(per_sample), count * self.sizes.image_tokens
-        if seen > total:
+        total, seen = padded * len(per_sample), count * self.sizes.image_tokens  # tags are text to the planner
+        if count * per_tile > total:
             raise ValueError(
-                f"{count} image tiles of {self.sizes.image_tokens} tokens don't fit the language model's "
+                f"{count} image tiles of {per_tile} tokens don't fit the language model's "
                 f"{self.kwargs['language_max_sequence_length']} positions; pack fewer images or raise --seq-length"
             )
         packed = inputs.arguments.get("packed_seq_params")
         sequences = (padded,) * len(per_sample) if packed is None else packed_lengths(packed, padded)
-        return Microbatch(total - seen, (self.sizes.image_tokens,) * count, sequences=sequences)
+        rows = 0 if len(per_sample) == self._micro_batch_size else len(per_sample)
+        return Microbatch(total - seen, (self.sizes.image_tokens,) * count, sequences=sequences, rows=rows)
 
     def shared(self, inputs: MicrobatchInputs) -> Any:
         """Where samples begin and end in a packed sequence."""
-        packed = inputs.arguments.get("packed_seq_params")
-        return None if packed is None else _moved(packed, torch.device("cpu"))
+        return shared_ends(inputs)
 
     def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
-        """On a rank without a batch, attention within each packed sample as everywhere else."""
-        if shared is not None and inputs.arguments.get("input_ids") is None:
-            cuda = torch.cuda.is_available()
-            device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-            inputs.arguments["packed_seq_params"] = _moved(shared, device)
+        """See StageProgram."""
+        complete_ends(inputs, shared)
 
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
@@ -278,7 +287,7 @@ class LlavaProgram(SegmentedProgram):
                 images = arguments["images"][unit.first : unit.first + unit.count]
             output = chunk(images, arguments["input_ids"])
         else:
-            self._set_language_input(chunk, stage, inputs, arguments["input_ids"])
+            self._set_language_input(chunk, stage, inputs, arguments)
             output, _ = chunk(**_only_forward(arguments))
         _forget_input(chunk)
         return {"hidden": output}
@@ -291,28 +300,18 @@ class LlavaProgram(SegmentedProgram):
         return output
 
     def _set_language_input(
-        self, chunk: torch.nn.Module, stage: Operation, inputs: list[Tensors], ids: torch.Tensor
+        self, chunk: torch.nn.Module, stage: Operation, inputs: list[Tensors], arguments: Mapping[str, Any]
     ) -> None:
-        model = _inner(chunk)
+        model = unwrapped(chunk, LanguageChunk)
         if stage.segment > 0 or stage.rank > 0:
             model.language_model.set_input_tensor(inputs[0]["hidden"])
             return
         if inputs:
-            model.encoder_hidden_state = torch.cat([i["hidden"] for i in inputs], dim=1)
+            images = torch.cat([i["hidden"] for i in inputs], dim=1)
         else:
-            hidden = self.sizes.language_hidden
-            model.encoder_hidden_state = torch.empty(
-                0, 0, hidden, dtype=getattr(torch, self.sizes.dtype), device=ids.device
-            )
-
-
-def _moved(packed: PackedSeqParams, device: torch.device) -> PackedSeqParams:
-    """A copy with its tensors on ``device``, and without process groups."""
-    values = {field.name: getattr(packed, field.name) for field in fields(PackedSeqParams) if field.init}
-    plain = {name: value for name, value in values.items() if isinstance(value, (torch.Tensor, int, str))}
-    return PackedSeqParams(
-        **{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in plain.items()}
-    )  # fmt: skip
+            hidden, device = self.sizes.language_hidden, arguments["input_ids"].device
+            images = torch.empty(0, 0, hidden, dtype=getattr(torch, self.sizes.dtype), device=device)
+        model.take_images(images, arguments.get("num_image_tiles"))
 
 
 _PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")

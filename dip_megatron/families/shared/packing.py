@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+
+from ...runtime.protocol import MicrobatchInputs
 
 
 @dataclass
@@ -79,3 +81,28 @@ def packed_lengths(parameters: Any, total: int) -> tuple[int, ...]:
     if rest < 0:
         raise ValueError(f"packed_seq_params end at position {sum(lengths)}, the packed sequence has {total} positions")
     return (*lengths, rest) if rest else tuple(lengths)
+
+
+def shared_ends(inputs: MicrobatchInputs) -> Any:
+    """Of a microbatch, where samples begin and end in its packed sequence, for ranks without a batch; None if it isn't
+    packed."""
+    packed = inputs.arguments.get("packed_seq_params")
+    return None if packed is None else _moved(packed, torch.device("cpu"))
+
+
+def complete_ends(inputs: MicrobatchInputs, shared: Any) -> None:
+    """On a rank without a batch, attention within each packed sample as everywhere else; ``shared`` is what
+    :func:`shared_ends` found on the first rank."""
+    if shared is not None and inputs.arguments.get("input_ids") is None:
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        inputs.arguments["packed_seq_params"] = _moved(shared, device)
+
+
+def _moved(packed: PackedSeqParams, device: torch.device) -> PackedSeqParams:
+    """A copy with its tensors on ``device``, and without process groups."""
+    values = {field.name: getattr(packed, field.name) for field in fields(PackedSeqParams) if field.init}
+    plain = {name: value for name, value in values.items() if isinstance(value, (torch.Tensor, int, str))}
+    return PackedSeqParams(
+        **{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in plain.items()}
+    )  # fmt: skip

@@ -28,7 +28,8 @@ StageEnd = Literal["vision", "projected", "language"]
 
 @dataclass(frozen=True)
 class LlavaShapes:
-    """Payload shapes of LLaVA: ``vision_tokens`` and ``image_tokens`` are per image before and after the projector."""
+    """Payload shapes of LLaVA: ``vision_tokens`` and ``image_tokens`` are per image before and after the projector.
+    ``micro_batch_size``: samples of a microbatch that doesn't say otherwise."""
 
     vision_tokens: int
     vision_hidden: int
@@ -44,16 +45,19 @@ class LlavaShapes:
         end: StageEnd = "language"
         if unit.module == VISION:
             end = "projected" if leaves_module else "vision"
-        return (TensorSpec("hidden", self.hidden(end, images=unit.count, tokens=sum(load.sequences)), self.dtype),)
+        shape = self.hidden(end, images=unit.count, tokens=sum(load.sequences), rows=load.rows)
+        return (TensorSpec("hidden", shape, self.dtype),)
 
-    def hidden(self, end: StageEnd, *, images: int, tokens: int) -> tuple[int, ...]:
-        """Shape of what is sent on at such an end, for so many images, or so many positions of all samples."""
+    def hidden(self, end: StageEnd, *, images: int, tokens: int, rows: int = 0) -> tuple[int, ...]:
+        """Shape of what is sent on at such an end, for so many images, or so many positions of all samples, which are
+        ``rows``."""
         if end == "vision":
             return (self.vision_tokens, images, self.vision_hidden)
         if end == "projected":
             return (self.image_tokens, images, self.language_hidden)
-        length = tokens // self.micro_batch_size // self.sequence_parallel_size // self.context_parallel_size
-        return (length, self.micro_batch_size, self.language_hidden)
+        samples = rows or self.micro_batch_size
+        length = tokens // samples // self.sequence_parallel_size // self.context_parallel_size
+        return (length, samples, self.language_hidden)
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,14 @@ class MixedLlavaShapes:
     def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """What one stage sends on."""
         tokens = sum(load.sequences or (load.tokens,))
-        shape = self.shapes.hidden(self.ends[stage.segment][stage.rank], images=len(load.images), tokens=tokens)
+        end = self.ends[stage.segment][stage.rank]
+        shape = self.shapes.hidden(end, images=len(load.images), tokens=tokens, rows=load.rows)
         return (TensorSpec("hidden", shape, self.shapes.dtype),)
 
 
 @dataclass(frozen=True)
 class GptShapes:
-    """Payload shapes of a text-only GPT."""
+    """Payload shapes of a text-only GPT. ``micro_batch_size``: samples of a microbatch that doesn't say otherwise."""
 
     hidden: int
     micro_batch_size: int
@@ -82,8 +87,9 @@ class GptShapes:
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """One tensor of hidden states, ``[s, b, h]``."""
-        length = max(load.sequences) // self.sequence_parallel_size // self.context_parallel_size
-        shape = (length, self.micro_batch_size, self.hidden)
+        samples = load.rows or self.micro_batch_size
+        length = load.tokens // samples // self.sequence_parallel_size // self.context_parallel_size
+        shape = (length, samples, self.hidden)
         return (TensorSpec("hidden", shape, self.dtype),)
 
 

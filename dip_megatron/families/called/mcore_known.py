@@ -1,0 +1,9 @@
+"""The families of mcore-bridge's models. Importing it imports that: the adapter of ms-swift does, once it is there."""
+
+from __future__ import annotations
+
+from .mcore_bridge import families_of
+from .mcore_qwen25_vl import McoreBridgeQwen25Vl
+
+MCORE_BRIDGE_FAMILIES = families_of((McoreBridgeQwen25Vl(),))
+"""They share the class that all of mcore-bridge's multimodal models have."""
