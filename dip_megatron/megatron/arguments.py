@@ -84,21 +84,14 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
         if condition:
             found.append((flag, reason, way_out))
 
-    ranks = args.pipeline_model_parallel_size
     refuse(
-        ranks < 2 and run_config(args).balance == "off", f"--pipeline-model-parallel-size {ranks}",
-        "there is no pipeline to schedule",
-        f"use at least 2, let replicas exchange microbatches (--dip-balance swap), {_WITH_OFF}",
+        args.pipeline_model_parallel_size < 2, f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
+        "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",
     )  # fmt: skip
     refuse(
         getattr(args, "hybrid_context_parallel", False), "--hybrid-context-parallel",
         "it gives each microbatch another group of ranks, with other shapes",
         f"use --context-parallel-size alone {_WITH_OFF}",
-    )  # fmt: skip
-    evaluated = getattr(args, "eval_micro_batch_size", None)
-    refuse(
-        evaluated not in (None, args.micro_batch_size), f"--eval-micro-batch-size {evaluated}",
-        "payload shapes in plans are those of --micro-batch-size", f"leave it out {_WITH_OFF}",
     )  # fmt: skip
     refuse(
         getattr(args, "perform_rl_step", False), "--perform-rl-step",
@@ -111,11 +104,6 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
     refuse(
         getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False), "FSDP",
         "it gathers parameters in one fixed order of layers", f"use --use-distributed-optimizer {_WITH_OFF}",
-    )  # fmt: skip
-    graphs = getattr(args, "cuda_graph_impl", "none") or "none"
-    refuse(
-        graphs != "none" or getattr(args, "enable_cuda_graph", False), f"CUDA graphs ({graphs})",
-        "a captured iteration can't change with the batch", f"leave --cuda-graph-impl out {_WITH_OFF}",
     )  # fmt: skip
     refuse(
         getattr(args, "moe_paged_stash", False), "--moe-paged-stash", "it wraps Megatron's own schedule",

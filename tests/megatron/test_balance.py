@@ -29,11 +29,10 @@ TIED = ("--untie-embeddings-and-output-weights",)
 MEAN = ("--calculate-per-token-loss",)
 
 
-def train(folder: Path, *flags: str, without: tuple[str, ...] = (), stages: int = 2, **options: Any) -> Log:
-    """Two replicas, of two stages if nothing else is said."""
+def train(folder: Path, *flags: str, without: tuple[str, ...] = (), **options: Any) -> Log:
+    """Two replicas of two stages."""
     return run(
-        folder, *FLAGS, "--log-interval", "1", *flags, "--pipeline-model-parallel-size", str(stages),
-        ranks=2 * stages, without=(*TIED, *without),
+        folder, *FLAGS, "--log-interval", "1", *flags, ranks=4, without=(*TIED, *without),
         options={"cut": True} | options, iterations=ITERATIONS,
     )  # fmt: skip
 
@@ -107,12 +106,12 @@ def test_replicas_of_other_numbers_of_microbatches_train_the_same(plain: Log, tm
 
 
 def test_a_loop_that_is_not_read_ahead_exchanges_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And averages over means of microbatches; whose replicas have no pipeline."""
+    """And averages over means of microbatches."""
     plain = train(tmp_path / "plain", without=MEAN)
     monkeypatch.setenv("DIP_READ_AHEAD", "false")
     trace = tmp_path / "trace"
     swapped = train(
-        tmp_path / "swapped", "--dip-balance", "swap", "--dip-trace-dir", str(trace), without=MEAN, stages=1
+        tmp_path / "swapped", "--dip-balance", "swap", "--dip-trace-dir", str(trace), without=MEAN
     )  # fmt: skip
     same([swapped], plain)
     found = exchanges(trace)
