@@ -2,7 +2,6 @@
 """What coupling costs, and what joint plans, pairing and an exchange mend. Simulated.
 
     scripts/bench joint [--quick] [--models vlm-s,...] [--replicas 32] [--group 8] [--batches 1] [--json FILE]
-    scripts/bench joint --published [--models glm-4-5v,...]
 
 Replicas draw batches of 16 microbatches of the model's published mix (H100, the shipped partition, which was chosen on
 other batches). All layers of the language model are taken for mixtures of experts whose group spans ``--group``
@@ -11,10 +10,6 @@ Times are those of the slowest group, over the slowest replica of independent pl
 ``--dip-balance swap`` (what the same batches would take without coupling). Every schedule runs under the same
 synchronisation: in the order in which microbatches come, paired (each replica gives its microbatches longest first),
 and after an exchange that makes the slots of a group alike.
-
-``--published``: models with their own experts, at the parallel sizes, replicas and microbatches of public recipes,
-on a partition found on other batches. Of a recipe's microbatches at most 32 are drawn. Replicas that share no experts
-are groups of one.
 """
 
 from __future__ import annotations
@@ -40,7 +35,7 @@ from dip_megatron.describe.model import MultimodalModel, load_model
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.planner.alike import AlikeSlots, CoupledWork, assign_alike
 from dip_megatron.planner.balance import Work, assign, microbatch_work
-from dip_megatron.planner.partitioning import choose_partition, paper_partition
+from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers import BaselineError, find_schedule
 from dip_megatron.schedulers.dip import search, warm_up
@@ -53,10 +48,6 @@ from scripts.bench_replicas import COUNT, Case, Seconds
 MODELS = ("vlm-s", "qwen2-5-vl-7b")
 BASELINES = ("megatron-1f1b", "megatron-interleaved", "zb-h1", "optimus", "nnscaler", "segmented-static", "dip-paper")
 WITH_EXPERTS = "language"
-PUBLISHED = {"qwen3-vl-30b-a3b": 16, "qwen3-vl-235b-a22b": 8, "glm-4-5v": 4, "kimi-k2-5": 32}
-"""Microbatches of each replica."""
-TRIALS = 6
-"""Partitions judged for each of them."""
 ALONE = 3
 """Replicas that are planned alone: the costliest ones, one of which is the slowest."""
 
@@ -70,15 +61,6 @@ class Draw:
     name: str
     batches: list[Batch]
     paired: bool
-
-
-def published(name: str) -> Case:
-    """A public recipe."""
-    model, count = load_model(name), PUBLISHED[name]
-    cluster, mix = load_cluster("h100"), "vlm-any-resolution"
-    earlier = load_workload(mix, model, 1, count, 1)
-    partition = choose_partition(model, cluster, earlier, budget_seconds=np.inf, max_trials=TRIALS)
-    return Case(name, model, partition, cost_model(model, cluster), mix, Seconds(None), count)
 
 
 def experts_of(case: Case, modules: Sequence[ModalityModule]) -> ExpertLayers:
@@ -272,7 +254,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one group, two baselines, short searches")
     parser.add_argument("--models", default="")
-    parser.add_argument("--published", action="store_true", help="public recipes at their own sizes")
     parser.add_argument("--replicas", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--batches", type=int, default=1)
@@ -286,12 +267,9 @@ def main() -> int:
         options.replicas, options.evaluations, names = options.group, min(options.evaluations, 2000), names[:2]
     warm_up()
     data, bars = [], []
-    usual = PUBLISHED if options.published else MODELS
-    for model in options.models.split(",") if options.models else usual:
-        case = published(model) if options.published else Case.of(model, Seconds(None))
+    for model in options.models.split(",") if options.models else MODELS:
+        case = Case.of(model, Seconds(None))
         replicas, group = options.replicas, options.group
-        if options.published:
-            replicas, group = case.model.parallel.dp, case.model.parallel.coupled
         baselines = Baselines.of(case, names)
         found = [
             measure(case, baselines, replicas, group, 5 + b, options.evaluations) for b in range(options.batches)

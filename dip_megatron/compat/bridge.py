@@ -67,6 +67,10 @@ TOPIC = Topic(
             has=("vision_tower", "multi_modal_projector", "get_image_features", "language_model", "freeze"),
         ),
         Name(
+            "megatron.bridge.models.kimi_vl.modeling_kimi_k25_vl:KimiK25VLModel",
+            has=("vision_tower", "mm_projector", "language_model", "freeze"),
+        ),
+        Name(
             "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni:Qwen2_5OmniAudioEncoder",
             has=("conv1", "conv2", "audio_bos_eos_token", "layers", "ln_post", "proj", "num_mel_bins"),
         ),

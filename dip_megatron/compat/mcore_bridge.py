@@ -22,6 +22,12 @@ TOPIC = Topic(
     (
         Name("mcore_bridge.model:MultimodalGPTModel", has=("visual", "language_model", "language_model_cls")),
         Name("mcore_bridge.model.mm_gpts.qwen:Qwen2_5VL_Vit", has=("visual", "hf_config", "get_inputs_embeds")),
+        Name(
+            "mcore_bridge.model.mm_gpts.internvl:InternvlHfVit",
+            has=("module_mapping", "get_inputs_embeds", "get_image_features"),
+        ),
+        Name("transformers.models.internvl.modeling_internvl:InternVLVisionModel", has=("embeddings", "encoder")),
+        Name("transformers.models.internvl.modeling_internvl:InternVLVisionLayer", has=("attention", "mlp")),
         Name("mcore_bridge.model.register:ModelLoader.build_model", ("pre_process", "post_process", "vp_stage")),
         Name(f"{_BRIDGE}", has=("module_mapping",)),
         Name(f"{_BRIDGE}.load_weights", ("mg_models", "hf_model_dir", "peft_format")),

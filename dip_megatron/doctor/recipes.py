@@ -63,6 +63,16 @@ def _in_the_way(refusals: Refusals) -> Iterator[Check]:
         yield Check(setting, Status.BROKEN, reason, _ENDS, way_out)
 
 
+def _switched_off(settings: Any) -> Iterator[Check]:
+    """What is changed in ``settings``."""
+    from ..megatron.switched_off import switch_off
+
+    for line in switch_off(settings):
+        yield Check(
+            "settings", Status.LIMITED, line, "what it gains in Megatron's own schedule is lost", "leave it out"
+        )
+
+
 # -- Megatron-Bridge -------------------------------------------------------------------------------------------------
 def _bridge(recipe: str, overrides: Sequence[str]) -> Iterator[Check]:
     from ..megatron.adapters.bridge_checks import check_release, refusals
@@ -77,6 +87,7 @@ def _bridge(recipe: str, overrides: Sequence[str]) -> Iterator[Check]:
         yield Check(
             "Megatron-Bridge", Status.LIMITED, line, "untested", "compare losses with DIP off before a long run"
         )
+    yield from _switched_off(config.model)
     yield from _in_the_way(refusals(config))
     yield _provided(config.model)
 
@@ -191,6 +202,7 @@ def _script(path: Path, flags: Sequence[str]) -> Iterator[Check]:
     args, unknown = _parsed(flags)
     from ..megatron.arguments import refusals
 
+    yield from _switched_off(args)
     yield from _in_the_way(refusals(args))
     if unknown:
         yield Check(path.name, Status.OK, f"flags of its own, which were not looked at: {' '.join(unknown)}")

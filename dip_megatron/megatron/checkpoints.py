@@ -105,7 +105,8 @@ def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
     if layout != "distributed" and not (by_place and partition is not None):
         raise ConfigurationError(
             f"{path or folder} is no distributed checkpoint, and not one of DIP's: its files hold layers by their "
-            "place on a rank, which DIP's partition changes; save it with --ckpt-format torch_dist first, or use "
+            "place on a rank, which DIP's partition changes; convert it first (the run that wrote it, with "
+            "--dip-schedule off, --ckpt-convert-format torch_dist and --ckpt-convert-save FOLDER), or use "
             "--dip-schedule off"
         )
     metadata = state.get("content_metadata") or {}

@@ -15,6 +15,7 @@ from .adapters.bridge_checks import check_bridge, parallel_of
 from .adapters.megatron_bridge import take_layout
 from .build import record_blueprint
 from .sampling import Sample
+from .switched_off import switch_off
 
 
 def replica_size(config: Any) -> int:
@@ -30,6 +31,7 @@ def sample_of_recipe(config: Any, known: Sequence[ModelFamily], gpus: int) -> Sa
     ConfigurationError for what DIP refuses, and what a provider raises."""
     model, train = config.model, config.train
     config.data_parallel_size = gpus // replica_size(config)
+    switch_off(config.model)
     check_bridge(config, "dynamic")
     if not dist.is_initialized():
         dist.init_process_group("gloo")

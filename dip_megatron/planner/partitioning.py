@@ -153,15 +153,22 @@ class _Search:
     def run(self, budget_seconds: float, max_trials: int | None) -> Partition:
         paper = _paper(self.pricer, self.microbatches)
         self._judge(paper)
-        began, cores = time.monotonic(), time.process_time()
         sizes = tuple(m.unit_size for m in paper.modules)
         starts = [
             _Setting(tuple(m.segments for m in paper.modules), sizes, STAGE_WEIGHTS[0]),
             _Setting((1,) * len(paper.modules), sizes, STAGE_WEIGHTS[0]),
             _Setting((1,) * len(paper.modules), (None,) * len(paper.modules), STAGE_WEIGHTS[0]),
         ]
-        starts = [self._whole(s, ("replicated",)) for s in starts]
-        starts += [self._whole(s, ("replicated", "either")) for s in starts]
+        # Modules whose placement is open: from each side, as a climb seldom crosses over.
+        sides = [("replicated",), ("replicated", "either")] if "either" in self.placements else [("replicated",)]
+        for i, side in enumerate(sides):
+            end = None if max_trials is None else len(self.judged) + (max_trials - len(self.judged)) // (len(sides) - i)
+            self._climb([self._whole(s, side) for s in starts], budget_seconds / len(sides), end)
+        return self._decide(paper)
+
+    def _climb(self, starts: Sequence[_Setting], budget_seconds: float, max_trials: int | None) -> None:
+        """From the best of some settings, until no step or pair of steps makes it better."""
+        began, cores = time.monotonic(), time.process_time()
         best = min(dict.fromkeys(starts), key=lambda s: self._judge(self.partition(s)))
         value = self._judge(self.partition(best))
         improved = True
@@ -177,7 +184,6 @@ class _Search:
                 if found < value * (1 - 1e-4):
                     best, value, improved = step, found, True
                     break
-        return self._decide(paper)
 
     def _decide(self, paper: Partition) -> Partition:
         finalists = sorted(self.judged, key=lambda p: self.judged[p])[:FINALISTS]
@@ -263,7 +269,7 @@ class _Search:
             if self.placements[i] == "either":
                 yield replace(setting, segments=_with(setting.segments, i, 0 if setting.segments[i] else 1))
             for k in (setting.segments[i] + 1, setting.segments[i] - 1) if setting.segments[i] else ():
-                if 1 <= k <= min(MAX_SEGMENTS, max(1, shape.layers // ranks)):
+                if 1 <= k <= min(MAX_SEGMENTS, -(-shape.layers // ranks)):
                     yield replace(setting, segments=_with(setting.segments, i, k))
         for weight in STAGE_WEIGHTS:
             if weight != setting.stage_weight:

@@ -84,6 +84,8 @@ class OffloadedActivations:
         """``stream``: the side stream, None without a GPU."""
         self._stream = stream
         self._layers: dict[int, list[_Copy]] = {}
+        self._kept: set[int] = set()
+        self._whole: set[int] = set()
 
     @property
     def host_bytes(self) -> int:
@@ -93,10 +95,12 @@ class OffloadedActivations:
     @contextmanager
     def layer(self, index: int, keep: Iterable[torch.Tensor]) -> Iterator[None]:
         """Within, what autograd saves goes to host memory; but not ``keep`` (parameters, inputs all layers share)."""
-        kept = {storage_id(t.untyped_storage()) for t in keep}
+        kept = self._kept = {storage_id(t.untyped_storage()) for t in keep}
         known: dict[tuple[int, ...], tuple[StorageWeakRef, _Copy]] = {}
         copies: list[_Copy] = []
         self._layers[index] = copies
+        copied: set[int] = set()
+        self._whole = copied
 
         def pack(tensor: torch.Tensor) -> Any:
             storage = tensor.untyped_storage()
@@ -116,6 +120,8 @@ class OffloadedActivations:
                     source = source.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
                 found = known[key] = (StorageWeakRef(storage), _Copy(source, self._stream))
                 copies.append(found[1])
+                if whole:
+                    copied.add(place)
             found[1].uses += 1
             if whole:
                 return _Saved(found[1], index, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -123,6 +129,18 @@ class OffloadedActivations:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Leave a tensor of the layer at hand where it is: what saves it drops it by itself and makes it again."""
+        self._kept.add(storage_id(tensor.untyped_storage()))
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Free a tensor of the layer at hand that nothing reads before it is back, if all of it has been copied.
+
+        Autograd holds a checkpoint's inputs, leaves of a graph of their own, also where hooks save them elsewhere.
+        """
+        if storage_id(tensor.untyped_storage()) in self._whole:
+            tensor.untyped_storage().resize_(0)
 
     def prefetch(self) -> None:
         """Begin to bring back the last layer, whose backward comes first."""

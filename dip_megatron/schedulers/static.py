@@ -139,7 +139,9 @@ def given_choice(name: str, model: MultimodalModel, layers: dict[str, tuple[tupl
     """
     rules = find_schedule(name).mixed
     segments, ranks = len(next(iter(layers.values()))), model.parallel.pp
-    if rules is None or segments not in rules.segments:
+    # Those that interleave take any number; what is tried when nothing is given is another matter.
+    interleaves = rules is not None and len(rules.segments) > 1
+    if rules is None or not (segments in rules.segments or (interleaves and segments >= 1)):
         allowed = ", ".join(map(str, rules.segments if rules else ()))
         raise ModelError(f"{name} takes {allowed} chunks a rank, the layers given have {segments}")
     runs: list[tuple[LayerRun, ...]] = [()] * (segments * ranks)

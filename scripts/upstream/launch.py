@@ -4,9 +4,10 @@
 
 WAY is ``run`` (through ``dip run``), ``tree`` (as ``python SCRIPT``: whatever the Megatron tree itself does),
 ``absent`` (likewise, and ``dip_megatron`` can't be imported) or ``startup`` (as ``tree``, with the start-up file of
-``dip_megatron``'s wheel). ``LAUNCH_PACKAGE`` is the training loop's package if it isn't ``megatron.training``. Weights
-are drawn from their names, so that runs of the same script at other pipeline sizes and partitions start alike; nothing
-else is changed.
+``dip_megatron``'s wheel). ``LAUNCH_PACKAGE`` is the training loop's package if it isn't ``megatron.training``,
+``LAUNCH_KILL`` the iteration in which the last rank ends as if its host had gone (SIGKILL). Weights are drawn from
+their names, so that runs of the same script at other pipeline sizes and partitions start alike; nothing else is
+changed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import runpy
+import signal
 import site
 import sys
 from pathlib import Path
@@ -59,6 +61,26 @@ def draw_weights_before_the_optimizer() -> None:
     training.get_megatron_optimizer = build_from_drawn
 
 
+def end_within_an_iteration() -> None:
+    """Let the last rank kill itself in the iteration that ``LAUNCH_KILL`` names, as it reads a microbatch."""
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    if not (last and "LAUNCH_KILL" in os.environ):
+        return
+    training: Any = importlib.import_module(f"{PACKAGE}.training")
+    get_args = importlib.import_module(PACKAGE).get_args
+    train_step = training.train_step
+
+    def killed_step(forward_step: Any, *rest: Any, **kwargs: Any) -> Any:
+        def step(*given: Any) -> Any:
+            if get_args().curr_iteration + 1 == int(os.environ["LAUNCH_KILL"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return forward_step(*given)
+
+        return train_step(step, *rest, **kwargs)
+
+    training.train_step = killed_step
+
+
 def begin_on_this_host() -> None:
     """On a host without a GPU, let Megatron run on the CPU."""
     from dip_megatron.compat.host import adapt_training
@@ -93,6 +115,7 @@ def _main() -> None:
         def install_and_draw(families: Any = (), samples: Any = None) -> None:
             install(families, samples)
             draw_weights_before_the_optimizer()
+            end_within_an_iteration()
             adapt_example(script)
 
         dip_megatron.install = install_and_draw
@@ -108,6 +131,7 @@ def _main() -> None:
             del sys.modules[name]
         sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
     draw_weights_before_the_optimizer()
+    end_within_an_iteration()
     adapt_example(script)
     runpy.run_path(script, run_name="__main__")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import functools
 import importlib
+import os
 from typing import Any
 
 SIZES = {
@@ -41,6 +42,9 @@ def mend() -> None:
     import megatron.training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    # It reads its data loader's state as if that were nothing but tensors, which Energon's is not: from torch 2.6 on it
+    # says so, and begins the data anew.
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     pretrain = megatron.training.pretrain
     # It names this function and doesn't import it, nor does it give pretrain() what that returns.
     builtins.pretrain_cfg_container_from_args = pretrain_cfg_container_from_args  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from tests.bridge.tiny import TINY
+from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.bridge.tiny_model import Tiny
 from tests.processes import transport
 from tests.runtime.llava_case import finalize_without_ddp, gradients, initialize
@@ -37,15 +39,20 @@ class Case:
 
     @property
     def of(self) -> Tiny:
-        return TINY[self.tiny]
+        return (TINY | MCORE_TINY)[self.tiny]
 
 
 def provider_of(case: Case, world: int) -> tuple[Any, Any]:
-    """Bridge of the folder, and the model's provider."""
+    """Bridge of the folder, and the model's provider; or mcore-bridge as both."""
+    initialize(world // case.tensor, case.tensor)
+    if case.tiny in MCORE_TINY:
+        from tests.bridge.mcore_models import McoreModels
+
+        models = McoreModels(case.folder, world // case.tensor)
+        return models, models
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    initialize(world // case.tensor, case.tensor)
     for backend in ("FLASH", "FUSED", "UNFUSED"):  # families of one process differ in what they ask for
         os.environ.pop(f"NVTE_{backend}_ATTN", None)
     bridge = AutoBridge.from_hf_pretrained(case.folder, dtype=torch.float32, trust_remote_code=True)
@@ -90,11 +97,11 @@ def stage(case: Case, rank: int) -> int:
 
 
 def batches(case: Case, rank: int) -> list[dict[str, Any]]:
-    """Microbatches as Bridge's steps hand them to a rank's model: pixels on the first rank only."""
-    found = []
+    """Microbatches as Bridge's steps hand them to a rank's model: pixels on the first rank only, as a rule."""
+    found, first = [], rank == 0 or case.of.pixels_everywhere
     for i, shown in enumerate(case.of.contents(case.seed, MICROBATCHES)):
         arguments = case.of.arguments(shown, 100 * case.seed + i)
-        found.append({name: value for name, value in arguments.items() if rank == 0 or not name.startswith(PIXELS)})
+        found.append({name: value for name, value in arguments.items() if first or not name.startswith(PIXELS)})
     return found
 
 
@@ -152,11 +159,12 @@ def hugging_face(rank: int, world: int, case: Case) -> list[torch.Tensor]:
 def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
     """Bridge, the program, its chunks with the folder's weights, and the model in the planner's words."""
     from dip_megatron.describe.model import Parallel
-    from dip_megatron.families.called.known import BRIDGE_FAMILIES
     from dip_megatron.megatron.build import record_blueprint
 
     bridge, provider = provider_of(case, world)
-    family, blueprint = record_blueprint(BRIDGE_FAMILIES, provider.provide, pre_process=True, post_process=True)
+    known = importlib.import_module(f"dip_megatron.families.called.{'mcore_' * (case.tiny in MCORE_TINY)}known")
+    families = known.MCORE_BRIDGE_FAMILIES if case.tiny in MCORE_TINY else known.BRIDGE_FAMILIES
+    family, blueprint = record_blueprint(families, provider.provide, pre_process=True, post_process=True)
     program: Any = family.program(blueprint, case.layers, rank=stage(case, rank), micro_batch_size=1)
     model = family.describe(blueprint, Parallel(case.tensor, world // case.tensor, sequence_parallel=case.sequence))
     chunks = program.build_chunks()
@@ -181,7 +189,9 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     from dip_megatron.runtime.transport import DistributedTransport
 
     bridge, program, chunks, model = build(rank, world, case)
-    exported = {name: t.clone() for name, t in bridge.export_hf_weights(chunks, cpu=True, show_progress=False)}
+    # In float, as Bridge would export experts of Kimi-K2.5 in four bits, as they are published.
+    given = {"cpu": True, "show_progress": False, "weight_dtype": torch.float32}
+    exported = {name: t.clone() for name, t in bridge.export_hf_weights(chunks, **given)}
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize
         if logits:

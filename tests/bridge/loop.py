@@ -111,7 +111,7 @@ def configuration(folder: Path, run: Run) -> Any:
             counts = (context.train_samples, context.valid_samples, context.test_samples)
             return tuple(Samples(n, TINY[run.tiny]) if n else None for n in counts)
 
-    model = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32).to_megatron_provider(
+    model = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32, trust_remote_code=True).to_megatron_provider(
         load_weights=not run.finetunes
     )
     if not run.text:
@@ -148,7 +148,7 @@ def configuration(folder: Path, run: Run) -> Any:
         tokenizer=bridge.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY),
         checkpoint=bridge.CheckpointConfig(
             save=run.save and str(run.save), save_interval=2 if run.save else None, load=run.load and str(run.load),
-            pretrained_checkpoint=str(folder) if run.finetunes else None,
+            pretrained_checkpoint=str(folder) if run.finetunes else None, hf_trust_remote_code=True,
         ),
         rng=bridge.RNGConfig(seed=1234),
         dist=bridge.DistributedInitConfig(distributed_backend="gloo"),
@@ -186,8 +186,11 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
         def on_train_end(self, context: Any) -> None:
             if run.adapters:  # Bridge has no names to export those of Hugging Face's linears by
                 return
-            bridge = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32)
-            weights = dict(bridge.export_hf_weights(context.model, cpu=True, show_progress=False))
+            bridge = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+            exported = bridge.export_hf_weights(
+                context.model, cpu=True, show_progress=False, weight_dtype=torch.float32
+            )  # fmt: skip
+            weights = dict(exported)
             if rank == 0:
                 result["weights"] = weights
             if run.export is not None:

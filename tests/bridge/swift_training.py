@@ -1,5 +1,6 @@
-"""A tiny Qwen2.5-VL of mcore-bridge trained by ms-swift's own trainer, as one rank of a run: ``python -m
-tests.bridge.swift_training FOLDER OUT RUNS``. Runs come as JSON; what each did is saved in ``OUT``, by run and rank.
+"""Tiny models of mcore-bridge trained by ms-swift's own trainer, as one rank of two: ``python -m
+tests.bridge.swift_training FOLDERS OUT RUNS``. Runs come as JSON; what each did is saved in ``OUT``, by run and rank.
+A run may also be one iteration of :mod:`.equality`, as the same processes can do it.
 
 What is ms-swift's: arguments, model, weights from the folder, data loader, steps, optimizer, logs, safetensors. Samples
 come encoded: its templates need a published tokenizer. It and mcore-bridge load before the CPU platform does, which
@@ -31,29 +32,36 @@ from swift.megatron.callbacks.base import MegatronCallback
 import tests.preloaded  # noqa: F401  installs the CPU platform
 
 # isort: split
+from megatron.core import parallel_state
+
 from dip_megatron.compat import topics_of
 from dip_megatron.compat.names import fault
+from tests.bridge import equality
 from tests.bridge.tiny import TINY
+from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.bridge.tiny_model import IMAGE, VIDEO
 
 MICROBATCHES = 4
-NAME = "qwen2-5-vl"
+KINDS = {"qwen2-5-vl": ("qwen2_5_vl", "qwen2_5_vl"), "internvl": ("internvl", "internvl_hf")}
+"""What ms-swift calls each model, and its template."""
 
 
 class Samples(torch.utils.data.Dataset[Any]):
     """Encoded as ms-swift's templates do: tokens of several lengths, pictures and videos, positions by Hugging Face's
     model."""
 
-    def __init__(self, size: int):
-        tiny = TINY[NAME]
-        model = tiny.made().model
+    def __init__(self, name: str, size: int):
+        tiny = (TINY | MCORE_TINY)[name]
+        index_of = getattr(tiny.made().model, "get_rope_index", None)
         self._samples = []
         for index, shown in enumerate(tiny.contents(5, size)):
             given = tiny.arguments(shown, index)
             ids = given["input_ids"][:, : 96 - 8 * (index % 3)]
             kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-            grids = [given.get(f"{kind}_grid_thw") for kind in ("image", "video")]
-            positions, _ = model.get_rope_index(ids, kinds, *grids)
+            positions = torch.arange(ids.shape[1])[None]
+            if index_of is not None:
+                grids = [given.get(f"{kind}_grid_thw") for kind in ("image", "video")]
+                positions, _ = index_of(ids, kinds, *grids)
             labels = ids.masked_fill(kinds > 0, -100)
             labels[:, 0] = -100
             seen = {name: value for name, value in given.items() if "pixel" in name or "grid" in name}
@@ -123,12 +131,13 @@ class Record(MegatronCallback):
 def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     """One training; ``run`` are arguments of ms-swift's, and under ``dip`` the variables of DIP's."""
     given = dict(run)
-    environ = given.pop("dip", {})
-    for name in [name for name in os.environ if name.startswith("DIP_")]:
-        del os.environ[name]
+    environ, name = given.pop("dip", {}), given.pop("tiny")
+    kind, template = KINDS[name]
+    for variable in [variable for variable in os.environ if variable.startswith("DIP_")]:
+        del os.environ[variable]
     os.environ.update(environ)
     args = MegatronSftArguments(
-        model=str(folder), model_type="qwen2_5_vl", template="qwen2_5_vl", dataset=["none"], output_dir=str(out),
+        model=str(folder), model_type=kind, template=template, dataset=["none"], output_dir=str(out),
         add_version=False, max_length=96, check_model=False, torch_dtype="float32", bf16=False, fp16=False,
         ddp_backend="gloo",
         pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]), use_distributed_optimizer=False, train_iters=3,
@@ -145,9 +154,23 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     record = Record(trainer)
     trainer.callbacks.append(record)
     size = 2 * args.global_batch_size
-    trainer.train(Samples(size), Samples(size) if args.eval_iters > 0 else None)
+    trainer.train(Samples(name, size), Samples(name, size) if args.eval_iters > 0 else None)
     exported = dict(trainer.bridge.export_weights(trainer.unwrapped_models, target_device="cpu"))
     return record.found | {"weights": exported, "saved": trainer.state.last_model_checkpoint}
+
+
+def compared(folder: Path, run: dict[str, Any]) -> Any:
+    """What a function of :mod:`.equality` gives for a case, on this rank; ``alone``, on it as on the only one."""
+    given = dict(run["case"])
+    layers = {module: tuple(map(tuple, lines)) for module, lines in given.pop("layers", {}).items()}
+    case = equality.Case(folder=folder, layers=layers, seed=3, **given)
+    if parallel_state.model_parallel_is_initialized():  # by a training
+        parallel_state.destroy_model_parallel()
+    rank, world = (0, 1) if run.get("alone") else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    try:
+        return getattr(equality, run["function"])(rank, world, case, *run.get("more", ()))
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def faults() -> list[str]:
@@ -161,7 +184,10 @@ def main(folder: str, out: str, runs: str) -> None:
     assert faults() == []
     rank = os.environ["RANK"]
     for name, run in json.loads(runs).items():
-        torch.save(trained(Path(folder), Path(out) / name, run), Path(out) / f"{name}-{rank}.pt")
+        tiny = run["case"]["tiny"] if "case" in run else run["tiny"]
+        own = Path(folder) / tiny
+        found = compared(own, run) if "case" in run else trained(own, Path(out) / name, run)
+        torch.save(found, Path(out) / f"{name}-{rank}.pt")
 
 
 if __name__ == "__main__":

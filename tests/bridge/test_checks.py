@@ -16,7 +16,7 @@ from tests.processes import team
 
 UNFIT = {
     "pipeline_model_parallel_size": 1, "context_parallel_size": 2,
-    "cuda_graph_impl": "local", "defer_embedding_wgrad_compute": True,
+    "defer_embedding_wgrad_compute": True,
 }  # fmt: skip
 
 
@@ -42,7 +42,6 @@ def said(rank: int, world: int, folder: Path) -> dict[str, str]:
         return lambda config: setattr(config.model, name, value)
 
     found = {name: refusal(given(name, value)) for name, value in UNFIT.items()}
-    found["eval_micro_batch_size"] = refusal(lambda c: setattr(c.validation, "eval_micro_batch_size", 2))
     found["FSDP"] = refusal(lambda c: setattr(c.dist, "use_megatron_fsdp", True))
     found["use_decentralized_pg"] = refusal(lambda c: setattr(c.dist, "use_decentralized_pg", True))
     found["non_persistent_ckpt_type"] = refusal(lambda c: setattr(c.checkpoint, "non_persistent_ckpt_type", "local"))

@@ -1,5 +1,6 @@
-"""ms-swift's own trainer with mcore-bridge's Qwen2.5-VL on two CPU ranks: the same numbers without DIP and under it,
-which the wheel's start-up file and the environment alone switch on."""
+"""ms-swift's own trainer with mcore-bridge's models on two CPU ranks: the same numbers without DIP and under it, which
+the wheel's start-up file and the environment alone switch on; and InternVL, which comes through mcore-bridge alone, as
+:mod:`.test_families` has the families of Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from examples.llava_digits.runs import train
+from tests.bridge.equality import together
+from tests.bridge.test_families import assert_equal, partitions
 from tests.bridge.tiny import TINY
+from tests.bridge.tiny_mcore import MCORE_TINY
 
 MISSING = [name for name in ("mcore_bridge", "swift", "modelscope") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -23,8 +27,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
 ]
 LAYERS = "{vision: {layers: [[1, 1], [2, 0]], unit_size: 1}, language: {layers: [[1, 1], [1, 1]]}}"
-ALL = {"freeze_vit": False, "freeze_aligner": False}
-USUAL = {"micro_batch_size": 2, "eval_iters": 1, "eval_steps": 2}
+ALL = {"tiny": "qwen2-5-vl", "freeze_vit": False, "freeze_aligner": False}
+USUAL = {"tiny": "qwen2-5-vl", "micro_batch_size": 2, "eval_iters": 1, "eval_steps": 2}
 """Frozen encoders, as ms-swift has it unless it is told otherwise, and evaluations; two samples are packed in a row."""
 DIP = {"DIP_SCHEDULE": "dynamic", "DIP_MODULES": LAYERS, "DIP_PLANNER_WORKERS": "0"}
 RUNS: dict[str, dict[str, Any]] = {
@@ -33,39 +37,85 @@ RUNS: dict[str, dict[str, Any]] = {
     "usual": USUAL,
     "usual-dip": {**USUAL, "dip": DIP},
     "virtual-dip": {**ALL, "virtual_pipeline_model_parallel_size": 2, "dip": {"DIP_SCHEDULE": "static"}},
+    "internvl": {**ALL, "tiny": "internvl"},
+    "internvl-dip": {**ALL, "tiny": "internvl", "dip": DIP},
+    "frozen": {**USUAL, "tiny": "internvl"},
+    "frozen-dip": {**USUAL, "tiny": "internvl", "dip": DIP},
 }
 
 
+def compared(name: str) -> dict[str, dict[str, Any]]:
+    """An iteration of Megatron's own schedules and of DIP's plans, and logits."""
+    case = {"tiny": name}
+    one, several = (case | {"layers": partitions(MCORE_TINY[name])[cut]} for cut in ("one", "several"))
+    return {
+        f"{name}-whole": {"case": case, "function": "megatrons", "alone": True},
+        f"{name}-stages": {"case": case, "function": "megatrons"},
+        f"{name}-one": {"case": one, "function": "dips"},
+        f"{name}-several": {"case": several | {"unit_size": 2}, "function": "dips"},
+        f"{name}-logits": {"case": several, "function": "dips", "more": [True]},
+        f"{name}-hugging-face": {"case": case, "function": "hugging_face", "alone": True},
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("qwen")
-    TINY["qwen2-5-vl"].save(made)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("folders")
+    for name, tiny in (MCORE_TINY | {"qwen2-5-vl": TINY["qwen2-5-vl"]}).items():
+        tiny.save(made / name)
     return made
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """All of them by the same two processes, which take longer to import ms-swift than to train."""
     out = tmp_path_factory.mktemp("swift")
-    command = [sys.executable, "-m", "tests.bridge.swift_training", str(folder), str(out), json.dumps(RUNS)]
+    all_runs = RUNS | {run: asked for name in MCORE_TINY for run, asked in compared(name).items()}
+    command = [sys.executable, "-m", "tests.bridge.swift_training", str(folders), str(out), json.dumps(all_runs)]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DIP_SCHEDULE", "dynamic")  # for the start-up file; each run has variables of its own
         train("swift", command, out, lambda *_: None, ranks=2)
-    return {name: [torch.load(out / f"{name}-{rank}.pt") for rank in range(2)] for name in RUNS}
+    return {name: [torch.load(out / f"{name}-{rank}.pt") for rank in range(2)] for name in all_runs}
 
 
-@pytest.mark.parametrize(("under", "off"), [("all-dip", "all"), ("usual-dip", "usual"), ("virtual-dip", "all")])
+@pytest.mark.parametrize("cut", ["one", "several", "stages"])
+@pytest.mark.parametrize("name", MCORE_TINY)
+def test_segments_train_as_the_class_does(runs: Any, folders: Path, name: str, cut: str) -> None:
+    """Losses and every gradient, also of Megatron's own two stages; weights in and out."""
+    ranks = runs[f"{name}-{cut}"]
+    assert_equal((ranks[-1][0], together([r[1] for r in ranks])), runs[f"{name}-whole"][0])
+    saved = load_file(folders / name / "model.safetensors")
+    for exported in (r[2] for r in ranks if cut != "stages"):
+        assert saved.keys() == exported.keys()
+        for key, weight in saved.items():
+            assert torch.equal(exported[key], weight), key
+
+
+@pytest.mark.parametrize("name", MCORE_TINY)
+def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
+    for ours, theirs in zip(runs[f"{name}-logits"][-1], runs[f"{name}-hugging-face"][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=MCORE_TINY[name].tolerance)
+
+
+@pytest.mark.parametrize(
+    ("under", "off"),
+    [
+        ("all-dip", "all"), ("usual-dip", "usual"), ("virtual-dip", "all"), ("internvl-dip", "internvl"),
+        ("frozen-dip", "frozen"),
+    ],
+)  # fmt: skip
 def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:
     """Losses, the first iteration's gradients, norms, evaluations and exported weights."""
     found, expected = runs[under], runs[off]
     assert len(found[-1]["losses"]) == 3
-    assert len(found[-1]["evaluated"]) == (2 if off == "usual" else 0)
+    frozen = off in ("usual", "frozen")
+    assert len(found[-1]["evaluated"]) == (2 if frozen else 0)
     for name in ("losses", "evaluated"):
         torch.testing.assert_close(found[-1][name], expected[-1][name], rtol=0, atol=3e-6)
     torch.testing.assert_close(found[-1]["norms"], expected[-1]["norms"], rtol=2e-5, atol=0)
     ours, theirs = (rank[0]["gradients"] | rank[1]["gradients"] for rank in (found, expected))
     assert ours.keys() == theirs.keys()
-    assert any("visual" in name for name in ours) == (off == "all")
+    assert any("visual" in name for name in ours) != frozen
     for name, gradient in theirs.items():
         off_by = float((ours[name] - gradient).abs().max())
         assert off_by <= 2e-5 * max(float(gradient.abs().max()), 1e-4), f"{name}: {off_by}"
@@ -74,9 +124,10 @@ def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:
         torch.testing.assert_close(found[0]["weights"][name], weight, rtol=0, atol=1e-5)
 
 
-def test_what_it_saves_is_read_again_bit_for_bit(runs: Any, folder: Path, tmp_path: Path) -> None:
+def test_what_it_saves_is_read_again_bit_for_bit(runs: Any, folders: Path, tmp_path: Path) -> None:
     import transformers
 
+    folder = folders / "qwen2-5-vl"
     (run, _), start = runs["all-dip"], load_file(folder / "model.safetensors")
     shutil.copy(Path(run["saved"]) / "model.safetensors", tmp_path)
     for name in ("config.json", "generation_config.json"):  # which ms-swift saves with the processor

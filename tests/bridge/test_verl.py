@@ -14,6 +14,7 @@ import torch
 
 from examples.llava_digits.runs import train
 from tests.bridge.tiny import TINY
+from tests.forked import forked
 
 CHECKOUT = os.environ.get("DIP_VERL_CHECKOUT")
 pytestmark = [
@@ -34,7 +35,7 @@ DIP = {
 def ran(name: str, folder: Path, out: Path, run: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
     """What each rank saved."""
     command = [sys.executable, "-m", "tests.bridge.verl_engine", str(folder), str(out), json.dumps({name: run})]
-    train(name, command, out, lambda *_: None, ranks=ranks)
+    train(name, command, out, lambda *_: None, ranks, forked)
     return [torch.load(out / f"{name}-{rank}.pt") for rank in range(ranks)]
 
 

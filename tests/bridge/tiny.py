@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.bridge.tiny_kimi import Patches, kimi, latent
 from tests.bridge.tiny_model import (
-    AUDIO,
-    AUDIO_END,
-    AUDIO_START,
     END,
     IDS,
     IMAGE,
@@ -22,7 +19,10 @@ from tests.bridge.tiny_model import (
     Content,
     Grid,
     Tiny,
+    plain_experts,
+    sections,
 )
+from tests.bridge.tiny_omni import OMNI
 
 QWEN3_STEP = "megatron.bridge.models.qwen_vl.qwen3_vl_step"
 
@@ -44,15 +44,6 @@ def qwen25(tied: bool) -> Any:
         architectures=["Qwen2_5_VLForConditionalGeneration"],
     )  # fmt: skip
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def sections(*section: int) -> Callable[[Any], None]:
-    """Bridge's providers keep the sections of M-RoPE of the published models."""
-
-    def change(provider: Any) -> None:
-        provider.mrope_section = list(section)
-
-    return change
 
 
 def qwen3_parts(tied: bool, **text: Any) -> dict[str, Any]:
@@ -249,16 +240,6 @@ def glm45(tied: bool) -> Any:
     return transformers.Glm4vMoeForConditionalGeneration(config)
 
 
-def plain_experts(*section: int) -> Callable[[Any], None]:
-    """:func:`sections`, and experts without fused kernels and what needs devices of its own."""
-
-    def change(provider: Any) -> None:
-        provider.mrope_section, provider.mtp_num_layers = list(section), None
-        provider.moe_permute_fusion = provider.moe_shared_expert_overlap = False
-
-    return change
-
-
 class OneToken(Tiny):
     """With one token for images and videos, of which a microbatch therefore holds either."""
 
@@ -277,81 +258,6 @@ class OneToken(Tiny):
     def hugging_face(self, arguments: dict[str, Any]) -> dict[str, Any]:
         kind = 2 if "video_grid_thw" in arguments else 1
         return {"mm_token_type_ids": kind * (arguments["input_ids"] == IMAGE).int()}
-
-
-def omni(tied: bool) -> Any:
-    import transformers
-
-    vision = {
-        "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
-        "window_size": 56, "fullatt_block_indexes": [1, 3], "spatial_merge_size": 2, "temporal_patch_size": 2,
-    }  # fmt: skip
-    audio = {
-        "num_mel_bins": 8, "encoder_layers": 4, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 24,
-        "n_window": 4, "output_dim": 64, "max_source_positions": 64,
-    }  # fmt: skip
-    text = TEXT | {
-        "tie_word_embeddings": tied, "rope_theta": 1000000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
-    thinker = {
-        "vision_config": vision, "audio_config": audio, "text_config": text, "audio_token_index": AUDIO,
-        "image_token_index": IMAGE, "video_token_index": VIDEO, "vision_start_token_id": START,
-        "vision_end_token_id": END, "audio_start_token_id": AUDIO_START, "audio_end_token_id": AUDIO_END,
-        "position_id_per_seconds": 25, "seconds_per_chunk": 2,
-    }  # fmt: skip
-    config = transformers.Qwen2_5OmniConfig(
-        thinker_config=thinker, enable_audio_output=False, dtype=torch.float32,
-        architectures=["Qwen2_5OmniForConditionalGeneration"],
-    )  # fmt: skip
-    return transformers.Qwen2_5OmniForConditionalGeneration(config)
-
-
-def sectioned(model: Any) -> None:
-    """Bridge interleaves the sections of M-RoPE as for Qwen3-VL; Hugging Face's model has them one after the other."""
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
-
-    language = getattr(model.thinker, "language_model", None)
-    if language is not None:
-        config = language.config
-        language.rotary_pos_emb = MultimodalRotaryEmbedding(config.kv_channels, 1.0, rotary_base=config.rotary_base)
-
-
-class Sounding(Tiny):
-    """With clips of sound of several lengths among the pictures."""
-
-    def contents(self, seed: int, microbatches: int) -> list[tuple[Content, ...]]:
-        sound: list[tuple[Content, ...]] = [
-            (), (("audio", (1, 1, 13)),), (), (("audio", (1, 1, 22)), ("audio", (1, 1, 9))), (("audio", (1, 1, 16)),),
-        ]  # fmt: skip
-        seen = super().contents(seed, microbatches)
-        # Bridge puts videos behind images, wherever their tokens are.
-        return [(*sorted(line[:3]), *sound[i % len(sound)]) for i, line in enumerate(seen)]
-
-    def tokens(self, kind: str, grid: Grid) -> list[int]:
-        if kind == "audio":
-            return [AUDIO_START, *[AUDIO] * (((grid[2] - 1) // 2 - 1) // 2 + 1), AUDIO_END]
-        return super().tokens(kind, grid)
-
-    def arguments(self, shown: tuple[Content, ...], seed: int) -> dict[str, Any]:
-        return super().arguments(shown, seed) | {"position_ids": None}
-
-    def seen(self, shown: tuple[Content, ...], generator: torch.Generator) -> dict[str, Any]:
-        found = super().seen(shown, generator)
-        if "video_grid_thw" in found:
-            found["video_second_per_grid"] = torch.ones(len(found["video_grid_thw"]))
-        lengths = torch.tensor([grid[2] for kind, grid in shown if kind == "audio"])
-        if len(lengths):
-            mask = (torch.arange(24) < lengths[:, None]).long()
-            found["input_features"] = torch.randn(len(lengths), 8, 24, generator=generator)
-            found["feature_attention_mask"] = mask
-        return found
-
-    def text(self, model: Any) -> Any:
-        return model.thinker
-
-    def hugging_face(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {"attention_mask": torch.ones_like(arguments["input_ids"])}  # or positions are those of text
 
 
 TINY = {
@@ -376,10 +282,8 @@ TINY = {
             "qwen3-vl-moe", qwen3_moe, patch=16, split_frames=True, vision_layers=5, language_layers=6,
             change=plain_experts(4, 2, 2), logits=exact_gelu, step=QWEN3_STEP, experts=True,
         ),
+        Patches("kimi-k2-5", kimi, temporal=1, videos=False, change=latent, experts=True),
         OneToken("glm-4-5v", glm45, split_frames=True, change=plain_experts(2, 1, 1), experts=True),
-        Sounding(
-            "qwen2-5-omni", omni, audio_layers=4, change=sections(2, 3, 3), logits=sectioned,
-            step="megatron.bridge.models.qwen_omni.qwen3_omni_step",
-        ),
+        *OMNI,
     )
 }  # fmt: skip

@@ -31,7 +31,7 @@ class Tiny:
     """A family's tiny model: ``model(tied)`` makes it of Hugging Face's classes, ``change`` gives its provider what
     Bridge doesn't read from the folder. ``split_frames``: tokens of a video's frames stand apart. ``step`` is the
     module of Bridge's forward step; ``tolerance`` is of logits against Hugging Face's, and ``logits`` prepares one of
-    Bridge's models to be compared with them."""
+    Bridge's models to be compared with them. ``pixels_everywhere``: its step gives pixels to every rank."""
 
     name: str
     model: Callable[[bool], Any]
@@ -39,6 +39,7 @@ class Tiny:
     temporal: int = 2
     split_frames: bool = False
     experts: bool = False
+    pixels_everywhere: bool = False
     videos: bool = True
     vision_layers: int = 4
     language_layers: int = 4
@@ -126,3 +127,22 @@ class Tiny:
                 found[name] = torch.randn(sum(map(prod, own)), values, generator=generator)
                 found[f"{kind}_grid_thw"] = torch.tensor(own)
         return found
+
+
+def sections(*section: int) -> Callable[[Any], None]:
+    """Bridge's providers keep the sections of M-RoPE of the published models."""
+
+    def change(provider: Any) -> None:
+        provider.mrope_section = list(section)
+
+    return change
+
+
+def plain_experts(*section: int) -> Callable[[Any], None]:
+    """:func:`sections`, and experts without fused kernels and what needs devices of its own."""
+
+    def change(provider: Any) -> None:
+        provider.mrope_section, provider.mtp_num_layers = list(section), None
+        provider.moe_permute_fusion = provider.moe_shared_expert_overlap = False
+
+    return change

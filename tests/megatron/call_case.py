@@ -89,6 +89,12 @@ def without_labels(data_iterator: Any, model: Any) -> Any:
     return model(tokens, torch.arange(tokens.shape[1]).unsqueeze(0), None), logits_of
 
 
+def in_pairs(data: Iterator[Any]) -> Iterator[Any]:
+    """Microbatches of two samples: each beside itself read backwards."""
+    for item in data:
+        yield {name: torch.cat([ids, ids.flip(1)]) for name, ids in item.items()}
+
+
 def calls(rank: int, world: int, dip: bool) -> dict[str, Any]:
     """What each call of one loop gives, in the order in which they are made."""
     loop = Loop(world, dip=dip)
@@ -103,7 +109,8 @@ def calls(rank: int, world: int, dip: bool) -> dict[str, Any]:
         "three values": loop.trained(data, three),
         "an evaluation of more microbatches": loop.call(other, three, count=9, forward_only=True),
         "inference": loop.call(other, without_labels, count=3, forward_only=True, collect_non_loss_data=True),
-        "fewer microbatches": loop.trained(data, count=4),
+        "an evaluation of two samples a microbatch": loop.call(in_pairs(other), count=2, forward_only=True),
+        "two samples a microbatch": loop.trained(in_pairs(data), count=4),
         "after inference": loop.trained(data),
     }
 

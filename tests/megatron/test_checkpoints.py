@@ -170,11 +170,16 @@ def test_frozen_vision_has_no_optimizer_state(tmp_path: Path) -> None:
     assert_same_from_the_third(train(tmp_path, "one", 1, *frozen, *resumed(tmp_path / "saved"), hooks=False), run)
 
 
-def test_checkpoints_by_rank_that_are_not_of_dip_are_refused(tmp_path: Path) -> None:
-    older = ("--ckpt-format", "torch")
-    train(tmp_path, "plain", 2, *pipeline(2), *saved(tmp_path / "saved"), *older, hooks=False)
+def test_checkpoints_by_rank_that_are_not_of_dip_are_refused_until_converted(tmp_path: Path) -> None:
+    """By Megatron's own conversion, as the refusal says."""
+    older, ours = ("--ckpt-format", "torch"), (*pipeline(2), *dip(tmp_path, TWO_SEGMENTS))
+    plain = train(tmp_path, "plain", 2, *pipeline(2), *saved(tmp_path / "saved"), *older, hooks=False)
     with pytest.raises(RunFailed, match=r"is no distributed checkpoint, and not one of DIP's"):
-        train(tmp_path, "dip", 2, *pipeline(2), *dip(tmp_path, TWO_SEGMENTS), *resumed(tmp_path / "saved"), *older)
+        train(tmp_path, "dip", 2, *ours, *resumed(tmp_path / "saved"), *older)
+    conversion = ("--ckpt-convert-format", "torch_dist", "--ckpt-convert-save", str(tmp_path / "converted"))
+    command = [sys.executable, str(SCRIPT), *SMALL, *pipeline(2), *resumed(tmp_path / "saved"), *older, *conversion]
+    runs.train("convert", command, tmp_path, lambda *_: None, 2, forked)
+    assert_same_from_the_third(train(tmp_path, "dip", 2, *ours, *resumed(tmp_path / "converted" / "torch_dist")), plain)
 
 
 def partition(layers: dict[str, list[list[int]]]) -> Partition:

@@ -43,9 +43,7 @@ EXPERTS: dict[str, Any] = {
         ),
         ({"use_torch_fsdp2": True}, "FSDP: .* use --use-distributed-optimizer"),
         ({"use_megatron_fsdp": True}, "FSDP: .* use --use-distributed-optimizer"),
-        ({"eval_micro_batch_size": 2}, "--eval-micro-batch-size 2: payload shapes .* leave it out"),
         ({"perform_rl_step": True}, "--perform-rl-step: .* can't be read ahead; use --dip-schedule off"),
-        ({"cuda_graph_impl": "local"}, r"CUDA graphs \(local\): .* leave --cuda-graph-impl out"),
     ],
 )
 def test_the_reason_and_the_way_out_are_named(flags: dict[str, Any], message: str) -> None:

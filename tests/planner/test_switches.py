@@ -55,7 +55,7 @@ def test_only_strategies_that_are_on_are_offered(recompute, offload):
     graph = graph_of(DipConfig(schedule="dynamic", recompute=recompute, offload=offload))
     offered = {part.split(":")[0] for row in graph.strategies for names in row for n in names for part in n.split("+")}
     assert ("full" in offered) == recompute
-    assert ("offload" in offered) == offload
+    assert any(name.startswith("offload") for name in offered) == offload
     assert "none" in offered
 
 
@@ -64,7 +64,7 @@ def test_a_search_may_do_what_is_on_and_does_nothing_that_is_off():
     assert live_effort(on).options == SearchOptions(split_backward=True, recompute=True, offload=False)
     _, names = kinds_of(on, graph_of(on))
     assert names & {"activation", "selective", "mlp", "full"}  # not all activations fit
-    assert "offload" not in names
+    assert not any(name.startswith("offload") for name in names)
     off = DipConfig(schedule="dynamic", split_backward=False, recompute=False)
     roomy = replace(graph_of(off), memory_limit=np.full(2, np.inf))
     assert kinds_of(off, roomy) == ({int(Kind.F), int(Kind.BW)}, {"none"})

@@ -85,6 +85,10 @@ class Encoder(ABC):
         """Inverse of :meth:`leaving`."""
         return hidden
 
+    def in_order(self, config: Any, arguments: Arguments, rows: torch.Tensor) -> torch.Tensor:
+        """``rows``, what a tap made of all instances, in the order of the tokens of samples one after the other."""
+        return rows
+
     def lean(self, arguments: Arguments, present: bool) -> dict[str, Any]:
         """Arguments for the language model's first chunk, where others than the given ones do; ``present``: the
         microbatch has instances."""

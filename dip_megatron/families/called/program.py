@@ -198,7 +198,7 @@ class CalledProgram(SegmentedProgram):
         self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any], starts: bool
     ) -> tuple[Any, dict[int, torch.Tensor]]:
         model = self._model(chunk)
-        taps = self._arrived(inputs, starts)
+        taps = self._arrived(inputs, arguments, starts)
         given = dict(arguments)
         if starts:
             for name, encoder in self._encoders.items():
@@ -222,13 +222,14 @@ class CalledProgram(SegmentedProgram):
         found(model, self._page.language).decoder.input_tensor = None  # Megatron's block would hold it
         return (output[0] if isinstance(output, tuple) and not model.post_process else output), taps
 
-    def _arrived(self, inputs: Inputs, starts: bool) -> dict[int, torch.Tensor]:
+    def _arrived(self, inputs: Inputs, arguments: Mapping[str, Any], starts: bool) -> dict[int, torch.Tensor]:
         arrived: dict[int, torch.Tensor] = {}
         for name, encoder in self.shapes.encoders.items():
             for i in range(len(encoder.tapped)):
                 tap = inputs.of(name, tap_name(i)) if starts else inputs[0].get(tap_name(i))
                 if tap is not None:
-                    arrived[i] = tap
+                    order = self._encoders[name].in_order
+                    arrived[i] = order(self._config, arguments, tap) if starts else tap
         return arrived
 
 

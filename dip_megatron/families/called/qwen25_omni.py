@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.bridge.models.qwen_omni.modeling_qwen25_omni.model import Qwen25OmniModel
 from torch.nn.functional import pad
 
-from ...compat.bridge_building import without_language_model
 from ...describe.model import AudioEmbedding, ModuleShape, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
-from ..shared.layout import pinned
-from .page import Arguments, Encoder, Page, drop, projector_of, without_layers
+from .page import Arguments, projector_of
 from .qwen25_vision import WindowedVision
 from .shapes import HiddenShape
+from .thinker import Sound, ThinkerPage, lengths
 
 
 class Vision(WindowedVision):
@@ -49,17 +47,12 @@ class _Convolution(torch.nn.Module):
         return x.new_zeros(x.shape[0], self._channels, (x.shape[2] + self._edge - 1) // self._stride + 1)
 
 
-class Audio(Encoder):
-    """An instance is a clip of mel features. Two rows between layers become one token; a last odd one is dropped, so
-    that clips travel padded to an odd number of rows."""
-
-    name, kind = "audio", "audios"
-    called = "thinker.audio_model"
-    depth = "thinker_config.audio_config.encoder_layers"
-    values = ("input_features",)
+class Audio(Sound):
+    """Two rows between layers become one token; a last odd one is dropped, so that clips travel padded to an odd number
+    of rows."""
 
     def points(self, config: Any) -> CutPoints:
-        root = "thinker.audio_model"
+        root = self.called
         return CutPoints(
             f"{root}.layers",
             stem=(f"{root}.conv1", f"{root}.conv2", f"{root}.audio_bos_eos_token"),
@@ -83,23 +76,8 @@ class Audio(Encoder):
             trainable=trainable_parts(stem=hears, layers=hears, head=hears),
         )  # fmt: skip
 
-    def tokens(self, config: Any, arguments: Arguments) -> list[int]:
-        counted = [rows // 2 for rows in _rows(arguments)]
-        places = int((arguments["input_ids"] == config.audio_token_id).sum())
-        if places != sum(counted):
-            raise ValueError(
-                f"the microbatch has {places} audio tokens for {len(counted)} clips that become {sum(counted)}"
-            )
-        return counted
-
-    def encode(self, model: Any, arguments: Arguments, own: slice, hidden: torch.Tensor | None) -> torch.Tensor:
-        mask = arguments["feature_attention_mask"][own]
-        if hidden is None:
-            features = arguments["input_features"][own].to(model.config.params_dtype)
-        else:
-            features = hidden.new_zeros(mask.shape[0], model.thinker.audio_model.num_mel_bins, mask.shape[1])
-        embeddings: torch.Tensor = model.thinker.get_audio_features(features, feature_attention_mask=mask)
-        return embeddings
+    def counted(self, arguments: Arguments) -> list[int]:
+        return [rows // 2 for rows in _rows(arguments)]
 
     def leaving(self, arguments: Arguments, own: slice, hidden: torch.Tensor) -> torch.Tensor:
         rows = _rows(arguments)[own]
@@ -108,50 +86,16 @@ class Audio(Encoder):
     def arriving(self, arguments: Arguments, own: slice, hidden: torch.Tensor) -> torch.Tensor:
         return hidden[: sum(_rows(arguments)[own])]
 
-    def lean(self, arguments: Arguments, present: bool) -> dict[str, Any]:
-        return {} if present else {"input_features": None}
-
-    def given(self, config: Any, embeddings: torch.Tensor) -> Any:
-        return _GivenAudio(embeddings)
-
-
-class _GivenAudio:
-    """Stands for the encoder of sound, of which the thinker also asks lengths."""
-
-    def __init__(self, embeddings: torch.Tensor):
-        self._embeddings = embeddings
-
-    def _get_feat_extract_output_lengths(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return lengths, lengths
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        return SimpleNamespace(last_hidden_state=self._embeddings)
-
 
 def _rows(arguments: Arguments) -> list[int]:
     """Of each clip after its convolutions."""
-    mask = arguments.get("feature_attention_mask")
-    return [] if mask is None else [(length - 1) // 2 + 1 for length in mask.sum(dim=1).tolist()]
+    return [(length - 1) // 2 + 1 for length in lengths(arguments).tolist()]
 
 
-class Qwen25Omni(Page):
-    """Pictures, videos and sound in, text out; its talker isn't trained here, nor by Bridge."""
+class Qwen25Omni(ThinkerPage):
+    """The thinker."""
 
     name = "qwen2-5-omni"
     model_class = Qwen25OmniModel
     encoders = (Vision(), Audio())
-    config_name = "language_transformer_config"
-    language = "thinker.language_model"
-
-    def bare(self, kwargs: Mapping[str, Any]) -> Any:
-        with without_language_model("megatron.bridge.models.qwen_omni.modeling_qwen25_omni.thinker_model"):
-            return Qwen25OmniModel(**{**kwargs, "pre_process": True, "post_process": False})
-
-    def chunk(self, kwargs: Mapping[str, Any], config: Any, *, first: bool, last: bool, segment: int) -> Any:
-        own = pinned(config, segment)
-        own.thinker_config = kwargs["thinker_transformer_config"]
-        with without_layers(own, self.encoders):
-            given = {"language_transformer_config": own, "thinker_transformer_config": own.thinker_config}
-            model = Qwen25OmniModel(**{**kwargs, **given, "pre_process": first, "post_process": last})
-        drop(model, first, *(e.called for e in self.encoders))
-        return model
+    module = "megatron.bridge.models.qwen_omni.modeling_qwen25_omni.thinker_model"

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model import Qwen3VLModel
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import reorganize_inputs, split_deepstack_embs
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import reorganize_inputs
 
-from ...compat.bridge_building import add_deepstack
-from ...describe.model import ModuleShape, PatchEmbedding, Projector, TransformerLayer
-from ..describe import trainable_parts
 from ..shared.cut import CutPoints
-from .grids import PIXELS, VIDEOS, GivenRows, GridEncoder
+from .deepstack import DeepstackVision, add_to_layer
+from .grids import PIXELS, VIDEOS, GivenRows
 from .page import Arguments, Page
 from .shapes import HiddenShape
 
@@ -26,13 +24,13 @@ class _Given(GivenRows):
         return rows, []
 
 
-class Vision(GridEncoder):
+class Vision(DeepstackVision):
     """Instances are images and videos in the order of their tokens, as the model's forward sorts them."""
 
     called = "vision_model"
 
     def points(self, config: Any) -> CutPoints:
-        tapped = tuple(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+        tapped = self.tapped(config)
         return CutPoints(
             "vision_model.decoder.layers",
             stem=("vision_model.patch_embed", "vision_model.pos_embed"),
@@ -44,19 +42,6 @@ class Vision(GridEncoder):
 
     def hidden(self, config: Any) -> HiddenShape:
         return HiddenShape(config.vision_config.hidden_size, rows=self.merged(config), middle=(1,))
-
-    def describe(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
-        vision, merge = config.vision_config, config.vision_config.spatial_merge_size
-        heads = vision.num_heads
-        sees = not freeze.get("freeze_vision_model")
-        return ModuleShape(
-            self.name, self.kind, vision.depth,
-            TransformerLayer(vision.hidden_size, vision.intermediate_size, heads, heads),
-            PatchEmbedding(vision.patch_size, vision.in_channels, vision.temporal_patch_size),
-            Projector(config.hidden_size, vision.hidden_size * merge**2, merge**2),
-            trainable=trainable_parts(stem=sees, layers=sees, head=not freeze.get("freeze_vision_projection")),
-            taps=self.points(config).tapped,
-        )  # fmt: skip
 
     def _sorted(self, config: Any, arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of patches, images before videos, and grids, in the order of their tokens."""
@@ -140,9 +125,4 @@ class Qwen3Vl(Page):
         return model
 
     def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-        if model.config.sequence_parallel:
-            group = model.pg_collection.tp
-            where, (tap,) = split_deepstack_embs(
-                where, [tap], tp_size=group.size(), tp_rank=group.rank(), cp_size=1, cp_rank=0, sequence_parallel=True
-            )
-        return add_deepstack(model.language_model.decoder, hidden, where, tap)
+        return add_to_layer(model, hidden, where, tap)

@@ -2,7 +2,8 @@
 for Megatron-Core's layers.
 
 A block has no switches inside its attention and its MLP, so that what a strategy drops is dropped with all of the half
-it is in: ``selective`` recomputes the attention, ``mlp`` and ``activation`` the MLP. That holds no more than planned.
+it is in: ``selective`` recomputes the attention, ``mlp`` and ``activation`` the MLP; ``offload_and_activation``
+offloads all. That holds no more than planned.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _switched(
         strategy = mode.strategies[index]
         if strategy == "none":
             return plain(*args, **kwargs)
-        if strategy == "offload":
+        if strategy.startswith("offload"):
             return offloaded(block, index, mode, plain, args, kwargs)
         name = "" if strategy == "full" else halves[_HALVES[strategy]]
         if not name:

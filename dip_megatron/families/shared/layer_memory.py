@@ -32,6 +32,7 @@ from ...compat.recompute import CORE_ATTENTION, CheckpointWithoutOutput
 from ...core.strategies import strategy
 from ...runtime.deferred import AtOnce
 from ...runtime.modes import StageMode
+from ...runtime.offload import OffloadedActivations
 
 
 def transformer_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
@@ -124,6 +125,12 @@ def run_offloaded(call: LayerCall) -> Any:
     return offloaded(call.layer, call.index, call.mode, call.forward, call.args, call.kwargs)
 
 
+def run_offloaded_without_activation(call: LayerCall) -> Any:
+    """Strategy ``offload_and_activation``."""
+    with _set([call.mlp], "offloaded", call.mode.offloaded), _set([call.mlp], "recomputed", "activation"):
+        return run_offloaded(call)
+
+
 def offloaded(
     layer: torch.nn.Module, index: int, mode: StageMode, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 ) -> Any:
@@ -143,10 +150,11 @@ def offloaded(
 
 class SwitchedMLP:
     """The ``forward`` of an MLP, all of it (``mlp``) or its activation function (``activation``) under a checkpoint, as
-    ``recomputed`` says."""
+    ``recomputed`` says. ``offloaded``: where the layer around it leaves its activations, if it does."""
 
     def __init__(self, config: Any, mlp: Any):
         self.recomputed: str | None = None
+        self.offloaded: OffloadedActivations | None = None
         self._config = config
         self._mlp = mlp
         self._megatrons = mlp.forward
@@ -177,8 +185,12 @@ class SwitchedMLP:
         intermediate, bias = self._mlp.linear_fc1(hidden_states)
         checkpoint = CheckpointWithoutOutput(fp8=self._config.fp8 or None)
         activated = checkpoint.checkpoint(partial(self._activate, kwargs), intermediate, bias, *args)
+        if self.offloaded is not None:
+            self.offloaded.keep(activated)
         output, output_bias = self._mlp.linear_fc2(activated)
         checkpoint.discard_output_and_register_recompute(output)
+        if self.offloaded is not None:
+            self.offloaded.release(intermediate)
         return output, output_bias
 
     def _activate(
@@ -202,7 +214,11 @@ class SwitchedExperts(SwitchedMLP):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.recomputed != "activation" or not hidden_states.requires_grad:
             return super().forward(hidden_states, *args, **kwargs)
-        with _set(self._experts, "recomputed", "activation"), activations_recomputed(self._mlp):
+        place, recomputed = (
+            _set(self._experts, "offloaded", self.offloaded),
+            _set(self._experts, "recomputed", "activation"),
+        )
+        with place, recomputed, activations_recomputed(self._mlp):
             return self._megatrons(hidden_states, *args, **kwargs)
 
 

@@ -57,7 +57,6 @@ def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
         kind = type(model).__name__
         return [(True, f"model {kind}", "untried with models that are no providers", "take the model's provider")]
     pipeline, context = model.pipeline_model_parallel_size, model.context_parallel_size
-    evaluated, graphs = config.validation.eval_micro_batch_size, getattr(model, "cuda_graph_impl", None)
     files = checkpoint.save or checkpoint.load or checkpoint.pretrained_checkpoint
     sharded = config.dist.use_megatron_fsdp or config.dist.use_torch_fsdp2 or config.ddp.use_megatron_fsdp
     restarts = config.inprocess_restart is not None and config.inprocess_restart.enabled
@@ -67,12 +66,8 @@ def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
         (context > 1, f"context_parallel_size {context}",
          "payload shapes in plans don't know sequence shards of context parallelism",
          "use tensor parallelism with sequence_parallel"),
-        (evaluated not in (None, config.train.micro_batch_size), f"eval_micro_batch_size {evaluated}",
-         "payload shapes in plans are those of train.micro_batch_size", leave),
         *(expert_refusals(model, parallel_of(config)) if getattr(model, "num_moe_experts", None) else ()),
         (sharded, "FSDP", "it gathers parameters in one fixed order of layers", "use ddp.use_distributed_optimizer"),
-        (graphs not in (None, "none"), f"cuda_graph_impl {graphs}", "a captured iteration can't change with the batch",
-         "set it to none"),
         (getattr(model, "defer_embedding_wgrad_compute", False), "defer_embedding_wgrad_compute",
          "DIP defers weight gradients by plan", leave),
         (type(config.peft).__name__ == "VLMLoRA", "peft VLMLoRA", "it freezes parts of a rank's first chunk only",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
 from ...environment import load_settings
+from ..switched_off import switch_off
 from .bridge_checks import check_bridge, check_release, parallel_of
 from .layout import GivenLayout, given_layout
 from .loop import Target, TrainingLoop
@@ -126,6 +127,8 @@ class MegatronBridge:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
                     check_release(self._hooks.tell)
+                    for line in switch_off(state.cfg.model):
+                        self._hooks.tell(line)
                     check_bridge(state.cfg, config.schedule)
                     self._session = self._begin(state, config)
                 elif config.pairs:

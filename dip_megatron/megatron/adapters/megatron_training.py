@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
 from ..arguments import add_arguments, check_arguments, parallel_of, run_config
+from ..switched_off import switch_off
 from .layout import GivenLayout, given_layout, take_layout
 from .loop import Target, TrainingLoop
 
@@ -127,10 +128,12 @@ class MegatronTraining:
     def _validated(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def validate(args: Any, *rest: Any, **kwargs: Any) -> Any:
             try:
+                config = run_config(args)
+                for line in switch_off(args) if config.on else ():
+                    self._hooks.tell(line)
                 check_arguments(args)
                 result = original(args, *rest, **kwargs)
                 check_arguments(args)  # validation derives sizes that the check looks at
-                config = run_config(args)
             except ConfigurationError as error:
                 sys.exit(f"dip: {error}")
             if config.on:

@@ -18,6 +18,7 @@ from ...compat.releases import numbers_of
 from ...describe.files import ConfigurationError
 from ...describe.model import Parallel
 from ...environment import load_settings
+from ..switched_off import switch_off
 from .layout import GivenLayout
 from .loop import Target, TrainingLoop
 
@@ -173,6 +174,8 @@ class MsSwift:
         if trainer.args.vit_gradient_checkpointing:
             trainer.args.vit_gradient_checkpointing = False
             self._hooks.tell("vit_gradient_checkpointing isn't followed: plans say what is recomputed")
+        for line in switch_off(trainer.args):
+            self._hooks.tell(line)
         return SwiftLoop(trainer, _take_layout(trainer.args))
 
     def _get_model(self, original: Callable[..., Any]) -> Callable[..., Any]:

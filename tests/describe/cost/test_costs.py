@@ -291,7 +291,8 @@ def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
     """Each strategy's seconds and bytes are its own table's where there is one, also after a round trip and a scale."""
     sizes = _images(4)
     tokens = float(sizes.tokens[0])
-    measured = {"activation": 2.0, "selective": 3.0, "mlp": 4.0, "full": 5.0, "offload": 6.0}
+    measured = {"activation": 2.0, "selective": 3.0, "mlp": 4.0, "full": 5.0, "offload": 6.0,
+                "offload_and_activation": 7.0}  # fmt: skip
     tables = tuple(
         Table("vision", "layer", quantity, (tokens / 2, tokens * 2), (value / 2, value * 2), strategy)
         for strategy, value in measured.items()

@@ -65,6 +65,16 @@ PUBLISHED = {
     "internvl3-5-38b": (38_400_000_000, 45 * 4 * 3200 * 3 * 128),
     # arXiv 2503.19786, table 1: 417M, 1416M of embeddings, 25600M; the head is the same table.
     "gemma3-27b": (27_433_000_000, 262208 * 5376),
+    # Parameters of Hugging Face's classes, built from the published configurations without memory; those of Qwen3.5
+    # leave out multi-token prediction, a layer with experts and its projection.
+    "qwen3-vl-30b-a3b": (31_070_754_032, 0),
+    "qwen3-vl-235b-a22b": (235_670_022_896, 0),
+    "qwen3-5-vl-35b-a3b": (35_107_181_936, 840_000_000),
+    "qwen3-5-vl-397b-a17b": (396_802_360_816, 6_590_000_000),
+    "glm-4-5v": (107_744_743_936, 0),
+    # 60 layers of 384 experts of three 7168 x 2048 matrices make 1014.7B, one shared and the router 2.8B, the dense
+    # layer 0.4B, latent attention 61 x 0.101B, embeddings and head 2.35B, the encoder 0.47B.
+    "kimi-k2-5": (1_026_900_000_000, 0),
 }
 
 

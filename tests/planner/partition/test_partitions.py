@@ -209,8 +209,9 @@ def test_what_counts_against_the_budget(first: float, later: float, cores: float
 def _placed(model: MultimodalModel, placement: str, memory_limit: float | None = None) -> tuple[bool, float]:
     """Whether the vision tower stands whole on every rank, and predicted seconds, the sum of its gradients included."""
     batches = load_workload("vlm-mix", model, 1, 4, 3)
+    trials = 24 if placement == "either" else 12  # from each side
     chosen = choose_partition(
-        model, H100, batches, memory_limit=memory_limit, budget_seconds=inf, max_trials=12,
+        model, H100, batches, memory_limit=memory_limit, budget_seconds=inf, max_trials=trials,
         placements={"vision": placement},  # type: ignore[dict-item]
     )  # fmt: skip
     pricer = CostModel(model, H100)

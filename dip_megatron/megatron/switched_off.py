@@ -1,0 +1,48 @@
+"""Settings that make Megatron's own schedules faster and change no result: under DIP they are switched off, and told.
+
+Imports nothing of Megatron's: flags are looked at before it loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+_GRAPHS = {
+    "cuda_graph_impl": "none", "vision_cuda_graph_impl": "none", "enable_cuda_graph": False,
+    "external_cuda_graph": False,
+}  # fmt: skip
+_OVERLAP = {
+    "overlap_moe_expert_parallel_comm": False, "delay_wgrad_compute": False,
+    "ep_overlap_early_attn_memory_release": False,
+}  # fmt: skip
+
+
+def switch_off(config: Any) -> list[str]:
+    """Change ``config``, Megatron's arguments or a model's provider, to run without CUDA graphs of training and without
+    all-to-alls beside another microbatch's layers; what to say of each that was on."""
+    told = []
+    if _set(config, _OVERLAP):
+        told.append(
+            "overlap_moe_expert_parallel_comm is switched off: it runs layers of two microbatches in turn, in "
+            "Megatron's own schedule; results are the same"
+        )
+    if _set(config, _GRAPHS):
+        # What inference may capture follows from it.
+        scope = getattr(config, "inference_cuda_graph_scope", None)
+        if scope is not None:
+            config.inference_cuda_graph_scope = type(scope)["none"] if isinstance(scope, Enum) else None
+        told.append(
+            "CUDA graphs are switched off: a captured chunk has one shape, a plan's microbatches have many; results "
+            "are the same"
+        )
+    return told
+
+
+def _set(config: Any, values: Mapping[str, Any]) -> bool:
+    """Whether one of them was anything else."""
+    changed = {n: v for n, v in values.items() if getattr(config, n, v) not in (None, v)}
+    for name, value in changed.items():
+        setattr(config, name, value)
+    return bool(changed)

@@ -1,0 +1,141 @@
+"""ROLL's own training step of its Megatron strategy on chunks of a GPT that DIP builds, as one rank of a run: ``python
+-m tests.bridge.roll_step OUT``; what it did is saved in ``OUT``, by rank.
+
+What is ROLL's: batches, packing of sequences into microbatches as many as come, the forward step, unpacking, log
+probabilities, the step itself. ``DIP_ROLL_CHECKOUT`` is its working tree, ``DIP_ROLL_PACKAGES`` a folder with what it
+imports; packages of its rollout and its tracing that a step doesn't use are stood in for. The strategy is made without
+its constructor, which wants Ray's workers, and its model is the loop's own: ``mcore_adapter``'s classes are none that
+DIP knows.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import tests.bridge.preloaded
+
+# isort: split
+sys.path.insert(0, os.environ["DIP_ROLL_CHECKOUT"])
+sys.path.insert(1, str(Path(os.environ["DIP_ROLL_CHECKOUT"]) / "mcore_adapter" / "src"))
+sys.path.insert(2, os.environ.get("DIP_ROLL_PACKAGES", os.environ["DIP_ROLL_CHECKOUT"]))
+
+import tests.bridge.roll_stand_ins  # noqa: F401  before ROLL looks for what they stand for
+
+# isort: split
+from mcore_adapter.models.model_factory import VirtualModels
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from roll.configs.worker_config import SequencePackingConfig
+from roll.distributed.scheduler.protocol import DataProto
+from roll.distributed.strategy.megatron_strategy import MegatronTrainStrategy
+
+import dip_megatron
+from tests.runtime.llava_case import gradients, seed_parameters
+from tests.runtime.packed_attention import with_packed_attention
+
+LENGTH, SAMPLES, VOCABULARY = 48, 10, 64
+
+
+def provide(pre_process: bool, post_process: bool) -> GPTModel:
+    """A stage of the model."""
+    config = TransformerConfig(
+        num_layers=4, hidden_size=32, num_attention_heads=4, use_cpu_initialization=True, hidden_dropout=0.0,
+        attention_dropout=0.0, pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_dtype=torch.float32, masked_softmax_fusion=False, bias_activation_fusion=False,
+        bias_dropout_fusion=False, persist_layer_norm=False, gradient_accumulation_fusion=False,
+        variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",
+    )  # fmt: skip
+    return GPTModel(
+        config, with_packed_attention(get_gpt_layer_local_spec()), VOCABULARY, LENGTH, pre_process=pre_process,
+        post_process=post_process, position_embedding_type="rope",
+    )  # fmt: skip
+
+
+def strategy_of(stages: list[torch.nn.Module]) -> Any:
+    """ROLL's strategy of an actor, as after its ``initialize``."""
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=False)
+    chunks = [DistributedDataParallel(stage.config, settings, stage) for stage in stages]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    made: Any = object.__new__(MegatronTrainStrategy)
+    made.model = object.__new__(VirtualModels)
+    made.model.models, made.model.config = chunks, chunks[0].config
+    made.models_unwrapped = [SimpleNamespace(get_batch_on_this_cp_rank=lambda batch, dim3_keys: batch)]
+    made.forward_backward_func = get_forward_backward_func()
+    made.is_multimodal = made.enable_router_replay = False
+    made.use_sequence_packing, made.seq_length = True, LENGTH
+    made.megatron_train_args = SimpleNamespace(cross_entropy_loss_fusion=False)
+    made.worker = SimpleNamespace(rank_info=SimpleNamespace(tp_size=1, cp_size=1))
+    made.worker_config = SimpleNamespace(
+        name="actor", apply_loss_scale=True, use_dynamic_batching_in_train=False,
+        strategy_args=SimpleNamespace(strategy_config={}),
+        training_args=SimpleNamespace(per_device_train_batch_size=1),
+        sequence_packing_args=SequencePackingConfig(algorithm="load_balance", max_packed_sequence_length_train=96),
+    )  # fmt: skip
+    made.optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-2, weight_decay=0.0, clip_grad=1.0), chunks)
+    made.scheduler = SimpleNamespace(step=lambda: None)
+    made.load_states = made.offload_states = lambda **_: None  # between a GPU and its host
+    return made
+
+
+def batch(step: int) -> Any:
+    """Samples of one to three times 16 tokens, of which the last half are the response."""
+    generator = torch.Generator().manual_seed(step)
+    lengths = 16 * torch.randint(1, 4, (SAMPLES,), generator=generator)[:, None]
+    places = torch.arange(LENGTH)[None]
+    ids = torch.randint(1, VOCABULARY, (SAMPLES, LENGTH), generator=generator)
+    tensors = {
+        "input_ids": ids * (places < lengths), "attention_mask": (places < lengths).long(),
+        "response_mask": ((places < lengths) & (places >= lengths // 2)).long(),
+    }  # fmt: skip
+    known = {"loss_mask_keys": ["response_mask"], "is_offload_optimizer_states_in_train_step": False}
+    return DataProto.from_single_dict(tensors, meta_info=known)
+
+
+def loss(strategy: Any, data: Any, logits: torch.Tensor) -> Any:
+    """Of one sample, as ROLL's workers have them: log probabilities of its response, over the batch's tokens."""
+    own = logits.clone()  # which ROLL changes in place, unless they are halves
+    found = strategy.op_compute_log_probs(own, data.batch["input_ids"], data.batch["attention_mask"])
+    mean = -(found * data.batch["response_mask"][:, 1:]).sum() / data.meta_info["batch_num_tokens"]["response_mask"]
+    return mean, {"actor/loss@sum": mean.detach().item()}
+
+
+def main(out: str) -> None:
+    dip_megatron.install()
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]))
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    stages = dip_megatron.build_model(provide, micro_batch_size=1, num_microbatches=4)
+    seed_parameters(stages)
+    strategy = strategy_of(stages)
+    found: dict[str, Any] = {"metrics": [], "chunks": len(stages)}
+    step = strategy.optimizer.step
+
+    def noted() -> Any:
+        found.setdefault("gradients", gradients(strategy.model.models))
+        return step()
+
+    strategy.optimizer.step = noted
+    for number in range(3):
+        metrics = strategy.train_step(batch(number), partial(loss, strategy))
+        found["metrics"].append({name: torch.as_tensor(value).double() for name, value in metrics.items()})
+    torch.save(found, Path(out) / f"{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

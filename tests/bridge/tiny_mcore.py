@@ -1,0 +1,50 @@
+"""Tiny models of families that come through mcore-bridge alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.bridge.tiny import Pictures
+from tests.bridge.tiny_model import IMAGE, TEXT
+
+
+def internvl(tied: bool, **text: Any) -> Any:
+    """As InternVL3.5's large models: Qwen3, and an InternViT that normalises queries and keys."""
+    import transformers
+
+    text = TEXT | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": tied} | text
+    vision = {
+        "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 56,
+        "patch_size": 14, "use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": True,
+    }  # fmt: skip
+    config = transformers.InternVLConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, image_seq_length=4, dtype=torch.float32,
+        tie_word_embeddings=tied, architectures=["InternVLForConditionalGeneration"],
+    )  # fmt: skip
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def internvl_moe(tied: bool) -> Any:
+    return internvl(
+        tied, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
+    )  # fmt: skip
+
+
+class Tiles(Pictures):
+    """Of tiles of one size, which Hugging Face's model finds by their tokens."""
+
+    def hugging_face(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+MCORE_TINY = {
+    tiny.name: tiny
+    for tiny in (
+        Tiles("internvl", internvl, videos=False, sizes=((1, 4, 4),)),
+        Tiles("internvl-tied", internvl, videos=False, sizes=((1, 4, 4),), tied=True),
+        Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),
+    )
+}

@@ -1,0 +1,32 @@
+"""What only Megatron's own schedules can make use of is switched off before it is validated."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from enum import Enum
+
+from dip_megatron.megatron.switched_off import switch_off
+
+
+class Scope(Enum):
+    none = 0
+    block = 1
+
+
+def test_each_that_is_on_is_told() -> None:
+    args = Namespace(overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True, cuda_graph_impl="none")
+    (line,) = switch_off(args)
+    assert line.startswith("overlap_moe_expert_parallel_comm is switched off: ")
+    assert not args.overlap_moe_expert_parallel_comm
+    assert not args.delay_wgrad_compute
+    assert switch_off(args) == []
+
+
+def test_graphs_of_inference_go_with_those_of_training() -> None:
+    provider = Namespace(cuda_graph_impl="transformer_engine", inference_cuda_graph_scope=Scope.block)
+    (line,) = switch_off(provider)
+    assert line.startswith("CUDA graphs are switched off: ")
+    assert (provider.cuda_graph_impl, provider.inference_cuda_graph_scope) == ("none", Scope.none)
+    flags = Namespace(cuda_graph_impl=None, enable_cuda_graph=True, inference_cuda_graph_scope="block")
+    assert len(switch_off(flags)) == 1
+    assert (flags.enable_cuda_graph, flags.inference_cuda_graph_scope) == (False, None)
