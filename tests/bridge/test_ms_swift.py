@@ -1,6 +1,6 @@
 """ms-swift's own trainer with mcore-bridge's models on two CPU ranks: the same numbers without DIP and under it, which
-the wheel's start-up file and the environment alone switch on; and InternVL and Qwen2-VL, which come through mcore-bridge alone, as
-:mod:`.test_families` has the families of Megatron-Bridge."""
+the wheel's start-up file and the environment alone switch on; and InternVL and Qwen2-VL, which come through
+mcore-bridge alone, as :mod:`.test_families` has the families of Megatron-Bridge."""
 
 from __future__ import annotations
 
