@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="the example needs torchvision"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # each run imports all of the example's packages anew
 ]
 
 
