@@ -167,9 +167,9 @@ def profile_program(
                     if m.kind == Kind.BW:
                         values[m.module, m.segment, "weight"][m.tokens].append(0.0)
     tables = []
-    for m in model.modules:
+    for shape in model.modules:
         for quantity in ("forward", "backward", "weight", "activation"):
-            tables += _tables(m, quantity, one, two)
+            tables += _tables(shape, quantity, one, two)
     return Costs(tables=tuple(tables), device=device)
 
 

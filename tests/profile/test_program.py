@@ -92,7 +92,7 @@ def test_graphs_are_priced_by_it(costs: Costs, tmp_path: Path) -> None:
     loaded = Costs.load(tmp_path / "costs.json")
     cluster = load_cluster("cpu")
     graph = build_graph(gpt(2), cluster, even_partition(gpt(2)), [Microbatch(64, sequences=(64,))], costs=loaded)
-    part = {(t.part, t.quantity): t.values[1] for t in costs.tables}
+    part: dict[tuple[str, str], float] = {(t.part, t.quantity): t.values[1] for t in costs.tables}
 
     def stage(end: str, quantity: str) -> float:
         return 2 * part["layer", quantity] + sum(part.get((name, quantity), 0.0) for name in (end, "stage"))
