@@ -126,8 +126,8 @@ def build_model(
     (whether the iteration about to run is followed by another; asked only with ``read_ahead``), ``sequence_parallel``,
     ``distributed_optimizer``, and ``weights_by_tokens`` (whether losses and gradients of all replicas are added up and
     divided by their tokens; ``balance="free"`` and ``resample`` need it) and ``samples``, a :class:`SamplePacking` (for
-    ``resample``). With ``schedule`` off, or one pipeline rank, it returns the
-    provider's stage.
+    ``resample``). With ``schedule`` off, or with one pipeline rank and
+    ``balance`` off, it returns the provider's stage.
 
     Raises ConfigurationError, in one line, for settings or a model that DIP can't take, RuntimeError before Megatron's
     parallel state is initialized.

@@ -9,7 +9,8 @@ computed), as if every rank had a device of its own, so that more ranks than cor
 replicas trains without and with the exchange, in turn; the first third of the iterations, in which measured times
 correct the prices, is left out. Printed: by how much an iteration got shorter, by how much the plans said it would, and
 how long training waited for the exchange; of an iteration with it, by how much operations of the rank that is worst off
-were late (the host had no core for them), and what is not under plans (gradients are reduced, ranks wait for the last).
+were late (the host had no core for them), what is not under plans (gradients are reduced, ranks wait for the last), and
+what all ranks and planners took of the host's cores. Fewer cores: ``taskset -c 0 scripts/bench balance``.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def main() -> None:
             "gain": measured, "predicted_gain": predicted,
             "predicted_off": off["predicted"], "predicted_swap": swap["predicted"], "moved": swap["moved"],
             "exchange_seconds": swap["exchange"], "stall_share": swap["stall"] / swap["seconds"],
-            **{f"{key}_{mode}": seen[mode][key] for key in ("slowest_replica", "late") for mode in seen},
+            **{f"{key}_{mode}": seen[mode][key] for key in ("slowest_replica", "late", "core") for mode in seen},
         }  # fmt: skip
         data.append(row)
         met = abs(measured / predicted - 1) <= PREDICTION and row["stall_share"] <= STALL
@@ -80,11 +81,13 @@ def main() -> None:
             str(replicas), f"{off['seconds']:.3f}", f"{off['predicted']:.3f}", f"{swap['seconds']:.3f}",
             f"{swap['predicted']:.3f}", f"{measured:.3f}", f"{predicted:.3f}",
             f"{swap['moved']:.1f}", f"{1e3 * swap['exchange']:.1f}", f"{row['stall_share']:.2%}",
-            f"{swap['late']:.3f}", f"{swap['seconds'] - swap['slowest_replica']:.3f}", "met" if met else "MISSED",
+            f"{swap['late']:.3f}", f"{swap['seconds'] - swap['slowest_replica']:.3f}", f"{swap['core']:.3f}",
+            "met" if met else "MISSED",
         ])  # fmt: skip
     head = ["replicas", "s off", "planned", "s swap", "planned", "gain", "predicted", "moved", "exchange ms", "waited",
-            "s late", "s after", f"within {PREDICTION:.0%}, <= {STALL:.0%}"]  # fmt: skip
-    print(f"Measured on CPU ranks that emulate devices, {STAGES} pipeline ranks a replica, {os.cpu_count()} cores\n")
+            "s late", "s after", "s of cores", f"within {PREDICTION:.0%}, <= {STALL:.0%}"]  # fmt: skip
+    print(f"Measured on CPU ranks that emulate devices, {STAGES} pipeline ranks a replica, "
+          f"{len(os.sched_getaffinity(0))} cores\n")  # fmt: skip
     print(text_table(head, rows))
     if options.json is not None:
         options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -103,12 +106,15 @@ def read(out: Path, replicas: int, iterations: int) -> dict[str, float]:
         [max(line[key] for line in together) for together in zip(*traces, strict=True)]
         for key in ("predicted_seconds", "iteration_seconds")
     )
-    late = [json.loads((out / f"late.rank{r}.json").read_text())[skipped:] for r in range(replicas * STAGES)]
+    ranks = [json.loads((out / f"host.rank{r}.json").read_text()) for r in range(replicas * STAGES)]
+    late, core = ([rank[key][skipped:] for rank in ranks] for key in ("late", "core"))
+    planning = [[line["planner_core_seconds"] for line in trace] for trace in traces]
     stalls = [max(line["exchange"]["stall_seconds"] for line in together if line["exchange"])
               for together in zip(*traces, strict=True)] if exchanges else [0.0]  # fmt: skip
     return {
         "seconds": statistics.median(seconds), "predicted": statistics.median(slowest),
         "slowest_replica": statistics.median(longest), "late": statistics.median(map(max, zip(*late, strict=True))),
+        "core": statistics.median(map(sum, zip(*core, *planning, strict=True))),
         "moved": statistics.fmean([e["moved"] for e in exchanges] or [0.0]),
         "exchange": statistics.median([e["seconds"] for e in exchanges] or [0.0]),
         "stall": statistics.fmean(stalls),
@@ -179,13 +185,13 @@ def work(mode: str, iterations: int, token_seconds: float, out: Path) -> None:
             ids = torch.randint(0, loop.VOCABULARY, (1, length + 1), generator=generator)
             yield {"tokens": ids[:, :-1], "labels": ids[:, 1:]}
 
-    data, seconds, late_seconds = microbatches(), [], []
+    data, seconds, late_seconds, core_seconds = microbatches(), [], [], []
     for iteration in range(iterations):  # noqa: B007  # another_follows looks at it
         for chunk in chunks:
             chunk.zero_grad_buffer()
         dist.barrier()
         late.clear()
-        began = time.perf_counter()
+        began, core_began = time.perf_counter(), time.process_time()
         get_forward_backward_func()(
             forward_step_func=loop.forward_step, data_iterator=data, model=chunks, num_microbatches=MICROBATCHES,
             seq_length=loop.LENGTH, micro_batch_size=1, forward_only=False,
@@ -193,7 +199,9 @@ def work(mode: str, iterations: int, token_seconds: float, out: Path) -> None:
         late_seconds.append(sum(late))
         dist.barrier()
         seconds.append(time.perf_counter() - began)
-    (out / f"late.rank{dist.get_rank()}.json").write_text(json.dumps(late_seconds))
+        core_seconds.append(time.process_time() - core_began)
+    host = {"late": late_seconds, "core": core_seconds}
+    (out / f"host.rank{dist.get_rank()}.json").write_text(json.dumps(host))
     if dist.get_rank() == 0:
         (out / "seconds.json").write_text(json.dumps(seconds))
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """How uneven data-parallel replicas are, and what an exchange of microbatches mends. Simulated.
 
-    scripts/bench replicas [--quick] [--models vlm-s,...] [--replicas 2,8,32] [--batches 2] [--by-work] [--cache FILE]
-        [--json FILE]
+    scripts/bench replicas [--quick] [--models vlm-s,...] [--replicas 2,8,32] [--draws independent,shards]
+        [--batches 2] [--before 32] [--by-work] [--cache FILE] [--json FILE]
 
-Every replica draws its own batches of 16 microbatches of the model's published mix (H100, the shipped partition of the
-model, chosen on other batches); ``shards``: each replica draws from one source of the mix alone. All replicas are
-planned before and after the exchange; of more than 32, the ten costliest and twenty others, the mean being scaled from
-them by work. Plans are searched by 6,000 schedules, a second of a core; those of the slowest replicas, which alone
+Every replica draws its own batches of 16 microbatches of the mix that the model's recipe names (H100, the shipped
+partition of the model, chosen on other batches); ``shards``: each replica draws from one source of the mix alone. All
+replicas are planned before and after the exchange; of more than 32 (``--before``: as many before it, where independent
+batches differ by work alone), a third of as many, the costliest, and some others, the mean being scaled from them by
+work. Plans are searched by 6,000 schedules, a second of a core; those of the slowest replicas, which alone
 count, by 20,000, for which a run has the time. Rules of others are planned by the same search and priced by the same
 simulator, on the first batch of 32 replicas, ``swap`` beside them: ``lengths`` (largest first by tokens, equal counts),
 ``fitted`` (LoongForge's: a quadratic in tokens fitted to what microbatches take, largest first, up to 20 moves), ``by
@@ -39,14 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dip_megatron.core import StageGraph
 from dip_megatron.core.graph import Floats
-from dip_megatron.describe.cost import CostModel, cost_model, load_cluster, segmented_graph
+from dip_megatron.describe.cost import CostModel, cost_model, segmented_graph
 from dip_megatron.describe.files import resolve
-from dip_megatron.describe.model import MultimodalModel, Partition, load_model
-from dip_megatron.describe.partition import read_partition
+from dip_megatron.describe.model import MultimodalModel, Partition
 from dip_megatron.describe.workload import Clip, Microbatch, load_workload
 from dip_megatron.planner.balance import Places, Work, assign, microbatch_work
 from dip_megatron.planner.replicated import PLANNED, Outcome, outcome, rearranged, work_of
-from dip_megatron.recipes import FOLDER
+from dip_megatron.recipes import load_recipe
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers.dip import search, warm_up
 
@@ -98,10 +98,10 @@ class Case:
 
     @staticmethod
     def of(name: str, known: Seconds) -> Case:
-        model = load_model(name)
-        mix = "t2v-mix" if name.startswith("t2v") else "vlm-any-resolution" if name.startswith("qwen") else "vlm-mix"
-        partition = read_partition(FOLDER / name / "partition.yaml", model)
-        return Case(name, model, partition, cost_model(model, load_cluster("h100")), mix, known)
+        recipe = load_recipe(name)
+        return Case(
+            name, recipe.model, recipe.partition, cost_model(recipe.model, recipe.cluster), recipe.workload, known
+        )
 
     def seconds(self, microbatches: Sequence[Microbatch], longer: bool = False) -> float:
         """What a replica takes under a plan for these; searched ``longer``: as long as a run does."""
@@ -188,14 +188,16 @@ def by_module(batches: Sequence[Sequence[Microbatch]]) -> list[list[Microbatch]]
     return out
 
 
-def planned(case: Case, work: Work, batches: Sequence[Sequence[Microbatch]], place: Places) -> Outcome:
+def planned(
+    case: Case, work: Work, batches: Sequence[Sequence[Microbatch]], place: Places, most: int = PLANNED
+) -> Outcome:
     """Of the replicas under their plans, if microbatches are where ``place`` says."""
-    return outcome_of(case, rearranged(batches, work.replica, place), work.cost(place))
+    return outcome_of(case, rearranged(batches, work.replica, place), work.cost(place), most)
 
 
-def outcome_of(case: Case, batches: Sequence[Sequence[Microbatch]], cost: Floats) -> Outcome:
+def outcome_of(case: Case, batches: Sequence[Sequence[Microbatch]], cost: Floats, most: int = PLANNED) -> Outcome:
     """Under plans; those of the slowest replicas, which count, are searched as long as a run would."""
-    return outcome(case.seconds, batches, cost, longer=lambda batch: case.seconds(batch, longer=True))
+    return outcome(case.seconds, batches, cost, longer=lambda batch: case.seconds(batch, longer=True), planned=most)
 
 
 def price_of(case: Case) -> Callable[[Sequence[Microbatch]], tuple[Floats, Floats]]:
@@ -220,15 +222,16 @@ def by_work(case: Case, draw: str, replicas: int, count: int) -> list[str]:
     ]  # fmt: skip
 
 
-def measure(case: Case, batches: Sequence[Sequence[Microbatch]], rules: bool) -> dict[str, float]:
-    """One row of the table."""
+def measure(case: Case, batches: Sequence[Sequence[Microbatch]], rules: bool, most: int) -> dict[str, float]:
+    """One row of the table; ``most`` replicas are planned before the exchange."""
     price = price_of(case)
     replicas = len(batches)
     work = work_of(price, batches)
     start = time.process_time()
     swapped = assign(work)
     spent = time.process_time() - start
-    before, after = (planned(case, work, batches, place) for place in (work.replica, swapped.replica))
+    before = planned(case, work, batches, work.replica, most)
+    after = planned(case, work, batches, swapped.replica)
     row = {
         "before": before.spread, "after": after.spread, "gain": before.slowest / after.slowest,
         "moved": float(swapped.moved.mean()), "seconds": spent,
@@ -253,6 +256,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two models, few replicas, one batch")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--replicas", default="2,8,32,128,1024")
+    parser.add_argument("--draws", default="independent,shards")
+    parser.add_argument("--before", type=int, default=PLANNED, help="replicas planned before the exchange")
     parser.add_argument("--batches", type=int, default=2, help="global batches a row of up to 32 replicas")
     parser.add_argument("--by-work", action="store_true", help="no plans: work alone")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="schedules tried for every plan")
@@ -270,7 +275,7 @@ def main() -> None:
     rows, data = [], []
     for name in models:
         case = Case.of(name, known)
-        for draw in ("independent", "shards"):
+        for draw in options.draws.split(","):
             for replicas in counts if draw == "independent" else [r for r in counts if r in (8, 32)]:
                 if options.by_work:
                     few = replicas <= PLANNED
@@ -279,7 +284,12 @@ def main() -> None:
                     continue
                 rules = replicas == 32 and not options.no_rules
                 found = [
-                    measure(case, getattr(case, draw)(replicas, 5 + b), rules and b == 0)
+                    measure(
+                        case,
+                        getattr(case, draw)(replicas, 5 + b),
+                        rules and b == 0,
+                        options.before if draw == "independent" else PLANNED,
+                    )
                     for b in range(options.batches if replicas <= PLANNED else 1)
                 ]
                 mean = {key: float(np.mean([f[key] for f in found if key in f])) for key in found[0]}

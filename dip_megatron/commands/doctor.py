@@ -10,7 +10,7 @@ from ..doctor import Check, Status, diagnose
 from ..doctor.checks import CHECKS
 from ..doctor.recipes import recipe_of
 from ..doctor.settings import settings_of
-from .common import json_option, print_json
+from .common import json_option, print_json, progress_bar
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -29,7 +29,9 @@ def doctor(recipe: str | None, flags: tuple[str, ...], as_json: bool) -> int:
 
     Ends with 1 if something is broken, so that nothing can train under DIP or not as it is meant to; with 0 otherwise.
     """
-    found = diagnose([*CHECKS, settings_of(flags)] if recipe is None else [recipe_of(recipe, flags)])
+    with progress_bar("looking", None, as_json) as advance:
+        checkers = [*CHECKS, settings_of(flags)] if recipe is None else [recipe_of(recipe, flags)]
+        found = diagnose(checkers, lambda name: advance(f"looking at {name}"))
     if as_json:
         print_json([asdict(check) for check in found])
     else:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
-import runpy
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +20,11 @@ from ..report.schedules import text_table
 from ..report.tables import seconds
 from ..schedulers.entry import Effort
 from .common import InputError, one_line_errors, print_json, progress_bar, worker_count
+from .sampling import on_the_host, replica_size, sampled
 
 if TYPE_CHECKING:  # Megatron's own parts load once the world is pretended
     from ..megatron.sampling import Sample
 
-SIZES = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
 MOST_REPLICAS = 8
 NAMES = {
     "today": "as the script is",
@@ -51,6 +47,10 @@ NAMES = {
 @click.option(
     "--budget", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Seconds of search a plan."
 )
+@click.option(
+    "--rest", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Seconds of an iteration outside of its schedule (optimizer, reductions, logs), to count in the gain.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Search threads (default: half the cores).")
 @click.option(
     "--recipe", is_flag=True, help="SCRIPT is a recipe of Megatron-Bridge's instead, as `dip doctor` takes it."
@@ -61,7 +61,7 @@ NAMES = {
 @one_line_errors
 def estimate(
     cluster: str, gpus: int | None, workload: str | None, costs: Path | None, iterations: int, budget: float,
-    workers: int | None, recipe: bool, as_json: bool, script: str, arguments: tuple[str, ...],
+    rest: float, workers: int | None, recipe: bool, as_json: bool, script: str, arguments: tuple[str, ...],
 ) -> None:  # fmt: skip
     """What an iteration of SCRIPT ARGUMENTS... takes today and would take under DIP. Simulated, on one process.
 
@@ -73,7 +73,7 @@ def estimate(
     MODULE:FUNCTION or the name of one of Bridge's own, and ARGUMENTS are changes such as model.num_layers=4. Its data
     are drawn from --workload, or from the published mix nearest to them.
     """
-    size = gpus or (0 if recipe else _replica_size(arguments))
+    size = gpus or (0 if recipe else replica_size(arguments))
     if not recipe and not Path(script).is_file():
         raise InputError(f"{script}: no such script (a recipe of Megatron-Bridge's: give --recipe before it)")
     name = script if recipe else Path(script).name
@@ -93,7 +93,11 @@ def estimate(
             workload = workload or sample.workload
             click.echo(_first_words(sample, size), file=terminal)
         else:
-            sample = _sampled(Path(script), arguments, size, iterations, described, lambda: advance(None))
+            sample = sampled(
+                Path(script), arguments, size,
+                lambda each, replicas: each * min(replicas, MOST_REPLICAS) * (iterations + 1),
+                described=described, progress=lambda: advance(None),
+            )  # fmt: skip
         mix = load_workload(workload or sample.workload, sample.model, 2, sample.each, 0)
         unseen = [batch.microbatches for batch in mix]
         known, judged = _batches(sample, workload, min(sample.replicas, MOST_REPLICAS), iterations)
@@ -105,7 +109,7 @@ def estimate(
             today = str(error)
         found = estimating.estimate(
             sample.model, load_cluster(cluster), Costs.load(costs) if costs else None, known, judged, today,
-            Effort(budget, worker_count(workers)), progress=lambda what: advance(what), unseen=unseen,
+            Effort(budget, worker_count(workers)), rest=rest, progress=lambda what: advance(what), unseen=unseen,
         )  # fmt: skip
     if as_json:
         print_json({"cluster": cluster, "gpus": size, "estimate": _as_dict(found)})
@@ -114,36 +118,12 @@ def estimate(
         click.echo(_how_to_train(script, sample.replicas > 1, recipe))
 
 
-def _replica_size(arguments: tuple[str, ...]) -> int:
-    """GPUs of one replica, by the script's flags."""
-    size = 1
-    for flag in SIZES:
-        for place, word in enumerate(arguments):
-            name, _, value = word.partition("=")
-            if name == flag:
-                value = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
-                if not value.isdigit() or int(value) < 1:
-                    raise InputError(f"{flag} {value}: not a number of GPUs; give --gpus")
-                size *= int(value)
-    return size
-
-
-def _on_the_host() -> None:
-    """From now on Megatron computes here, and says nothing of what this machine hasn't and the cluster has."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["DIP_SCHEDULE"] = "dynamic"
-    warnings.simplefilter("ignore")
-    from ..megatron.cpu import install_cpu_platform
-
-    install_cpu_platform()
-
-
 def _recipe(recipe: str, overrides: tuple[str, ...], gpus: int) -> tuple[Sample, int]:
     """What a recipe of Bridge's asks for, on how many GPUs (``gpus`` 0: one replica). Raises InputError."""
     from ..compat.lone_rank import pretend_world
     from ..doctor.recipes import RecipeError, bridge_configuration
 
-    _on_the_host()
+    on_the_host()
     said = io.StringIO()
     logging.disable(logging.WARNING)
     try:
@@ -167,48 +147,6 @@ def _recipe(recipe: str, overrides: tuple[str, ...], gpus: int) -> tuple[Sample,
                 raise InputError(f"{recipe}: its model can't be made: {type(error).__name__}: {error}") from error
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _sampled(
-    script: Path, arguments: tuple[str, ...], size: int, iterations: int, described: Callable[[Sample], None],
-    progress: Callable[[], None],
-) -> Sample:  # fmt: skip
-    """Run the script up to its first iteration. Raises InputError where it doesn't come so far."""
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.resolve().parent))
-    from ..compat.lone_rank import pretend_world
-
-    pretend_world(size)
-    _on_the_host()
-    from ..megatron.hooks import Hooks
-    from ..megatron.sampling import SampleTaken, SamplingSession
-
-    hooks = Hooks.installed()
-    hooks.make_session = lambda loop, config, families, tell: SamplingSession(
-        loop, config, families, progress=progress, described=described,
-        wanted=loop.num_microbatches * min(loop.parallel.dp, MOST_REPLICAS) * (iterations + 1),
-    )  # fmt: skip
-    said = io.StringIO()
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            runpy.run_path(str(script), run_name="__main__")
-    except SampleTaken as taken:
-        return taken.sample
-    except SystemExit as ended:
-        last = next((line for line in reversed(said.getvalue().splitlines()) if line.strip()), "it said nothing")
-        raise InputError(
-            f"{script.name} ended before its first iteration: {ended.code if isinstance(ended.code, str) else last}"
-        ) from ended
-    except Exception:
-        click.echo(said.getvalue()[-4000:], err=True)
-        raise
-    finally:
-        logging.disable(logging.NOTSET)
-    raise InputError(
-        f"{script.name} ended without a model that DIP could schedule; see `dip doctor`, and docs/any-loop.md for "
-        "loops of your own"
-    )
 
 
 def _batches(
@@ -273,12 +211,16 @@ def _told(
         text.append(
             f"Today's iteration takes {found.gain:.2f}x DIP's; half of the iterations {few:.2f}x to {many:.2f}x; "
             f"{low:.2f}x to {high:.2f}x where the encoders' prices are off by 20%. What follows an iteration "
-            "(optimizer, reductions, logs) takes both the same time, and isn't in it."
+            "(optimizer, reductions, logs) takes both the same time, and "
+            + (f"is in it with {seconds(found.rest)}." if found.rest else "isn't in it: give it as --rest.")
         )
-    over = found.outcomes["dip"].seconds / found.outcomes["dip"].bound
+    dip = found.outcomes["dip"]
+    over = (dip.seconds - dip.planning) / dip.bound
     text.append(f"DIP's plans are within {over - 1:.1%} of a proven bound.")
+    if dip.planning:
+        text.append(f"Ranks and planning share cores here: {seconds(dip.planning)} of DIP's iteration are planning.")
     if costs is None:
-        text.append("Prices are modelled. Measured ones: `dip profile` on one such GPU, then --costs.")
+        text.append("Prices are modelled. Measured ones: `dip profile SCRIPT ...` on one such device, then --costs.")
     text.append(f"Planning needs two cores of each replica's hosts ({sample.replicas} replicas).")
     return "\n".join(text)
 

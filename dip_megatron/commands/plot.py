@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import fail, json_option, one_line_errors, print_json
+from .common import fail, json_option, one_line_errors, print_json, progress_bar
 from .drawing import measured_replicas, planned_spans
 
 
@@ -23,18 +23,19 @@ def plot(plan: Path, out: Path, number: int, as_json: bool) -> None:
     If PLAN is the folder of a run's --dip-trace-dir, draw its last iteration instead, all data-parallel replicas below
     one another.
     """
-    try:
-        from ..report.figure import plot_replicas, plot_timeline
-    except ImportError:
-        fail("dip plot needs matplotlib: pip install 'dip_megatron[viz]'")
-    if plan.is_dir():
-        replicas = measured_replicas(plan)
-        plot_replicas(out, replicas, title=f"{plan.name}: {len(replicas)} replicas")
-        count = sum(map(len, replicas.values()))
-    else:
-        found, spans = planned_spans(plan, number)
-        plot_timeline(out, spans, [], lower_bound=found.predicted.lower_bound, title=found.name)
-        count = len(spans)
+    with progress_bar(f"drawing {plan.name}", None, as_json):
+        try:
+            from ..report.figure import plot_replicas, plot_timeline
+        except ImportError:
+            fail("dip plot needs matplotlib: pip install 'dip_megatron[viz]'")
+        if plan.is_dir():
+            replicas = measured_replicas(plan)
+            plot_replicas(out, replicas, title=f"{plan.name}: {len(replicas)} replicas")
+            count = sum(map(len, replicas.values()))
+        else:
+            found, spans = planned_spans(plan, number)
+            plot_timeline(out, spans, [], lower_bound=found.predicted.lower_bound, title=found.name)
+            count = len(spans)
     if as_json:
         print_json({"out": str(out), "operations": count})
     else:

@@ -32,9 +32,9 @@ class Check:
 Checker = Callable[[], Iterable[Check]]
 
 
-def diagnose(checkers: Sequence[Checker]) -> list[Check]:
+def diagnose(checkers: Sequence[Checker], progress: Callable[[str], object] = lambda _: None) -> list[Check]:
     """Run all of them, silently. One that raises is a broken check of its name: whatever a foreign import may do, the
-    others are still told."""
+    others are still told. ``progress`` takes the name of each that begins."""
     found: list[Check] = []
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -42,10 +42,11 @@ def diagnose(checkers: Sequence[Checker]) -> list[Check]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for checker in checkers:
+                name = checker.__name__.replace("_", " ").strip()
+                progress(name)
                 try:
                     found += checker()
                 except Exception as error:
-                    name = checker.__name__.replace("_", " ").strip()
                     found.append(Check(name, Status.BROKEN, f"{type(error).__name__}: {_first_line(error)}"))
     finally:
         logging.disable(before)

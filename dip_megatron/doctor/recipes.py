@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -98,12 +99,23 @@ def bridge_configuration(recipe: str, overrides: Sequence[str]) -> Any:
     try:
         config = function()
     except Exception as error:  # whatever a recipe may need, such as a model's configuration from the net
-        raise RecipeError(
-            f"can't be made here: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        ) from error
+        first = next(iter(str(error).splitlines()), "")
+        raise RecipeError(f"can't be made here: {type(error).__name__}: {first}{_without_hub(str(error))}") from error
     for override in overrides:
         _override(config, override)
     return config
+
+
+def _without_hub(text: str) -> str:
+    """What to do where a recipe looks for a model on Hugging Face's hub in vain; nothing for other errors."""
+    if "huggingface.co" not in text:
+        return ""
+    named = re.search(r"(?<![\w/:.])[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.sub(r"https?://\S+", "", text))
+    place = named[0] if named else "ORGANIZATION/MODEL"
+    return (
+        f" Way out: a folder of the model's name, ./{place}, with its config.json, where the command is run; it is "
+        "taken in place of the hub"
+    )
 
 
 def _function(recipe: str) -> Callable[[], Any]:

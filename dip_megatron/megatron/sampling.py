@@ -13,8 +13,8 @@ from ..config import DipConfig
 from ..describe.files import ConfigurationError
 from ..describe.model import MultimodalModel
 from ..describe.workload import Microbatch
-from ..families.family import ModelFamily
-from ..runtime.protocol import StageProgram
+from ..families.family import Blueprint, Layers, ModelFamily
+from ..runtime.protocol import MicrobatchInputs, StageProgram
 from .adapters.layout import GivenLayout
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, record_blueprint
@@ -33,6 +33,17 @@ class Sample:
     layout: GivenLayout | None
     microbatches: list[Microbatch] = field(default_factory=list)
     trouble: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read, to be run here: ``inputs`` of the sample's microbatches, the loop's ``forward_step``, and
+    ``program(layers)`` of all of the model on one rank."""
+
+    sample: Sample
+    inputs: list[MicrobatchInputs]
+    forward_step: Callable[..., Any]
+    program: Callable[[Layers], StageProgram]
 
 
 class SampleTaken(BaseException):
@@ -56,15 +67,17 @@ class SamplingSession:
         wanted: int,
         described: Callable[[Sample], None] = lambda _: None,
         progress: Callable[[], None] = lambda: None,
+        then: Callable[[Reading], None] | None = None,
     ):
         """``wanted`` microbatches are read; ``described`` gets the model before any data is there (none is read if
-        it raises :class:`SampleTaken`), ``progress`` is called after each."""
+        it raises :class:`SampleTaken`), ``progress`` is called after each, ``then`` with all of them."""
         self._loop = loop
         self._families = families
-        self._wanted, self._described, self._progress = wanted, described, progress
+        self._wanted, self._described, self._progress, self._then = wanted, described, progress, then
         self._sample: Sample | None = None
         self._program: StageProgram | None = None
         self._own: torch.nn.Module | None = None
+        self._made: tuple[ModelFamily, Blueprint] | None = None
 
     def close(self) -> None:
         """Nothing to end."""
@@ -76,18 +89,21 @@ class SamplingSession:
         def build(*args: Any, **kwargs: Any) -> ChunkList:
             if self._sample is not None:
                 raise ConfigurationError("the script builds a second model; an estimate knows of one")
-            family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
+            family, blueprint = self._made = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
             model = family.describe(blueprint, loop.parallel)
             self._sample = Sample(model, family.workload, loop.num_microbatches, loop.parallel.dp, loop.layout)
             self._described(self._sample)
             chunks = _everything_last(model)
             configs = [c for name, c in blueprint.kwargs.items() if name == "config" or name.endswith("_config")]
+            before = [config.perform_initialization for config in configs]
             for config in configs:
                 config.perform_initialization = False  # memory that nobody writes to is never taken
             self._program = family.program(blueprint, chunks, rank=0, micro_batch_size=loop.micro_batch_size)
             built = self._program.build_chunks()
-            self._own = _Placeholder(built[-1].config)
+            for config, initialize in zip(configs, before, strict=True):
+                config.perform_initialization = initialize
+            self._own = _Placeholder(built[-1])
             return ChunkList([self._own])
 
         return build
@@ -106,16 +122,27 @@ class SamplingSession:
         iterator, model = arguments["data_iterator"], arguments["model"]
         chunk = model[0] if isinstance(model, list) else model
         items = RawItems(iterator[0] if isinstance(iterator, list) else iterator)
+        step, kept = arguments["forward_step_func"], []
         try:
             while len(self._sample.microbatches) < self._wanted:
-                inputs = capture_microbatch(arguments["forward_step_func"], items, chunk, self._program)
+                inputs = capture_microbatch(step, items, chunk, self._program)
                 self._sample.microbatches.append(self._program.load(inputs))
+                if self._then is not None:
+                    kept.append(inputs)
                 self._progress()
         except StopIteration:
             self._sample.trouble = "its data ended there"
         except ValueError as error:
             self._sample.trouble = str(error)
+        if self._then is not None:
+            self._then(Reading(self._sample, kept, step, self._whole))
         raise SampleTaken(self._sample)
+
+    def _whole(self, layers: Layers) -> StageProgram:
+        """All of the model on one rank, cut as told."""
+        assert self._made is not None
+        family, blueprint = self._made
+        return family.program(blueprint, layers, rank=0, micro_batch_size=self._loop.micro_batch_size)
 
 
 def _everything_last(model: MultimodalModel) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -125,14 +152,21 @@ def _everything_last(model: MultimodalModel) -> dict[str, tuple[tuple[int, ...],
 
 
 class _Placeholder(torch.nn.Module):
-    """What Megatron wraps and gives an optimizer."""
+    """What Megatron wraps and gives an optimizer. A script's forward_step may read what the ``chunk`` knows."""
 
-    def __init__(self, config: Any):
+    def __init__(self, chunk: torch.nn.Module):
         super().__init__()
-        self.config = config
+        self.__dict__["_chunk"] = chunk  # no submodule
+        self.config = chunk.config
         self.vp_stage = None
         self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_chunk"], name)
 
     def set_input_tensor(self, _: Any) -> None:
         """As pipeline stages have it."""

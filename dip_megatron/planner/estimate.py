@@ -19,6 +19,7 @@ from ..schedulers.static import StaticChoice, given_choice, tune_static
 from .balance import Work, assign, microbatch_work
 from .facade import Setting, plan_batch, searched_partition
 from .planned import Planned
+from .searchers import PATIENCE, THRIFTY_GAP
 
 UNCERTAIN = 0.2  # of an encoder's modelled price, either way; `dip profile` measures it instead
 
@@ -31,7 +32,8 @@ class Outcome:
     """One way to train these batches. ``seconds``: a replica's mean iteration, ``job_seconds``: the mean iteration of
     the slowest replica, which all wait for; ``peak_bytes`` of the fullest rank; ``recompute``: share of compute time;
     ``bound``: mean lower bound of the batches. ``layout`` in words; ``jobs``: the slowest replica's seconds, iteration
-    by iteration."""
+    by iteration. ``planning``: seconds of an iteration in which planning has the ranks' cores, where they compute on
+    cores; part of all other seconds."""
 
     name: str
     seconds: float
@@ -43,6 +45,7 @@ class Outcome:
     bound: float
     layout: str
     jobs: tuple[float, ...] = ()
+    planning: float = 0.0
 
     @property
     def straggling(self) -> float:
@@ -54,8 +57,9 @@ class Outcome:
 class Estimate:
     """``outcomes`` by what they are: ``today``, ``megatron`` (its best), ``dip``, ``balanced`` (DIP with exchanged
     microbatches); those that can't run are missing and ``refused`` says why. ``gain``: today's
-    job over DIP's; ``gain_of_batches``: the quartiles of that of single iterations; ``gain_between``: the gain where
-    the encoders' prices are ``UNCERTAIN`` off. ``replicas``: how many were simulated.
+    job over DIP's, each with the ``rest`` of an iteration; ``gain_of_batches``: the quartiles of that of single
+    iterations; ``gain_between``: the gain where the encoders' prices are ``UNCERTAIN`` off. ``replicas``: how many were
+    simulated.
     """
 
     outcomes: dict[str, Outcome]
@@ -66,6 +70,7 @@ class Estimate:
     partition: Partition
     replicas: int
     iterations: int
+    rest: float = 0.0
 
 
 def todays_choice(
@@ -92,15 +97,19 @@ def todays_choice(
 def estimate(
     model: MultimodalModel, cluster: Cluster, costs: Costs | None, known: Iteration, judged: Sequence[Iteration],
     today: StaticChoice | str, effort: Effort, *, unseen: Iteration | None = None,
-    memory_limit: float | None = None, partition_seconds: float = 5.0,
+    memory_limit: float | None = None, partition_seconds: float = 5.0, rest: float = 0.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Estimate:  # fmt: skip
     """Choose on ``known`` batches, judge on others: ``judged[iteration][replica]``. DIP's partition is chosen on
     ``unseen`` batches (None: the known ones): a run has no batch yet when it builds its chunks, and takes a published
     mix.
 
-    ``today`` is a layout, or why there is none. Raises what the partitioner and the search raise.
+    ``today`` is a layout, or why there is none. ``rest``: seconds of an iteration outside of its schedule (optimizer,
+    reductions, logs), which count in gains. Raises what the partitioner and the search raise.
     """
+    cores = model.parallel.pp if cluster.ranks_on_cores else 0
+    if cores:
+        effort = replace(effort, options=replace(effort.options, gap=THRIFTY_GAP, patience=PATIENCE))
     setting = Setting(
         model, cluster, tuple(GlobalBatch(tuple(r)) for r in judged[0]), costs, memory_limit,
         earlier=tuple(GlobalBatch(tuple(r)) for r in unseen or known),
@@ -126,25 +135,26 @@ def estimate(
     static("megatron", lambda: tune_static("megatron-interleaved", pricer, list(known), memory_limit))
     progress("dip")
     words = "; ".join(f"{m.module} {m.layers}" for m in partition.modules)
-    outcomes["dip"] = _outcome("dip", _dip_plans(setting, partition, judged, effort), words)
+    outcomes["dip"] = _outcome("dip", _dip_plans(setting, partition, judged, effort), words, cores)
     if len(judged[0]) > 1:
         progress("balanced")
         even = [_exchanged(setting, partition, iteration) for iteration in judged]
-        outcomes["balanced"] = _outcome("dip, --dip-balance swap", _dip_plans(setting, partition, even, effort), words)
+        plans = _dip_plans(setting, partition, even, effort)
+        outcomes["balanced"] = _outcome("dip, --dip-balance swap", plans, words, cores)
     gain = quartiles = between = None
     if "today" in outcomes and not isinstance(today, str):
-        gain = outcomes["today"].job_seconds / outcomes["dip"].job_seconds
-        ratios = np.array(outcomes["today"].jobs) / np.array(outcomes["dip"].jobs)
+        gain = (outcomes["today"].job_seconds + rest) / (outcomes["dip"].job_seconds + rest)
+        ratios = (np.array(outcomes["today"].jobs) + rest) / (np.array(outcomes["dip"].jobs) + rest)
         quartiles = (float(np.quantile(ratios, 0.25)), float(np.quantile(ratios, 0.75)))
         ends = [gain]
         for factor in (1 / (1 + UNCERTAIN), 1 + UNCERTAIN):
             progress("if prices are off")
             off = _scaled(setting, factor)
-            plans = _dip_plans(off, partition, judged[:1], effort), _static_plans(off, today, judged[:1])
-            off_by = _outcome("", plans[1], "").job_seconds / _outcome("", plans[0], "").job_seconds / ratios[0]
-            ends.append(gain * float(off_by))
+            theirs = _outcome("", _static_plans(off, today, judged[:1]), "").job_seconds
+            ours = _outcome("", _dip_plans(off, partition, judged[:1], effort), "", cores).job_seconds
+            ends.append(gain * float((theirs + rest) / (ours + rest) / ratios[0]))
         between = (min(ends), max(ends))
-    return Estimate(outcomes, refused, gain, quartiles, between, partition, len(judged[0]), len(judged))
+    return Estimate(outcomes, refused, gain, quartiles, between, partition, len(judged[0]), len(judged), rest)
 
 
 def _scaled(setting: Setting, factor: float) -> Setting:
@@ -183,9 +193,11 @@ def _exchanged(setting: Setting, partition: Partition, iteration: Iteration) -> 
     return [[m for m, owner in zip(everything, new, strict=True) if owner == r] for r in range(len(iteration))]
 
 
-def _outcome(name: str, plans: Sequence[Sequence[Planned]], layout: str) -> Outcome:
-    times: Floats = np.array([[p.iteration_time for p in line] for line in plans])
+def _outcome(name: str, plans: Sequence[Sequence[Planned]], layout: str, cores: int = 0) -> Outcome:
+    """``cores``: of a replica's ranks, which plans are made on, too; 0: on others."""
     flat = [p for line in plans for p in line]
+    planning = float(np.mean([p.plan_seconds for p in flat])) / cores if cores else 0.0
+    times: Floats = np.array([[p.iteration_time for p in line] for line in plans]) + planning
     return Outcome(
         name=name,
         seconds=float(times.mean()),
@@ -197,4 +209,5 @@ def _outcome(name: str, plans: Sequence[Sequence[Planned]], layout: str) -> Outc
         bound=float(np.mean([p.lower_bound for p in flat])),
         layout=layout,
         jobs=tuple(times.max(axis=1).tolist()),
+        planning=planning,
     )

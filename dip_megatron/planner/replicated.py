@@ -21,7 +21,7 @@ Batch = Sequence[Microbatch]
 Balance = Literal["off", "swap", "free"]
 
 PLANNED = 32
-"""Of more replicas not all are planned: the ten that are worth most, and twenty others."""
+"""Of more replicas not all are planned: a third of as many, those that are worth most, and some others."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ def rearranged(batches: Sequence[Batch], before: Places, after: Places) -> list[
 
 def outcome(
     seconds: Callable[[Batch], float], batches: Sequence[Batch], cost: Floats, moved: float = 0.0,
-    longer: Callable[[Batch], float] | None = None,
+    longer: Callable[[Batch], float] | None = None, planned: int = PLANNED,
 ) -> Outcome:  # fmt: skip
     """From what each replica's plan takes. ``cost`` ``[replicas]`` is what their work is worth: of more than
-    :data:`PLANNED` only some are planned, and the mean is scaled from them by it. ``longer``: seconds under a longer
+    ``planned`` only some are planned, and the mean is scaled from them by it. ``longer``: seconds under a longer
     search, which the slowest replicas' plans get, one after the other, until the slowest one's is such a plan; the
     others are then taken to gain by it what these did."""
     order = np.argsort(-cost, kind="stable")
-    few = len(cost) <= PLANNED
-    chosen = order if few else np.concatenate([order[:10], order[10 :: max(1, len(order) // 20)]])
+    few, most = len(cost) <= planned, planned // 3
+    chosen = order if few else np.concatenate([order[:most], order[most :: max(1, len(order) // (2 * most))]])
     took = np.array([seconds(batches[int(r)]) for r in chosen])
     if longer is not None:
         took = _searched_longer(took, [batches[int(r)] for r in chosen], longer)
-    mean = float(took.mean()) if few else float((took / cost[chosen])[10:].mean() * cost.mean())
+    mean = float(took.mean()) if few else float((took / cost[chosen])[most:].mean() * cost.mean())
     return Outcome(float(took.max()), mean, moved)
 
 

@@ -94,7 +94,8 @@ def _line(scalars: dict[str, float], last: IterationReport) -> str:
         balance = (
             f" | slowest replica {scalars['dip/slowest_replica_before']:.3f} of the mean, "
             f"{scalars['dip/slowest_replica_after']:.3f} after {scalars['dip/microbatches_moved']:.0f}{samples} moved "
-            f"in {seconds(scalars['dip/exchange_seconds'])}, waited {seconds(scalars['dip/exchange_stall_seconds'])}"
+            f"({scalars['dip/exchange_bytes'] / 1e6:.1f} MB from this rank) in "
+            f"{seconds(scalars['dip/exchange_seconds'])}, waited {seconds(scalars['dip/exchange_stall_seconds'])}"
         )
     waited = seconds(scalars["dip/stall_seconds"])
     if scalars["dip/planned_at_call"] > 0.5:  # the first iteration is in any loop

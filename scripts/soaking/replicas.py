@@ -2,19 +2,22 @@
 
 Two replicas of two stages train tiny iterations on drifting data, while exchanges suffer faults. Some end the run: it
 must end within a bounded time, and say why; it is started again from its last checkpoint. Whatever an iteration was
-trained on last is what counts: every sample must be in exactly one iteration, on one replica, the one of Megatron's own
-order of samples. Losses and gradient norms are compared with those of Megatron's schedule. What is done is kept in the
-folder, so that a soak that was stopped goes on.
+trained on last is what counts: every sample must be in exactly one iteration, on one replica, the one of Megatron's
+own order of samples. Losses and gradient norms are compared with those of Megatron's own schedule on one rank. What is
+done is kept in the folder, so that a soak that was stopped goes on, and checked after each start, so that one that is
+cut has shown something.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +29,58 @@ from examples.llava_digits.runs import SCRIPT, RunFailed, train, training_flags
 from scripts.soaking.__main__ import TINY
 from scripts.soaking.checks import ABSOLUTE_NORM, RELATIVE_LOSS, read_log
 from scripts.soaking.exchanges import FATAL
+from tests.forked import forked
 
-RANKS, BATCH = 4, 8
-SILENCE_SECONDS = 60.0
+RANKS, BATCH = 4, 6
+TIMEOUT_SECONDS = 40.0
+SILENCE_SECONDS = 2 * TIMEOUT_SECONDS
+ALONE = ["--pipeline-model-parallel-size", "1"]
+# Searches that would fill an iteration take from training on hosts with few cores, and aren't what is tried here.
+DISTURBED = ["--dip-schedule", "dynamic", "--dip-balance", "swap", "--dip-search-budget", "0.01"]
 Logs = dict[int, tuple[float, float]]
 
 
 def soak(iterations: int, every: int, life: int, out: Path, console: Console) -> list[str]:
     """Both runs below ``out``; everything that went wrong."""
-    seen: dict[str, Logs] = {}
-    faults: list[str] = []
-    for name, flags in (("undisturbed", []), ("disturbed", ["--dip-schedule", "dynamic", "--dip-balance", "swap"])):
-        folder = out / name
+    alone, disturbed = out / "undisturbed", out / "disturbed"
+    for folder in (alone, disturbed):
         folder.mkdir(parents=True, exist_ok=True)
-        faults += run(name, flags, iterations, every if flags else 0, life, folder, console)
-        seen[name] = logs_of(folder)
-    samples = samples_of(out / "disturbed")
-    exchanges = exchanges_of(out / "disturbed")
+
+    def check(reached: int) -> list[str]:
+        return wrong(logs_of(disturbed), logs_of(alone), samples_of(disturbed), reached)
+
+    faults = run("undisturbed", ALONE, 1, iterations, 0, iterations, alone, console, lambda _: [])
+    faults += run("disturbed", DISTURBED, RANKS, iterations, every, life, disturbed, console, check)
+    exchanges = exchanges_of(disturbed)
     rows = [
-        ("iterations trained", {"": str(len(samples))}),
+        ("iterations trained", {"": str(len(samples_of(disturbed)))}),
         ("exchanges in which somebody moved", {"": str(sum(e["moved"] > 0 for e in exchanges))}),
         *((f"nobody moved: {reason}", {"": str(count)})
           for reason, count in Counter(e["reason"] for e in exchanges if e["reason"]).items()),
-        ("starts again", {"": str(len(list((out / "disturbed").glob("life*"))) - 1)}),
+        ("starts again", {"": str(len(lives(disturbed)) - 1)}),
     ]  # fmt: skip
     console.print(table("Soak of replicas", ("", ""), rows))
-    return faults + wrong(seen["disturbed"], seen["undisturbed"], samples, iterations)
+    return faults
 
 
 def run(
-    name: str, flags: Sequence[str], iterations: int, every: int, life: int, folder: Path, console: Console
-) -> list[str]:
-    """Train to the end, from checkpoint to checkpoint; what went wrong with its ends."""
-    faults = []
+    name: str, flags: Sequence[str], ranks: int, iterations: int, every: int, life: int, folder: Path,
+    console: Console, check: Callable[[int], list[str]],
+) -> list[str]:  # fmt: skip
+    """Train to the end, from checkpoint to checkpoint; what went wrong with its ends, and what ``check`` finds wrong
+    with the iterations until then."""
+    faults: list[str] = []
     done = folder / "done"
-    while not done.exists():
+    while not faults and not done.exists():
         number = len(list(folder.glob("life*")))
         here = folder / f"life{number}"
         here.mkdir()
         fatal = FATAL[number // 2 % len(FATAL)] if every and number % 2 == 0 else ""
         os.environ |= {
             "SOAK_DIARY": str(here), "SOAK_SAMPLES": str(BATCH * iterations), "SOAK_EVERY": str(every),
-            "SOAK_FATAL": fatal, "SOAK_EXCHANGES": str(life // 2), "DIP_TIMEOUT_SECONDS": "20",
-            "DIP_TRACE_DIR": str(here) if flags else "",
+            "SOAK_FATAL": fatal, "SOAK_EXCHANGES": str(life // 2), "DIP_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS),
+            "DIP_TRACE_DIR": str(here),
         }  # fmt: skip
-        if not flags:
-            del os.environ["DIP_TRACE_DIR"]
         command = [
             sys.executable, "-m", "scripts.soaking.trainer", str(SCRIPT), *training_flags(iterations), *TINY,
             "--global-batch-size", str(BATCH), "--save", str(folder / "saved"), "--load", str(folder / "saved"),
@@ -84,7 +93,7 @@ def run(
             last = time.monotonic()
 
         try:
-            train("run", command, here, say, RANKS)
+            train("run", command, here, say, ranks, forked)
             ended = "ended in order"
         except RunFailed as error:
             ended = f"failed ({error})"
@@ -96,12 +105,26 @@ def run(
                 faults.append(f"{name}, life {number}: a rank that {fatal} is not named as the cause")
             if time.monotonic() - last > SILENCE_SECONDS:
                 faults.append(f"{name}, life {number}: ended {time.monotonic() - last:.0f} s after the fault")
-        reached = max(read_log((here / f"run.rank{RANKS - 1}.log").read_text(errors="replace")), default=0)
+        finally:
+            end_left_behind(here)
+        reached = max(log_of(here), default=0)
+        faults += check(reached)
         console.print(f"{name}, life {number} ({fatal or 'no end'}): to iteration {reached} of {iterations} in "
-                      f"{time.monotonic() - began:.0f} s, {ended[:120]}", highlight=False)  # fmt: skip
+                      f"{time.monotonic() - began:.0f} s, {ended[:120]}; {'; '.join(faults) or 'all right'}",
+                      highlight=False)  # fmt: skip
         if reached >= iterations:
             done.touch()
     return faults
+
+
+def end_left_behind(life: Path) -> None:
+    """Processes that Megatron's ranks have started for checkpoints don't notice that a rank has died."""
+    mark = f"SOAK_DIARY={life}\0".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            spawned = b"--multiprocessing-fork" in (process / "cmdline").read_bytes()
+            if spawned and mark in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def lives(folder: Path) -> list[Path]:
@@ -109,12 +132,18 @@ def lives(folder: Path) -> list[Path]:
     return sorted(folder.glob("life*"), key=lambda path: int(path.name.removeprefix("life")))
 
 
+def log_of(life: Path) -> Logs:
+    """Loss and gradient norm by iteration, as the last rank of a start says."""
+    last = max(life.glob("run.rank*.log"), key=lambda path: int(path.suffixes[0].removeprefix(".rank")), default=None)
+    return {} if last is None else read_log(last.read_text(errors="replace"))
+
+
 def logs_of(folder: Path) -> Logs:
     """Loss and gradient norm by iteration, of the last life that trained it; without the first two of each life, whose
     losses Megatron's log mixes after a restart."""
     logs: Logs = {}
     for life in lives(folder):
-        log = read_log((life / f"run.rank{RANKS - 1}.log").read_text(errors="replace"))
+        log = log_of(life)
         first = min(log, default=0)
         logs |= {i: values for i, values in log.items() if i > first + 1}
     return logs

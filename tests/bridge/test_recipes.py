@@ -30,15 +30,17 @@ def test_recipes_are_made_and_looked_at(tmp_path: Path) -> None:
         "from pathlib import Path\nfrom tests.bridge.loop import Run, configuration\n"
         "def fits(): return configuration(Path(__file__).parent, Run(pipeline=2))\n"
         "def fails(): raise OSError('no such model\\nand more')\n"
+        "def offline(): raise OSError('no config.json of Qwen/Qwen2.5-VL-7B: no https://huggingface.co/Qwen')\n"
     )
     answers: list[Any] = team(1).run(
         said,
         [
             (GPT, "model.pipeline_model_parallel_size=2"), (GPT, "model.context_parallel_size=2"),
             (GPT, "model.pipeline=2"), (f"{file}:fits",), (f"{file}:fails",), ("no_such_recipe",),
+            (f"{file}:offline",),
         ],
     )[0]  # fmt: skip
-    runs, refused, unknown, fits, fails, missing = answers
+    runs, refused, unknown, fits, fails, missing, offline = answers
 
     assert runs[-1][1:] == ("ok", "nothing that can be seen before it starts stands in the way of DIP")
     assert [detail for _, _, detail in runs if "GPTModel" in detail]
@@ -50,6 +52,7 @@ def test_recipes_are_made_and_looked_at(tmp_path: Path) -> None:
     assert fits[-1][1] == "ok"
     assert fails[0][1:] == ("broken", "can't be made here: OSError: no such model")
     assert "none of Megatron-Bridge's own recipes" in missing[0][2]
+    assert "./Qwen/Qwen2.5-VL-7B, with its config.json" in offline[0][2]
 
 
 def estimated(folder: Path, *words: str) -> tuple[int, str]:

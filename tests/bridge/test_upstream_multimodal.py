@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from examples.llava_digits.runs import RunFailed
-from scripts.upstream.runs import run_script
+from scripts.upstream.runs import HERE, run_script, script_flags
 from tests.bridge.conversations import write_conversations, write_tokenizer
 from tests.megatron.training import Log, read
 
@@ -21,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="the example needs torchvision"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # each run imports all of the example's packages anew
 ]
 
 
@@ -88,3 +92,20 @@ def test_killed_and_restored_it_trains_as_one_that_never_was(
     assert restored.norms == pytest.approx({i: whole.norms[i] for i in restored.norms}, rel=20 * BF16)
     # Other samples would show.
     assert min(abs(a - b) for a, b in combinations(whole.losses.values(), 2)) > 10 * BF16 * max(whole.losses.values())
+
+
+def test_an_estimate_on_its_own_data(files: Path, tmp_path: Path) -> None:
+    example = Path(str(CHECKOUT)).resolve() / "examples" / "multimodal"
+    flags = ("--data-path", str(files / "data"), "--tokenizer-model", str(files / "tokenizer"),
+             "--prompt-path", str(example / "manual_prompts.json"), "--pipeline-model-parallel-size", "2")  # fmt: skip
+    script = [str(HERE / "launch.py"), "tree", str(example / "train.py")]  # mended, as above
+    command = [sys.executable, "-m", "dip_megatron.cli", "estimate", "--iterations", "1", "--budget", "0.05", "--json"]
+    places = os.pathsep.join([str(example.parents[1]), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, *script, *script_flags("multimodal"), *flags], env=os.environ | {"PYTHONPATH": places},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "vision 4 layers" in done.stderr
+    told = json.loads(done.stdout[done.stdout.index("\n{") :])["estimate"]  # behind what make says
+    assert told["outcomes"]["dip"]["seconds"] <= told["outcomes"]["today"]["seconds"]

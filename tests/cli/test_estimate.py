@@ -13,6 +13,8 @@ import pytest
 
 from dip_megatron.cli import main
 from dip_megatron.compat.releases import has_training_loop
+from dip_megatron.describe.cost import Costs
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "llava_digits" / "pretrain_llava_digits.py"
@@ -57,6 +59,23 @@ def test_a_named_workload_a_given_layout_and_a_refusal() -> None:
     assert refused.returncode == 2
     assert "ended before its first iteration" in refused.stderr
     assert "--no-such-flag" in refused.stderr
+
+
+@needs_training
+def test_a_script_is_measured_on_its_own_data(tmp_path: Path) -> None:
+    flags = shlex.split((SCRIPT.parent / "tiny.args").read_text(), comments=True)
+    costs, log = tmp_path / "costs.json", tmp_path / "log"
+    command = ["python", "-m", "dip_megatron.cli", "profile", "--repeats", "1", "-o", str(costs), str(SCRIPT), *flags]
+    pipeline = ["--pipeline-model-parallel-size", "2", "--train-iters", "10"]
+    process = Forked([*command, *pipeline], os.environ | {"OMP_NUM_THREADS": "1"}, log)
+    assert process.wait(250) == 0, log.read_text()[-3000:]
+    tables = Costs.load(costs).tables
+    assert {(t.module, t.part) for t in tables if t.part != "stage"} == {
+        (module, part) for module in ("vision", "language") for part in ("stem", "layer", "head")
+    }
+    seen = {t.tokens for t in tables if t.module == "vision"}
+    assert len(seen) == 1
+    assert len(seen.pop()) > 2  # microbatches of several numbers of pictures, whole and in parts
 
 
 def test_sizes_that_are_no_numbers_are_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,9 @@ def test_a_check_that_fails_itself_is_told_with_the_others() -> None:
     def first() -> list[Check]:
         raise OSError("no such library\nand more")
 
-    found = diagnose([first, machine.cores])
+    begun: list[str] = []
+    found = diagnose([first, machine.cores], begun.append)
+    assert begun == ["first", "cores"]
     assert found[0].status is Status.BROKEN
     assert found[0].detail == "OSError: no such library"
     assert found[1].name == "cores for planning"

@@ -79,7 +79,9 @@ def test_replicas_that_exchange_train_the_same(plain: Log, tmp_path: Path) -> No
     assert all(e is not None for e in found[1:])
     assert moved
     assert all(e["sent_bytes"] > 0 and not e["reason"] for e in moved)
-    assert any("slowest replica" in text for text in swapped.text)
+    line = re.search(r"slowest replica ([\d.]+) of the mean, ([\d.]+) after [1-9]\d* moved \(", swapped.text[-1])
+    assert line is not None
+    assert float(line[1]) > float(line[2])
     assert all(
         {sum(s["iteration"] == i for s in swapped.samples[rank]) for i in range(1, ITERATIONS + 1)} == {BATCH // 2}
         for rank in (2, 3)

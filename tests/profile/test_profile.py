@@ -110,14 +110,15 @@ def test_plans_use_what_was_measured(costs):
     _, path, model_file = costs
     model, loaded = load_model(model_file), Costs.load(path)
     batch = [Microbatch(128 - 4 * 9, (9,) * 4)]
-    graph = build_graph(model, load_cluster("cpu"), even_partition(model), batch, costs=loaded)
+    cluster = load_cluster("cpu")
+    graph = build_graph(model, cluster, even_partition(model), batch, costs=loaded)
     table = {(t.part, t.quantity, t.strategy): t for t in loaded.tables if t.module == "vision"}
     tokens = torch.tensor([144.0]).numpy()
 
     for c, text in enumerate(graph.strategies[0][0]):
         for quantity in ("forward", "backward"):
             layers = sum(table["layer", quantity, name].at(tokens)[0] for name in parse_strategy(text, 3))
-            expected = table["stem", quantity, "none"].at(tokens)[0] + layers
+            expected = table["stem", quantity, "none"].at(tokens)[0] + layers + cluster.between_operations
             assert getattr(graph, quantity)[c, 0, 0] == pytest.approx(expected), text
 
 

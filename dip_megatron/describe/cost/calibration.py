@@ -19,7 +19,8 @@ from .hardware import Cluster, Curve, Operator, check_curve
 from .parts import LayerCost, PartCost
 from .sizes import Sizes
 
-Part = Literal["stem", "layer", "head"]
+Part = Literal["stem", "layer", "head", "stage"]
+"""What of a module is priced; a ``stage`` is what every chunk with layers takes beside them, once."""
 QUANTITIES = ("forward", "backward", "weight", "activation", "deferred_activation")
 STRATEGY_QUANTITIES = ("forward", "backward", "activation")
 """What a layer's memory strategy changes; its W needs the same inputs and does the same products under all."""
@@ -184,7 +185,7 @@ class _Measured(_Strict):
 
 class _Scale(_Strict):
     module: str = "*"
-    part: Literal["stem", "layer", "head", "*"] = "*"
+    part: Literal["stem", "layer", "head", "stage", "*"] = "*"
     quantity: Literal["forward", "backward", "weight", "activation", "deferred_activation", "*"] = "*"
     factor: PositiveFloat
 

@@ -23,7 +23,7 @@ from .static import INBOX_MESSAGES, StaticBytes, run_bytes
 from .strategies import Counts, combine, pick
 
 _LEAST_SAVED = 0.01
-_TRAINABLE: dict[Part, TrainablePart] = {"stem": "stem", "layer": "layers", "head": "head"}
+_TRAINABLE: dict[Part, TrainablePart] = {"stem": "stem", "layer": "layers", "head": "head", "stage": "layers"}
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,10 @@ class CostModel:
     def part_alive(self, module: str, part: Part) -> bool:
         """Whether the part takes a backward: it trains, or something before it in the model does."""
         shape = self.model.module(module)
-        before: tuple[str, ...] = {"stem": ("stem",), "layer": ("stem", "layers"), "head": ("stem", "layers", "head")}[
-            part
-        ]
+        before: tuple[str, ...] = {
+            "stem": ("stem",), "layer": ("stem", "layers"), "stage": ("stem", "layers"),
+            "head": ("stem", "layers", "head"),
+        }[part]  # fmt: skip
         return self._reached[module] or any(p in shape.trainable for p in before)
 
     def _settle(self, shape: ModuleShape, part: Part, cost: PartCost, sizes: Sizes) -> PartCost:
@@ -178,6 +179,12 @@ class CostModel:
         derived = with_strategies(self.operators, cost, recompute, dropped, layer_input, self.strategies)
         return self.costs.adjust_strategies(module, derived, sizes)
 
+    def stage(self, module: str, sizes: Sizes) -> PartCost:
+        """What a chunk with layers takes beside them: nothing unless it has been measured."""
+        shape = self.model.module(module)
+        sizes = self._here(shape, sizes)[1]
+        return self._settle(shape, "stage", PartCost.nothing(len(sizes)), sizes)
+
     # -- chunks --------------------------------------------------------------------------------------------------
     def chunk_cost(self, chunk: Chunk, sizes: Mapping[str, Sizes]) -> ChunkCost:
         """Cost of a chunk for U units; ``sizes`` gives, per module of the chunk, what each unit holds for it."""
@@ -222,7 +229,7 @@ class CostModel:
         total = PartCost.nothing(units)
         for run in chunk:
             heads = run.head + self.model.module(run.module).tapped(run.first, run.layers)
-            for times, part in ((run.stem, self.stem), (heads, self.head)):
+            for times, part in ((run.stem, self.stem), (heads, self.head), (run.layers > 0, self.stage)):
                 if times:
                     more = part(run.module, sizes[run.module])
                     total = PartCost(
@@ -298,17 +305,20 @@ class CostModel:
         return tuple(out)
 
     def _workspace(self, shape: ModuleShape, sizes: Sizes) -> tuple[float, float]:
-        """Bytes for a moment beside what stages hold: all activations of one layer, and an output head's logits."""
+        """Bytes for a moment beside what stages hold: all activations of one layer, where any may be made again or
+        brought back, and an output head's logits."""
         parallel, sizes = self._here(shape, sizes)
-        layer = max(
-            layer_cost(shape.layer, parallel, self.operators, sizes.largest(), kind)[0].activation.max()
-            for kind in set(shape.kinds)
-        )
+        layer = 0.0
+        if np.count_nonzero(self._allowed) > 1:  # something may be recomputed or brought back
+            layer = max(
+                float(layer_cost(shape.layer, parallel, self.operators, sizes.largest(), kind)[0].activation.max())
+                for kind in set(shape.kinds)
+            )
         logits = 0.0
         if isinstance(shape.head, LanguageHead):
             width = (self.cluster.element_bytes + 4) * shape.head.vocabulary / self.model.parallel.tp
             logits = float(width * sizes.tokens.max())
-        return float(layer), logits
+        return layer, logits
 
     def message_bytes(self, shape: ModuleShape, sizes: Sizes) -> Floats:
         """Bytes a tensor-parallel rank hands to the next pipeline rank inside the module, ``[U]``: hidden states, and

@@ -340,18 +340,25 @@ def _graph(
         static = pricer.costs.static_bytes
     if memory_limit is None:
         memory_limit = pricer.costs.memory_limit or pricer.cluster.usable_bytes
+    between = pricer.cluster.between_operations
+
+    def operation(seconds: Floats) -> Floats:
+        """With what follows it, unless there is none."""
+        return np.where(seconds > 0, seconds + between, 0.0) if between else seconds
+
     return StageGraph(
         ranks=ranks,
         modules=modules,
         units=units,
-        forward=arrays["forward"],
-        backward=arrays["backward"],
-        weight=arrays["weight"],
-        fused=arrays["backward"] + arrays["weight"],
+        forward=operation(arrays["forward"]),
+        backward=operation(arrays["backward"]),
+        weight=operation(arrays["weight"]),
+        fused=operation(arrays["backward"] + arrays["weight"]),
         activation=arrays["activation"],
         deferred_activation=arrays["deferred_activation"],
         transfer=transfer,
         static_bytes=np.array(static, dtype=np.float64),
         memory_limit=np.broadcast_to(np.asarray(memory_limit, dtype=np.float64), (ranks,)).copy(),
         strategies=names,
+        overhead=(between,) * ranks if between else (),
     )

@@ -43,6 +43,10 @@ class Cluster:
     efficiency: tuple[tuple[Operator, Curve], ...]
     host_wait: float = 0.0
     """Seconds a GPU idles when the host must wait for what it has computed before it can launch what follows."""
+    between_operations: float = 0.0
+    """Seconds a rank takes from one operation to the next where it need not wait: messages, launching, bookkeeping."""
+    ranks_on_cores: bool = False
+    """Whether ranks compute on the host's cores, which planning then takes from them."""
 
     @property
     def usable_bytes(self) -> float:
@@ -90,6 +94,8 @@ class _Cluster(BaseModel):
     network_microseconds: NonNegativeFloat
     reserved_gb: NonNegativeFloat
     host_wait_microseconds: NonNegativeFloat = 30
+    between_microseconds: NonNegativeFloat = 0
+    ranks_on_cores: bool = False
     element_bytes: Literal[2, 4] = 2
     fused_attention: bool = True
     efficiency: dict[Operator, Annotated[list[tuple[PositiveFloat, PositiveFloat]], Field(min_length=1)]] = Field(
@@ -133,5 +139,7 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
         element_bytes=data.element_bytes,
         fused_attention=data.fused_attention,
         host_wait=data.host_wait_microseconds * 1e-6,
+        between_operations=data.between_microseconds * 1e-6,
+        ranks_on_cores=data.ranks_on_cores,
         efficiency=tuple(sorted((k, check_curve(k, v)) for k, v in data.efficiency.items())),
     )

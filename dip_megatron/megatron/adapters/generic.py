@@ -57,7 +57,8 @@ def build(
     config = load_settings(settings).config
     hooks = Hooks.installed()
     loop = GenericLoop(micro_batch_size=micro_batch_size, num_microbatches=num_microbatches, **of_loop)
-    if not config.on or parallel_state.get_pipeline_model_parallel_world_size() < 2:
+    alone = parallel_state.get_pipeline_model_parallel_world_size() < 2 and config.balance == "off"
+    if not config.on or alone:
         first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         own = hooks.pair(loop, config).noting(provider) if config.pairs else provider
         return [own(pre_process=first, post_process=last)]
