@@ -27,10 +27,8 @@ import dip_megatron.families.known  # noqa: E402
 import dip_megatron.megatron.hooks  # noqa: E402
 import dip_megatron.megatron.session  # noqa: E402
 import dip_megatron.schedulers.entries  # noqa: E402, F401
-from dip_megatron.planner import service  # noqa: E402
 from dip_megatron.planner.warm import warm_up_exchanges, warm_up_joint_plans, warm_up_plans  # noqa: E402
 from dip_megatron.schedulers.dip import warm_up  # noqa: E402
-from tests import forked_planner  # noqa: E402
 
 if importlib.util.find_spec("megatron.training") is not None:
     import megatron.training.checkpointing  # noqa: F401
@@ -61,9 +59,7 @@ if not distrib_optimizer.HAVE_APEX_OR_TE:
     _Optimizer.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
     _Optimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states  # type: ignore[method-assign]
 
-# Starting Python and loading the kernels takes longer than what most tests plan; tests/planner and whatever starts
-# ranks by their command have workers as users have them.
-service.start_process = forked_planner.start_process
+# What ranks plan themselves: kernels loaded once.
 warm_up()
 warm_up_plans()
 warm_up_joint_plans(search=True)

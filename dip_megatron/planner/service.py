@@ -62,16 +62,6 @@ class _Worker:
     busy_since: float = 0.0
 
 
-def start_process(theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """A worker's process, which serves the other end of ``theirs``."""
-    # Not multiprocessing's spawn: it would import the user's pretrain script, and Megatron, into every worker.
-    return subprocess.Popen(
-        [sys.executable, "-m", "dip_megatron.planner.worker", str(theirs.fileno())],
-        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-        env={**os.environ, **_WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )  # fmt: skip
-
-
 class PlannerService:
     """Plans requests in worker processes.
 
@@ -244,9 +234,14 @@ class PlannerService:
 
     # -- workers -------------------------------------------------------------------------------------------------
     def _start(self) -> _Worker:
+        # Not multiprocessing's spawn: it would import the user's pretrain script, and Megatron, into every worker.
         ours, theirs = socket.socketpair()
         with theirs:
-            process = start_process(theirs)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dip_megatron.planner.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                env={**os.environ, **_WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )  # fmt: skip
         with ours:
             connection = Connection(os.dup(ours.fileno()))
             connection.send_bytes(pickle.dumps(self._maker))
