@@ -22,6 +22,11 @@ TOPIC = Topic(
     (
         Name("mcore_bridge.model:MultimodalGPTModel", has=("visual", "language_model", "language_model_cls")),
         Name("mcore_bridge.model.mm_gpts.qwen:Qwen2_5VL_Vit", has=("visual", "hf_config", "get_inputs_embeds")),
+        Name("mcore_bridge.model.mm_gpts.qwen:Qwen2VL_Vit", has=("visual", "hf_config", "get_inputs_embeds")),
+        Name(
+            "transformers.models.qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel",
+            has=("patch_embed", "blocks", "merger"),
+        ),
         Name(
             "mcore_bridge.model.mm_gpts.internvl:InternvlHfVit",
             has=("module_mapping", "get_inputs_embeds", "get_image_features"),

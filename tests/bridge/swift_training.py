@@ -42,7 +42,11 @@ from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.bridge.tiny_model import IMAGE, VIDEO
 
 MICROBATCHES = 4
-KINDS = {"qwen2-5-vl": ("qwen2_5_vl", "qwen2_5_vl"), "internvl": ("internvl", "internvl_hf")}
+KINDS = {
+    "qwen2-5-vl": ("qwen2_5_vl", "qwen2_5_vl"),
+    "qwen2-vl": ("qwen2_vl", "qwen2_vl"),
+    "internvl": ("internvl", "internvl_hf"),
+}
 """What ms-swift calls each model, and its template."""
 
 

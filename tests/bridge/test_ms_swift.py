@@ -1,6 +1,6 @@
 """ms-swift's own trainer with mcore-bridge's models on two CPU ranks: the same numbers without DIP and under it, which
-the wheel's start-up file and the environment alone switch on; and InternVL, which comes through mcore-bridge alone, as
-:mod:`.test_families` has the families of Megatron-Bridge."""
+the wheel's start-up file and the environment alone switch on; and InternVL and Qwen2-VL, which come through
+mcore-bridge alone, as :mod:`.test_families` has the families of Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "virtual-dip": {**ALL, "virtual_pipeline_model_parallel_size": 2, "dip": {"DIP_SCHEDULE": "static"}},
     "internvl": {**ALL, "tiny": "internvl"},
     "internvl-dip": {**ALL, "tiny": "internvl", "dip": DIP},
+    "qwen2-vl": {**ALL, "tiny": "qwen2-vl"},
+    "qwen2-vl-dip": {**ALL, "tiny": "qwen2-vl", "dip": DIP},
     "frozen": {**USUAL, "tiny": "internvl"},
     "frozen-dip": {**USUAL, "tiny": "internvl", "dip": DIP},
 }
@@ -101,7 +103,7 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
     ("under", "off"),
     [
         ("all-dip", "all"), ("usual-dip", "usual"), ("virtual-dip", "all"), ("internvl-dip", "internvl"),
-        ("frozen-dip", "frozen"),
+        ("qwen2-vl-dip", "qwen2-vl"), ("frozen-dip", "frozen"),
     ],
 )  # fmt: skip
 def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:

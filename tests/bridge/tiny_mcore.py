@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 
 from tests.bridge.tiny import Pictures
-from tests.bridge.tiny_model import IMAGE, TEXT
+from tests.bridge.tiny_model import IDS, IMAGE, TEXT, Content, Tiny
 
 
 def internvl(tied: bool, **text: Any) -> Any:
@@ -33,6 +34,40 @@ def internvl_moe(tied: bool) -> Any:
     )  # fmt: skip
 
 
+def qwen2_vl(tied: bool) -> Any:
+    import transformers
+
+    text = TEXT | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+    vision = {
+        "depth": 4, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": 14,
+        "spatial_merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, **IDS,
+        architectures=["Qwen2VLForConditionalGeneration"],
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+class Positioned(Tiny):
+    """With positions in three directions, which loops ask Hugging Face's model for."""
+
+    def arguments(self, shown: tuple[Content, ...], seed: int) -> dict[str, Any]:
+        found = super().arguments(shown, seed)
+        kinds = self.hugging_face(found)["mm_token_type_ids"]
+        grids = [found.get(f"{kind}_grid_thw") for kind in ("image", "video")]
+        positions, _ = _made(self).model.get_rope_index(found["input_ids"], kinds, *grids)
+        return found | {"position_ids": positions}
+
+
+@cache
+def _made(tiny: Tiny) -> Any:
+    return tiny.made()
+
+
 class Tiles(Pictures):
     """Of tiles of one size, which Hugging Face's model finds by their tokens."""
 
@@ -45,6 +80,7 @@ MCORE_TINY = {
     for tiny in (
         Tiles("internvl", internvl, videos=False, sizes=((1, 4, 4),)),
         Tiles("internvl-tied", internvl, videos=False, sizes=((1, 4, 4),), tied=True),
+        Positioned("qwen2-vl", qwen2_vl),
         Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),
     )
 }

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from scripts.soaking.checks import faults, read_log
-from scripts.soaking.replicas import samples_of, wrong
+from scripts.soaking.replicas import BATCH, samples_of, wrong
 
 LINE = (
     " [2026-01-01 00:00:00.000000] iteration {i:8d}/     400 | consumed samples: 96 | elapsed time per iteration (ms): "
@@ -68,14 +68,14 @@ def test_planners_that_start_again_are_no_growth() -> None:
     ("changed", "message"),
     [
         ({}, None),
-        ({3: [16, 17, 18, 19, 20, 21, 22]}, "iteration 3 trained on samples"),
-        ({3: [16, 16, 18, 19, 20, 21, 22, 23]}, "iteration 3 trained on samples"),
+        ({3: [12, 13, 14, 15, 16]}, "iteration 3 trained on samples"),
+        ({3: [12, 12, 14, 15, 16, 17]}, "iteration 3 trained on samples"),
         ({5: []}, "iteration 5 trained on samples"),
     ],
     ids=["all", "lost", "twice", "an iteration that nobody ended"],
 )
 def test_samples_that_replicas_lose_or_see_twice_are_found(changed: dict[int, list[int]], message: str | None) -> None:
-    samples = {i: list(range(8 * (i - 1), 8 * i))[::-1] for i in range(1, 11)}
+    samples = {i: list(range(BATCH * (i - 1), BATCH * i))[::-1] for i in range(1, 11)}
     even = dict.fromkeys(range(1, 11), (3.0, 1.5))
     found = wrong(even, even, samples | changed, 10)
     assert [message in line for line in found] == [True] if message else found == []
