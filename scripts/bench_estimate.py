@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """scripts/bench estimate: what ``dip estimate`` foretells of the quickstart, against what the quickstart then gains.
 
-First ``dip profile`` measures the script's model on this machine, then the quickstart trains under Megatron's two best
-layouts and under DIP, then ``dip estimate`` simulates the same batches with the measured costs, with what of an
-iteration lies outside of its schedule as the run has measured it. Compared is batch by batch.
+First ``dip profile`` measures the script's model on this machine, then the quickstart trains under Megatron's 1F1B and
+under DIP (the layout of its interleaved run has stages without layers, which an estimate refuses), then ``dip
+estimate`` simulates the same batches with the measured costs, with what of an iteration lies outside of its schedule as
+the run has measured it. Compared is batch by batch.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from rich.console import Console  # noqa: E402
 
 from dip_megatron.report.schedules import text_table  # noqa: E402
 from examples.llava_digits.comparison import DIP, WARM_UP, planner_lines  # noqa: E402
-from examples.llava_digits.quickstart import ARGUMENTS, INTERLEAVED, ONE_F_ONE_B, contenders, train_all  # noqa: E402
+from examples.llava_digits.quickstart import ARGUMENTS, ONE_F_ONE_B, contenders, train_all  # noqa: E402
 from examples.llava_digits.runs import SCRIPT, Run, training_flags  # noqa: E402
 
 BAR = 0.05
-LAYOUTS = {"Megatron 1F1B": ONE_F_ONE_B, "Megatron interleaved": INTERLEAVED}
+LAYOUTS = {"Megatron 1F1B": ONE_F_ONE_B}
 
 
 def dip(verb: str, *words: str) -> None:
@@ -77,7 +78,8 @@ def main(iterations: int, path: Path | None) -> None:
         costs, traces = folder / "costs.json", folder / "dip"
         traces.mkdir()
         dip("profile", "-o", str(costs), str(SCRIPT), *flags)
-        runs = train_all(contenders(traces, None), iterations, flags, folder, console)
+        chosen = [c for c in contenders(traces, None) if c.title in (*LAYOUTS, DIP)]
+        runs = train_all(chosen, iterations, flags, folder, console)
         outside = [
             statistics.mean(rank["outside"] for rank in line["breakdown"]["measured"])
             for line in planner_lines(traces)
@@ -92,11 +94,11 @@ def main(iterations: int, path: Path | None) -> None:
         [name, f"{row['measured_gain']:.3f}", f"{row['predicted_gain']:.3f}",
          f"{row['predicted_gain'] / row['measured_gain'] - 1:+.1%}", f"{row['megatron']:.3f}", f"{row['dip']:.3f}"]
         for name, row in rows.items()
-    ]), highlight=False)  # fmt: skip
+    ]), highlight=False, soft_wrap=True)  # fmt: skip
     best = min(rows.values(), key=lambda row: row["measured_gain"])
     met = abs(best["predicted_gain"] / best["measured_gain"] - 1) <= BAR
     verdict = "met" if met else "MISSED"
-    console.print(f"against the better of the two, within {BAR:.0%}: {verdict}", highlight=False)
+    console.print(f"within {BAR:.0%}: {verdict}", highlight=False)
     console.print(f"outside of its schedule an iteration takes {1e3 * rest:.0f} ms", highlight=False)
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     console.print(f"load average {load} on {os.cpu_count()} cores", highlight=False)
