@@ -9,6 +9,8 @@ import os
 import runpy
 import subprocess
 import sys
+import textwrap
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
@@ -40,8 +42,12 @@ class Forked:
         self._process: Any = context().Process(target=_run, args=(list(command[1:]), dict(env), str(log)))
         self._process.start()
 
-    def poll(self) -> int | None:
+    @property
+    def returncode(self) -> int | None:
         return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
 
     def terminate(self) -> None:
         self._process.terminate()
@@ -59,7 +65,7 @@ class Forked:
 
 @contextmanager
 def forked(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[Forked]]:
-    """As ``runs.started``, for commands ``[python, (-m MODULE | SCRIPT), ARGUMENTS...]``."""
+    """As ``runs.started``, for commands ``[python, (-m MODULE | -c PROGRAM | SCRIPT), ARGUMENTS...]``."""
     processes: list[Forked] = []
     try:
         for log, place in zip(logs, environment(len(logs)), strict=True):
@@ -70,6 +76,16 @@ def forked(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[Forked
         end(processes)
 
 
+def alone(program: str, log: Path, **variables: str) -> str:
+    """Run a program in a process of its own, on the CPU platform with Megatron loaded; all that it writes."""
+    log.write_bytes(b"")
+    process = Forked([sys.executable, "-c", textwrap.dedent(program)], {**os.environ, **variables}, log)
+    code = process.wait(timeout=240)
+    text = log.read_text()
+    assert code == 0, text
+    return text
+
+
 def _run(command: list[str], env: dict[str, str], log: str) -> None:
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -77,11 +93,17 @@ def _run(command: list[str], env: dict[str, str], log: str) -> None:
     faulthandler.enable()
     os.environ.clear()
     os.environ.update(env)
+    if env.get("PYTHONUNBUFFERED"):  # as a new Python takes it: some ranks end without flushing
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     multiprocessing.set_start_method("fork", force=True)  # as in a process that wasn't forked; loaders of data use it
     try:
         if command[0] == "-m":
             sys.argv = command[1:]
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        elif command[0] == "-c":
+            sys.argv = ["-c", *command[2:]]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(command[1], "<program>", "exec"), vars(sys.modules["__main__"]))
         else:
             sys.argv = command
             sys.path.insert(0, str(Path(command[0]).resolve().parent))

@@ -1,5 +1,7 @@
 """What ranks of tests import, so that they are forked with it instead of importing it each."""
 
+import atexit
+import gc
 import importlib.util
 import os
 from typing import Any
@@ -14,11 +16,19 @@ install_cpu_platform()
 del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 torch.set_num_threads(1)
 
+import megatron.core.models.multimodal.llava_model  # noqa: E402
 import megatron.core.models.multimodal.llava_spec  # noqa: E402
+import megatron.core.models.vision.vit_layer_specs  # noqa: E402
 import sklearn.datasets  # noqa: E402, F401
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 
-import dip_megatron.megatron.hooks  # noqa: E402, F401
+import dip_megatron.commands.run  # noqa: E402
+import dip_megatron.families.known  # noqa: E402
+import dip_megatron.megatron.hooks  # noqa: E402
+import dip_megatron.megatron.session  # noqa: E402
+import dip_megatron.schedulers.entries  # noqa: E402, F401
+from dip_megatron.planner.warm import warm_up_exchanges, warm_up_joint_plans, warm_up_plans  # noqa: E402
+from dip_megatron.schedulers.dip import warm_up  # noqa: E402
 
 if importlib.util.find_spec("megatron.training") is not None:
     import megatron.training.checkpointing  # noqa: F401
@@ -48,3 +58,12 @@ def set_main_param_and_optimizer_states(self: Any, parameter: Any, tensors: dict
 if not distrib_optimizer.HAVE_APEX_OR_TE:
     _Optimizer.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
     _Optimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states  # type: ignore[method-assign]
+
+# What ranks plan themselves: kernels loaded once.
+warm_up()
+warm_up_plans()
+warm_up_joint_plans(search=True)
+warm_up_exchanges()
+gc.collect()
+gc.freeze()  # a collection in a rank would write to, and so copy, what is shared
+atexit.register(gc.unfreeze)  # else libraries complain of what was left when the server ends

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import click
 
@@ -51,17 +51,20 @@ def run_ranks(
     with ExitStack() as stack:
         for rank, path_of_log in enumerate(logs):
             log = stack.enter_context(path_of_log.open("w"))
-            processes.append(
-                subprocess.Popen(
-                    list(command), env={**shared, "RANK": str(rank)}, stdout=None if rank == 0 else log, stderr=log
-                )
-            )
+            processes.append(start(command, {**shared, "RANK": str(rank)}, None if rank == 0 else log, log))
         failed = _await(processes, limit)
     if failed:
         for rank, path_of_log in enumerate(logs):
             lines = [line for line in path_of_log.read_text(errors="replace").splitlines() if line.strip()]
             print(f"--- rank {rank} ({processes[rank].returncode})", *lines[-25:], sep="\n", flush=True)
     return int(failed)
+
+
+def start(
+    command: Sequence[str], environment: Mapping[str, str], out: TextIO | None, error: TextIO
+) -> subprocess.Popen[bytes]:
+    """One rank; ``out`` None: it prints where this process does."""
+    return subprocess.Popen(list(command), env=environment, stdout=out, stderr=error)
 
 
 def run_as_rank(main: Callable[[], None]) -> NoReturn:

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from dip_megatron.describe.workload import Microbatch
+from scripts import bench_gpu
 from scripts.gpu import mps, ranks, setting
+from tests.bench.forked_ranks import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 SCHEDULES = "megatron-1f1b,megatron-interleaved,zb-v,dip-paper,dip"
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/bench_gpu.py"), "--size", "tiny", "--batches", "2", "--microbatches", "5",
-         "--schedules", SCHEDULES, "--search", "0.2", "--partition-search", "1", "--workers", "1", "--no-mps",
-         "--memory-gb", "2", "--limit", "250", "--out", str(out)],
-        capture_output=True, text=True, timeout=290, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    printed = run_script(
+        bench_gpu.main,
+        ["--size", "tiny", "--batches", "2", "--microbatches", "5", "--schedules", SCHEDULES, "--search", "0.2",
+         "--partition-search", "1", "--workers", "1", "--no-mps", "--memory-gb", "2", "--limit", "250", "--out",
+         str(out)],
+        out,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout, json.loads((out / "results.json").read_text()), out
+    return printed, json.loads((out / "results.json").read_text()), out
 
 
 def test_every_schedule_trains_the_same(bench):

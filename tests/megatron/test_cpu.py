@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.processes import team
+from tests.forked import alone
+from tests.processes import Team, team
 
 if torch.cuda.is_available():
     pytest.skip("the CPU platform is inactive where CUDA is available", allow_module_level=True)
 
 
-def run_alone(source: str) -> str:
-    """Run a program in a fresh interpreter; its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_devices_and_random_states_are_the_hosts() -> None:
-    run_alone(
+def test_devices_and_random_states_are_the_hosts(tmp_path: Path) -> None:
+    alone(
         """
         import torch
         from dip_megatron.megatron.cpu import install_cpu_platform
@@ -58,12 +48,13 @@ def test_devices_and_random_states_are_the_hosts() -> None:
         later.record()
         torch.cuda.synchronize()
         assert event.elapsed_time(later) >= 0.0
-        """
+        """,
+        tmp_path / "log",
     )
 
 
-def test_megatrons_random_tracker_keeps_streams_apart() -> None:
-    run_alone(
+def test_megatrons_random_tracker_keeps_streams_apart(tmp_path: Path) -> None:
+    alone(
         """
         import torch
         from dip_megatron.megatron.cpu import install_cpu_platform
@@ -86,12 +77,15 @@ def test_megatrons_random_tracker_keeps_streams_apart() -> None:
         with tracker.fork("a"):
             assert not torch.equal(torch.rand(2), a), "a stream must go on where it stopped"
         assert torch.equal(torch.manual_seed(1) and torch.rand(2), a)
-        """
+        """,
+        tmp_path / "log",
     )
 
 
-def _train(rank: int, world: int, pipeline: int, recompute: bool, bf16: bool, store: str) -> None:
-    """A few steps of Megatron's LLaVA under Megatron's schedule, DDP and optimizer; rank 0 writes what it saw."""
+def _train(
+    rank: int, world: int, pipeline: int, recompute: bool = False, bf16: bool = False
+) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a few steps of Megatron's LLaVA under Megatron's schedule, DDP and optimizer."""
     from dip_megatron.megatron.cpu import install_cpu_platform
 
     assert install_cpu_platform()
@@ -111,7 +105,7 @@ def _train(rank: int, world: int, pipeline: int, recompute: bool, bf16: bool, st
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(1, pipeline)
     model_parallel_cuda_manual_seed(7)
     torch.manual_seed(7)
@@ -204,35 +198,34 @@ def _train(rank: int, world: int, pipeline: int, recompute: bool, bf16: bool, st
         _, norm, _ = optimizer.step()
         norms.append(float(norm))
         losses.append(float(reduced[0]["loss"][0] / reduced[0]["loss"][1]) if reduced else 0.0)
-    if rank == world - 1:
-        Path(store + ".seen").write_text(repr((losses, norms)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def train(
-    path: Path, world: int, pipeline: int, recompute: bool = False, bf16: bool = False
-) -> tuple[list[float], ...]:
-    store = path / f"store-{world}-{pipeline}-{recompute}-{bf16}"
-    torch.multiprocessing.spawn(_train, (world, pipeline, recompute, bf16, str(store)), nprocs=world)
-    losses, norms = eval((path / (store.name + ".seen")).read_text())
     return losses, norms
 
 
-def test_recomputation_repeats_dropout(tmp_path: Path) -> None:
-    plain, again = train(tmp_path, 1, 1), train(tmp_path, 1, 1, recompute=True)
+def train(world: int, pipeline: int, **options: bool) -> tuple[list[float], list[float]]:
+    """What the last rank saw. The processes are none that other tests use: they are told how to divide themselves."""
+    fresh = Team(world)
+    try:
+        return fresh.run(partial(_train, **options), pipeline)[-1]
+    finally:
+        fresh.close()
+
+
+def test_recomputation_repeats_dropout() -> None:
+    plain, again = train(1, 1), train(1, 1, recompute=True)
     assert plain[0] == pytest.approx(again[0], rel=1e-5)
     assert plain[1] == pytest.approx(again[1], rel=1e-4)
 
 
-def test_llava_trains_under_megatrons_pipeline_schedule(tmp_path: Path) -> None:
-    losses, norms = train(tmp_path, 2, 2)
+def test_llava_trains_under_megatrons_pipeline_schedule() -> None:
+    losses, norms = train(2, 2)
     assert losses[-1] < 0.8 * losses[0]
     assert all(norm > 0 for norm in norms)
 
 
-def test_llava_trains_in_bf16_with_the_distributed_optimizer(tmp_path: Path) -> None:
-    losses, _ = train(tmp_path, 2, 1, bf16=True)
+def test_llava_trains_in_bf16_with_the_distributed_optimizer() -> None:
+    losses, _ = train(2, 1, bf16=True)
     assert losses[-1] < 0.8 * losses[0]
 
 

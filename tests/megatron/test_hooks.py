@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forked import alone
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="started on the CPU platform"),
@@ -16,13 +17,18 @@ pytestmark = [
 ]
 
 
-def installed_after(preparation: str, then: str = "") -> str:
+Said = Callable[..., str]
+
+
+@pytest.fixture
+def installed_after(tmp_path: Path) -> Said:
     """What ``install()`` writes to the standard error after ``preparation``, and what ``then`` comes upon."""
-    source = f"""
+
+    def said(preparation: str, then: str = "") -> str:
+        text = alone(
+            f"""
         import logging
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
-        from dip_megatron.megatron.cpu import install_cpu_platform
-        install_cpu_platform()
+        logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
         import megatron.core.package_info, megatron.training.training as training
         from megatron.training.models import dist_utils
         {preparation}
@@ -30,19 +36,19 @@ def installed_after(preparation: str, then: str = "") -> str:
         dip_megatron.install()
         dip_megatron.install()
         {then}
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return "\n".join(line for line in done.stderr.splitlines() if line.startswith("dip:"))
+            """,
+            tmp_path / "log",
+        )
+        return "\n".join(line for line in text.splitlines() if line.startswith("dip:"))
+
+    return said
 
 
-def test_a_tested_release_is_no_news() -> None:
+def test_a_tested_release_is_no_news(installed_after: Said) -> None:
     assert installed_after("") == ""
 
 
-def test_an_unknown_release_is_named_once_with_what_could_not_be_hooked() -> None:
+def test_an_unknown_release_is_named_once_with_what_could_not_be_hooked(installed_after: Said) -> None:
     said = installed_after(
         "megatron.core.package_info.__version__ = '0.42.1'; del training.get_model; "
         "del dist_utils.build_virtual_pipeline_stages"
@@ -53,7 +59,7 @@ def test_an_unknown_release_is_named_once_with_what_could_not_be_hooked() -> Non
     assert "DIP is tested with 0.16 to 0.19" in said
 
 
-def test_an_unknown_release_with_everything_in_its_place_is_named_too() -> None:
+def test_an_unknown_release_with_everything_in_its_place_is_named_too(installed_after: Said) -> None:
     said = installed_after("megatron.core.package_info.__version__ = '0.42.1'")
     assert said.startswith("dip: Megatron-Core 0.42.1 has all it hooks into. DIP is tested with 0.16 to 0.19")
 
@@ -69,7 +75,9 @@ REPLACED = """
 """
 
 
-def test_a_hook_that_another_package_has_replaced_is_named_when_a_run_begins() -> None:
+def test_a_hook_that_another_package_has_replaced_is_named_when_a_run_begins(
+    installed_after: Said,
+) -> None:
     said = installed_after("", REPLACED.format(replacement="theirs"))
     assert said == (
         "dip: megatron.training.training.get_model, a hook of DIP's, has been replaced by __main__.theirs; if that "
@@ -77,5 +85,5 @@ def test_a_hook_that_another_package_has_replaced_is_named_when_a_run_begins() -
     )
 
 
-def test_a_hook_that_another_package_has_wrapped_is_no_news() -> None:
+def test_a_hook_that_another_package_has_wrapped_is_no_news(installed_after: Said) -> None:
     assert installed_after("", REPLACED.format(replacement="functools.wraps(training.get_model)(theirs)")) == ""

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked import alone
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="started on the CPU platform")
 
@@ -26,11 +28,9 @@ def said(source: str, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_whoever_holds_the_function_has_ours_and_off_it_is_megatrons_own() -> None:
-    assert "all well" in said("""
+def test_whoever_holds_the_function_has_ours_and_off_it_is_megatrons_own(tmp_path: Path) -> None:
+    program = """
         import sys, types
-        from dip_megatron.megatron.cpu import install_cpu_platform
-        install_cpu_platform()
         from megatron.core.pipeline_parallel import schedules
         originals = [schedules.get_forward_backward_func]  # a global of this module would be replaced
         before = types.ModuleType("a_loop")
@@ -48,22 +48,22 @@ def test_whoever_holds_the_function_has_ours_and_off_it_is_megatrons_own() -> No
             assert held[0](*arguments) is originals[0](*arguments)
         assert held[0](pp_size=2, vp_size=2) is schedules.forward_backward_pipelining_with_interleaving
         print("all well")
-    """)
+    """
+    assert "all well" in alone(program, tmp_path / "log")
 
 
-def test_one_that_another_package_has_replaced_is_named() -> None:
-    text = said("""
+def test_one_that_another_package_has_replaced_is_named(tmp_path: Path) -> None:
+    program = """
         import logging
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
-        from dip_megatron.megatron.cpu import install_cpu_platform
-        install_cpu_platform()
+        logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
         from megatron.core.pipeline_parallel import schedules
         def choose(*args, **kwargs): return "theirs"
         schedules.get_forward_backward_func = choose
         import dip_megatron
         dip_megatron.install()
         print(schedules.get_forward_backward_func())
-    """)
+    """
+    text = alone(program, tmp_path / "log")
     assert text.count("get_forward_backward_func was replaced by __main__.choose before DIP was installed") == 1
     assert text.count("theirs") == 1
 

@@ -52,6 +52,7 @@ def interpreter(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     venv.create(folder, with_pip=False, symlinks=True)
     packages = _packages(folder)
     pip("install", "--target", str(packages), str(wheel))
+    _bring_kernels(packages / "dip_megatron")
     # After the wheel's, so that its start-up file is the first to be read.
     (packages / "zz_laid_over.pth").write_text("".join(f"{path}\n" for path in sys.path if "site-packages" in path))
     return str(folder / "bin" / "python")
@@ -65,6 +66,18 @@ def installed(interpreter: str) -> Path:
 
 def _packages(environment: Path) -> Path:
     return Path(sysconfig.get_path("purelib", "venv", {"base": str(environment), "platbase": str(environment)}))
+
+
+def _bring_kernels(package: Path) -> None:
+    """What the checkout has compiled, so that nothing is compiled again: it would take the better part of a minute."""
+    for source in (ROOT / "dip_megatron").rglob("*.py"):
+        compiled = list((source.parent / "__pycache__").glob(f"{source.stem}.*.nb[ic]"))
+        if compiled:
+            same = package / source.relative_to(ROOT / "dip_megatron")
+            shutil.copystat(source, same)  # numba asks when a file was written
+            (same.parent / "__pycache__").mkdir(exist_ok=True)
+            for file in compiled:
+                shutil.copy2(file, same.parent / "__pycache__")
 
 
 @pytest.fixture
