@@ -10,7 +10,7 @@ import pytest
 
 from dip_megatron.cli import main
 from dip_megatron.core import Kind, Operation, Unit
-from dip_megatron.rehearsal.job import Fault, Job, price
+from dip_megatron.rehearsal.job import Fault, Job, Prices, price
 from dip_megatron.rehearsal.launch import Lines
 from dip_megatron.rehearsal.summary import Summary, limits, summarize
 
@@ -20,8 +20,8 @@ JOB = ("--model", "vlm-s", "--workload", "vlm-mix", "--partition", PARTITION, "-
 
 
 def test_a_mix_of_strategies_that_nobody_priced_takes_what_the_nearest_one_does() -> None:
-    known = {"none": (1.0,) * 4, "full:2": (2.0,) * 4, "full:2+offload:4": (3.0,) * 4}
-    prices = {(0, "language", 0, 0): known}
+    known: dict[str, tuple[float, ...]] = {"none": (1.0,) * 4, "full:2": (2.0,) * 4, "full:2+offload:4": (3.0,) * 4}
+    prices: Prices = {(0, "language", 0, 0): known}
     operation, unit = Operation(Kind.B, "language", 0, 0, 0), Unit(0, "language", 0)
     found = [
         price(prices, 0, operation, unit, text) for text in ("full:2", "full:3", "full:1+offload:3", "activation:1")
