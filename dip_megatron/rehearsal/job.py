@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,8 +168,25 @@ def read_prices(folder: Path, rank: int) -> Prices:
 
 
 def price(prices: Prices, number: int, operation: Operation, unit: Unit, strategy: str) -> float:
-    """Seconds of an operation on a unit of microbatch ``number``. Raises KeyError for one that nobody has priced."""
-    return prices[number, operation.module, operation.segment, unit.first][strategy][_KINDS.index(operation.kind)]
+    """Seconds of an operation on a unit of microbatch ``number``. Raises KeyError for one that nobody has priced.
+
+    Plans are priced with corrections, which may make other mixes of memory strategies worth offering: one that has no
+    price here takes what the mix does that differs from it in the fewest layers.
+    """
+    known = prices[number, operation.module, operation.segment, unit.first]
+    if strategy not in known:
+        strategy = min(known, key=lambda text: _unlike(text, strategy))
+    return known[strategy][_KINDS.index(operation.kind)]
+
+
+def _unlike(one: str, other: str) -> int:
+    """In how many layers two mixes of a chunk differ, whatever their places; layers that keep everything aside."""
+    counts = [Counter[str](), Counter[str]()]
+    for count, text in zip(counts, (one, other), strict=True):
+        for run in text.split("+"):
+            name, _, layers = run.partition(":")
+            count[name] += int(layers or 0)
+    return sum(((counts[0] - counts[1]) + (counts[1] - counts[0])).values())
 
 
 def job_graphs(job: Job, cluster: object) -> ModelGraphs:

@@ -9,13 +9,24 @@ from typing import Any
 import pytest
 
 from dip_megatron.cli import main
-from dip_megatron.rehearsal.job import Fault, Job
+from dip_megatron.core import Kind, Operation, Unit
+from dip_megatron.rehearsal.job import Fault, Job, Prices, price
 from dip_megatron.rehearsal.launch import Lines
 from dip_megatron.rehearsal.summary import Summary, limits, summarize
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTITION = str(ROOT / "configs" / "train" / "vlm-s" / "partition.yaml")
 JOB = ("--model", "vlm-s", "--workload", "vlm-mix", "--partition", PARTITION, "--microbatches", "4", "--scale", "0.05")
+
+
+def test_a_mix_of_strategies_that_nobody_priced_takes_what_the_nearest_one_does() -> None:
+    known: dict[str, tuple[float, ...]] = {"none": (1.0,) * 4, "full:2": (2.0,) * 4, "full:2+offload:4": (3.0,) * 4}
+    prices: Prices = {(0, "language", 0, 0): known}
+    operation, unit = Operation(Kind.B, "language", 0, 0, 0), Unit(0, "language", 0)
+    found = [
+        price(prices, 0, operation, unit, text) for text in ("full:2", "full:3", "full:1+offload:3", "activation:1")
+    ]
+    assert found == [2.0, 2.0, 3.0, 1.0]
 
 
 def test_eight_ranks_train_every_microbatch_once_whatever_dies(
