@@ -25,7 +25,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.core.joint import verify_joint
 from dip_megatron.describe.cost import cost_model, load_cluster
 from dip_megatron.describe.model import MultimodalModel, Parallel, load_model
 from dip_megatron.describe.workload import load_workload
@@ -33,7 +32,7 @@ from dip_megatron.planner.partitioning import choose_partition
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers import BaselineError, find_schedule
 from dip_megatron.schedulers.dip import warm_up
-from dip_megatron.schedulers.joint import as_they_come, search_joint
+from dip_megatron.schedulers.joint import as_they_come
 from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
 from dip_megatron.schedulers.static import StaticChoice, given_choice, static_graph
 from scripts.bench_joint import (
@@ -45,6 +44,7 @@ from scripts.bench_joint import (
     experts_of,
     graphs_of,
     groups,
+    joint,
 )
 from scripts.bench_replicas import Case, Seconds
 
@@ -129,19 +129,6 @@ def as_published(case: Case, choice: StaticChoice, draw: Draw, size: int) -> tup
     return max(times), fits
 
 
-def dip(case: Case, draw: Draw, size: int, evaluations: int) -> tuple[float, float]:
-    """(the slowest group's seconds, its worst time over its bound) under joint plans."""
-    times, gaps = [], []
-    for batches in groups(draw.batches, size):
-        graphs = graphs_of(case, batches)
-        experts = experts_of(case, graphs[0].modules)
-        found = search_joint(graphs, experts, budget_seconds=1e6, evaluations=evaluations)
-        verify_joint(found.plan(graphs, experts))
-        times.append(found.iteration_time)
-        gaps.append(found.iteration_time / found.lower_bound)
-    return max(times), max(gaps)
-
-
 @dataclass(frozen=True)
 class Measured:
     """Of a recipe: ``seconds`` under every schedule with a note on some, and of working out the exchange."""
@@ -180,11 +167,11 @@ def measure(name: str, most: int, evaluations: int, baselines: Sequence[str]) ->
             tell(row, tuned.seconds(row, draw, experts, size, max(1, evaluations // 10)))
         except BaselineError as error:
             print(f"{name} {row}: {error}", file=sys.stderr, flush=True)
-    value, gap = dip(case, draw, size, evaluations)
+    value, gap = joint(case, replace(draw, paired=True), experts, size, evaluations)
     tell("dip", value, f"{gap:.3f} over its bound")
     work = coupled_work(graphs_of(case, draw.batches), experts, size)
     batches, _, spent = exchanged(work, [m for b in draw.batches for m in b])
-    value, gap = dip(case, Draw("exchanged", batches, False), size, evaluations)
+    value, gap = joint(case, Draw("exchanged", batches, True), experts, size, evaluations)
     tell("dip, exchange", value, f"{gap:.3f} over its bound")
     return Measured(name, recipe.function, count, size, spent, seconds, notes)
 

@@ -12,7 +12,7 @@ from ...describe.model import ModuleShape, PatchEmbedding, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
 from .grids import GridEncoder
-from .page import Arguments, ProviderPage, projector_of
+from .page import Arguments, ProviderPage, check_places, projector_of
 from .shapes import HiddenShape
 
 
@@ -41,13 +41,7 @@ class Vision(GridEncoder):
         if len(images) and len(frames):
             raise ValueError("GLM-4.5V has one token for images and videos: let a microbatch hold either")
         counted = [patches // self.merged(config) for patches in torch.cat((images, frames)).prod(dim=-1).tolist()]
-        places = int((arguments["input_ids"] == config.image_token_id).sum())
-        if places != sum(counted):
-            raise ValueError(
-                f"the microbatch has {places} image tokens for {len(counted)} images or frames, which become "
-                f"{sum(counted)}"
-            )
-        return counted
+        return check_places(arguments, config.image_token_id, counted, "image", "images or frames")
 
     def describe(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
         """Bridge's freeze leaves the position embedding and the convolution before the merger to train."""

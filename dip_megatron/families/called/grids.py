@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..shared.cut import found
-from .page import Arguments, Encoder
+from .page import Arguments, Encoder, check_places
 
 PIXELS, VIDEOS = "pixel_values", "pixel_values_videos"
 
@@ -67,12 +67,7 @@ class GridEncoder(Encoder):
         counted = []
         for kind, grid in zip(("image", "video"), self.grids(arguments), strict=True):
             own = [patches // self.merged(config) for patches in grid.prod(dim=-1).tolist()]
-            places = int((arguments["input_ids"] == self.token(config, kind)).sum())
-            if places != sum(own):
-                raise ValueError(
-                    f"the microbatch has {places} {kind} tokens for {len(own)} {kind}s that become {sum(own)}"
-                )
-            counted += own
+            counted += check_places(arguments, self.token(config, kind), own, kind, f"{kind}s")
         return counted
 
     def encode(self, model: Any, arguments: Arguments, own: slice, hidden: torch.Tensor | None) -> Any:

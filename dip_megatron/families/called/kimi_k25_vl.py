@@ -15,7 +15,7 @@ from ...compat.bridge_building import KIMI_FEATURES, kimi_features
 from ...describe.model import ModuleShape, PatchEmbedding, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
-from .page import Arguments, Encoder, ProviderPage, projector_of
+from .page import Arguments, Encoder, ProviderPage, check_places, projector_of
 from .shapes import HiddenShape
 
 _PIXELS, _GRIDS = "pixel_values", "image_grid_thw"
@@ -57,13 +57,10 @@ class Vision(Encoder):
         if any(frames > 1 for frames, _, _ in found):
             raise ValueError("DIP can't run videos of Kimi-K2.5, whose frames are averaged; give frames as pictures")
         counted = [height * width // _merged(config) for _, height, width in found]
-        places = int((arguments["input_ids"] == config.media_placeholder_token_id).sum())
-        if places != sum(counted):
-            raise ValueError(
-                f"the microbatch has {places} image tokens for {len(counted)} images that become {sum(counted)}; give "
-                "each as many, and cut no image off at a sequence's end"
-            )
-        return counted
+        return check_places(
+            arguments, config.media_placeholder_token_id, counted, "image", "images",
+            "; give each as many, and cut no image off at a sequence's end",
+        )  # fmt: skip
 
     def encode(self, model: Any, arguments: Arguments, own: slice, hidden: torch.Tensor | None) -> torch.Tensor:
         grids = arguments[_GRIDS]

@@ -12,7 +12,7 @@ from megatron.bridge.models.ministral3.modeling_ministral3 import Ministral3Mode
 from ...describe.model import ModuleShape, PatchEmbedding, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
-from .page import Arguments, Encoder, ProviderPage, drop, projector_of
+from .page import Arguments, Encoder, ProviderPage, check_places, drop, projector_of
 from .shapes import HiddenShape
 
 
@@ -65,12 +65,7 @@ class Vision(Encoder):
     def tokens(self, config: Any, arguments: Arguments) -> list[int]:
         pixels = config.hf_config.vision_config.patch_size * config.hf_config.spatial_merge_size
         counted = [(height // pixels) * (width // pixels) for height, width in _sizes(arguments)]
-        places = int((arguments["input_ids"] == config.image_token_id).sum())
-        if places != sum(counted):
-            raise ValueError(
-                f"the microbatch has {places} image tokens for {len(counted)} images that become {sum(counted)}"
-            )
-        return counted
+        return check_places(arguments, config.image_token_id, counted, "image", "images")
 
     def encode(self, model: Any, arguments: Arguments, own: slice, hidden: torch.Tensor | None) -> torch.Tensor:
         sizes = arguments["image_sizes"][own]

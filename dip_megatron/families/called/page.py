@@ -184,6 +184,19 @@ class Page(ABC):
         return MultimodalModel(self.name, modules, parallel, packing)
 
 
+def check_places(
+    arguments: Arguments, token: int, counted: list[int], kind: str, instances: str, way_out: str = ""
+) -> list[int]:
+    """``counted``, the tokens of each instance, if the microbatch has as many of their ``token``. Raises ValueError."""
+    places = int((arguments["input_ids"] == token).sum())
+    if places != sum(counted):
+        raise ValueError(
+            f"the microbatch has {places} {kind} tokens for {len(counted)} {instances} that become "
+            f"{sum(counted)}{way_out}"
+        )
+    return counted
+
+
 def projector_of(parameters: int, width: int, output: int, reduction: int) -> Projector:
     """Two matrices, as descriptions have them, with as many parameters in all as a projector from ``reduction`` rows of
     ``width`` to ``output`` that is built otherwise."""

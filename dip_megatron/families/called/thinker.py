@@ -11,7 +11,7 @@ import torch
 
 from ...compat.bridge_building import without_language_model
 from ..shared.layout import pinned
-from .page import Arguments, Encoder, Page, drop, without_layers
+from .page import Arguments, Encoder, Page, check_places, drop, without_layers
 
 
 class ThinkerPage(Page):
@@ -49,13 +49,7 @@ class Sound(Encoder):
         """Tokens of each clip, as the encoder makes them."""
 
     def tokens(self, config: Any, arguments: Arguments) -> list[int]:
-        counted = self.counted(arguments)
-        places = int((arguments["input_ids"] == config.audio_token_id).sum())
-        if places != sum(counted):
-            raise ValueError(
-                f"the microbatch has {places} audio tokens for {len(counted)} clips that become {sum(counted)}"
-            )
-        return counted
+        return check_places(arguments, config.audio_token_id, self.counted(arguments), "audio", "clips")
 
     def encode(self, model: Any, arguments: Arguments, own: slice, hidden: torch.Tensor | None) -> torch.Tensor:
         mask = arguments["feature_attention_mask"][own]
