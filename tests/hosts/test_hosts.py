@@ -85,7 +85,8 @@ def test_two_hosts_train_as_one_and_a_planner_that_dies_on_one_costs_the_other_n
     with hosts(2) as places:
         delayed = [host.delay(1.0, 0.1) for host in places]
         run = pretrain(tmp_path / "two", on(places), on_iteration=kill)
-    assert run.losses == alone.losses
+    # The iteration whose planner died has another plan, and with it another order of float sums.
+    assert run.losses == pytest.approx(alone.losses, rel=1e-5)
     assert killed
     assert len(set(delayed)) == 1
 
