@@ -225,7 +225,7 @@ def shared_copy(module: Module) -> Module:
     """Another module of the same class with the same submodules and parameters, in containers of its own."""
     made: Any = module.__class__.__new__(module.__class__)
     made.__dict__ = {
-        name: value.copy() if isinstance(value, dict) and name.startswith("_") else value
+        name: value.copy() if isinstance(value, dict | set) and name.startswith("_") else value
         for name, value in module.__dict__.items()
     }
     return made  # type: ignore[no-any-return]
@@ -245,7 +245,6 @@ def without_parameter(root: Module, name: str) -> Module:
     owner, _, last = name.rpartition(".")
     own = shared_copy(found(root, owner))
     zeros = torch.zeros_like(own._parameters.pop(last), requires_grad=False)
-    own._non_persistent_buffers_set = set(own._non_persistent_buffers_set)
     own.register_buffer(last, zeros, persistent=False)
     return with_module(root, owner, own) if owner else own  # type: ignore[no-any-return]
 
