@@ -182,7 +182,8 @@ class DipSession:
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
-            effort = live_effort(config, planners_here, thrifty=not torch.cuda.is_available())
+            cores = self._loop.computes_on_cores()
+            effort = live_effort(config, planners_here, thrifty=cores)
             asked = config.schedule != "off"
             label = config.schedule if asked else self._entry.name
             if experts is None:
@@ -194,7 +195,7 @@ class DipSession:
             improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
             if self._reads_ahead() or config.search_evaluations is not None or experts is not None:
                 improve = 0.0
-            self._service = service = PlannerService(maker, workers, improve_seconds=improve)
+            self._service = service = PlannerService(maker, workers, improve_seconds=improve, last=cores)
             if self._file is not None:
                 self._service = FilePlanner(self._file, graphs.model, program.shapes, service, falls_back=asked)
             self._closing.callback(service.close)

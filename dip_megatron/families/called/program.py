@@ -148,7 +148,7 @@ class CalledProgram(SegmentedProgram):
         arguments = bound(self._signature, args, kwargs, self._page.unsupported)
         arguments |= arguments.pop("kwargs", {})
         self._page.check_call(arguments)
-        return arguments
+        return self._page.taken(arguments)
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
         """Instances as the tokens they become, and the lengths of the sequences."""
@@ -159,7 +159,7 @@ class CalledProgram(SegmentedProgram):
         samples, length = ids.shape
         rows = 0 if samples == self.shapes.micro_batch_size else int(samples)
         held = {e.kind: tuple(e.tokens(self._config, arguments)) for e in self._page.encoders}
-        packed = arguments.get("packed_seq_params")
+        packed = self._page.packed(arguments)
         sequences = (int(length),) * samples if packed is None else packed_lengths(packed, int(length))
         text = samples * int(length) - sum(map(sum, held.values()))
         images, audios = held.pop("images", ()), held.pop("audios", ())
@@ -220,7 +220,7 @@ class CalledProgram(SegmentedProgram):
             for encoder in self._page.encoders if starts else ():
                 _put(model, encoder.called, None)
         found(model, self._page.language).decoder.input_tensor = None  # Megatron's block would hold it
-        return (output[0] if isinstance(output, tuple) and not model.post_process else output), taps
+        return (output if model.post_process else self._page.hidden_of(output)), taps
 
     def _arrived(self, inputs: Inputs, arguments: Mapping[str, Any], starts: bool) -> dict[int, torch.Tensor]:
         arrived: dict[int, torch.Tensor] = {}
