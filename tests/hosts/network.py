@@ -28,10 +28,19 @@ def missing() -> str | None:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return "network namespaces need root and iproute2"
     try:
-        with hosts(1):
+        with hosts(1, Links()):
             return None
     except (OSError, subprocess.CalledProcessError) as error:
         return f"this system makes no network namespaces with TUN devices: {error}"
+
+
+class Links(NamedTuple):
+    """What every packet meets: seconds of delay and, drawn, of jitter; which share of packets is lost."""
+
+    delay: float = 0.0
+    jitter: float = 0.0
+    loss: float = 0.0
+    seed: int = 1
 
 
 class Packets(NamedTuple):
@@ -92,12 +101,8 @@ print(min(refused() for _ in range({times})))
 
 
 @contextmanager
-def hosts(
-    count: int, delay: float = 0.0, jitter: float = 0.0, loss: float = 0.0, seed: int = 1
-) -> Iterator[tuple[list[Host], Wire]]:
-    """Hosts that reach each other, each packet ``delay`` and up to ``jitter`` seconds later, but for a share of
-    ``loss``. They are gone with the block.
-    """
+def hosts(count: int, links: Links) -> Iterator[tuple[list[Host], Wire]]:
+    """Hosts that reach each other over a wire of such links, gone with the block."""
     tag = uuid.uuid4().hex[:6]
     made = [Host(f"dip{tag}h{i}", f"10.77.0.{i + 1}") for i in range(count)]
     cards: dict[str, int] = {}
@@ -111,7 +116,7 @@ def hosts(
             _ip("link", "set", host.name, "netns", host.name, "name", "eth0")
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", host.name, "link", "set", "eth0", "up")
-        settings = {"cards": cards, "delay": delay, "jitter": jitter, "loss": loss, "seed": seed}
+        settings = {"cards": cards, **links._asdict()}
         relay = subprocess.Popen(
             [sys.executable, "-IS", str(Path(__file__).with_name("relay.py")), json.dumps(settings)],
             pass_fds=list(cards.values()), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

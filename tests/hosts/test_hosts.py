@@ -17,7 +17,7 @@ import torch
 
 from examples.llava_digits.runs import SCRIPT, Process, Run, RunFailed, end, environment, train, training_flags
 from tests.forked import Forked, forked
-from tests.hosts.network import Host, hosts, missing
+from tests.hosts.network import Host, Links, hosts, missing
 
 WHY_NOT = missing()
 pytestmark = [
@@ -28,7 +28,7 @@ pytestmark = [
 
 DIP = ("-m", "dip_megatron.cli", "run")
 PATIENCE = 15.0  # seconds that a rank waits for another
-LINKS = {"delay": 1e-3, "jitter": 5e-4, "loss": 5e-3}  # seconds, seconds, share of packets; of each way
+LINKS = Links(delay=1e-3, jitter=5e-4, loss=5e-3)
 
 
 def on(
@@ -86,8 +86,8 @@ def test_two_hosts_train_as_one_and_a_planner_that_dies_on_one_costs_the_other_n
                 worker.kill()
 
     (tmp_path / "two").mkdir()
-    with hosts(2, **LINKS) as (places, wire):
-        assert places[0].round_trip(places[1].address) >= 2 * LINKS["delay"]
+    with hosts(2, LINKS) as (places, wire):
+        assert places[0].round_trip(places[1].address) >= 2 * LINKS.delay
         run = pretrain(tmp_path / "two", on(places), on_iteration=kill)
         packets = wire.packets()
     # The iteration whose planner died has another plan, and with it another order of float sums.
@@ -101,7 +101,7 @@ def test_replicas_over_four_hosts_exchange_microbatches_and_train_as_on_one(tmp_
     (tmp_path / "one").mkdir()
     alone = pretrain(tmp_path / "one", forked, *flags, ranks=4)
     (tmp_path / "four").mkdir()
-    with hosts(4, **LINKS) as (places, wire):
+    with hosts(4, LINKS) as (places, wire):
         run = pretrain(tmp_path / "four", on(places), *flags, ranks=4)
         packets = wire.packets()
     assert run.losses == pytest.approx(alone.losses, rel=1e-5)
@@ -112,7 +112,7 @@ def test_a_host_that_vanishes_ends_all_others_in_bounded_time_and_words(tmp_path
     cut: list[float] = []
     ended: list[int] = []
 
-    with hosts(4, **LINKS) as (places, wire):
+    with hosts(4, LINKS) as (places, wire):
 
         def unplug(iteration: int, _: Run) -> None:
             if iteration == 3 and not cut:
