@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--search", type=float, default=2.0, help="seconds to search a plan")
     parser.add_argument("--keep", action="store_true", help="keep the partitions that are there")
     parser.add_argument(
-        "--without-dip", action="store_true", help="only what an iteration takes without DIP, beside plans that are there"
+        "--without-dip", action="store_true", help="only what iterations take without DIP, beside plans that are there"
     )
     arguments = parser.parse_args()
     failed = []
