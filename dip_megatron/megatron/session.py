@@ -279,7 +279,7 @@ class DipSession:
         executor = self._executor(pipeline, rank, clock, exchange, device)
         corrects = config.recalibrate and self._coupled is None
         delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
-        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
+        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank(), patience_seconds=config.timeout_seconds)
         recorder = None
         consumers = self._consumers(exchange)
         if config.trace_dir is not None:
