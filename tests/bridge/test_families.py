@@ -3,6 +3,7 @@ logits those of Hugging Face's model, and weights go in and out bit for bit."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,23 @@ def test_segments_train_as_the_class_does(name: str, cut: str, folders: Any, alo
             assert torch.equal(exported[key], weight), key
 
 
+def test_context_parallel_ranks_train_as_one(folders: Any) -> None:
+    """Two stages of two ranks that share each sequence, deepstack features too."""
+    name = "qwen3-vl"
+    case = Case(name, folders(name), partitions(TINY[name])["several"], unit_size=2, seed=SEED, by_token=True)
+    alone = team(1).run(equality.megatrons, case)[0]
+    four = Team(4)
+    try:
+        ranks = four.run(equality.dips, replace(case, context=2))
+    finally:
+        four.close()
+    shares = torch.stack([torch.stack(r[0]) for r in ranks if r[0]])
+    assert len(shares) == 2
+    torch.testing.assert_close(shares.sum(dim=0), torch.stack(alone[0]), rtol=1e-6, atol=1e-5)
+    for r in (0, 1):  # each rank of both stages
+        assert_equal(([], together([ranks[r][1], ranks[2 + r][1]])), ([], alone[1]))
+
+
 FROZEN = [
     pytest.param("qwen3-vl", ("vision_model",), id="vision_model"),
     pytest.param("qwen3-vl", ("vision_model", "vision_projection"), id="vision_model vision_projection"),
@@ -141,6 +159,25 @@ def test_bridges_finetune_gives_the_same_under_dip(name: str, folders: Any) -> N
         assert under[0]["weights"].keys() == off[0]["weights"].keys()
         for key, weight in off[0]["weights"].items():
             torch.testing.assert_close(under[0]["weights"][key], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "shared"), [("qwen3-vl", {"context": 2})], ids=["sequences"])
+def test_two_ranks_of_a_stage_that_share_train_as_under_bridge(name: str, shared: Any, folders: Any) -> None:
+    """One replica's two ranks of each stage share every sequence."""
+
+    def run(dip: dict[str, Any] | None) -> list[dict[str, Any]]:
+        ranks = Team(4)
+        try:
+            return ranks.run(loop.trained, folders(name), Run(tiny=name, pipeline=2, finetunes=True, dip=dip, **shared))
+        finally:
+            ranks.close()
+
+    modules = {module: {"layers": layers} for module, layers in partitions(TINY[name])["several"].items()}
+    off, under = run(None), run({"schedule": "dynamic", "modules": modules, "planner_workers": 0})
+    torch.testing.assert_close(under[-1]["losses"], off[-1]["losses"], rtol=0, atol=3e-6)
+    torch.testing.assert_close(under[-1]["norms"], off[-1]["norms"], rtol=3e-5, atol=0)
+    for key, weight in off[0]["weights"].items():
+        torch.testing.assert_close(under[0]["weights"][key], weight, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TINY)
