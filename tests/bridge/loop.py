@@ -122,8 +122,8 @@ def configuration(folder: Path, run: Run) -> Any:
     model.params_dtype = model.autocast_dtype = model.pipeline_dtype = torch.float32
     model.bf16 = model.gradient_accumulation_fusion = False
     model.seq_length = SEQUENCE
-    for part in run.frozen:
-        setattr(model, f"freeze_{part}", True)
+    for part in ("language_model", "vision_model", "vision_projection"):  # some providers freeze some
+        setattr(model, f"freeze_{part}", part in run.frozen)
     model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size = run.pipeline, run.virtual
     model.expert_model_parallel_size, model.context_parallel_size = run.experts, run.context
     if run.virtual is not None:
