@@ -2,7 +2,7 @@
 """Published models at their sizes, simulated: plans over their bounds and over what teams do today, few microbatches.
 
     scripts/bench sizes [--models NAME,...] [--workloads NAME,...] [--microbatches N,...] [--schedules NAME,...]
-                        [--budget S] [--batches B] [--partition S] [--no-text] [--json FILE]
+                        [--budget S] [--evaluations N] [--batches B] [--partition S] [--no-text] [--json FILE]
 
 For each model, workload and number of microbatches: the mean time of ``dip``'s plans over their proven bounds, on a
 partition chosen on other batches; the time of every other schedule over dip's; throughput in FLOP/s over that of the
@@ -140,6 +140,7 @@ def main() -> int:
     parser.add_argument("--schedules", default=",".join(BASELINES))
     parser.add_argument("--cluster", default="h100")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds to search a plan")
+    parser.add_argument("--evaluations", type=int, help="schedules to simulate for a plan, however busy the machine is")
     parser.add_argument("--partition", type=float, default=20.0, help="seconds to search a partition")
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--no-text", action="store_true", help="leave out the language model alone")
@@ -148,11 +149,12 @@ def main() -> int:
     names = [n for n in arguments.schedules.split(",") if n]
     warm_up()
     rows = []
+    effort = Effort(arguments.budget, evaluations=arguments.evaluations)
     for name in arguments.models.split(","):
         for workload in arguments.workloads.split(","):
             for count in map(int, arguments.microbatches.split(",")):
                 rows.append(
-                    row(name, workload, count, names, Effort(arguments.budget), arguments.batches,
+                    row(name, workload, count, names, effort, arguments.batches,
                         arguments.partition, arguments.cluster, not arguments.no_text)
                 )  # fmt: skip
                 print("  ".join(rows[-1].cells(names)), flush=True)
@@ -160,7 +162,8 @@ def main() -> int:
             "at most", "of text under Megatron"]  # fmt: skip
     lines = [head, *(r.cells(names) for r in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"\nSimulated, {arguments.budget:g} s of search")
+    search = f"{arguments.budget:g} s" if effort.evaluations is None else f"{effort.evaluations} schedules"
+    print(f"\nSimulated, {search} of search")
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     if arguments.json is not None:

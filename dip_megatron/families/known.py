@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 
+from ..compat.mimo import mimo
 from ..describe.cost import LayerRun
 from ..describe.model import MultimodalModel, Parallel
 from .describe import describe_gpt, describe_llava, describe_t2v
@@ -21,10 +22,16 @@ from .t2v.program import T2vProgram, TextToVideoModel
 
 def known_families() -> tuple[ModelFamily, ...]:
     """Families whose classes are looked for in every script."""
+    own: tuple[ModelFamily, ...] = ()
+    if mimo() is not None:
+        from .called.mimo import MIMO
+
+        own = (MIMO,)
     return (
         ModelFamily("llava", LLaVAModel, _describe_llava, _llava_program, "vlm-documents", ("freeze",), _mixed_llava),
         ModelFamily("gpt", GPTModel, _describe_gpt, _gpt_program, "text-packed", mixed_program=_mixed_gpt),
         ModelFamily("t2v", TextToVideoModel, _describe_t2v, _t2v_program, "t2v-mix", ("freeze",), _mixed_t2v),
+        *own,
     )
 
 

@@ -84,9 +84,11 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
         if condition:
             found.append((flag, reason, way_out))
 
+    ranks = args.pipeline_model_parallel_size
     refuse(
-        args.pipeline_model_parallel_size < 2, f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}",
-        "there is no pipeline to schedule", f"use at least 2 {_WITH_OFF}",
+        ranks < 2 and run_config(args).balance == "off", f"--pipeline-model-parallel-size {ranks}",
+        "there is no pipeline to schedule",
+        f"use at least 2, let replicas exchange microbatches (--dip-balance swap), {_WITH_OFF}",
     )  # fmt: skip
     refuse(
         getattr(args, "hybrid_context_parallel", False), "--hybrid-context-parallel",

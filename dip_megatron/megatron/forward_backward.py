@@ -221,7 +221,7 @@ class DipForwardBackward:
 
         def ask(microbatches: list[MicrobatchInputs], moved: bool = True) -> None:
             budget = self._policy.budget(self._last_seconds - (time.perf_counter() - began))
-            request = self._request(microbatches, number, False, budget, wait=1.3 * budget + 0.1)
+            request = self._request(microbatches, number, False, budget, wait=1.3 * budget + 0.1, ahead=True)
             self._next_request[key] = (request, count, microbatches if moved else None)
 
         complete = len(coming) == count
@@ -272,8 +272,9 @@ class DipForwardBackward:
         return known[1]
 
     def _request(
-        self, microbatches: list[MicrobatchInputs], iteration: int, forward_only: bool, budget: float, wait: float
-    ) -> int:
+        self, microbatches: list[MicrobatchInputs], iteration: int, forward_only: bool, budget: float, wait: float,
+        ahead: bool = False,
+    ) -> int:  # fmt: skip
         self._requests += 1
         here = self._delivery.plans_here
         loads = tuple(self._program.load(m) for m in microbatches) if here else ()
@@ -282,5 +283,5 @@ class DipForwardBackward:
         request = PlanRequest(
             self._requests, loads, budget, forward_only, iteration=iteration, training=training
         )  # fmt: skip
-        self._delivery.request(request, wait, shared)
+        self._delivery.request(request, wait, shared, ahead, hurries=self._policy.budget_seconds is None)
         return self._requests

@@ -183,7 +183,8 @@ class DipSession:
             config = config.model_copy(update={"split_backward": False})
         if self._exchange.rank == 0:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
-            effort = live_effort(config, planners_here, thrifty=not torch.cuda.is_available())
+            cores = self._loop.computes_on_cores()
+            effort = live_effort(config, planners_here, thrifty=cores)
             asked = config.schedule != "off"
             label = config.schedule if asked else self._entry.name
             if experts is None:
@@ -195,7 +196,7 @@ class DipSession:
             improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget
             if self._reads_ahead() or config.search_evaluations is not None or experts is not None:
                 improve = 0.0
-            self._service = service = PlannerService(maker, workers, improve_seconds=improve)
+            self._service = service = PlannerService(maker, workers, improve_seconds=improve, last=cores)
             if self._file is not None:
                 self._service = FilePlanner(self._file, graphs.model, program.shapes, service, falls_back=asked)
             self._closing.callback(service.close)
@@ -279,7 +280,7 @@ class DipSession:
         executor = self._executor(pipeline, rank, clock, exchange, device)
         corrects = config.recalibrate and self._coupled is None
         delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
-        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
+        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank(), patience_seconds=config.timeout_seconds)
         recorder = None
         consumers = self._consumers(exchange)
         if config.trace_dir is not None:

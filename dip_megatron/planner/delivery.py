@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import struct
@@ -15,6 +16,7 @@ from ..core import Plan
 from ..core.joint import JointPlan
 from ..core.protocols import Exchange
 from ..describe.cost import Corrections
+from .ahead import Ahead
 from .recalibration import Measurement, Recalibration
 from .request import AnyPlan, PlannerStatistics, PlanRequest, Service, differences
 
@@ -74,18 +76,23 @@ class PlanDelivery:
         self._exchange = exchange
         self._service = service
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-delivery")
-        self._coming: dict[int, tuple[str, Future[bytes]]] = {}
+        self._coming: dict[int, tuple[str, Future[bytes], Ahead | None]] = {}
         self._recalibration = Recalibration() if recalibrate else None
         self._measured: Measurement | None = None
         self._corrections: dict[int, Corrections] = {}
         self._running: tuple[int, Plan, Corrections] | None = None
 
-    def request(self, request: PlanRequest, wait_seconds: float, shared: Any = None) -> None:
+    def request(
+        self, request: PlanRequest, wait_seconds: float, shared: Any = None, ahead: bool = False, hurries: bool = False
+    ) -> None:
         """Begin to plan and to broadcast; every rank calls it with the same requests in the same order (only rank 0's
-        loads, and what is ``shared`` there, matter). ``wait_seconds``: how long to wait for a worker's final plan."""
+        loads, and what is ``shared`` there, matter). ``wait_seconds``: how long to wait for a worker's final plan;
+        ``ahead``: for its first one, until :meth:`take` is called, from when on that will do if training ``hurries``
+        (see :class:`.ahead.Ahead`)."""
+        waits = Ahead(hurries) if ahead and self._service is not None else None
         if self._coupled is not None:
-            job = self._thread.submit(self._deliver_together, request, wait_seconds, shared, self._coupled)
-            self._coming[request.request] = request.subject, job
+            job = self._thread.submit(self._deliver_together, request, wait_seconds, shared, self._coupled, waits)
+            self._coming[request.request] = request.subject, job, waits
             return
         if self._service is not None:
             # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
@@ -94,8 +101,8 @@ class PlanDelivery:
                 request = replace(request, corrections=self._recalibration.corrections())
                 self._corrections[request.request] = request.corrections
             self._service.submit(request)
-        delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared)
-        self._coming[request.request] = request.subject, delivery
+        delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared, waits)
+        self._coming[request.request] = request.subject, delivery, waits
 
     def corrections(self) -> Corrections:
         """Those that a plan asked for now would be made with; on rank 0."""
@@ -126,7 +133,9 @@ class PlanDelivery:
         """The plan, once all ranks have shown to hold the same; what each has to tell the others travels with it.
         Raises PlanMismatchError on all ranks alike."""
         start = time.perf_counter()
-        subject, delivery = self._coming.pop(request)
+        subject, delivery, waits = self._coming.pop(request)
+        if waits is not None:
+            waits.need()
         data = delivery.result()
         stall = time.perf_counter() - start
         answer = pickle.loads(data)
@@ -163,16 +172,20 @@ class PlanDelivery:
 
     def close(self) -> None:
         """End the thread and the planner's workers."""
+        for _, _, waits in self._coming.values():
+            if waits is not None:
+                waits.need()
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._service is not None:
             self._service.close()
 
-    def _deliver(self, request: int, wait_seconds: float, shared: Any) -> bytes:
+    def _deliver(self, request: int, wait_seconds: float, shared: Any, ahead: Ahead | None) -> bytes:
         if self._service is None:
             return self._exchange.broadcast(None)
         answer: Any
         try:
-            plan = self._service.take(request, wait_seconds)
+            with ahead or contextlib.nullcontext():
+                plan = self._service.take(request, wait_seconds, ahead)
             made_with = self._service.corrections(request)
             if made_with is not None and request in self._corrections:
                 self._corrections[request] = made_with
@@ -181,7 +194,9 @@ class PlanDelivery:
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))
 
-    def _deliver_together(self, request: PlanRequest, wait_seconds: float, shared: Any, coupled: CoupledRanks) -> bytes:
+    def _deliver_together(
+        self, request: PlanRequest, wait_seconds: float, shared: Any, coupled: CoupledRanks, ahead: Ahead | None
+    ) -> bytes:
         """In the thread, so that no replica waits for another in the middle of an iteration: bring together what the
         replicas ask, plan for all, and tell all of them."""
         everyone = self._exchange.gather(pickle.dumps((request, shared)) if self.plans_here else b"")
@@ -195,7 +210,8 @@ class PlanDelivery:
             if not answer:
                 deadline = time.monotonic() + 0.8 * wait_seconds
                 self._service.submit(replace(request, deadline=deadline, replicas=tuple(a.loads for a in asked)))
-                plan = self._service.take(request.request, wait_seconds)
+                with ahead or contextlib.nullcontext():
+                    plan = self._service.take(request.request, wait_seconds, ahead)
                 answer = plan, replace(self._service.statistics), [theirs for _, theirs in told]
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"

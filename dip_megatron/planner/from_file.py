@@ -14,6 +14,7 @@ from ..describe.cost import Corrections
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
+from .ahead import Ahead
 from .maker import PayloadShapes, StageShapes, payloads
 from .request import PlannerStatistics, PlanRequest, Service
 
@@ -180,11 +181,11 @@ class FilePlanner:
                 "--dip-schedule, too, to plan such batches under"
             )
 
-    def take(self, request: int, wait_seconds: float) -> Plan:
+    def take(self, request: int, wait_seconds: float, ahead: Ahead | None = None) -> Plan:
         """The plan found; see :class:`planner.service.PlannerService`."""
         found = self._found.pop(request, None)
         if found is None:
-            plan: Plan = self.otherwise.take(request, wait_seconds)
+            plan: Plan = self.otherwise.take(request, wait_seconds, ahead)
             return plan
         if isinstance(found, NoPlanError):
             raise found

@@ -15,10 +15,11 @@ from ..core.protocols import Timed
 from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
 
 MEMORY = 0.8  # what an iteration's weight shrinks to with each that follows
-OUTLIER = 2.0  # times the usual ratio; what is further off is a hiccup of the machine
-PRIOR = 0.1  # spread of sizes (standard deviation over mean) at which the line's slope counts as much as the ratio
+OUTLIER = 3.0  # times the usual ratio; what is further off is a hiccup of the machine
+SCATTER = 0.005  # of measured seconds around a line, that is always reckoned with
 HICCUP = 20.0  # times the usual time between two operations; what others take of the cores now and then is less
-LEAST, MOST = 0.02, 50.0  # bounds on measured over predicted
+LEAST, MOST = 1e-3, 1e3  # bounds on measured over predicted
+STEEPEST = 50.0  # times measured over predicted; of a line whose model is mostly what doesn't grow
 _HEAD = struct.Struct("<ii")
 _BACKWARD = (KINDS.index(Kind.B), KINDS.index(Kind.W), KINDS.index(Kind.BW))
 
@@ -52,16 +53,18 @@ class Recalibration:
     """Fits, for every kind of operation of every chunk, measured seconds as a line over the cost model's; the first
     iteration is left out.
 
-    Weighted least squares with older iterations forgotten exponentially and the slope drawn towards the plain ratio
-    (a chunk whose units are all of one size has no slope of its own). A rank's overhead between operations counts as
-    part of them, and is told beside. What was never run (a B where all backwards were whole) borrows the ratio of its
-    kin.
+    Weighted least squares with older iterations forgotten exponentially. The slope is drawn towards the plain ratio by
+    as much as measured seconds scatter around the line (ridge regression, of which an iteration is one observation and
+    a slope twice the ratio is one standard deviation off): a chunk whose units are all of one size has no slope of its
+    own, one whose seconds follow another line than the model's has it soon, however little sizes differ. A rank's
+    overhead between operations counts as part of them, and is told beside. What was never run (a B where all backwards
+    were whole) borrows the ratio of its kin.
     """
 
     def __init__(self) -> None:
         self._places: list[tuple[str, int]] = []
         self._warm = False
-        self._sums = np.zeros((5, 0, 0, 0))  # weight, x, y, xx, xy; [sum, kind, place, rank]
+        self._sums = np.zeros((6, 0, 0, 0))  # weight, x, y, xx, xy, yy; [sum, kind, place, rank]
         self._between = np.zeros((2, 0))  # weight, seconds; [sum, rank]
 
     def observe(self, plan: Plan, used: Corrections, measurements: Sequence[Measurement]) -> None:
@@ -70,7 +73,7 @@ class Recalibration:
         graph = plan.graph
         places = [(m.name, k) for m in graph.modules for k in range(m.segments)]
         if places != self._places or self._sums.shape[3] != graph.ranks:
-            self._places, self._sums = places, np.zeros((5, len(KINDS), len(places), graph.ranks))
+            self._places, self._sums = places, np.zeros((6, len(KINDS), len(places), graph.ranks))
             self._between = np.zeros((2, graph.ranks))
         number = {place: i for i, place in enumerate(places)}
         place_of = np.array([number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)])
@@ -104,16 +107,18 @@ class Recalibration:
 
     def corrections(self) -> Corrections:
         """What is known by now; empty before the first observation."""
-        weight, x, y, xx, xy = self._sums
+        weight, x, y, xx, xy, yy = self._sums
         if not np.any(weight):
             return Corrections()
         ratio = np.clip(self._ratios(), LEAST, MOST)
         with np.errstate(divide="ignore", invalid="ignore"):
             mean_x, mean_y = x / weight, y / weight
-            spread = xx / weight - mean_x**2
-            prior = (PRIOR * mean_x) ** 2
-            slope = (xy / weight - mean_x * mean_y + prior * ratio) / (spread + prior)
-            slope = np.clip(slope, 0.0, MOST)
+            spread, common = np.maximum(xx / weight - mean_x**2, 0.0), xy / weight - mean_x * mean_y
+            explained = np.where(spread > 0, common**2 / np.where(spread > 0, spread, 1.0), 0.0)
+            scatter = np.maximum(yy / weight - mean_y**2 - explained, 0.0) + (SCATTER * mean_y) ** 2
+            prior = scatter / (weight * ratio**2)
+            slope = (common + prior * ratio) / (spread + prior)
+            slope = np.clip(slope, 0.0, STEEPEST * ratio)
             fixed = mean_y - slope * mean_x
         seen = weight > 0
         slope, fixed = np.where(seen, slope, ratio), np.where(seen, fixed, 0.0)
@@ -194,5 +199,5 @@ def _add(sums: Floats, kind: np.ndarray, place: np.ndarray, x: Floats, y: Floats
     usual = median[group] * x
     y = np.clip(y, usual / OUTLIER, usual * OUTLIER)
     share = 1.0 / count[group]
-    for i, values in enumerate((np.ones_like(x), x, y, x * x, x * y)):
+    for i, values in enumerate((np.ones_like(x), x, y, x * x, x * y, y * y)):
         sums[i] += np.bincount(group, share * values, minlength=len(count)).reshape(sums.shape[1:])

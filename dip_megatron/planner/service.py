@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection, wait
 
 from ..core.verify import PlanError
 from ..describe.cost import Corrections
+from .ahead import Ahead
 from .joint import JointPlanMaker, verify_any
 from .known import KnownPlan, KnownPlans
 from .request import READY, AnyPlan, PlanMaker, PlannerStatistics, PlanRequest
@@ -73,15 +74,17 @@ class PlannerService:
 
     def __init__(
         self, maker: PlanMaker, workers: int = 1, hang_seconds: float = 60.0, silent_seconds: int = 5,
-        improve_seconds: float = 0.0,
+        improve_seconds: float = 0.0, last: bool = False,
     ):  # fmt: skip
         """``workers`` 0 plans in this process only. A worker that is ``hang_seconds`` late, or silent for
         ``silent_seconds`` in the middle of a message, is killed and replaced. ``improve_seconds``: the search for a
-        better plan of a batch that comes again; 0: every batch is planned anew."""
+        better plan of a batch that comes again; 0: every batch is planned anew. ``last``: workers have the lowest
+        priority from the first moment on, not only once they have a plan; for hosts whose cores compute."""
         self.statistics = PlannerStatistics()
         self._maker = maker
         self._hang_seconds = hang_seconds
         self._silent_seconds = silent_seconds
+        self._last = last
         self._workers = [self._start() for _ in range(workers)]
         self._improve_seconds = improve_seconds
         self._known = KnownPlans()
@@ -140,8 +143,9 @@ class PlannerService:
             return True
         return False
 
-    def take(self, request: int, wait_seconds: float) -> AnyPlan:
-        """The best plan for a submitted request, waiting at most ``wait_seconds`` for a worker's final one.
+    def take(self, request: int, wait_seconds: float, ahead: Ahead | None = None) -> AnyPlan:
+        """The best plan for a submitted request, waiting at most ``wait_seconds`` for a worker's final one; for a first
+        one, if the plan is asked for ``ahead``, until training needs it.
 
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
         """
@@ -150,15 +154,21 @@ class PlannerService:
             with self._lock:
                 self._collect()
                 arrived = self._arrived.get(request)
-                waiting = [w.connection for w in self._workers if request in w.busy_with]
+                waiting: list[Connection | socket.socket] = [
+                    w.connection for w in self._workers if request in w.busy_with and not self._closed
+                ]
                 left = deadline - time.monotonic()
+                bells = []
+                if ahead is not None:
+                    bells = ahead.bells  # before it is asked, so that no ringing is missed
+                    left = ahead.seconds_left(deadline, arrived is not None)
                 if (arrived is not None and arrived.final) or not waiting or left <= 0:
                     # Only now: plans for requests nobody asked for are dropped on arrival.
                     asked = self._asked.pop(request)
                     self._arrived = {i: p for i, p in self._arrived.items() if i in self._asked}
                     break
             with contextlib.suppress(OSError):  # another thread has just replaced that worker
-                wait(waiting, left)
+                wait([*waiting, *bells], None if left == math.inf else left)
         statistics = self.statistics
         statistics.plans += 1
         if arrived is None:
@@ -238,7 +248,7 @@ class PlannerService:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dip_megatron.planner.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "dip_megatron.planner.worker", str(theirs.fileno()), *["last"] * self._last],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 env={**os.environ, **_WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )  # fmt: skip
@@ -263,7 +273,7 @@ class PlannerService:
     def _collect(self) -> None:
         """Take in what workers have sent; replace the broken ones."""
         now = time.monotonic()
-        for worker in self._workers:
+        for worker in self._workers if not self._closed else ():
             try:
                 while worker.connection.poll():
                     self._receive(worker, worker.connection.recv_bytes(_LARGEST_MESSAGE))

@@ -1,11 +1,13 @@
-"""A planner worker's process: ``python -m dip_megatron.planner.worker FD`` with one end of a socket pair."""
+"""A planner worker's process: ``python -m dip_megatron.planner.worker FD [last]`` with one end of a socket pair."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from .request import READY, AnyPlan, PlanMaker, PlanRequest
@@ -15,17 +17,25 @@ Answer = tuple[int, AnyPlan | None, bool, str | None, float]
 """(request, plan, whether it is the final one, error, seconds of a core it took so far)"""
 
 
-def serve(connection: Connection) -> None:
-    """Answer requests until the other end closes: first the maker, then one request at a time."""
+def serve(connection: Connection, last: bool = False) -> None:
+    """Answer requests until the other end closes: first the maker, then one request at a time.
+
+    Until its first plan a request has the priority of the trainer's own threads, so that this is there soon even on a
+    busy host; the search that follows has the lowest. ``last``: all of it has.
+    """
     maker: PlanMaker = pickle.loads(connection.recv_bytes())
     warm_up_plans()
-    maker.warm_up()  # while the trainer still starts up; from then on its own threads come first
-    os.nice(19)
+    maker.warm_up()  # while the trainer still starts up
+    if last:
+        _come_last()
     connection.send_bytes(READY)
     while True:
         try:
             request: PlanRequest = pickle.loads(connection.recv_bytes())
-            connection.send_bytes(pickle.dumps(_answer(connection, maker, request)))
+            # Linux lowers the priority of a thread for good, so each request has one of its own.
+            with ThreadPoolExecutor(1) as thread:
+                answer = thread.submit(_answer, connection, maker, request).result()
+            connection.send_bytes(pickle.dumps(answer))
         except (EOFError, OSError):
             return
 
@@ -35,6 +45,7 @@ def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> A
 
     def give(plan: AnyPlan) -> None:
         connection.send_bytes(pickle.dumps((request.request, plan, False, None, time.process_time() - began)))
+        _come_last()
 
     try:
         plan = maker.best(request, give)
@@ -45,5 +56,14 @@ def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> A
         return request.request, None, True, f"{type(error).__name__}: {error}", time.process_time() - began
 
 
+def _come_last() -> None:
+    """The calling thread, and those it starts from now on, wait for whoever else wants a core; where threads have no
+    priority of their own, the process does."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    else:
+        os.nice(19)
+
+
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), "last" in sys.argv[2:])

@@ -102,6 +102,10 @@ class RehearsedLoop(GenericLoop):
         ]
         return Checkpoint(str(self._path), Partition(tuple(parts)), resumes=True, bound=False)
 
+    def computes_on_cores(self) -> bool:
+        """Stages sleep, as if devices computed them."""
+        return False
+
     def record(self, chunks: Chunks) -> str | None:
         """As Megatron's loop has it in its arguments."""
         record(self._args, chunks)

@@ -16,11 +16,15 @@ from tests.processes import Team
 
 EVERYWHERE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """As Bridge's recipes: every linear of Megatron's."""
+LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj",
+          "linear_fc1", "linear_fc2")  # fmt: skip
+"""Of latent attention, of MLPs and of experts."""
 BLOCKS = ("*.attn.qkv", "*.mlp.down_proj")
 """Of Hugging Face's encoder."""
 LAYERS = {
     "qwen2-5-vl": {"vision": {"layers": [[0, 2], [2, 0]]}, "language": {"layers": [[1, 1], [0, 2]]}},
     "qwen3-vl": {"vision": {"layers": [[0, 2], [3, 0]]}, "language": {"layers": [[1, 1], [0, 4]]}},
+    "kimi-k2-5": {"vision": {"layers": [[0, 2], [2, 0]]}, "language": {"layers": [[1, 1], [0, 2]]}},
     "text": {"language": {"layers": [[1, 1], [1, 1]]}},
 }
 
@@ -37,8 +41,9 @@ def run(folder: Path, how: Run) -> list[dict[str, Any]]:
     ("qwen2-5-vl", (), (*EVERYWHERE, *BLOCKS)),
     ("qwen2-5-vl", (), EVERYWHERE),
     ("qwen3-vl", ("vision_model",), EVERYWHERE),
+    ("kimi-k2-5", (), (*LATENT, "*.wqkv", "*.mlp.fc1")),
     ("text", (), EVERYWHERE),
-], ids=["both modules", "language alone", "Megatron's encoder", "text"])  # fmt: skip
+], ids=["both modules", "language alone", "Megatron's encoder", "experts", "text"])  # fmt: skip
 def test_adapters_train_as_without_dip(
     name: str, frozen: tuple[str, ...], targets: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -55,6 +60,7 @@ def test_adapters_train_as_without_dip(
     expected, found = (together([rank["gradients"] for rank in ranks]) for ranks in (off, under))
     assert found.keys() == expected.keys()
     assert all("linear_in" in name or "linear_out" in name for name in found)
+    assert [target for target in targets if not any(f".{target.rpartition('.')[2]}." in name for name in found)] == []
     for name, gradient in expected.items():
         assert float(gradient.abs().max()) > 0, name
         off_by = float((found[name] - gradient).abs().max())

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,11 @@ GARBAGE = {
     "another's plan": message(pickle.dumps((-1, None, True, None, 0.0))),
 }
 """What a worker may send that is no plan, by name."""
+
+
+def priority() -> int:
+    """Of the calling thread: 0 usual, 19 lowest."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class Maker:
             if self.fault == "late":
                 give(self._plan(request, "first", 1))
                 time.sleep(600)
+            if self.fault == "tells its priorities":
+                before = priority()
+                give(self._plan(request, "first", 1))
+                return self._plan(request, f"{before}, then {priority()}", 1)
         return self._plan(request, "worker", 1)
 
     def _plan(self, request, name: str, workers: int) -> Plan:

@@ -44,7 +44,7 @@ class Otherwise:
     def submit(self, request):
         self.asked.append(request.request)
 
-    def take(self, request, wait_seconds):
+    def take(self, request, wait_seconds, ahead=None):
         return self.plans[request]
 
     def corrections(self, request):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +106,29 @@ def test_plans_come_to_say_what_is_measured(seed: int, fixed: float) -> None:
     assert np.all(over(corrected, graph, Kind.B) > 0)
     if fixed == 0.0:
         assert over(corrected, graph, Kind.B) == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_model_of_little_but_what_never_grows_is_corrected() -> None:
+    """Prices that differ by a tenth for stages of which one takes four times as long as another."""
+
+    def priced(seed: int, price: Callable[[np.ndarray], np.ndarray]) -> StageGraph:
+        graph = graph_of(seed)
+        sizes = np.random.default_rng(seed).uniform(0.5, 2.0, (1, graph.virtual_microbatches, 1))
+        arrays: dict[str, Any] = {
+            name: np.where(getattr(graph, name) > 0, price(sizes), 0.0)
+            for name in ("forward", "backward", "weight", "fused")
+        }
+        return replace(graph, **arrays)
+
+    model = lambda seed: priced(seed, lambda sizes: 1e-3 * (1 + 0.1 * sizes))  # noqa: E731
+    truth = lambda seed: priced(seed, lambda sizes: 0.08 * sizes)  # noqa: E731
+    recalibration = Recalibration()
+    for seed in range(100, 108):
+        corrections = recalibration.corrections()
+        recalibration.observe(plan_of(model(seed), corrections), corrections, run(
+            plan_of(model(seed), corrections), truth(seed)
+        ))  # fmt: skip
+    assert off(recalibration.corrections().apply(model(110)), truth(110)) < 0.02
 
 
 def test_hiccups_are_not_believed() -> None:

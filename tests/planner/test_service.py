@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,10 @@ import pytest
 
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.workload import Microbatch
+from dip_megatron.planner.ahead import Ahead
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
-from tests.planner.makers import GARBAGE, Maker
+from tests.planner.makers import GARBAGE, Maker, priority
 
 
 def request(iteration: int, budget: float = 0.1) -> PlanRequest:
@@ -147,6 +149,44 @@ def test_a_faulty_worker_costs_no_iteration(service_of, fault, expected):
     verify(plan)
     if fault != "late":
         wait_until_ready(service)
+
+
+def test_a_first_plan_is_waited_for_until_training_needs_it(service_of):
+    service = service_of("slow")
+    wait_until_ready(service)
+    before = service.statistics.fallbacks
+    with Ahead(hurries=False) as ahead:
+        service.submit(request(1))
+        assert service.take(1, 0.0, ahead).name == "worker"
+    assert service.statistics.fallbacks == before
+    with Ahead(hurries=False) as ahead:
+        service.submit(request(1))
+        ahead.need()
+        assert service.take(1, 0.0, ahead).name == "greedy"
+    assert service.statistics.fallbacks == before + 1
+
+
+@pytest.mark.parametrize("hurries", [False, True])
+def test_a_first_plan_will_do_once_training_that_hurries_waits(service_of, hurries):
+    service = service_of("late")
+    wait_until_ready(service)
+    with Ahead(hurries) as ahead, ThreadPoolExecutor(1) as pool:
+        service.submit(request(1))
+        taken = pool.submit(service.take, 1, 600.0 if hurries else 3.0, ahead)
+        time.sleep(0.5)
+        ahead.need()
+        assert taken.result(60.0).name == "first"
+    assert service.statistics.late == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have the priority of their process")
+@pytest.mark.parametrize("last", [False, True])
+def test_workers_come_last_once_a_plan_is_there(service_of, last):
+    service = service_of("tells its priorities", last=last)
+    wait_until_ready(service)
+    for _ in range(2):
+        service.submit(request(1))
+        assert service.take(1, 60.0).name == f"{19 if last else priority()}, then 19"
 
 
 @pytest.mark.parametrize("fault", GARBAGE)

@@ -55,6 +55,8 @@ def seed(models: list[torch.nn.Module]) -> None:
         model.double()  # Megatron's norms are built in single precision
         for local, parameter in model.named_parameters():
             name, shape, split = global_name(model, local), list(parameter.shape), split_dimension(parameter)
+            if getattr(model, "share_embeddings_and_output_weights", False):  # of a tied head
+                name = name.replace("output_layer", "embedding.word_embeddings")
             if split is not None:
                 shape[split] *= size
             drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")

@@ -40,9 +40,9 @@ class Encoder(ABC):
     ``depth`` the setting of the model's config that gives its number of layers, dotted, ``values`` the arguments of the
     model's forward with what it encodes."""
 
-    name: ClassVar[str] = VISION
-    kind: ClassVar[str] = "images"
-    called: ClassVar[str] = "visual"
+    name: str = VISION
+    kind: str = "images"
+    called: str = "visual"
     depth: ClassVar[str] = "vision_config.depth"
     values: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
@@ -106,7 +106,7 @@ class Page(ABC):
 
     name: ClassVar[str]
     model_class: ClassVar[type[torch.nn.Module]]
-    encoders: ClassVar[tuple[Encoder, ...]]
+    encoders: tuple[Encoder, ...]
     workload: ClassVar[str] = "vlm-any-resolution"
     config_name: ClassVar[str] = "config"
     language: ClassVar[str] = "language_model"
@@ -135,6 +135,14 @@ class Page(ABC):
     def check_call(self, arguments: Arguments) -> None:  # noqa: B027  most pages take every call
         """Raises ValueError for a batch that has no segmented form."""
 
+    def taken(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Of the arguments of a call, those that the whole model makes use of."""
+        return arguments
+
+    def packed(self, arguments: Arguments) -> Any:
+        """How samples are packed in the rows of a microbatch, None for one a row."""
+        return arguments.get("packed_seq_params")
+
     @abstractmethod
     def bare(self, kwargs: Mapping[str, Any]) -> Any:
         """The model with its encoders and without a language model; frozen as its own freeze says, later."""
@@ -146,6 +154,11 @@ class Page(ABC):
     def calling(self, model: Any) -> AbstractContextManager[None]:
         """Around each call of a chunk of the language model."""
         return nullcontext()
+
+    def hidden_of(self, output: Any) -> torch.Tensor:
+        """Hidden states ``[s, b, h]`` in what a chunk of the language model returns that isn't the last."""
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
     def position_tokens(self, config: Any) -> tuple[int, ...]:
         """Ids of the tokens in whose places taps are added."""

@@ -149,7 +149,7 @@ class CalledProgram(SegmentedProgram):
         arguments = bound(self._signature, args, kwargs, self._page.unsupported)
         arguments |= arguments.pop("kwargs", {})
         self._page.check_call(arguments)
-        return arguments
+        return self._page.taken(arguments)
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
         """Instances as the tokens they become, and the lengths of the sequences."""
@@ -160,7 +160,7 @@ class CalledProgram(SegmentedProgram):
         samples, length = ids.shape
         rows = 0 if samples == self.shapes.micro_batch_size else int(samples)
         held = {e.kind: tuple(e.tokens(self._config, arguments)) for e in self._page.encoders}
-        packed = arguments.get("packed_seq_params")
+        packed = self._page.packed(arguments)
         ranks = self.shapes.context_parallel_size
         if ranks > 1 and (packed is not None or length % (2 * ranks)):
             raise ValueError(
@@ -227,7 +227,7 @@ class CalledProgram(SegmentedProgram):
             for encoder in self._page.encoders if starts else ():
                 _put(model, encoder.called, None)
         found(model, self._page.language).decoder.input_tensor = None  # Megatron's block would hold it
-        return (output[0] if isinstance(output, tuple) and not model.post_process else output), taps
+        return (output if model.post_process else self._page.hidden_of(output)), taps
 
     def _arrived(self, inputs: Inputs, arguments: Mapping[str, Any], starts: bool) -> dict[int, torch.Tensor]:
         arrived: dict[int, torch.Tensor] = {}

@@ -287,23 +287,21 @@ class LlavaProgram(SegmentedProgram):
                 images = arguments["images"][unit.first : unit.first + unit.count]
             output = chunk(images, arguments["input_ids"])
         else:
-            self._set_language_input(chunk, stage, inputs, arguments)
+            self._set_language_input(chunk, inputs, arguments)
             output, _ = chunk(**_only_forward(arguments))
         _forget_input(chunk)
         return {"hidden": output}
 
     def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
         """Loss per token and the expanded loss mask, as LLaVAModel returns them."""
-        _inner(chunk).language_model.set_input_tensor(inputs[0]["hidden"])
+        self._set_language_input(chunk, inputs, arguments)
         output = chunk(**_only_forward(arguments))
         _forget_input(chunk)
         return output
 
-    def _set_language_input(
-        self, chunk: torch.nn.Module, stage: Operation, inputs: list[Tensors], arguments: Mapping[str, Any]
-    ) -> None:
+    def _set_language_input(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> None:
         model = unwrapped(chunk, LanguageChunk)
-        if stage.segment > 0 or stage.rank > 0:
+        if not model.pre_process:
             model.language_model.set_input_tensor(inputs[0]["hidden"])
             return
         if inputs:

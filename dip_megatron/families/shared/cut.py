@@ -28,7 +28,8 @@ class CutPoints:
     """Names within a model of one encoder, dotted.
 
     ``layers`` is the encoder's list of transformer layers. ``stem`` are modules before them: on chunks after the first,
-    they hand on their first argument, or do as the module that ``stubs`` makes of them. ``unused`` are methods whose
+    they hand on their first argument, or do as the module that ``stubs`` makes of them; a parameter among them is zeros
+    there. ``unused`` are methods whose
     result is added before the layers, and which would need parameters of the stem: on those chunks they give 0.
     ``tail`` are modules after the layers, which only the last chunk has. ``taps`` is a list of modules of which the
     i-th makes something of the output of layer ``tapped[i]``, beside what the encoder returns; it travels under the
@@ -123,6 +124,9 @@ class CutEncoder:
         self.own: list[torch.nn.Module] = kept[first:end]
         self.model = with_module(whole, points.layers, torch.nn.ModuleList(kept))
         for name in () if begins else points.stem:
+            if isinstance(found(whole, name), torch.nn.Parameter):
+                self.model = without_parameter(self.model, name)
+                continue
             stub = points.stubs.get(name)
             self.model = with_module(self.model, name, Absent() if stub is None else stub(found(whole, name)))
         for name in () if ends else points.tail:
@@ -221,7 +225,7 @@ def shared_copy(module: Module) -> Module:
     """Another module of the same class with the same submodules and parameters, in containers of its own."""
     made: Any = module.__class__.__new__(module.__class__)
     made.__dict__ = {
-        name: value.copy() if isinstance(value, dict) and name.startswith("_") else value
+        name: value.copy() if isinstance(value, dict | set) and name.startswith("_") else value
         for name, value in module.__dict__.items()
     }
     return made  # type: ignore[no-any-return]
@@ -236,6 +240,15 @@ def with_module(root: Module, name: str, module: torch.nn.Module) -> Module:
     return made
 
 
+def without_parameter(root: Module, name: str) -> Module:
+    """A copy of ``root`` that has zeros in place of its parameter ``name``, and shares all else."""
+    owner, _, last = name.rpartition(".")
+    own = shared_copy(found(root, owner))
+    zeros = torch.zeros_like(own._parameters.pop(last), requires_grad=False)
+    own.register_buffer(last, zeros, persistent=False)
+    return with_module(root, owner, own) if owner else own  # type: ignore[no-any-return]
+
+
 def check_all_cut(whole: torch.nn.Module, points: CutPoints) -> None:
     """Raises ValueError for a name of ``points`` that ``whole`` doesn't have, and for a parameter of it that would
     stand on every chunk: it comes before or after the layers, and ``points`` don't say so."""
@@ -243,7 +256,7 @@ def check_all_cut(whole: torch.nn.Module, points: CutPoints) -> None:
     for place in placed:
         found(whole, place)
     for name, _ in whole.named_parameters():
-        if not any(name.startswith(f"{place}.") for place in placed):
+        if not any(f"{name}.".startswith(f"{place}.") for place in placed):
             raise ValueError(
                 f"{type(whole).__name__}: {name} would stand on every chunk; name its module in the stem of "
                 f"{points.layers} (what comes before the layers) or its tail (what comes after)"

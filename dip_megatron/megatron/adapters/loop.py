@@ -48,6 +48,12 @@ class TrainingLoop:
         is trained on, and some loops read what they skip by themselves."""
         return True
 
+    def computes_on_cores(self) -> bool:
+        """Whether ranks compute on the host's cores, so that planning takes from training."""
+        import torch
+
+        return not torch.cuda.is_available()
+
     def about_to_read_ahead(self, data_iterator: Any) -> None:
         """Called in every training iteration once its microbatches are read: ``data_iterator`` gives the next
         iteration's from now on, None if none are read ahead."""
