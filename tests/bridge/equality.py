@@ -125,7 +125,7 @@ PIXELS = ("pixel_values", "input_features")
 SEEN = (*PIXELS, "image_", "video_", "input_ids", "feature_")
 
 
-def forward_step(by_token: bool, data_iterator: Iterator[Any], model: Any) -> Any:
+def forward_step(data_iterator: Iterator[Any], model: Any, by_token: bool = False) -> Any:
     """In the manner of Bridge's steps; without labels, it keeps the logits."""
     arguments = next(data_iterator)
     output, mask = model(**arguments), arguments["loss_mask"]
@@ -157,7 +157,7 @@ def megatrons(rank: int, world: int, case: Case) -> tuple[list[Any], dict[str, t
     model.model_type = ModelType.encoder_or_decoder
     model.config.finalize_model_grads_func = finalize
     losses = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, case.by_token), data_iterator=iter(batches(case, place)),
+        forward_step_func=partial(forward_step, by_token=case.by_token), data_iterator=iter(batches(case, place)),
         model=[model], num_microbatches=MICROBATCHES, seq_length=96, micro_batch_size=1, forward_only=False,
     )  # fmt: skip
     return [step["loss"] for step in losses], gradients([model])
@@ -239,7 +239,7 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     if logits:
         data = [arguments | {"labels": None} for arguments in data]
     found = step(
-        forward_step_func=partial(forward_step, case.by_token), data_iterator=iter(data), model=chunks,
+        forward_step_func=partial(forward_step, by_token=case.by_token), data_iterator=iter(data), model=chunks,
         num_microbatches=len(data), forward_only=logits,
     )  # fmt: skip
     delivery.close()
