@@ -49,7 +49,7 @@ from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
 from .chunks import ChunkChoice, cluster_of
 from .copies import begin_alike, check_unchanged, copied
-from .coupling import coupled_ranks, experts_of
+from .coupling import coupled_ranks, experts_of, meet_in_backwards
 from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
@@ -175,6 +175,7 @@ class DipSession:
         self._exchange = GlooExchange(replica, config.timeout_seconds)
         if self._coupled is not None:
             self._experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
+            meet_in_backwards(chunks)
         experts = self._experts
         supported = self._exchange.gather(b"yes" if program.supports_split else b"no")
         if config.split_backward and b"no" in supported:
