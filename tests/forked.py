@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -36,10 +36,15 @@ def context() -> ForkServerContext:
 
 
 class Forked:
-    """A process with the methods of subprocess.Popen that matter."""
+    """A process with the methods of subprocess.Popen that matter.
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path):
-        self._process: Any = context().Process(target=_run, args=(list(command[1:]), dict(env), str(log)))
+    ``enter``, if given, is called there first, while the process has one thread.
+    """
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], log: Path, enter: Callable[[], None] | None = None
+    ):
+        self._process: Any = context().Process(target=_run, args=(list(command[1:]), dict(env), str(log), enter))
         self._process.start()
 
     @property
@@ -86,11 +91,13 @@ def alone(program: str, log: Path, **variables: str) -> str:
     return text
 
 
-def _run(command: list[str], env: dict[str, str], log: str) -> None:
+def _run(command: list[str], env: dict[str, str], log: str, enter: Callable[[], None] | None) -> None:
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
+    if enter is not None:
+        enter()
     os.environ.clear()
     os.environ.update(env)
     if env.get("PYTHONUNBUFFERED"):  # as a new Python takes it: some ranks end without flushing

@@ -75,6 +75,25 @@ def experts_of(
     return ExpertLayers.of(layers)
 
 
+def meet_in_backwards(chunks: Sequence[torch.nn.Module]) -> None:
+    """Let each layer with experts have its backward in training, whatever a microbatch holds: with a frozen language
+    model, one of text alone has nothing that trains before such a layer. The other replicas, whose images have an
+    encoder or a projector that trains, would wait for its part of the exchanges, or take a later one for it."""
+    for layer in (layer for chunk in chunks for layer in transformer_layers(chunk)):
+        if isinstance(layer.mlp, BaseMoELayer):
+            layer.register_forward_pre_hook(_with_gradient, with_kwargs=True)
+
+
+def _with_gradient(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments of a layer, of which the hidden states take a gradient."""
+    named = "hidden_states" in kwargs
+    hidden = kwargs["hidden_states"] if named else args[0]
+    if hidden.requires_grad or not torch.is_grad_enabled():
+        return None
+    hidden = hidden.detach().requires_grad_()
+    return (args, kwargs | {"hidden_states": hidden}) if named else ((hidden, *args[1:]), kwargs)
+
+
 def _flags(chunk: torch.nn.Module) -> tuple[list[bool], bool]:
     """Of each layer, whether it has experts; and whether anything in the chunk does."""
     flags = [isinstance(layer.mlp, BaseMoELayer) for layer in transformer_layers(chunk)]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from ..runtime.groups import local_group
+from ..runtime.transport import TransportError
 
 
 class GlooExchange:
-    """See :class:`dip_megatron.core.protocols.Exchange`."""
+    """See :class:`dip_megatron.core.protocols.Exchange`. Calls raise TransportError where others don't take part."""
 
     def __init__(self, global_ranks: list[int], timeout_seconds: float):
         """All ranks of the replica construct it at the same time; the first of ``global_ranks`` plans."""
@@ -22,23 +25,36 @@ class GlooExchange:
     def broadcast(self, data: bytes | None) -> bytes:
         """The first rank's bytes."""
         size = torch.tensor([len(data or b"")], dtype=torch.int64)
-        dist.broadcast(size, self._ranks[0], group=self._group)
+        with self._together():
+            dist.broadcast(size, self._ranks[0], group=self._group)
         buffer = torch.empty(int(size), dtype=torch.uint8)
         if data is not None:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if len(buffer):
-            dist.broadcast(buffer, self._ranks[0], group=self._group)
+            with self._together():
+                dist.broadcast(buffer, self._ranks[0], group=self._group)
         return buffer.numpy().tobytes()
 
     def gather(self, data: bytes) -> list[bytes]:
         """Everyone's bytes, in the order of ranks."""
         count = len(self._ranks)
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(count)]
-        dist.all_gather(sizes, torch.tensor([len(data)], dtype=torch.int64), group=self._group)
+        with self._together():
+            dist.all_gather(sizes, torch.tensor([len(data)], dtype=torch.int64), group=self._group)
         longest = max(int(s) for s in sizes)
         padded = torch.zeros(max(longest, 1), dtype=torch.uint8)
         if data:
             padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         gathered = [torch.empty_like(padded) for _ in range(count)]
-        dist.all_gather(gathered, padded, group=self._group)
+        with self._together():
+            dist.all_gather(gathered, padded, group=self._group)
         return [g[: int(s)].numpy().tobytes() for g, s in zip(gathered, sizes, strict=True)]
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            mine = self._ranks[self.rank]
+            others = ", ".join(str(rank) for rank in self._ranks if rank != mine)
+            raise TransportError(f"waiting for global ranks {others}: {str(error).splitlines()[0]}") from error

@@ -49,7 +49,7 @@ from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
 from .chunks import ChunkChoice, cluster_of
 from .copies import begin_alike, check_unchanged, copied
-from .coupling import coupled_ranks, experts_of
+from .coupling import coupled_ranks, experts_of, meet_in_backwards
 from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
@@ -175,6 +175,7 @@ class DipSession:
         self._exchange = GlooExchange(replica, config.timeout_seconds)
         if self._coupled is not None:
             self._experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
+            meet_in_backwards(chunks)
         experts = self._experts
         supported = self._exchange.gather(b"yes" if program.supports_split else b"no")
         if config.split_backward and b"no" in supported:
@@ -279,7 +280,7 @@ class DipSession:
         executor = self._executor(pipeline, rank, clock, exchange, device)
         corrects = config.recalibrate and self._coupled is None
         delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
-        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank())
+        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank(), patience_seconds=config.timeout_seconds)
         recorder = None
         consumers = self._consumers(exchange)
         if config.trace_dir is not None:

@@ -15,10 +15,11 @@ _KEY = "dip/failure"
 
 
 class Watchdog:
-    """A thread that looks at a shared store for the first failure of any rank.
+    """Threads that look at a shared store for the first failure of any rank.
 
-    Blocking waits are bounded by the transport's timeout; this thread makes the others leave within seconds of the
-    first failure instead of at their own timeout, and also when the store's host is gone.
+    Blocking waits are bounded by the transport's timeout; this makes the others leave within seconds of the first
+    failure instead of at their own timeout, and also when the store's host is gone. A host that is cut off says
+    nothing: calls of its store just don't return. So one thread asks, another counts how long there has been no answer.
     """
 
     def __init__(
@@ -27,52 +28,78 @@ class Watchdog:
         position: Position,
         global_rank: int,
         *,
+        patience_seconds: float = 600.0,
         interval_seconds: float = 1.0,
         grace_seconds: float = 5.0,
         leave: Callable[[int], None] = os._exit,
     ):
-        """``store`` is a torch.distributed store all ranks share; ``leave`` ends the process."""
+        """``store`` is a torch.distributed store all ranks share, and may leave a call without an answer for
+        ``patience_seconds``; ``leave`` ends the process."""
         self._store = store
         self._position = position
         self._rank = global_rank
+        self._patience = patience_seconds
         self._interval = interval_seconds
         self._grace = grace_seconds
         self._leave = leave
         self._stop = threading.Event()
-        self._failed_here = False
-        self._thread = threading.Thread(target=self._watch, name="dip-watchdog", daemon=True)
-        self._thread.start()
+        self._failed_here = self._told = False
+        self._answers = 0  # of the store
+        self._cause: str | None = None  # that the store tells, or why it tells nothing any more
+        threading.Thread(target=self._ask, name="dip-watchdog-store", daemon=True).start()
+        threading.Thread(target=self._watch, name="dip-watchdog", daemon=True).start()
 
     def report(self, error: BaseException) -> None:
         """Tell all ranks that this one failed, and print where it stood."""
-        self._failed_here = True
         first_line = (str(error).splitlines() or [""])[0]
         text = f"global rank {self._rank}: {self._position}: {type(error).__name__}: {first_line}"
         print(f"[dip] stopped at {text}", file=sys.stderr, flush=True)
-        try:
-            self._store.compare_set(_KEY, "", text)
-        except Exception as store_error:
-            print(f"[dip] could not tell the other ranks: {store_error}", file=sys.stderr, flush=True)
+        self._failed_here = True
+        telling = threading.Thread(target=self._tell, args=(text,), name="dip-watchdog-tell", daemon=True)
+        telling.start()
+        telling.join(self._grace)
+        if telling.is_alive():
+            print("[dip] could not tell the other ranks: the store's host does not answer", file=sys.stderr, flush=True)
+        self._told = True
 
     def close(self) -> None:
         """End watching, at an orderly shutdown."""
         self._stop.set()
 
-    def _watch(self) -> None:
+    def _tell(self, text: str) -> None:
+        try:
+            self._store.compare_set(_KEY, "", text)
+        except Exception as error:
+            print(f"[dip] could not tell the other ranks: {error}", file=sys.stderr, flush=True)
+
+    def _ask(self) -> None:
         while not self._stop.wait(self._interval):
             try:
-                failed = self._store.check([_KEY])
-                cause = self._store.get(_KEY).decode() if failed else ""
+                cause = self._store.get(_KEY).decode() if self._store.check([_KEY]) else None
             except Exception as error:
                 # The host of the store may just have ended in order before us; then close() comes soon.
                 if self._stop.wait(self._grace):
                     return
-                failed, cause = True, f"the rank that hosts the store is gone ({type(error).__name__})"
-            if failed:
+                cause = f"the rank that hosts the store is gone ({type(error).__name__})"
+            self._answers += 1
+            if cause is not None:
+                self._cause = cause
+                return
+
+    def _watch(self) -> None:
+        # Counted in own turns, not on the clock: a process that was stopped for a while has asked nobody meanwhile.
+        answers, silent = 0, 0
+        while not self._stop.wait(self._interval):
+            silent = silent + 1 if self._answers == answers else 0
+            answers = self._answers
+            cause = self._cause
+            if cause is None and silent * self._interval > self._patience:
+                cause = f"no word from the rank that hosts the store for {self._patience:.0f} s; its host may be gone"
+            if cause is not None or self._told:
                 self._exit(cause)
                 return
 
-    def _exit(self, cause: str) -> None:
+    def _exit(self, cause: str | None) -> None:
         if not self._failed_here:
             print(
                 f"[dip] global rank {self._rank} stops where it stood: {self._position}; because of {cause}",

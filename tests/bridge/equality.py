@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ MICROBATCHES = 5
 @dataclass(frozen=True)
 class Case:
     """``layers`` of each module, ``[segment][rank]``; units of ``unit_size`` instances; ``frozen`` parts; ``tensor``
-    ranks share each stage, and with ``sequence`` the norms' work, too."""
+    ranks share each stage, and with ``sequence`` the norms' work, too; ``context`` ranks share each sequence.
+    ``by_token``: the loss is the mean over the tokens of all microbatches."""
 
     tiny: str
     folder: Path
@@ -36,19 +38,27 @@ class Case:
     strategies: tuple[str, ...] = ("none",)
     tensor: int = 1
     sequence: bool = False
+    context: int = 1
+    by_token: bool = False
 
     @property
     def of(self) -> Tiny:
         return (TINY | MCORE_TINY)[self.tiny]
 
+    @property
+    def ranks(self) -> int:
+        """Of each stage."""
+        return self.tensor * self.context
+
 
 def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     """Bridge of the folder, and the model's provider; or mcore-bridge as both."""
-    initialize(world // case.tensor, case.tensor)
+    stages = world // case.ranks
+    initialize(stages, case.tensor, case.context)
     if case.tiny in MCORE_TINY:
         from tests.bridge.mcore_models import McoreModels
 
-        models = McoreModels(case.folder, world // case.tensor)
+        models = McoreModels(case.folder, stages)
         return models, models
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -59,8 +69,9 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.params_dtype = provider.autocast_dtype = provider.pipeline_dtype = torch.float32
     provider.bf16 = provider.fp16 = provider.gradient_accumulation_fusion = False
-    provider.use_cpu_initialization, provider.pipeline_model_parallel_size = True, world // case.tensor
+    provider.use_cpu_initialization, provider.pipeline_model_parallel_size = True, stages
     provider.tensor_model_parallel_size, provider.sequence_parallel = case.tensor, case.sequence
+    provider.context_parallel_size, provider.calculate_per_token_loss = case.context, case.by_token
     for part in ("language_model", "vision_model", "vision_projection"):
         setattr(provider, f"freeze_{part}", part in case.frozen)
     case.of.change(provider)
@@ -71,6 +82,7 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
 
 def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> None:
     """As finalize_model_grads does, for modules without DDP: tied embeddings, and the number of tokens."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import (
         _allreduce_non_tensor_model_parallel_grads,
@@ -78,6 +90,10 @@ def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> 
     )
     from megatron.core.utils import get_model_config
 
+    group = parallel_state.get_context_parallel_group()
+    if group.size() > 1:  # each rank has its share of every microbatch's tokens
+        for tensor in [num_tokens, *(p.grad for chunk in model for p in chunk.parameters() if p.grad is not None)]:
+            torch.distributed.all_reduce(tensor, group=group)
     for chunk in model:
         if not hasattr(chunk, "pre_process"):  # of the model inside, which isn't looked at
             return finalize_without_ddp(model, num_tokens)
@@ -92,8 +108,8 @@ def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> 
 
 
 def stage(case: Case, rank: int) -> int:
-    """The pipeline rank of a rank: tensor-parallel ones are neighbours."""
-    return rank // case.tensor
+    """The pipeline rank of a rank: those of a stage are neighbours."""
+    return rank // case.ranks
 
 
 def batches(case: Case, rank: int) -> list[dict[str, Any]]:
@@ -109,17 +125,20 @@ PIXELS = ("pixel_values", "input_features")
 SEEN = (*PIXELS, "image_", "video_", "input_ids", "feature_")
 
 
-def forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
+def forward_step(data_iterator: Iterator[Any], model: Any, by_token: bool = False) -> Any:
     """In the manner of Bridge's steps; without labels, it keeps the logits."""
     arguments = next(data_iterator)
-    output = model(**arguments)
-    if isinstance(output, tuple):  # with a mask beside it
+    output, mask = model(**arguments), arguments["loss_mask"]
+    if isinstance(output, tuple):  # with a mask beside it, this rank's share where ranks share a sequence
+        mask = mask if len(output) < 2 or output[1] is None else output[1]
         output = output[0]
     if arguments["labels"] is None:
         return output, lambda logits: (logits.sum() * 0, {"logits": logits.detach().clone()})
-    mask = arguments["loss_mask"]
 
     def loss(losses: torch.Tensor) -> Any:
+        if by_token:
+            total, count = (losses.float() * mask).sum(), mask.sum()
+            return total, count.to(torch.int), {"loss": torch.stack([total.detach().clone(), count])}
         mean = (losses.float() * mask).sum() / mask.sum()
         return mean, {"loss": mean.detach().clone()}
 
@@ -132,14 +151,14 @@ def megatrons(rank: int, world: int, case: Case) -> tuple[list[Any], dict[str, t
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     bridge, provider = provider_of(case, world)
-    place, stages = stage(case, rank), world // case.tensor
+    place, stages = stage(case, rank), world // case.ranks
     model = provider.provide(pre_process=place == 0, post_process=place == stages - 1)
     bridge.load_hf_weights([model])
     model.model_type = ModelType.encoder_or_decoder
     model.config.finalize_model_grads_func = finalize
     losses = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(batches(case, place)), model=[model],
-        num_microbatches=MICROBATCHES, seq_length=96, micro_batch_size=1, forward_only=False,
+        forward_step_func=partial(forward_step, by_token=case.by_token), data_iterator=iter(batches(case, place)),
+        model=[model], num_microbatches=MICROBATCHES, seq_length=96, micro_batch_size=1, forward_only=False,
     )  # fmt: skip
     return [step["loss"] for step in losses], gradients([model])
 
@@ -166,7 +185,8 @@ def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
     families = known.MCORE_BRIDGE_FAMILIES if case.tiny in MCORE_TINY else known.BRIDGE_FAMILIES
     family, blueprint = record_blueprint(families, provider.provide, pre_process=True, post_process=True)
     program: Any = family.program(blueprint, case.layers, rank=stage(case, rank), micro_batch_size=1)
-    model = family.describe(blueprint, Parallel(case.tensor, world // case.tensor, sequence_parallel=case.sequence))
+    parallel = Parallel(case.tensor, world // case.ranks, sequence_parallel=case.sequence, cp=case.context)
+    model = family.describe(blueprint, parallel)
     chunks = program.build_chunks()
     bridge.load_hf_weights(chunks)
     return bridge, program, chunks, model
@@ -208,7 +228,7 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     pipeline = of(parallel_state.get_pipeline_model_parallel_group())
     tensor = of(parallel_state.get_tensor_model_parallel_group())
     carrier = (
-        transport(world, rank) if case.tensor == 1 else DistributedTransport(pipeline, place, torch.device("cpu"), 60.0)
+        transport(world, rank) if case.ranks == 1 else DistributedTransport(pipeline, place, torch.device("cpu"), 60.0)
     )
     step = DipForwardBackward(
         program, Executor(place, carrier, clock), delivery, clock,
@@ -219,8 +239,8 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     if logits:
         data = [arguments | {"labels": None} for arguments in data]
     found = step(
-        forward_step_func=forward_step, data_iterator=iter(data), model=chunks, num_microbatches=len(data),
-        forward_only=logits,
+        forward_step_func=partial(forward_step, by_token=case.by_token), data_iterator=iter(data), model=chunks,
+        num_microbatches=len(data), forward_only=logits,
     )  # fmt: skip
     delivery.close()
     if logits:

@@ -59,10 +59,13 @@ class Samples(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Run:
-    """How to train. ``virtual`` are virtual stages a rank, ``None`` Megatron's schedule without them; ``dip`` are DIP's
-    settings, None to train without it; ``frozen`` are parts of the model, ``evaluates`` after the second iteration."""
+    """How to train. Experts are spread over ``experts`` ranks, sequences over ``context``; ``virtual`` are virtual
+    stages a rank, ``None`` Megatron's schedule without them; ``dip`` are DIP's settings, None to train without it;
+    ``frozen`` are parts of the model, ``evaluates`` after the second iteration."""
 
     pipeline: int = 1
+    experts: int = 1
+    context: int = 1
     virtual: int | None = None
     iterations: int = 3
     micro_batch_size: int = 1
@@ -119,9 +122,10 @@ def configuration(folder: Path, run: Run) -> Any:
     model.params_dtype = model.autocast_dtype = model.pipeline_dtype = torch.float32
     model.bf16 = model.gradient_accumulation_fusion = False
     model.seq_length = SEQUENCE
-    for part in run.frozen:
-        setattr(model, f"freeze_{part}", True)
+    for part in ("language_model", "vision_model", "vision_projection"):  # some providers freeze some
+        setattr(model, f"freeze_{part}", part in run.frozen)
     model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size = run.pipeline, run.virtual
+    model.expert_model_parallel_size, model.context_parallel_size = run.experts, run.context
     if run.virtual is not None:
         # gloo pairs messages in the order they are sent, which batched exchanges of two ranks in a ring don't keep.
         model.overlap_p2p_comm, model.batch_p2p_comm = True, False

@@ -3,6 +3,7 @@ logits those of Hugging Face's model, and weights go in and out bit for bit."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,23 @@ def test_segments_train_as_the_class_does(name: str, cut: str, folders: Any, alo
             assert torch.equal(exported[key], weight), key
 
 
+def test_context_parallel_ranks_train_as_one(folders: Any) -> None:
+    """Two stages of two ranks that share each sequence, deepstack features too."""
+    name = "qwen3-vl"
+    case = Case(name, folders(name), partitions(TINY[name])["several"], unit_size=2, seed=SEED, by_token=True)
+    alone = team(1).run(equality.megatrons, case)[0]
+    four = Team(4)
+    try:
+        ranks = four.run(equality.dips, replace(case, context=2))
+    finally:
+        four.close()
+    shares = torch.stack([torch.stack(r[0]) for r in ranks if r[0]])
+    assert len(shares) == 2
+    torch.testing.assert_close(shares.sum(dim=0), torch.stack(alone[0]), rtol=1e-6, atol=1e-5)
+    for r in (0, 1):  # each rank of both stages
+        assert_equal(([], together([ranks[r][1], ranks[2 + r][1]])), ([], alone[1]))
+
+
 FROZEN = [
     pytest.param("qwen3-vl", ("vision_model",), id="vision_model"),
     pytest.param("qwen3-vl", ("vision_model", "vision_projection"), id="vision_model vision_projection"),
@@ -141,6 +159,42 @@ def test_bridges_finetune_gives_the_same_under_dip(name: str, folders: Any) -> N
         assert under[0]["weights"].keys() == off[0]["weights"].keys()
         for key, weight in off[0]["weights"].items():
             torch.testing.assert_close(under[0]["weights"][key], weight, rtol=0, atol=1e-5)
+
+
+PROJECTION = {"frozen": ("language_model", "vision_model")}
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "bridges"),
+    [
+        ("qwen3-vl-moe", {"experts": 2}, {"experts": 2}),
+        ("qwen3-vl-moe", {"experts": 2, **PROJECTION}, PROJECTION),
+        ("qwen3-vl", {"context": 2}, {"context": 2}),
+    ],
+    ids=["experts", "frozen experts", "sequences"],
+)
+def test_two_ranks_of_a_stage_that_share_train_as_under_bridge(
+    name: str, shared: dict[str, Any], bridges: dict[str, Any], folders: Any
+) -> None:
+    """Two replicas of two stages spread the experts of each layer over both: plans are made for them together. Or one
+    replica's two ranks of each stage share every sequence. Frozen experts of a microbatch without images are compared
+    with those of replicas that share none: Bridge's own schedule leaves their backward out, and with it their part of
+    the other replica's."""
+
+    def run(dip: dict[str, Any] | None, how: dict[str, Any]) -> list[dict[str, Any]]:
+        ranks = Team(4)
+        try:
+            return ranks.run(loop.trained, folders(name), Run(tiny=name, pipeline=2, finetunes=True, dip=dip, **how))
+        finally:
+            ranks.close()
+
+    modules = {module: {"layers": layers} for module, layers in partitions(TINY[name])["several"].items()}
+    off, under = run(None, bridges), run({"schedule": "dynamic", "modules": modules, "planner_workers": 0}, shared)
+    assert len(under[-1]["losses"]) == 3
+    torch.testing.assert_close(under[-1]["losses"], off[-1]["losses"], rtol=0, atol=3e-6)
+    torch.testing.assert_close(under[-1]["norms"], off[-1]["norms"], rtol=3e-5, atol=0)
+    for key, weight in off[0]["weights"].items():
+        torch.testing.assert_close(under[0]["weights"][key], weight, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TINY)

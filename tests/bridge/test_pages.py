@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,16 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         program.load(MicrobatchInputs(program.bind(**arguments)))
     found["batch"] = str(error.value)
+    program.shapes = replace(program.shapes, context_parallel_size=2)
+    arguments = case.of.arguments((), 1)
+    arguments["input_ids"] = arguments["input_ids"][:, :-2]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        program.load(MicrobatchInputs(program.bind(**arguments)))
+    found["shares"] = str(error.value)
+    for name, value in {"vision_dp_when_cp": True, "experimental_attention_variant": "gated_delta_net"}.items():
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            qwen3_vl.Qwen3Vl().check(SimpleNamespace(context_parallel_size=2, **{name: value}))
+        found[name] = str(error.value)
     return found
 
 
@@ -70,3 +81,7 @@ def test_a_page_that_is_wrong_is_told(tmp_path: Path) -> None:
     assert "has 3 modules, the description taps layers (0, 1)" in found["taps"]
     assert found["depth"] == "partition gives vision 4 layers, the model has 5"
     assert found["batch"] == "the microbatch has 0 image tokens for 1 images that become 4"
+    assert found["shares"].startswith("2 context-parallel ranks share sequences of a multiple of 4 tokens")
+    assert "this has 94; pad it, or use context_parallel_size 1" in found["shares"]
+    assert "leave out vision_dp_when_cp" in found["vision_dp_when_cp"]
+    assert "gated_delta_net is untried" in found["experimental_attention_variant"]

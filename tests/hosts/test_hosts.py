@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import subprocess
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from examples.llava_digits.runs import SCRIPT, Process, Run, RunFailed, end, environment, train, training_flags
-from tests.forked import forked
-from tests.hosts.network import Host, hosts, missing
+from tests.forked import Forked, forked
+from tests.hosts.network import Host, Links, hosts, missing
 
 WHY_NOT = missing()
 pytestmark = [
@@ -28,29 +28,33 @@ pytestmark = [
 
 DIP = ("-m", "dip_megatron.cli", "run")
 PATIENCE = 15.0  # seconds that a rank waits for another
+LINKS = Links(delay=1e-3, jitter=5e-4, loss=5e-3)
 
 
-def on(places: Sequence[Host]) -> Callable[..., contextlib.AbstractContextManager[Sequence[Process]]]:
-    """Starts rank r on ``places[r]``."""
+def on(
+    places: Sequence[Host], ended: list[int] | None = None
+) -> Callable[..., contextlib.AbstractContextManager[Sequence[Process]]]:
+    """Starts rank r on ``places[r]``. ``ended`` takes with what status each has ended by itself; raises TimeoutExpired
+    if one doesn't."""
 
     @contextlib.contextmanager
-    def start(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[subprocess.Popen[bytes]]]:
-        processes: list[subprocess.Popen[bytes]] = []
+    def start(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[Forked]]:
+        processes: list[Forked] = []
         network = {
             "MASTER_ADDR": places[0].address, "GLOO_SOCKET_IFNAME": "eth0", "LOCAL_RANK": "0",
             "LOCAL_WORLD_SIZE": "1", "DIP_TIMEOUT_SECONDS": str(PATIENCE),
         }  # fmt: skip
         try:
             for host, log, place in zip(places, logs, environment(len(logs)), strict=True):
-                with log.open("wb") as file:
-                    processes.append(
-                        subprocess.Popen(
-                            [*host.prefix, *command], stdout=file, stderr=subprocess.STDOUT, env=place | network
-                        )
-                    )
+                log.write_bytes(b"")
+                processes.append(Forked(command, place | network, log, enter=host.enter))
             yield processes
         finally:
-            end(processes)
+            try:
+                if ended is not None:
+                    ended.extend(process.wait(timeout=8 * PATIENCE) for process in processes)
+            finally:
+                end(processes)
 
     return start
 
@@ -82,30 +86,47 @@ def test_two_hosts_train_as_one_and_a_planner_that_dies_on_one_costs_the_other_n
                 worker.kill()
 
     (tmp_path / "two").mkdir()
-    with hosts(2) as places:
-        delayed = [host.delay(1.0, 0.1) for host in places]
+    with hosts(2, LINKS) as (places, wire):
+        assert places[0].round_trip(places[1].address) >= 2 * LINKS.delay
         run = pretrain(tmp_path / "two", on(places), on_iteration=kill)
+        packets = wire.packets()
     # The iteration whose planner died has another plan, and with it another order of float sums.
     assert run.losses == pytest.approx(alone.losses, rel=1e-5)
     assert killed
-    assert len(set(delayed)) == 1
+    assert packets.lost > 0
 
 
-def test_a_host_that_vanishes_ends_the_others_in_bounded_time_and_words(tmp_path: Path) -> None:
-    unplugged: list[float] = []
+def test_replicas_over_four_hosts_exchange_microbatches_and_train_as_on_one(tmp_path: Path) -> None:
+    flags = ("--dip-balance", "swap")
+    (tmp_path / "one").mkdir()
+    alone = pretrain(tmp_path / "one", forked, *flags, ranks=4)
+    (tmp_path / "four").mkdir()
+    with hosts(4, LINKS) as (places, wire):
+        run = pretrain(tmp_path / "four", on(places), *flags, ranks=4)
+        packets = wire.packets()
+    assert run.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert packets.lost > 0
 
-    with hosts(2) as places:
+
+def test_a_host_that_vanishes_ends_all_others_in_bounded_time_and_words(tmp_path: Path) -> None:
+    cut: list[float] = []
+    ended: list[int] = []
+
+    with hosts(4, LINKS) as (places, wire):
 
         def unplug(iteration: int, _: Run) -> None:
-            if iteration == 3 and not unplugged:
-                unplugged.append(time.monotonic())
-                places[0].unplug()
+            if iteration == 3 and not cut:
+                cut.append(time.monotonic())
+                wire.cut(places[0].address)  # that of the store, too
 
         with pytest.raises(RunFailed) as failed:
-            pretrain(tmp_path, on(places), iterations=400, on_iteration=unplug)
-    assert unplugged
-    assert time.monotonic() - unplugged[0] < 8 * PATIENCE
+            pretrain(tmp_path, on(places, ended), iterations=400, on_iteration=unplug, ranks=4)
+    assert cut
+    assert time.monotonic() - cut[0] < 8 * PATIENCE
     assert "a rank ended with code" in str(failed.value)
-    # Where it stood, and for whom it waited; also when it was ended before it could say so itself.
-    said = [(tmp_path / f"run.rank{rank}.log").read_text() for rank in range(2)]
-    assert any("[dip] stopped at global rank" in text and "waiting for pipeline rank" in text for text in said)
+    assert len(ended) == 4
+    assert 0 not in ended
+    # Where each stood, and for whom it waited; some wait in Megatron's own collectives of the other replica.
+    said = [(tmp_path / f"run.rank{rank}.log").read_text() for rank in range(4)]
+    assert all("[dip] stopped at global rank" in text or "stops where it stood" in text for text in said)
+    assert any(re.search(r"\[dip\] stopped at .* waiting for (pipeline|global) rank", text) for text in said)

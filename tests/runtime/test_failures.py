@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from dip_megatron.runtime.executor import Position
+from dip_megatron.runtime.watch import Watchdog
 from tests.processes import free_port
 
 SCRIPT = """
@@ -75,3 +79,51 @@ def test_everyone_leaves_and_says_where_it_stood(fault):
         assert "action" in text or "ended its plan" in text, text
         # Both other ranks are neighbours of the one that is gone, the ring being of three.
         assert fault == "raises" or f"rank {world - 1}" in text, text
+
+
+class _Store:
+    """Of a host that answers so many calls, and is cut off then."""
+
+    def __init__(self, answers: int):
+        self.answers = answers
+        self.cut = threading.Event()
+
+    def check(self, keys: list[str]) -> bool:
+        self.answers -= 1
+        if self.answers < 0:
+            self.cut.wait()
+        return False
+
+    def compare_set(self, key: str, expected: str, desired: str) -> None:
+        self.cut.wait()
+
+
+@pytest.mark.parametrize("failed_here", [False, True])
+def test_a_rank_leaves_when_the_host_of_the_store_is_cut_off(failed_here, capsys):
+    left: queue.Queue[int] = queue.Queue()
+    store = _Store(answers=3)
+    patience = 1e6 if failed_here else 0.2
+    watchdog = Watchdog(
+        store, Position(2), 5, patience_seconds=patience, interval_seconds=0.05, grace_seconds=0.2, leave=left.put
+    )
+    if failed_here:
+        watchdog.report(RuntimeError("no word from pipeline rank 1"))
+    assert left.get(timeout=60) == 1
+    store.cut.set()
+    said = capsys.readouterr().err
+    if failed_here:
+        assert "[dip] stopped at global rank 5: pipeline rank 2" in said
+        assert "could not tell the other ranks: the store's host does not answer" in said
+    else:
+        assert "global rank 5 stops where it stood: pipeline rank 2" in said
+        assert "no word from the rank that hosts the store" in said
+
+
+def test_a_store_that_answers_ends_nobody():
+    left: queue.Queue[int] = queue.Queue()
+    store = _Store(answers=10**6)
+    watchdog = Watchdog(store, Position(0), 0, patience_seconds=60.0, interval_seconds=0.01, leave=left.put)
+    while store.answers > 10**6 - 50:
+        time.sleep(0.01)
+    watchdog.close()
+    assert left.empty()

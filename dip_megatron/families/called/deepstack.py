@@ -37,9 +37,10 @@ class DeepstackVision(GridEncoder):
 
 def add_to_layer(model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
     """See :meth:`.page.Page.add_tap`; ``model`` has Bridge's language model and its process groups."""
-    if model.config.sequence_parallel:
-        group = model.pg_collection.tp
+    tensor, context = model.pg_collection.tp, model.pg_collection.cp
+    if model.config.sequence_parallel or context.size() > 1:
         where, (tap,) = split_deepstack_embs(
-            where, [tap], tp_size=group.size(), tp_rank=group.rank(), cp_size=1, cp_rank=0, sequence_parallel=True
-        )
+            where, [tap], tp_size=tensor.size(), tp_rank=tensor.rank(), cp_size=context.size(),
+            cp_rank=context.rank(), sequence_parallel=model.config.sequence_parallel,
+        )  # fmt: skip
     return add_deepstack(model.language_model.decoder, hidden, where, tap)

@@ -115,6 +115,8 @@ class Page(ABC):
         "inference_context": "inference",
         "inference_params": "inference",
     }
+    shares: ClassVar[bool] = False
+    """Whether the class shares merged sequences out over context-parallel ranks by itself, on every stage."""
     predicts: ClassVar[bool] = False
     """Whether the class takes multi-token prediction."""
     replicates: ClassVar[bool] = True
@@ -126,7 +128,7 @@ class Page(ABC):
         """Raises ValueError for models that can't be segmented."""
         if getattr(config, "mtp_num_layers", None) and not self.predicts:
             raise ValueError("DIP can't segment multi-token prediction layers; use --dip-schedule off")
-        if config.context_parallel_size > 1:
+        if config.context_parallel_size > 1 and not self.shares:
             raise ValueError(f"DIP can't run {self.model_class.__name__} with context parallelism; use "
                              "--dip-schedule off")  # fmt: skip
 

@@ -65,6 +65,7 @@ class CalledProgram(SegmentedProgram):
             micro_batch_size=micro_batch_size,
             sequence_parallel_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
             dtype=dtype_name(config),
+            context_parallel_size=config.context_parallel_size,
         )
 
     # -- chunks --------------------------------------------------------------------------------------------------
@@ -160,6 +161,12 @@ class CalledProgram(SegmentedProgram):
         rows = 0 if samples == self.shapes.micro_batch_size else int(samples)
         held = {e.kind: tuple(e.tokens(self._config, arguments)) for e in self._page.encoders}
         packed = self._page.packed(arguments)
+        ranks = self.shapes.context_parallel_size
+        if ranks > 1 and (packed is not None or length % (2 * ranks)):
+            raise ValueError(
+                f"{ranks} context-parallel ranks share sequences of a multiple of {2 * ranks} tokens, not packed ones; "
+                f"this has {length}{'' if packed is None else ', packed'}; pad it, or use context_parallel_size 1"
+            )
         sequences = (int(length),) * samples if packed is None else packed_lengths(packed, int(length))
         text = samples * int(length) - sum(map(sum, held.values()))
         images, audios = held.pop("images", ()), held.pop("audios", ())

@@ -83,7 +83,7 @@ class Qwen3Vl(Page):
     model_class = Qwen3VLModel
     encoders = (Vision(),)
     config_name = "language_transformer_config"
-    predicts = True
+    shares = predicts = True
     usual_picture = 300
     """Patches of 16 x 16, four a token."""
 
@@ -94,6 +94,13 @@ class Qwen3Vl(Page):
                 f"a {type(config).__name__} says nothing of its {config.mtp_num_layers} multi-token prediction layers; "
                 "leave out mtp_num_layers"
             )
+        if config.context_parallel_size > 1 and getattr(config, "experimental_attention_variant", None):
+            raise ValueError(
+                f"context parallelism of {config.experimental_attention_variant} is untried under DIP; use "
+                "context_parallel_size 1"
+            )
+        if getattr(config, "vision_dp_when_cp", False):
+            raise ValueError("DIP places encoders itself; leave out vision_dp_when_cp")
         if getattr(getattr(config, "dist_train", None), "use_dist_train", False):
             raise ValueError("DIP places encoders itself; leave out dist_train.use_dist_train")
 

@@ -64,6 +64,7 @@ class CalledShapes:
     micro_batch_size: int
     sequence_parallel_size: int
     dtype: str
+    context_parallel_size: int = 1
 
     def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """Hidden states within an encoder, embeddings ``[tokens, language_hidden]`` after it; hidden states ``[s, b,
@@ -71,7 +72,8 @@ class CalledShapes:
         place = (stage.segment, stage.rank)
         if stage.module == LANGUAGE:
             samples = load.rows or self.micro_batch_size
-            hidden = (load.tokens // samples // self.sequence_parallel_size, samples, self.language_hidden)
+            length = load.tokens // samples // self.sequence_parallel_size // self.context_parallel_size
+            hidden = (length, samples, self.language_hidden)
             done = layers_until(self.language, *place)
             taps = [
                 TensorSpec(f"tap{i}", (sum(load.encoded[e.kind]), self.language_hidden), self.dtype, made_by=name)

@@ -63,8 +63,8 @@ def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
     leave = "leave it out"
     return [
         (pipeline < 2, f"pipeline_model_parallel_size {pipeline}", "there is no pipeline to schedule", "use 2 or more"),
-        (context > 1, f"context_parallel_size {context}",
-         "payload shapes in plans don't know sequence shards of context parallelism",
+        (context > 1 and not hasattr(model, "vision_dp_when_cp"), f"context_parallel_size {context}",
+         "of Bridge's models only the class of Qwen3-VL shares merged sequences on every stage by itself",
          "use tensor parallelism with sequence_parallel"),
         *(expert_refusals(model, parallel_of(config)) if getattr(model, "num_moe_experts", None) else ()),
         (sharded, "FSDP", "it gathers parameters in one fixed order of layers", "use ddp.use_distributed_optimizer"),

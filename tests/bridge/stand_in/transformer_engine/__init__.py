@@ -1,7 +1,7 @@
 """What Megatron-Core's layer specs and Megatron-Bridge use of Transformer Engine, in plain torch, for ranks on a CPU.
 
-Names, arguments, parameter names and shapes are Transformer Engine's. FP8, tensor and context parallelism and fused
-kernels aren't here: what would need them is refused.
+Names, arguments, parameter names and shapes are Transformer Engine's. FP8, tensor parallelism, context parallelism of
+packed sequences and fused kernels aren't here: what would need them is refused.
 """
 
 from . import common, pytorch

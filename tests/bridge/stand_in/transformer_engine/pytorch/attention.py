@@ -11,8 +11,7 @@ class DotProductAttention(torch.nn.Module):
                  qkv_format="sbhd", attn_mask_type="causal", window_size=None, tp_size=1, get_rng_state_tracker=None,
                  softmax_scale=None, cp_group=None, **kwargs):  # fmt: skip
         super().__init__()
-        if cp_group is not None:
-            raise NotImplementedError("the stand-in for Transformer Engine has no context parallelism")
+        self.cp_group = cp_group
         self.qkv_format, self.attn_mask_type = qkv_format, attn_mask_type
         self.window_size, self.softmax_scale, self.attention_dropout = window_size, softmax_scale, attention_dropout
         self.get_rng_state_tracker = get_rng_state_tracker
@@ -24,6 +23,10 @@ class DotProductAttention(torch.nn.Module):
         """``[..., heads * channels]`` of the queries' leading dimensions. True in ``attention_mask`` forbids."""
         form, kind = qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type
         window = window_size or self.window_size or (-1, -1)
+        if self.cp_group is not None:
+            if form != "sbhd" or kind != "causal" or window != (-1, -1):
+                raise NotImplementedError("the stand-in shares only causal sbhd attention over context-parallel ranks")
+            return self._shared(query, key, value)
         if form == "thd":
             bounds_q = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
             bounds_kv = cu_seqlens_kv if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded
@@ -33,6 +36,20 @@ class DotProductAttention(torch.nn.Module):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         output = self._attend(query, key, value, attention_mask, kind, window, core_attention_bias).flatten(2)
         return output.transpose(0, 1).contiguous() if sequence_first else output
+
+    def _shared(self, query, key, value):
+        """Of 2 N pieces of the sequence rank r has numbers r and 2 N - 1 - r, and gathers all keys and values."""
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        ranks, rank = self.cp_group.size(), self.cp_group.rank()
+        pieces = torch.arange(ranks * key.shape[0]).view(2 * ranks, -1)
+        rows = [torch.cat([pieces[r], pieces[2 * ranks - 1 - r]]) for r in range(ranks)]
+        order = torch.argsort(torch.cat(rows))
+        keys, values = (gather_from_sequence_parallel_region(t, True, self.cp_group)[order] for t in (key, value))
+        ahead = torch.arange(len(order)) > rows[rank][:, None]
+        query, keys, values = (t.transpose(0, 1) for t in (query, keys, values))
+        output = self._attend(query, keys, values, ahead, "arbitrary", (-1, -1), None).flatten(2)
+        return output.transpose(0, 1).contiguous()
 
     def _packed(self, query, key, value, bounds_q, bounds_kv, kind, window):
         # Padding between sequences belongs to the sequence before it, as its last tokens: causal attention never
