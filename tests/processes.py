@@ -59,18 +59,26 @@ def _live(connection: Any, rank: int, world: int, port: int) -> None:
             os._exit(1)
 
 
+FRESH_AFTER = 100
+"""Calls: process groups that runs leave behind have threads, of which a process may have so many."""
+
+
 class Team:
-    """``world`` processes, started at the first call and again after a failure."""
+    """``world`` processes, started at the first call, and again after a failure or many calls."""
 
     def __init__(self, world: int):
         self.world = world
         self.processes: list[Any] = []
         self._connections: list[Any] = []
+        self._runs = 0
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
         """``[function(rank, world, *arguments)]`` of all ranks. Raises ProcessFailure with all tracebacks."""
+        if self._runs == FRESH_AFTER:
+            self.close()
         if not self.processes:
             self._start()
+        self._runs += 1
         for connection in self._connections:
             connection.send((function, arguments))
         answers, failures = [], []
@@ -98,7 +106,7 @@ class Team:
             p.join(2.0)
             if p.is_alive():
                 p.kill()
-        self.processes, self._connections = [], []
+        self.processes, self._connections, self._runs = [], [], 0
 
     def _start(self) -> None:
         processes = context()

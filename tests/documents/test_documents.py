@@ -49,6 +49,9 @@ def test_the_reach_page_is_what_its_data_say() -> None:
     loader.exec_module(script)
     data = yaml.safe_load((ROOT / "docs" / "reach.yaml").read_text(encoding="utf-8"))
     assert script.page(data) == (ROOT / "docs" / "reach.md").read_text(encoding="utf-8"), "run scripts/make_reach"
+    first = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script.table(data) in first
+    assert script.readme(first, data) == first, "run scripts/make_reach"
     rows = [row for rows in data.values() for row in rows]
     assert {row["state"] for row in rows} == {"runs", "refused", "untried"}
     for row in rows:
