@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dip_megatron.planner.balance import GOAL, Work, assign
@@ -72,11 +72,12 @@ def quotes(samples: SampleWork, work: Work, slowness: float = 1.0) -> list[Quote
 
 @settings(max_examples=60, deadline=None)
 @given(works)
+@example(drawn(0, 2, 2, 3))  # the slowest replica gets faster, and the others more so: further from their mean
 def test_what_is_proposed_brings_every_sample_to_one_microbatch(case):
     samples, work = case
     proposal = propose(quotes(samples, work))
     without = propose([quote and Quote(quote.seconds, quote.held, quote.sizes) for quote in quotes(samples, work)])
-    assert proposal.after <= without.after + 1e-12
+    assert proposal.gain_seconds >= without.gain_seconds * (1 - 1e-12)
     moves = proposal.samples
     if moves is None:
         assert proposal.digest() == without.digest()
