@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0, 1 where a check found a fault, 2 for bad input (one line on stderr)."""
     try:
         status = dip.main(list(arguments) if arguments is not None else None, prog_name="dip", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.UsageError as error:
         usage = f" (see `{error.ctx.command_path} --help`)" if error.ctx is not None else ""
         click.echo(f"dip: {' '.join(error.format_message().split())}{usage}", err=True)

@@ -135,7 +135,7 @@ def read_flags(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigurationError(f"{path}: file: {error}") from error
+        raise ConfigurationError(f"{path}: file: {getattr(error, 'strerror', None) or error}") from error
     return tuple(line.strip() for line in lines if line.strip())
 
 

@@ -35,6 +35,29 @@ def fail(message: str) -> NoReturn:
     raise InputError(" ".join(message.split()))
 
 
+class OutFile(click.Path):
+    """A file to write, whose folder must be there: known before the work, not after it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
+        if not path.parent.is_dir():
+            self.fail(f"{path}: there is no folder {path.parent}; make it, or name another file", param, ctx)
+        return path
+
+
+OUT_FILE = OutFile()
+
+
+def said(error: ValueError | OSError) -> str:
+    """What an error says, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
 def one_line_errors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Report bad input (any ValueError or OSError) on one line, with status 2. ``DIP_DEBUG=1`` shows the traceback."""
 
@@ -45,7 +68,7 @@ def one_line_errors(function: Callable[Arguments, Result]) -> Callable[Arguments
         except (ValueError, OSError) as error:
             if os.environ.get("DIP_DEBUG") == "1":
                 raise
-            fail(str(error) or type(error).__name__)
+            fail(said(error))
 
     return wrapper
 

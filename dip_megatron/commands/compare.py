@@ -22,6 +22,7 @@ from ..report.schedules import (
 )  # fmt: skip
 from ..schedulers import BaselineError, UnknownScheduleError, find_schedule, schedule_names
 from .common import (
+    OUT_FILE,
     fail,
     json_option,
     one_line_errors,
@@ -44,7 +45,7 @@ from .common import (
 @click.option("--balance", type=click.Choice(["off", "swap", "free"]),
               help="How replicas exchange microbatches before they are planned (swap, with --replicas).")  # fmt: skip
 @search_options
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Save the comparison as JSON.")
+@click.option("--out", "-o", type=OUT_FILE, help="Save the comparison as JSON.")
 @json_option
 @one_line_errors
 def compare(

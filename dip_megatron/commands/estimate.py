@@ -77,6 +77,7 @@ def estimate(
     if not recipe and not Path(script).is_file():
         raise InputError(f"{script}: no such script (a recipe of Megatron-Bridge's: give --recipe before it)")
     name = script if recipe else Path(script).name
+    rates, measured = load_cluster(cluster), Costs.load(costs) if costs else None
 
     terminal = sys.stderr  # the script's own words are kept back
 
@@ -108,7 +109,7 @@ def estimate(
         except ModelError as error:
             today = str(error)
         found = estimating.estimate(
-            sample.model, load_cluster(cluster), Costs.load(costs) if costs else None, known, judged, today,
+            sample.model, rates, measured, known, judged, today,
             Effort(budget, worker_count(workers)), rest=rest, progress=lambda what: advance(what), unseen=unseen,
         )  # fmt: skip
     if as_json:

@@ -10,7 +10,7 @@ import click
 from ..describe.model import MultimodalModel
 from ..describe.partition import write_partition
 from ..planner.partitioning import Placement, Placements, choose_partition, paper_partition
-from .common import fail, json_option, one_line_errors, print_json, progress_bar, setting_of, setting_options
+from .common import OUT_FILE, fail, json_option, one_line_errors, print_json, progress_bar, setting_of, setting_options
 
 
 @click.command()
@@ -20,7 +20,7 @@ from .common import fail, json_option, one_line_errors, print_json, progress_bar
 @click.option("--paper", is_flag=True, help="The paper's rules instead of a search.")
 @click.option("--place", multiple=True, metavar="MODULE=HOW", help="segmented: over all ranks (default); replicated: "
               "whole on every rank; either: what is predicted to be faster.")  # fmt: skip
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Partition YAML (default: MODEL-partition.yaml).")
+@click.option("--out", "-o", type=OUT_FILE, help="Partition YAML (default: MODEL-partition.yaml).")
 @json_option
 @one_line_errors
 def partition(

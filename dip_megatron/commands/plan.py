@@ -14,6 +14,7 @@ from ..planner.facade import Effort, make_planner
 from ..report.schedules import entry, plan_table
 from ..schedulers import LeastRecompute, find_schedule, schedule_names
 from .common import (
+    OUT_FILE,
     fail,
     json_option,
     one_line_errors,
@@ -33,7 +34,7 @@ from .common import (
 @search_options
 @click.option("--evaluations", type=click.IntRange(min=1), help="Schedules tried an iteration, instead of a budget.")
 @click.option("--deterministic", is_flag=True, help="Depend on --seed and --evaluations alone.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the plans (JSON lines).")
+@click.option("--out", "-o", type=OUT_FILE, help="Write the plans (JSON lines).")
 @click.option(
     "--orders",
     type=click.Path(path_type=Path),
@@ -42,7 +43,7 @@ from .common import (
 @click.option(
     "--csv",
     "csv_out",
-    type=click.Path(path_type=Path),
+    type=OUT_FILE,
     help="Write the orders as such a CSV (NAME-1.csv, ... for further batches).",
 )
 @json_option

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from .common import fail, json_option, one_line_errors, print_json, progress_bar
+from .common import OUT_FILE, fail, json_option, one_line_errors, print_json, progress_bar
 from .drawing import measured_replicas, planned_spans
 
 
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("plan.svg"), show_default=True,
+@click.option("--out", "-o", type=OUT_FILE, default=Path("plan.svg"), show_default=True,
               help=".svg, .png or .pdf")  # fmt: skip
 @click.option("--number", type=click.IntRange(min=1), default=1, show_default=True, help="Which plan of the file.")
 @json_option

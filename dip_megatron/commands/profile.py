@@ -13,7 +13,7 @@ import click
 from ..describe.cost import Cluster, Costs, load_cluster
 from ..describe.model import MultimodalModel, load_model
 from ..report.tables import seconds
-from .common import InputError, json_option, one_line_errors, print_json, progress_bar
+from .common import OUT_FILE, InputError, json_option, one_line_errors, print_json, progress_bar
 from .sampling import replica_size, sampled
 
 if TYPE_CHECKING:  # torch and Megatron load once they are needed
@@ -27,7 +27,7 @@ READ = 32  # microbatches of the script's, of which some are measured
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--model", help="Shipped name (vlm-s, t2v-l, ...) or YAML file.")
 @click.option("--cluster", help="The published rates to compare with (default: h100 on a GPU, else cpu).")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Costs file (default: MODEL-costs.json).")
+@click.option("--out", "-o", type=OUT_FILE, help="Costs file (default: MODEL-costs.json).")
 @click.option("--tp", type=click.IntRange(min=1), help="Tensor-parallel size (default: the model's).")
 @click.option("--layers", is_flag=True, help="Also measure the model's own Megatron layers, whole (tp 1, LLaVA).")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Runs behind each median.")

@@ -99,6 +99,7 @@ def rehearse(jobs: str, limit: float, keep: Path | None, as_json: bool, **values
     for it, what control costs a rank, what planners and ranks hold, and where a larger job would break. Emulated: the
     stages are; all else is measured here, on cores that all ranks share.
     """
+    faults = tuple(Fault.read(kind, text) for option, kind in _FAULTS.items() for text in values[option])
     sizes = [_SIZE.fullmatch(word.strip()) for word in jobs.split(",")]
     found: list[Summary] = []
     with ExitStack() as stack:
@@ -116,7 +117,7 @@ def rehearse(jobs: str, limit: float, keep: Path | None, as_json: bool, **values
                 if folder.exists() and any(folder.iterdir()):
                     raise InputError(f"{folder} isn't empty; --keep another folder")
                 folder.mkdir(parents=True, exist_ok=True)
-            job = _job(int(size[1]), int(size[2]), values)
+            job = _job(int(size[1]), int(size[2]), faults, values)
             advance(f"{name}: pricing {len(job.microbatches)} microbatches")
             write_prices(job, job_graphs(job, load_cluster(job.cluster)), folder, lambda: advance(None))
             found.append(summarize(job, run_job(job, folder, limit, advance)))
@@ -128,7 +129,7 @@ def rehearse(jobs: str, limit: float, keep: Path | None, as_json: bool, **values
         raise SystemExit(1)
 
 
-def _job(stages: int, replicas: int, values: dict[str, Any]) -> Job:
+def _job(stages: int, replicas: int, faults: tuple[Fault, ...], values: dict[str, Any]) -> Job:
     """The job of this size that the options describe."""
     model: MultimodalModel = load_model(values["model"]).with_parallel(tp=None, pp=stages, dp=replicas)
     count, iterations = values["microbatches"], values["iterations"]
@@ -151,7 +152,6 @@ def _job(stages: int, replicas: int, values: dict[str, Any]) -> Job:
         "cluster": values["cluster"], "costs": costs, "memory_limit": memory, "search_budget": values["budget"],
         "timeout_seconds": 120.0,
     }  # fmt: skip
-    faults = tuple(Fault.read(kind, text) for option, kind in _FAULTS.items() for text in values[option])
     return Job(
         model, values["cluster"], costs, memory, partition, drawn([b.microbatches for b in batches]), count, replicas,
         settings, values["scale"], values["save_interval"], 1024 * values["microbatch_kib"], faults,

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from ..report.observed import observed
-from .common import json_option, one_line_errors, print_json, progress_bar
+from .common import OUT_FILE, json_option, one_line_errors, print_json, progress_bar
 
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
-@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--out", "-o", type=OUT_FILE, default=Path("report.html"), show_default=True)
 @click.option("--number", type=click.IntRange(min=1), default=1, show_default=True,
               help="Which plan of a plan file has its timeline shown.")  # fmt: skip
 @json_option

@@ -46,15 +46,20 @@ def run(dip_schedule: str | None, dip_config: str | None, script: Path, argument
     import dip_megatron
 
     try:
-        dip_megatron.install()
-    except ImportError as error:
-        raise click.ClickException(
-            f"dip run needs Megatron-Core, and importing it failed: {error}; install megatron-core, or put a "
-            "Megatron-LM checkout on PYTHONPATH"
-        ) from error
-    except ConfigurationError as error:
-        raise click.UsageError(str(error)) from error
-    runpy.run_path(str(script), run_name="__main__")
+        try:
+            dip_megatron.install()
+        except ImportError as error:
+            raise click.ClickException(
+                f"dip run needs Megatron-Core, and importing it failed: {error}; install megatron-core, or put a "
+                "Megatron-LM checkout on PYTHONPATH"
+            ) from error
+        except ConfigurationError as error:
+            raise click.UsageError(str(error)) from error
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        if isinstance(ended.code, str) and ended.code.startswith("dip: "):  # a refusal: bad input, as of any verb
+            raise click.ClickException(ended.code.removeprefix("dip: ")) from ended
+        raise
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from ..report.trace import write_trace
-from .common import json_option, one_line_errors, print_json
+from .common import OUT_FILE, fail, json_option, one_line_errors, print_json, progress_bar
 from .drawing import planned_spans
 
 
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("trace.json"), show_default=True)
+@click.option("--out", "-o", type=OUT_FILE, default=Path("trace.json"), show_default=True)
 @click.option("--number", type=click.IntRange(min=1), default=1, show_default=True, help="Which plan of the file.")
 @click.option("--breakdown", is_flag=True,
               help="PLAN is the folder of a run's --dip-trace-dir: say where its iterations' time went.")  # fmt: skip
@@ -24,8 +24,9 @@ def trace(plan: Path, out: Path, number: int, breakdown: bool, as_json: bool) ->
     if breakdown:
         _break_down(plan, as_json)
         return
-    _, spans = planned_spans(plan, number)
-    write_trace(out, spans, [])
+    with progress_bar(f"tracing {plan.name}", None, as_json):
+        _, spans = planned_spans(plan, number)
+        write_trace(out, spans, [])
     if as_json:
         print_json({"out": str(out), "operations": len(spans)})
     else:
@@ -39,12 +40,15 @@ def _break_down(path: Path, as_json: bool) -> None:
     from ..report.observed import json_lines
     from ..report.recorder import LINES
 
+    if path.is_dir() and not (path / LINES).is_file():
+        fail(f"{path}: no {LINES} in it; give the folder of a run's --dip-trace-dir")
     path = path / LINES if path.is_dir() else path
-    lines = json_lines(path)
-    try:
-        found = summary(lines)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with progress_bar(f"reading {path}", None, as_json):
+        lines = json_lines(path)
+        try:
+            found = summary(lines)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     if as_json:
         print_json(found)
         return

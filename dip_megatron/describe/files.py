@@ -62,7 +62,7 @@ def read_yaml(path: Path, schema: type[Schema]) -> Schema:
         place = f"line {mark.line + 1}" if mark is not None else "file"
         raise ConfigurationError(f"{path}: {place}: {getattr(error, 'problem', None) or 'not YAML'}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: file: {error}") from error
+        raise ConfigurationError(f"{path}: file: {getattr(error, 'strerror', None) or error}") from error
     return validate(str(path), data, schema)
 
 

@@ -262,3 +262,25 @@ def test_a_shell_completes_verbs_and_options(capsys, monkeypatch):
         monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
         assert call() == 0
         assert wanted in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["plan", "compare", "partition", "trace", "plot", "report"])
+def test_where_to_write_is_looked_at_before_the_work(verb, plans, tmp_path, capsys):
+    out = tmp_path / "nowhere" / "file"
+    about = [str(plans)] if verb in ("trace", "plot", "report") else SETTING
+    assert f"there is no folder {out.parent}" in fault(capsys, verb, *about, "-o", str(out))
+
+
+def test_a_file_that_is_not_there_is_named_once(capsys):
+    words = fault(capsys, "plan", *SETTING, "--costs", "nowhere.json")
+    assert words == "dip: nowhere.json: file: No such file or directory\n"
+    assert fault(capsys, "plan", *SETTING, "--orders", "nowhere.csv") == "dip: nowhere.csv: No such file or directory\n"
+
+
+def test_a_breakdown_of_a_folder_without_a_run(tmp_path, capsys):
+    assert "no iterations.jsonl in it" in fault(capsys, "trace", "--breakdown", str(tmp_path))
+
+
+def test_no_verb_shows_all_verbs(capsys):
+    assert call() == 2
+    assert "  compare " in capsys.readouterr().err

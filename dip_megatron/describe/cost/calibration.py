@@ -126,7 +126,7 @@ class Costs:
         except json.JSONDecodeError as error:
             raise ConfigurationError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{path}: file: {error}") from error
+            raise ConfigurationError(f"{path}: file: {getattr(error, 'strerror', None) or error}") from error
         return _to_costs(validate(str(path), _upgraded(data), _File))
 
     def save(self, path: str | Path) -> None:

@@ -22,7 +22,7 @@ def read_workload(path: str | Path) -> tuple[GlobalBatch, ...]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise WorkloadError(f"{path}: file: {error}") from error
+        raise WorkloadError(f"{path}: file: {getattr(error, 'strerror', None) or error}") from error
     batches = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
