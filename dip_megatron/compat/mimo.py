@@ -42,10 +42,11 @@ TOPIC = Topic(
 def mimo() -> ModuleType | None:
     """Megatron-Core's package of it; None where a part of the model can't be told that it is one, before 0.19. It warns
     that it is experimental when it is imported, which is the business of scripts that use it."""
-    if importlib.util.find_spec(_PACKAGE) is None or importlib.util.find_spec(_ROLE) is None:
-        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        # Looking for a module imports the packages around it.
+        if importlib.util.find_spec(_PACKAGE) is None or importlib.util.find_spec(_ROLE) is None:
+            return None
         return importlib.import_module(_PACKAGE)
 
 
