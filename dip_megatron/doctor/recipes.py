@@ -131,7 +131,9 @@ def _function(recipe: str) -> Callable[[], Any]:
             raise RecipeError(f"{place} has no {name}") from None
         raise RecipeError("no script (*.py), no FILE.py:FUNCTION, and none of Megatron-Bridge's own recipes") from None
     except (ImportError, OSError) as error:
-        raise RecipeError(f"{type(error).__name__}: {error}") from error
+        missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("megatron.bridge")
+        way_out = "; Megatron-Bridge isn't installed here: ask where the recipe trains" if missing else ""
+        raise RecipeError(f"{type(error).__name__}: {error}{way_out}") from error
     return function
 
 

@@ -142,10 +142,12 @@ def test_packed_attention_keeps_to_each_sequence() -> None:
 
 
 def test_what_is_missing_is_refused() -> None:
+    shared = te.DotProductAttention(4, 8, cp_group=object())
+    q = torch.zeros(2, 1, 4, 8)
     for refused in (
         lambda: te.GroupedLinear(2, 4, 4, tp_size=2),
         lambda: te.Linear(4, 4, fuse_wgrad_accumulation=True),
-        lambda: te.DotProductAttention(4, 8, cp_group=object()),
+        lambda: shared(q, q, q, attn_mask_type="no_mask"),
         lambda: te.fp8_autocast(enabled=True).__enter__(),
     ):
         with pytest.raises(NotImplementedError, match="stand-in"):

@@ -72,6 +72,8 @@ def test_what_a_script_is_is_read_off_its_source(
 
 def test_no_script_and_no_recipe() -> None:
     assert asked("nowhere.py")[1][0]["detail"] == "no such script"
+    if importlib.util.find_spec("megatron.bridge") is None:
+        assert "Megatron-Bridge isn't installed here" in asked("a_recipe_of_its_own")[1][0]["detail"]
     # Flags without a recipe are those of a run, whose settings are shown.
     result = CliRunner().invoke(doctor, ["--pipeline-model-parallel-size", "2", "--dip-schedule", "static"])
     assert "static" in result.output
