@@ -227,30 +227,35 @@ def _go_wrong(job: Job, session: RehearsalSession, replica: int, iteration: int)
 @dataclass(frozen=True)
 class _Spent:
     """A moment: on the host's clock, and what of a core the process, its main thread and DIP's own threads had needed
-    by then."""
+    by then; ``watching`` is what looks at the store once a second."""
 
     at: float
     process: float
     main: float
     threads: float
+    watching: float
 
     @staticmethod
     def now() -> _Spent:
-        threads = 0.0
+        threads = watching = 0.0
         for thread in threading.enumerate():
             if thread.name.startswith("dip-") and thread.ident is not None:
-                threads += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-        return _Spent(time.perf_counter(), time.process_time(), time.thread_time(), threads)
+                seconds = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+                threads += seconds
+                watching += seconds * thread.name.startswith("dip-watchdog")
+        return _Spent(time.perf_counter(), time.process_time(), time.thread_time(), threads, watching)
 
     def line(self, session: RehearsalSession) -> dict[str, Any]:
         """Of the iteration that began then and has just ended, for ``rankN.jsonl``."""
         report, account, now = session.report, session.account, _Spent.now()
         main, threads = now.main - self.main, now.threads - self.threads
+        # Seconds of the clock are stretched here: so much of the watching an iteration doesn't have where they aren't.
+        stretched = (now.watching - self.watching) * (1 - 1 / max(session.scale, 1.0))
         exchange = report.exchange
         return {
             "seconds": now.at - self.at,
             "before_first_action": account.began - self.at,
-            "control_core_seconds": main - account.stages + threads,
+            "control_core_seconds": main - account.stages + threads - stretched,
             "stage_core_seconds": account.stages,
             "gloo_core_seconds": now.process - self.process - main - threads,
             "predicted_seconds": report.predicted_seconds, "measured_seconds": report.iteration_seconds,

@@ -43,6 +43,7 @@ class Watchdog:
         self._grace = grace_seconds
         self._leave = leave
         self._stop = threading.Event()
+        self._news = threading.Event()  # a cause, what was told, or the end
         self._failed_here = self._told = False
         self._answers = 0  # of the store
         self._cause: str | None = None  # that the store tells, or why it tells nothing any more
@@ -61,10 +62,12 @@ class Watchdog:
         if telling.is_alive():
             print("[dip] could not tell the other ranks: the store's host does not answer", file=sys.stderr, flush=True)
         self._told = True
+        self._news.set()
 
     def close(self) -> None:
         """End watching, at an orderly shutdown."""
         self._stop.set()
+        self._news.set()
 
     def _tell(self, text: str) -> None:
         try:
@@ -84,16 +87,21 @@ class Watchdog:
             self._answers += 1
             if cause is not None:
                 self._cause = cause
+                self._news.set()
                 return
 
     def _watch(self) -> None:
         # Counted in own turns, not on the clock: a process that was stopped for a while has asked nobody meanwhile.
         answers, silent = 0, 0
-        while not self._stop.wait(self._interval):
+        turn = max(self._interval, self._patience / 20)
+        while True:
+            self._news.wait(turn)
+            if self._stop.is_set():
+                return
             silent = silent + 1 if self._answers == answers else 0
             answers = self._answers
             cause = self._cause
-            if cause is None and silent * self._interval > self._patience:
+            if cause is None and silent * turn > self._patience:
                 cause = f"no word from the rank that hosts the store for {self._patience:.0f} s; its host may be gone"
             if cause is not None or self._told:
                 self._exit(cause)
