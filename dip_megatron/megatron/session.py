@@ -185,8 +185,7 @@ class DipSession:
             planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
             cores = self._loop.computes_on_cores()
             effort = live_effort(config, planners_here, thrifty=cores)
-            asked = config.schedule != "off"
-            label = config.schedule if asked else self._entry.name
+            label = config.schedule if (asked := config.schedule != "off") else self._entry.name
             if experts is None:
                 maker: PlanMaker = live_maker(self._entry, graphs, program.shapes, effort, label=label)
             else:
