@@ -33,6 +33,8 @@ PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.3
 rest goes to a walk from the best of them."""
 TIMED_SHARE = 0.4
 """Of a budget in seconds: the skeletons. Schedules of one of them take longer to try than changes of a walk."""
+LEAST_TRIES, LEAST_SECONDS = 300, 0.1
+"""Fewer skeletons are searched where each would have less than this."""
 PARTS = 8
 """Parts of a walk, after each of which walks that have fallen behind start over from the fastest."""
 SLICE_SECONDS = 0.02
@@ -190,18 +192,21 @@ class _Search:
     def skeletons(self) -> list[list[Schedule]]:
         """Of the maxima and of the means in turns, each time with another seed, the fastest first."""
         best, counted = self.best, self.evaluations is not None
-        each = max(0.0, self.until - best.elapsed()) * TIMED_SHARE / STARTS
+        seconds = max(0.0, self.until - best.elapsed()) * TIMED_SHARE
+        room = self.share(SKELETON_SHARE, LEAST_TRIES) if counted else int(seconds / LEAST_SECONDS)
+        starts = max(2, min(STARTS, room))
         found = []
-        for i in range(STARTS):
+        for i in range(starts):
             even = i % 2 == 1
             if best.elapsed() >= self.until or not (self.options.sequences if even else self.fits):
                 continue
             t = self.t.even() if even else self.t
-            tries = max(TRIAL + 1, self.share(SKELETON_SHARE, STARTS))
+            tries = max(TRIAL + 1, self.share(SKELETON_SHARE, starts))
             with contextlib.suppress(DoesNotFitError):
+                seed = self.seed + i // 2
                 found.append(
                     _skeleton(
-                        best, t, tries, each, self.seed + i // 2, self.workers, self.options, counted, fits=not even
+                        best, t, tries, seconds / starts, seed, self.workers, self.options, counted, fits=not even
                     )
                 )
         return [schedules for _, schedules in sorted(found, key=lambda entry: entry[0])]
@@ -213,11 +218,13 @@ class _Search:
         for i, schedules in enumerate(starts):
             with contextlib.suppress(ValueError):  # too much even with the leanest strategies
                 chains.append(JointChain(self.t, q, schedules, self.seed, i))
-        together = len(chains) if self.evaluations is not None else self.workers
-        seconds = (self.until - self.best.elapsed()) * FIRST_SHARE * together / max(1, len(chains))
-        for i in range(0, len(chains), together):
-            ends = self.best.elapsed() + seconds
-            self._run(chains[i : i + together], ends, self.share(FIRST_SHARE, len(starts)), 1)
+        if not chains:
+            return
+        at_once = len(chains) if self.evaluations is not None else self.workers
+        seconds = (self.until - self.best.elapsed()) * FIRST_SHARE * at_once / len(chains)
+        for i in range(0, len(chains), at_once):
+            ends = min(self.until, self.best.elapsed() + seconds)
+            self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(starts)), 1)
         chains.sort(key=lambda chain: chain.time)
         chains = chains[: 1 if self.evaluations is not None else self.workers]
         for chain in chains:
@@ -237,8 +244,6 @@ class _Search:
                 jobs = [partial(_run_counted, chain, part / parts, 1 / parts, evaluations // parts) for chain in chains]
                 best.evaluations += evaluations // parts * len(chains)
             in_threads(jobs, self.workers)
-            if not chains:
-                return
             fastest = min(chains, key=lambda chain: chain.time)
             if fastest.time < best.time:
                 best.offer(self.t, fastest.schedules())

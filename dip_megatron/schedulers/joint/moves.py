@@ -32,8 +32,8 @@ from .sequences import (
 )
 from .times import first_start, forget, look_at, look_back, note, push, renumber, retail, retime, take_back
 
-ARC, ANY, SPLIT, LEAN = 0.70, 0.80, 0.92, 1.0
-"""Shares of the moves, added up: along the longest path, of any operation, of a split, of a strategy."""
+ARC, ANY, SPLIT = 0.70, 0.80, 0.92
+"""Shares of the moves, added up: along the longest path, of any operation, of a split; the rest are of a strategy."""
 EVERYWHERE = 0.7
 """Share of the shifts that are made in all replicas."""
 LATER = 20.0
@@ -60,7 +60,7 @@ def blocked(q: JointProblem, order: Ints, source: int, target: int) -> int:
 @compiled
 def is_split(q: JointProblem, s: JointSequences, n: int) -> bool:
     """Whether a stage's weight gradient runs apart."""
-    return q.has_weight[n] and s.orders[q.line[n], s.place[q.x.nodes + n]] // q.x.nodes == BACKWARD
+    return bool(q.has_weight[n]) and s.orders[q.line[n], s.place[q.x.nodes + n]] // q.x.nodes == BACKWARD
 
 
 @compiled

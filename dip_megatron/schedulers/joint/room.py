@@ -51,7 +51,7 @@ def make_room(q: JointProblem, s: JointSequences) -> bool:
                 if m == best or (x.chunk[best] >= 0 and m >= 0):
                     s.strategy[m] = chosen
                     s.best_strategy[m] = chosen
-    for line in range(len(s.lengths)):
+    for line in range(len(s.lengths)):  # noqa: SIM110 (all() would allocate)
         if first_over(q, s, line) >= 0:  # what is leaner in one replica may not be in another
             return False
     return True
