@@ -17,7 +17,7 @@ from dip_megatron.describe.cost import (
     unit_sizes,
     whole_sizes,
 )
-from dip_megatron.describe.model import ModelError, MultimodalModel, even_partition, load_model
+from dip_megatron.describe.model import ModelError, MultimodalModel, TensorParallel, even_partition, load_model
 from dip_megatron.describe.workload import Microbatch
 
 IDEAL = Cluster("ideal", 1e15, 80e9, 1e30, 1e30, 1e30, 1e30, 8, 0, 0, 0, 0, 2, True, ())
@@ -25,7 +25,7 @@ NONE = strategy_names().index("none")
 BATCH = (Microbatch(500, (169, 400, 169, 169, 300, 91), sequences=(1798,)), Microbatch(300, (256,) * 4))
 
 
-def vlm(how: str, tp: int = 4) -> MultimodalModel:
+def vlm(how: TensorParallel, tp: int = 4) -> MultimodalModel:
     """VLM-S, whose encoder is held as said."""
     model = load_model("vlm-s").with_parallel(tp=tp)
     return replace(model, modules=(replace(model.modules[0], tensor_parallel=how), *model.modules[1:]))
