@@ -22,6 +22,7 @@ from .modules import (
     MultimodalModel,
     Packing,
     Parallel,
+    TensorParallel,
     TransformerLayer,
 )
 from .partition import ModulePartition, Partition, even_partition, spread
@@ -52,6 +53,7 @@ __all__ = [
     "PatchEmbedding",
     "Projector",
     "Stem",
+    "TensorParallel",
     "TokenEmbedding",
     "Training",
     "TrainingMismatchError",

@@ -28,6 +28,7 @@ from .modules import (
     MultimodalModel,
     Packing,
     Parallel,
+    TensorParallel,
     TrainablePart,
     TransformerLayer,
 )
@@ -165,6 +166,7 @@ class _Module(_Strict):
     trainable: tuple[TrainablePart, ...] = EVERY_PART
     taps: tuple[int, ...] = ()
     mtp: int = Field(default=0, ge=0)
+    tensor_parallel: TensorParallel = "split"
 
 
 class _Parallel(_Strict):
@@ -212,6 +214,7 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 trainable=m.trainable,
                 taps=m.taps,
                 mtp=m.mtp,
+                tensor_parallel=m.tensor_parallel,
             )
             for name, m in data.modules.items()
         )
