@@ -33,7 +33,7 @@ def teams() -> Iterator[tuple[Team, Team]]:
 def dips(rank: int, world: int, case: Case) -> Any:
     """What equality.dips gives, and for each unit that this rank encoded how many of how many instances were its own; 0
     where it encoded one for nobody."""
-    from dip_megatron.families.called import sharing
+    from dip_megatron.families.shared import sharing
 
     seen, of = [], sharing.UnitShare.of
     if case.tiny in MCORE_TINY:  # whose weights' ways in and out ms-swift's adapter changes

@@ -170,7 +170,8 @@ class CostModel:
         cost = head_cost(shape, parallel, operators, sizes)
         ranks = shape.sharing(self.model.parallel)
         if ranks > 1:
-            gathered = self.operators.gather(ranks * self.tap_bytes(shape, sizes.outputs))
+            apart = 1 if shape.tensor_parallel == "shared" else self.model.parallel.tp
+            gathered = self.operators.gather(ranks * self.tap_bytes(shape, sizes.outputs), ranks, apart)
             cost = replace(cost, forward=cost.forward + gathered)
         return self._settle(shape, "head", cost, sizes)
 

@@ -17,6 +17,7 @@ from .experts import Experts, LayerKind
 from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
+    ContextParallel,
     ModelError,
     ModuleShape,
     MultimodalModel,
@@ -33,6 +34,7 @@ __all__ = [
     "EVERY_PART",
     "AudioEmbedding",
     "ChunkTraining",
+    "ContextParallel",
     "Experts",
     "FeatureEmbedding",
     "GatedDeltaNet",

@@ -16,6 +16,7 @@ from .linear_attention import GatedDeltaNet
 
 TrainablePart = Literal["stem", "layers", "head"]
 TensorParallel = Literal["split", "shared", "whole"]
+ContextParallel = Literal["shared", "whole"]
 EVERY_PART: tuple[TrainablePart, ...] = ("stem", "layers", "head")
 
 
@@ -129,7 +130,8 @@ class ModuleShape:
     linear from two hidden states to one, a layer like the last, and the head once more. ``tensor_parallel`` says what
     tensor-parallel ranks do: each holds a part of every matrix (``split``, Megatron's modules); or each holds the whole
     module, as of Hugging Face's, and either has a share of every unit's instances (``shared``, encoders only; so DIP
-    runs them in segments, but mixed chunks as Megatron does) or runs all of them (``whole``).
+    runs them in segments, but mixed chunks as Megatron does) or runs all of them (``whole``). ``context_parallel`` says
+    the same of the ranks that ``cp`` counts, for an encoder.
     """
 
     name: str
@@ -144,6 +146,7 @@ class ModuleShape:
     taps: tuple[int, ...] = ()
     mtp: int = 0
     tensor_parallel: TensorParallel = "split"
+    context_parallel: ContextParallel = "whole"
 
     def __post_init__(self) -> None:
         _positive(f"modules.{self.name}", layers=self.layers)
@@ -167,11 +170,12 @@ class ModuleShape:
                 f"modules.{self.name}.head: an encoder's ({self.input}) head is a projector or none, not a loss; "
                 "a language model's input is text"
             )
-        if self.tensor_parallel == "shared" and not self.encodes:
-            raise ModelError(
-                f"modules.{self.name}.tensor_parallel: only an encoder's instances can be shared out, not "
-                f"{self.input}; write whole or split"
-            )
+        for name in ("tensor_parallel", "context_parallel"):
+            if getattr(self, name) == "shared" and not self.encodes:
+                raise ModelError(
+                    f"modules.{self.name}.{name}: only an encoder's instances can be shared out, not {self.input}; "
+                    "leave it out"
+                )
 
     @property
     def encodes(self) -> bool:
@@ -180,13 +184,13 @@ class ModuleShape:
 
     @property
     def sharded(self) -> bool:
-        """Whether context-parallel ranks have a share each of its sequences: so where the loss is. Encoders run whole
-        on each."""
+        """Whether context-parallel ranks have a share each of its sequences: so where the loss is."""
         return isinstance(self.head, LanguageHead | LatentHead)
 
     def sharing(self, parallel: Parallel) -> int:
         """Over how many ranks of a stage the instances of each of its units are shared out."""
-        return parallel.tp if self.tensor_parallel == "shared" else 1
+        tensor = parallel.tp if self.tensor_parallel == "shared" else 1
+        return tensor * (parallel.cp if self.context_parallel == "shared" else 1)
 
     def share(self, part: TrainablePart) -> float:
         """Of the part's parameters, those that train; 0 for a frozen part."""

@@ -23,6 +23,7 @@ from .experts import Experts
 from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
+    ContextParallel,
     ModelError,
     ModuleShape,
     MultimodalModel,
@@ -167,6 +168,7 @@ class _Module(_Strict):
     taps: tuple[int, ...] = ()
     mtp: int = Field(default=0, ge=0)
     tensor_parallel: TensorParallel = "split"
+    context_parallel: ContextParallel = "whole"
 
 
 class _Parallel(_Strict):
@@ -215,6 +217,7 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 taps=m.taps,
                 mtp=m.mtp,
                 tensor_parallel=m.tensor_parallel,
+                context_parallel=m.context_parallel,
             )
             for name, m in data.modules.items()
         )

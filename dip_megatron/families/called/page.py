@@ -19,6 +19,7 @@ import torch
 
 from ...compat.bridge_building import NoLanguageModel
 from ...describe.model import (
+    ContextParallel,
     LanguageHead,
     ModuleShape,
     MultimodalModel,
@@ -216,9 +217,9 @@ class Page(ABC):
         encoders = []
         for encoder in self.encoders:
             shape = encoder.describe(config, freeze)
-            if parallel.tp > 1:
-                shape = replace(shape, tensor_parallel=encoder.tensor_parallel(config))
-            encoders.append(shape)
+            tensor: TensorParallel = encoder.tensor_parallel(config) if parallel.tp > 1 else "split"
+            context: ContextParallel = "shared" if parallel.cp > 1 else "whole"
+            encoders.append(replace(shape, tensor_parallel=tensor, context_parallel=context))
         modules = (*encoders, self.decoder(config, freeze))
         longest = self.longest(config)
         packing = Packing(max_tokens=longest, image_tokens=min(self.usual_picture, longest // 2))

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
@@ -17,9 +16,9 @@ from ..shared.layout import segment_config
 from ..shared.packing import packed_lengths
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE
+from ..shared.sharing import Sharing, UnitShare, sum_over_ranks
 from .page import Encoder, Page, drop
 from .shapes import CalledShapes, EncoderShapes, layers_until
-from .sharing import UnitShare, sum_over_ranks
 
 
 class CalledProgram(SegmentedProgram):
@@ -67,11 +66,15 @@ class CalledProgram(SegmentedProgram):
 
     def _shapes_of(self, encoder: Encoder) -> EncoderShapes:
         name, config = encoder.name, self._config
-        shared = config.tensor_model_parallel_size if encoder.tensor_parallel(config) == "shared" else 1
         return EncoderShapes(
             encoder.kind, self.layers[name], encoder.hidden(config), encoder.points(config).tapped, self.is_whole(name),
-            shared,
+            self._sharing(encoder).ranks,
         )  # fmt: skip
+
+    def _sharing(self, encoder: Encoder) -> Sharing:
+        config = self._config
+        tensor = config.tensor_model_parallel_size if encoder.tensor_parallel(config) == "shared" else 1
+        return Sharing(tensor, config.context_parallel_size)
 
     # -- chunks --------------------------------------------------------------------------------------------------
     def build_chunks(self) -> list[torch.nn.Module]:
@@ -112,7 +115,7 @@ class CalledProgram(SegmentedProgram):
                 cut.follow(self.mode)
                 chunk: Any = cut.model
                 self._cuts[id(chunk)] = cut
-                chunk.forward = _RunsEncoder(cut, encoder, self.shapes.encoders[encoder.name], self._config)
+                chunk.forward = _RunsEncoder(cut, encoder, self._sharing(encoder), self._config)
                 _stands(chunk, True, False, False)
                 line.append(chunk)
             made.append(line)
@@ -248,11 +251,11 @@ class CalledProgram(SegmentedProgram):
 class _RunsEncoder:
     """The ``forward`` of an encoder's chunk."""
 
-    def __init__(self, cut: CutEncoder, encoder: Encoder, shapes: EncoderShapes, config: Any):
-        self._cut, self._encoder, self._shapes, self._config = cut, encoder, shapes, config
+    def __init__(self, cut: CutEncoder, encoder: Encoder, sharing: Sharing, config: Any):
+        self._cut, self._encoder, self._sharing, self._config = cut, encoder, sharing, config
         self._share: UnitShare | None = None
-        self._marked = shapes.ranks == 1
-        if cut.ends and shapes.ranks > 1 and encoder.gathers_before:
+        self._marked = sharing.tensor == 1
+        if cut.ends and sharing.ranks > 1 and encoder.gathers_before:
             found(cut.model, encoder.gathers_before).register_forward_pre_hook(self._gather_instances)
 
     def __call__(self, arguments: Mapping[str, Any], own: slice, given: Tensors) -> Tensors:
@@ -278,7 +281,8 @@ class _RunsEncoder:
         if share is not None:
             # With sequence parallelism each rank adds a tap to its part of the sequence, and has the gradient of that.
             agree = not self._config.sequence_parallel
-            taps = {name: t if name in given else share.gathered(t, share.tokens, agree) for name, t in taps.items()}
+            for name in sorted(taps.keys() - given.keys()):  # the same order on all ranks
+                taps[name] = share.gathered(taps[name], share.tokens, agree=agree)
         if not cut.ends:
             output = encoder.leaving(arguments, own, output)
             return {"hidden": output if share is None else share.leaving(output)} | taps
@@ -287,12 +291,10 @@ class _RunsEncoder:
         return {"hidden": output} | taps
 
     def _share_of(self, arguments: Mapping[str, Any], own: slice) -> UnitShare | None:
-        if self._shapes.ranks == 1:
+        if self._sharing.ranks == 1:
             return None
-        return UnitShare.of(
-            self._encoder.unit_tokens(self._config, arguments, own), own, self._shapes.ranks,
-            parallel_state.get_tensor_model_parallel_rank(), self._shapes.hidden,
-        )  # fmt: skip
+        tokens, hidden = self._encoder.unit_tokens(self._config, arguments, own), self._encoder.hidden(self._config)
+        return UnitShare.of(tokens, own, self._sharing, lambda some: hidden.of(some)[0])
 
     def _gather_instances(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         assert self._share is not None

@@ -36,7 +36,7 @@ class HiddenShape:
 class EncoderShapes:
     """What an encoder of ``layers[segment][rank]`` sends: ``hidden`` within it; the outputs of its ``tapped`` layers,
     which a module each has brought to the width of the language model, go on to the layer of the same index there.
-    ``whole``: it is replicated, with all of its layers on every rank. ``ranks``: over how many tensor-parallel ranks a
+    ``whole``: it is replicated, with all of its layers on every rank. ``ranks``: over how many ranks of a stage a
     unit's instances are shared out; within the encoder each hands on as much as the one with the most, and behind it
     the embeddings of all instances."""
 

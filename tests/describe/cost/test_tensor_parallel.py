@@ -58,6 +58,24 @@ def test_what_shares_have_become_is_gathered():
     assert np.array_equal(shared.backward, whole.backward)
 
 
+def test_context_parallel_ranks_have_a_share_of_split_encoders():
+    """Each tensor-parallel rank still has its part of every matrix; what is gathered comes over the network."""
+    slow = replace(IDEAL, gpus_per_node=4, network_bandwidth=1e8)
+    alone = vlm("split", tp=2)
+    shared = alone.with_parallel(cp=4)
+    vision = replace(shared.modules[0], context_parallel="shared")
+    shared = replace(shared, modules=(vision, *shared.modules[1:]))
+    share = unit_sizes(vision, BATCH, [(1, 0, 4)], vision.sharing(shared.parallel))
+    assert share.outputs.tolist() == [256]
+    ours, theirs = CostModel(shared, slow), CostModel(alone, slow)
+    assert np.array_equal(ours.layer("vision", share).forward, theirs.layer("vision", share).forward)
+    made = 256 * vision.output_width * 2
+    assert ours.head("vision", share).forward - theirs.head("vision", share).forward == pytest.approx(3 * made / 1e8)
+    run = ((LayerRun("vision", 63, stem=True, head=True),),)
+    sizes = {m.name: whole_sizes(m, BATCH) for m in alone.modules}
+    assert ours.static([run], sizes)[0].parameters == theirs.static([run], sizes)[0].parameters
+
+
 def test_equal_instances_take_each_rank_its_part_of_the_time():
     partition = even_partition(vlm("whole"), {"vision": 2}, {"vision": 4})
     graphs = {how: build_graph(vlm(how), IDEAL, partition, BATCH[1:]) for how in ("whole", "shared")}
@@ -102,5 +120,7 @@ def test_heads_need_not_divide_what_is_not_split():
 
 def test_only_instances_can_be_shared_out():
     language = load_model("vlm-s").module("language")
-    with pytest.raises(ModelError, match=r"modules\.language\.tensor_parallel: .*; write whole or split"):
+    with pytest.raises(ModelError, match=r"modules\.language\.tensor_parallel: .*; leave it out"):
         replace(language, tensor_parallel="shared")
+    with pytest.raises(ModelError, match=r"modules\.language\.context_parallel: .*; leave it out"):
+        replace(language, context_parallel="shared")
