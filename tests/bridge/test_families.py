@@ -170,16 +170,17 @@ PROJECTION = {"frozen": ("language_model", "vision_model")}
         ("qwen3-vl-moe", {"experts": 2}, {"experts": 2}),
         ("qwen3-vl-moe", {"experts": 2, **PROJECTION}, PROJECTION),
         ("qwen3-vl", {"context": 2}, {"context": 2}),
+        ("qwen2-5-vl", {"tensor": 2}, {"tensor": 2}),
     ],
-    ids=["experts", "frozen experts", "sequences"],
+    ids=["experts", "frozen experts", "sequences", "images"],
 )
 def test_two_ranks_of_a_stage_that_share_train_as_under_bridge(
     name: str, shared: dict[str, Any], bridges: dict[str, Any], folders: Any
 ) -> None:
     """Two replicas of two stages spread the experts of each layer over both: plans are made for them together. Or one
-    replica's two ranks of each stage share every sequence. Frozen experts of a microbatch without images are compared
-    with those of replicas that share none: Bridge's own schedule leaves their backward out, and with it their part of
-    the other replica's."""
+    replica's two ranks of each stage share every sequence; or, tensor-parallel, the images. Frozen experts of a
+    microbatch without images are compared with those of replicas that share none: Bridge's own schedule leaves their
+    backward out, and with it their part of the other replica's."""
 
     def run(dip: dict[str, Any] | None, how: dict[str, Any]) -> list[dict[str, Any]]:
         ranks = Team(4)
