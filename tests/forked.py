@@ -100,6 +100,7 @@ def _run(command: list[str], env: dict[str, str], log: str, enter: Callable[[], 
         enter()
     os.environ.clear()
     os.environ.update(env)
+    sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
     if env.get("PYTHONUNBUFFERED"):  # as a new Python takes it: some ranks end without flushing
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     multiprocessing.set_start_method("fork", force=True)  # as in a process that wasn't forked; loaders of data use it
