@@ -33,8 +33,8 @@ PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.3
 rest goes to a walk from the best of them."""
 TIMED_SHARE = 0.4
 """Of a budget in seconds: the skeletons. Schedules of one of them take longer to try than changes of a walk."""
-LEAST_TRIES = 2000
-"""Fewer skeletons are searched where each would have fewer schedules than this."""
+LEAST_TRIES = 0.6
+"""Fewer skeletons are searched where each would have fewer schedules than this for every stage of a replica."""
 PARTS = 8
 """Parts of a walk, after each of which walks that have fallen behind start over from the fastest."""
 SLICE_SECONDS = 0.02
@@ -197,7 +197,8 @@ class _Search:
             forms.append((self.t.even(), False))
         left = max(0.0, self.until - best.elapsed()) * TIMED_SHARE
         tries = self.share(SKELETON_SHARE, 1) if counted else int(left * best.evaluations / best.elapsed())
-        starts = max(1, min(STARTS, tries // LEAST_TRIES))
+        stages = self.t.graph.virtual_microbatches * self.t.graph.ranks
+        starts = max(1, min(STARTS, int(tries / (LEAST_TRIES * stages))))
         most = max(TRIAL + 1, self.share(SKELETON_SHARE, starts))
         found = []
         for i in range(starts if forms else 0):
