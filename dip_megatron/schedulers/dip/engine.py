@@ -315,10 +315,12 @@ def _refine(q: Problem, incumbent: Incumbent) -> None:
 
 
 def _apart(starts: list[tuple[float, Keys]], count: int) -> list[tuple[float, Keys]]:
-    """``count`` starts: the best of each window and way of taking turns, best first, then the best again."""
-    seen: dict[tuple[int, bool], tuple[float, Keys]] = {}
+    """``count`` starts: the best of each window and way of taking turns, with units held back and without, best first,
+    then the best again."""
+    seen: dict[tuple[int, bool, bool], tuple[float, Keys]] = {}
     for keys_time, keys in starts:
-        seen.setdefault((int(keys.window[0]), bool(keys.flags[ALTERNATE])), (keys_time, keys))
+        kind = int(keys.window[0]), bool(keys.flags[ALTERNATE]), bool(keys.release.any())
+        seen.setdefault(kind, (keys_time, keys))
     best = list(seen.values())[:count]
     return best + [starts[0]] * (count - len(best))
 
