@@ -121,8 +121,10 @@ def _prices(q: Problem) -> list[float]:
 
 
 def _by_price(q: Problem, price: float) -> NDArray[np.int8]:
-    """Each stage's cheapest strategy where a count of memory costs ``price`` seconds, ``[N]``."""
-    return (_whole(q) + price * q.activation).argmin(axis=0).astype(np.int8)
+    """Each stage's cheapest strategy where a count of memory costs ``price`` seconds, ``[N]``; none past its leanest,
+    which has to stay in reach."""
+    cheapest = (_whole(q) + price * q.activation).argmin(axis=0)
+    return np.minimum(cheapest, q.activation.argmin(axis=0)).astype(np.int8)
 
 
 def variations(q: Problem, start: Keys, *, reorder: bool) -> Iterator[Keys]:
