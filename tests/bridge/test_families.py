@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dip_megatron.core.strategies import strategy_names
 from tests.bridge import equality, loop
 from tests.bridge.equality import Case, together
 from tests.bridge.loop import Run
@@ -74,8 +75,9 @@ OUTPUT = "language_model.output_layer.weight"
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("cut", ["one", "several", "replicated"])
 def test_segments_train_as_the_class_does(name: str, cut: str, folders: Any, alone: Any) -> None:
-    unit = 2 if cut == "several" else 1
-    case = Case(name, folders(name), partitions(TINY[name])[cut], unit_size=unit, seed=SEED)
+    """In several segments also under every memory strategy."""
+    unit, strategies = (2, strategy_names()) if cut == "several" else (1, ("none",))
+    case = Case(name, folders(name), partitions(TINY[name])[cut], unit_size=unit, seed=SEED, strategies=strategies)
     ranks = team(2).run(equality.dips, case)
     assert_equal((ranks[-1][0], together([r[1] for r in ranks])), alone(name))
     saved = load_file(folders(name) / "model.safetensors")
