@@ -257,7 +257,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--batches", type=int, default=1)
-    parser.add_argument("--evaluations", type=int, default=20_000, help="schedules tried a group")
+    parser.add_argument("--evaluations", type=int, default=160_000, help="schedules tried a group")
     parser.add_argument("--baselines", default=",".join(BASELINES))
     parser.add_argument("--skip-first-plan", action="store_true")
     parser.add_argument("--json", type=Path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import functools
 import multiprocessing
 import os
 import runpy
@@ -13,6 +14,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,35 @@ def alone(program: str, log: Path, **variables: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended: its status, and what it printed on either stream."""
+
+    status: int
+    out: str
+    err: str
+
+
+def done(arguments: Sequence[str], folder: Path, **variables: str) -> Done:
+    """Run ``[python, *arguments]`` in ``folder``, to its end, as a process of its own."""
+    out, err = folder / "stdout", folder / "stderr"
+    err.write_bytes(b"")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    process = Forked([sys.executable, *arguments], environment, err, functools.partial(_enter, str(folder), str(out)))
+    return Done(process.wait(timeout=280), out.read_text(), err.read_text())
+
+
+def print_to(path: str) -> None:
+    """Have this process's standard output written to a file of its own."""
+    with open(path, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+
+
+def _enter(folder: str, out: str) -> None:
+    print_to(out)
+    os.chdir(folder)
+
+
 def _run(command: list[str], env: dict[str, str], log: str, enter: Callable[[], None] | None) -> None:
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -100,6 +131,7 @@ def _run(command: list[str], env: dict[str, str], log: str, enter: Callable[[], 
         enter()
     os.environ.clear()
     os.environ.update(env)
+    sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
     if env.get("PYTHONUNBUFFERED"):  # as a new Python takes it: some ranks end without flushing
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     multiprocessing.set_start_method("fork", force=True)  # as in a process that wasn't forked; loaders of data use it

@@ -4,6 +4,7 @@ import atexit
 import gc
 import importlib.util
 import os
+import queue
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import megatron.core.models.multimodal.llava_model  # noqa: E402
 import megatron.core.models.multimodal.llava_spec  # noqa: E402
 import megatron.core.models.vision.vit_layer_specs  # noqa: E402
 import sklearn.datasets  # noqa: E402, F401
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 
 import dip_megatron.commands.run  # noqa: E402
@@ -58,6 +60,11 @@ def set_main_param_and_optimizer_states(self: Any, parameter: Any, tensors: dict
 if not distrib_optimizer.HAVE_APEX_OR_TE:
     _Optimizer.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
     _Optimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states  # type: ignore[method-assign]
+
+# Ranks that train no further until all is saved write in threads of their own, whose results need no queue between
+# processes: Megatron's is a new Python per rank, which imports all of this again.
+assert filesystem_async._results_queue is None
+filesystem_async._results_queue = queue.Queue()
 
 # What ranks plan themselves: kernels loaded once.
 warm_up()

@@ -263,24 +263,30 @@ def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
 def _filling(graph: StageGraph, least: Sequence[Floats], split: bool) -> tuple[Floats, Floats]:
     """Idle time of each rank ``[P]`` before its first and, without split backwards, after its last operation of U, for
     the best U."""
-    ranks = graph.ranks
-    filling, draining = np.zeros(ranks), np.zeros(ranks)
-    if graph.is_reversed.any():
-        return filling, draining
-    module = np.array([[m.name for m in graph.modules].index(graph.units[int(u)].module) for u in graph.unit_of])
+    filling, draining = np.zeros(graph.ranks), np.zeros(graph.ranks)
     trained = bool(graph.has_backward.all())
-    for upper in closed_sets(graph):
-        inside = np.isin(module, list(upper))
-        whole = any(graph.modules[i].replicated for i in upper)  # a unit of it has passed no rank before its own
-        if whole or not inside.any() or not _all_lead_to(graph, inside):
-            continue
-        filling = np.maximum(filling, _passing(least[0], inside, graph.transfer))
+    for inside in upper_sets(graph).values():
+        filling = np.maximum(filling, passing(least[0], inside, graph.transfer))
         if not split and trained:
-            draining = np.maximum(draining, _passing(least[1], inside, graph.transfer))
+            draining = np.maximum(draining, passing(least[1], inside, graph.transfer))
     return filling, draining
 
 
-def _passing(length: Floats, inside: NDArray[np.bool_], transfer: Floats) -> Floats:
+def upper_sets(graph: StageGraph) -> dict[frozenset[int], NDArray[np.bool_]]:
+    """Each U that argument 2 holds for, by the numbers of its modules: the virtual microbatches ``[S]`` in it."""
+    if graph.is_reversed.any():
+        return {}
+    module = np.array([[m.name for m in graph.modules].index(graph.units[int(u)].module) for u in graph.unit_of])
+    out = {}
+    for upper in _closed_sets(graph):
+        inside = np.isin(module, list(upper))
+        whole = any(graph.modules[i].replicated for i in upper)  # a unit of it has passed no rank before its own
+        if not whole and inside.any() and _all_lead_to(graph, inside):
+            out[upper] = inside
+    return out
+
+
+def passing(length: Floats, inside: NDArray[np.bool_], transfer: Floats) -> Floats:
     """The recursion of argument 2 over ranks; ``length`` ``[S, P]``."""
     idle = np.zeros(length.shape[1])
     for q in range(length.shape[1] - 1):
@@ -289,7 +295,7 @@ def _passing(length: Floats, inside: NDArray[np.bool_], transfer: Floats) -> Flo
     return idle
 
 
-def closed_sets(graph: StageGraph) -> list[frozenset[int]]:
+def _closed_sets(graph: StageGraph) -> list[frozenset[int]]:
     """Sets of modules (by number) that contain all that they feed: each module with everything after it, and unions
     along the listing order."""
     number = {m.name: i for i, m in enumerate(graph.modules)}

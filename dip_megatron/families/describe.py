@@ -44,6 +44,7 @@ def describe_llava(kwargs: Mapping[str, Any], freeze: Mapping[str, bool], parall
             stem=not freeze.get("freeze_vision_model"), layers=not freeze.get("freeze_vision_model"),
             head=not freeze.get("freeze_vision_projection"),
         ),
+        context_parallel="shared" if parallel.cp > 1 else "whole",
     )  # fmt: skip
     vocabulary = kwargs["language_vocab_size"]
     trained = not freeze.get("freeze_language_model")

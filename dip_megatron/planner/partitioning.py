@@ -229,7 +229,7 @@ class _Search:
         loads = []
         for shape, segments in zip(self.pricer.model.modules, setting.segments, strict=True):
             mine = [(u.microbatch, u.first, u.count) for u in units if u.module == shape.name]
-            here = unit_sizes(shape, self.microbatches, mine)
+            here = unit_sizes(shape, self.microbatches, mine, shape.sharing(self.pricer.model.parallel))
             whole = float(module_seconds(self.pricer, shape.name, here).sum())
             ends = [
                 float((part.forward + part.backward + part.weight).sum())

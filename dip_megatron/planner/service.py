@@ -92,6 +92,7 @@ class PlannerService:
         self._improving: dict[int, PlanRequest] = {}
         self._asked: dict[int, _Asked] = {}
         self._arrived: dict[int, _Arrived] = {}
+        self._rings: dict[int, socket.socket] = {}
         # An evaluation submits its batch while the delivery's thread still waits for the next training batch's plan.
         self._lock = threading.RLock()
         self._closed = False
@@ -149,26 +150,9 @@ class PlannerService:
 
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
         """
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            with self._lock:
-                self._collect()
-                arrived = self._arrived.get(request)
-                waiting: list[Connection | socket.socket] = [
-                    w.connection for w in self._workers if request in w.busy_with and not self._closed
-                ]
-                left = deadline - time.monotonic()
-                bells = []
-                if ahead is not None:
-                    bells = ahead.bells  # before it is asked, so that no ringing is missed
-                    left = ahead.seconds_left(deadline, arrived is not None)
-                if (arrived is not None and arrived.final) or not waiting or left <= 0:
-                    # Only now: plans for requests nobody asked for are dropped on arrival.
-                    asked = self._asked.pop(request)
-                    self._arrived = {i: p for i, p in self._arrived.items() if i in self._asked}
-                    break
-            with contextlib.suppress(OSError):  # another thread has just replaced that worker
-                wait([*waiting, *bells], None if left == math.inf else left)
+        ring, heard = socket.socketpair()
+        with ring, heard:
+            asked, arrived = self._wait(request, time.monotonic() + wait_seconds, ahead, ring, heard)
         statistics = self.statistics
         statistics.plans += 1
         if arrived is None:
@@ -186,6 +170,41 @@ class PlannerService:
         statistics.late += not arrived.final
         statistics.latency_seconds, statistics.core_seconds = arrived.at - asked.at, arrived.core_seconds
         return arrived.plan
+
+    def _wait(
+        self, request: int, deadline: float, ahead: Ahead | None, ring: socket.socket, heard: socket.socket
+    ) -> tuple[_Asked, _Arrived | None]:
+        """What was asked, and what has arrived of it when this needn't or can't be waited for any longer. ``ring`` is
+        for threads that meanwhile take in what is waited for, ``heard`` its other end."""
+        while True:
+            with self._lock:
+                self._collect()
+                arrived = self._arrived.get(request)
+                waiting: list[Connection | socket.socket] = [
+                    w.connection for w in self._workers if request in w.busy_with and not self._closed
+                ]
+                left = deadline - time.monotonic()
+                bells = []
+                if ahead is not None:
+                    bells = ahead.bells  # before it is asked, so that no ringing is missed
+                    left = ahead.seconds_left(deadline, arrived is not None)
+                if (arrived is not None and arrived.final) or not waiting or left <= 0:
+                    # Only now: plans for requests nobody asked for are dropped on arrival.
+                    self._rings.pop(request, None)
+                    asked = self._asked.pop(request)
+                    self._arrived = {i: p for i, p in self._arrived.items() if i in self._asked}
+                    return asked, arrived
+                self._rings[request] = ring
+            with contextlib.suppress(OSError):  # another thread has just replaced that worker
+                if heard in wait([*waiting, heard, *bells], None if left == math.inf else left):
+                    heard.recv(1)
+
+    def _ring(self, request: int) -> None:
+        """Wake the thread that waits for its plan, if one does: a connection that this thread has read says nothing to
+        that one any more."""
+        ring = self._rings.pop(request, None)
+        if ring is not None:
+            ring.send(b"!")
 
     def _made_here(self, request: PlanRequest) -> AnyPlan:
         """Searched for within its budget where batches are planned at the call, else the quick plan."""
@@ -268,6 +287,8 @@ class PlannerService:
             worker.process.kill()
         fresh = self._start()
         worker.process, worker.connection, worker.ready = fresh.process, fresh.connection, False
+        for request in worker.busy_with:
+            self._ring(request)
         worker.busy_with.clear()
 
     def _collect(self) -> None:
@@ -306,6 +327,7 @@ class PlannerService:
             worker.ready = True
             return
         request, plan, final, error, core_seconds = pickle.loads(message)
+        self._ring(request)
         if final:
             worker.busy_with.remove(request)
             worker.busy_since = time.monotonic()

@@ -38,13 +38,14 @@ def profile_operators(
     tokens = tokens or ((256, 1024, 4096, 16384) if on_gpu else (64, 256, 1024))
     points: dict[str, list[Point]] = defaultdict(list)
     for shape in model.modules:
+        tp = model.parallel.tp if shape.tensor_parallel == "split" else 1
         progress(f"{shape.name}: matmuls")
-        for rows, inner, columns in matmul_shapes(shape, model.parallel.tp, tokens):
+        for rows, inner, columns in matmul_shapes(shape, tp, tokens):
             if cluster.element_bytes * (rows * inner + inner * columns + rows * columns) < _MOST_BYTES:
                 points["matmul"].append(_matmul(rows, inner, columns, cluster, device, dtype, repeats))
         progress(f"{shape.name}: attention")
         for length in attention_lengths(shape, model, tokens):
-            forward, backward = _attention(shape, length, model.parallel.tp, cluster, device, dtype, repeats)
+            forward, backward = _attention(shape, length, tp, cluster, device, dtype, repeats)
             points["attention"].append(forward)
             points["attention_backward"].append(backward)
     progress("memory")

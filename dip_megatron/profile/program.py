@@ -112,7 +112,9 @@ class ProgramRun:
         found: dict[int, float] = {}
         for m in self._model.modules:
             mine = [u for u in graph.units if u.module == m.name]
-            sizes = unit_sizes(m, loads, [(u.microbatch, u.first, u.count) for u in mine])
+            sizes = unit_sizes(
+                m, loads, [(u.microbatch, u.first, u.count) for u in mine], m.sharing(self._model.parallel)
+            )  # fmt: skip
             found |= {u.id: float(t) for u, t in zip(mine, sizes.tokens, strict=True)}
         return found
 

@@ -69,6 +69,10 @@ class Process(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
+Start = Callable[[Sequence[str], Sequence[Path]], AbstractContextManager[Sequence[Process]]]
+"""Starts a command once per log, and ends what still runs with the block."""
+
+
 def environment(ranks: int) -> list[dict[str, str]]:
     """Environment variables of each of ``ranks`` processes on this machine."""
     # Below the ports of outgoing connections: rank 0 listens seconds from now, and one of those could be taken by then.
@@ -117,7 +121,7 @@ def train(
     out: Path,
     on_iteration: Callable[[int, Run], Any],
     ranks: int = RANKS,
-    start: Callable[[Sequence[str], Sequence[Path]], AbstractContextManager[Sequence[Process]]] = started,
+    start: Start = started,
 ) -> Run:
     """Run ``command`` on every rank, logging to ``out/NAME.rankR.log``.
 

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from dip_megatron.report.tables import table
-from examples.llava_digits.runs import RANKS, SCRIPT, Run, RunFailed, train, training_flags
+from examples.llava_digits.runs import RANKS, SCRIPT, Run, RunFailed, Start, started, train, training_flags
 from scripts.soaking.checks import faults, growth, quarters, read_log
 
 # Smaller than the quickstart, and learning so slowly that differences in the last bits stay there.
@@ -24,8 +24,9 @@ TINY = shlex.split(
 )
 
 
-def soak(iterations: int, every: int, out: Path, console: Console) -> list[str]:
-    """Both runs below ``out``; everything that went wrong. Raises RunFailed when a run ends early or falls silent."""
+def soak(iterations: int, every: int, out: Path, console: Console, start: Start = started) -> list[str]:
+    """Both runs below ``out``, whose ranks ``start`` starts; everything that went wrong. Raises RunFailed when a run
+    ends early or falls silent."""
     out.mkdir(parents=True, exist_ok=True)
     flags = [*training_flags(iterations), *TINY]
     os.environ["SOAK_DIARY"] = str(out)
@@ -35,7 +36,7 @@ def soak(iterations: int, every: int, out: Path, console: Console) -> list[str]:
     for name, distance, more in (("undisturbed", 0, []), ("disturbed", every, ["--dip-schedule", "dynamic"])):
         os.environ["SOAK_EVERY"] = str(distance)
         began = time.monotonic()
-        train(name, [*command, *more], out, _say(console, name, iterations))
+        train(name, [*command, *more], out, _say(console, name, iterations), start=start)
         took[name] = time.monotonic() - began
         logs[name] = read_log((out / f"{name}.rank{RANKS - 1}.log").read_text(errors="replace"))
     diaries = [

@@ -52,10 +52,21 @@ class FaultyService(PlannerService):
     """A planner service with faulty workers and less patience than usual."""
 
     every = 0
+    patient = False
+    """Whether each batch waits until a worker is idle, so that a short soak meets every fault."""
 
     def __init__(self, maker: PlanMaker, workers: int = 1, **options: Any):
         bounds = {"hang_seconds": HANG_SECONDS, "silent_seconds": 1}
         super().__init__(FaultyMaker(maker, self.every), workers, **options | bounds)
+
+    def submit(self, request: PlanRequest) -> None:
+        deadline = time.monotonic() + 60.0
+        while self.patient and not self._idle() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        super().submit(request)
+
+    def _idle(self) -> bool:
+        return self.ready() and any(worker.ready and not worker.busy_with for worker in self._workers)
 
 
 def drift(documents: Any, samples: int) -> None:

@@ -1,8 +1,9 @@
 """One rank of a soak: the example's training script, with drifting data, faulty planner workers and a diary.
 
 ``python -m scripts.soaking.trainer SCRIPT ARGS...``; settings come in environment variables, since the arguments are
-Megatron's: SOAK_DIARY (folder), SOAK_SAMPLES, and SOAK_EVERY (requests between faults; 0: Megatron's own schedule).
-With SOAK_FATAL and SOAK_EXCHANGES faults are those of exchanges between replicas, instead of the planner's.
+Megatron's: SOAK_DIARY (folder), SOAK_SAMPLES, SOAK_EVERY (requests between faults; 0: Megatron's own schedule), and
+SOAK_PATIENT (set: a batch waits until a worker is idle). With SOAK_FATAL and SOAK_EXCHANGES faults are those of
+exchanges between replicas, instead of the planner's.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     elif every:
         import dip_megatron
 
-        FaultyService.every = every
+        FaultyService.every, FaultyService.patient = every, "SOAK_PATIENT" in os.environ
         session: Any = importlib.import_module("dip_megatron.megatron.session")
         session.PlannerService = FaultyService
         keep_diary(Path(os.environ["SOAK_DIARY"]))

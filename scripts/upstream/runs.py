@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dip_megatron.megatron.cpu import CPU_FLAGS
-from examples.llava_digits.runs import Run, train
+from examples.llava_digits.runs import Run, Start, started, train
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,10 +24,10 @@ def script_flags(kind: str) -> list[str]:
 
 def run_script(
     way: str, script: Path, out: Path, *flags: str, ranks: int, tree: Path | None = None, name: str = "run",
-    pipeline: int | None = None,
+    pipeline: int | None = None, start: Start = started,
 ) -> Run:  # fmt: skip
     """Train ``script`` in one of :mod:`launch`'s ways on ``ranks`` ranks, in pipelines of so many (None: all of them),
-    logging below ``out``.
+    logging below ``out``; ``start`` starts them.
 
     ``tree`` holds the ``megatron`` to use, if it isn't the script's folder or what is installed. Raises RunFailed.
     """
@@ -36,7 +36,7 @@ def run_script(
     out.mkdir(parents=True, exist_ok=True)
     with _path(() if tree is None else (str(tree),)):
         command += ["--pipeline-model-parallel-size", str(pipeline or ranks)]
-        return train(name, command, out, lambda *_: None, ranks=ranks)
+        return train(name, command, out, lambda *_: None, ranks, start)
 
 
 @contextlib.contextmanager

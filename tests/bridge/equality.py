@@ -58,7 +58,7 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     if case.tiny in MCORE_TINY:
         from tests.bridge.mcore_models import McoreModels
 
-        models = McoreModels(case.folder, stages)
+        models = McoreModels(case.folder, stages, case.tensor)
         return models, models
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -95,11 +95,10 @@ def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> 
         for tensor in [num_tokens, *(p.grad for chunk in model for p in chunk.parameters() if p.grad is not None)]:
             torch.distributed.all_reduce(tensor, group=group)
     for chunk in model:
-        if not hasattr(chunk, "pre_process"):  # of the model inside, which isn't looked at
-            return finalize_without_ddp(model, num_tokens)
         chunk.ddp_config = DistributedDataParallelConfig()  # type: ignore[assignment]
     config = get_model_config(model[0])
-    _allreduce_word_embedding_grads(model, config)
+    if all(hasattr(chunk, "pre_process") for chunk in model):  # else the model inside has it, which isn't looked at
+        _allreduce_word_embedding_grads(model, config)
     if config.tensor_model_parallel_size > 1:
         for parameter in (p for chunk in model for p in chunk.parameters() if p.requires_grad):
             parameter.main_grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

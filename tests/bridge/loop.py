@@ -59,13 +59,15 @@ class Samples(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Run:
-    """How to train. Experts are spread over ``experts`` ranks, sequences over ``context``; ``virtual`` are virtual
+    """How to train. Experts are spread over ``experts`` ranks, matrices over ``tensor``, sequences over ``context``;
+    ``virtual`` are virtual
     stages a rank, ``None`` Megatron's schedule without them; ``dip`` are DIP's settings, None to train without it;
     ``frozen`` are parts of the model, ``evaluates`` after the second iteration."""
 
     pipeline: int = 1
     experts: int = 1
     context: int = 1
+    tensor: int = 1
     virtual: int | None = None
     iterations: int = 3
     micro_batch_size: int = 1
@@ -126,6 +128,7 @@ def configuration(folder: Path, run: Run) -> Any:
         setattr(model, f"freeze_{part}", part in run.frozen)
     model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size = run.pipeline, run.virtual
     model.expert_model_parallel_size, model.context_parallel_size = run.experts, run.context
+    model.tensor_model_parallel_size, model.sequence_parallel = run.tensor, run.tensor > 1
     if run.virtual is not None:
         # gloo pairs messages in the order they are sent, which batched exchanges of two ranks in a ring don't keep.
         model.overlap_p2p_comm, model.batch_p2p_comm = True, False

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dip_megatron.core.strategies import strategy_names
 from tests.bridge import equality, loop
 from tests.bridge.equality import Case, together
 from tests.bridge.loop import Run
@@ -74,8 +75,9 @@ OUTPUT = "language_model.output_layer.weight"
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("cut", ["one", "several", "replicated"])
 def test_segments_train_as_the_class_does(name: str, cut: str, folders: Any, alone: Any) -> None:
-    unit = 2 if cut == "several" else 1
-    case = Case(name, folders(name), partitions(TINY[name])[cut], unit_size=unit, seed=SEED)
+    """In several segments also under every memory strategy."""
+    unit, strategies = (2, strategy_names()) if cut == "several" else (1, ("none",))
+    case = Case(name, folders(name), partitions(TINY[name])[cut], unit_size=unit, seed=SEED, strategies=strategies)
     ranks = team(2).run(equality.dips, case)
     assert_equal((ranks[-1][0], together([r[1] for r in ranks])), alone(name))
     saved = load_file(folders(name) / "model.safetensors")
@@ -170,16 +172,17 @@ PROJECTION = {"frozen": ("language_model", "vision_model")}
         ("qwen3-vl-moe", {"experts": 2}, {"experts": 2}),
         ("qwen3-vl-moe", {"experts": 2, **PROJECTION}, PROJECTION),
         ("qwen3-vl", {"context": 2}, {"context": 2}),
+        ("qwen2-5-vl", {"tensor": 2}, {"tensor": 2}),
     ],
-    ids=["experts", "frozen experts", "sequences"],
+    ids=["experts", "frozen experts", "sequences", "images"],
 )
 def test_two_ranks_of_a_stage_that_share_train_as_under_bridge(
     name: str, shared: dict[str, Any], bridges: dict[str, Any], folders: Any
 ) -> None:
     """Two replicas of two stages spread the experts of each layer over both: plans are made for them together. Or one
-    replica's two ranks of each stage share every sequence. Frozen experts of a microbatch without images are compared
-    with those of replicas that share none: Bridge's own schedule leaves their backward out, and with it their part of
-    the other replica's."""
+    replica's two ranks of each stage share every sequence; or, tensor-parallel, the images. Frozen experts of a
+    microbatch without images are compared with those of replicas that share none: Bridge's own schedule leaves their
+    backward out, and with it their part of the other replica's."""
 
     def run(dip: dict[str, Any] | None, how: dict[str, Any]) -> list[dict[str, Any]]:
         ranks = Team(4)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dip_megatron.core.strategies import strategy_names
 from examples.llava_digits.runs import train
 from tests.bridge.equality import together
 from tests.bridge.test_families import assert_equal, partitions
@@ -50,11 +51,12 @@ def compared(name: str) -> dict[str, dict[str, Any]]:
     """An iteration of Megatron's own schedules and of DIP's plans, and logits."""
     case = {"tiny": name}
     one, several = (case | {"layers": partitions(MCORE_TINY[name])[cut]} for cut in ("one", "several"))
+    under = {"unit_size": 2, "strategies": strategy_names()}
     return {
         f"{name}-whole": {"case": case, "function": "megatrons", "alone": True},
         f"{name}-stages": {"case": case, "function": "megatrons"},
         f"{name}-one": {"case": one, "function": "dips"},
-        f"{name}-several": {"case": several | {"unit_size": 2}, "function": "dips"},
+        f"{name}-several": {"case": several | under, "function": "dips"},
         f"{name}-logits": {"case": several, "function": "dips", "more": [True]},
         f"{name}-hugging-face": {"case": case, "function": "hugging_face", "alone": True},
     }  # fmt: skip

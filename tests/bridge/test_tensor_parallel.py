@@ -1,9 +1,13 @@
-"""Two tensor-parallel ranks a stage: gradients of each rank's shards are those of Megatron's own schedule."""
+"""Two tensor-parallel ranks a stage: gradients of each rank's shards are those of Megatron's own schedule. Encoders
+that the ranks hold whole are run on a share of the pictures each."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,24 +15,71 @@ from tests.bridge import equality
 from tests.bridge.equality import Case, together
 from tests.bridge.test_families import assert_equal, partitions
 from tests.bridge.tiny import TINY
+from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.processes import Team
 
 SEED = 3
 
 
-@pytest.mark.parametrize(("name", "cut", "sequence"), [
-    ("qwen2-5-vl", "several", False), ("qwen2-5-vl", "replicated", True), ("qwen3-vl", "several", True),
-])  # fmt: skip
-def test_shards_train_as_the_class_does(name: str, cut: str, sequence: bool, tmp_path: Path) -> None:
-    tiny = TINY[name]
-    tiny.save(tmp_path)
-    case = Case(name, tmp_path, partitions(tiny)[cut], seed=SEED, tensor=2, sequence=sequence)
-    two, four = Team(2), Team(4)  # of their own: groups of Megatron's are made once
+@pytest.fixture(scope="module")
+def teams() -> Iterator[tuple[Team, Team]]:
+    """Of their own, as groups of Megatron's are made once."""
+    two, four = Team(2), Team(4)
+    yield two, four
+    two.close()
+    four.close()
+
+
+def dips(rank: int, world: int, case: Case) -> Any:
+    """What equality.dips gives, and for each unit that this rank encoded how many of how many instances were its own; 0
+    where it encoded one for nobody."""
+    from dip_megatron.families.shared import sharing
+
+    seen, of = [], sharing.UnitShare.of
+    if case.tiny in MCORE_TINY:  # whose weights' ways in and out ms-swift's adapter changes
+        from mcore_bridge.bridge.gpt_bridge import GPTBridge
+
+        from dip_megatron.megatron.adapters.ms_swift import MsSwift
+
+        GPTBridge.load_weights = MsSwift._load(GPTBridge.load_weights)
+        GPTBridge.export_weights = MsSwift._export(GPTBridge.export_weights)
+
+    def noted(tokens: Any, own: slice, *rest: Any) -> sharing.UnitShare:
+        share = of(tokens, own, *rest)
+        seen.append((share.instances[share.rank], own.stop - own.start))
+        return share
+
+    sharing.UnitShare.of = staticmethod(noted)  # type: ignore[method-assign,assignment]
     try:
-        alone = two.run(equality.megatrons, replace(case, layers={}))
-        ranks = four.run(equality.dips, case)
+        return equality.dips(rank, world, case), seen
     finally:
-        two.close()
-        four.close()
+        sharing.UnitShare.of = staticmethod(of)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("name", "cut", "sequence", "unit_size"), [
+    ("qwen2-5-vl", "several", False, 1), ("qwen2-5-vl", "replicated", True, None), ("qwen3-vl", "several", True, 1),
+    ("gemma3-vl", "several", True, None), ("ministral3-vl", "one", False, 2), ("qwen3-omni", "several", True, None),
+    ("qwen2-5-omni", "several", True, 2), ("internvl", "several", False, 2),
+])  # fmt: skip
+def test_shards_train_as_the_class_does(
+    name: str, cut: str, sequence: bool, unit_size: int | None, tmp_path: Path, teams: tuple[Team, Team]
+) -> None:
+    if name in MCORE_TINY and importlib.util.find_spec("mcore_bridge") is None:
+        pytest.skip("needs mcore-bridge")
+    tiny = (TINY | MCORE_TINY)[name]
+    tiny.save(tmp_path)
+    case = Case(name, tmp_path, partitions(tiny)[cut], unit_size, seed=SEED, tensor=2, sequence=sequence)
+    alone = teams[0].run(equality.megatrons, replace(case, layers={}))
+    ran = teams[1].run(dips, case)
+    ranks = [found for found, _ in ran]
     for shard in range(2):
         assert_equal((ranks[2 + shard][0], together([ranks[stage + shard][1] for stage in (0, 2)])), alone[shard])
+    for stage in (0, 2):
+        units = list(zip(ran[stage][1], ran[stage + 1][1], strict=True))
+        if name == "qwen3-vl":  # Megatron's, split over the ranks
+            assert not units
+            continue
+        assert units
+        for (some, count), (others, _) in units:
+            assert some + others == count
+            assert count == 1 or (some and others)

@@ -14,7 +14,7 @@ import pytest
 from dip_megatron.cli import main
 from dip_megatron.compat.releases import has_training_loop
 from dip_megatron.describe.cost import Costs
-from tests.forked import Forked
+from tests.forked import Forked, done
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "llava_digits" / "pretrain_llava_digits.py"
@@ -23,21 +23,22 @@ FLAGS = shlex.split((SCRIPT.parent / "quickstart.args").read_text(), comments=Tr
 needs_training = pytest.mark.skipif(not has_training_loop(), reason="this Megatron-Core has no megatron.training")
 
 
-def estimated(*options: str, flags: list[str]) -> subprocess.CompletedProcess[str]:
-    """A process of its own, because it pretends to be one of many."""
-    command = [sys.executable, "-m", "dip_megatron.cli", "estimate", *options, str(SCRIPT), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+ESTIMATE = ("-m", "dip_megatron.cli", "estimate")
 
 
 @needs_training
 def test_a_script_as_it_is_on_16_gpus_and_its_own_data() -> None:
+    """By a new Python: what is loaded is part of what pretends."""
     flags = [*FLAGS, "--pipeline-model-parallel-size", "2", "--global-batch-size", "64", "--train-iters", "10"]
-    done = estimated("--gpus", "16", "--iterations", "1", "--budget", "0.05", "--json", flags=flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "vision 11 layers" in done.stderr
-    assert "TP 1 x PP 2 x DP 8 on 16 GPUs, 8 microbatches a replica and iteration" in done.stderr
-    told = json.loads(done.stdout)["estimate"]
+    options = ["--gpus", "16", "--iterations", "1", "--budget", "0.05", "--json", str(SCRIPT)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, *ESTIMATE, *options, *flags], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "vision 11 layers" in ended.stderr
+    assert "TP 1 x PP 2 x DP 8 on 16 GPUs, 8 microbatches a replica and iteration" in ended.stderr
+    told = json.loads(ended.stdout)["estimate"]
     assert told["replicas"] == 5  # the script's data sets hold no more
     assert list(told["outcomes"]) == ["today", "megatron", "dip", "balanced"]
     outcomes = told["outcomes"]
@@ -47,18 +48,19 @@ def test_a_script_as_it_is_on_16_gpus_and_its_own_data() -> None:
 
 
 @needs_training
-def test_a_named_workload_a_given_layout_and_a_refusal() -> None:
-    flags = [*FLAGS, "--pipeline-model-parallel-size", "2", "--train-iters", "10"]
-    layout = ["--pipeline-model-parallel-layout", "E|ttL"]
-    done = estimated("--workload", "vlm-mix", "--iterations", "1", "--budget", "0.05", flags=[*flags, *layout])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "as the script is: 1 stage a rank: stem 11 vision head | stem 2 language head" in done.stdout
-    assert "x DIP's" in done.stdout
-    assert f"dip_megatron.cli run {SCRIPT} ... --dip-schedule dynamic" in done.stdout
-    refused = estimated(flags=[*flags, "--no-such-flag"])
-    assert refused.returncode == 2
-    assert "ended before its first iteration" in refused.stderr
-    assert "--no-such-flag" in refused.stderr
+def test_a_named_workload_a_given_layout_and_a_refusal(tmp_path: Path) -> None:
+    """By forked processes, because each pretends to be one of many."""
+    flags = [str(SCRIPT), *FLAGS, "--pipeline-model-parallel-size", "2", "--train-iters", "10"]
+    options = ["--workload", "vlm-mix", "--iterations", "1", "--budget", "0.05"]
+    told = done([*ESTIMATE, *options, *flags, "--pipeline-model-parallel-layout", "E|ttL"], tmp_path)
+    assert told.status == 0, told.err[-3000:]
+    assert "as the script is: 1 stage a rank: stem 11 vision head | stem 2 language head" in told.out
+    assert "x DIP's" in told.out
+    assert f"dip_megatron.cli run {SCRIPT} ... --dip-schedule dynamic" in told.out
+    refused = done([*ESTIMATE, *flags, "--no-such-flag"], tmp_path)
+    assert refused.status == 2
+    assert "ended before its first iteration" in refused.err
+    assert "--no-such-flag" in refused.err
 
 
 @needs_training

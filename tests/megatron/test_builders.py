@@ -10,6 +10,7 @@ import torch
 
 from examples.llava_digits.runs import Run
 from scripts.upstream.runs import HERE, run_script
+from tests.forked import forked
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
@@ -20,7 +21,7 @@ SCRIPT = HERE / "pretrain_tiny_gpt.py"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_script("absent", SCRIPT, tmp_path_factory.mktemp("whole"), "--bf16", ranks=1)
+    return run_script("absent", SCRIPT, tmp_path_factory.mktemp("whole"), "--bf16", ranks=1, start=forked)
 
 
 @pytest.mark.parametrize("layers", ["[[2, 2]]", "[[1, 1], [1, 1]]"])
@@ -29,7 +30,7 @@ def test_a_built_model_trains_in_segments(whole: Run, tmp_path: Path, layers: st
     config = tmp_path / "dip.yaml"
     config.write_text(f"modules:\n  language:\n    layers: {layers}\n")
     flags = ("--bf16", "--dip-schedule", "dynamic", "--dip-config", str(config))
-    run = run_script("run", SCRIPT, tmp_path, *flags, ranks=2)
+    run = run_script("run", SCRIPT, tmp_path, *flags, ranks=2, start=forked)
     assert sorted(run.losses) == [1, 2, 3, 4]
     assert run.losses == pytest.approx(whole.losses, rel=2e-3)
     assert run.losses[1] == pytest.approx(whole.losses[1], rel=1e-5)

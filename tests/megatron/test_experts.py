@@ -11,6 +11,7 @@ import torch
 
 from examples.llava_digits.runs import RunFailed
 from scripts.upstream.runs import HERE, run_script
+from tests.forked import forked
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
@@ -29,11 +30,11 @@ SHARDED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-pa
 def test_replicas_with_experts_of_their_own(tmp_path: Path) -> None:
     """Two replicas of two stages: experts are reduced, and their optimizer sharded, over the replicas."""
     flags = (*EXPERTS, *SHARDED)
-    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1)
+    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
     trace = tmp_path / "trace"
     run = run_script(
         "run", SCRIPT, tmp_path / "run", *flags, "--dip-schedule", "dynamic", "--dip-trace-dir", str(trace),
-        ranks=4, pipeline=2,
+        ranks=4, pipeline=2, start=forked,
     )  # fmt: skip
     assert sorted(run.losses) == [1, 2, 3, 4]
     assert run.losses == pytest.approx(whole.losses, rel=1e-5)
@@ -44,11 +45,11 @@ def test_replicas_that_share_experts(tmp_path: Path) -> None:
     """Plans are made for both together and read ahead, with an evaluation at the end. The partition found leaves a
     layer with experts beside those of multi-token prediction."""
     flags = (*EXPERTS, *SHARDED, "--mtp-num-layers", "1")
-    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1)
+    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
     trace = tmp_path / "trace"
     run = run_script(
         "run", SCRIPT, tmp_path / "run", *flags, "--expert-model-parallel-size", "2", "--dip-schedule", "dynamic",
-        "--dip-trace-dir", str(trace), ranks=4, pipeline=2,
+        "--dip-trace-dir", str(trace), ranks=4, pipeline=2, start=forked,
     )  # fmt: skip
     assert run.losses == pytest.approx(whole.losses, rel=1e-5)
     lines = [
@@ -63,5 +64,5 @@ def test_what_replicas_that_share_experts_cannot_have_is_refused(tmp_path: Path)
     with pytest.raises(RunFailed, match=r"replicas that share experts and balance free: .* use balance swap"):
         run_script(
             "run", SCRIPT, tmp_path, *EXPERTS, "--expert-model-parallel-size", "2", "--dip-schedule", "dynamic",
-            "--calculate-per-token-loss", "--dip-balance", "free", ranks=4, pipeline=2,
+            "--calculate-per-token-loss", "--dip-balance", "free", ranks=4, pipeline=2, start=forked,
         )  # fmt: skip

@@ -15,6 +15,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from dip_megatron.megatron.adapters.layout import given_layout, take_layout
 from scripts.upstream.runs import HERE, run_script
+from tests.forked import forked
+
+SCRIPT = HERE / "pretrain_tiny_gpt.py"
 
 
 @given(
@@ -84,7 +87,7 @@ def test_a_layout_is_read_as_megatron_reads_it() -> None:
 def test_virtual_stages_and_layouts_train_as_chunks_of_dip(
     whole: dict[int, float], flags: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
-    run = run_script("run", HERE / "pretrain_tiny_gpt.py", tmp_path, "--dip-schedule", "dynamic", *flags, ranks=2)
+    run = run_script("run", SCRIPT, tmp_path, "--dip-schedule", "dynamic", *flags, ranks=2, start=forked)
     assert run.losses == pytest.approx(whole, rel=1e-5)
     assert said in (tmp_path / "run.rank0.log").read_text()
 
@@ -92,4 +95,4 @@ def test_virtual_stages_and_layouts_train_as_chunks_of_dip(
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Without DIP, on one rank."""
-    return run_script("absent", HERE / "pretrain_tiny_gpt.py", tmp_path_factory.mktemp("whole"), ranks=1).losses
+    return run_script("absent", SCRIPT, tmp_path_factory.mktemp("whole"), ranks=1, start=forked).losses

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forked import alone
+from tests.forked import alone, done
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="started on the CPU platform")
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="started on th
 
 def said(source: str, **environment: str) -> str:
     """What a new Python writes when it runs ``source``, errors and all."""
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=240, check=False,
         env={**os.environ, **environment},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout + ended.stderr
 
 
 def test_whoever_holds_the_function_has_ours_and_off_it_is_megatrons_own(tmp_path: Path) -> None:
@@ -107,10 +107,8 @@ def test_started_up_all_of_megatrons_training_is_hooked_as_it_loads() -> None:
     assert "dip:" not in text
 
 
-def test_a_setting_that_makes_no_sense_names_its_variable() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dip_megatron.cli", "run", __file__], capture_output=True, text=True, timeout=240,
-        check=False, env={**os.environ, "DIP_SCHEDULE": "dynamic", "DIP_SEARCH_BUDGET": "long"},
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("dip: DIP_SEARCH_BUDGET=long: search_budget: ")
+def test_a_setting_that_makes_no_sense_names_its_variable(tmp_path: Path) -> None:
+    command = ["-m", "dip_megatron.cli", "run", __file__]
+    ended = done(command, tmp_path, DIP_SCHEDULE="dynamic", DIP_SEARCH_BUDGET="long")
+    assert ended.status != 0
+    assert ended.err.splitlines()[-1].startswith("dip: DIP_SEARCH_BUDGET=long: search_budget: ")

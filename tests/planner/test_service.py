@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 
 import pytest
 
@@ -32,6 +34,7 @@ def wait_until_ready(service: PlannerService) -> None:
         if service.take(iteration, 2.0).name == "worker":
             return
         iteration += 1
+        time.sleep(0.05)  # the worker wants the core
     pytest.fail("no worker became ready within two minutes")
 
 
@@ -128,6 +131,29 @@ def test_one_thread_submits_while_another_takes(service_of):
             done.set()
         assert evaluations.result() > 0
     assert service.statistics.worker_deaths == 0
+
+
+@pytest.mark.parametrize("fault", ["", "raises", "dies"])
+def test_what_another_thread_takes_in_wakes_the_one_that_waits(service_of, monkeypatch, fault):
+    """An evaluation looks after workers, too: it may read the plan that was waited for, or bury who was to make it."""
+    service = service_of(fault)
+    wait_until_ready(service)
+    worker = service.processes[0]
+    woken = []
+
+    def wait_meanwhile(objects, timeout):
+        while any(request == 1 for w in service._workers for request in w.busy_with):
+            with ThreadPoolExecutor(1) as another:
+                another.submit(service.ready).result()
+            time.sleep(0.01)
+        woken.append(wait([one for one in objects if isinstance(one, socket.socket)], 0.0))
+        return woken[-1]
+
+    service.submit(request(1))
+    monkeypatch.setattr("dip_megatron.planner.service.wait", wait_meanwhile)
+    assert service.take(1, 60.0).name == ("greedy" if fault else "worker")
+    assert [len(found) for found in woken] == [1]
+    assert (service.processes[0] is worker) == (fault != "dies")
 
 
 def test_without_workers_the_trainer_plans(service_of):

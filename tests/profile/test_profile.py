@@ -18,6 +18,7 @@ from dip_megatron.describe.model import even_partition, load_model
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.profile.operators import attention_lengths, curve_of, matmul_shapes
 from dip_megatron.profile.timing import measure
+from tests.forked import done
 
 TINY = """
 name: tiny
@@ -76,14 +77,10 @@ def costs(tmp_path_factory):
     """One profile of a tiny model's layers, through the command."""
     folder = tmp_path_factory.mktemp("profile")
     (folder / "tiny.yaml").write_text(TINY)
-    done = subprocess.run(
-        [sys.executable, "-m", "dip_megatron.cli", "profile", "--model", "tiny.yaml", "--layers", "--repeats", "1",
-         "--json"],
-        cwd=folder, capture_output=True, text=True, timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout), folder / "tiny-costs.json", folder / "tiny.yaml"
+    command = ["-m", "dip_megatron.cli", "profile", "--model", "tiny.yaml", "--layers", "--repeats", "1", "--json"]
+    ended = done(command, folder)
+    assert ended.status == 0, ended.err[-2000:]
+    return json.loads(ended.out), folder / "tiny-costs.json", folder / "tiny.yaml"
 
 
 def test_every_part_is_measured(costs):
@@ -123,9 +120,9 @@ def test_plans_use_what_was_measured(costs):
 
 
 def test_a_model_that_is_not_there_is_named_in_one_line(tmp_path):
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "dip_megatron.cli", "profile", "--model", "nothing-there"],
         cwd=tmp_path, capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": os.getcwd()},
     )  # fmt: skip
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert ended.returncode == 2
+    assert len(ended.stderr.strip().splitlines()) == 1

@@ -44,7 +44,7 @@ def ran(program: Any, chunks: Any, maker: Any, forward_step: Any, batches: Any, 
 
 
 def llava(rank: int, world: int, case: Case, drawn: Drawn) -> Any:
-    """Of a LLaVA under a drawn plan."""
+    """Of a LLaVA under a drawn plan; and how many images the ViT's first layers were run on here."""
     initialize(STAGES, cp=world // STAGES)
     from megatron.core import parallel_state
 
@@ -57,7 +57,13 @@ def llava(rank: int, world: int, case: Case, drawn: Drawn) -> Any:
     chunks = program.build_chunks()
     seed_parameters(chunks)
     maker = DrawnMaker(DrawnGraphs(program.modules, case.unit_size, drawn.seed), program.shapes, drawn)
-    return ran(program, trained(chunks), maker, llava_case.forward_step, llava_case.batches(case))
+    encoded = [0]
+
+    def count(_: Any, arguments: tuple[Any, ...]) -> None:
+        encoded[0] += arguments[0].shape[0]
+
+    chunks[0].register_forward_pre_hook(count)
+    return (*ran(program, trained(chunks), maker, llava_case.forward_step, llava_case.batches(case)), encoded[0])
 
 
 def t2v(rank: int, world: int, case: T2vCase, drawn: Drawn, forward_only: bool = False) -> Any:

@@ -56,17 +56,21 @@ VISION, LANGUAGE = ((1, 1), (0, 1)), ((1, 1), (1, 1))
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "encoded"),
     [
-        Case((3, 0, 2), VISION, LANGUAGE, text=13, rotary=True, per_token_loss=True),
-        Case((2, 1), text=10, micro_batch_size=2, per_token_loss=True),
-        Case((3, 0, 2), VISION, LANGUAGE, packed=4, rotary=True, per_token_loss=True),
+        (Case((3, 0, 2), VISION, LANGUAGE, text=13, rotary=True, per_token_loss=True, unit_size=3), [3, 2]),
+        (Case((2, 1), text=10, micro_batch_size=2, per_token_loss=True, unit_size=1), [6, 6]),
+        (Case((3, 0, 2), VISION, LANGUAGE, packed=4, rotary=True, per_token_loss=True, unit_size=2), None),
     ],
     ids=["a length that doesn't divide", "two samples", "packed samples"],
 )
-def test_llava_equals_one_rank(four, case):
+def test_llava_equals_one_rank(four, case, encoded):
+    """Each rank encodes a share of a unit's images: of three two and one, of one it or, for nobody, the same."""
     theirs = team(1).run(llava_case.reference, case)[0]
-    assert_equal(theirs, four("dense").run(context_case.llava, replace(case, context=2), DRAWN))
+    answers = four("dense").run(context_case.llava, replace(case, context=2), DRAWN)
+    assert_equal(theirs, answers)
+    if encoded is not None:
+        assert [answer[4] for answer in answers[:2]] == encoded
 
 
 CLIPS = ((SHORT, LONG, WIDE), (TALL,), (WIDE, SHORT, TALL, LONG, SHORT))

@@ -9,18 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
 from dip_megatron.runtime.executor import Position
 from dip_megatron.runtime.watch import Watchdog
-from tests.processes import free_port
+from examples.llava_digits.runs import environment
+from tests.forked import Forked, print_to
 
 SCRIPT = """
-import os, sys, signal
-sys.path.insert(0, {root!r})
+import os, signal, time
 import torch
-torch.set_num_threads(1)
 from dip_megatron.runtime.watch import Watchdog
 import tests.runtime.dip_case as dip_case
 from tests.runtime.llava_case import Case, initialize
@@ -43,32 +43,29 @@ def faulty(self, *arguments):
     return run(self, *arguments)
 
 DipForwardBackward.__init__, Executor._backward = watched, faulty
-dip_case.dip_run(rank, world, Case((2, 0, 3, 1), vision=((1,) * world,), language=((1,) * world,)))
+try:
+    dip_case.dip_run(rank, world, Case((2, 0, 3, 1), vision=((1,) * world,), language=((1,) * world,)))
+finally:
+    time.sleep(1.0)  # a forked process ends at once; others take as long to close their connections
 """
 
 
 @pytest.mark.parametrize("fault", ["raises", "killed"])
-def test_everyone_leaves_and_says_where_it_stood(fault):
-    world, root = 3, os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT.format(root=root, fault=fault)],
-            env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank),
-                 "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
+def test_everyone_leaves_and_says_where_it_stood(fault, tmp_path):
+    world = 3
+    command = [sys.executable, "-c", SCRIPT.format(fault=fault)]
+    silent = partial(print_to, os.devnull)
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
+    processes = [Forked(command, env, log, silent) for log, env in zip(logs, environment(world), strict=True)]
     deadline = time.monotonic() + 150
-    outputs = []
     for process in processes:
         try:
-            outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 1.0))[1])
+            process.wait(timeout=max(deadline - time.monotonic(), 1.0))
         except subprocess.TimeoutExpired:
             for other in processes:
                 other.kill()
             pytest.fail("a rank hangs after another's failure")
+    outputs = [log.read_text() for log in logs]
     assert [p.returncode != 0 for p in processes] == [True] * world
     if fault == "killed":
         assert processes[-1].returncode == -signal.SIGKILL

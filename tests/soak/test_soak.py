@@ -13,6 +13,7 @@ from rich.console import Console
 
 from scripts.soaking.checks import faults, read_log
 from scripts.soaking.replicas import BATCH, samples_of, wrong
+from tests.forked import forked
 
 LINE = (
     " [2026-01-01 00:00:00.000000] iteration {i:8d}/     400 | consumed samples: 96 | elapsed time per iteration (ms): "
@@ -98,11 +99,16 @@ def test_what_was_trained_last_counts(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
 @pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
-def test_a_short_soak_passes(tmp_path: Path) -> None:
+def test_a_short_soak_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from scripts.soaking.__main__ import soak
 
-    assert soak(20, 4, tmp_path, Console(quiet=True)) == []
+    monkeypatch.setenv("SOAK_PATIENT", "1")
+    assert soak(20, 4, tmp_path, Console(quiet=True), forked) == []
     lines = [json.loads(line) for line in (tmp_path / "diary.rank0.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, 21))
-    # At least one worker got far enough to plan, and fail.
-    assert lines[-1]["worker_deaths"] + lines[-1]["late_plans"] + lines[-1]["fallbacks"] > 0
+    # One fault of each kind, the late one among them, met a worker that planned.
+    text = (tmp_path / "disturbed.rank0.log").read_text()
+    for said in ("exit code 3", "bad message length", "a fault of the soak", "has not answered"):
+        assert said in text, said
+    assert lines[-1]["worker_deaths"] >= 3
+    assert lines[-1]["late_plans"] + lines[-1]["fallbacks"] >= 5

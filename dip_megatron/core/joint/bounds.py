@@ -14,7 +14,9 @@ chunk and from rank to rank in this, as they are in what may run.
 
 *Filling.* A rank that must wait until the first operation of the last modules arrives, and has too little else to do
 before (argument 2 of :mod:`..bounds`), loses that time on top of its work: events only last longer than what is assumed
-there, if modules with experts are among those that fill.
+there, if modules with experts are among those that fill. Where all that fills a rank meets there, the first one lasts
+as long as its longest member, which in each replica is at least the shortest that this one has: u(q) is the most of
+what the replicas have for it.
 
 With a pairing given, each replica's graph gets the durations of its events and its bound is taken: critical path, heads
 and tails then know of the waits, too.
@@ -28,7 +30,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bounds import Bounded, bounded, closed_sets, lower_bound
+from ..bounds import Bounded, bounded, lower_bound, passing, upper_sets
 from ..experts import ExpertLayers
 from ..graph import Floats, StageGraph
 from .kernels import chunk_numbers
@@ -41,11 +43,10 @@ def joint_lower_bound(graphs: Sequence[StageGraph], experts: ExpertLayers, *, sp
     bound = max(x.seconds for x in alone)
     meets = [experts.meets(graph) for graph in graphs]
     shared = _events(alone, meets, [chunk_numbers(graph) for graph in graphs])
-    for g, graph in enumerate(graphs):
-        x = alone[g]
+    filling = _filling(graphs, alone, meets)
+    for g, x in enumerate(alone):
         own = np.where(meets[g], 0.0, x.forward + x.backward + x.rest).sum(axis=0)
-        filling = x.filling if _fill_last(graph, meets[g]) else np.zeros(graph.ranks)
-        bound = max(bound, float((own + shared[g] + filling + x.tail).max()) * (1.0 - 1e-12))
+        bound = max(bound, float((own + shared[g] + filling[g] + x.tail).max()) * (1.0 - 1e-12))
     return bound
 
 
@@ -73,12 +74,22 @@ def _events(
     return total
 
 
-def _fill_last(graph: StageGraph, meets: NDArray[np.bool_]) -> bool:
-    """Whether all that meets is in every set of modules that argument 2 fills the pipeline with: what is left out takes
-    just what is assumed then."""
-    numbers = {m.name: i for i, m in enumerate(graph.modules)}
-    held = {numbers[graph.units[int(graph.unit_of[s])].module] for s in np.flatnonzero(meets.any(axis=1))}
-    return all(held <= inside for inside in closed_sets(graph))
+def _filling(graphs: Sequence[StageGraph], alone: Sequence[Bounded], meets: Sequence[NDArray[np.bool_]]) -> Floats:
+    """Seconds ``[replica, rank]`` that each rank loses before it is filled, for the best set of modules that has all
+    that meets: what is left out takes just what is assumed then."""
+    out = np.zeros((len(graphs), graphs[0].ranks))
+    sets = [upper_sets(graph) for graph in graphs]
+    for upper in sets[0]:
+        members = [each[upper] for each in sets if upper in each]
+        if len(members) < len(graphs) or not all(i[m.any(axis=1)].all() for i, m in zip(members, meets, strict=True)):
+            continue
+        common = np.stack([m[inside].all(axis=0) for m, inside in zip(meets, members, strict=True)]).all(axis=0)
+        first = np.max([x.forward[inside].min(axis=0) for x, inside in zip(alone, members, strict=True)], axis=0)
+        for g, (graph, inside) in enumerate(zip(graphs, members, strict=True)):
+            length = alone[g].forward.copy()
+            length[inside] = np.where(common, np.maximum(length[inside], first), length[inside])
+            out[g] = np.maximum(out[g], passing(length, inside, graph.transfer))
+    return out
 
 
 def paired_lower_bound(

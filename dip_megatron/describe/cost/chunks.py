@@ -102,6 +102,7 @@ class CostModel:
         self.costs = costs or Costs()
         self.cluster = self.costs.calibrate(cluster)
         self.operators = Operators(self.cluster, model.parallel.tp, model.parallel.cp)
+        self._of_whole = Operators(self.cluster, 1, model.parallel.tp * model.parallel.cp)
         self.candidates, self.corners = candidates, corners
         self._allowed = np.array([name == "none" or name in allowed for name in names])
         self._full = names.index("full")
@@ -145,28 +146,40 @@ class CostModel:
             return PartCost(cost.forward, cost.backward, zero, cost.activation, zero)
         return replace(cost, weight=share * cost.weight)
 
-    def _here(self, shape: ModuleShape, sizes: Sizes) -> tuple[Parallel, Sizes]:
-        """Parallel sizes as the module sees them, and what of units of these sizes one rank has."""
-        parallel = self.model.parallel
-        return (parallel, sizes.sharded(parallel.cp)) if shape.sharded else (replace(parallel, cp=1), sizes)
+    def _here(self, shape: ModuleShape, sizes: Sizes) -> tuple[Parallel, Operators, Sizes]:
+        """Parallel sizes as the module sees them, the operators of one of its ranks, and what of units of these sizes
+        that has."""
+        parallel, operators = self.model.parallel, self.operators
+        if shape.tensor_parallel != "split":
+            parallel, operators = replace(parallel, tp=1, sequence_parallel=False), self._of_whole
+        if shape.sharded:
+            return parallel, operators, sizes.sharded(parallel.cp)
+        return replace(parallel, cp=1), operators, sizes
 
     def stem(self, module: str, sizes: Sizes) -> PartCost:
         """The module's stem for units of the given sizes."""
         shape = self.model.module(module)
-        parallel, sizes = self._here(shape, sizes)
-        return self._settle(shape, "stem", stem_cost(shape, parallel, self.operators, sizes), sizes)
+        parallel, operators, sizes = self._here(shape, sizes)
+        return self._settle(shape, "stem", stem_cost(shape, parallel, operators, sizes), sizes)
 
     def head(self, module: str, sizes: Sizes) -> PartCost:
-        """The module's head, loss included, for units of the given sizes."""
+        """The module's head, loss included, for units of the given sizes; what ranks have made of their shares is
+        gathered behind it."""
         shape = self.model.module(module)
-        parallel, sizes = self._here(shape, sizes)
-        return self._settle(shape, "head", head_cost(shape, parallel, self.operators, sizes), sizes)
+        parallel, operators, sizes = self._here(shape, sizes)
+        cost = head_cost(shape, parallel, operators, sizes)
+        ranks = shape.sharing(self.model.parallel)
+        if ranks > 1:
+            apart = 1 if shape.tensor_parallel == "shared" else self.model.parallel.tp
+            gathered = self.operators.gather(ranks * self.tap_bytes(shape, sizes.outputs), ranks, apart)
+            cost = replace(cost, forward=cost.forward + gathered)
+        return self._settle(shape, "head", cost, sizes)
 
     def layer(self, module: str, sizes: Sizes, kind: LayerKind = _USUAL) -> LayerCost:
         """One layer of the module, of a kind, under every layer strategy."""
         shape = self.model.module(module)
-        parallel, sizes = self._here(shape, sizes)
-        formula, recompute, dropped, layer_input = layer_cost(shape.layer, parallel, self.operators, sizes, kind)
+        parallel, operators, sizes = self._here(shape, sizes)
+        formula, recompute, dropped, layer_input = layer_cost(shape.layer, parallel, operators, sizes, kind)
         cost = self._settle(shape, "layer", formula, sizes)
         # What is recomputed or dropped is a share of the layer, also of a measured one.
         recompute = recompute * _ratio(cost.forward, formula.forward)
@@ -176,13 +189,13 @@ class CostModel:
             count = len(self.strategies)
             zero = np.zeros((count, len(sizes)))
             return LayerCost(np.repeat(cost.forward[None], count, axis=0), zero, zero[0], zero, zero[0])
-        derived = with_strategies(self.operators, cost, recompute, dropped, layer_input, self.strategies)
+        derived = with_strategies(operators, cost, recompute, dropped, layer_input, self.strategies)
         return self.costs.adjust_strategies(module, derived, sizes)
 
     def stage(self, module: str, sizes: Sizes) -> PartCost:
         """What a chunk with layers takes beside them: nothing unless it has been measured."""
         shape = self.model.module(module)
-        sizes = self._here(shape, sizes)[1]
+        sizes = self._here(shape, sizes)[-1]
         return self._settle(shape, "stage", PartCost.nothing(len(sizes)), sizes)
 
     # -- chunks --------------------------------------------------------------------------------------------------
@@ -307,24 +320,24 @@ class CostModel:
     def _workspace(self, shape: ModuleShape, sizes: Sizes) -> tuple[float, float]:
         """Bytes for a moment beside what stages hold: all activations of one layer, where any may be made again or
         brought back, and an output head's logits."""
-        parallel, sizes = self._here(shape, sizes)
+        parallel, operators, sizes = self._here(shape, sizes)
         layer = 0.0
         if np.count_nonzero(self._allowed) > 1:  # something may be recomputed or brought back
             layer = max(
-                float(layer_cost(shape.layer, parallel, self.operators, sizes.largest(), kind)[0].activation.max())
+                float(layer_cost(shape.layer, parallel, operators, sizes.largest(), kind)[0].activation.max())
                 for kind in set(shape.kinds)
             )
         logits = 0.0
         if isinstance(shape.head, LanguageHead):
-            width = (self.cluster.element_bytes + 4) * shape.head.vocabulary / self.model.parallel.tp
+            width = (self.cluster.element_bytes + 4) * shape.head.vocabulary / parallel.tp
             logits = float(width * sizes.tokens.max())
         return layer, logits
 
     def message_bytes(self, shape: ModuleShape, sizes: Sizes) -> Floats:
         """Bytes a tensor-parallel rank hands to the next pipeline rank inside the module, ``[U]``: hidden states, and
         the condition that a DiT's later chunks read too."""
-        sizes = self._here(shape, sizes)[1]
-        shard = self.model.parallel.tp if self.model.parallel.sequence_parallel else 1
+        parallel, _, sizes = self._here(shape, sizes)
+        shard = parallel.tp if parallel.sequence_parallel else 1
         elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
         return self.cluster.element_bytes * elements / shard
 

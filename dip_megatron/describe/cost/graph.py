@@ -18,7 +18,7 @@ from .calibration import Costs
 from .chunks import Chunk, ChunkCost, CostModel, Kind, LayerRun
 from .hardware import Cluster
 from .parts import LayerCost
-from .sizes import Sizes, unit_sizes
+from .sizes import unit_sizes
 from .strategies import Counts
 
 _PAPERS_STRATEGIES = ("none", "selective", "mlp", "full", "offload")
@@ -80,7 +80,10 @@ def segmented_graph(
     built: dict[LayerRun, ModuleShape] = {}
     for shape in model.modules:
         mine = [u for u in units if u.module == shape.name]
-        sizes[shape.name] = unit_sizes(shape, microbatches, [(u.microbatch, u.first, u.count) for u in mine])
+        where = [(u.microbatch, u.first, u.count) for u in mine]
+        whole = unit_sizes(shape, microbatches, where)
+        ranks_share = shape.sharing(model.parallel)
+        sizes[shape.name] = whole if ranks_share == 1 else unit_sizes(shape, microbatches, where, ranks_share)
         if not mine:
             continue
         here = {shape.name: sizes[shape.name]}
@@ -90,9 +93,9 @@ def segmented_graph(
         trained = None if training is None else training.of_module(shape.name)
         message = pricer.message_bytes(shape, sizes[shape.name])
         if partition.module(shape.name).replicated:  # what leaves it is all that travels
-            message = pricer.tap_bytes(shape, sizes[shape.name].outputs.astype(np.float64))
+            message = pricer.tap_bytes(shape, whole.outputs)
         for k, line in enumerate(chunks[shape.name]):
-            transfer[first + k] = _transfer(pricer, shape, line, message, sizes[shape.name], mine, microbatches)
+            transfer[first + k] = _transfer(pricer, shape, line, message, whole.outputs, mine, microbatches)
             for rank, run in enumerate(line):
                 own = pricer
                 if trained is not None:
@@ -184,13 +187,14 @@ def _transfer(
     shape: ModuleShape,
     line: Sequence[LayerRun],
     message: Floats,
-    sizes: Sizes,
+    embedded: Floats,
     units: Sequence[Unit],
     microbatches: Sequence[Microbatch],
 ) -> Floats:
     """Seconds from rank to rank of one segment, ``[U]``: its messages, and what taps have made so far and later layers
-    need. A virtual microbatch has one transfer time, the mean over its stages."""
-    sources = [(shape, sizes.outputs, 1)] if shape.taps else []
+    need, of ``embedded`` tokens where they are its own. A virtual microbatch has one transfer time, the mean over its
+    stages."""
+    sources = [(shape, embedded, 1)] if shape.taps else []
     for u in (pricer.model.module(name) for name in shape.upstream):
         if u.taps and shape.input == "text":
             outputs = np.array([sum(microbatches[unit.microbatch].encoded.get(u.input, ())) for unit in units])

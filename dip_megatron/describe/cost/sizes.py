@@ -9,7 +9,7 @@ import numpy as np
 
 from ...core.graph import Floats
 from ..model import LatentEmbedding, ModuleShape
-from ..workload import Microbatch
+from ..workload import Microbatch, shares
 from .strategies import Counts
 
 
@@ -102,15 +102,23 @@ def _rows(module: ModuleShape, lengths: Floats, condition: Floats, outputs: Floa
     return np.stack([lengths, pairs, windowed, condition, lengths * condition, outputs], axis=1)
 
 
-def unit_sizes(module: ModuleShape, microbatches: Sequence[Microbatch], units: Sequence[tuple[int, int, int]]) -> Sizes:
-    """Sizes of units given as (microbatch, first instance, count)."""
+def unit_sizes(
+    module: ModuleShape, microbatches: Sequence[Microbatch], units: Sequence[tuple[int, int, int]], ranks: int = 1
+) -> Sizes:
+    """Sizes of units given as (microbatch, first instance, count): of the largest share where the instances of each are
+    shared out over ``ranks``."""
     running: dict[int, Floats] = {}
     out = np.zeros((len(units), 6))
     for i, (m, first, count) in enumerate(units):
         if m not in running:
             rows = instance_sizes(module, microbatches[m])
             running[m] = np.vstack([np.zeros((1, 6)), np.cumsum(rows, axis=0)])
-        out[i] = running[m][first + count] - running[m][first]
+        if ranks == 1:
+            out[i] = running[m][first + count] - running[m][first]
+            continue
+        parts = shares(microbatches[m].encoded[module.input][first : first + count], ranks)
+        ends = np.array(parts) @ [[1, 1], [0, 1]] + first
+        out[i] = (running[m][ends[:, 1]] - running[m][ends[:, 0]]).max(axis=0)
     return Sizes.of(out)
 
 

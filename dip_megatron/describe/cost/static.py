@@ -39,15 +39,16 @@ INBOX_MESSAGES = 8
 
 
 def state_bytes(
-    model: MultimodalModel, cluster: Cluster, parameters: float, trained: float, *, experts: bool = False
-) -> StaticBytes:
-    """Parameters, float32 main gradients and Adam's state of ``parameters`` weights split over tp, of which a share
-    ``trained`` isn't frozen: those that are keep their values only. Mixed precision keeps a float32 copy and two
-    moments (12 bytes each), single precision the moments alone (8); the distributed optimizer shards them over the
-    data-parallel ranks, context-parallel ones among them. ``experts`` are split over ep and etp, their optimizer's
+    model: MultimodalModel, cluster: Cluster, parameters: float, trained: float, *, experts: bool = False,
+    split: bool = True,
+) -> StaticBytes:  # fmt: skip
+    """Parameters, float32 main gradients and Adam's state of ``parameters`` weights, ``split`` over tp or not, of
+    which a share ``trained`` isn't frozen: those that are keep their values only. Mixed precision keeps a float32 copy
+    and two moments (12 bytes each), single precision the moments alone (8); the distributed optimizer shards them over
+    the data-parallel ranks, context-parallel ones among them. ``experts`` are split over ep and etp, their optimizer's
     state over the ranks that hold the same ones."""
     parallel = model.parallel
-    count = parameters / (parallel.ep * parallel.expert_tp if experts else parallel.tp)
+    count = parameters / (parallel.ep * parallel.expert_tp if experts else parallel.tp if split else 1)
     learned = count * trained
     state = learned * (12 if cluster.element_bytes == 2 else 8)
     if parallel.distributed_optimizer:
@@ -71,5 +72,7 @@ def run_bytes(
     total = state_bytes(model, cluster, experts, module.share("layers"), experts=True)
     total = total.plus(state_bytes(model, cluster, spread * heads, module.share("head"), experts=True))
     for parameters, trained in parts:
-        total = total.plus(state_bytes(model, cluster, parameters, trained))
+        total = total.plus(
+            state_bytes(model, cluster, parameters, trained, split=module.tensor_parallel == "split")
+        )  # fmt: skip
     return total

@@ -17,11 +17,13 @@ from .experts import Experts, LayerKind
 from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
+    ContextParallel,
     ModelError,
     ModuleShape,
     MultimodalModel,
     Packing,
     Parallel,
+    TensorParallel,
     TransformerLayer,
 )
 from .partition import ModulePartition, Partition, even_partition, spread
@@ -32,6 +34,7 @@ __all__ = [
     "EVERY_PART",
     "AudioEmbedding",
     "ChunkTraining",
+    "ContextParallel",
     "Experts",
     "FeatureEmbedding",
     "GatedDeltaNet",
@@ -52,6 +55,7 @@ __all__ = [
     "PatchEmbedding",
     "Projector",
     "Stem",
+    "TensorParallel",
     "TokenEmbedding",
     "Training",
     "TrainingMismatchError",

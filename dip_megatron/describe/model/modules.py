@@ -15,6 +15,8 @@ from .experts import Experts, LayerKind
 from .linear_attention import GatedDeltaNet
 
 TrainablePart = Literal["stem", "layers", "head"]
+TensorParallel = Literal["split", "shared", "whole"]
+ContextParallel = Literal["shared", "whole"]
 EVERY_PART: tuple[TrainablePart, ...] = ("stem", "layers", "head")
 
 
@@ -125,7 +127,11 @@ class ModuleShape:
     they do (adapters: few). ``taps`` are layers, counted from 0, whose outputs also go, each through a projector like
     the head's, to the next module: that of the i-th is added behind its layer i (Qwen3-VL's deepstack).
     ``mtp`` depths of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) go with the head: each a
-    linear from two hidden states to one, a layer like the last, and the head once more.
+    linear from two hidden states to one, a layer like the last, and the head once more. ``tensor_parallel`` says what
+    tensor-parallel ranks do: each holds a part of every matrix (``split``, Megatron's modules); or each holds the whole
+    module, as of Hugging Face's, and either has a share of every unit's instances (``shared``, encoders only; so DIP
+    runs them in segments, but mixed chunks as Megatron does) or runs all of them (``whole``). ``context_parallel`` says
+    the same of the ranks that ``cp`` counts, for an encoder.
     """
 
     name: str
@@ -139,6 +145,8 @@ class ModuleShape:
     trained_share: tuple[float, float, float] = (1.0, 1.0, 1.0)
     taps: tuple[int, ...] = ()
     mtp: int = 0
+    tensor_parallel: TensorParallel = "split"
+    context_parallel: ContextParallel = "whole"
 
     def __post_init__(self) -> None:
         _positive(f"modules.{self.name}", layers=self.layers)
@@ -162,6 +170,12 @@ class ModuleShape:
                 f"modules.{self.name}.head: an encoder's ({self.input}) head is a projector or none, not a loss; "
                 "a language model's input is text"
             )
+        for name in ("tensor_parallel", "context_parallel"):
+            if getattr(self, name) == "shared" and not self.encodes:
+                raise ModelError(
+                    f"modules.{self.name}.{name}: only an encoder's instances can be shared out, not {self.input}; "
+                    "leave it out"
+                )
 
     @property
     def encodes(self) -> bool:
@@ -170,9 +184,13 @@ class ModuleShape:
 
     @property
     def sharded(self) -> bool:
-        """Whether context-parallel ranks have a share each of its sequences: so where the loss is. Encoders run whole
-        on each."""
+        """Whether context-parallel ranks have a share each of its sequences: so where the loss is."""
         return isinstance(self.head, LanguageHead | LatentHead)
+
+    def sharing(self, parallel: Parallel) -> int:
+        """Over how many ranks of a stage the instances of each of its units are shared out."""
+        tensor = parallel.tp if self.tensor_parallel == "shared" else 1
+        return tensor * (parallel.cp if self.context_parallel == "shared" else 1)
 
     def share(self, part: TrainablePart) -> float:
         """Of the part's parameters, those that train; 0 for a frozen part."""
@@ -327,7 +345,7 @@ class MultimodalModel:
                         )
 
     def _check_tensor_parallel(self, m: ModuleShape, place: str) -> None:
-        tp = self.parallel.tp
+        tp = self.parallel.tp if m.tensor_parallel == "split" else 1
         for name in ("heads", "ffn", "kv_groups"):
             value = getattr(m.layer, name)
             if value % tp and not (name == "kv_groups" and tp % value == 0):

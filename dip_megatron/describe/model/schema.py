@@ -23,11 +23,13 @@ from .experts import Experts
 from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
+    ContextParallel,
     ModelError,
     ModuleShape,
     MultimodalModel,
     Packing,
     Parallel,
+    TensorParallel,
     TrainablePart,
     TransformerLayer,
 )
@@ -165,6 +167,8 @@ class _Module(_Strict):
     trainable: tuple[TrainablePart, ...] = EVERY_PART
     taps: tuple[int, ...] = ()
     mtp: int = Field(default=0, ge=0)
+    tensor_parallel: TensorParallel = "split"
+    context_parallel: ContextParallel = "whole"
 
 
 class _Parallel(_Strict):
@@ -212,6 +216,8 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 trainable=m.trainable,
                 taps=m.taps,
                 mtp=m.mtp,
+                tensor_parallel=m.tensor_parallel,
+                context_parallel=m.context_parallel,
             )
             for name, m in data.modules.items()
         )

@@ -65,7 +65,8 @@ def efficient_unit_size(
     if instance is None or most == 1:
         return UnitSize(None, 1.0, most)
     counts = np.arange(1, most + 1)
-    efficiency = counts / module_seconds(pricer, module, times(instance, counts.tolist()))
+    most_of_rank = -(-counts // shape.sharing(pricer.model.parallel))  # the instances are taken to be equal
+    efficiency = counts / module_seconds(pricer, module, times(instance, most_of_rank.tolist()))
     relative = efficiency / efficiency.max()
     size = int(counts[np.flatnonzero(relative >= share)[0]])
     return UnitSize(None if size == most else size, float(relative[size - 1]), most)

@@ -5,6 +5,7 @@ from .files import format_batch, parse_batch, read_workload, write_workload
 from .mixes import image_bounds, load_workload
 from .packing import Sample, pack_clips, pack_documents
 from .replicas import place_units
+from .shares import shares
 from .units import even_slices, make_units
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "parse_batch",
     "place_units",
     "read_workload",
+    "shares",
     "write_workload",
 ]

@@ -21,6 +21,7 @@ class Vision(Encoder):
     """Every picture becomes as many tokens."""
 
     called = "vision_tower"
+    gathers_before = "multi_modal_projector"
     depth = "vision_config.num_hidden_layers"
 
     def points(self, config: Any) -> CutPoints:
@@ -55,6 +56,9 @@ class Vision(Encoder):
         if places != count * each:
             raise ValueError(f"the microbatch has {places} image tokens for {count} images of {each}")
         return [each] * count
+
+    def unit_tokens(self, config: Any, arguments: Arguments, own: slice) -> tuple[int, ...]:
+        return (config.mm_tokens_per_image,) * (own.stop - own.start)
 
     def encode(self, model: Any, arguments: Arguments, own: slice, hidden: torch.Tensor | None) -> torch.Tensor:
         if hidden is None:

@@ -53,6 +53,9 @@ class Vision(Encoder):
             raise ValueError(f"the microbatch has {places} image tokens for {count} tiles of {each}")
         return [each] * count
 
+    def unit_tokens(self, config: Any, arguments: Arguments, own: slice) -> tuple[int, ...]:
+        return (_patches(config) // _merged(config),) * (own.stop - own.start)
+
     def encode(self, model: Any, arguments: Arguments, own: slice, hidden: torch.Tensor | None) -> torch.Tensor:
         if hidden is None:
             hidden = arguments["pixel_values"][own].to(model.config.params_dtype)

@@ -51,6 +51,7 @@ class Modality(Encoder):
     where they are put."""
 
     values = (_ARGUMENT,)
+    splits = True
 
     def __init__(self, name: str, kind: str, spec: Any, token: int):
         """Raises ConfigurationError for what can't be cut."""

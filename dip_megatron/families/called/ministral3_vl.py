@@ -12,6 +12,7 @@ from megatron.bridge.models.ministral3.modeling_ministral3 import Ministral3Mode
 from ...describe.model import ModuleShape, PatchEmbedding, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
+from ..shared.layer_memory import WRITES_QUERY
 from .page import Arguments, Encoder, ProviderPage, check_places, drop, projector_of
 from .shapes import HiddenShape
 
@@ -112,5 +113,7 @@ class Ministral3Vl(ProviderPage):
 
     def chunk(self, kwargs: Mapping[str, Any], config: Any, *, first: bool, last: bool, segment: int) -> Any:
         model = super().chunk(kwargs, config, first=first, last=last, segment=segment)
+        for layer in model.language_model.decoder.layers:  # Bridge's attention scales queries in place
+            setattr(layer.self_attention, WRITES_QUERY, True)
         drop(model, first, "vision_tower")
         return model

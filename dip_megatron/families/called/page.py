@@ -11,6 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -18,12 +19,14 @@ import torch
 
 from ...compat.bridge_building import NoLanguageModel
 from ...describe.model import (
+    ContextParallel,
     LanguageHead,
     ModuleShape,
     MultimodalModel,
     Packing,
     Parallel,
     Projector,
+    TensorParallel,
     TokenEmbedding,
 )
 from ..describe import configured_experts, layer_shape, trainable_parts
@@ -45,6 +48,11 @@ class Encoder(ABC):
     called: str = "visual"
     depth: ClassVar[str] = "vision_config.depth"
     values: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    splits: ClassVar[bool] = False
+    """Whether its matrices are split over tensor-parallel ranks, as those of Megatron's modules are."""
+    gathers_before: ClassVar[str] = ""
+    """Where it doesn't, and ranks encode a share of the instances each: the module, dotted, before which what they have
+    made is gathered, instance by instance; ``""``: what leaves the encoder is, token by token."""
 
     @abstractmethod
     def points(self, config: Any) -> CutPoints:
@@ -63,6 +71,10 @@ class Encoder(ABC):
     def tokens(self, config: Any, arguments: Arguments) -> list[int]:
         """Of each instance in a microbatch, as the language model sees them. Raises ValueError for a batch that
         contradicts itself."""
+
+    def unit_tokens(self, config: Any, arguments: Arguments, own: slice) -> tuple[int, ...]:
+        """Tokens of a unit's instances, on any rank: also of one that the loop gives nothing to encode."""
+        return tuple(self.tokens(config, arguments)[own])
 
     @abstractmethod
     def encode(
@@ -97,6 +109,15 @@ class Encoder(ABC):
     def layers(self, config: Any) -> int:
         """Their number, by the config."""
         return int(reduce(getattr, self.depth.split("."), config))
+
+    def tensor_parallel(self, config: Any) -> TensorParallel:
+        """How tensor-parallel ranks hold and run it. One with dropout isn't shared out: its ranks would draw unequally
+        many random numbers, and then disagree in the language model's."""
+        if self.splits:
+            return "split"
+        own = reduce(getattr, self.depth.split(".")[:-1], config)
+        drops = (v for name, v in vars(own).items() if "dropout" in name or "drop_path" in name)
+        return "whole" if any(isinstance(v, int | float) and v > 0 for v in drops) else "shared"
 
 
 class Page(ABC):
@@ -193,7 +214,13 @@ class Page(ABC):
 
     def describe(self, config: Any, freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
         """The model of this config."""
-        modules = (*(e.describe(config, freeze) for e in self.encoders), self.decoder(config, freeze))
+        encoders = []
+        for encoder in self.encoders:
+            shape = encoder.describe(config, freeze)
+            tensor: TensorParallel = encoder.tensor_parallel(config) if parallel.tp > 1 else "split"
+            context: ContextParallel = "shared" if parallel.cp > 1 else "whole"
+            encoders.append(replace(shape, tensor_parallel=tensor, context_parallel=context))
+        modules = (*encoders, self.decoder(config, freeze))
         longest = self.longest(config)
         packing = Packing(max_tokens=longest, image_tokens=min(self.usual_picture, longest // 2))
         return MultimodalModel(self.name, modules, parallel, packing)

@@ -16,6 +16,7 @@ from ..shared.layout import segment_config
 from ..shared.packing import packed_lengths
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE
+from ..shared.sharing import Sharing, UnitShare, sum_over_ranks
 from .page import Encoder, Page, drop
 from .shapes import CalledShapes, EncoderShapes, layers_until
 
@@ -54,12 +55,7 @@ class CalledProgram(SegmentedProgram):
         self._taps: dict[int, torch.Tensor] = {}
         self._where: torch.Tensor | None = None
         self.shapes = CalledShapes(
-            {
-                e.name: EncoderShapes(
-                    e.kind, layers[e.name], e.hidden(config), e.points(config).tapped, self.is_whole(e.name)
-                )
-                for e in page.encoders
-            },
+            {e.name: self._shapes_of(e) for e in page.encoders},
             language=layers[LANGUAGE],
             language_hidden=config.hidden_size,
             micro_batch_size=micro_batch_size,
@@ -67,6 +63,18 @@ class CalledProgram(SegmentedProgram):
             dtype=dtype_name(config),
             context_parallel_size=config.context_parallel_size,
         )
+
+    def _shapes_of(self, encoder: Encoder) -> EncoderShapes:
+        name, config = encoder.name, self._config
+        return EncoderShapes(
+            encoder.kind, self.layers[name], encoder.hidden(config), encoder.points(config).tapped, self.is_whole(name),
+            self._sharing(encoder).ranks,
+        )  # fmt: skip
+
+    def _sharing(self, encoder: Encoder) -> Sharing:
+        config = self._config
+        tensor = config.tensor_model_parallel_size if encoder.tensor_parallel(config) == "shared" else 1
+        return Sharing(tensor, config.context_parallel_size)
 
     # -- chunks --------------------------------------------------------------------------------------------------
     def build_chunks(self) -> list[torch.nn.Module]:
@@ -107,7 +115,7 @@ class CalledProgram(SegmentedProgram):
                 cut.follow(self.mode)
                 chunk: Any = cut.model
                 self._cuts[id(chunk)] = cut
-                chunk.forward = _RunsEncoder(cut)
+                chunk.forward = _RunsEncoder(cut, encoder, self._sharing(encoder), self._config)
                 _stands(chunk, True, False, False)
                 line.append(chunk)
             made.append(line)
@@ -186,7 +194,7 @@ class CalledProgram(SegmentedProgram):
                     f"pipeline rank {stage.rank} is to encode what the loop's forward_step gives to other ranks only "
                     f"({' or '.join(encoder.values)}); use placement: segmented for {stage.module}"
                 )
-            output: Tensors = chunk(encoder, arguments, own, given)
+            output: Tensors = chunk(arguments, own, given)
             return output
         starts = stage.segment == stage.rank == 0
         done = layers_until(self.layers[LANGUAGE], stage.segment, stage.rank)
@@ -243,19 +251,54 @@ class CalledProgram(SegmentedProgram):
 class _RunsEncoder:
     """The ``forward`` of an encoder's chunk."""
 
-    def __init__(self, cut: CutEncoder):
-        self._cut = cut
+    def __init__(self, cut: CutEncoder, encoder: Encoder, sharing: Sharing, config: Any):
+        self._cut, self._encoder, self._sharing, self._config = cut, encoder, sharing, config
+        self._share: UnitShare | None = None
+        self._marked = sharing.tensor == 1
+        if cut.ends and sharing.ranks > 1 and encoder.gathers_before:
+            found(cut.model, encoder.gathers_before).register_forward_pre_hook(self._gather_instances)
 
-    def __call__(self, encoder: Encoder, arguments: Mapping[str, Any], own: slice, given: Tensors) -> Tensors:
-        cut = self._cut
+    def __call__(self, arguments: Mapping[str, Any], own: slice, given: Tensors) -> Tensors:
+        cut, encoder = self._cut, self._encoder
         if cut.passes:
             return given
+        if not self._marked:  # now, when all that trains is there, adapters too
+            behind = encoder.gathers_before if cut.ends else ""
+            sum_over_ranks(cut.model, found(cut.model, behind) if behind else None)
+            self._marked = True
+        share = self._share_of(arguments, own)
+        own = own if share is None else share.own
         hidden = None
         if not cut.begins:
-            hidden = encoder.arriving(arguments, own, given["hidden"])
+            hidden = given["hidden"] if share is None else share.arriving(given["hidden"])
+            hidden = encoder.arriving(arguments, own, hidden)
             given = given | {"hidden": hidden}
-        output, taps = cut.run(lambda: encoder.encode(cut.model, arguments, own, hidden), given)
-        return {"hidden": output if cut.ends else encoder.leaving(arguments, own, output)} | taps
+        self._share = share
+        try:
+            output, taps = cut.run(lambda: encoder.encode(cut.model, arguments, own, hidden), given)
+        finally:
+            self._share = None
+        if share is not None:
+            # With sequence parallelism each rank adds a tap to its part of the sequence, and has the gradient of that.
+            agree = not self._config.sequence_parallel
+            for name in sorted(taps.keys() - given.keys()):  # the same order on all ranks
+                taps[name] = share.gathered(taps[name], share.tokens, agree=agree)
+        if not cut.ends:
+            output = encoder.leaving(arguments, own, output)
+            return {"hidden": output if share is None else share.leaving(output)} | taps
+        if share is not None and not encoder.gathers_before:
+            output = share.gathered(output, share.tokens)
+        return {"hidden": output} | taps
+
+    def _share_of(self, arguments: Mapping[str, Any], own: slice) -> UnitShare | None:
+        if self._sharing.ranks == 1:
+            return None
+        tokens, hidden = self._encoder.unit_tokens(self._config, arguments, own), self._encoder.hidden(self._config)
+        return UnitShare.of(tokens, own, self._sharing, lambda some: hidden.of(some)[0])
+
+    def _gather_instances(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self._share is not None
+        return (self._share.gathered(args[0], self._share.instances), *args[1:])
 
 
 def _stands(chunk: Any, first: bool, last: bool, tied: bool) -> None:

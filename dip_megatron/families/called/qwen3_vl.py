@@ -28,6 +28,7 @@ class Vision(DeepstackVision):
     """Instances are images and videos in the order of their tokens, as the model's forward sorts them."""
 
     called = "vision_model"
+    splits = True
 
     def points(self, config: Any) -> CutPoints:
         tapped = self.tapped(config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ...core import Operation, Payload, TensorSpec, Unit
-from ...describe.workload import Microbatch
+from ...describe.workload import Microbatch, shares
 from ..shared.shapes import LANGUAGE
 
 Layers = tuple[tuple[int, ...], ...]
@@ -36,13 +36,21 @@ class HiddenShape:
 class EncoderShapes:
     """What an encoder of ``layers[segment][rank]`` sends: ``hidden`` within it; the outputs of its ``tapped`` layers,
     which a module each has brought to the width of the language model, go on to the layer of the same index there.
-    ``whole``: it is replicated, with all of its layers on every rank."""
+    ``whole``: it is replicated, with all of its layers on every rank. ``ranks``: over how many ranks of a stage a
+    unit's instances are shared out; within the encoder each hands on as much as the one with the most, and behind it
+    the embeddings of all instances."""
 
     kind: str
     layers: Layers
     hidden: HiddenShape
     tapped: tuple[int, ...] = ()
     whole: bool = False
+    ranks: int = 1
+
+    def travels(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what goes from chunk to chunk of the encoder, for a unit's instances."""
+        parts = [tokens[first : first + count] for first, count in shares(tokens, self.ranks)]
+        return max(self.hidden.of(part) for part in parts)
 
     def until(self, segment: int, rank: int) -> int:
         """How many of its layers come before the end of that chunk."""
@@ -87,7 +95,7 @@ class CalledShapes:
         embedded = (sum(tokens), self.language_hidden)
         done = encoder.until(*place)
         return (
-            TensorSpec("hidden", embedded if encoder.ends(*place) else encoder.hidden.of(tokens), self.dtype),
+            TensorSpec("hidden", embedded if encoder.ends(*place) else encoder.travels(tokens), self.dtype),
             *(TensorSpec(f"tap{i}", embedded, self.dtype) for i, layer in enumerate(encoder.tapped) if layer < done),
         )
 

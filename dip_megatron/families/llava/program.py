@@ -27,6 +27,7 @@ from ..shared.sdpa import SdpaAttention, core_attention
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE, VISION, LlavaShapes
 from ..shared.shards import shard_rows
+from ..shared.sharing import Sharing, UnitShare
 
 _SIGNATURE = inspect.signature(LLaVAModel.forward)
 _UNSUPPORTED = {
@@ -138,6 +139,7 @@ class LlavaProgram(SegmentedProgram):
         self._tensor_parallel = language.tensor_model_parallel_size
         self._sequence_parallel = language.tensor_model_parallel_size if language.sequence_parallel else 1
         self._context_parallel = language.context_parallel_size
+        self._sharing = Sharing(context=self._context_parallel)
         self._multiple = length_multiple(language)
         tags = kwargs.get("tile_tags")
         self._tag_tokens = len(tags[-1]) if tags else 0  # of each tile
@@ -217,6 +219,7 @@ class LlavaProgram(SegmentedProgram):
             sequence_parallel_size=self._sequence_parallel,
             dtype=dtype_name(language),
             context_parallel_size=self._context_parallel,
+            image_ranks=self._sharing.ranks,
         )  # fmt: skip
 
     def _takes_attention(self) -> contextlib.AbstractContextManager[None]:
@@ -279,18 +282,35 @@ class LlavaProgram(SegmentedProgram):
         """One stage; see StageProgram."""
         arguments = microbatch.arguments
         if stage.module == VISION:
-            if inputs:
-                # Only their number matters now; ranks after the first may have been given no pixels at all.
-                images = inputs[0]["hidden"].new_empty(unit.count, 0)
-                _inner(chunk).vision_model.set_input_tensor(inputs[0]["hidden"])
-            else:
-                images = arguments["images"][unit.first : unit.first + unit.count]
-            output = chunk(images, arguments["input_ids"])
+            output = self._encode(chunk, unit, inputs, arguments)
         else:
             self._set_language_input(chunk, inputs, arguments)
             output, _ = chunk(**_only_forward(arguments))
         _forget_input(chunk)
         return {"hidden": output}
+
+    def _encode(
+        self, chunk: torch.nn.Module, unit: Unit, inputs: list[Tensors], arguments: Mapping[str, Any]
+    ) -> torch.Tensor:  # fmt: skip
+        own, share = slice(unit.first, unit.first + unit.count), None
+        if self._sharing.ranks > 1:
+            share = UnitShare.of((self.sizes.image_tokens,) * unit.count, own, self._sharing, len)
+            own = share.own
+        if inputs:
+            hidden = inputs[0]["hidden"]
+            if share is not None:
+                hidden = share.arriving(hidden, _IMAGES)
+            # Only their number matters now; ranks after the first may have been given no pixels at all.
+            images = hidden.new_empty(hidden.shape[_IMAGES], 0)
+            _inner(chunk).vision_model.set_input_tensor(hidden)
+        else:
+            images = arguments["images"][own]
+        output: torch.Tensor = chunk(images, arguments["input_ids"])
+        if share is None:
+            return output
+        if unwrapped(chunk, VisionChunk).last_segment:
+            return share.gathered(output, share.instances, _IMAGES)
+        return share.leaving(output, _IMAGES)
 
     def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
         """Loss per token and the expanded loss mask, as LLaVAModel returns them."""
@@ -312,6 +332,7 @@ class LlavaProgram(SegmentedProgram):
         model.take_images(images, arguments.get("num_image_tiles"))
 
 
+_IMAGES = 1  # the dimension of images in what goes from stage to stage
 _PLACEMENT = ("pre_process", "post_process", "add_encoder", "add_decoder", "vp_stage")
 
 

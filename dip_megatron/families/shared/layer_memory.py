@@ -48,11 +48,15 @@ def install(chunk: torch.nn.Module, mode: StageMode) -> None:
         layer.forward = _switched(layer, index, mode)
 
 
+WRITES_QUERY = "dip_writes_query"
+"""An attribute of attentions whose core overwrites the queries it is given: a second run would get them changed."""
+
+
 @dataclass(frozen=True, eq=False)
 class LayerCall:
     """One forward of a layer under a memory strategy: what a strategy's ``run`` works with. ``forward(*args,
     **kwargs)`` is Megatron's; ``index`` is the layer's in its chunk; ``mlp`` runs the layer's MLP as its ``recomputed``
-    says, ``attentions`` are its attentions, cross attention included."""
+    says, ``attentions`` are its attentions whose core can be recomputed alone, cross attention included."""
 
     layer: torch.nn.Module
     index: int
@@ -73,7 +77,10 @@ def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[.
     experts = isinstance(layer.mlp, BaseMoELayer)
     mlp = SwitchedExperts(layer) if experts else SwitchedMLP(layer.config, layer.mlp)
     # A layer without cross attention has a placeholder there.
-    attentions = tuple(a for a in (layer.self_attention, layer.cross_attention) if isinstance(a, Attention))
+    attentions = tuple(
+        a for a in (layer.self_attention, layer.cross_attention)
+        if isinstance(a, Attention) and not getattr(a, WRITES_QUERY, False)
+    )  # fmt: skip
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not mode.strategies or not torch.is_grad_enabled():
@@ -100,8 +107,8 @@ def _set(owners: Sequence[Any], name: str, value: Any) -> Iterator[None]:
 
 
 def run_without_attention(call: LayerCall) -> Any:
-    """Strategy ``selective``; a layer whose attention has no core (a gated delta net) is recomputed as a whole, so that
-    it holds no more than planned."""
+    """Strategy ``selective``; a layer whose attention has no core (a gated delta net), or one that can't be run twice,
+    is recomputed as a whole, so that it holds no more than planned."""
     if not call.attentions:
         return run_checkpointed(call)
     with _set(call.attentions, CORE_ATTENTION, True):

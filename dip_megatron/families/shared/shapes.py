@@ -29,7 +29,8 @@ StageEnd = Literal["vision", "projected", "language"]
 @dataclass(frozen=True)
 class LlavaShapes:
     """Payload shapes of LLaVA: ``vision_tokens`` and ``image_tokens`` are per image before and after the projector.
-    ``micro_batch_size``: samples of a microbatch that doesn't say otherwise."""
+    ``micro_batch_size``: samples of a microbatch that doesn't say otherwise. A unit's images are shared out over
+    ``image_ranks``, which hand on as many each as the one with the most, until they are projected."""
 
     vision_tokens: int
     vision_hidden: int
@@ -39,13 +40,16 @@ class LlavaShapes:
     sequence_parallel_size: int
     dtype: str
     context_parallel_size: int = 1
+    image_ranks: int = 1
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
         """One tensor of hidden states, or of projected image embeddings."""
         end: StageEnd = "language"
+        images = unit.count
         if unit.module == VISION:
             end = "projected" if leaves_module else "vision"
-        shape = self.hidden(end, images=unit.count, tokens=sum(load.sequences), rows=load.rows)
+            images = images if leaves_module else -(-images // self.image_ranks)
+        shape = self.hidden(end, images=images, tokens=sum(load.sequences), rows=load.rows)
         return (TensorSpec("hidden", shape, self.dtype),)
 
     def hidden(self, end: StageEnd, *, images: int, tokens: int, rows: int = 0) -> tuple[int, ...]:

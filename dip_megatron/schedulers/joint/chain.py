@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.graph import Floats, Ints, StageGraph
-from ...core.joint.kernels import joint_arrays, pad_joint_orders
+from ...core.joint.kernels import joint_arrays, pad_joint_orders, replay_joint
 from ...core.order import Schedule
 from ...core.simulate.kernels import BACKWARD, FUSED, WEIGHT
 from ..dip.random import seeded
 from .moves import improve_joint
-from .sequences import JointProblem, JointSequences, begin_joint, line_fits, make_joint_sequences
+from .room import make_room
+from .sequences import JointProblem, JointSequences, make_joint_sequences, trace_joint
+from .times import all_tails
 from .together import Together
 
 COOL, COLD = 1e-5, 1e-6
@@ -28,6 +30,7 @@ def make_joint_problem(t: Together) -> JointProblem:
     member = np.full((len(t.graphs), rows * ranks), -1, dtype=np.int32)
     place_of = np.zeros(x.nodes, dtype=np.int32)
     parts: list[list[Floats]] = [[], [], []]
+    lines = [g * ranks + np.tile(np.arange(ranks), h.virtual_microbatches) for g, h in enumerate(t.graphs)]
     for g, (graph, mine) in enumerate(zip(t.graphs, t.rows, strict=True)):
         there = np.flatnonzero(mine >= 0)
         behind = np.zeros(graph.virtual_microbatches, dtype=np.int64)
@@ -54,7 +57,7 @@ def make_joint_problem(t: Together) -> JointProblem:
         x=x, duration=duration, activation=activation, deferred_activation=deferred,
         has_backward=np.concatenate([g.has_backward.reshape(-1) for g in t.graphs]),
         has_weight=np.concatenate([g.has_weight.reshape(-1) for g in t.graphs]),
-        member=member, place_of=place_of, static=static, limit=limit,
+        member=member, place_of=place_of, line=np.concatenate(lines).astype(np.int32), static=static, limit=limit,
         bounded=static + _most(t.graphs) > limit,
     )  # fmt: skip
 
@@ -108,6 +111,32 @@ def fused_in_shadow(q: JointProblem, orders: Ints, lengths: Ints, strategy: NDAr
     return out, counts
 
 
+def find_places(q: JointProblem, s: JointSequences) -> list[NDArray[np.int64]]:
+    """Note where each operation stands; the numbers of those of each line."""
+    out = []
+    for line, length in enumerate(s.lengths):
+        kind, node = np.divmod(s.orders[line, :length].astype(np.int64), q.x.nodes)
+        out.append(np.where(kind == FUSED, BACKWARD, kind) * q.x.nodes + node)
+        s.place[out[-1]] = np.arange(length)
+    return out
+
+
+def begin_joint(q: JointProblem, s: JointSequences, random: NDArray[np.uint64]) -> float:
+    """Time the orders to start from, and find a longest path; their time."""
+    x, lines = q.x, len(s.lengths)
+    duration = np.ascontiguousarray(q.duration[:, s.strategy.astype(np.int64), np.arange(x.nodes)])
+    start, end = np.zeros(s.orders.shape), np.zeros(s.orders.shape)
+    time = replay_joint(
+        x._replace(duration=duration), s.orders, s.lengths, start, end, np.zeros(lines, dtype=np.int32),
+        np.zeros(lines), np.zeros(x.nodes), np.zeros(x.nodes),
+    )  # fmt: skip
+    for line, numbers in enumerate(find_places(q, s)):
+        s.start[numbers], s.end[numbers] = start[line, : len(numbers)], end[line, : len(numbers)]
+    all_tails(q, s)
+    trace_joint(q, s, random)
+    return float(time)
+
+
 class JointChain:
     """One annealing walk over all replicas' orders, stepped in slices."""
 
@@ -122,7 +151,7 @@ class JointChain:
 
     def adopt(self, schedules: Sequence[Schedule]) -> None:
         """Go on from these schedules of the replicas, as they are or with the backwards of events split, whichever is
-        faster."""
+        faster; with leaner strategies where they hold too much. Raises ValueError if the leanest do, too."""
         x = self.q.x
         orders, lengths = pad_joint_orders(x, schedules)
         room = 3 * max(g.virtual_microbatches for g in self.t.graphs)
@@ -133,7 +162,8 @@ class JointChain:
         for start in ((wide, lengths), split_events(self.q, wide, lengths)):
             fused, counts = fused_in_shadow(self.q, start[0], start[1], strategy)
             s = make_joint_sequences(self.q, fused, counts, strategy)
-            if all(line_fits(self.q, s, line) for line in range(len(lengths))):
+            find_places(self.q, s)
+            if make_room(self.q, s):
                 starts.append((begin_joint(self.q, s, self.random), len(starts), s))
         if not starts:
             raise ValueError("the schedules to start from don't fit in memory")

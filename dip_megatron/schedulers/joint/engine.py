@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,17 @@ from .together import Together, leanest, together
 
 TRIAL = 48
 """List schedules tried on each pairing before one is chosen."""
-PAIRING_SHARE, SKELETON_SHARE = 0.2, 0.3
-"""Of the budget, at most: choosing a pairing, and its skeleton; the rest goes to all replicas' orders."""
+STARTS = 6
+"""Skeletons that are searched on the pairing chosen."""
+PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.3
+"""Of the budget, at most: choosing a pairing, its skeletons, and first walks from each over all replicas' orders; the
+rest goes to a walk from the best of them."""
+TIMED_SHARE = 0.4
+"""Of a budget in seconds: the skeletons. Schedules of one of them take longer to try than changes of a walk."""
+LEAST_TRIES, LEAST_SECONDS = 300, 0.1
+"""Fewer skeletons are searched where each would have less than this."""
+PARTS = 8
+"""Parts of a walk, after each of which walks that have fallen behind start over from the fastest."""
 SLICE_SECONDS = 0.02
 
 Improved = Callable[[Sequence[Schedule], float], None]
@@ -112,7 +122,7 @@ def search_joint(
             break
         t = together(graphs, experts, pairing)
         try:
-            ranked.append((_skeleton(best, t, TRIAL, until, seed, workers, options, counted), t))
+            ranked.append((_skeleton(best, t, TRIAL, until, seed, workers, options, counted)[0], t))
         except DoesNotFitError as error:
             refused = refused or error
     if not ranked:
@@ -123,15 +133,12 @@ def search_joint(
         best.offer(together(graphs, experts, candidates[0]), schedules)
     bound = joint_lower_bound(graphs, experts, split=options.split_backward)
     good_enough = bound * (1.0 + options.gap)
-    if ranked and best.time > good_enough:
-        chosen = min(ranked, key=lambda entry: entry[0])[1]
-        rest = 10**9 if evaluations is None else max(1, evaluations - best.evaluations)
-        share = int(rest * SKELETON_SHARE) if counted else rest
-        left = until - best.elapsed()
-        if left > 0:
-            _skeleton(best, chosen, max(TRIAL + 1, share), left * SKELETON_SHARE, seed, workers, options, counted)
-        if options.sequences and best.elapsed() < until:
-            _anneal(best, until, evaluations, seed, workers, good_enough)
+    if best.time > good_enough:
+        chosen = min(ranked, key=lambda entry: entry[0])[1] if ranked else together(graphs, experts, candidates[0])
+        further = _Search(best, chosen, bool(ranked), until, evaluations, seed, workers, options, good_enough)
+        starts = further.skeletons()
+        if options.sequences and starts and best.elapsed() < until:
+            further.walk(starts)
     assert best.together is not None
     return JointFound(
         tuple(best.schedules), best.together.slots, best.time, bound, best.evaluations, best.elapsed(),
@@ -141,51 +148,111 @@ def search_joint(
 
 def _skeleton(
     best: _Best, t: Together, evaluations: int, seconds: float, seed: int, workers: int, options: SearchOptions,
-    counted: bool,
-) -> float:  # fmt: skip
-    """Search on the maxima, and offer what that gives the replicas; returns the best joint time."""
-    found = [np.inf]
+    counted: bool, fits: bool = True,
+) -> tuple[float, list[Schedule]]:  # fmt: skip
+    """Search on one graph for all replicas, and offer what that gives them if it ``fits`` their memory; the best joint
+    time, and the schedules that have it."""
+    found: list[tuple[float, list[Schedule]]] = []
 
     def improved(schedule: Schedule, _: float) -> None:
-        found.append(best.offer(t, t.schedules(schedule)))
+        schedules = t.schedules(schedule)
+        if fits:
+            found.append((best.offer(t, schedules), schedules))
+        else:
+            time = simulate_joint_compiled(best.graphs, schedules, best.experts).iteration_time
+            found.append((time, schedules))
 
     result = search(
         t.graph, budget_seconds=seconds, evaluations=evaluations, seed=seed, workers=1 if counted else workers,
         deterministic=counted, options=options, on_improved=improved,
     )  # fmt: skip
     best.evaluations += result.evaluations
-    return float(min(found))
+    return min(found, key=lambda entry: entry[0])
 
 
-def _anneal(
-    best: _Best, until: float, evaluations: int | None, seed: int, workers: int, good_enough: float
-) -> None:  # fmt: skip
-    t = best.together
-    assert t is not None
-    q = make_joint_problem(t)
-    count = 1 if evaluations is not None else workers
-    chains = [JointChain(t, q, best.schedules, seed, i) for i in range(count)]
-    began = best.elapsed()
-    total = 0 if evaluations is None else max(0, evaluations - best.evaluations) // count
-    parts = 8
-    for part in range(parts):
-        ends = began + (until - began) * (part + 1) / parts
-        if evaluations is None:
-            jobs = [partial(_run_timed, best, chain, began, ends, until, good_enough) for chain in chains]
-        else:
-            jobs = [partial(_run_counted, chain, part / parts, 1 / parts, total // parts) for chain in chains]
-        in_threads(jobs, workers)
-        fastest = min(chains, key=lambda chain: chain.time)
-        if fastest.time < best.time:
-            best.offer(t, fastest.schedules())
-        if fastest.time <= good_enough:
-            break
-        if count > 1 and part < parts - 1:
-            for chain in chains:
-                if chain.time > fastest.time * (1.0 + 1e-4):
-                    chain.adopt(fastest.schedules())
-    if evaluations is not None:
-        best.evaluations = max(best.evaluations, evaluations)
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """The search on a pairing: several skeletons, a short walk from each, a long one from the best. ``fits``: whether
+    the maxima of ``t`` do."""
+
+    best: _Best
+    t: Together
+    fits: bool
+    until: float
+    evaluations: int | None
+    seed: int
+    workers: int
+    options: SearchOptions
+    good_enough: float
+
+    def share(self, part: float, over: int) -> int:
+        """Schedules to try of each of ``over`` things that have that part of the evaluations."""
+        return 10**9 if self.evaluations is None else max(1, int(self.evaluations * part) // over)
+
+    def skeletons(self) -> list[list[Schedule]]:
+        """Of the maxima and of the means in turns, each time with another seed, the fastest first."""
+        best, counted = self.best, self.evaluations is not None
+        seconds = max(0.0, self.until - best.elapsed()) * TIMED_SHARE
+        room = self.share(SKELETON_SHARE, LEAST_TRIES) if counted else int(seconds / LEAST_SECONDS)
+        starts = max(2, min(STARTS, room))
+        found = []
+        for i in range(starts):
+            even = i % 2 == 1
+            if best.elapsed() >= self.until or not (self.options.sequences if even else self.fits):
+                continue
+            t = self.t.even() if even else self.t
+            tries = max(TRIAL + 1, self.share(SKELETON_SHARE, starts))
+            with contextlib.suppress(DoesNotFitError):
+                seed = self.seed + i // 2
+                found.append(
+                    _skeleton(
+                        best, t, tries, seconds / starts, seed, self.workers, self.options, counted, fits=not even
+                    )
+                )
+        return [schedules for _, schedules in sorted(found, key=lambda entry: entry[0])]
+
+    def walk(self, starts: Sequence[Sequence[Schedule]]) -> None:
+        """Walks over all replicas' orders."""
+        q = make_joint_problem(self.t)
+        chains = []
+        for i, schedules in enumerate(starts):
+            with contextlib.suppress(ValueError):  # too much even with the leanest strategies
+                chains.append(JointChain(self.t, q, schedules, self.seed, i))
+        if not chains:
+            return
+        at_once = len(chains) if self.evaluations is not None else self.workers
+        seconds = (self.until - self.best.elapsed()) * FIRST_SHARE * at_once / len(chains)
+        for i in range(0, len(chains), at_once):
+            ends = min(self.until, self.best.elapsed() + seconds)
+            self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(starts)), 1)
+        chains.sort(key=lambda chain: chain.time)
+        chains = chains[: 1 if self.evaluations is not None else self.workers]
+        for chain in chains:
+            chain.adopt(chain.schedules())
+        left = 0 if self.evaluations is None else max(0, self.evaluations - self.best.evaluations)
+        self._run(chains, self.until, left, PARTS)
+
+    def _run(self, chains: Sequence[JointChain], until: float, evaluations: int, parts: int) -> None:
+        """Step walks until then, or so many moves each, in parts."""
+        best, began = self.best, self.best.elapsed()
+        jobs: list[Callable[[], None]]
+        for part in range(parts):
+            ends = began + (until - began) * (part + 1) / parts
+            if self.evaluations is None:
+                jobs = [partial(_run_timed, best, chain, began, ends, until, self.good_enough) for chain in chains]
+            else:
+                jobs = [partial(_run_counted, chain, part / parts, 1 / parts, evaluations // parts) for chain in chains]
+                best.evaluations += evaluations // parts * len(chains)
+            in_threads(jobs, self.workers)
+            fastest = min(chains, key=lambda chain: chain.time)
+            if fastest.time < best.time:
+                best.offer(self.t, fastest.schedules())
+            if fastest.time <= self.good_enough:
+                return
+            if part < parts - 1:
+                for chain in chains:
+                    if chain.time > fastest.time * (1.0 + 1e-4):
+                        chain.adopt(fastest.schedules())
 
 
 def _run_counted(chain: JointChain, progress: float, share: float, evaluations: int) -> None:

@@ -1,8 +1,11 @@
 """Local search over the explicit orders of all coupled replicas.
 
-As :mod:`..dip.sequences`, with what coupling allows: an operation of a replica's own (encoders, stages without experts,
-weight gradients) moves in that replica; two events of a rank change places in all of them; a backward is split or
-fused, and a stage gets a faster strategy, in one replica (a stage with experts: in all).
+As :mod:`..dip.sequences`, with what coupling allows: an operation moves in one replica, or past the same other one in
+all, since what delays one event delays all replicas alike; two events of a rank change places in all of them; a
+backward is split or fused, and a stage gets a faster strategy, in one replica (a stage with experts: in all).
+
+Most changes leave the time as it is. Of these, such are taken that let operations start no later in sum, so that what
+is won before an event in one replica isn't lost again before the others have it, too.
 """
 
 from __future__ import annotations
@@ -16,18 +19,26 @@ from ...core.simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT
 from ..dip.random import below, uniform
 from ..dip.sequences import shift
 from .sequences import (
+    ARCS,
+    CHANGED,
+    NODES,
+    TOUCHED,
     JointProblem,
     JointSequences,
     is_event,
     line_fits,
-    replay_from,
-    restore,
-    settle,
+    number_of,
     trace_joint,
 )
+from .times import first_start, forget, look_at, look_back, note, push, renumber, retail, retime, take_back
 
-ARC, ANY, SPLIT, LEAN = 0.70, 0.80, 0.92, 1.0
-"""Shares of the moves, added up: along the longest path, of any operation, of a split, of a strategy."""
+ARC, ANY, SPLIT = 0.70, 0.80, 0.92
+"""Shares of the moves, added up: along the longest path, of any operation, of a split; the rest are of a strategy."""
+EVERYWHERE = 0.7
+"""Share of the shifts that are made in all replicas."""
+LATER = 20.0
+"""Seconds, over the temperature, that operations may start later in sum where the time stays the same."""
+IMPOSSIBLE = -1.0
 
 
 @compiled
@@ -47,62 +58,151 @@ def blocked(q: JointProblem, order: Ints, source: int, target: int) -> int:
 
 
 @compiled
+def is_split(q: JointProblem, s: JointSequences, n: int) -> bool:
+    """Whether a stage's weight gradient runs apart."""
+    return bool(q.has_weight[n]) and s.orders[q.line[n], s.place[q.x.nodes + n]] // q.x.nodes == BACKWARD
+
+
+@compiled
+def stands(q: JointProblem, s: JointSequences, kind: int, n: int) -> bool:
+    """Whether a stage has a forward (0), backward (1) or weight gradient (2) of its own in the orders."""
+    return kind == FORWARD or (q.has_backward[n] and (kind != WEIGHT or is_split(q, s, n)))
+
+
+@compiled
+def shift_line(q: JointProblem, s: JointSequences, line: int, source: int, target: int) -> float:
+    """Move an operation within a line; when the last operation that this moves started."""
+    low, high = min(source, target), max(source, target)
+    moved, other = number_of(q, s.orders[line, source]), number_of(q, s.orders[line, target])
+    last = number_of(q, s.orders[line, high])
+    note(s, line, low, high, high)
+    shift(s.orders[line], source, target)
+    renumber(q, s, line, low, high)
+    # It is timed right after, or before, the last one that it passes: what it waits for then has its times.
+    away = np.inf if target > source else -np.inf
+    push(q, s, moved, np.nextafter(first_start(s, other), away))
+    look_at(q, s, line, low, low + 1)
+    look_at(q, s, line, high, high + 1)
+    return first_start(s, last)
+
+
+@compiled
+def shift_everywhere(q: JointProblem, s: JointSequences, line: int, source: int, target: int) -> float:
+    """Move an operation past another in every replica that has both and room for it; when the last operation that this
+    moves started, or IMPOSSIBLE."""
+    x = q.x
+    a, b = number_of(q, s.orders[line, source]), number_of(q, s.orders[line, target])
+    a_kind, b_kind = a // x.nodes, b // x.nodes
+    a_place, b_place = q.place_of[a % x.nodes], q.place_of[b % x.nodes]
+    if is_event(q, s.orders[line, source]):
+        for g in range(x.replicas):
+            m, n = q.member[g, a_place], q.member[g, b_place]
+            if n >= 0 and stands(q, s, b_kind, n):
+                i, j = s.place[a_kind * x.nodes + m], s.place[b_kind * x.nodes + n]
+                if blocked(q, s.orders[g * x.ranks + line % x.ranks], i, j) == 2:
+                    return IMPOSSIBLE
+    after = IMPOSSIBLE
+    for g in range(x.replicas):
+        m, n = q.member[g, a_place], q.member[g, b_place]
+        if m < 0 or n < 0 or not stands(q, s, a_kind, m) or not stands(q, s, b_kind, n):
+            continue
+        other = g * x.ranks + line % x.ranks
+        i, j = s.place[a_kind * x.nodes + m], s.place[b_kind * x.nodes + n]
+        if (i < j) != (source < target) or blocked(q, s.orders[other], i, j) > 0:
+            continue
+        count = s.counts[CHANGED]
+        since = shift_line(q, s, other, i, j)
+        if line_fits(q, s, other):
+            after = max(after, since)
+        else:
+            take_back(q, s, count)
+    return after
+
+
+@compiled
 def swap_events(q: JointProblem, s: JointSequences, line: int, i: int, later: bool) -> float:
     """Exchange the event at place ``i`` of a line with the event after it (before it, unless ``later``) in all
-    replicas; since when that changes anything, or -1 if it can't be done."""
+    replicas; when the last operation that this moves started, or IMPOSSIBLE."""
     x = q.x
     step = 1 if later else -1
     j = i + step
     while 0 <= j < s.lengths[line] and not is_event(q, s.orders[line, j]):
         j += step
     if not 0 <= j < s.lengths[line]:
-        return -1.0
-    first, second = min(i, j), max(i, j)
-    a, b = s.orders[line, first], s.orders[line, second]
-    a_node, b_node = q.place_of[a % x.nodes], q.place_of[b % x.nodes]
-    a_kind, b_kind = 0 if a // x.nodes == FORWARD else 1, 0 if b // x.nodes == FORWARD else 1
-    since = np.inf
+        return IMPOSSIBLE
+    a, b = number_of(q, s.orders[line, i]), number_of(q, s.orders[line, j])
+    a_kind, b_kind = a // x.nodes, b // x.nodes
+    a_place, b_place = q.place_of[a % x.nodes], q.place_of[b % x.nodes]
     for g in range(x.replicas):
-        other = g * x.ranks + line % x.ranks
-        low, high = s.place[a_kind, q.member[g, a_node]], s.place[b_kind, q.member[g, b_node]]
-        source, target = (low, high) if later else (high, low)
-        if blocked(q, s.orders[other], source, target) == 1:
-            for h in range(g):
-                restore(s, h * x.ranks + line % x.ranks)
-            return -1.0
-        shift(s.orders[other], source, target)
-        since = min(since, s.end[other, low - 1] if low > 0 else 0.0)
-    return since
+        source = s.place[a_kind * x.nodes + q.member[g, a_place]]
+        target = s.place[b_kind * x.nodes + q.member[g, b_place]]
+        if blocked(q, s.orders[g * x.ranks + line % x.ranks], source, target) == 1:
+            return IMPOSSIBLE
+    after = 0.0
+    for g in range(x.replicas):
+        source = s.place[a_kind * x.nodes + q.member[g, a_place]]
+        target = s.place[b_kind * x.nodes + q.member[g, b_place]]
+        after = max(after, shift_line(q, s, g * x.ranks + line % x.ranks, source, target))
+    return after
 
 
 @compiled
-def toggle_split(q: JointProblem, s: JointSequences, n: int, line: int, distance: int) -> float:
-    """Split the backward of a stage, its weight gradient ``distance`` places after it, or fuse it; since when that
-    changes anything."""
-    i = s.place[1, n]
-    if s.orders[line, i] // q.x.nodes == FUSED:
-        target = min(s.lengths[line], i + 1 + distance)
-        for j in range(s.lengths[line], target, -1):
+def toggle_split(q: JointProblem, s: JointSequences, n: int, distance: int) -> float:
+    """Split the backward of a stage, its weight gradient ``distance`` places after it, or fuse it; when the last
+    operation that this changes started."""
+    nodes, line = q.x.nodes, q.line[n]
+    i, length = s.place[nodes + n], s.lengths[line]
+    weight = 2 * nodes + n
+    if s.orders[line, i] // nodes == FUSED:
+        target = min(length, i + 1 + distance)
+        last = number_of(q, s.orders[line, target - 1])
+        note(s, line, i, length, target)
+        for j in range(length, target, -1):
             s.orders[line, j] = s.orders[line, j - 1]
-        s.orders[line, target] = WEIGHT * q.x.nodes + n
-        s.orders[line, i] = BACKWARD * q.x.nodes + n
-        s.lengths[line] += 1
+        s.orders[line, target] = WEIGHT * nodes + n
+        s.orders[line, i] = BACKWARD * nodes + n
+        s.lengths[line] = length + 1
+        s.start[weight] = s.end[weight] = s.start[last]
+        s.tail[weight] = -1.0
     else:
-        j = i + 1
-        while s.orders[line, j] != WEIGHT * q.x.nodes + n:
-            j += 1
-        s.lengths[line] -= 1
-        for k in range(j, s.lengths[line]):
+        target = s.place[weight]
+        last = weight
+        note(s, line, i, length - 1, target - 1)
+        for k in range(target, length - 1):
             s.orders[line, k] = s.orders[line, k + 1]
-        s.orders[line, i] = FUSED * q.x.nodes + n
-    return float(s.end[line, i - 1]) if i > 0 else 0.0
+        s.orders[line, i] = FUSED * nodes + n
+        s.lengths[line] = length - 1
+    renumber(q, s, line, i, length)
+    look_at(q, s, line, i, i)
+    look_at(q, s, line, target, target + 1)
+    return first_start(s, last)
 
 
 @compiled
-def _move(q: JointProblem, s: JointSequences, random: NDArray[np.uint64], along: bool) -> tuple[float, int, bool]:
-    """Shift an operation: (since when that changes anything or -1, its line, whether all replicas changed)."""
+def choose(q: JointProblem, s: JointSequences, n: int, chosen: int) -> float:
+    """Give a stage a strategy, one that meets: in all replicas; when the last of its operations started."""
+    x = q.x
+    after = 0.0
+    for g in range(x.replicas):
+        m = q.member[g, q.place_of[n]]
+        if m == n or (x.chunk[n] >= 0 and m >= 0):
+            i = s.counts[NODES]
+            s.nodes[i], s.old_strategy[i] = m, s.strategy[m]
+            s.counts[NODES] = i + 1
+            s.strategy[m] = chosen
+            for kind in range(3):
+                if stands(q, s, kind, m):
+                    number = kind * x.nodes + m
+                    push(q, s, number, first_start(s, number))
+                    after = max(after, first_start(s, number))
+    return after
+
+
+@compiled
+def _shift(q: JointProblem, s: JointSequences, random: NDArray[np.uint64], along: bool) -> float:
+    """Move an operation: when the last operation that this moves started, or IMPOSSIBLE."""
     if along:
-        arc = below(random, s.arc_count[0])
+        arc = below(random, s.counts[ARCS])
         line, source = s.arcs[arc, 0], s.arcs[arc, 1]
         steps = 1 + below(random, 6)
         if uniform(random) < 0.5:
@@ -115,16 +215,53 @@ def _move(q: JointProblem, s: JointSequences, random: NDArray[np.uint64], along:
         source = below(random, s.lengths[line])
         target = source + below(random, 25) - 12
     target = max(0, min(s.lengths[line] - 1, target))
-    if source == target:
-        return -1.0, line, False
+    number = number_of(q, s.orders[line, source])
+    # A circle of operations that wait for one another is found by the time that it takes, so it must take some.
+    if source == target or s.end[number] == s.start[number]:
+        return IMPOSSIBLE
     stop = blocked(q, s.orders[line], source, target)
     if stop == 2:
-        return swap_events(q, s, line, source, target > source), line, True
+        return swap_events(q, s, line, source, target > source)
     if stop == 1:
-        return -1.0, line, False
-    shift(s.orders[line], source, target)
-    low = min(source, target)
-    return (float(s.end[line, low - 1]) if low > 0 else 0.0), line, False
+        return IMPOSSIBLE
+    if uniform(random) < EVERYWHERE:
+        return shift_everywhere(q, s, line, source, target)
+    return shift_line(q, s, line, source, target)
+
+
+@compiled
+def _change(q: JointProblem, s: JointSequences, random: NDArray[np.uint64]) -> float:
+    """Change something: when the last operation that this moves started, or IMPOSSIBLE."""
+    what = uniform(random)
+    if what < ANY:
+        return _shift(q, s, random, what < ARC and s.counts[ARCS] > 0)
+    n = below(random, q.x.nodes)
+    if what < SPLIT:
+        return toggle_split(q, s, n, below(random, 40)) if q.has_weight[n] else IMPOSSIBLE
+    return choose(q, s, n, below(random, int(s.strategy[n]))) if s.strategy[n] > 0 else IMPOSSIBLE
+
+
+@compiled
+def _fits(q: JointProblem, s: JointSequences) -> bool:
+    """Whether the lines that the trial changed keep to their memory."""
+    for i in range(s.counts[CHANGED]):
+        if not line_fits(q, s, s.changed[i, 0]):
+            return False
+    for i in range(s.counts[NODES]):  # noqa: SIM110 (all() would allocate)
+        if not line_fits(q, s, q.line[s.nodes[i]]):
+            return False
+    return True
+
+
+@compiled
+def _later(q: JointProblem, s: JointSequences) -> float:
+    """How much later forwards and backwards start than before the trial, seconds in sum."""
+    later = 0.0
+    for i in range(s.counts[TOUCHED]):
+        number = s.touched[i]
+        if number < 2 * q.x.nodes:
+            later += s.start[number] - s.before_start[number]
+    return later
 
 
 @compiled
@@ -133,70 +270,47 @@ def improve_joint(
 ) -> None:
     """``evaluations`` moves of annealing at temperature ``heat`` (seconds); ``values`` ``[2]``: times of the orders
     under way and of the best."""
-    x = q.x
-    candidates = q.duration.shape[1]
     for _ in range(evaluations):
-        what = uniform(random)
-        line, everywhere, since, node, old = 0, False, -1.0, -1, np.int8(0)
-        if what < ANY:
-            since, line, everywhere = _move(q, s, random, what < ARC and s.arc_count[0] > 0)
-        elif what < SPLIT:
-            n = below(random, x.nodes)
-            if q.has_weight[n]:
-                g = 0
-                while n >= x.base[g + 1]:
-                    g += 1
-                line = g * x.ranks + (n - x.base[g]) % x.ranks
-                since = toggle_split(q, s, n, line, below(random, 40))
-        elif candidates > 1:
-            n = below(random, x.nodes)
-            old = s.strategy[n]
-            if old > 0:
-                node = n
-                g = 0
-                while n >= x.base[g + 1]:
-                    g += 1
-                line = g * x.ranks + (n - x.base[g]) % x.ranks
-                everywhere = x.chunk[n] >= 0
-                chosen = np.int8(below(random, int(old)))
-                since = np.inf
-                for h in range(x.replicas):
-                    m = q.member[h, q.place_of[n]]
-                    if m == n or (everywhere and m >= 0):
-                        s.strategy[m] = chosen
-                        other = h * x.ranks + line % x.ranks
-                        i = s.place[0, m]
-                        since = min(since, s.end[other, i - 1] if i > 0 else 0.0)
-        if since < 0.0:
+        s.counts[CHANGED] = 0
+        s.counts[NODES] = 0
+        after = _change(q, s, random)
+        if after < 0.0:
+            forget(s, False)
             continue
-        fits = line_fits(q, s, line)
-        if everywhere and fits:
-            for g in range(x.replicas):
-                fits = fits and line_fits(q, s, g * x.ranks + line % x.ranks)
-        accepted = False
-        time = np.inf
-        if fits:
+        accepted, time = False, np.inf
+        if _fits(q, s):
             limit = values[0] - heat * np.log(1.0 - uniform(random))
-            time = replay_from(q, s, since, limit)
+            time = retime(q, s, after, limit)
             accepted = time <= limit
-            settle(q, s, accepted)
-        else:
-            for g in range(x.replicas):
-                if everywhere or g * x.ranks + line % x.ranks == line:
-                    restore(s, g * x.ranks + line % x.ranks)
-        if accepted:
-            values[0] = time
-            trace_joint(q, s, random)
-            if time < values[1]:
-                values[1] = time
-                for n in range(len(s.lengths)):
-                    s.best_lengths[n] = s.lengths[n]
-                    for i in range(s.lengths[n]):
-                        s.best_orders[n, i] = s.orders[n, i]
-                for n in range(len(s.strategy)):
-                    s.best_strategy[n] = s.strategy[n]
-        elif node >= 0:
-            for h in range(x.replicas):
-                m = q.member[h, q.place_of[node]]
-                if m == node or (everywhere and m >= 0):
-                    s.strategy[m] = old
+            if accepted and time >= values[0]:
+                later = _later(q, s)
+                accepted = later <= 0.0 or later <= -heat * LATER * np.log(1.0 - uniform(random))
+        forget(s, accepted)
+        if not accepted:
+            take_back(q, s, 0)
+            for i in range(s.counts[NODES] - 1, -1, -1):
+                s.strategy[s.nodes[i]] = s.old_strategy[i]
+            continue
+        values[0] = time
+        look_back(q, s)
+        for i in range(s.counts[NODES]):
+            for kind in range(3):
+                if stands(q, s, kind, s.nodes[i]):
+                    number = kind * q.x.nodes + s.nodes[i]
+                    push(q, s, number, -s.start[number])
+        retail(q, s)
+        trace_joint(q, s, random)
+        if time < values[1]:
+            values[1] = time
+            keep_best(s)
+
+
+@compiled
+def keep_best(s: JointSequences) -> None:
+    """Remember the orders under way as the best."""
+    for n in range(len(s.lengths)):
+        s.best_lengths[n] = s.lengths[n]
+        for i in range(s.lengths[n]):
+            s.best_orders[n, i] = s.orders[n, i]
+    for n in range(len(s.strategy)):
+        s.best_strategy[n] = s.strategy[n]

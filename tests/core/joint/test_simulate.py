@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Kind
+from dip_megatron.core import Kind, ModalityModule, StageGraph, Unit
+from dip_megatron.core.bounds import lower_bound
 from dip_megatron.core.joint import (
     ExpertLayers,
     JointError,
@@ -112,6 +113,26 @@ def test_no_set_is_faster_than_its_bound(seed):
     time = simulate_joint_compiled(drawn.graphs, drawn.schedules, drawn.experts).iteration_time
     bound = joint_lower_bound(drawn.graphs, drawn.experts)
     assert bound <= time * (1 + 1e-9)
+
+
+def test_the_bound_knows_that_the_first_event_waits_for_its_longest_member():
+    """Two ranks, one microbatch: replica 0 is short on the first rank and long on the second."""
+    modules = (ModalityModule("text", ((1, 1),)),)
+    units = (Unit(0, "text", 0, 0, 1, ()),)
+
+    def replica(first: float, second: float) -> StageGraph:
+        seconds = np.array([[[first, second]]])
+        return StageGraph(
+            ranks=2, modules=modules, units=units, forward=seconds, backward=seconds, weight=seconds,
+            fused=2.0 * seconds, activation=np.ones((1, 1, 2)), deferred_activation=np.ones((1, 1, 2)),
+            transfer=np.zeros(1), static_bytes=np.zeros(2), memory_limit=np.full(2, np.inf),
+        )  # fmt: skip
+
+    graphs = [replica(1.0, 7.0), replica(5.0, 1.0)]
+    experts = ExpertLayers.every(modules, ["text"])
+    # The first rank's event takes 5 s, then the second has 7 s forward and 14 s of gradients.
+    assert joint_lower_bound(graphs, experts) == pytest.approx(5.0 + 7.0 + 14.0)
+    assert max(lower_bound(graph) for graph in graphs) < 5.0 + 7.0 + 14.0
 
 
 @settings(40, deadline=None)

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import Schedule, StageGraph
 from dip_megatron.core.joint import ExpertLayers, JointError, make_joint_plan, simulate_joint_compiled, verify_joint
 from dip_megatron.core.joint.bounds import joint_lower_bound
+from dip_megatron.core.simulate import simulate_compiled
 from dip_megatron.schedulers.dip import DoesNotFitError, search
+from dip_megatron.schedulers.dip.random import seeded
 from dip_megatron.schedulers.joint import (
     as_they_come,
     dip_pairing,
@@ -21,7 +23,9 @@ from dip_megatron.schedulers.joint import (
     search_joint,
     together,
 )
-from dip_megatron.schedulers.joint.chain import JointChain, make_joint_problem
+from dip_megatron.schedulers.joint.chain import JointChain, begin_joint, find_places, make_joint_problem
+from dip_megatron.schedulers.joint.sequences import make_joint_sequences
+from dip_megatron.schedulers.joint.together import leanest
 from tests.core.joint.drawn_sets import experts_of, graph_of, modules_of
 from tests.drawn import settings
 from tests.graphs import with_memory
@@ -107,6 +111,66 @@ def test_the_walk_keeps_to_what_may_run(seed):
             chain.time, rel=1e-12
         )
         verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
+
+
+@settings(20, deadline=None)
+@given(seeds)
+def test_times_and_tails_of_the_walk_are_those_of_a_replay(seed):
+    """Whatever was tried and taken back in between."""
+    graphs, experts = coupled(seed)
+    t = together(graphs, experts, pairings(graphs, experts)[0])
+    q = make_joint_problem(t)
+    try:
+        start = t.schedules(search(t.graph, budget_seconds=0.0, evaluations=1).schedule)
+    except DoesNotFitError:
+        start = one_slot_at_a_time(t)
+    chain = JointChain(t, q, start, seed % 5, 0)
+    for i in range(4):
+        chain.step(i / 4, 100)
+        s = chain.sequences
+        fresh = make_joint_sequences(q, s.orders, s.lengths, s.strategy)
+        time = begin_joint(q, fresh, seeded(0, 0))
+        assert time == chain.values[0]
+        numbers = np.concatenate(find_places(q, fresh))
+        for name in ("start", "end", "place"):
+            np.testing.assert_array_equal(getattr(s, name)[numbers], getattr(fresh, name)[numbers])
+        np.testing.assert_allclose(s.tail[numbers], fresh.tail[numbers], rtol=1e-12)
+        assert (s.start + s.tail)[numbers].max() == pytest.approx(time, rel=1e-12)
+
+
+@settings(20, deadline=None)
+@given(seeds)
+def test_orders_that_hold_too_much_get_leaner_strategies(seed):
+    """What the mean replica could hold may be too much for one: the walk makes room before it begins, or refuses."""
+    graphs, experts = coupled(seed, memory=1.3)
+    t = together(graphs, experts, pairings(graphs, experts)[0])
+    roomy = replace(t, graph=replace(t.graph, memory_limit=np.full(t.graph.ranks, np.inf)))
+    schedules = roomy.schedules(search(roomy.graph, budget_seconds=0.0, evaluations=1).schedule)
+    lean = [Schedule(s.orders, c) for s, c in zip(schedules, leanest(t), strict=True)]
+    try:
+        found = JointChain(t, make_joint_problem(t), schedules, 0, 0).schedules()
+    except ValueError:
+        assert not fits_all(graphs, lean)
+        return
+    assert fits_all(graphs, found)
+    verify_joint(make_joint_plan(graphs, found, experts, lower_bound=0.0))
+
+
+def fits_all(graphs: list[StageGraph], schedules: list[Schedule]) -> bool:
+    peaks = [simulate_compiled(g, s).peak_bytes for g, s in zip(graphs, schedules, strict=True)]
+    return all(np.all(peak <= g.memory_limit) for peak, g in zip(peaks, graphs, strict=True))
+
+
+@settings(20, deadline=None)
+@given(seeds)
+def test_the_means_hold_no_more_than_the_maxima_and_no_less_than_a_replica(seed):
+    graphs, experts = coupled(seed)
+    t = together(graphs, experts, pairings(graphs, experts)[0])
+    even = t.even().graph
+    assert np.all(even.activation <= t.graph.activation)
+    np.testing.assert_array_equal(even.forward, t.graph.forward)
+    most = np.max([g.activation[0].sum(axis=0) for g in graphs], axis=0)
+    assert np.all(even.activation[0].sum(axis=0) <= np.maximum(most, 0) * (1 + 1e-9) + 1e-9)
 
 
 @settings(20, deadline=None)
