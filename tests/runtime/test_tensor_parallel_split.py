@@ -149,7 +149,7 @@ def transformer_engines(rank, world, mode_of_linear):
     with mode.stage(store):
         assert linear.wgrad_store.delay_wgrad_compute()
         linear.wgrad_store.put([x, dy], lambda a, b: (b.t() @ a, None, None))
-    shapes = [tuple(work.part.shape) for work in store._work]
+    shapes = [None if work.part is None else tuple(work.part.shape) for work in store._work]
     store.compute()
     return shapes, linear.weight.grad, dy.t() @ x
 

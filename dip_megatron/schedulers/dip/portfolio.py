@@ -103,7 +103,8 @@ def _whole(q: Problem) -> Floats:
     """Seconds of each stage's forward and backward by strategy, ``[C, N]``."""
     duration = q.graph.duration
     back = np.where(q.graph.has_weight, duration[FUSED], np.where(q.graph.has_backward, duration[BACKWARD], 0.0))
-    return duration[FORWARD] + back
+    whole: Floats = duration[FORWARD] + back
+    return whole
 
 
 def _prices(q: Problem) -> list[float]:
