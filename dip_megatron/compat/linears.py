@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
 from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
@@ -30,12 +29,13 @@ TOPIC = Topic(
              "grad_output_buffer", "wgrad_deferral_limit", "tp_group"),
         ),
         Name(f"{_LAYERS}:ColumnParallelLinear", has=("_forward_impl",)),
-        Name(f"{_LAYERS}:RowParallelLinear", has=("_forward_impl",)),
+        Name(
+            f"{_LAYERS}:RowParallelLinear",
+            has=("_forward_impl", "explicit_expert_comm", "sequence_parallel", "tp_group"),
+        ),
         Name(f"{_LAYERS}:custom_bwd"),
         Name(f"{_LAYERS}:dist_reduce_scatter_func", ("output", "input", "*", "group")),
-        Name(f"{_LAYERS}:dist_all_gather_func", ("output_tensor", "input_tensor", "*", "group")),
         Name(f"{_LAYERS}:get_tensor_model_parallel_group_if_none", ("tp_group",)),
-        Name("megatron.core.parallel_state:get_global_memory_buffer", ()),
         Name(
             "megatron.core.utils:prepare_input_tensors_for_wgrad_compute", ("grad_output", "all_gathered_input")
         ),
@@ -85,13 +85,12 @@ def reduce_scatter(output: torch.Tensor, whole: torch.Tensor, group: Any) -> Non
     layers.dist_reduce_scatter_func(output, whole, group=group)
 
 
-def gathered(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """All ranks' parts along the first dimension, in Megatron's shared buffer: valid until the next linear's."""
-    whole: torch.Tensor = get_global_memory_buffer().get_tensor(
-        [part.size(0) * group.size(), *part.shape[1:]], part.dtype, "mpu"
-    )
-    layers.dist_all_gather_func(whole, part, group=group)
-    return whole
+def scattered_over(linear: torch.nn.Module) -> Any:
+    """The group over which a row-parallel linear scatters its output along the sequence, None if it doesn't. The
+    gradient that its multiplication is given has then been gathered over that group."""
+    if not isinstance(linear, layers.RowParallelLinear) or not linear.sequence_parallel or linear.explicit_expert_comm:
+        return None
+    return linear.tp_group if linear.tp_group.size() > 1 else None
 
 
 def as_matrices(grad_output: torch.Tensor, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,11 +17,29 @@ TOPIC = Topic(
     (
         Name(
             "transformer_engine.pytorch.module.linear:Linear",
-            has=("wgrad_store", "weight_names", "bias_names", "fuse_wgrad_accumulation", "use_bias"),
+            has=(
+                "wgrad_store",
+                "weight_names",
+                "bias_names",
+                "fuse_wgrad_accumulation",
+                "use_bias",
+                "sequence_parallel",
+                "parallel_mode",
+                "tp_group",
+            ),
         ),
         Name(
             "transformer_engine.pytorch.module.layernorm_linear:LayerNormLinear",
-            has=("wgrad_store", "weight_names", "bias_names", "fuse_wgrad_accumulation", "use_bias"),
+            has=(
+                "wgrad_store",
+                "weight_names",
+                "bias_names",
+                "fuse_wgrad_accumulation",
+                "use_bias",
+                "sequence_parallel",
+                "parallel_mode",
+                "tp_group",
+            ),
         ),
         Name("transformer_engine.pytorch.module._common:WeightGradStore.delay_wgrad_compute", ()),
         Name("transformer_engine.pytorch.module._common:WeightGradStore.put", ("tensor_list", "func")),
@@ -50,6 +68,15 @@ def store_of(module: torch.nn.Module) -> Any:
 def replace_store(linear: torch.nn.Module, store: Any) -> None:
     """Give a linear another such object."""
     linear.wgrad_store = store
+
+
+def gathered_operand(linear: torch.nn.Module) -> tuple[int, Any] | None:
+    """Which operand of a weight gradient (0: the input, 1: the output's gradient) the linear has gathered along the
+    sequence before, and over which group; None if neither."""
+    group, mode = getattr(linear, "tp_group", None), getattr(linear, "parallel_mode", None)
+    if not getattr(linear, "sequence_parallel", False) or group is None or mode not in ("column", "row"):
+        return None
+    return (0 if mode == "column" else 1), group
 
 
 def weight_to_accumulate(linear: torch.nn.Module) -> torch.nn.Parameter | None:

@@ -9,39 +9,98 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
+class _Gathering:
+    """All ranks' parts along the first dimension, under way."""
+
+    __slots__ = ("_handle", "_part", "_whole")
+
+    def __init__(self, part: torch.Tensor, group: Any):
+        self._part = part  # not to be freed before it has been sent
+        self._whole = part.new_empty(part.size(0) * group.size(), *part.shape[1:])
+        self._handle: Any = torch.distributed.all_gather_into_tensor(self._whole, part, group=group, async_op=True)
+
+    def whole(self) -> torch.Tensor:
+        """Wait for it."""
+        self._handle.wait()
+        return self._whole
+
+
+class _Work(NamedTuple):
+    """``run`` computes a weight gradient, of what ``group`` gathers of ``part`` if there is one."""
+
+    run: Callable[..., None]
+    part: torch.Tensor | None = None
+    group: Any = None
+
+
+def own_part(whole: torch.Tensor, group: Any) -> torch.Tensor:
+    """A copy of this rank's part along the first dimension of what all ranks of ``group`` have alike."""
+    rows = whole.size(0) // group.size()
+    return whole.narrow(0, group.rank() * rows, rows).clone()
+
+
 class WeightGradients:
-    """The weight gradients of one stage, each a function that computes and accumulates it."""
+    """The weight gradients of one stage, each a function that computes and accumulates it.
+
+    Under sequence parallelism a matrix that a weight gradient needs (a column-parallel linear's input, the gradient of
+    a row-parallel one's output) waits as this rank's part of it, and is gathered in W: while the product before it is
+    computed, so that only the first gather of a stage is waited for.
+    """
 
     __slots__ = ("_work", "anchor")
+    waits = True
+    """Whether what is added stays for a while: else there is nothing to gain by holding parts."""
 
     def __init__(self) -> None:
-        self._work: deque[Callable[[], None]] = deque()
+        self._work: deque[_Work] = deque()
         self.anchor = torch.empty(0, requires_grad=True)
         """Input of functions whose other inputs may need no gradient, so that autograd visits them at all."""
 
     def add(self, work: Callable[[], None]) -> None:
         """Leave ``work`` for :meth:`compute`; it holds the tensors it needs."""
-        self._work.append(work)
+        self._work.append(_Work(work))
+
+    def add_gathered(self, work: Callable[[torch.Tensor], None], part: torch.Tensor, group: Any) -> None:
+        """Leave ``work`` for :meth:`compute`, which hands it all ranks' parts along the first dimension."""
+        self._work.append(_Work(work, part, group))
 
     def compute(self) -> None:
         """W: compute all of them, in the order in which B left them, and free what each held."""
+        ahead = self._gather_next()
         while self._work:
-            self._work.popleft()()
+            work = self._work.popleft()
+            if ahead is None or work.part is None:
+                work.run()
+                continue
+            whole, ahead = ahead.whole(), self._gather_next()
+            work.run(whole)
+
+    def _gather_next(self) -> _Gathering | None:
+        """Start to gather for the first of those left that needs it."""
+        for work in self._work:
+            if work.part is not None:
+                return _Gathering(work.part, work.group)
+        return None
 
 
 class AtOnce(WeightGradients):
     """For layers that can defer weight gradients in a stage that doesn't: each is computed when it is added."""
 
     __slots__ = ()
+    waits = False
 
     def add(self, work: Callable[[], None]) -> None:
         """Compute it."""
         work()
+
+    def add_gathered(self, work: Callable[[torch.Tensor], None], part: torch.Tensor, group: Any) -> None:
+        """Gather, and compute it."""
+        work(_Gathering(part, group).whole())
 
 
 def accumulate(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.llava_digits.runs import Run
+from examples.llava_digits.runs import Run, Start, started
 from scripts.upstream.runs import HERE, run_script
+from tests.forked import forked
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
@@ -35,18 +36,19 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    way: str, fork: Path, out: Path, *flags: str, ranks: int, monkeypatch: pytest.MonkeyPatch, **settings: str
-) -> Run:
+    way: str, fork: Path, out: Path, *flags: str, ranks: int, monkeypatch: pytest.MonkeyPatch, start: Start = started,
+    **settings: str,
+) -> Run:  # fmt: skip
     monkeypatch.setenv("LAUNCH_PACKAGE", "acme.training")
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    return run_script(way, fork / "pretrain_tiny_gpt.py", out, *flags, ranks=ranks, tree=fork)
+    return run_script(way, fork / "pretrain_tiny_gpt.py", out, *flags, ranks=ranks, tree=fork, start=start)
 
 
 @pytest.fixture(scope="module")
 def whole(fork: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
-        return run("absent", fork, tmp_path_factory.mktemp("whole"), ranks=1, monkeypatch=patch)
+        return run("absent", fork, tmp_path_factory.mktemp("whole"), ranks=1, monkeypatch=patch, start=forked)
 
 
 def test_the_environment_alone_switches_dip_on(

@@ -81,3 +81,81 @@ def test_split_equals_unsplit(pair, sequence_parallel, fused):
         assert all(g.abs().max() > 0 for g in whole)
         for a, b in zip(split, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5 * float(b.abs().max()))
+
+
+def held(rank, world):
+    """Bytes that the two linears' W waits with, and what a store that doesn't wait makes of the same backward."""
+    initialize(1, world)
+    from megatron.core import tensor_parallel
+
+    from dip_megatron.families.shared import deferred_linear
+    from dip_megatron.runtime.deferred import AtOnce, WeightGradients
+    from dip_megatron.runtime.modes import StageMode
+
+    settings = config(Case((0,)), 1, 1)
+    settings.tensor_model_parallel_size, settings.sequence_parallel = world, True
+    settings.gradient_accumulation_fusion = False
+    common = {"config": settings, "init_method": torch.nn.init.normal_, "bias": False}
+    torch.manual_seed(1)
+    up = tensor_parallel.ColumnParallelLinear(32, 48, gather_output=False, **common)
+    down = tensor_parallel.RowParallelLinear(48, 32, input_is_parallel=True, skip_bias_add=False, **common)
+    model, mode = torch.nn.Sequential(up, down), StageMode()
+    deferred_linear.install(model, mode)
+    hidden = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(rank))
+    found = []
+    for store in (WeightGradients(), AtOnce()):
+        with mode.stage(store):
+            output, _ = down(up(hidden)[0])
+            (output * torch.arange(output.numel(), dtype=torch.float32).view_as(output)).sum().backward()
+        sizes = [None if work.part is None else tuple(work.part.shape) for work in store._work]
+        store.compute()
+        found.append((sizes, [_gradient_of(p) for p in model.parameters()]))
+    return found
+
+
+def _gradient_of(parameter):
+    gradient, parameter.grad = parameter.grad, None
+    return gradient
+
+
+def test_parts_wait(pair):
+    """Under sequence parallelism W waits with this rank's part of the row's output gradient and of the column's input,
+    in the order of B; a store that computes at once gives the same gradients."""
+    for (sizes, waited), (none, at_once) in pair.run(held):
+        assert sizes == [(3, 2, 32), (3, 2, 32)]
+        assert none == []
+        assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(waited, at_once, strict=True))
+
+
+def transformer_engines(rank, world, mode_of_linear):
+    """A linear that puts what Transformer Engine's would into its store: its weight gradient at once, and in W; the
+    shape of what waits."""
+    initialize(1, world)
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+    from dip_megatron.families.shared import deferred_te
+    from dip_megatron.runtime.deferred import WeightGradients
+    from dip_megatron.runtime.modes import StageMode
+
+    linear = torch.nn.Linear(4, 3, bias=False)
+    linear.weight_names, linear.bias_names, linear.use_bias = ["weight"], [], False
+    linear.fuse_wgrad_accumulation, linear.wgrad_store = False, None
+    linear.sequence_parallel, linear.parallel_mode = True, mode_of_linear
+    linear.tp_group = get_tensor_model_parallel_group()
+    mode, store = StageMode(), WeightGradients()
+    deferred_te.install(linear, mode)
+    whole = torch.Generator().manual_seed(3)  # both operands as all ranks have them once one has been gathered
+    x, dy = torch.randn(6, 4, generator=whole), torch.randn(6, 3, generator=whole)
+    with mode.stage(store):
+        assert linear.wgrad_store.delay_wgrad_compute()
+        linear.wgrad_store.put([x, dy], lambda a, b: (b.t() @ a, None, None))
+    shapes = [None if work.part is None else tuple(work.part.shape) for work in store._work]
+    store.compute()
+    return shapes, linear.weight.grad, dy.t() @ x
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("column", (3, 4)), ("row", (3, 3))])
+def test_transformer_engines_parts_wait(pair, kind, shape):
+    for shapes, split, whole in pair.run(transformer_engines, kind):
+        assert shapes == [shape]
+        assert torch.equal(split, whole)

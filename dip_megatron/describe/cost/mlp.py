@@ -40,13 +40,15 @@ def mlp_cost(layer: TransformerLayer, width: int, parallel: Parallel, operators:
     up, down = operators.matmul(tokens, hidden, fc1), operators.matmul(tokens, ffn, hidden)
     weight = operators.matmul(tokens, hidden, fc1, accumulate=True)
     weight = weight + operators.matmul(tokens, ffn, hidden, accumulate=True) + operators.gather(whole)
+    if parallel.sequence_parallel:  # two are gathered, one of them behind products
+        weight = np.maximum(weight, 2 * operators.gather(whole))
     act = operators.memory(e * (fc1 + ffn) * tokens)
     traffic = 2 * operators.gather(whole)
     inner = e * (fc1 + ffn) * tokens
-    # W needs the first linear's input and the second's output gradient, which sequence parallelism gathers.
+    # W needs the first linear's input and the second's output gradient, of both this rank's part.
     return MlpCost(
         up + down + act + traffic, up + down + 1.5 * act + traffic, weight, act, inner, e * ffn * tokens,
-        inner + local + whole,
+        inner + 2 * local,
     )  # fmt: skip
 
 

@@ -89,6 +89,11 @@ def layer_cost(
         """Tensor-parallel traffic in the unit of one gather of the hidden states."""
         return times * operators.gather(whole)
 
+    def gathering(products: Floats) -> Floats:
+        """Weight gradients of a block whose input has been gathered before and whose output is scattered after it. Of
+        both gathers one runs behind products, as long as these are."""
+        return np.maximum(products + exchange(1), exchange(2) if parallel.sequence_parallel else 0.0)
+
     def linear(inner: float, columns: float, rows: Floats = tokens) -> tuple[Floats, Floats]:
         return operators.matmul(rows, inner, columns), operators.matmul(rows, inner, columns, accumulate=True)
 
@@ -147,17 +152,17 @@ def layer_cost(
     # Layer input and normalised input of the attention; the modulated one and the gated output too if there is adaLN.
     extra = 2 if layer.adaln != "none" else 0
     forward, backward = forward + one + rope + exchange(2), backward + 2 * one + rope + exchange(2)
-    weight, activation = weight + exchange(1), kept + core_bytes + (2 + extra) * local
-    # Input of the projection and gradient of the output: with sequence parallelism the latter has been gathered.
-    deferred_activation = deferred_activation + local + whole
+    weight, activation = gathering(weight), kept + core_bytes + (2 + extra) * local
+    # Input of the projection and gradient of the output, this rank's parts of them.
+    deferred_activation = deferred_activation + 2 * local
     if layer.cross_attention:
         c_forward, c_core, c_backward, c_weight, c_kept, c_bytes, c_deferred = attend(
             tokens, hidden, sizes.condition, layer.cross_attention, sizes.cross_pairs, False
         )
         forward, backward = forward + c_forward + one + exchange(2), backward + c_backward + 2 * one + exchange(2)
-        weight, core = weight + c_weight + exchange(1), core + c_core
+        weight, core = weight + gathering(c_weight), core + c_core
         activation, core_bytes = activation + c_kept + c_bytes + 2 * local, core_bytes + c_bytes
-        deferred_activation = deferred_activation + c_deferred + local + whole
+        deferred_activation = deferred_activation + c_deferred + 2 * local
 
     if kind.experts:
         mlp = experts_cost(layer, parallel, operators, tokens)

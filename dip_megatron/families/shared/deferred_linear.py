@@ -17,7 +17,7 @@ from ...compat import linears
 from ...compat.experts import Router
 from ...compat.linears import Multiplication
 from ...compat.transformer_engine import store_of
-from ...runtime.deferred import WeightGradients, accumulate, cut
+from ...runtime.deferred import WeightGradients, accumulate, cut, own_part
 from ...runtime.modes import StageMode
 from . import deferred_te
 from .deferred_te import StageStore
@@ -27,12 +27,13 @@ _WITHOUT_INPUT_GRADIENT = (VocabParallelEmbedding, torch.nn.Conv2d, torch.nn.Con
 
 
 class _Target:
-    """A parameter and the store of its weight gradient, kept out of autograd's sight."""
+    """A parameter and the store of its weight gradient, kept out of autograd's sight; the group over which the output
+    is scattered along its sequence, if it is."""
 
-    __slots__ = ("parameter", "store")
+    __slots__ = ("output_group", "parameter", "store")
 
-    def __init__(self, parameter: torch.nn.Parameter, store: WeightGradients):
-        self.parameter, self.store = parameter, store
+    def __init__(self, parameter: torch.nn.Parameter, store: WeightGradients, output_group: Any):
+        self.parameter, self.store, self.output_group = parameter, store, output_group
 
 
 class DeferredLinear(Multiplication):
@@ -67,21 +68,25 @@ class DeferredLinear(Multiplication):
         if ctx.use_bias and ctx.needs_input_grad[4]:
             gradients[4] = grad_output.reshape(-1, grad_output.size(-1)).sum(dim=0)
         target: _Target = ctx.target
-        parameter, group = target.parameter, ctx.tp_group if ctx.sequence_parallel else None
-        fused = ctx.gradient_accumulation_fusion
+        parameter, store, fused = target.parameter, target.store, ctx.gradient_accumulation_fusion
         held = input_.detach()  # without the gradient that the input of a checkpoint would bring along
-        target.store.add(lambda: _weight_gradient(parameter, held, grad_output, group, fused))
+        if ctx.sequence_parallel:
+            store.add_gathered(lambda x: _weight_gradient(parameter, x, grad_output, fused), held, ctx.tp_group)
+        elif target.output_group is not None and store.waits:
+            group = target.output_group
+            part = own_part(grad_output, group)
+            store.add_gathered(lambda dy: _weight_gradient(parameter, held, dy, fused), part, group)
+        else:
+            store.add(lambda: _weight_gradient(parameter, held, grad_output, fused))
         ctx.target = None
         return tuple(gradients)
 
 
 def _weight_gradient(
-    parameter: torch.nn.Parameter, input_: torch.Tensor, grad_output: torch.Tensor, gather: Any, fused: bool
+    parameter: torch.nn.Parameter, input_: torch.Tensor, grad_output: torch.Tensor, fused: bool
 ) -> None:
-    """The second half of Megatron's backward; ``gather``: the group over which the input's sequence is split."""
+    """The second half of Megatron's backward, of an input and an output's gradient with their whole sequence."""
     with torch.no_grad():
-        if gather is not None:
-            input_ = linears.gathered(input_, gather)
         grad_output, input_ = linears.as_matrices(grad_output, input_)
         if fused:
             linears.accumulate_fused(parameter, input_, grad_output)
@@ -100,7 +105,8 @@ def _linear(module: torch.nn.Module, mode: StageMode) -> Callable[..., torch.Ten
         known = (
             linears.DEFAULTS | options | {"input": input, "weight": weight.detach(), "bias": bias, "tp_group": group}
         )
-        return DeferredLinear.apply(store.anchor, _Target(weight, store), *(known[name] for name in linears.ARGUMENTS))
+        target = _Target(weight, store, linears.scattered_over(module))
+        return DeferredLinear.apply(store.anchor, target, *(known[name] for name in linears.ARGUMENTS))
 
     return forward
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...compat import transformer_engine as te
-from ...runtime.deferred import accumulate
+from ...runtime.deferred import accumulate, own_part
 from ...runtime.modes import StageMode
 
 
@@ -34,7 +34,19 @@ class StageStore:
         """Leave ``product(*tensors)``, the weight gradient (and the bias's), to the stage's W."""
         store = self._mode.weight_gradients
         assert store is not None
-        store.add(lambda: self._finish(product(*tensors)))
+        gathered = te.gathered_operand(self._linear)
+        if gathered is None or not store.waits or not _divides(tensors, *gathered):
+            store.add(lambda: self._finish(product(*tensors)))
+            return
+        place, group = gathered
+        part, others = own_part(tensors[place], group), list(tensors)
+        others[place] = None
+
+        def work(whole: torch.Tensor) -> None:
+            others[place] = whole
+            self._finish(product(*others))
+
+        store.add_gathered(work, part, group)
 
     def _finish(self, results: tuple[Any, ...]) -> None:
         weight, bias = te.weight_to_accumulate(self._linear), te.bias_to_accumulate(self._linear)
@@ -42,6 +54,11 @@ class StageStore:
             accumulate(weight, results[0])
         if len(results) > 1 and results[1] is not None and results[1].numel() and bias is not None:
             accumulate(bias, results[1])
+
+
+def _divides(tensors: list[Any], place: int, group: Any) -> bool:
+    """Whether that operand can be cut into the ranks' parts: in low precision it is no plain tensor."""
+    return type(tensors[place]) is torch.Tensor and tensors[place].size(0) % group.size() == 0
 
 
 def install(chunk: torch.nn.Module, mode: StageMode) -> None:

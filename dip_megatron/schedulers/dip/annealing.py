@@ -40,10 +40,26 @@ def _bend(q: Problem, shift: Floats, random: NDArray[np.uint64]) -> None:
         same_kind = q.backbone[i] == q.backbone[s]
         if (
             i == s
+            or (scope >= 0.6 and scope < 0.75 and q.unit[i] == q.unit[s])
             or (scope < 0.6 and scope > 0.35 and same_kind and q.group[i] == q.group[s])
             or (scope < 0.1 and same_kind)
         ):
             shift[i] += step
+
+
+@compiled
+def _hold(q: Problem, release: Floats, random: NDArray[np.uint64]) -> None:
+    """Change the time before which a unit, or those of a microbatch, don't start."""
+    s = below(random, len(release))
+    scope, which = uniform(random), uniform(random)
+    time = 0.0
+    if which < 0.4:
+        time = uniform(random) * q.horizon
+    elif which < 0.8:
+        time = max(0.0, release[s] + 0.2 * q.horizon * (uniform(random) - 0.5))
+    for i in range(len(release)):
+        if q.unit[i] == q.unit[s] or (scope < 0.5 and q.group[i] == q.group[s]):
+            release[i] = time
 
 
 @compiled
@@ -107,7 +123,9 @@ def mutate(q: Problem, x: Keys, may: NDArray[np.bool_], random: NDArray[np.uint6
         _lean(q, x, random)
     elif kind < 0.20 and may[MAY_SPLIT]:
         _fuse(q, x, random)
-    elif kind < 0.28:
+    elif kind < 0.24 and may[MAY_REORDER]:
+        _hold(q, x.release, random)
+    elif kind < 0.30:
         which = uniform(random)
         if which < 0.25 and may[MAY_LEAN]:
             step = 1.0 if uniform(random) < 0.5 else -1.0
@@ -123,7 +141,7 @@ def mutate(q: Problem, x: Keys, may: NDArray[np.bool_], random: NDArray[np.uint6
             x.waits[WAIT_BETTER] = max(0.0, uniform(random) - 0.5)
         else:
             x.waits[WAIT_LEAN] = max(0.0, 2.0 * uniform(random) - 0.5)
-    elif kind < 0.34:
+    elif kind < 0.35:
         step = 4.0 * (uniform(random) + uniform(random) - 1.0)
         one = below(random, len(x.offset)) if uniform(random) < 0.7 else -1
         for p in range(len(x.offset)):

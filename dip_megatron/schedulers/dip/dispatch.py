@@ -54,7 +54,7 @@ def _begin(q: Problem, x: Keys, w: Work) -> None:
             m = w.node[n]
             m.waits_forward = g.before_start[n + 1] - g.before_start[n]
             m.waits_backward = g.after_start[n + 1] - g.after_start[n]
-            m.arrives_forward = 0.0
+            m.arrives_forward = x.release[s]
             m.arrives_backward = 0.0
             if g.is_idle[n]:
                 w.strategy[n] = 0
@@ -64,7 +64,7 @@ def _begin(q: Problem, x: Keys, w: Work) -> None:
             _count(q, x, w.rank, p, n)
             if m.waits_forward == 0:
                 mark(w.known_forward, p, w.queued[s].place_forward)
-                w.rank[p].attention = 0.0
+                w.rank[p].attention = min(w.rank[p].attention, x.release[s])
 
 
 @inlined

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,7 +21,7 @@ from .memory import evaluate, make_refill
 from .natural import megatron_orders
 from .options import SearchOptions, SearchResult
 from .paper import search_paper
-from .portfolio import levels, variations
+from .portfolio import levels, nested, variations
 from .prices import refine_strategies
 from .problem import Problem, make_problem
 from .random import seeded
@@ -29,6 +30,7 @@ from .strategies import restrict
 from .work import make_work
 
 CHAINS = 4  # of a deterministic search, whatever the number of workers
+NESTED_ROUNDS, NESTED_DRAWS = 8, 64
 PORTFOLIO_SHARE = 0.4  # of the budget at most
 KEYS_SHARE = 0.4
 HOT, COOL, COLD = 1e-3, 3e-4, 2e-5  # temperature over iteration time: of keys and of sequences at first, at last
@@ -129,6 +131,13 @@ def greedy(
             tried.append((keys_time, keys))
 
     attempt(levels(q, split=options.split_backward))
+    if options.reorder and q.groups > 2:
+        # As long as that pays: where all microbatches are alike, the natural order has been better.
+        draws, natural = nested(q, split=options.split_backward), min(tried, key=lambda entry: entry[0])[0]
+        for _ in range(NESTED_ROUNDS):
+            attempt(itertools.islice(draws, NESTED_DRAWS))
+            if incumbent.keys_time >= natural:
+                break
     attempt(variations(q, min(tried, key=lambda entry: entry[0])[1], reorder=options.reorder))
     incumbent.count(len(tried))
     tried.sort(key=lambda entry: entry[0])
@@ -306,10 +315,12 @@ def _refine(q: Problem, incumbent: Incumbent) -> None:
 
 
 def _apart(starts: list[tuple[float, Keys]], count: int) -> list[tuple[float, Keys]]:
-    """``count`` starts: the best of each window and way of taking turns, best first, then the best again."""
-    seen: dict[tuple[int, bool], tuple[float, Keys]] = {}
+    """``count`` starts: the best of each window and way of taking turns, with units held back and without, best first,
+    then the best again."""
+    seen: dict[tuple[int, bool, bool], tuple[float, Keys]] = {}
     for keys_time, keys in starts:
-        seen.setdefault((int(keys.window[0]), bool(keys.flags[ALTERNATE])), (keys_time, keys))
+        kind = int(keys.window[0]), bool(keys.flags[ALTERNATE]), bool(keys.release.any())
+        seen.setdefault(kind, (keys_time, keys))
     best = list(seen.values())[:count]
     return best + [starts[0]] * (count - len(best))
 

@@ -25,7 +25,7 @@ class Keys(NamedTuple):
     backward is split. ``flags``: ``ALTERNATE`` forwards and backwards when both can run (the paper's rule);
     ``LEAN_AT_ONCE``: use a leaner strategy whenever that admits a forward, not only when the rank would idle.
     ``window`` ``[P]``: on a rank whose memory is limited only so many sinks, from the first unfinished one in order,
-    may be under way.
+    may be under way. ``release`` ``[S]``: seconds before which a virtual microbatch's forwards don't start.
     """
 
     order_forward: Floats
@@ -38,6 +38,7 @@ class Keys(NamedTuple):
     split: NDArray[np.bool_]
     flags: NDArray[np.bool_]
     window: Floats
+    release: Floats
 
 
 def make_keys(q: Problem, split: bool) -> Keys:
@@ -55,6 +56,7 @@ def make_keys(q: Problem, split: bool) -> Keys:
         split=q.graph.has_weight & split,
         flags=np.zeros(FLAGS, dtype=np.bool_),
         window=np.full(ranks, float(len(q.reservation))),
+        release=np.zeros(virtual_microbatches),
     )
 
 
@@ -84,3 +86,4 @@ def assign_keys(target: Keys, source: Keys) -> None:
     assign(target.split, source.split)
     assign(target.flags, source.flags)
     assign(target.window, source.window)
+    assign(target.release, source.release)

@@ -6,12 +6,16 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core.graph import Floats
+from ...core.simulate.kernels import BACKWARD, FORWARD, FUSED
 from .keys import ALTERNATE, LEAN_AT_ONCE, WAIT_WEIGHT, Keys, copy_keys, make_keys
 from .problem import Problem
 
 BACKWARD_FIRST = 1e6
+BEGINS, STEPS = (0.0, 0.0, 0.02, 0.05, 0.1), (0.0, 0.0, 0.01, 0.02, 0.04)  # of an iteration: how long long ones wait
+PRICED_SHARES = (0.3, 0.5, 0.75)  # of all bytes, that are given up for less than a price
 
 
 def microbatch_orders(q: Problem) -> list[Floats]:
@@ -56,6 +60,72 @@ def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
         keys.flags[LEAN_AT_ONCE] = lean
         keys.waits[WAIT_WEIGHT] = 0.3
         yield keys
+
+
+def nested(q: Problem, *, split: bool) -> Iterator[Keys]:
+    """Draws without end: microbatches with long chains (a unit's stages, one after the other) between those with short
+    ones, which fill the pipeline before them and drain it after.
+
+    A long chain that starts late is what all wait for at the end, and one that keeps its activations leaves no room for
+    short ones beside it; short ones that have all run early leave nothing for the ranks that wait while long ones turn
+    from forward to backward. So: some short ones first, the long ones, the other short ones, all in order of length,
+    long and late ones held back for steps that are drawn; where memory matters, each stage's strategy by one price of a
+    byte.
+    """
+    draw = np.random.default_rng(0)
+    seconds = _whole(q)[0].reshape(q.graph.virtual_microbatches, q.graph.ranks)
+    longest = np.zeros(q.groups)
+    np.maximum.at(longest, q.group, np.bincount(q.unit, weights=seconds.sum(axis=1))[q.unit])
+    up = np.argsort(longest, kind="stable")
+    bases = [_by_price(q, price) for price in _prices(q)] if q.bounded.any() and q.graph.candidates > 1 else []
+    while True:
+        many = max(1, int(draw.uniform(0.15, 0.65) * q.groups))
+        short, long = up[: q.groups - many], up[q.groups - many :][:: draw.choice((1, -1))]
+        head = int(draw.integers(0, len(short) + 1))
+        begin, step, apart = (float(draw.choice(x)) for x in (BEGINS, STEPS, STEPS))
+        release = np.zeros(q.groups)
+        release[long] = q.horizon * (begin + step * np.arange(many))
+        release[short[head:]] = q.horizon * apart * np.arange(len(short) - head)
+        place = np.empty(q.groups)
+        place[np.concatenate([short[:head], long, short[head:]])] = np.arange(q.groups)
+        keys = make_keys(q, split)
+        keys.order_forward[:] = place
+        keys.order_backward[:] = place
+        keys.release[:] = release[q.group]
+        if bases:
+            keys.base[:] = bases[draw.integers(len(bases))]
+        keys.flags[ALTERNATE] = draw.random() < 0.75
+        keys.waits[WAIT_WEIGHT] = draw.choice((0.0, 0.3, 0.6))
+        yield keys
+
+
+def _whole(q: Problem) -> Floats:
+    """Seconds of each stage's forward and backward by strategy, ``[C, N]``."""
+    duration = q.graph.duration
+    back = np.where(q.graph.has_weight, duration[FUSED], np.where(q.graph.has_backward, duration[BACKWARD], 0.0))
+    whole: Floats = duration[FORWARD] + back
+    return whole
+
+
+def _prices(q: Problem) -> list[float]:
+    """Seconds of a count of memory for which these shares of all of it are given up."""
+    seconds, size = _whole(q), q.activation.astype(np.float64)
+    saved = size[0] - size
+    ratio = np.divide(seconds - seconds[0], saved, out=np.full_like(seconds, np.inf), where=saved > 0.5 * size[0])
+    ratio = np.maximum(ratio.min(axis=0), 0.0)
+    known = np.flatnonzero(np.isfinite(ratio) & (size[0] > 0.0))
+    if not len(known):
+        return []
+    known = known[np.argsort(ratio[known], kind="stable")]
+    given = np.cumsum(size[0][known]) / size[0][known].sum()
+    return list(dict.fromkeys(1.001 * float(ratio[known[np.searchsorted(given, x)]]) for x in PRICED_SHARES))
+
+
+def _by_price(q: Problem, price: float) -> NDArray[np.int8]:
+    """Each stage's cheapest strategy where a count of memory costs ``price`` seconds, ``[N]``; none past its leanest,
+    which has to stay in reach."""
+    cheapest = (_whole(q) + price * q.activation).argmin(axis=0)
+    return np.minimum(cheapest, q.activation.argmin(axis=0)).astype(np.int8)
 
 
 def variations(q: Problem, start: Keys, *, reorder: bool) -> Iterator[Keys]:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.graph import Ints, StageGraph
-from ...core.simulate.kernels import GraphArrays, graph_arrays
+from ...core.graph import Floats, Ints, StageGraph
+from ...core.simulate.kernels import BACKWARD, FORWARD, FUSED, GraphArrays, graph_arrays
 
 Longs = NDArray[np.int64]
 UNBOUNDED = 1 << 60
@@ -25,7 +25,8 @@ class Problem(NamedTuple):
     ``[K, P]`` what its end gives back, ``passing`` ``[K, P]`` the largest of its stages without backward
     (``passing_count`` of them), which hold memory only while they run. ``backbone`` ``[S]`` marks the virtual
     microbatches of modules that feed no other; ``least`` ``[P]`` is the smallest forward of a rank (0 if some hold
-    memory only while they run).
+    memory only while they run); ``unit`` ``[S]`` is the unit of each;
+    ``horizon`` is the seconds of the rank with the most work.
     """
 
     graph: GraphArrays
@@ -46,6 +47,8 @@ class Problem(NamedTuple):
     passing_count: Longs
     backbone: NDArray[np.bool_]
     least: Longs
+    unit: Ints
+    horizon: float
 
 
 def make_problem(graph: StageGraph) -> Problem:
@@ -113,7 +116,16 @@ def make_problem(graph: StageGraph) -> Problem:
         passing_count=passing_count,
         backbone=backbone,
         least=least,
+        unit=np.array(graph.unit_of, dtype=np.int32),
+        horizon=float(_work(g).max()),
     )
+
+
+def _work(g: GraphArrays) -> Floats:
+    """Seconds of work on each rank ``[P]`` with the fastest strategies."""
+    whole = np.where(g.has_weight, g.duration[FUSED, 0], np.where(g.has_backward, g.duration[BACKWARD, 0], 0.0))
+    total: Floats = (g.duration[FORWARD, 0] + whole).reshape(g.virtual_microbatches, g.ranks).sum(axis=0)
+    return total
 
 
 def _counted(graph: StageGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Longs]:
