@@ -33,8 +33,8 @@ PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.3
 rest goes to a walk from the best of them."""
 TIMED_SHARE = 0.4
 """Of a budget in seconds: the skeletons. Schedules of one of them take longer to try than changes of a walk."""
-LEAST_TRIES, LEAST_SECONDS = 300, 0.1
-"""Fewer skeletons are searched where each would have less than this."""
+LEAST_TRIES = 0.6
+"""Fewer skeletons are searched where each would have fewer schedules than this for every stage of a replica."""
 PARTS = 8
 """Parts of a walk, after each of which walks that have fallen behind start over from the fastest."""
 SLICE_SECONDS = 0.02
@@ -192,22 +192,23 @@ class _Search:
     def skeletons(self) -> list[list[Schedule]]:
         """Of the maxima and of the means in turns, each time with another seed, the fastest first."""
         best, counted = self.best, self.evaluations is not None
-        seconds = max(0.0, self.until - best.elapsed()) * TIMED_SHARE
-        room = self.share(SKELETON_SHARE, LEAST_TRIES) if counted else int(seconds / LEAST_SECONDS)
-        starts = max(2, min(STARTS, room))
+        forms = [(self.t, True)] if self.fits else []
+        if self.options.sequences:  # without walks nothing makes room
+            forms.append((self.t.even(), False))
+        left = max(0.0, self.until - best.elapsed()) * TIMED_SHARE
+        tries = self.share(SKELETON_SHARE, 1) if counted else int(left * best.evaluations / best.elapsed())
+        stages = self.t.graph.virtual_microbatches * self.t.graph.ranks
+        starts = max(1, min(STARTS, int(tries / (LEAST_TRIES * stages))))
+        most = max(TRIAL + 1, self.share(SKELETON_SHARE, starts))
         found = []
-        for i in range(starts):
-            even = i % 2 == 1
-            if best.elapsed() >= self.until or not (self.options.sequences if even else self.fits):
-                continue
-            t = self.t.even() if even else self.t
-            tries = max(TRIAL + 1, self.share(SKELETON_SHARE, starts))
+        for i in range(starts if forms else 0):
+            if best.elapsed() >= self.until:
+                break
+            t, fits = forms[i % len(forms)]
+            seed = self.seed + i // len(forms)
             with contextlib.suppress(DoesNotFitError):
-                seed = self.seed + i // 2
                 found.append(
-                    _skeleton(
-                        best, t, tries, seconds / starts, seed, self.workers, self.options, counted, fits=not even
-                    )
+                    _skeleton(best, t, most, left / starts, seed, self.workers, self.options, counted, fits=fits)
                 )
         return [schedules for _, schedules in sorted(found, key=lambda entry: entry[0])]
 
