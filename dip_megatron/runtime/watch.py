@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 from .executor import Position
 
 _KEY = "dip/failure"
+_ALIVE, _LEFT = "dip/alive", "dip/left"
+"""How often all ranks have looked; whether one has ended in order."""
 
 
 class Watchdog:
@@ -20,6 +23,7 @@ class Watchdog:
     Blocking waits are bounded by the transport's timeout; this makes the others leave within seconds of the first
     failure instead of at their own timeout, and also when the store's host is gone. A host that is cut off says
     nothing: calls of its store just don't return. So one thread asks, another counts how long there has been no answer.
+    A rank on that host has its answers, but hears of nobody else: ranks count in the store how often they have looked.
     """
 
     def __init__(
@@ -45,7 +49,10 @@ class Watchdog:
         self._stop = threading.Event()
         self._news = threading.Event()  # a cause, what was told, or the end
         self._failed_here = self._told = False
+        self._turn = max(interval_seconds, patience_seconds / 20)
         self._answers = 0  # of the store
+        self._others = 0  # times that others have looked
+        self._left = False  # whether a rank has ended in order
         self._cause: str | None = None  # that the store tells, or why it tells nothing any more
         threading.Thread(target=self._ask, name="dip-watchdog-store", daemon=True).start()
         threading.Thread(target=self._watch, name="dip-watchdog", daemon=True).start()
@@ -66,8 +73,16 @@ class Watchdog:
 
     def close(self) -> None:
         """End watching, at an orderly shutdown."""
+        if not self._stop.is_set():
+            leaving = threading.Thread(target=self._leave_in_order, name="dip-watchdog-leave", daemon=True)
+            leaving.start()
+            leaving.join(self._grace)
         self._stop.set()
         self._news.set()
+
+    def _leave_in_order(self) -> None:
+        with contextlib.suppress(Exception):  # the host of the store may have ended before
+            self._store.set(_LEFT, "1")
 
     def _tell(self, text: str) -> None:
         try:
@@ -76,9 +91,17 @@ class Watchdog:
             print(f"[dip] could not tell the other ranks: {error}", file=sys.stderr, flush=True)
 
     def _ask(self) -> None:
+        own, counted = 0, 0.0
         while not self._stop.wait(self._interval):
             try:
                 cause = self._store.get(_KEY).decode() if self._store.check([_KEY]) else None
+                counted += self._interval
+                if counted >= self._turn:
+                    own, counted = own + 1, 0.0
+                    others = self._store.add(_ALIVE, 1) - own
+                    if others == self._others:
+                        self._left = self._store.check([_LEFT])
+                    self._others = others
             except Exception as error:
                 # The host of the store may just have ended in order before us; then close() comes soon.
                 if self._stop.wait(self._grace):
@@ -92,17 +115,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         # Counted in own turns, not on the clock: a process that was stopped for a while has asked nobody meanwhile.
-        answers, silent = 0, 0
-        turn = max(self._interval, self._patience / 20)
+        answers, silent, others, lonely = 0, 0, 0, 0
         while True:
-            self._news.wait(turn)
+            self._news.wait(self._turn)
             if self._stop.is_set():
                 return
             silent = silent + 1 if self._answers == answers else 0
-            answers = self._answers
+            alone = not silent and 0 < self._others == others and not self._left  # none: the others haven't begun
+            lonely = lonely + 1 if alone else 0
+            answers, others = self._answers, self._others
             cause = self._cause
-            if cause is None and silent * turn > self._patience:
+            if cause is None and silent * self._turn > self._patience:
                 cause = f"no word from the rank that hosts the store for {self._patience:.0f} s; its host may be gone"
+            elif cause is None and lonely * self._turn > self._patience:
+                cause = f"no word from any other rank for {self._patience:.0f} s; this rank's host may be cut off"
             if cause is not None or self._told:
                 self._exit(cause)
                 return

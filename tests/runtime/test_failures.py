@@ -83,16 +83,24 @@ class _Store:
 
     def __init__(self, answers: int):
         self.answers = answers
+        self.added, self.left = 0, False
         self.cut = threading.Event()
 
     def check(self, keys: list[str]) -> bool:
         self.answers -= 1
         if self.answers < 0:
             self.cut.wait()
-        return False
+        return self.left and keys == ["dip/left"]
 
     def compare_set(self, key: str, expected: str, desired: str) -> None:
         self.cut.wait()
+
+    def add(self, key: str, amount: int) -> int:
+        self.added += amount
+        return self.added
+
+    def set(self, key: str, value: str) -> None:
+        self.left = True
 
 
 @pytest.mark.parametrize("failed_here", [False, True])
@@ -124,3 +132,26 @@ def test_a_store_that_answers_ends_nobody():
         time.sleep(0.01)
     watchdog.close()
     assert left.empty()
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_rank_leaves_when_its_own_host_is_cut_off(in_order, capsys):
+    """With the store: which answers, while no other rank looks at it any more, unless one has ended in order."""
+    left: queue.Queue[int] = queue.Queue()
+    store = _Store(answers=10**6)
+    store.added = 3  # others have looked before
+    store.left = in_order
+    watchdog = Watchdog(
+        store, Position(1), 0, patience_seconds=0.4, interval_seconds=0.02, grace_seconds=0.1, leave=left.put
+    )
+    if in_order:
+        while store.added < 100:
+            time.sleep(0.02)
+        watchdog.close()
+        assert left.empty()
+        return
+    assert left.get(timeout=60) == 1
+    said = capsys.readouterr().err
+    assert "global rank 0 stops where it stood: pipeline rank 1" in said
+    assert "no word from any other rank" in said
+    assert "this rank's host may be cut off" in said
