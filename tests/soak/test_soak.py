@@ -106,9 +106,11 @@ def test_a_short_soak_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert soak(20, 4, tmp_path, Console(quiet=True), forked) == []
     lines = [json.loads(line) for line in (tmp_path / "diary.rank0.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, 21))
-    # One fault of each kind, the late one among them, met a worker that planned.
+    # One fault of each kind, the late one among them, met a worker that planned. One that has ended may be noticed
+    # before it has an exit code.
     text = (tmp_path / "disturbed.rank0.log").read_text()
-    for said in ("exit code 3", "bad message length", "a fault of the soak", "has not answered"):
+    assert "exit code 3" in text or "EOFError" in text
+    for said in ("bad message length", "a fault of the soak", "has not answered"):
         assert said in text, said
     assert lines[-1]["worker_deaths"] >= 3
     assert lines[-1]["late_plans"] + lines[-1]["fallbacks"] >= 5
