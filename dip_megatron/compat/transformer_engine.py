@@ -9,38 +9,18 @@ import torch
 
 from .names import Name, Topic
 
+_LINEAR = (
+    "wgrad_store", "weight_names", "bias_names", "fuse_wgrad_accumulation", "use_bias", "sequence_parallel",
+    "parallel_mode", "tp_group",
+)  # fmt: skip
 TOPIC = Topic(
     "Transformer Engine's linears whose weight gradient can wait",
     "transformer-engine",
     "2.3 on, read in its source and not run",
     "plans can't split the backward of Transformer Engine's linears; use split_backward: false",
     (
-        Name(
-            "transformer_engine.pytorch.module.linear:Linear",
-            has=(
-                "wgrad_store",
-                "weight_names",
-                "bias_names",
-                "fuse_wgrad_accumulation",
-                "use_bias",
-                "sequence_parallel",
-                "parallel_mode",
-                "tp_group",
-            ),
-        ),
-        Name(
-            "transformer_engine.pytorch.module.layernorm_linear:LayerNormLinear",
-            has=(
-                "wgrad_store",
-                "weight_names",
-                "bias_names",
-                "fuse_wgrad_accumulation",
-                "use_bias",
-                "sequence_parallel",
-                "parallel_mode",
-                "tp_group",
-            ),
-        ),
+        Name("transformer_engine.pytorch.module.linear:Linear", has=_LINEAR),
+        Name("transformer_engine.pytorch.module.layernorm_linear:LayerNormLinear", has=_LINEAR),
         Name("transformer_engine.pytorch.module._common:WeightGradStore.delay_wgrad_compute", ()),
         Name("transformer_engine.pytorch.module._common:WeightGradStore.put", ("tensor_list", "func")),
         Name("megatron.core.extensions.transformer_engine:te_checkpoint"),
