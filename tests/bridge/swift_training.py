@@ -46,6 +46,7 @@ KINDS = {
     "qwen2-5-vl": ("qwen2_5_vl", "qwen2_5_vl"),
     "qwen2-vl": ("qwen2_vl", "qwen2_vl"),
     "internvl": ("internvl", "internvl_hf"),
+    "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
 }
 """What ms-swift calls each model, and its template."""
 
