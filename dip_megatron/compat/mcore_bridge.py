@@ -36,6 +36,10 @@ TOPIC = Topic(
             "mcore_bridge.model.mm_gpts.internvl:InternvlHfVit",
             has=("module_mapping", "get_inputs_embeds", "get_image_features"),
         ),
+        Name(
+            "mcore_bridge.model.mm_gpts.internvl:InternvlVit",
+            has=("module_mapping", "get_inputs_embeds", "extract_feature"),
+        ),
         Name("transformers.models.internvl.modeling_internvl:InternVLVisionModel", has=("embeddings", "encoder")),
         Name("transformers.models.internvl.modeling_internvl:InternVLVisionLayer", has=("attention", "mlp")),
         Name("mcore_bridge.model.register:ModelLoader.build_model", ("pre_process", "post_process", "vp_stage")),

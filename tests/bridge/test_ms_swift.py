@@ -44,6 +44,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "virtual-dip": {**ALL, "virtual_pipeline_model_parallel_size": 2, "dip": {"DIP_SCHEDULE": "static"}},
     "internvl": {**ALL, "tiny": "internvl"},
     "internvl-dip": {**ALL, "tiny": "internvl", "dip": DIP},
+    "internvl-chat": {**ALL, "tiny": "internvl-chat"},
+    "internvl-chat-dip": {**ALL, "tiny": "internvl-chat", "dip": DIP},
+    "internvl-chat-frozen": {**USUAL, "tiny": "internvl-chat"},
+    "internvl-chat-frozen-dip": {**USUAL, "tiny": "internvl-chat", "dip": DIP},
     "qwen2-vl": {**ALL, "tiny": "qwen2-vl"},
     "qwen2-vl-dip": {**ALL, "tiny": "qwen2-vl", "dip": DIP},
     "qwen3-vl": {**ALL, "tiny": "mcore-qwen3-vl"},
@@ -115,7 +119,8 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
     ("under", "off"),
     [
         ("all-dip", "all"), ("usual-dip", "usual"), ("virtual-dip", "all"), ("internvl-dip", "internvl"),
-        ("qwen2-vl-dip", "qwen2-vl"), ("frozen-dip", "frozen"), ("qwen3-vl-dip", "qwen3-vl"),
+        ("qwen2-vl-dip", "qwen2-vl"), ("frozen-dip", "frozen"), ("internvl-chat-dip", "internvl-chat"),
+        ("internvl-chat-frozen-dip", "internvl-chat-frozen"), ("qwen3-vl-dip", "qwen3-vl"),
         ("mergers-dip", "mergers"), ("frozen-qwen3-vl-dip", "frozen-qwen3-vl"),
     ],
 )  # fmt: skip
