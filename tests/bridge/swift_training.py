@@ -47,6 +47,7 @@ KINDS = {
     "qwen2-vl": ("qwen2_vl", "qwen2_vl"),
     "internvl": ("internvl", "internvl_hf"),
     "internvl-chat": ("internvl_chat", "internvl2_5"),
+    "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
 }
 """What ms-swift calls each model, and its template."""
 
