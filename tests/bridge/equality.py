@@ -58,7 +58,7 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     if case.tiny in MCORE_TINY:
         from tests.bridge.mcore_models import McoreModels
 
-        models = McoreModels(case.folder, stages, case.tensor)
+        models = McoreModels(case.folder, stages, case.tensor, case.sequence)
         return models, models
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -187,6 +187,8 @@ def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
     parallel = Parallel(case.tensor, world // case.ranks, sequence_parallel=case.sequence, cp=case.context)
     model = family.describe(blueprint, parallel)
     chunks = program.build_chunks()
+    # Plans say what is recomputed, alone.
+    assert not any(getattr(module, "gradient_checkpointing", False) for chunk in chunks for module in chunk.modules())
     bridge.load_hf_weights(chunks)
     return bridge, program, chunks, model
 

@@ -46,6 +46,8 @@ KINDS = {
     "qwen2-5-vl": ("qwen2_5_vl", "qwen2_5_vl"),
     "qwen2-vl": ("qwen2_vl", "qwen2_vl"),
     "internvl": ("internvl", "internvl_hf"),
+    "internvl-chat": ("internvl_chat", "internvl2_5"),
+    "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
 }
 """What ms-swift calls each model, and its template."""
 
@@ -56,7 +58,7 @@ class Samples(torch.utils.data.Dataset[Any]):
 
     def __init__(self, name: str, size: int):
         tiny = (TINY | MCORE_TINY)[name]
-        index_of = getattr(tiny.made().model, "get_rope_index", None)
+        index_of = getattr(getattr(tiny.made(), "model", None), "get_rope_index", None)
         self._samples = []
         for index, shown in enumerate(tiny.contents(5, size)):
             given = tiny.arguments(shown, index)
@@ -154,7 +156,7 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     args.save_args(args.output_dir)
     from transformers import AutoConfig
 
-    trainer = trainers.MegatronTrainer(args, Encoded(AutoConfig.from_pretrained(folder)))
+    trainer = trainers.MegatronTrainer(args, Encoded(AutoConfig.from_pretrained(folder, trust_remote_code=True)))
     record = Record(trainer)
     trainer.callbacks.append(record)
     size = 2 * args.global_batch_size

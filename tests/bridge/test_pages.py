@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from tests.bridge import equality
 from tests.bridge.equality import Case
 from tests.bridge.tiny import TINY
+from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.processes import team
 
 LAYERS: dict[str, tuple[tuple[int, ...], ...]] = {"vision": ((3, 2),), "language": ((3, 3),)}
@@ -69,6 +71,36 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
             qwen3_vl.Qwen3Vl().check(SimpleNamespace(context_parallel_size=2, **{name: value}))
         found[name] = str(error.value)
     return found
+
+
+def said_of_tiles(rank: int, world: int, folder: Path) -> dict[str, str]:
+    """Of InternVL in the layout that brings its own code."""
+    from dip_megatron.families.called import mcore_internvl
+
+    case = Case("internvl-chat", folder, {})
+    _, models = equality.provider_of(case, world)
+    page, config = mcore_internvl.McoreBridgeInternVlChat(), models.config
+    page.check(config)
+    arguments = case.of.arguments((("image", (1, 4, 4)),), 1)
+    (vision,) = page.encoders
+    assert vision.tokens(config, arguments) == [4]
+    arguments["pixel_values"] = arguments["pixel_values"].repeat(2, 1, 1, 1)
+    with pytest.raises(ValueError) as error:  # noqa: PT011  what it says is compared below
+        vision.tokens(config, arguments)
+    found = {"batch": str(error.value)}
+    config.hf_config.select_layer = -4
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        page.check(config)
+    return found | {"select_layer": str(error.value)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mcore_bridge") is None, reason="needs mcore-bridge")
+def test_tiles_are_refused_that_cannot_be_told(tmp_path: Path) -> None:
+    MCORE_TINY["internvl-chat"].save(tmp_path)
+    (found,) = team(1).run(said_of_tiles, tmp_path)
+
+    assert found["batch"] == "the microbatch has 4 image tokens for 2 tiles of 4"
+    assert "with select_layer -4, only with the last layer's output (-1)" in found["select_layer"]
 
 
 def test_a_page_that_is_wrong_is_told(tmp_path: Path) -> None:

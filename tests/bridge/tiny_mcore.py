@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.bridge.tiny import Pictures
-from tests.bridge.tiny_model import IDS, IMAGE, TEXT, Content, Tiny
+from tests.bridge.tiny import Pictures, qwen3, qwen3_moe
+from tests.bridge.tiny_model import IDS, IMAGE, TEXT, VOCABULARY, Content, Tiny
 
 
 def internvl(tied: bool, **text: Any) -> Any:
@@ -25,6 +27,27 @@ def internvl(tied: bool, **text: Any) -> Any:
         tie_word_embeddings=tied, architectures=["InternVLForConditionalGeneration"],
     )  # fmt: skip
     return transformers.InternVLForConditionalGeneration(config)
+
+
+def internvl_chat(tied: bool) -> Any:
+    """In the layout of its own, as InternVL3's small models: Qwen2 behind InternViT with layer norms."""
+    from tests.bridge.internvl_chat.configuration_internvl_chat import InternVLChatConfig
+    from tests.bridge.internvl_chat.modeling_internvl_chat import InternVLChatModel
+
+    vision = {
+        "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 56,
+        "patch_size": 14, "qk_normalization": False, "norm_type": "layer_norm", "qkv_bias": True,
+        "initializer_factor": 1.0,
+    }  # fmt: skip
+    InternVLChatConfig.register_for_auto_class()
+    InternVLChatModel.register_for_auto_class("AutoModelForCausalLM")
+    config = InternVLChatConfig(
+        llm_config=TEXT | {"model_type": "qwen2", "tie_word_embeddings": tied}, vision_config=vision,
+        tie_word_embeddings=tied, dtype=torch.float32, architectures=["InternVLChatModel"],
+    )  # fmt: skip
+    model = InternVLChatModel(config)
+    model.img_context_token_id = IMAGE
+    return model
 
 
 def internvl_moe(tied: bool) -> Any:
@@ -68,6 +91,20 @@ def _made(tiny: Tiny) -> Any:
     return tiny.made()
 
 
+class Published(Positioned):
+    """With experts' matrices in the folder as published: input by output, where Hugging Face's model writes new ones
+    the other way around."""
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        file = folder / "model.safetensors"
+        turned = {
+            name: weight.transpose(1, 2).contiguous() if "mlp.experts." in name else weight
+            for name, weight in load_file(file).items()
+        }
+        save_file(turned, file, {"format": "pt"})
+
+
 class Tiles(Pictures):
     """Of tiles of one size, which Hugging Face's model finds by their tokens."""
 
@@ -75,12 +112,31 @@ class Tiles(Pictures):
         return {}
 
 
+class OwnTiles(Tiles):
+    """Whose folder has a tokenizer, which alone knows the token of tiles."""
+
+    def save(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+        from transformers import PreTrainedTokenizerFast
+
+        super().save(folder)
+        words = {"<IMG_CONTEXT>" if i == IMAGE else f"word{i}": i for i in range(VOCABULARY)}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0")))
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>"]})
+        tokenizer.save_pretrained(folder)
+
+
+QWEN3: dict[str, Any] = {"patch": 16, "split_frames": True, "vision_layers": 5, "language_layers": 6}
 MCORE_TINY = {
     tiny.name: tiny
     for tiny in (
         Tiles("internvl", internvl, videos=False, sizes=((1, 4, 4),)),
         Tiles("internvl-tied", internvl, videos=False, sizes=((1, 4, 4),), tied=True),
+        OwnTiles("internvl-chat", internvl_chat, videos=False, sizes=((1, 4, 4),)),
         Positioned("qwen2-vl", qwen2_vl),
+        Positioned("mcore-qwen3-vl", qwen3, **QWEN3),
+        Published("mcore-qwen3-vl-moe", qwen3_moe, experts=True, **QWEN3),
         Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),
     )
 }

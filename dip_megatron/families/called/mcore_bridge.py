@@ -20,6 +20,7 @@ from ...compat.mcore_bridge import by_class
 from ...describe.files import ConfigurationError
 from ..family import ModelFamily
 from .family import family_of_class
+from .grids import GridEncoder
 from .page import Page, drop, without_layers
 
 
@@ -29,6 +30,20 @@ class _Encoders(MultimodalGPTModel):
     language_model_cls = NoLanguageModel
 
 
+class WrappedVision(GridEncoder):
+    """Hugging Face's vision transformer within mcore-bridge's wrapper."""
+
+    called = "visual.visual"
+    depth = "hf_config.vision_config.depth"
+
+    def config(self, config: Any) -> Any:
+        return config.hf_config.vision_config
+
+    def token(self, config: Any, kind: str) -> int:
+        found: int = getattr(config.hf_config, f"{kind}_token_id")
+        return found
+
+
 class McoreBridgePage(Page):
     """Models whose encoder has the wrapper ``visual_class``. For a microbatch of text alone mcore-bridge runs the
     encoder on an empty picture and adds nothing of it: DIP doesn't. Loops freeze parameters by themselves, and plans
@@ -36,6 +51,8 @@ class McoreBridgePage(Page):
 
     model_class = MultimodalGPTModel
     visual_class: ClassVar[type[torch.nn.Module]]
+    tower: ClassVar[str] = ""
+    """The encoder within the wrapper, where the wrapper asks it for more than what it is called for."""
     replicates = False  # mcore-bridge's export knows of one copy
 
     def check(self, config: Any) -> None:
@@ -49,13 +66,20 @@ class McoreBridgePage(Page):
     def vocabulary(self, config: Any) -> int:
         return int(config.padded_vocab_size)
 
+    def position_tokens(self, config: Any) -> tuple[int, ...]:
+        return super().position_tokens(config.hf_config)
+
     def longest(self, config: Any) -> int:
         """mcore-bridge's config says no more than what the model could take; loops pad to a microbatch's longest."""
         return int(getattr(config, "seq_length", None) or min(config.max_position_embeddings, 8192))
 
     def bare(self, kwargs: Mapping[str, Any]) -> Any:
         own = copy.copy(kwargs["config"])
-        return _Encoders(**{**kwargs, "config": own, "pre_process": True, "post_process": False, "vp_stage": None})
+        model = _Encoders(**{**kwargs, "config": own, "pre_process": True, "post_process": False, "vp_stage": None})
+        for module in model.visual.modules():
+            if getattr(module, "gradient_checkpointing", False):  # InternViT's own code has it on
+                module.gradient_checkpointing = False  # plans say what is recomputed
+        return model
 
     def calling(self, model: Any) -> AbstractContextManager[None]:
         """mcore-bridge merges embeddings where it looks words up: in the class of that module, while it is called."""
@@ -67,10 +91,28 @@ class McoreBridgePage(Page):
         with without_layers(config, self.encoders):
             model = builder.build_model(pre_process=first, post_process=last, vp_stage=segment)
         drop(model, first, *(name for e in self.encoders for name in (e.called, *e.points(config).tail)))
+        if first and self.tower:
+            delattr(model.visual, self.tower)
+            model.visual.__dict__[self.tower] = _Tower(model.language_model)
         if first:
             called = tuple(e.called.rpartition(".")[2] for e in self.encoders)
             model.visual.get_inputs_embeds = MethodType(_Merged(called), model.visual)
         return model
+
+
+class _Tower:
+    """In the place of an encoder beside the language model, where the wrapper asks for its device and its dtype."""
+
+    def __init__(self, language: torch.nn.Module):
+        self._language = [language]  # a list, so that it isn't taken for a submodule
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._language[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self._language[0].parameters()).dtype
 
 
 class _Merged:

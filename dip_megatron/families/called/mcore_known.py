@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from .mcore_bridge import families_of
-from .mcore_internvl import McoreBridgeInternVl
+from .mcore_internvl import McoreBridgeInternVl, McoreBridgeInternVlChat
+from .mcore_qwen3_vl import McoreBridgeQwen3Vl
 from .mcore_qwen_vl import McoreBridgeQwen2Vl, McoreBridgeQwen25Vl
 
-MCORE_BRIDGE_FAMILIES = families_of((McoreBridgeQwen25Vl(), McoreBridgeQwen2Vl(), McoreBridgeInternVl()))
+MCORE_BRIDGE_FAMILIES = families_of(
+    (
+        McoreBridgeQwen25Vl(),
+        McoreBridgeQwen2Vl(),
+        McoreBridgeQwen3Vl(),
+        McoreBridgeInternVl(),
+        McoreBridgeInternVlChat(),
+    )
+)
 """They share the class that all of mcore-bridge's multimodal models have."""
