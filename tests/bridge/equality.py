@@ -58,7 +58,7 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     if case.tiny in MCORE_TINY:
         from tests.bridge.mcore_models import McoreModels
 
-        models = McoreModels(case.folder, stages, case.tensor)
+        models = McoreModels(case.folder, stages, case.tensor, case.sequence)
         return models, models
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection

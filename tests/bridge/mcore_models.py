@@ -14,7 +14,7 @@ from mcore_bridge.model import get_mcore_model_type
 class McoreModels:
     """Of ``stages`` pipeline stages of ``tensor`` ranks each."""
 
-    def __init__(self, folder: Path, stages: int, tensor: int = 1):
+    def __init__(self, folder: Path, stages: int, tensor: int = 1, sequence: bool = False):
         from transformers import AutoConfig
 
         read = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -22,7 +22,7 @@ class McoreModels:
         given = hf_to_mcore_config(read) | {
             "hf_config": read, "mcore_model_type": get_mcore_model_type(read.model_type),
             "params_dtype": torch.float32, "pipeline_model_parallel_size": stages,
-            "tensor_model_parallel_size": tensor, "use_cpu_initialization": True,
+            "tensor_model_parallel_size": tensor, "sequence_parallel": sequence, "use_cpu_initialization": True,
             "masked_softmax_fusion": False, "bias_dropout_fusion": False, "bias_activation_fusion": False,
             "cross_entropy_loss_fusion": False, "gradient_accumulation_fusion": False, "overlap_p2p_comm": False,
         }  # fmt: skip

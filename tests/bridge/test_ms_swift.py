@@ -44,6 +44,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "internvl-chat-dip": {**ALL, "tiny": "internvl-chat", "dip": DIP},
     "internvl-chat-frozen": {**USUAL, "tiny": "internvl-chat"},
     "internvl-chat-frozen-dip": {**USUAL, "tiny": "internvl-chat", "dip": DIP},
+    "kimi-vl": {**ALL, "tiny": "kimi-vl"},
+    "kimi-vl-dip": {**ALL, "tiny": "kimi-vl", "dip": DIP},
+    "kimi-vl-frozen": {**USUAL, "tiny": "kimi-vl"},
+    "kimi-vl-frozen-dip": {**USUAL, "tiny": "kimi-vl", "dip": DIP},
     "qwen2-vl": {**ALL, "tiny": "qwen2-vl"},
     "qwen2-vl-dip": {**ALL, "tiny": "qwen2-vl", "dip": DIP},
     "frozen": {**USUAL, "tiny": "internvl"},
@@ -110,7 +114,8 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
     [
         ("all-dip", "all"), ("usual-dip", "usual"), ("virtual-dip", "all"), ("internvl-dip", "internvl"),
         ("qwen2-vl-dip", "qwen2-vl"), ("frozen-dip", "frozen"), ("internvl-chat-dip", "internvl-chat"),
-        ("internvl-chat-frozen-dip", "internvl-chat-frozen"),
+        ("internvl-chat-frozen-dip", "internvl-chat-frozen"), ("kimi-vl-dip", "kimi-vl"),
+        ("kimi-vl-frozen-dip", "kimi-vl-frozen"),
     ],
 )  # fmt: skip
 def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:

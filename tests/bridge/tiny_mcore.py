@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tests.bridge.tiny import Pictures
+from tests.bridge.tiny_kimi import FlatPatches, kimi_vl, no_query_norm
 from tests.bridge.tiny_model import IDS, IMAGE, TEXT, VOCABULARY, Content, Tiny
 
 
@@ -119,6 +120,7 @@ MCORE_TINY = {
         Tiles("internvl-tied", internvl, videos=False, sizes=((1, 4, 4),), tied=True),
         OwnTiles("internvl-chat", internvl_chat, videos=False, sizes=((1, 4, 4),)),
         Positioned("qwen2-vl", qwen2_vl),
+        FlatPatches("kimi-vl", kimi_vl, temporal=1, videos=False, experts=True, logits=no_query_norm),
         Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),
     )
 }
