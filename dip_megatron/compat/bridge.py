@@ -99,19 +99,6 @@ TOPIC = Topic(
             ),
         ),
         Name(
-            f"{_QWEN3}.utils:split_deepstack_embs",
-            (
-                "visual_pos_masks",
-                "deepstack_visual_embeds",
-                "*",
-                "tp_size",
-                "tp_rank",
-                "cp_size",
-                "cp_rank",
-                "sequence_parallel",
-            ),
-        ),
-        Name(
             "megatron.bridge.models.qwen_vl.modeling_qwen25_vl:Qwen25VLModel",
             has=("visual", "language_model", "freeze"),
         ),

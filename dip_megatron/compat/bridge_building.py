@@ -1,4 +1,4 @@
-"""Megatron-Bridge's models, built without their language model, and what their decoders do with a tap."""
+"""Megatron-Bridge's models, built without their language model, and what their encoders are asked."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ TOPIC = Topic(
     "parts of Megatron-Bridge's models",
     "megatron-bridge",
     "0.6.2",
-    "Kimi-K2.5, Qwen's omni models and those with deepstack can't be trained under DIP",
+    "Kimi-K2.5 and Qwen's omni models can't be trained under DIP",
     (
         Name("megatron.bridge.models.qwen_omni.modeling_qwen25_omni.thinker_model:Qwen3VLGPTModel"),
         Name("megatron.bridge.models.qwen_omni.modeling_qwen3_omni.thinker_model:Qwen3VLGPTModel"),
         Name(f"{_ROPE}:_get_feat_extract_output_lengths", ("input_lengths",)),
-        Name(
-            "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_block:Qwen3VLTransformerBlock._deepstack_process",
-            ("hidden_states", "visual_pos_masks", "visual_embeds"),
-        ),
         Name(
             f"megatron.bridge.models.kimi_vl.modeling_kimi_k25_vl:KimiK25VLModel.{KIMI_FEATURES}",
             ("pixel_values", "grid_thws"),
@@ -62,12 +58,6 @@ def without_language_model(module: str) -> Iterator[None]:
 def kimi_features(model: Any, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
     """What that makes of pictures: embeddings ``[tokens, language hidden]`` of all of them."""
     return torch.cat(list(model._extract_image_features(pixels, grids)))
-
-
-def add_deepstack(decoder: Any, hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """``hidden`` with an encoder layer's ``features`` added ``where`` images stand, as the decoder itself does it."""
-    added: torch.Tensor = decoder._deepstack_process(hidden, where, features)
-    return added
 
 
 def sound_tokens(frames: torch.Tensor) -> torch.Tensor:

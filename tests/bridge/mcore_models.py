@@ -12,7 +12,7 @@ from mcore_bridge.model import get_mcore_model_type
 
 
 class McoreModels:
-    """Of ``stages`` pipeline stages of ``tensor`` ranks each."""
+    """Of ``stages`` pipeline stages of ``tensor`` ranks each, with ``sequence`` parallelism or without."""
 
     def __init__(self, folder: Path, stages: int, tensor: int = 1, sequence: bool = False):
         from transformers import AutoConfig

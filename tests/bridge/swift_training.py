@@ -48,6 +48,7 @@ KINDS = {
     "internvl": ("internvl", "internvl_hf"),
     "kimi-vl": ("kimi_vl", "kimi_vl"),
     "internvl-chat": ("internvl_chat", "internvl2_5"),
+    "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
 }
 """What ms-swift calls each model, and its template."""
 

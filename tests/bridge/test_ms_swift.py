@@ -32,6 +32,10 @@ ALL = {"tiny": "qwen2-5-vl", "freeze_vit": False, "freeze_aligner": False}
 USUAL = {"tiny": "qwen2-5-vl", "micro_batch_size": 2, "eval_iters": 1, "eval_steps": 2}
 """Frozen encoders, as ms-swift has it unless it is told otherwise, and evaluations; two samples are packed in a row."""
 DIP = {"DIP_SCHEDULE": "dynamic", "DIP_MODULES": LAYERS, "DIP_PLANNER_WORKERS": "0"}
+TAPPED = {
+    **DIP, "DIP_MODULES": "{vision: {layers: [[1, 1], [2, 1]], unit_size: 1}, language: {layers: [[1, 2], [2, 1]]}}",
+}  # fmt: skip
+"""Layers of the language model that deepstack feeds are on both ranks."""
 RUNS: dict[str, dict[str, Any]] = {
     "all": ALL,
     "all-dip": {**ALL, "dip": DIP},
@@ -50,6 +54,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "kimi-vl-frozen-dip": {**USUAL, "tiny": "kimi-vl", "dip": DIP},
     "qwen2-vl": {**ALL, "tiny": "qwen2-vl"},
     "qwen2-vl-dip": {**ALL, "tiny": "qwen2-vl", "dip": DIP},
+    "qwen3-vl": {**ALL, "tiny": "mcore-qwen3-vl"},
+    "qwen3-vl-dip": {**ALL, "tiny": "mcore-qwen3-vl", "dip": TAPPED},
+    "mergers": {**USUAL, "tiny": "mcore-qwen3-vl", "freeze_aligner": False},
+    "mergers-dip": {**USUAL, "tiny": "mcore-qwen3-vl", "freeze_aligner": False, "dip": TAPPED},
+    "frozen-qwen3-vl": {**USUAL, "tiny": "mcore-qwen3-vl"},
+    "frozen-qwen3-vl-dip": {**USUAL, "tiny": "mcore-qwen3-vl", "dip": TAPPED},
     "frozen": {**USUAL, "tiny": "internvl"},
     "frozen-dip": {**USUAL, "tiny": "internvl", "dip": DIP},
 }
@@ -114,28 +124,30 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
     [
         ("all-dip", "all"), ("usual-dip", "usual"), ("virtual-dip", "all"), ("internvl-dip", "internvl"),
         ("qwen2-vl-dip", "qwen2-vl"), ("frozen-dip", "frozen"), ("internvl-chat-dip", "internvl-chat"),
-        ("internvl-chat-frozen-dip", "internvl-chat-frozen"), ("kimi-vl-dip", "kimi-vl"),
-        ("kimi-vl-frozen-dip", "kimi-vl-frozen"),
+        ("internvl-chat-frozen-dip", "internvl-chat-frozen"), ("qwen3-vl-dip", "qwen3-vl"),
+        ("mergers-dip", "mergers"), ("frozen-qwen3-vl-dip", "frozen-qwen3-vl"),
+        ("kimi-vl-dip", "kimi-vl"), ("kimi-vl-frozen-dip", "kimi-vl-frozen"),
     ],
 )  # fmt: skip
 def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:
     """Losses, the first iteration's gradients, norms, evaluations and exported weights."""
     found, expected = runs[under], runs[off]
     assert len(found[-1]["losses"]) == 3
-    frozen = off.endswith(("usual", "frozen"))
-    assert len(found[-1]["evaluated"]) == (2 if frozen else 0)
+    given = RUNS[off]
+    assert len(found[-1]["evaluated"]) == (2 if "eval_iters" in given else 0)
     for name in ("losses", "evaluated"):
         torch.testing.assert_close(found[-1][name], expected[-1][name], rtol=0, atol=3e-6)
     torch.testing.assert_close(found[-1]["norms"], expected[-1]["norms"], rtol=2e-5, atol=0)
     ours, theirs = (rank[0]["gradients"] | rank[1]["gradients"] for rank in (found, expected))
     assert ours.keys() == theirs.keys()
-    assert any("visual" in name for name in ours) != frozen
+    assert any("visual" in name for name in ours) == ("freeze_aligner" in given)
     for name, gradient in theirs.items():
         off_by = float((ours[name] - gradient).abs().max())
         assert off_by <= 2e-5 * max(float(gradient.abs().max()), 1e-4), f"{name}: {off_by}"
     assert found[0]["weights"].keys() == expected[0]["weights"].keys()
     for name, weight in expected[0]["weights"].items():
-        torch.testing.assert_close(found[0]["weights"][name], weight, rtol=0, atol=1e-5)
+        # Of Adam's three steps of 1e-3 each, which gradients near 0 make larger than they are.
+        torch.testing.assert_close(found[0]["weights"][name], weight, rtol=0, atol=3e-5)
 
 
 def test_what_it_saves_is_read_again_bit_for_bit(runs: Any, folders: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.bridge.tiny import Pictures
+from tests.bridge.tiny import Pictures, qwen3, qwen3_moe
 from tests.bridge.tiny_kimi import FlatPatches, kimi_vl, no_query_norm
 from tests.bridge.tiny_model import IDS, IMAGE, TEXT, VOCABULARY, Content, Tiny
 
@@ -91,6 +92,20 @@ def _made(tiny: Tiny) -> Any:
     return tiny.made()
 
 
+class Published(Positioned):
+    """With experts' matrices in the folder as published: input by output, where Hugging Face's model writes new ones
+    the other way around."""
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        file = folder / "model.safetensors"
+        turned = {
+            name: weight.transpose(1, 2).contiguous() if "mlp.experts." in name else weight
+            for name, weight in load_file(file).items()
+        }
+        save_file(turned, file, {"format": "pt"})
+
+
 class Tiles(Pictures):
     """Of tiles of one size, which Hugging Face's model finds by their tokens."""
 
@@ -113,6 +128,7 @@ class OwnTiles(Tiles):
         tokenizer.save_pretrained(folder)
 
 
+QWEN3: dict[str, Any] = {"patch": 16, "split_frames": True, "vision_layers": 5, "language_layers": 6}
 MCORE_TINY = {
     tiny.name: tiny
     for tiny in (
@@ -121,6 +137,8 @@ MCORE_TINY = {
         OwnTiles("internvl-chat", internvl_chat, videos=False, sizes=((1, 4, 4),)),
         Positioned("qwen2-vl", qwen2_vl),
         FlatPatches("kimi-vl", kimi_vl, temporal=1, videos=False, experts=True, logits=no_query_norm),
+        Positioned("mcore-qwen3-vl", qwen3, **QWEN3),
+        Published("mcore-qwen3-vl-moe", qwen3_moe, experts=True, **QWEN3),
         Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),
     )
 }

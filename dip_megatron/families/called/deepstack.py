@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import split_deepstack_embs
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
-from ...compat.bridge_building import add_deepstack
 from ...describe.model import ModuleShape, PatchEmbedding, Projector, TransformerLayer
 from ..describe import trainable_parts
+from ..shared.cut import CutPoints
+from ..shared.shards import shard_rows
 from .grids import GridEncoder
+from .page import Arguments
+from .shapes import HiddenShape
 
 
 class DeepstackVision(GridEncoder):
@@ -35,12 +38,57 @@ class DeepstackVision(GridEncoder):
         )  # fmt: skip
 
 
-def add_to_layer(model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-    """See :meth:`.page.Page.add_tap`; ``model`` has Bridge's language model and its process groups."""
-    tensor, context = model.pg_collection.tp, model.pg_collection.cp
-    if model.config.sequence_parallel or context.size() > 1:
-        where, (tap,) = split_deepstack_embs(
-            where, [tap], tp_size=tensor.size(), tp_rank=tensor.rank(), cp_size=context.size(),
-            cp_rank=context.rank(), sequence_parallel=model.config.sequence_parallel,
-        )  # fmt: skip
-    return add_deepstack(model.language_model.decoder, hidden, where, tap)
+class _Positions(torch.nn.Module):
+    """In the place of the table of positions on chunks after the first: nothing to add."""
+
+    def __init__(self, whole: torch.nn.Module):
+        super().__init__()
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*indices.shape, 1, device=indices.device)
+
+
+class HuggingFaceVision(DeepstackVision):
+    """Hugging Face's: ``mergers`` is its list of what brings the tapped layers' outputs to the language model's width.
+    Instances are images, then videos."""
+
+    mergers: ClassVar[str] = "deepstack_merger_list"
+
+    def points(self, config: Any) -> CutPoints:
+        root, tapped = self.called, self.tapped(config)
+        return CutPoints(
+            f"{root}.blocks",
+            stem=(f"{root}.patch_embed", f"{root}.pos_embed"),
+            stubs={f"{root}.pos_embed": _Positions},
+            tail=(f"{root}.merger",),
+            taps=f"{root}.{self.mergers}" if tapped else "",
+            tapped=tapped,
+        )
+
+    def hidden(self, config: Any) -> HiddenShape:
+        return HiddenShape(self.config(config).hidden_size, rows=self.merged(config))
+
+    def in_order(self, config: Any, arguments: Arguments, rows: torch.Tensor) -> torch.Tensor:
+        """Images come before videos, wherever their tokens are."""
+        ids = arguments["input_ids"]
+        image, video = (ids == self.token(config, kind) for kind in ("image", "video"))
+        return rows[video[image | video].int().argsort(stable=True).argsort()]
+
+
+def add_to_layer(language: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
+    """See :meth:`.page.Page.add_tap`; ``language`` is a GPTModel of Megatron's. A rank that has a part of the sequences
+    adds what belongs there. Of what an encoder made, tensor-parallel ranks then have the whole gradient each, as of all
+    that comes to the language model; Megatron-Bridge's and mcore-bridge's own have that of their part."""
+    tensor, context = language.pg_collection.tp, language.pg_collection.cp
+    numbers = where.flatten().cumsum(0).view_as(where) - 1
+    own = torch.arange(where.shape[1])
+    if context.size() > 1:
+        own = shard_rows([where.shape[1]], context.size(), context.rank())
+    if language.config.sequence_parallel:
+        own = own.chunk(tensor.size())[tensor.rank()]
+        tap = copy_to_tensor_model_parallel_region(tap, tensor)
+    own = own.to(where.device)
+    places = where[:, own]
+    added = hidden.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    added[places] = added[places] + tap[numbers[:, own][places]].to(added.dtype)
+    return added.transpose(0, 1).contiguous()

@@ -20,6 +20,7 @@ from ...compat.mcore_bridge import by_class
 from ...describe.files import ConfigurationError
 from ..family import ModelFamily
 from .family import family_of_class
+from .grids import GridEncoder
 from .page import Page, drop, without_layers
 
 
@@ -27,6 +28,20 @@ class _Encoders(MultimodalGPTModel):
     """The model without its language model."""
 
     language_model_cls = NoLanguageModel
+
+
+class WrappedVision(GridEncoder):
+    """Hugging Face's vision transformer within mcore-bridge's wrapper."""
+
+    called = "visual.visual"
+    depth = "hf_config.vision_config.depth"
+
+    def config(self, config: Any) -> Any:
+        return config.hf_config.vision_config
+
+    def token(self, config: Any, kind: str) -> int:
+        found: int = getattr(config.hf_config, f"{kind}_token_id")
+        return found
 
 
 class McoreBridgePage(Page):
@@ -50,6 +65,9 @@ class McoreBridgePage(Page):
 
     def vocabulary(self, config: Any) -> int:
         return int(config.padded_vocab_size)
+
+    def position_tokens(self, config: Any) -> tuple[int, ...]:
+        return super().position_tokens(config.hf_config)
 
     def longest(self, config: Any) -> int:
         """mcore-bridge's config says no more than what the model could take; loops pad to a microbatch's longest."""

@@ -9,24 +9,14 @@ from mcore_bridge.model.mm_gpts.qwen import Qwen2_5VL_Vit, Qwen2VL_Vit
 
 from ...describe.model import ModuleShape, PatchEmbedding, TransformerLayer
 from ..describe import trainable_parts
-from .mcore_bridge import McoreBridgePage
+from .mcore_bridge import McoreBridgePage, WrappedVision
 from .page import projector_of
 from .qwen25_vision import WindowedVision
 from .shapes import HiddenShape
 
 
-class Vision(WindowedVision):
-    """Within mcore-bridge's wrapper."""
-
-    called = "visual.visual"
-    depth = "hf_config.vision_config.depth"
-
-    def config(self, config: Any) -> Any:
-        return config.hf_config.vision_config
-
-    def token(self, config: Any, kind: str) -> int:
-        found: int = getattr(config.hf_config, f"{kind}_token_id")
-        return found
+class Vision(WrappedVision, WindowedVision):
+    """As Megatron-Bridge's Qwen2.5-VL has it."""
 
 
 class PlainVision(Vision):

@@ -279,10 +279,8 @@ class _RunsEncoder:
         finally:
             self._share = None
         if share is not None:
-            # With sequence parallelism each rank adds a tap to its part of the sequence, and has the gradient of that.
-            agree = not self._config.sequence_parallel
             for name in sorted(taps.keys() - given.keys()):  # the same order on all ranks
-                taps[name] = share.gathered(taps[name], share.tokens, agree=agree)
+                taps[name] = share.gathered(taps[name], share.tokens)
         if not cut.ends:
             output = encoder.leaving(arguments, own, output)
             return {"hidden": output if share is None else share.leaving(output)} | taps

@@ -13,55 +13,26 @@ from ...compat.bridge_building import sound_tokens
 from ...describe.model import FeatureEmbedding, ModuleShape, TransformerLayer
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
-from .deepstack import DeepstackVision, add_to_layer
+from .deepstack import HuggingFaceVision, add_to_layer
 from .page import Arguments, projector_of
 from .shapes import HiddenShape
 from .thinker import Sound, ThinkerPage, lengths
 
 
-class _Positions(torch.nn.Module):
-    """In the place of the table of positions on chunks after the first: nothing to add."""
-
-    def __init__(self, whole: torch.nn.Module):
-        super().__init__()
-
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*indices.shape, 1, device=indices.device)
-
-
-class Vision(DeepstackVision):
+class Vision(HuggingFaceVision):
     """Bridge freezes all of it or nothing."""
 
     called = "thinker.visual"
+    mergers = "merger_list"
     depth = "thinker_config.vision_config.depth"
 
     def config(self, config: Any) -> Any:
         return config.thinker_config.vision_config
 
-    def points(self, config: Any) -> CutPoints:
-        root = self.called
-        return CutPoints(
-            f"{root}.blocks",
-            stem=(f"{root}.patch_embed", f"{root}.pos_embed"),
-            stubs={f"{root}.pos_embed": _Positions},
-            tail=(f"{root}.merger",),
-            taps=f"{root}.merger_list" if self.tapped(config) else "",
-            tapped=self.tapped(config),
-        )
-
-    def hidden(self, config: Any) -> HiddenShape:
-        return HiddenShape(self.config(config).hidden_size, rows=self.merged(config))
-
     def describe(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
         return super().describe(
             config, {**freeze, "freeze_vision_projection": freeze.get("freeze_vision_model", False)}
         )
-
-    def in_order(self, config: Any, arguments: Arguments, rows: torch.Tensor) -> torch.Tensor:
-        """Images come before videos, wherever their tokens are."""
-        ids = arguments["input_ids"]
-        image, video = (ids == self.token(config, kind) for kind in ("image", "video"))
-        return rows[video[image | video].int().argsort(stable=True).argsort()]
 
 
 class _Convolution(torch.nn.Module):
@@ -131,4 +102,4 @@ class Qwen3Omni(ThinkerPage):
     """Patches of 16 x 16, four a token."""
 
     def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-        return add_to_layer(model.thinker, hidden, where, tap)
+        return add_to_layer(model.thinker.language_model, hidden, where, tap)

@@ -133,4 +133,4 @@ class Qwen3Vl(Page):
         return model
 
     def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-        return add_to_layer(model, hidden, where, tap)
+        return add_to_layer(model.language_model, hidden, where, tap)

@@ -87,25 +87,20 @@ class UnitShare:
         more = self.longest - hidden.shape[dim]
         return F.pad(hidden, (0, 0) * (hidden.dim() - 1 - dim) + (0, more)) if more else hidden
 
-    def gathered(
-        self, made: torch.Tensor, counts: tuple[int, ...], dim: int = 0, *, agree: bool = True
-    ) -> torch.Tensor:  # fmt: skip
-        """What all ranks have made, ``counts`` along ``dim`` each, of what this one has. ``agree``: tensor-parallel
-        ranks will have the same gradient of it."""
-        whole: torch.Tensor = _Gather.apply(made.movedim(dim, 0), counts, self.rank, self.sharing, agree)
+    def gathered(self, made: torch.Tensor, counts: tuple[int, ...], dim: int = 0) -> torch.Tensor:
+        """What all ranks have made, ``counts`` along ``dim`` each, of what this one has. Tensor-parallel ranks must
+        have the same gradient of it."""
+        whole: torch.Tensor = _Gather.apply(made.movedim(dim, 0), counts, self.rank, self.sharing)
         return whole.movedim(0, dim)
 
 
 class _Gather(torch.autograd.Function):
     """The backward gives a rank its own rows' gradient: the sum over context-parallel ranks, times the tensor-parallel
-    ones, over which Megatron takes a mean. Where these don't agree on it, the sum over all, whose mean is what they
-    would have without shares."""
+    ones, over which Megatron takes a mean."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, counts: tuple[int, ...], rank: int, sharing: Sharing, agree: bool
-    ) -> torch.Tensor:  # fmt: skip
-        ctx.counts, ctx.rank, ctx.sharing, ctx.agree, ctx.shape = counts, rank, sharing, agree, rows.shape
+    def forward(ctx: Any, rows: torch.Tensor, counts: tuple[int, ...], rank: int, sharing: Sharing) -> torch.Tensor:
+        ctx.counts, ctx.rank, ctx.sharing, ctx.shape = counts, rank, sharing, rows.shape
         longest = max(counts)
         own = rows.new_zeros(longest, *rows.shape[1:])
         own[: counts[rank]] = rows[: counts[rank]]
@@ -115,14 +110,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        group = ctx.sharing.group(not ctx.agree, True)
+        group = ctx.sharing.group(False, True)
         if group is not None:
             gradient = gradient.clone(memory_format=torch.contiguous_format)
             torch.distributed.all_reduce(gradient, group=group)
         count, start = ctx.counts[ctx.rank], sum(ctx.counts[: ctx.rank])
         own = gradient.new_zeros(ctx.shape)
-        own[:count] = gradient[start : start + count] * (ctx.sharing.tensor if ctx.agree else 1)
-        return own, None, None, None, None
+        own[:count] = gradient[start : start + count] * ctx.sharing.tensor
+        return own, None, None, None
 
 
 def sum_over_ranks(model: torch.nn.Module, gathered: torch.nn.Module | None) -> None:

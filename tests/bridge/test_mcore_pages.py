@@ -1,0 +1,60 @@
+"""What pages of mcore-bridge's models refuse, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.bridge import equality
+from tests.bridge.equality import Case
+from tests.bridge.tiny_mcore import MCORE_TINY
+from tests.processes import team
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("mcore_bridge") is None, reason="needs mcore-bridge")
+LAYERS: dict[str, tuple[tuple[int, ...], ...]] = {"vision": ((5,),), "language": ((6,),)}
+
+
+def in_rows(rank: int, world: int, folder: Path) -> tuple[list[float], str]:
+    """How far mcore-bridge's logits of two samples in two rows are off those of either alone, without pictures and with
+    them; what DIP says of such microbatches."""
+    case = Case("mcore-qwen3-vl", folder, LAYERS)
+    bridge, provider = equality.provider_of(case, world)
+    model = provider.provide().eval()
+    bridge.load_hf_weights([model])
+
+    def logits(arguments: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(**{n: v for n, v in arguments.items() if n not in ("labels", "loss_mask")})
+        return found
+
+    def both(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        joined: dict[str, Any] = dict.fromkeys(samples[0])
+        for name in {name for sample in samples for name, value in sample.items() if value is not None}:
+            dim = 1 if name == "position_ids" else 0
+            joined[name] = torch.cat([sample[name] for sample in samples if name in sample], dim)
+        return joined
+
+    offs = []
+    for shown in ((), (("image", (1, 4, 8)),)):
+        samples = [case.of.arguments(shown, seed) for seed in (1, 2)]
+        alone = torch.cat([logits(sample) for sample in samples])
+        offs.append(float((logits(both(samples)) - alone).abs().max()))
+    _, program, _, _ = equality.build(rank, world, case)
+    with pytest.raises(ValueError, match="wrong samples") as error:
+        program.bind(**both(samples))
+    program.bind(**both([case.of.arguments((), seed) for seed in (1, 2)]))
+    program.bind(**samples[0])
+    return offs, str(error.value)
+
+
+def test_deepstack_of_several_rows_is_refused(tmp_path: Path) -> None:
+    """mcore-bridge's own forward mixes them up."""
+    MCORE_TINY["mcore-qwen3-vl"].save(tmp_path)
+    (((without, with_pictures), said),) = team(1).run(in_rows, tmp_path)
+    assert without < 1e-5
+    assert with_pictures > 1e-2
+    assert "2 rows; pack them into one (padding_free), or use micro_batch_size 1" in said
