@@ -39,8 +39,8 @@ TEXT = ("dip", "megatron-1f1b", "megatron-interleaved")
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: seconds of dip's plans, these over their bounds, and the bounds over the work of a mean rank with the
-    fastest strategies (means over batches); what each other schedule takes over dip's (None: it can't run, or fits no
+    """One setting: seconds of dip's plans, these over their bounds, and the bounds over the work of a mean rank at its
+    fastest (means over batches); what each other schedule takes over dip's (None: it can't run, or fits no
     memory); FLOP/s over those of text alone, under dip and the best of Megatron's orders; ``at_most``: what any
     schedule of these chunks could reach of text alone under dip, by its least work."""
 
