@@ -91,9 +91,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """All of them by the same two processes, which take longer to import ms-swift than to train."""
-    out = tmp_path_factory.mktemp("swift")
     all_runs = RUNS | {run: asked for name in MCORE_TINY for run, asked in compared(name).items()}
+    return ran(all_runs, folders, tmp_path_factory.mktemp("swift"))
+
+
+def ran(all_runs: dict[str, dict[str, Any]], folders: Path, out: Path) -> dict[str, list[Any]]:
+    """All of them by the same two processes, which take longer to import ms-swift than to train."""
     command = [sys.executable, "-m", "tests.bridge.swift_training", str(folders), str(out), json.dumps(all_runs)]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DIP_SCHEDULE", "dynamic")  # for the start-up file; each run has variables of its own
