@@ -15,15 +15,8 @@ Four bounds, each valid by itself; the largest is returned.
    of its operations: each starts no earlier than its head, and the plan ends no earlier than its end plus its tail;
    preemptive scheduling by largest tail is optimal for that relaxation.
 
-2. *Filling the pipeline* (a flow-shop path argument). Let U be a set of modules with all that they feed, the rest D; no
-   segment may be reversed. Before rank q's first operation of U, which starts at T(q), it runs forwards of D only, X(q)
-   say: a backward follows forwards of U on its rank. With f(q, X) their work, idle(q) = T(q) - f(q, X(q)) is the time
-   lost until then. Those in X(q + 1) but not in X(q) ran on rank q after its first U forward, and on rank q + 1 before
-   T(q + 1): their work on q is at most T(q + 1) - T(q) - u(q) - d, with u(q) the least U forward on q and d the
-   least transfer of either kind (if there is none, T(q + 1) >= T(q) + u(q) + d still holds, as that U comes from q).
-   So idle(q + 1) >= idle(q) + u(q) + d - sum over D of max(0, f(q + 1) - f(q)). A rank's time is at least
-   this idle time plus all of its work plus the least tail. Without split backwards the same holds for the drain, where
-   the last backward of U passes from the last rank to the first.
+2. *Filling the pipeline.* Before a rank's first operations of some kind arrive it runs others only, and loses time if
+   these are too few; without split backwards the same holds for the drain. See :mod:`.filling`.
 
 3. *Memory.* Call lost, in an interval, the time of a rank that the least durations of what it runs there don't account
    for; losses in disjoint intervals add up, and a rank's time is at least its losses plus all its work. Before a rank's
@@ -51,6 +44,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .filling import idle_of_filling, idle_of_first_wave
 from .graph import Floats, Ints, StageGraph
 from .lifetimes import held_memory
 from .simulate.compiled import compiled
@@ -211,14 +205,15 @@ def _topological_order(outgoing: Ints, to: Ints, waiting: NDArray[np.int64], ord
 
 class Bounded(NamedTuple):
     """:func:`lower_bound` in ``seconds`` with what it is made of: the least forward, input gradient and rest of the
-    backward of every stage ``[S, P]``; the time ``[P]`` that each rank loses before it is ``filling`` and the least
-    ``tail`` that follows its last operation, both on top of its work."""
+    backward of every stage ``[S, P]``; the time ``[P]`` that each rank loses while it is ``filling``, what of it the
+    first ``wave`` takes, and the least ``tail`` that follows its last operation, all on top of its work."""
 
     seconds: float
     forward: Floats
     backward: Floats
     rest: Floats
     filling: Floats
+    wave: Floats
     tail: Floats
 
 
@@ -244,7 +239,9 @@ def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
     per_rank = tuple(x.reshape(virtual_microbatches, ranks) for x in (f, b, w))
     work = sum(per_rank, np.zeros((virtual_microbatches, ranks))).sum(axis=0)
     least_tail = np.array([tail[real & (operations.rank == p)].min() for p in range(ranks)])
-    filling, draining = _filling(graph, per_rank, split)
+    filling, draining = idle_of_filling(graph, per_rank, split)
+    wave = idle_of_first_wave(graph, f, head, real)
+    filling = np.maximum(filling, wave)
     early, late, both = _memory(graph, g, (f, b, w), whole, head, tail)
     start, end = np.maximum(filling, early[0]), np.maximum(least_tail, np.maximum(draining, late[0]))
     lost = np.maximum(filling + end, start + np.maximum(least_tail, draining))
@@ -257,66 +254,7 @@ def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
     idle = np.stack([filling, least_tail])
     held = held_memory(graph, g, order, (f, b), whole, head[:nodes], idle, seconds, split=split)
     seconds = max(seconds, float(held.max()) * (1.0 - 1e-12))
-    return Bounded(seconds, per_rank[0], per_rank[1], per_rank[2], filling, least_tail)
-
-
-def _filling(graph: StageGraph, least: Sequence[Floats], split: bool) -> tuple[Floats, Floats]:
-    """Idle time of each rank ``[P]`` before its first and, without split backwards, after its last operation of U, for
-    the best U."""
-    filling, draining = np.zeros(graph.ranks), np.zeros(graph.ranks)
-    trained = bool(graph.has_backward.all())
-    for inside in upper_sets(graph).values():
-        filling = np.maximum(filling, passing(least[0], inside, graph.transfer))
-        if not split and trained:
-            draining = np.maximum(draining, passing(least[1], inside, graph.transfer))
-    return filling, draining
-
-
-def upper_sets(graph: StageGraph) -> dict[frozenset[int], NDArray[np.bool_]]:
-    """Each U that argument 2 holds for, by the numbers of its modules: the virtual microbatches ``[S]`` in it."""
-    if graph.is_reversed.any():
-        return {}
-    module = np.array([[m.name for m in graph.modules].index(graph.units[int(u)].module) for u in graph.unit_of])
-    out = {}
-    for upper in _closed_sets(graph):
-        inside = np.isin(module, list(upper))
-        whole = any(graph.modules[i].replicated for i in upper)  # a unit of it has passed no rank before its own
-        if not whole and inside.any() and _all_lead_to(graph, inside):
-            out[upper] = inside
-    return out
-
-
-def passing(length: Floats, inside: NDArray[np.bool_], transfer: Floats) -> Floats:
-    """The recursion of argument 2 over ranks; ``length`` ``[S, P]``."""
-    idle = np.zeros(length.shape[1])
-    for q in range(length.shape[1] - 1):
-        slack = np.maximum(length[~inside, q + 1] - length[~inside, q], 0.0).sum()
-        idle[q + 1] = max(0.0, idle[q] + length[inside, q].min() + transfer.min() - slack)
-    return idle
-
-
-def _closed_sets(graph: StageGraph) -> list[frozenset[int]]:
-    """Sets of modules (by number) that contain all that they feed: each module with everything after it, and unions
-    along the listing order."""
-    number = {m.name: i for i, m in enumerate(graph.modules)}
-    below: list[set[int]] = [{i} for i in range(len(graph.modules))]
-    for i in range(len(graph.modules) - 1, -1, -1):
-        for name in graph.modules[i].upstream:
-            below[number[name]] |= below[i]
-    suffixes = [frozenset(range(i, len(graph.modules))) for i in range(len(graph.modules))]
-    return sorted({*map(frozenset, below), *suffixes}, key=sorted)
-
-
-def _all_lead_to(graph: StageGraph, inside: NDArray[np.bool_]) -> bool:
-    """Whether each one outside has one inside among those it leads to, so that its backward follows one."""
-    leads = inside.copy()
-    changed = True
-    while changed:
-        changed = False
-        for s in np.flatnonzero(~leads):
-            if any(leads[n] for n in graph.next_virtual_microbatches[s]):
-                leads[s] = changed = True
-    return bool(leads.all())
+    return Bounded(seconds, per_rank[0], per_rank[1], per_rank[2], filling, wave, least_tail)
 
 
 def _memory(

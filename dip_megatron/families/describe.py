@@ -126,6 +126,23 @@ def _linear_attention(config: Any) -> tuple[GatedDeltaNet | None, int]:
     return net, len(every) // full if full else 0
 
 
+def latent_as_grouped(module: ModuleShape, config: Any) -> ModuleShape:
+    """A language model of latent attention, which descriptions don't know, with a grouped one: heads as wide as its
+    values, and of the numbers of keys and values that tensor-parallel ranks allow the one that comes nearest in
+    parameters. Latent attention has h * (q + kv + positions) + heads * (q * (k + positions) + kv * (k + v) + h * v),
+    ``q`` and ``kv`` the ranks, or h * heads * (k + positions) for what ``q`` is in, where queries have no rank (arXiv
+    2405.04434); a grouped one 2 * h * v * (heads + groups)."""
+    hidden, heads, values = config.hidden_size, config.num_attention_heads, config.v_head_dim
+    wide, rank, positions = config.qk_head_dim, config.kv_lora_rank, config.qk_pos_emb_head_dim
+    asked = heads * (wide + positions)
+    queries = config.q_lora_rank * (hidden + asked) if config.q_lora_rank else hidden * asked
+    latent = queries + hidden * (rank + positions) + heads * (rank * (wide + values) + hidden * values)
+    tensor = config.tensor_model_parallel_size
+    allowed = [groups for groups in range(tensor, heads + 1, tensor) if heads % groups == 0]
+    nearest = min(allowed, key=lambda groups: abs(2 * hidden * values * (heads + groups) - latent))
+    return replace(module, layer=replace(module.layer, kv_groups=nearest, head_dim=values))
+
+
 def configured_experts(config: Any) -> tuple[bool, ...]:
     """Of each layer of a model that is built by its config alone, whether it has experts."""
     if not getattr(config, "num_moe_experts", None):

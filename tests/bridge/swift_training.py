@@ -46,6 +46,7 @@ KINDS = {
     "qwen2-5-vl": ("qwen2_5_vl", "qwen2_5_vl"),
     "qwen2-vl": ("qwen2_vl", "qwen2_vl"),
     "internvl": ("internvl", "internvl_hf"),
+    "kimi-vl": ("kimi_vl", "kimi_vl"),
     "internvl-chat": ("internvl_chat", "internvl2_5"),
     "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
     "mcore-qwen3-5": ("qwen3_5", "qwen3_5"),

@@ -48,6 +48,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "internvl-chat-dip": {**ALL, "tiny": "internvl-chat", "dip": DIP},
     "internvl-chat-frozen": {**USUAL, "tiny": "internvl-chat"},
     "internvl-chat-frozen-dip": {**USUAL, "tiny": "internvl-chat", "dip": DIP},
+    "kimi-vl": {**ALL, "tiny": "kimi-vl"},
+    "kimi-vl-dip": {**ALL, "tiny": "kimi-vl", "dip": DIP},
+    "kimi-vl-frozen": {**USUAL, "tiny": "kimi-vl"},
+    "kimi-vl-frozen-dip": {**USUAL, "tiny": "kimi-vl", "dip": DIP},
     "qwen2-vl": {**ALL, "tiny": "qwen2-vl"},
     "qwen2-vl-dip": {**ALL, "tiny": "qwen2-vl", "dip": DIP},
     "qwen3-vl": {**ALL, "tiny": "mcore-qwen3-vl"},
@@ -127,6 +131,7 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
         ("internvl-chat-frozen-dip", "internvl-chat-frozen"), ("qwen3-vl-dip", "qwen3-vl"),
         ("mergers-dip", "mergers"), ("frozen-qwen3-vl-dip", "frozen-qwen3-vl"),
         ("qwen3-5-dip", "qwen3-5"), ("frozen-qwen3-5-dip", "frozen-qwen3-5"),
+        ("kimi-vl-dip", "kimi-vl"), ("kimi-vl-frozen-dip", "kimi-vl-frozen"),
     ],
 )  # fmt: skip
 def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.bridge.tiny import Pictures, qwen3, qwen3_moe, qwen35, qwen35_parts
+from tests.bridge.tiny_kimi import FlatPatches, kimi_vl, no_query_norm
 from tests.bridge.tiny_model import IDS, IMAGE, TEXT, VOCABULARY, Content, Tiny
 
 
@@ -154,6 +155,7 @@ MCORE_TINY = {
         Tiles("internvl-tied", internvl, videos=False, sizes=((1, 4, 4),), tied=True),
         OwnTiles("internvl-chat", internvl_chat, videos=False, sizes=((1, 4, 4),)),
         Positioned("qwen2-vl", qwen2_vl),
+        FlatPatches("kimi-vl", kimi_vl, temporal=1, videos=False, experts=True, logits=no_query_norm),
         Positioned("mcore-qwen3-vl", qwen3, **QWEN3),
         Published("mcore-qwen3-vl-moe", qwen3_moe, experts=True, **QWEN3),
         Positioned("mcore-qwen3-5", qwen35_dense, patch=16, split_frames=True),

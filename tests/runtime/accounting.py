@@ -184,7 +184,7 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
         gradients = []
         early = matrices_with_gradients(chunks)
         for place in PLACES:
-            before = live.now()
+            before = live.now() - state.left[units[place[0]].id, place[1]].host_bytes
             stages.weight(keys[place][2], units[place[0]], strategy)
             deferred_activation[place] = before - live.now()
         losses = step.forward_data_store
@@ -194,11 +194,12 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
 
 
 def _offloaded(state: Any) -> int:
-    """Bytes in host memory, and of layers that are on their way back."""
+    """Bytes in host memory, and of what is on its way back."""
     places = [saved.offloaded for saved in state.saved.values() if saved.offloaded is not None]
     copies = [copy for place in places for layer in place._layers.values() for copy in layer]
+    copies += [x for left in state.left.values() for work in left._work for x in work.operands if hasattr(x, "host")]
     back = sum(copy.on_device.untyped_storage().nbytes() for copy in copies if copy.on_device is not None)
-    return back + sum(place.host_bytes for place in places)
+    return back + sum(place.host_bytes for place in (*places, *state.left.values()))
 
 
 def _under_way(executor: Any) -> int:

@@ -16,7 +16,8 @@ chunk and from rank to rank in this, as they are in what may run.
 before (argument 2 of :mod:`..bounds`), loses that time on top of its work: events only last longer than what is assumed
 there, if modules with experts are among those that fill. Where all that fills a rank meets there, the first one lasts
 as long as its longest member, which in each replica is at least the shortest that this one has: u(q) is the most of
-what the replicas have for it.
+what the replicas have for it. The first wave passes through modules that nothing feeds; unless any of these meet it is
+each replica's own, and what follows it starts no earlier than it would alone.
 
 With a pairing given, each replica's graph gets the durations of its events and its bound is taken: critical path, heads
 and tails then know of the waits, too.
@@ -30,8 +31,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bounds import Bounded, bounded, lower_bound, passing, upper_sets
+from ..bounds import Bounded, bounded, lower_bound
 from ..experts import ExpertLayers
+from ..filling import fed_by_nothing, passing, upper_sets
 from ..graph import Floats, StageGraph
 from .kernels import chunk_numbers
 
@@ -75,9 +77,10 @@ def _events(
 
 
 def _filling(graphs: Sequence[StageGraph], alone: Sequence[Bounded], meets: Sequence[NDArray[np.bool_]]) -> Floats:
-    """Seconds ``[replica, rank]`` that each rank loses before it is filled, for the best set of modules that has all
-    that meets: what is left out takes just what is assumed then."""
-    out = np.zeros((len(graphs), graphs[0].ranks))
+    """Seconds ``[replica, rank]`` that each rank loses before it is filled: in the first wave, or for the best set of
+    modules that has all that meets: what is left out takes just what is assumed then."""
+    own = not any(bool(m[fed_by_nothing(graph)].any()) for graph, m in zip(graphs, meets, strict=True))
+    out = np.stack([x.wave if own else np.zeros_like(x.wave) for x in alone])
     sets = [upper_sets(graph) for graph in graphs]
     for upper in sets[0]:
         members = [each[upper] for each in sets if upper in each]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .mcore_bridge import families_of
 from .mcore_internvl import McoreBridgeInternVl, McoreBridgeInternVlChat
+from .mcore_kimi_vl import McoreBridgeKimiVl
 from .mcore_qwen3_5 import McoreBridgeQwen35
 from .mcore_qwen3_vl import McoreBridgeQwen3Vl
 from .mcore_qwen_vl import McoreBridgeQwen2Vl, McoreBridgeQwen25Vl
@@ -16,6 +17,7 @@ MCORE_BRIDGE_FAMILIES = families_of(
         McoreBridgeQwen35(),
         McoreBridgeInternVl(),
         McoreBridgeInternVlChat(),
+        McoreBridgeKimiVl(),
     )
 )
 """They share the class that all of mcore-bridge's multimodal models have."""

@@ -23,8 +23,7 @@ def _of_sample(
     """``[b, heads, s, ...]`` all. The state is a sum of outer products of keys with what is written, which decays; a
     token writes ``beta`` times what the state, asked for its key, is short of its value."""
     decay = g.cumsum(-1)
-    left = (decay[..., :, None] - decay[..., None, :]).tril()
-    left = left.exp().tril()  # of what column wrote, at row
+    left = (decay[..., :, None] - decay[..., None, :]).tril().exp().tril()  # at a row of what a column wrote
     asked = (beta[..., None] * (k @ k.transpose(-1, -2)) * left).tril(-1)
     written = torch.linalg.solve_triangular(asked, beta[..., None] * v, upper=False, unitriangular=True)
     return (q @ k.transpose(-1, -2) * left) @ written * q.shape[-1] ** -0.5
