@@ -61,6 +61,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "mergers-dip": {**USUAL, "tiny": "mcore-qwen3-vl", "freeze_aligner": False, "dip": TAPPED},
     "frozen-qwen3-vl": {**USUAL, "tiny": "mcore-qwen3-vl"},
     "frozen-qwen3-vl-dip": {**USUAL, "tiny": "mcore-qwen3-vl", "dip": TAPPED},
+    "qwen3-5": {**ALL, "tiny": "mcore-qwen3-5"},
+    "qwen3-5-dip": {**ALL, "tiny": "mcore-qwen3-5", "dip": DIP},
+    "frozen-qwen3-5": {**USUAL, "tiny": "mcore-qwen3-5"},
+    "frozen-qwen3-5-dip": {**USUAL, "tiny": "mcore-qwen3-5", "dip": DIP},
     "frozen": {**USUAL, "tiny": "internvl"},
     "frozen-dip": {**USUAL, "tiny": "internvl", "dip": DIP},
 }
@@ -130,6 +134,7 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
         ("qwen2-vl-dip", "qwen2-vl"), ("frozen-dip", "frozen"), ("internvl-chat-dip", "internvl-chat"),
         ("internvl-chat-frozen-dip", "internvl-chat-frozen"), ("qwen3-vl-dip", "qwen3-vl"),
         ("mergers-dip", "mergers"), ("frozen-qwen3-vl-dip", "frozen-qwen3-vl"),
+        ("qwen3-5-dip", "qwen3-5"), ("frozen-qwen3-5-dip", "frozen-qwen3-5"),
         ("kimi-vl-dip", "kimi-vl"), ("kimi-vl-frozen-dip", "kimi-vl-frozen"),
     ],
 )  # fmt: skip
