@@ -34,6 +34,11 @@ TOPIC = Topic(
             "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
             has=("patch_embed", "pos_embed", "blocks", "merger", "deepstack_merger_list"),
         ),
+        Name("mcore_bridge.model.mm_gpts.qwen3_5:Qwen3_5Vit", has=("visual", "hf_config", "get_inputs_embeds")),
+        Name(
+            "transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5VisionModel",
+            has=("patch_embed", "pos_embed", "blocks", "merger"),
+        ),
         Name(
             "mcore_bridge.model.mm_gpts.internvl:InternvlHfVit",
             has=("module_mapping", "get_inputs_embeds", "get_image_features"),

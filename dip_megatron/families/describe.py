@@ -11,6 +11,7 @@ from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 from ..compat.experts import layers_with_experts
 from ..describe.model import (
     Experts,
+    GatedDeltaNet,
     LanguageHead,
     LatentEmbedding,
     LatentHead,
@@ -93,6 +94,7 @@ def layer_shape(config: Any, *, causal: bool, spec: Any = None) -> TransformerLa
     """A transformer layer of this TransformerConfig; ``spec`` (of a layer, of each, or for each whether it has any)
     says where experts are."""
     places = spec if isinstance(spec, tuple) else layers_with_experts(spec, config.num_layers)
+    linear, every = _linear_attention(config)
     return TransformerLayer(
         hidden=config.hidden_size,
         ffn=config.ffn_hidden_size,
@@ -102,7 +104,26 @@ def layer_shape(config: Any, *, causal: bool, spec: Any = None) -> TransformerLa
         gated=config.gated_linear_unit,
         causal=causal,
         experts=_experts(config, places),
+        linear_attention=linear,
+        full_attention_every=every,
+        output_gate=bool(getattr(config, "attention_output_gate", False)),
     )
+
+
+def _linear_attention(config: Any) -> tuple[GatedDeltaNet | None, int]:
+    """The gated delta nets of a model that has them, and how many layers come to one of full attention, which are taken
+    to come at equal distances (0: none is)."""
+    if getattr(config, "experimental_attention_variant", None) != "gated_delta_net":
+        return None, 0
+    net = GatedDeltaNet(
+        config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim,
+        config.linear_value_head_dim, config.linear_conv_kernel_dim,
+    )  # fmt: skip
+    every = config.linear_attention_freq
+    if isinstance(every, int):
+        return net, every
+    full = sum(not linear for linear in every)
+    return net, len(every) // full if full else 0
 
 
 def latent_as_grouped(module: ModuleShape, config: Any) -> ModuleShape:

@@ -49,6 +49,7 @@ KINDS = {
     "kimi-vl": ("kimi_vl", "kimi_vl"),
     "internvl-chat": ("internvl_chat", "internvl2_5"),
     "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
+    "mcore-qwen3-5": ("qwen3_5", "qwen3_5"),
 }
 """What ms-swift calls each model, and its template."""
 
@@ -195,6 +196,7 @@ def main(folder: str, out: str, runs: str) -> None:
         own = Path(folder) / tiny
         found = compared(own, run) if "case" in run else trained(own, Path(out) / name, run)
         torch.save(found, Path(out) / f"{name}-{rank}.pt")
+        print(f"done: {name}", flush=True)  # a sign of life
 
 
 if __name__ == "__main__":
