@@ -5,9 +5,9 @@
                         [--budget S] [--evaluations N] [--batches B] [--partition S] [--no-text] [--json FILE]
 
 For each model, workload and number of microbatches: the mean time of ``dip``'s plans over their proven bounds, on a
-partition chosen on other batches; the time of every other schedule over dip's; throughput in FLOP/s over that of the
-language model alone on text, packed full, with as many FLOPs a rank (under dip too, and under the best of Megatron's
-orders). A row takes minutes on one core.
+partition chosen on other batches; the bounds over the least work of a mean rank; the time of every other schedule over
+dip's; throughput in FLOP/s over that of the language model alone on text, packed full, with as many FLOPs a rank (under
+dip too, and under the best of Megatron's orders). A row takes minutes on one core.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ TEXT = ("dip", "megatron-1f1b", "megatron-interleaved")
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: seconds of dip's plans and their bounds (means over batches), what each other schedule takes over
-    that (None: it can't run, or fits no memory), FLOP/s over those of text alone, under dip and the best of Megatron's
-    orders; ``at_most``: what any schedule of these chunks could reach of text alone under dip, by its least work."""
+    """One setting: seconds of dip's plans, these over their bounds, and the bounds over the work of a mean rank at its
+    fastest (means over batches); what each other schedule takes over dip's (None: it can't run, or fits no
+    memory); FLOP/s over those of text alone, under dip and the best of Megatron's orders; ``at_most``: what any
+    schedule of these chunks could reach of text alone under dip, by its least work."""
 
     model: str
     workload: str
     microbatches: int
     seconds: float
     over_bound: float
+    bound_over_work: float
     others: dict[str, float | None]
     of_text: float | None = None
     of_text_under_megatron: float | None = None
@@ -59,6 +61,7 @@ class Row:
         text = [self.of_text, self.at_most, self.of_text_under_megatron]
         return [
             self.model, self.workload, str(self.microbatches), f"{self.seconds:.3f}", f"{self.over_bound:.3f}",
+            f"{self.bound_over_work:.3f}",
             *("-" if value is None else f"{value:.2f}" for value in others),
             *("-" if value is None else f"{value:.3f}" for value in text),
         ]  # fmt: skip
@@ -123,11 +126,13 @@ def row(
         found = planned(other, setting, effort, None if other == "dip-paper" else partition)
         others[other] = None if found is None else mean_seconds(found) / seconds
     over = float(np.mean([plan.iteration_time / plan.lower_bound for plan in plans]))
-    made = Row(name, workload, microbatches, seconds, over, others)
+    work = [float((p.graph.forward + p.graph.fused).min(axis=0).sum()) / p.graph.ranks for p in plans]
+    least = float(np.mean(work))
+    filled = float(np.mean([plan.lower_bound / each for plan, each in zip(plans, work, strict=True)]))
+    made = Row(name, workload, microbatches, seconds, over, filled, others)
     if not text:
         return made
     rate, megatrons = (flops(setting) / seconds / r for r in text_rates(setting, effort, partition_seconds))
-    least = float(np.mean([float((p.graph.forward + p.graph.fused).min(axis=0).sum()) / p.graph.ranks for p in plans]))
     return replace(made, of_text=rate, of_text_under_megatron=megatrons, at_most=rate * seconds / least)
 
 
@@ -158,7 +163,8 @@ def main() -> int:
                         arguments.partition, arguments.cluster, not arguments.no_text)
                 )  # fmt: skip
                 print("  ".join(rows[-1].cells(names)), flush=True)
-    head = ["model", "workload", "N", "seconds", "over bound", *(f"{n} / dip" for n in names), "of text",
+    head = ["model", "workload", "N", "seconds", "over bound", "bound over work",
+            *(f"{n} / dip" for n in names), "of text",
             "at most", "of text under Megatron"]  # fmt: skip
     lines = [head, *(r.cells(names) for r in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 
 from .names import Name, Topic
 
+KIMI_FEATURES = "_extract_image_features"
+"""The method of Kimi-VL's wrapper that calls its encoder and its projector, as the code in the model's folder does."""
 _BRIDGE = "mcore_bridge.bridge.gpt_bridge:GPTBridge"
 TOPIC = Topic(
     "models of mcore-bridge",
@@ -32,6 +34,11 @@ TOPIC = Topic(
             "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
             has=("patch_embed", "pos_embed", "blocks", "merger", "deepstack_merger_list"),
         ),
+        Name("mcore_bridge.model.mm_gpts.qwen3_5:Qwen3_5Vit", has=("visual", "hf_config", "get_inputs_embeds")),
+        Name(
+            "transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5VisionModel",
+            has=("patch_embed", "pos_embed", "blocks", "merger"),
+        ),
         Name(
             "mcore_bridge.model.mm_gpts.internvl:InternvlHfVit",
             has=("module_mapping", "get_inputs_embeds", "get_image_features"),
@@ -40,6 +47,10 @@ TOPIC = Topic(
             "mcore_bridge.model.mm_gpts.internvl:InternvlVit",
             has=("module_mapping", "get_inputs_embeds", "extract_feature"),
         ),
+        Name(
+            "mcore_bridge.model.mm_gpts.kimi_vl:KimiVLVit", has=("module_mapping", "get_inputs_embeds", KIMI_FEATURES)
+        ),
+        Name(f"mcore_bridge.model.mm_gpts.kimi_vl:KimiVLVit.{KIMI_FEATURES}", ("pixel_values", "image_grid_hws")),
         Name("transformers.models.internvl.modeling_internvl:InternVLVisionModel", has=("embeddings", "encoder")),
         Name("transformers.models.internvl.modeling_internvl:InternVLVisionLayer", has=("attention", "mlp")),
         Name("mcore_bridge.model.register:ModelLoader.build_model", ("pre_process", "post_process", "vp_stage")),
@@ -61,6 +72,12 @@ class _Stage:
 
     def __init__(self, chunk: Any, segment: int):
         self.config, self.language_model, self.vp_stage = chunk.config, chunk.language_model, segment
+
+
+def kimi_features(visual: Any, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """What that makes of pictures: embeddings ``[tokens, language hidden]`` of all of them."""
+    embeddings: torch.Tensor = visual._extract_image_features(pixels, grids)
+    return embeddings
 
 
 @contextmanager

@@ -62,6 +62,9 @@ class LayerStrategy:
     ``package.module:function``, so that planning needs not import it; it takes a
     :class:`dip_megatron.families.shared.layer_memory.LayerCall` and returns what the layer's forward returns.
     ``exchanges_again``: the backward of a layer with experts runs the collectives of its forward again.
+    ``hosts_weight_inputs``: where its stage's backward is split, what weight gradients need of the forward waits for W
+    in host memory, too. ``instead_of``: the entry in whose place this one is offered where W is long enough to hide
+    that.
     """
 
     name: str
@@ -70,6 +73,8 @@ class LayerStrategy:
     recomputes: bool = False
     offloads: bool = False
     exchanges_again: bool = False
+    hosts_weight_inputs: bool = False
+    instead_of: str = ""
     place: float = 3.5
 
     def runner(self) -> Callable[[Any], Any]:
@@ -162,6 +167,21 @@ _known: dict[str, LayerStrategy] = {
             run=f"{_RUNNERS}:run_offloaded_without_activation",
             recomputes=True,
             offloads=True,
+            place=3.8,
+        ),
+        # Both with inputs of weight gradients that go to host memory once more, behind the input gradient, until W.
+        LayerStrategy(
+            name="offload_until_weight", price=_offload, run=f"{_RUNNERS}:run_offloaded_until_weight", offloads=True,
+            hosts_weight_inputs=True, instead_of="offload", place=4,
+        ),
+        LayerStrategy(
+            name="offload_and_activation_until_weight",
+            price=_offload_without_activation,
+            run=f"{_RUNNERS}:run_offloaded_without_activation_until_weight",
+            recomputes=True,
+            offloads=True,
+            hosts_weight_inputs=True,
+            instead_of="offload_and_activation",
             place=3.8,
         ),
     )

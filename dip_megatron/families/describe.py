@@ -11,6 +11,7 @@ from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 from ..compat.experts import layers_with_experts
 from ..describe.model import (
     Experts,
+    GatedDeltaNet,
     LanguageHead,
     LatentEmbedding,
     LatentHead,
@@ -93,6 +94,7 @@ def layer_shape(config: Any, *, causal: bool, spec: Any = None) -> TransformerLa
     """A transformer layer of this TransformerConfig; ``spec`` (of a layer, of each, or for each whether it has any)
     says where experts are."""
     places = spec if isinstance(spec, tuple) else layers_with_experts(spec, config.num_layers)
+    linear, every = _linear_attention(config)
     return TransformerLayer(
         hidden=config.hidden_size,
         ffn=config.ffn_hidden_size,
@@ -102,7 +104,43 @@ def layer_shape(config: Any, *, causal: bool, spec: Any = None) -> TransformerLa
         gated=config.gated_linear_unit,
         causal=causal,
         experts=_experts(config, places),
+        linear_attention=linear,
+        full_attention_every=every,
+        output_gate=bool(getattr(config, "attention_output_gate", False)),
     )
+
+
+def _linear_attention(config: Any) -> tuple[GatedDeltaNet | None, int]:
+    """The gated delta nets of a model that has them, and how many layers come to one of full attention, which are taken
+    to come at equal distances (0: none is)."""
+    if getattr(config, "experimental_attention_variant", None) != "gated_delta_net":
+        return None, 0
+    net = GatedDeltaNet(
+        config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim,
+        config.linear_value_head_dim, config.linear_conv_kernel_dim,
+    )  # fmt: skip
+    every = config.linear_attention_freq
+    if isinstance(every, int):
+        return net, every
+    full = sum(not linear for linear in every)
+    return net, len(every) // full if full else 0
+
+
+def latent_as_grouped(module: ModuleShape, config: Any) -> ModuleShape:
+    """A language model of latent attention, which descriptions don't know, with a grouped one: heads as wide as its
+    values, and of the numbers of keys and values that tensor-parallel ranks allow the one that comes nearest in
+    parameters. Latent attention has h * (q + kv + positions) + heads * (q * (k + positions) + kv * (k + v) + h * v),
+    ``q`` and ``kv`` the ranks, or h * heads * (k + positions) for what ``q`` is in, where queries have no rank (arXiv
+    2405.04434); a grouped one 2 * h * v * (heads + groups)."""
+    hidden, heads, values = config.hidden_size, config.num_attention_heads, config.v_head_dim
+    wide, rank, positions = config.qk_head_dim, config.kv_lora_rank, config.qk_pos_emb_head_dim
+    asked = heads * (wide + positions)
+    queries = config.q_lora_rank * (hidden + asked) if config.q_lora_rank else hidden * asked
+    latent = queries + hidden * (rank + positions) + heads * (rank * (wide + values) + hidden * values)
+    tensor = config.tensor_model_parallel_size
+    allowed = [groups for groups in range(tensor, heads + 1, tensor) if heads % groups == 0]
+    nearest = min(allowed, key=lambda groups: abs(2 * hidden * values * (heads + groups) - latent))
+    return replace(module, layer=replace(module.layer, kv_groups=nearest, head_dim=values))
 
 
 def configured_experts(config: Any) -> tuple[bool, ...]:

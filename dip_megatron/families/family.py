@@ -50,7 +50,8 @@ class ModelFamily:
     stages; both raise ValueError for what can't be segmented. ``workload`` names the mix (``configs/workloads``) by
     which the partitioner judges before the first batch is read. ``mixed_program`` None: its chunks can't mix modules,
     as Megatron's own schedules and zero bubble need them of a model of several. ``replicates``: its program can hold
-    modules that feed others whole on every rank."""
+    modules that feed others whole on every rank. ``shows``: attributes, by name, of a model that isn't built yet, for
+    providers that look at it after building it; what they do then, ``build_chunks`` must do."""
 
     name: str
     model_class: type[torch.nn.Module]
@@ -60,3 +61,4 @@ class ModelFamily:
     recorded_methods: tuple[str, ...] = ()
     mixed_program: MakeMixedProgram | None = None
     replicates: bool = False
+    shows: Callable[[Blueprint], Mapping[str, Any]] | None = None

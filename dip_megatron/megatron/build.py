@@ -83,7 +83,10 @@ def _recording(family: ModelFamily, built: list[tuple[ModelFamily, Blueprint]]) 
                 "add it as a family of its own as docs/add-a-model.md says, or use --dip-schedule off"
             )
         torch.nn.Module.__init__(self)
-        built.append((family, Blueprint(arguments("__init__", args, kwargs))))
+        blueprint = Blueprint(arguments("__init__", args, kwargs))
+        built.append((family, blueprint))
+        if family.shows is not None:
+            self.__dict__.update(family.shows(blueprint))
 
     def note_call(name: str) -> Callable[..., None]:
         def called(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..core import Kind, Operation, Payload, Unit
-from ..core.strategies import offloads, strategy_names
+from ..core.strategies import known_strategies, offloads
 from ..describe.cost import Costs, LayerRun, Table
 from ..describe.cost.calibration import QUANTITIES, STRATEGY_QUANTITIES
 from ..describe.model import MultimodalModel
@@ -93,7 +93,8 @@ def profile_llava(
             progress(f"{module} {part}, {size} tokens")
             arguments = _arguments(draw_batch(microbatch, kwargs, device, 0))
             share = layers if part == "layer" else 1
-            for strategy in strategy_names() if part == "layer" else ("none",):
+            names = [s.name for s in known_strategies() if not s.instead_of]  # those cost what they stand for does
+            for strategy in names if part == "layer" else ("none",):
                 stage = StageRun(
                     program, chunks[k], Operation(Kind.F, MODEL, k, 0, 0), MicrobatchInputs(arguments),
                     _before(program, k, microbatch), device, final=k == len(PARTS) - 1,

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from ..compat.tensors import storage_id
+from .offload import HostCopy, OffloadedActivations
 
 
 class _Gathering:
@@ -30,12 +34,25 @@ class _Gathering:
         return self._whole
 
 
-class _Work(NamedTuple):
-    """``run`` computes a weight gradient, of what ``group`` gathers of ``part`` if there is one."""
+@dataclass(slots=True)
+class _Work:
+    """``run`` computes a weight gradient of its operands, an input and that output's gradient; ``gathered`` are the
+    number of one that is this rank's part and the group to gather it over before. Without operands it holds its own."""
 
     run: Callable[..., None]
-    part: torch.Tensor | None = None
-    group: Any = None
+    operands: list[torch.Tensor | HostCopy] = field(default_factory=list)
+    gathered: tuple[int, Any] | None = None
+
+    def fetch(self, stream: Any) -> None:
+        """Begin to bring back what is in host memory."""
+        for x in self.operands:
+            if isinstance(x, HostCopy):
+                x.fetch(stream)
+
+    def taken(self, stream: Any) -> list[torch.Tensor]:
+        """All operands on the device, and none of them held here any longer."""
+        operands, self.operands = self.operands, []
+        return [x.take(stream) if isinstance(x, HostCopy) else x for x in operands]
 
 
 def own_part(whole: torch.Tensor, group: Any) -> torch.Tensor:
@@ -49,43 +66,94 @@ class WeightGradients:
 
     Under sequence parallelism a matrix that a weight gradient needs (a column-parallel linear's input, the gradient of
     a row-parallel one's output) waits as this rank's part of it, and is gathered in W: while the product before it is
-    computed, so that only the first gather of a stage is waited for.
+    computed, so that only the first gather of a stage is waited for. What waits in host memory (:meth:`hosting`) comes
+    back while the two products before it are computed.
     """
 
-    __slots__ = ("_work", "anchor")
+    __slots__ = ("_stream", "_work", "anchor")
     waits = True
     """Whether what is added stays for a while: else there is nothing to gain by holding parts."""
 
     def __init__(self) -> None:
         self._work: deque[_Work] = deque()
+        self._stream: Any = None
         self.anchor = torch.empty(0, requires_grad=True)
         """Input of functions whose other inputs may need no gradient, so that autograd visits them at all."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in host memory."""
+        copies = [x for work in self._work for x in work.operands if isinstance(x, HostCopy)]
+        return sum(x.host.untyped_storage().nbytes() for x in copies)
 
     def add(self, work: Callable[[], None]) -> None:
         """Leave ``work`` for :meth:`compute`; it holds the tensors it needs."""
         self._work.append(_Work(work))
 
-    def add_gathered(self, work: Callable[[torch.Tensor], None], part: torch.Tensor, group: Any) -> None:
-        """Leave ``work`` for :meth:`compute`, which hands it all ranks' parts along the first dimension."""
-        self._work.append(_Work(work, part, group))
+    def add_product(
+        self, work: Callable[[torch.Tensor, torch.Tensor], None], input_: torch.Tensor, gradient: torch.Tensor,
+        gathered: tuple[int, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Leave ``work(input_, gradient)`` for :meth:`compute`. ``gathered``: of which of the two (0: the input, 1:
+        the output's gradient) this is the rank's part along the first dimension, and the group of those whose parts
+        ``work`` is to be given too."""
+        self._work.append(_Work(work, [input_, gradient], gathered))
+
+    def hosting(self, offloaded: OffloadedActivations) -> WeightGradients:
+        """These gradients for layers whose inputs of weight gradients go to host memory until W, by the stream of
+        their stage's other copies; what layers share stays."""
+        self._stream = offloaded.stream
+        return _Hosting(self, offloaded)
+
+    def prefetch(self) -> None:
+        """Begin to bring back what the first of them need."""
+        for work in list(self._work)[:2]:
+            work.fetch(self._stream)
 
     def compute(self) -> None:
         """W: compute all of them, in the order in which B left them, and free what each held."""
+        self.prefetch()
         ahead = self._gather_next()
         while self._work:
             work = self._work.popleft()
-            if ahead is None or work.part is None:
-                work.run()
+            if len(self._work) > 1:
+                self._work[1].fetch(self._stream)
+            if ahead is None or work.gathered is None:
+                work.run(*work.taken(self._stream))
                 continue
             whole, ahead = ahead.whole(), self._gather_next()
-            work.run(whole)
+            operands = work.taken(self._stream)
+            operands[work.gathered[0]] = whole
+            work.run(*operands)
 
     def _gather_next(self) -> _Gathering | None:
         """Start to gather for the first of those left that needs it."""
         for work in self._work:
-            if work.part is not None:
-                return _Gathering(work.part, work.group)
+            if work.gathered is not None:
+                place, group = work.gathered
+                part = work.operands[place]
+                if isinstance(part, HostCopy):
+                    part = work.operands[place] = part.take(self._stream)
+                return _Gathering(part, group)
         return None
+
+
+class _Hosting(WeightGradients):
+    """Adds to another's, with inputs in host memory."""
+
+    __slots__ = ("_offloaded",)
+
+    def __init__(self, of: WeightGradients, offloaded: OffloadedActivations):
+        self._work, self._stream, self.anchor, self._offloaded = of._work, of._stream, of.anchor, offloaded
+
+    def add_product(
+        self, work: Callable[[torch.Tensor, torch.Tensor], None], input_: torch.Tensor, gradient: torch.Tensor,
+        gathered: tuple[int, Any] | None = None,
+    ) -> None:  # fmt: skip
+        shared = storage_id(input_.untyped_storage()) in self._offloaded.shared
+        own = input_.is_contiguous() and not shared
+        held = HostCopy(input_, self._stream, uses=1) if own else input_
+        self._work.append(_Work(work, [held, gradient], gathered))
 
 
 class AtOnce(WeightGradients):
@@ -98,9 +166,20 @@ class AtOnce(WeightGradients):
         """Compute it."""
         work()
 
-    def add_gathered(self, work: Callable[[torch.Tensor], None], part: torch.Tensor, group: Any) -> None:
+    def add_product(
+        self, work: Callable[[torch.Tensor, torch.Tensor], None], input_: torch.Tensor, gradient: torch.Tensor,
+        gathered: tuple[int, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Gather, and compute it."""
-        work(_Gathering(part, group).whole())
+        operands = [input_, gradient]
+        if gathered is not None:
+            place, group = gathered
+            operands[place] = _Gathering(operands[place], group).whole()
+        work(*operands)
+
+    def hosting(self, offloaded: OffloadedActivations) -> WeightGradients:
+        """Nothing waits."""
+        return self
 
 
 def accumulate(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:

@@ -20,16 +20,17 @@ _LEAST_BYTES = {"cuda": 1 << 16, "cpu": 1 << 10}
 """Smaller tensors stay: a copy of its own would cost more than they take."""
 
 
-class _Copy:
-    """One storage (or one tensor's part of a larger one) in host memory; ``uses``: saved tensors still to be read."""
+class HostCopy:
+    """One storage (or one tensor's part of a larger one) in host memory; ``uses``: how often it is still to be read."""
 
     __slots__ = ("device", "event", "host", "on_device", "uses")
 
-    def __init__(self, source: torch.Tensor, stream: Any):
+    def __init__(self, source: torch.Tensor, stream: Any, uses: int = 0):
+        """``stream``: the side stream of copies, None without a GPU."""
         self.device = source.device
         self.event: Any = None
         self.on_device: torch.Tensor | None = None
-        self.uses = 0
+        self.uses = uses
         if stream is None:
             self.host = source.clone()
             return
@@ -73,7 +74,7 @@ class _Saved:
 
     __slots__ = ("copy", "layer", "offset", "shape", "strides")
 
-    def __init__(self, copy: _Copy, layer: int, shape: torch.Size, strides: tuple[int, ...], offset: int):
+    def __init__(self, copy: HostCopy, layer: int, shape: torch.Size, strides: tuple[int, ...], offset: int):
         self.copy, self.layer, self.shape, self.strides, self.offset = copy, layer, shape, strides, offset
 
 
@@ -82,8 +83,10 @@ class OffloadedActivations:
 
     def __init__(self, stream: Any = None):
         """``stream``: the side stream, None without a GPU."""
-        self._stream = stream
-        self._layers: dict[int, list[_Copy]] = {}
+        self.stream = stream
+        self.shared: set[int] = set()
+        """Storages that offloaded layers use and that aren't theirs."""
+        self._layers: dict[int, list[HostCopy]] = {}
         self._kept: set[int] = set()
         self._whole: set[int] = set()
 
@@ -96,8 +99,9 @@ class OffloadedActivations:
     def layer(self, index: int, keep: Iterable[torch.Tensor]) -> Iterator[None]:
         """Within, what autograd saves goes to host memory; but not ``keep`` (parameters, inputs all layers share)."""
         kept = self._kept = {storage_id(t.untyped_storage()) for t in keep}
-        known: dict[tuple[int, ...], tuple[StorageWeakRef, _Copy]] = {}
-        copies: list[_Copy] = []
+        self.shared |= kept
+        known: dict[tuple[int, ...], tuple[StorageWeakRef, HostCopy]] = {}
+        copies: list[HostCopy] = []
         self._layers[index] = copies
         copied: set[int] = set()
         self._whole = copied
@@ -118,7 +122,7 @@ class OffloadedActivations:
                 source = tensor.detach()
                 if whole:
                     source = source.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
-                found = known[key] = (StorageWeakRef(storage), _Copy(source, self._stream))
+                found = known[key] = (StorageWeakRef(storage), HostCopy(source, self.stream))
                 copies.append(found[1])
                 if whole:
                     copied.add(place)
@@ -146,7 +150,7 @@ class OffloadedActivations:
         """Begin to bring back the last layer, whose backward comes first."""
         if self._layers:
             for copy in self._layers[max(self._layers)]:
-                copy.fetch(self._stream)
+                copy.fetch(self.stream)
 
     def _unpack(self, saved: Any) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
@@ -154,5 +158,5 @@ class OffloadedActivations:
         if self._layers.pop(saved.layer, None) is not None:
             # The first one of this layer: the next one to be needed comes back behind it.
             self.prefetch()
-        tensor = saved.copy.take(self._stream)
+        tensor = saved.copy.take(self.stream)
         return tensor.as_strided(saved.shape, saved.strides, saved.offset) if saved.strides else tensor

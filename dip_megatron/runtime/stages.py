@@ -105,7 +105,8 @@ class StageLookAhead:
     """What a rank's stages (unit, segment) must know of the plan beforehand.
 
     ``split`` have their backward in two, ``forward_only`` have none (nothing before them trains). ``offloaded_next`` is
-    the backward with offloaded layers, if it is one, that follows right after each operation. ``sources`` are the units
+    the backward or W with something in host memory, if it is one, that follows right after each operation. ``sources``
+    are the units
     whose payloads a stage gets, where they aren't its own; ``constant`` the names of those of their tensors that get no
     gradient, for each payload. ``parts`` are the units that share a microbatch with another of the last module.
     """
@@ -125,7 +126,7 @@ class StageLookAhead:
         following = {
             before.operation: (after.operation.unit, after.operation.segment)
             for before, after in pairwise(actions)
-            if after.operation.kind in (Kind.B, Kind.BW) and offloads(names_in(after.strategy))
+            if after.operation.kind != Kind.F and offloads(names_in(after.strategy))
         }
         backward = {(a.operation.unit, a.operation.segment) for a in actions if a.operation.kind in (Kind.B, Kind.BW)}
         sources, constant = {}, {}
@@ -270,12 +271,14 @@ class ModelStages:
         self._chunk_progress(operation)
 
     def _prefetch_after(self, operation: Operation) -> None:
-        """Bring back the first layer of the next backward while this operation computes."""
+        """Bring back what the next backward, or W, needs first while this operation computes."""
         following = self._look_ahead.offloaded_next.get(operation)
-        if following is not None and following in self._state.saved:
+        if following in self._state.saved:
             offloaded = self._state.saved[following].offloaded
             if offloaded is not None:
                 offloaded.prefetch()
+        elif following in self._state.left:
+            self._state.left[following].prefetch()
 
     def _chunk_progress(self, operation: Operation) -> None:
         place = (operation.module, operation.segment)

@@ -46,8 +46,10 @@ KINDS = {
     "qwen2-5-vl": ("qwen2_5_vl", "qwen2_5_vl"),
     "qwen2-vl": ("qwen2_vl", "qwen2_vl"),
     "internvl": ("internvl", "internvl_hf"),
+    "kimi-vl": ("kimi_vl", "kimi_vl"),
     "internvl-chat": ("internvl_chat", "internvl2_5"),
     "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
+    "mcore-qwen3-5": ("qwen3_5", "qwen3_5"),
 }
 """What ms-swift calls each model, and its template."""
 
@@ -194,6 +196,7 @@ def main(folder: str, out: str, runs: str) -> None:
         own = Path(folder) / tiny
         found = compared(own, run) if "case" in run else trained(own, Path(out) / name, run)
         torch.save(found, Path(out) / f"{name}-{rank}.pt")
+        print(f"done: {name}", flush=True)  # a sign of life
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ MISSING = [name for name in ("mcore_bridge", "swift", "modelscope") if importlib
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs ms-swift and mcore-bridge: no {', '.join(MISSING)}"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    pytest.mark.timeout(900),  # the first test waits for all of the runs
 ]
 LAYERS = "{vision: {layers: [[1, 1], [2, 0]], unit_size: 1}, language: {layers: [[1, 1], [1, 1]]}}"
 ALL = {"tiny": "qwen2-5-vl", "freeze_vit": False, "freeze_aligner": False}
@@ -48,6 +49,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "internvl-chat-dip": {**ALL, "tiny": "internvl-chat", "dip": DIP},
     "internvl-chat-frozen": {**USUAL, "tiny": "internvl-chat"},
     "internvl-chat-frozen-dip": {**USUAL, "tiny": "internvl-chat", "dip": DIP},
+    "kimi-vl": {**ALL, "tiny": "kimi-vl"},
+    "kimi-vl-dip": {**ALL, "tiny": "kimi-vl", "dip": DIP},
+    "kimi-vl-frozen": {**USUAL, "tiny": "kimi-vl"},
+    "kimi-vl-frozen-dip": {**USUAL, "tiny": "kimi-vl", "dip": DIP},
     "qwen2-vl": {**ALL, "tiny": "qwen2-vl"},
     "qwen2-vl-dip": {**ALL, "tiny": "qwen2-vl", "dip": DIP},
     "qwen3-vl": {**ALL, "tiny": "mcore-qwen3-vl"},
@@ -56,6 +61,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "mergers-dip": {**USUAL, "tiny": "mcore-qwen3-vl", "freeze_aligner": False, "dip": TAPPED},
     "frozen-qwen3-vl": {**USUAL, "tiny": "mcore-qwen3-vl"},
     "frozen-qwen3-vl-dip": {**USUAL, "tiny": "mcore-qwen3-vl", "dip": TAPPED},
+    "qwen3-5": {**ALL, "tiny": "mcore-qwen3-5"},
+    "qwen3-5-dip": {**ALL, "tiny": "mcore-qwen3-5", "dip": DIP},
+    "frozen-qwen3-5": {**USUAL, "tiny": "mcore-qwen3-5"},
+    "frozen-qwen3-5-dip": {**USUAL, "tiny": "mcore-qwen3-5", "dip": DIP},
     "frozen": {**USUAL, "tiny": "internvl"},
     "frozen-dip": {**USUAL, "tiny": "internvl", "dip": DIP},
 }
@@ -86,9 +95,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """All of them by the same two processes, which take longer to import ms-swift than to train."""
-    out = tmp_path_factory.mktemp("swift")
     all_runs = RUNS | {run: asked for name in MCORE_TINY for run, asked in compared(name).items()}
+    return ran(all_runs, folders, tmp_path_factory.mktemp("swift"))
+
+
+def ran(all_runs: dict[str, dict[str, Any]], folders: Path, out: Path) -> dict[str, list[Any]]:
+    """All of them by the same two processes, which take longer to import ms-swift than to train."""
     command = [sys.executable, "-m", "tests.bridge.swift_training", str(folders), str(out), json.dumps(all_runs)]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DIP_SCHEDULE", "dynamic")  # for the start-up file; each run has variables of its own
@@ -122,6 +134,8 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
         ("qwen2-vl-dip", "qwen2-vl"), ("frozen-dip", "frozen"), ("internvl-chat-dip", "internvl-chat"),
         ("internvl-chat-frozen-dip", "internvl-chat-frozen"), ("qwen3-vl-dip", "qwen3-vl"),
         ("mergers-dip", "mergers"), ("frozen-qwen3-vl-dip", "frozen-qwen3-vl"),
+        ("qwen3-5-dip", "qwen3-5"), ("frozen-qwen3-5-dip", "frozen-qwen3-5"),
+        ("kimi-vl-dip", "kimi-vl"), ("kimi-vl-frozen-dip", "kimi-vl-frozen"),
     ],
 )  # fmt: skip
 def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:

@@ -12,6 +12,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
 
+from fla.modules.convolution import causal_conv1d
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from transformer_engine import pytorch as te
 
 
@@ -152,3 +154,33 @@ def test_what_is_missing_is_refused() -> None:
     ):
         with pytest.raises(NotImplementedError, match="stand-in"):
             refused()
+
+
+def linear_attention(tokens: int) -> dict[str, torch.Tensor]:
+    """What the gated delta rule takes, of three heads."""
+    keys = functional.normalize(torch.randn(1, tokens, 3, 8), dim=-1)
+    return {
+        "q": torch.randn(1, tokens, 3, 8), "k": keys, "v": torch.randn(1, tokens, 3, 6),
+        "g": -torch.rand(1, tokens, 3), "beta": torch.rand(1, tokens, 3),
+    }  # fmt: skip
+
+
+def test_the_gated_delta_rule_is_megatrons() -> None:
+    core = pytest.importorskip("megatron.core.ssm.gated_delta_net")
+    given = linear_attention(70)
+    torch.testing.assert_close(chunk_gated_delta_rule(**given)[0], core.torch_chunk_gated_delta_rule(**given)[0])
+
+
+def test_packed_samples_are_each_by_itself() -> None:
+    given, starts = linear_attention(9), torch.tensor([0, 4, 9])
+    together, _ = chunk_gated_delta_rule(**given, cu_seqlens=starts)
+    x, weight = torch.randn(1, 9, 5), torch.randn(5, 4)
+    convolved, _ = causal_conv1d(x, weight, activation="silu", cu_seqlens=starts)
+    for own in (slice(0, 4), slice(4, 9)):
+        alone, _ = chunk_gated_delta_rule(**{name: value[:, own] for name, value in given.items()})
+        torch.testing.assert_close(together[:, own], alone)
+        torch.testing.assert_close(convolved[:, own], causal_conv1d(x[:, own], weight, activation="silu")[0])
+    by_torch = torch.nn.Conv1d(5, 5, 4, groups=5, padding=3, bias=False)
+    by_torch.weight.data = weight[:, None]
+    expected = functional.silu(by_torch(x.transpose(1, 2))[..., :9].transpose(1, 2))
+    torch.testing.assert_close(causal_conv1d(x, weight, activation="silu")[0], expected)

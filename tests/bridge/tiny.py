@@ -89,10 +89,9 @@ def exact_gelu(model: Any) -> None:
             module.activation_func = torch.nn.functional.gelu
 
 
-def qwen35(tied: bool) -> Any:
-    import transformers
-
-    text = TEXT | {
+def qwen35_parts(tied: bool, **text: Any) -> dict[str, Any]:
+    """Of a configuration of Qwen3.5's, dense or with experts."""
+    language = {
         "head_dim": 32, "tie_word_embeddings": tied, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
         "full_attention_interval": 4,
@@ -103,9 +102,17 @@ def qwen35(tied: bool) -> Any:
         "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16,
         "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
     }  # fmt: skip
+    return {
+        "text_config": TEXT | language | text, "vision_config": vision, "tie_word_embeddings": tied,
+        "dtype": torch.float32, **IDS,
+    }  # fmt: skip
+
+
+def qwen35(tied: bool, **text: Any) -> Any:
+    import transformers
+
     config = transformers.Qwen3_5Config(
-        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, **IDS,
-        architectures=["Qwen3_5ForConditionalGeneration"],
+        **qwen35_parts(tied, **text), architectures=["Qwen3_5ForConditionalGeneration"]
     )  # fmt: skip
     return transformers.Qwen3_5ForConditionalGeneration(config)
 

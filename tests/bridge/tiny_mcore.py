@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bridge.tiny import Pictures, qwen3, qwen3_moe
+from tests.bridge.tiny import Pictures, qwen3, qwen3_moe, qwen35, qwen35_parts
+from tests.bridge.tiny_kimi import FlatPatches, kimi_vl, no_query_norm
 from tests.bridge.tiny_model import IDS, IMAGE, TEXT, VOCABULARY, Content, Tiny
 
 
@@ -42,8 +43,8 @@ def internvl_chat(tied: bool) -> Any:
     InternVLChatConfig.register_for_auto_class()
     InternVLChatModel.register_for_auto_class("AutoModelForCausalLM")
     config = InternVLChatConfig(
-        llm_config=TEXT | {"model_type": "qwen2", "tie_word_embeddings": tied}, vision_config=vision,
-        tie_word_embeddings=tied, dtype=torch.float32, architectures=["InternVLChatModel"],
+        llm_config=TEXT | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": tied},
+        vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, architectures=["InternVLChatModel"],
     )  # fmt: skip
     model = InternVLChatModel(config)
     model.img_context_token_id = IMAGE
@@ -73,6 +74,25 @@ def qwen2_vl(tied: bool) -> Any:
         architectures=["Qwen2VLForConditionalGeneration"],
     )  # fmt: skip
     return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+ROTATED = {"partial_rotary_factor": 0.5}
+"""Which mcore-bridge reads before that of the rotary embeddings' parameters; Hugging Face's class writes 0.25."""
+
+
+def qwen35_dense(tied: bool) -> Any:
+    return qwen35(tied, **ROTATED)
+
+
+def qwen35_moe(tied: bool) -> Any:
+    import transformers
+
+    parts = qwen35_parts(
+        tied, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=48,
+        router_aux_loss_coef=0.01, **ROTATED,
+    )  # fmt: skip
+    config = transformers.Qwen3_5MoeConfig(**parts, architectures=["Qwen3_5MoeForConditionalGeneration"])
+    return transformers.Qwen3_5MoeForConditionalGeneration(config)
 
 
 class Positioned(Tiny):
@@ -135,8 +155,11 @@ MCORE_TINY = {
         Tiles("internvl-tied", internvl, videos=False, sizes=((1, 4, 4),), tied=True),
         OwnTiles("internvl-chat", internvl_chat, videos=False, sizes=((1, 4, 4),)),
         Positioned("qwen2-vl", qwen2_vl),
+        FlatPatches("kimi-vl", kimi_vl, temporal=1, videos=False, experts=True, logits=no_query_norm),
         Positioned("mcore-qwen3-vl", qwen3, **QWEN3),
         Published("mcore-qwen3-vl-moe", qwen3_moe, experts=True, **QWEN3),
+        Positioned("mcore-qwen3-5", qwen35_dense, patch=16, split_frames=True),
+        Positioned("mcore-qwen3-5-moe", qwen35_moe, patch=16, split_frames=True, experts=True),
         Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),
     )
 }

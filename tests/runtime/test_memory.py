@@ -47,7 +47,7 @@ def predicted(text: str, module: str, segment: int) -> tuple[Held, float]:
     other = pricer.stem(module, sizes) if segment == 0 else pricer.head(module, sizes)
     return Held(
         int(layer.activation[rows, 0].sum() + other.activation[0]),
-        int(SIZES.layers * layer.deferred_activation[0] + other.deferred_activation[0]),
+        int(layer.deferred_activation[rows, 0].sum() + other.deferred_activation[0]),
     ), 4.0 * SIZES.hidden * float(sizes.tokens[0])
 
 

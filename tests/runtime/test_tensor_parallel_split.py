@@ -84,13 +84,15 @@ def test_split_equals_unsplit(pair, sequence_parallel, fused):
 
 
 def held(rank, world):
-    """Bytes that the two linears' W waits with, and what a store that doesn't wait makes of the same backward."""
+    """Shapes of what the two linears' W waits with to be gathered, bytes that wait in host memory, and gradients: of a
+    store that waits, of one whose inputs wait in host memory, and of one that doesn't wait."""
     initialize(1, world)
     from megatron.core import tensor_parallel
 
     from dip_megatron.families.shared import deferred_linear
     from dip_megatron.runtime.deferred import AtOnce, WeightGradients
     from dip_megatron.runtime.modes import StageMode
+    from dip_megatron.runtime.offload import OffloadedActivations
 
     settings = config(Case((0,)), 1, 1)
     settings.tensor_model_parallel_size, settings.sequence_parallel = world, True
@@ -103,14 +105,23 @@ def held(rank, world):
     deferred_linear.install(model, mode)
     hidden = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(rank))
     found = []
-    for store in (WeightGradients(), AtOnce()):
-        with mode.stage(store):
+    hosts = WeightGradients()
+    for store, own in (
+        (WeightGradients(), None), (hosts, hosts.hosting(OffloadedActivations())), (AtOnce(), None),
+    ):  # fmt: skip
+        with mode.stage(own or store):
             output, _ = down(up(hidden)[0])
             (output * torch.arange(output.numel(), dtype=torch.float32).view_as(output)).sum().backward()
-        sizes = [None if work.part is None else tuple(work.part.shape) for work in store._work]
+        sizes = [_waiting(work) for work in store._work]
+        host = store.host_bytes
         store.compute()
-        found.append((sizes, [_gradient_of(p) for p in model.parameters()]))
+        found.append((sizes, host, [_gradient_of(p) for p in model.parameters()]))
     return found
+
+
+def _waiting(work):
+    part = work.operands[work.gathered[0]]
+    return tuple(getattr(part, "host", part).shape)
 
 
 def _gradient_of(parameter):
@@ -120,22 +131,28 @@ def _gradient_of(parameter):
 
 def test_parts_wait(pair):
     """Under sequence parallelism W waits with this rank's part of the row's output gradient and of the column's input,
-    in the order of B; a store that computes at once gives the same gradients."""
-    for (sizes, waited), (none, at_once) in pair.run(held):
-        assert sizes == [(3, 2, 32), (3, 2, 32)]
+    in the order of B; stores that compute at once, or leave inputs (the row's has all rows, and half of the columns) in
+    host memory, give the same gradients."""
+    for (sizes, on_device, waited), (hosted, in_host, fetched), (none, _, at_once) in pair.run(held):
+        assert sizes == hosted == [(3, 2, 32), (3, 2, 32)]
         assert none == []
-        assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(waited, at_once, strict=True))
+        assert (on_device, in_host) == (0, 4 * (6 * 2 * 24 + 3 * 2 * 32))
+        for x, y, z in zip(waited, fetched, at_once, strict=True):
+            assert torch.equal(x, z)
+            assert torch.equal(y, z)
+            assert x.abs().max() > 0
 
 
-def transformer_engines(rank, world, mode_of_linear):
-    """A linear that puts what Transformer Engine's would into its store: its weight gradient at once, and in W; the
-    shape of what waits."""
+def transformer_engines(rank, world, mode_of_linear, hosted):
+    """A linear that puts what Transformer Engine's would into its store: its weight gradient at once, and in W, with
+    its input in host memory or not; the shape of what waits to be gathered, and bytes in host memory."""
     initialize(1, world)
     from megatron.core.parallel_state import get_tensor_model_parallel_group
 
     from dip_megatron.families.shared import deferred_te
     from dip_megatron.runtime.deferred import WeightGradients
     from dip_megatron.runtime.modes import StageMode
+    from dip_megatron.runtime.offload import OffloadedActivations
 
     linear = torch.nn.Linear(4, 3, bias=False)
     linear.weight_names, linear.bias_names, linear.use_bias = ["weight"], [], False
@@ -147,15 +164,18 @@ def transformer_engines(rank, world, mode_of_linear):
     whole = torch.Generator().manual_seed(3)  # both operands as all ranks have them once one has been gathered
     x, dy = torch.randn(6, 4, generator=whole), torch.randn(6, 3, generator=whole)
     with mode.stage(store):
-        assert linear.wgrad_store.delay_wgrad_compute()
-        linear.wgrad_store.put([x, dy], lambda a, b: (b.t() @ a, None, None))
-    shapes = [None if work.part is None else tuple(work.part.shape) for work in store._work]
+        given = linear.wgrad_store.hosting(OffloadedActivations()) if hosted else linear.wgrad_store
+        assert given.delay_wgrad_compute()
+        given.put([x, dy], lambda a, b: (b.t() @ a, None, None))
+    shapes, host = [_waiting(work) for work in store._work], store.host_bytes
     store.compute()
-    return shapes, linear.weight.grad, dy.t() @ x
+    return shapes, host, linear.weight.grad, dy.t() @ x
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("column", (3, 4)), ("row", (3, 3))])
-def test_transformer_engines_parts_wait(pair, kind, shape):
-    for shapes, split, whole in pair.run(transformer_engines, kind):
-        assert shapes == [shape]
+@pytest.mark.parametrize(("kind", "hosted", "shape", "bytes_there"), [
+    ("column", False, (3, 4), 0), ("column", True, (3, 4), 48), ("row", False, (3, 3), 0), ("row", True, (3, 3), 96),
+])  # fmt: skip
+def test_transformer_engines_parts_wait(pair, kind, hosted, shape, bytes_there):
+    for shapes, host, split, whole in pair.run(transformer_engines, kind, hosted):
+        assert (shapes, host) == ([shape], bytes_there)
         assert torch.equal(split, whole)

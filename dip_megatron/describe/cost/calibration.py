@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from ...core.graph import Floats
-from ...core.strategies import strategy_names
+from ...core.strategies import known_strategies, strategy_names
 from ...core.versions import is_version, renamed
 from ..files import ConfigurationError, validate
 from .hardware import Cluster, Curve, Operator, check_curve
@@ -95,15 +95,18 @@ class Costs:
 
     def adjust_strategies(self, module: str, cost: LayerCost, sizes: Sizes) -> LayerCost:
         """A layer's ``cost`` with what was measured under its memory strategies in place of what follows from the layer
-        that keeps everything, times the factors."""
+        that keeps everything, times the factors. What stands instead of a measured one has its numbers, too."""
         measured = [t for t in self.tables if t.part == "layer" and t.module == module and t.strategy != "none"]
         if not measured:
             return cost
         values = {q: getattr(cost, q).copy() for q in STRATEGY_QUANTITIES}
-        for table in measured:
-            factors = [s.factor for s in self.scales if s.concerns(module, "layer", table.quantity)]
-            row = strategy_names().index(table.strategy)
-            values[table.quantity][row] = table.at(sizes.tokens) * np.prod(factors)
+        found = {(t.strategy, t.quantity): t for t in measured}
+        for row, entry in enumerate(known_strategies()):
+            for quantity, line in values.items():
+                table = found.get((entry.name, quantity)) or found.get((entry.instead_of, quantity))
+                if table is not None:
+                    factors = [s.factor for s in self.scales if s.concerns(module, "layer", quantity)]
+                    line[row] = table.at(sizes.tokens) * np.prod(factors)
         return replace(cost, **values)
 
     def scaled(self, factor: float, module: str = "*", part: str = "*", quantity: str = "*") -> Costs:

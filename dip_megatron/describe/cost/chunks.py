@@ -23,6 +23,7 @@ from .static import INBOX_MESSAGES, StaticBytes, run_bytes
 from .strategies import Counts, combine, pick
 
 _LEAST_SAVED = 0.01
+_HIDDEN = 1.05  # times as long W may take for what it brings back from host memory
 _TRAINABLE: dict[Part, TrainablePart] = {"stem": "stem", "layer": "layers", "head": "head", "stage": "layers"}
 
 
@@ -52,20 +53,17 @@ _USUAL = LayerKind()
 @dataclass(frozen=True, eq=False)
 class ChunkCost:
     """A chunk's cost under C memory strategies for U units: ``forward``, ``backward``, ``weight``, ``activation``,
-    ``deferred_activation`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C
-    strategies."""
+    ``deferred_activation``, ``fused`` ``[C, U]``, fastest strategy first for every unit; ``names[u]`` are unit u's C
+    strategies. ``fused``: seconds of an unsplit backward, the input gradient and, one after the other, the weight
+    gradient as it is without a strategy."""
 
     forward: Floats
     backward: Floats
     weight: Floats
     activation: Floats
     deferred_activation: Floats
+    fused: Floats
     names: tuple[tuple[str, ...], ...]
-
-    @property
-    def fused(self) -> Floats:
-        """Seconds of an unsplit backward: the input gradient and the weight gradient one after the other."""
-        return self.backward + self.weight
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,7 @@ class CostModel:
         self.candidates, self.corners = candidates, corners
         self._allowed = np.array([name == "none" or name in allowed for name in names])
         self._full = names.index("full")
+        self._instead = [(i, names.index(s.instead_of)) for i, s in enumerate(self.strategies) if s.instead_of]
         self._reached = _reached(model)
         self._cache: dict[tuple[Chunk, tuple[tuple[float, ...], ...]], _Candidates] = {}
         self._as_built: dict[tuple[Any, ...], CostModel] = {}
@@ -179,18 +178,20 @@ class CostModel:
         """One layer of the module, of a kind, under every layer strategy."""
         shape = self.model.module(module)
         parallel, operators, sizes = self._here(shape, sizes)
-        formula, recompute, dropped, layer_input = layer_cost(shape.layer, parallel, operators, sizes, kind)
-        cost = self._settle(shape, "layer", formula, sizes)
-        # What is recomputed or dropped is a share of the layer, also of a measured one.
-        recompute = recompute * _ratio(cost.forward, formula.forward)
-        dropped = dropped * _ratio(cost.activation, formula.activation)
+        layer = layer_cost(shape.layer, parallel, operators, sizes, kind)
+        cost = self._settle(shape, "layer", layer.cost, sizes)
         if not self.part_alive(module, "layer"):
-            recompute, dropped = recompute * 0, dropped * 0
-            count = len(self.strategies)
-            zero = np.zeros((count, len(sizes)))
-            return LayerCost(np.repeat(cost.forward[None], count, axis=0), zero, zero[0], zero, zero[0])
-        derived = with_strategies(operators, cost, recompute, dropped, layer_input, self.strategies)
-        return self.costs.adjust_strategies(module, derived, sizes)
+            zero = np.zeros((len(self.strategies), len(sizes)))
+            return LayerCost(zero + cost.forward, zero, zero, zero, zero)
+        # What is recomputed, dropped or kept for W is a share of the layer, also of a measured one.
+        settled = replace(
+            layer,
+            cost=cost,
+            recompute=layer.recompute * _ratio(cost.forward, layer.cost.forward),
+            dropped=layer.dropped * _ratio(cost.activation, layer.cost.activation),
+            weight_inputs=layer.weight_inputs * _ratio(cost.deferred_activation, layer.cost.deferred_activation),
+        )
+        return self.costs.adjust_strategies(module, with_strategies(operators, settled, self.strategies), sizes)
 
     def stage(self, module: str, sizes: Sizes) -> PartCost:
         """What a chunk with layers takes beside them: nothing unless it has been measured."""
@@ -221,14 +222,19 @@ class CostModel:
         counts = np.stack([c.counts[np.minimum(np.arange(count), len(c.names) - 1)] for c in found])[group]
         texts = [c.names + c.names[-1:] * (count - len(c.names)) for c in found]
         out = {f.name: np.broadcast_to(getattr(fixed, f.name), (count, units)).copy() for f in fields(PartCost)}
+        longer = {name: np.zeros((count, units)) for name in ("weight", "deferred_activation")}
         for k, kind in enumerate(kinds):
             layer = layers[kind]
             for name in ("forward", "backward", "activation"):
                 out[name] += np.einsum("ucs,su->cu", counts[:, :, k], getattr(layer, name))
-            total = counts[0, 0, k].sum()
-            out["weight"] += total * layer.weight
-            out["deferred_activation"] += total * layer.deferred_activation
-        return _fastest_first(ChunkCost(**out, names=tuple(texts[g] for g in group)))
+            for name, more in longer.items():
+                each = getattr(layer, name)
+                out[name] += counts[0, 0, k].sum() * each[0]
+                more += np.einsum("ucs,su->cu", counts[:, :, k], each - each[0])
+        fused = out["backward"] + out["weight"]
+        for name, more in longer.items():
+            out[name] += more
+        return _fastest_first(ChunkCost(**out, fused=fused, names=tuple(texts[g] for g in group)))
 
     def _kinds(self, chunk: Chunk) -> list[Kind]:
         return list(dict.fromkeys(kind for run in chunk for kind in self._kinds_of(run)))
@@ -282,6 +288,9 @@ class CostModel:
             usable[1:] &= (saved[1:] >= _LEAST_SAVED * size[0]) & (
                 (extra <= 2 * extra[self._full]) | ~self._allowed[self._full]
             )[1:]
+            for alike, plain in self._instead:
+                hidden = usable[alike] and layer.weight[alike, 0] <= _HIDDEN * layer.weight[plain, 0]
+                usable[plain if hidden else alike] = False
             offered.append(np.flatnonzero(usable))
             parts.append((place.count(k), seconds[usable], size[usable]))
         found, seconds, size = combine(parts)
@@ -324,7 +333,7 @@ class CostModel:
         layer = 0.0
         if np.count_nonzero(self._allowed) > 1:  # something may be recomputed or brought back
             layer = max(
-                float(layer_cost(shape.layer, parallel, operators, sizes.largest(), kind)[0].activation.max())
+                float(layer_cost(shape.layer, parallel, operators, sizes.largest(), kind).cost.activation.max())
                 for kind in set(shape.kinds)
             )
         logits = 0.0
@@ -386,5 +395,5 @@ def _fastest_first(cost: ChunkCost) -> ChunkCost:
     names = list(cost.names)
     for u in wrong:
         names[u] = tuple(names[u][c] for c in order[:, u])
-    arrays = {f.name: np.take_along_axis(getattr(cost, f.name), order, axis=0) for f in fields(PartCost)}
+    arrays = {name: np.take_along_axis(x, order, axis=0) for name, x in vars(cost).items() if name != "names"}
     return ChunkCost(**arrays, names=tuple(names))

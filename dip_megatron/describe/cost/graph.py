@@ -22,7 +22,7 @@ from .sizes import unit_sizes
 from .strategies import Counts
 
 _PAPERS_STRATEGIES = ("none", "selective", "mlp", "full", "offload")
-_FIELDS = ("forward", "backward", "weight", "activation", "deferred_activation")
+_FIELDS = ("forward", "backward", "weight", "activation", "deferred_activation", "fused")
 
 
 @lru_cache(maxsize=16)
@@ -214,7 +214,7 @@ def _transfer(
 
 def _empty(units: int) -> ChunkCost:
     zero = np.zeros((1, units))
-    return ChunkCost(zero, zero, zero, zero, zero, (("none",),) * units)
+    return ChunkCost(zero, zero, zero, zero, zero, zero, (("none",),) * units)
 
 
 def _numbered(model: MultimodalModel, stages: Sequence[Sequence[LayerRun]]) -> list[Chunk]:
@@ -357,7 +357,7 @@ def _graph(
         forward=operation(arrays["forward"]),
         backward=operation(arrays["backward"]),
         weight=operation(arrays["weight"]),
-        fused=operation(arrays["backward"] + arrays["weight"]),
+        fused=operation(arrays["fused"]),
         activation=arrays["activation"],
         deferred_activation=arrays["deferred_activation"],
         transfer=transfer,

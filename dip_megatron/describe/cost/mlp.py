@@ -14,8 +14,8 @@ from .operators import Operators
 @dataclass(frozen=True, eq=False)
 class MlpCost:
     """Arrays ``[U]``: seconds of forward, input gradient, weight gradient and activation function; bytes kept for the
-    backward beside the input, of them those that only the activation function made, and bytes kept for the weight
-    gradient."""
+    backward beside the input, of them those that only the activation function made, bytes kept for the weight
+    gradient, and of them the inputs of linears."""
 
     forward: Floats
     backward: Floats
@@ -24,6 +24,7 @@ class MlpCost:
     kept: Floats
     activated: Floats
     deferred: Floats
+    weight_inputs: Floats
 
     def plus(self, other: MlpCost) -> MlpCost:
         """One after the other."""
@@ -48,7 +49,7 @@ def mlp_cost(layer: TransformerLayer, width: int, parallel: Parallel, operators:
     # W needs the first linear's input and the second's output gradient, of both this rank's part.
     return MlpCost(
         up + down + act + traffic, up + down + 1.5 * act + traffic, weight, act, inner, e * ffn * tokens,
-        inner + 2 * local,
+        inner + 2 * local, local + e * ffn * tokens,
     )  # fmt: skip
 
 
@@ -88,5 +89,6 @@ def experts_cost(layer: TransformerLayer, parallel: Parallel, operators: Operato
         router + scores + counted + move + up + down + act,
         2 * router + scores + move + up + down + 1.5 * act,
         weight, act, inner + e * hidden * rows + 9 * x.count * own, e * ffn * rows, inner + 2 * e * hidden * rows,
+        e * (hidden + ffn) * rows,
     )  # fmt: skip
     return routed.plus(mlp_cost(layer, x.shared_ffn, parallel, operators, tokens)) if x.shared_ffn else routed

@@ -60,8 +60,9 @@ class PartCost:
 
 @dataclass(frozen=True, eq=False)
 class LayerCost:
-    """One transformer layer under each memory strategy: ``forward``, ``backward``, ``activation`` ``[strategies, U]``
-    in the cost model's order; ``weight``, ``deferred_activation`` ``[U]``."""
+    """One transformer layer under each memory strategy: ``forward``, ``backward``, ``weight``, ``activation``,
+    ``deferred_activation`` ``[strategies, U]`` in the cost model's order. ``weight`` is that of a W of its own: at once
+    with the input gradient it takes as long as without a strategy."""
 
     forward: Floats
     backward: Floats
@@ -70,13 +71,23 @@ class LayerCost:
     deferred_activation: Floats
 
 
+@dataclass(frozen=True, eq=False)
+class LayerFormula:
+    """One layer that keeps all its activations: its ``cost``; per part that can be recomputed (activation function,
+    attention core, MLP or experts, ``[3, U]``) the seconds of its forward (``recompute``) and the bytes that this saves
+    (``dropped``); bytes ``[U]`` of the layer's input and, of what weight gradients need, of the inputs of linears."""
+
+    cost: PartCost
+    recompute: Floats
+    dropped: Floats
+    layer_input: Floats
+    weight_inputs: Floats
+
+
 def layer_cost(
     layer: TransformerLayer, parallel: Parallel, operators: Operators, sizes: Sizes, kind: LayerKind = _USUAL
-) -> tuple[PartCost, Floats, Floats, Floats]:
-    """One layer of a kind that keeps all its activations, for ``sizes`` of one context-parallel rank; beside it, per
-    part that can be recomputed, its forward seconds and the bytes dropped: activation function, attention core and MLP
-    (or experts), ``[3, U]`` each; the bytes of the layer's input ``[U]``.
-    """
+) -> LayerFormula:
+    """One layer of a kind, for ``sizes`` of one context-parallel rank."""
     e, tp = operators.cluster.element_bytes, parallel.tp
     shard = tp if parallel.sequence_parallel else 1
     tokens, pairs = sizes.tokens, sizes.pairs if kind.full_attention else sizes.window_pairs
@@ -137,13 +148,14 @@ def layer_cost(
     if layer.linear_attention is not None and not kind.full_attention:
         rope = 0.0
         core, core_bytes = np.zeros_like(tokens), np.zeros_like(tokens)
-        forward, backward, weight, kept, deferred_activation = delta_net_cost(
-            layer.linear_attention, hidden, tp, operators, tokens
-        )
+        net = layer.linear_attention
+        forward, backward, weight, kept, deferred_activation = delta_net_cost(net, hidden, tp, operators, tokens)
+        weight_inputs = e * net.value_width / tp * tokens
     else:
         forward, core, backward, weight, kept, core_bytes, deferred_activation = attend(
             tokens, hidden, tokens, hidden, pairs, layer.causal
         )
+        weight_inputs = e * width * tokens
         if parallel.cp > 1:
             # The core gathers keys and values of whole sequences and keeps them; their gradients are scattered back.
             gathered = 2 * e * kv_width * tokens * parallel.cp
@@ -154,7 +166,7 @@ def layer_cost(
     forward, backward = forward + one + rope + exchange(2), backward + 2 * one + rope + exchange(2)
     weight, activation = gathering(weight), kept + core_bytes + (2 + extra) * local
     # Input of the projection and gradient of the output, this rank's parts of them.
-    deferred_activation = deferred_activation + 2 * local
+    deferred_activation, weight_inputs = deferred_activation + 2 * local, weight_inputs + local
     if layer.cross_attention:
         c_forward, c_core, c_backward, c_weight, c_kept, c_bytes, c_deferred = attend(
             tokens, hidden, sizes.condition, layer.cross_attention, sizes.cross_pairs, False
@@ -163,6 +175,7 @@ def layer_cost(
         weight, core = weight + gathering(c_weight), core + c_core
         activation, core_bytes = activation + c_kept + c_bytes + 2 * local, core_bytes + c_bytes
         deferred_activation = deferred_activation + c_deferred + 2 * local
+        weight_inputs = weight_inputs + e * width * tokens + local  # what it attends to is shared by all layers
 
     if kind.experts:
         mlp = experts_cost(layer, parallel, operators, tokens)
@@ -171,30 +184,30 @@ def layer_cost(
     forward, backward = forward + mlp.forward + one, backward + mlp.backward + 2 * one
     weight = weight + mlp.weight
     activation = activation + mlp.kept + (2 + extra) * local
-    deferred_activation = deferred_activation + mlp.deferred
+    deferred_activation, weight_inputs = deferred_activation + mlp.deferred, weight_inputs + mlp.weight_inputs
     if layer.adaln == "block":
         modulation, modulation_weight = linear(hidden, 6 * hidden / tp, np.minimum(tokens, 1.0))
         forward, backward, weight = forward + modulation, backward + modulation, weight + modulation_weight
     cost = PartCost(forward, backward, weight, activation, deferred_activation)
     recompute = np.stack([mlp.activate, core, mlp.forward])
-    return cost, recompute, np.stack([mlp.activated, core_bytes, mlp.kept]), local
+    return LayerFormula(cost, recompute, np.stack([mlp.activated, core_bytes, mlp.kept]), local, weight_inputs)
 
 
-def with_strategies(
-    operators: Operators, cost: PartCost, recompute: Floats, dropped: Floats, layer_input: Floats,
-    strategies: Sequence[LayerStrategy],
-) -> LayerCost:  # fmt: skip
+def with_strategies(operators: Operators, layer: LayerFormula, strategies: Sequence[LayerStrategy]) -> LayerCost:
     """A layer's cost under each of ``strategies``, from what :func:`layer_cost` gives.
 
     Recomputing runs the part's forward again at the start of the input gradient. Offloading copies the layer's
     activations out behind its forward and back behind its backward; the reads and writes of the copy take memory
-    bandwidth from the layer.
+    bandwidth from the layer. Inputs of weight gradients that wait in host memory go there behind the input gradient,
+    while activations come the other way, and come back behind W.
     """
+    cost, recompute, dropped, inputs = layer.cost, layer.recompute, layer.dropped, layer.weight_inputs
+    bandwidth = operators.cluster.memory_bandwidth
     facts = LayerFacts(
         forward=cost.forward,
         backward=cost.backward,
         activation=cost.activation,
-        layer_input=layer_input,
+        layer_input=layer.layer_input,
         recompute_activation=recompute[0],
         recompute_attention=recompute[1],
         recompute_mlp=recompute[2],
@@ -202,10 +215,15 @@ def with_strategies(
         saved_by_attention=dropped[1],
         saved_by_mlp=dropped[2],
         copy=operators.to_host(cost.activation),
-        traffic=cost.activation / operators.cluster.memory_bandwidth,
+        traffic=cost.activation / bandwidth,
     )
     forward, backward, activation = zip(*(s.price(facts) for s in strategies), strict=True)
-    return LayerCost(np.stack(forward), np.stack(backward), cost.weight, np.stack(activation), cost.deferred_activation)
+    hosted = np.array([s.hosts_weight_inputs for s in strategies])[:, None]
+    fetched = np.maximum(cost.weight, operators.to_host(inputs)) + 2 * inputs / bandwidth
+    return LayerCost(
+        np.stack(forward), np.stack(backward), np.where(hosted & (cost.weight > 0), fetched, cost.weight),
+        np.stack(activation), np.where(hosted, cost.deferred_activation - inputs, cost.deferred_activation),
+    )  # fmt: skip
 
 
 def stem_cost(module: ModuleShape, parallel: Parallel, operators: Operators, sizes: Sizes) -> PartCost:
@@ -245,7 +263,7 @@ def head_cost(module: ModuleShape, parallel: Parallel, operators: Operators, siz
     linear, weight = _linear(operators, tokens, 2 * hidden, hidden / parallel.tp)
     norms = operators.memory(4 * local)
     joined = PartCost(norms + linear, 2 * norms + linear, weight, 4 * local, 3 * local)
-    layer = layer_cost(module.layer, parallel, operators, sizes, module.kind(module.layers - 1))[0]
+    layer = layer_cost(module.layer, parallel, operators, sizes, module.kind(module.layers - 1)).cost
     embedded = stem_cost(module, parallel, operators, sizes)
     return cost.plus(module.mtp, embedded, joined, layer, cost)
 

@@ -49,7 +49,7 @@ def module_seconds(pricer: CostModel, module: str, sizes: Sizes) -> Floats:
         total += part.forward + part.backward + part.weight
     for kind in sorted(set(shape.kinds)):
         layer = pricer.layer(module, sizes, kind)
-        total += shape.kinds.count(kind) * (layer.forward[0] + layer.backward[0] + layer.weight)
+        total += shape.kinds.count(kind) * (layer.forward[0] + layer.backward[0] + layer.weight[0])
     return total
 
 

@@ -33,5 +33,6 @@ def family_of_class(name: str, any_page: Page, choose: Callable[[Mapping[str, An
     kind = any_page.model_class
     recorded = ("freeze",) if hasattr(kind, "freeze") else ()
     return ModelFamily(
-        name, kind, describe, program, any_page.workload, recorded, replicates=any_page.replicates
+        name, kind, describe, program, any_page.workload, recorded, replicates=any_page.replicates,
+        shows=lambda blueprint: choose(blueprint.kwargs).shown(),
     )  # fmt: skip

@@ -164,6 +164,11 @@ class Page(ABC):
         """How samples are packed in the rows of a microbatch, None for one a row."""
         return arguments.get("packed_seq_params")
 
+    def shown(self) -> Mapping[str, Any]:
+        """Attributes, by name, that a model has which isn't built yet, where what builds it looks at them afterwards.
+        What it does then, :meth:`chunk` does."""
+        return {}
+
     @abstractmethod
     def bare(self, kwargs: Mapping[str, Any]) -> Any:
         """The model with its encoders and without a language model; frozen as its own freeze says, later."""

@@ -70,14 +70,11 @@ class DeferredLinear(Multiplication):
         target: _Target = ctx.target
         parameter, store, fused = target.parameter, target.store, ctx.gradient_accumulation_fusion
         held = input_.detach()  # without the gradient that the input of a checkpoint would bring along
-        if ctx.sequence_parallel:
-            store.add_gathered(lambda x: _weight_gradient(parameter, x, grad_output, fused), held, ctx.tp_group)
-        elif target.output_group is not None and store.waits:
-            group = target.output_group
-            part = own_part(grad_output, group)
-            store.add_gathered(lambda dy: _weight_gradient(parameter, held, dy, fused), part, group)
-        else:
-            store.add(lambda: _weight_gradient(parameter, held, grad_output, fused))
+        gathered = (0, ctx.tp_group) if ctx.sequence_parallel else None
+        if gathered is None and target.output_group is not None and store.waits:
+            gathered = (1, target.output_group)
+            grad_output = own_part(grad_output, target.output_group)
+        store.add_product(lambda x, dy: _weight_gradient(parameter, x, dy, fused), held, grad_output, gathered)
         ctx.target = None
         return tuple(gradients)
 

@@ -17,14 +17,21 @@ import torch
 from ...compat import transformer_engine as te
 from ...runtime.deferred import accumulate, own_part
 from ...runtime.modes import StageMode
+from ...runtime.offload import OffloadedActivations
 
 
 class StageStore:
     """Stands in for a linear's ``WeightGradStore``."""
 
-    def __init__(self, linear: torch.nn.Module, mode: StageMode):
+    def __init__(self, linear: torch.nn.Module, mode: StageMode, offloaded: OffloadedActivations | None = None):
+        """``offloaded``: where the layer leaves its activations, if inputs are to wait in host memory, too."""
         self._linear = linear
         self._mode = mode
+        self._offloaded = offloaded
+
+    def hosting(self, offloaded: OffloadedActivations) -> StageStore:
+        """For a forward of a layer whose inputs wait in host memory for W."""
+        return StageStore(self._linear, self._mode, offloaded)
 
     def delay_wgrad_compute(self) -> bool:
         """Whether the weight gradient is to be put here: the stage that runs is split."""
@@ -34,19 +41,20 @@ class StageStore:
         """Leave ``product(*tensors)``, the weight gradient (and the bias's), to the stage's W."""
         store = self._mode.weight_gradients
         assert store is not None
-        gathered = te.gathered_operand(self._linear)
-        if gathered is None or not store.waits or not _divides(tensors, *gathered):
+        if any(type(x) is not torch.Tensor for x in tensors[:2]):  # in low precision
             store.add(lambda: self._finish(product(*tensors)))
             return
-        place, group = gathered
-        part, others = own_part(tensors[place], group), list(tensors)
-        others[place] = None
-
-        def work(whole: torch.Tensor) -> None:
-            others[place] = whole
-            self._finish(product(*others))
-
-        store.add_gathered(work, part, group)
+        if self._offloaded is not None:
+            store = store.hosting(self._offloaded)
+        operands, others = tensors[:2], tensors[2:]
+        gathered = te.gathered_operand(self._linear) if store.waits else None
+        if gathered is not None:
+            place, group = gathered
+            if operands[place].size(0) % group.size():
+                gathered = None
+            else:
+                operands[place] = own_part(operands[place], group)
+        store.add_product(lambda x, dy: self._finish(product(x, dy, *others)), operands[0], operands[1], gathered)
 
     def _finish(self, results: tuple[Any, ...]) -> None:
         weight, bias = te.weight_to_accumulate(self._linear), te.bias_to_accumulate(self._linear)
@@ -54,11 +62,6 @@ class StageStore:
             accumulate(weight, results[0])
         if len(results) > 1 and results[1] is not None and results[1].numel() and bias is not None:
             accumulate(bias, results[1])
-
-
-def _divides(tensors: list[Any], place: int, group: Any) -> bool:
-    """Whether that operand can be cut into the ranks' parts: in low precision it is no plain tensor."""
-    return type(tensors[place]) is torch.Tensor and tensors[place].size(0) % group.size() == 0
 
 
 def install(chunk: torch.nn.Module, mode: StageMode) -> None:

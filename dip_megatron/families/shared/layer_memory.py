@@ -33,6 +33,7 @@ from ...core.strategies import strategy
 from ...runtime.deferred import AtOnce
 from ...runtime.modes import StageMode
 from ...runtime.offload import OffloadedActivations
+from .deferred_te import StageStore
 
 
 def transformer_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
@@ -136,6 +137,39 @@ def run_offloaded_without_activation(call: LayerCall) -> Any:
     """Strategy ``offload_and_activation``."""
     with _set([call.mlp], "offloaded", call.mode.offloaded), _set([call.mlp], "recomputed", "activation"):
         return run_offloaded(call)
+
+
+def run_offloaded_until_weight(call: LayerCall) -> Any:
+    """Strategy ``offload_until_weight``."""
+    with _inputs_hosted(call):
+        return run_offloaded(call)
+
+
+def run_offloaded_without_activation_until_weight(call: LayerCall) -> Any:
+    """Strategy ``offload_and_activation_until_weight``."""
+    with _inputs_hosted(call):
+        return run_offloaded_without_activation(call)
+
+
+@contextlib.contextmanager
+def _inputs_hosted(call: LayerCall) -> Iterator[None]:
+    """Within, linears take note that inputs of their weight gradients are to wait in host memory, where these wait."""
+    mode, place = call.mode, call.mode.offloaded
+    deferred = mode.weight_gradients
+    if deferred is None or place is None:
+        yield
+        return
+    linears = [m for m in call.layer.modules() if isinstance(transformer_engine.store_of(m), StageStore)]
+    stores = [transformer_engine.store_of(m) for m in linears]
+    mode.weight_gradients = deferred.hosting(place)
+    for linear, store in zip(linears, stores, strict=True):
+        transformer_engine.replace_store(linear, store.hosting(place))
+    try:
+        yield
+    finally:
+        mode.weight_gradients = deferred
+        for linear, store in zip(linears, stores, strict=True):
+            transformer_engine.replace_store(linear, store)
 
 
 def offloaded(

@@ -63,40 +63,59 @@ def levels(q: Problem, *, split: bool) -> Iterator[Keys]:
 
 
 def nested(q: Problem, *, split: bool) -> Iterator[Keys]:
-    """Draws without end: microbatches with long chains (a unit's stages, one after the other) between those with short
-    ones, which fill the pipeline before them and drain it after.
+    """Draws without end: units with long chains (of stages, one after the other) between those with short ones, which
+    fill the pipeline before them and drain it after.
 
     A long chain that starts late is what all wait for at the end, and one that keeps its activations leaves no room for
     short ones beside it; short ones that have all run early leave nothing for the ranks that wait while long ones turn
     from forward to backward. So: some short ones first, the long ones, the other short ones, all in order of length,
     long and late ones held back for steps that are drawn; where memory matters, each stage's strategy by one price of a
-    byte.
+    byte. Where a microbatch ends in one unit, that and those before it go together.
     """
     draw = np.random.default_rng(0)
-    seconds = _whole(q)[0].reshape(q.graph.virtual_microbatches, q.graph.ranks)
-    longest = np.zeros(q.groups)
-    np.maximum.at(longest, q.group, np.bincount(q.unit, weights=seconds.sum(axis=1))[q.unit])
+    job, longest = _jobs(q)
+    jobs = len(longest)
     up = np.argsort(longest, kind="stable")
     bases = [_by_price(q, price) for price in _prices(q)] if q.bounded.any() and q.graph.candidates > 1 else []
     while True:
-        many = max(1, int(draw.uniform(0.15, 0.65) * q.groups))
-        short, long = up[: q.groups - many], up[q.groups - many :][:: draw.choice((1, -1))]
+        many = max(1, int(draw.uniform(0.15, 0.65) * jobs))
+        short, long = up[: jobs - many], up[jobs - many :][:: draw.choice((1, -1))]
         head = int(draw.integers(0, len(short) + 1))
         begin, step, apart = (float(draw.choice(x)) for x in (BEGINS, STEPS, STEPS))
-        release = np.zeros(q.groups)
+        release, place = np.zeros(jobs), np.empty(jobs)
         release[long] = q.horizon * (begin + step * np.arange(many))
-        release[short[head:]] = q.horizon * apart * np.arange(len(short) - head)
-        place = np.empty(q.groups)
-        place[np.concatenate([short[:head], long, short[head:]])] = np.arange(q.groups)
+        release[short[head:]] = q.horizon * apart * np.arange(len(short) - head) * q.groups / jobs
+        place[np.concatenate([short[:head], long, short[head:]])] = np.arange(jobs) * q.groups / jobs
         keys = make_keys(q, split)
-        keys.order_forward[:] = place
-        keys.order_backward[:] = place
-        keys.release[:] = release[q.group]
+        first = np.full(q.groups, np.inf)
+        np.minimum.at(first, q.group[job >= 0], place[job[job >= 0]])
+        order = np.empty(q.groups)
+        order[np.argsort(first, kind="stable")] = np.arange(q.groups)
+        keys.order_forward[:] = order
+        keys.order_backward[:] = order
+        shift = np.where(job >= 0, place[job], first[q.group]) - order[q.group]
+        keys.shift_forward[:] = shift
+        keys.shift_backward[:] = shift
+        keys.release[:] = np.where(job >= 0, release[job], 0.0)
         if bases:
             keys.base[:] = bases[draw.integers(len(bases))]
         keys.flags[ALTERNATE] = draw.random() < 0.75
         keys.waits[WAIT_WEIGHT] = draw.choice((0.0, 0.3, 0.6))
         yield keys
+
+
+def _jobs(q: Problem) -> tuple[NDArray[np.int64], Floats]:
+    """What is placed as one: a microbatch where none ends in several units, else such a unit. Of each virtual
+    microbatch its job, or -1 if it goes with the first of its microbatch's and isn't held back; of each job the seconds
+    of its longest unit, one stage after the other."""
+    seconds = np.bincount(q.unit, weights=_whole(q)[0].reshape(-1, q.graph.ranks).sum(axis=1))[q.unit]
+    ends = np.unique(q.unit[q.backbone])
+    job = q.group.astype(np.int64)
+    if len(ends) > q.groups:
+        job = np.where(q.backbone, np.searchsorted(ends, q.unit), -1)
+    longest = np.zeros(job.max() + 1)
+    np.maximum.at(longest, job[job >= 0], seconds[job >= 0])
+    return job, longest
 
 
 def _whole(q: Problem) -> Floats:

@@ -61,7 +61,7 @@ def test_on_ideal_hardware_only_the_products_count() -> None:
     none = strategy_names().index("none")
     assert layer.forward[none, 0] == pytest.approx(matmul + attention)
     assert layer.backward[none, 0] == pytest.approx(matmul + 2.5 * attention)
-    assert layer.weight[0] == pytest.approx(matmul)
+    assert layer.weight[none, 0] == pytest.approx(matmul)
 
 
 def test_tensor_parallel_ranks_share_the_products() -> None:
@@ -201,7 +201,7 @@ def test_measured_tables_replace_the_formula() -> None:
 def test_scales_multiply_what_they_name() -> None:
     plain, sizes = PRICERS["vlm"].layer("vision", _images(3)), _images(3)
     scaled = CostModel(VLM, H100, Costs().scaled(2.0, module="vision", quantity="weight")).layer("vision", sizes)
-    assert scaled.weight == pytest.approx(2 * plain.weight)
+    assert scaled.weight[0] == pytest.approx(2 * plain.weight[0])
     assert scaled.forward == pytest.approx(plain.forward)
 
 
@@ -292,7 +292,8 @@ def test_measured_strategies_replace_derived_ones(tmp_path: Path) -> None:
     sizes = _images(4)
     tokens = float(sizes.tokens[0])
     measured = {"activation": 2.0, "selective": 3.0, "mlp": 4.0, "full": 5.0, "offload": 6.0,
-                "offload_and_activation": 7.0}  # fmt: skip
+                "offload_and_activation": 7.0, "offload_until_weight": 8.0,
+                "offload_and_activation_until_weight": 9.0}  # fmt: skip
     tables = tuple(
         Table("vision", "layer", quantity, (tokens / 2, tokens * 2), (value / 2, value * 2), strategy)
         for strategy, value in measured.items()

@@ -65,7 +65,8 @@ def test_graphs_of_shipped_models_are_sound(model: str, workload: str) -> None:
     graph = build_graph(shape, H100, partition, batch.microbatches)
     assert graph.ranks == shape.parallel.pp
     assert {u.microbatch for u in graph.units} == set(range(8))
-    assert (graph.fused == graph.backward + graph.weight).all()
+    assert (graph.fused[0] == graph.backward[0] + graph.weight[0]).all()
+    assert (graph.fused <= graph.backward + graph.weight).all()
     assert (np.diff(graph.forward + graph.fused, axis=0) >= -1e-12).all()  # candidates stand fastest first
     assert (graph.forward > 0).all()
     assert (graph.transfer > 0).all()

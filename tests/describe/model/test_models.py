@@ -75,6 +75,8 @@ PUBLISHED = {
     # 60 layers of 384 experts of three 7168 x 2048 matrices make 1014.7B, one shared and the router 2.8B, the dense
     # layer 0.4B, latent attention 61 x 0.101B, embeddings and head 2.35B, the encoder 0.47B.
     "kimi-k2-5": (1_026_900_000_000, 0),
+    # Of its class, built so: published as 16.4B. Latent attention has 1.2M more a layer than the grouped one.
+    "kimi-vl-a3b": (16_407_654_384, 0),
 }
 
 
