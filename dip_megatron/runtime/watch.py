@@ -75,8 +75,13 @@ class Watchdog:
         """End watching, at an orderly shutdown."""
         if not self._stop.is_set():
             leaving = threading.Thread(target=self._leave_in_order, name="dip-watchdog-leave", daemon=True)
-            leaving.start()
-            leaving.join(self._grace)
+            try:
+                leaving.start()
+            except RuntimeError:  # the interpreter is ending and takes no new threads
+                if not self._failed_here:
+                    self._leave_in_order()
+            else:
+                leaving.join(self._grace)
         self._stop.set()
         self._news.set()
 

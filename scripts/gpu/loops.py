@@ -136,6 +136,15 @@ def _median(values: Any) -> float | None:
     return statistics.median(found) if found else None
 
 
+def command_of(case: Case, size: str, iterations: int, ranks: int, *dip: str) -> list[str]:
+    """What every rank runs."""
+    return [
+        sys.executable, *case.launch.split(), case.script, *_TRAINING.split(), *_ON_ONE_GPU.split(),
+        *([] if has_gpu() else ["--use-cpu-initialization"]), *case.flags.split(), *getattr(case, size).split(),
+        "--train-iters", str(iterations), "--pipeline-model-parallel-size", str(ranks), *dip,
+    ]  # fmt: skip
+
+
 def trained(
     case: Case, size: str, schedule: str, iterations: int, ranks: int, out: Path, limit: float, shared: dict[str, str],
 ) -> Trained:  # fmt: skip
@@ -151,12 +160,7 @@ def trained(
         config = out / "dip.yaml"
         config.write_text(case.segments.format(**{name: [n] * ranks for name, n in layers.items()}) + "\n")
         dip += ["--dip-config", str(config)]
-    command = [
-        sys.executable, *case.launch.split(), case.script, *_TRAINING.split(), *_ON_ONE_GPU.split(),
-        *([] if has_gpu() else ["--use-cpu-initialization"]), *case.flags.split(), *getattr(case, size).split(),
-        "--train-iters", str(iterations), "--pipeline-model-parallel-size", str(ranks), *dip,
-    ]  # fmt: skip
-    failed = run_ranks(command, ranks, out, limit, shared)
+    failed = run_ranks(command_of(case, size, iterations, ranks, *dip), ranks, out, limit, shared)
     result = Trained(schedule)
     line = re.compile(_LINE.format(loss=re.escape(case.loss)))
     for _, milliseconds, loss in line.findall((out / f"rank{ranks - 1}.log").read_text(errors="replace")):

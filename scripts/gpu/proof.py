@@ -58,8 +58,7 @@ def _loop(case: str) -> Callable[[Path, bool], Sequence[str]]:
 
 
 def _tests(folder: Path, rehearsal: bool) -> list[str]:
-    some = ["tests/megatron/test_shared_gpu.py"] if rehearsal else ["tests"]
-    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *([] if rehearsal else ["-m", "gpu"]), *some]
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "tests/megatron/test_shared_gpu.py", "-rs"]
 
 
 def _profile(folder: Path, rehearsal: bool) -> list[str]:
@@ -75,6 +74,17 @@ def _profile(folder: Path, rehearsal: bool) -> list[str]:
 def _bridge(folder: Path, rehearsal: bool) -> list[str]:
     small = ["--ranks", "2", "--iterations", "3"] if rehearsal else []
     return ["-m", "scripts.gpu.bridge", "--out", str(folder), *small]
+
+
+def _transports(folder: Path, rehearsal: bool) -> list[str]:
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/runtime/test_transports.py"]
+    few = "overwrites" if rehearsal else "ipc or staging or overwrites or slots or choice"
+    shared = ["--percent", "12", "--card-gb", "10", "--limit", "160", "--out", str(folder)]
+    return ["-m", "scripts.gpu.ranks", *shared, "--", *pytest, "-k", few]
+
+
+def _faults(folder: Path, rehearsal: bool) -> list[str]:
+    return ["-m", "scripts.gpu.faults", "--out", str(folder), *(["--ranks", "2"] if rehearsal else [])]
 
 
 def summary(folder: Path) -> Figures:
@@ -99,6 +109,8 @@ def _doctor(folder: Path, rehearsal: bool) -> list[str]:
 PIECES = (
     Piece("doctor", 60, _doctor),
     Piece("tests", 400, _tests),
+    Piece("transports", 180, _transports),
+    Piece("faults", 240, _faults),
     Piece("profile", 300, _profile),
     Piece("vlm", 540, _bench, summary),
     Piece("vlm-again", 420, _again, summary),

@@ -28,11 +28,28 @@ def run_ranks(
     What ranks write goes to ``out/rank*.log``, what the first one prints to stdout; of a failure the ends of all logs
     are printed. After ``limit`` seconds everything is stopped.
     """
+    shared = surroundings(count, environment)
+    logs = [out / f"rank{rank}.log" for rank in range(count)]
+    processes: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        for rank, path_of_log in enumerate(logs):
+            log = stack.enter_context(path_of_log.open("w"))
+            processes.append(start(command, {**shared, "RANK": str(rank)}, None if rank == 0 else log, log))
+        failed = _await(processes, limit)
+    if failed:
+        for rank, path_of_log in enumerate(logs):
+            lines = [line for line in path_of_log.read_text(errors="replace").splitlines() if line.strip()]
+            print(f"--- rank {rank} ({processes[rank].returncode})", *lines[-25:], sep="\n", flush=True)
+    return int(failed)
+
+
+def surroundings(count: int, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What ranks find in their environment, but for their numbers."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    shared = {
+    return {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -46,18 +63,6 @@ def run_ranks(
         "PYTHONPATH": path,
         **(environment or {}),
     }
-    logs = [out / f"rank{rank}.log" for rank in range(count)]
-    processes: list[subprocess.Popen[bytes]] = []
-    with ExitStack() as stack:
-        for rank, path_of_log in enumerate(logs):
-            log = stack.enter_context(path_of_log.open("w"))
-            processes.append(start(command, {**shared, "RANK": str(rank)}, None if rank == 0 else log, log))
-        failed = _await(processes, limit)
-    if failed:
-        for rank, path_of_log in enumerate(logs):
-            lines = [line for line in path_of_log.read_text(errors="replace").splitlines() if line.strip()]
-            print(f"--- rank {rank} ({processes[rank].returncode})", *lines[-25:], sep="\n", flush=True)
-    return int(failed)
 
 
 def start(

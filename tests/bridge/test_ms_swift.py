@@ -26,6 +26,7 @@ MISSING = [name for name in ("mcore_bridge", "swift", "modelscope") if importlib
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs ms-swift and mcore-bridge: no {', '.join(MISSING)}"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    pytest.mark.timeout(900),  # the first test waits for all of the runs
 ]
 LAYERS = "{vision: {layers: [[1, 1], [2, 0]], unit_size: 1}, language: {layers: [[1, 1], [1, 1]]}}"
 ALL = {"tiny": "qwen2-5-vl", "freeze_vit": False, "freeze_aligner": False}
@@ -96,9 +97,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """All of them by the same two processes, which take longer to import ms-swift than to train."""
-    out = tmp_path_factory.mktemp("swift")
     all_runs = RUNS | {run: asked for name in MCORE_TINY for run, asked in compared(name).items()}
+    return ran(all_runs, folders, tmp_path_factory.mktemp("swift"))
+
+
+def ran(all_runs: dict[str, dict[str, Any]], folders: Path, out: Path) -> dict[str, list[Any]]:
+    """All of them by the same two processes, which take longer to import ms-swift than to train."""
     command = [sys.executable, "-m", "tests.bridge.swift_training", str(folders), str(out), json.dumps(all_runs)]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DIP_SCHEDULE", "dynamic")  # for the start-up file; each run has variables of its own

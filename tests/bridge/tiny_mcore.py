@@ -43,8 +43,8 @@ def internvl_chat(tied: bool) -> Any:
     InternVLChatConfig.register_for_auto_class()
     InternVLChatModel.register_for_auto_class("AutoModelForCausalLM")
     config = InternVLChatConfig(
-        llm_config=TEXT | {"model_type": "qwen2", "tie_word_embeddings": tied}, vision_config=vision,
-        tie_word_embeddings=tied, dtype=torch.float32, architectures=["InternVLChatModel"],
+        llm_config=TEXT | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": tied},
+        vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, architectures=["InternVLChatModel"],
     )  # fmt: skip
     model = InternVLChatModel(config)
     model.img_context_token_id = IMAGE

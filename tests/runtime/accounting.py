@@ -54,6 +54,22 @@ class LiveBytes(TorchDispatchMode):
         return sum({s.data_ptr(): s.nbytes() for s in storages if s is not None and s.nbytes()}.values())
 
 
+class CardBytes:
+    """The same on a GPU, by its allocator."""
+
+    def __enter__(self) -> CardBytes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def now(self) -> int:
+        """Bytes live at this moment."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what copies on other streams have read is given back, too
+        return torch.cuda.memory_allocated()
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Of a model large enough that what the cost model leaves out (norm statistics, class tokens) is small."""
@@ -118,7 +134,7 @@ class Left:
     late: set[str]
 
 
-def measure(rank: int, world: int, sizes: Sizes, strategies: list[str]) -> Any:
+def measure(rank: int, world: int, sizes: Sizes, strategies: list[str], device: str = "cpu") -> Any:
     """One microbatch on one process, once with each strategy for all its stages: what the microbatch holds, ``Held`` by
     (strategy, module, segment), and ``Left`` by strategy."""
     initialize(world)
@@ -132,8 +148,8 @@ def measure(rank: int, world: int, sizes: Sizes, strategies: list[str]) -> Any:
     )
     chunks = program.build_chunks()
     seed_parameters(chunks)
-    chunks = with_ddp(chunks, overlap=False)
-    item = batch_of(sizes)
+    chunks = with_ddp([chunk.to(device) for chunk in chunks], overlap=False)
+    item = {name: t.to(device) for name, t in batch_of(sizes).items()}
     arguments = program.bind(
         item["images"], item["tokens"], item["position_ids"], None, item["labels"], item["loss_mask"]
     )
@@ -166,7 +182,8 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
     def received(payloads: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         return [{k: t.detach().clone() for k, t in payload.items()} for payload in payloads]
 
-    with LiveBytes() as live:
+    on_host = microbatch.items[0]["tokens"].device.type == "cpu"
+    with LiveBytes() if on_host else CardBytes() as live:
         payloads: list[dict[str, torch.Tensor]] = []
         for place in PLACES:
             unit, key = units[place[0]], keys[place][0]
@@ -176,7 +193,7 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
             payloads = received([outputs]) if outputs else []
             del outputs
             offloaded = state.saved[unit.id, place[1]].offloaded
-            host = 0 if offloaded is None else offloaded.host_bytes
+            host = 0 if offloaded is None or not on_host else offloaded.host_bytes
             activation[place] = live.now() - _bytes(payloads) - host - before
         gradients: list[dict[str, torch.Tensor]] = []
         for place in reversed(PLACES):
@@ -184,7 +201,8 @@ def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Si
         gradients = []
         early = matrices_with_gradients(chunks)
         for place in PLACES:
-            before = live.now() - state.left[units[place[0]].id, place[1]].host_bytes
+            host = state.left[units[place[0]].id, place[1]].host_bytes if on_host else 0
+            before = live.now() - host
             stages.weight(keys[place][2], units[place[0]], strategy)
             deferred_activation[place] = before - live.now()
         losses = step.forward_data_store
