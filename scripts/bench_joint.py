@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What coupling costs, and what joint plans, pairing and an exchange mend. Simulated.
 
-    scripts/bench joint [--quick] [--models vlm-s,...] [--replicas 32] [--group 8] [--batches 1] [--json FILE]
+    scripts/bench joint [--quick] [--models vlm-s,...] [--replicas 32] [--group 8] [--batches 1] [--deep]
+        [--json FILE]
 
 Replicas draw batches of 16 microbatches of the model's published mix (H100, the shipped partition, which was chosen on
 other batches). All layers of the language model are taken for mixtures of experts whose group spans ``--group``
@@ -35,7 +36,7 @@ from dip_megatron.describe.model import MultimodalModel, load_model
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.planner.alike import AlikeSlots, CoupledWork, assign_alike
 from dip_megatron.planner.balance import Work, assign, microbatch_work
-from dip_megatron.planner.partitioning import paper_partition
+from dip_megatron.planner.partitioning import choose_partition, paper_partition
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers import BaselineError, find_schedule
 from dip_megatron.schedulers.dip import search, warm_up
@@ -48,19 +49,25 @@ from scripts.bench_replicas import COUNT, Case, Seconds
 MODELS = ("vlm-s", "qwen2-5-vl-7b")
 BASELINES = ("megatron-1f1b", "megatron-interleaved", "zb-h1", "optimus", "nnscaler", "segmented-static", "dip-paper")
 WITH_EXPERTS = "language"
+MIX, RANKS, TRIALS = "vlm-mix", 16, 12
+"""Of the deep pipeline: where its batches come from, its ranks, and partitions tried."""
 ALONE = 3
 """Replicas that are planned alone: the costliest ones, one of which is the slowest."""
+
+FIRST_DRAW = "as they come"
 
 Batch = Sequence[Microbatch]
 
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """The batches of all replicas, in one of the ways in which microbatches can come."""
+    """The batches of all replicas, in one of the ways in which microbatches can come. ``paired``: other schedules get
+    them longest first; ``searched``: joint plans choose what meets, as a run does, after an exchange, too."""
 
     name: str
     batches: list[Batch]
     paired: bool
+    searched: bool = True
 
 
 def experts_of(case: Case, modules: Sequence[ModalityModule]) -> ExpertLayers:
@@ -131,17 +138,18 @@ def groups(batches: Sequence[Batch], size: int) -> list[Sequence[Batch]]:
     return [batches[i : i + size] for i in range(0, len(batches), size)]
 
 
-def joint(case: Case, draw: Draw, experts: ExpertLayers, size: int, evaluations: int) -> tuple[float, float]:
-    """(slowest group's seconds, its worst time over its bound) under joint plans."""
-    times, gaps = [], []
+def joint(case: Case, draw: Draw, experts: ExpertLayers, size: int, evaluations: int) -> dict[str, float]:
+    """Under joint plans, of the slowest group: seconds of the plans, of the first ones found, and below which none can
+    be; and the worst group's time over its bound."""
+    each = []
     for batches in groups(draw.batches, size):
         graphs = graphs_of(case, batches)
-        slots = None if draw.paired else as_they_come(graphs)
+        slots = None if draw.searched else as_they_come(graphs)
         found: JointFound = search_joint(graphs, experts, budget_seconds=1e6, evaluations=evaluations, slots=slots)
         verify_joint(found.plan(graphs, experts))
-        times.append(found.iteration_time)
-        gaps.append(found.iteration_time / found.lower_bound)
-    return max(times), max(gaps)
+        time = found.iteration_time
+        each.append((time, found.history[0][1], found.lower_bound, time / found.lower_bound))
+    return dict(zip(("dip", "first plans", "bound", "over bound"), map(max, zip(*each, strict=True)), strict=True))
 
 
 @dataclass(eq=False)
@@ -194,7 +202,7 @@ def measure(
     work = coupled_work(all_graphs, experts, size)
     alike, assignment, spent = exchanged(work, [m for b in batches for m in b])
     draws = [
-        Draw("as they come", batches, False),
+        Draw(FIRST_DRAW, batches, False, searched=False),
         Draw("paired", batches, True),
         Draw("exchanged, alike slots", alike, False),
     ]
@@ -203,9 +211,9 @@ def measure(
         "exchange": {"moved": float(assignment.moved.mean()), "seconds": spent},
     }
     for draw in draws:
-        seconds, gap = joint(case, draw, experts, size, evaluations)
-        out[draw.name] = {"dip": seconds, "over bound": gap}
-        print(f"{case.name} {draw.name}: {seconds / out['alone']['seconds']:.3f}", file=sys.stderr, flush=True)
+        out[draw.name] = joint(case, draw, experts, size, evaluations)
+        over = out[draw.name]["dip"] / out["alone"]["seconds"]
+        print(f"{case.name} {draw.name}: {over:.3f}", file=sys.stderr, flush=True)
         for name in baselines.names:
             try:
                 out[draw.name][name] = baselines.seconds(name, draw, experts, size, max(1, evaluations // 10))
@@ -214,18 +222,44 @@ def measure(
     return out
 
 
+def found_mean(found: Sequence[dict[str, dict[str, float]]], draw: str, what: str) -> float:
+    """Over batches."""
+    return float(np.mean([f[draw][what] for f in found]))
+
+
 class _FirstFound(Exception):
     """Ends a search at its first set of schedules."""
+
+
+def on_ranks(ranks: int) -> MultimodalModel:
+    """VLM-L on so many pipeline ranks."""
+    model: MultimodalModel = load_model("vlm-l")
+    return replace(model, parallel=replace(model.parallel, pp=ranks))
+
+
+def deep_pipeline(ranks: int, replicas: int, evaluations: int) -> dict[str, dict[str, float]]:
+    """Joint plans of one group of VLM-L on so many ranks, its partition chosen on other batches: paired, and after an
+    exchange."""
+    model, cluster = on_ranks(ranks), load_cluster("h100")
+    partition = choose_partition(
+        model, cluster, load_workload(MIX, model, 2, COUNT, 1), budget_seconds=np.inf, max_trials=TRIALS
+    )
+    case = Case("vlm-l", model, partition, cost_model(model, cluster), MIX, Seconds(None))
+    batches: list[Batch] = list(case.independent(replicas, 3))
+    graphs = graphs_of(case, batches)
+    experts = experts_of(case, graphs[0].modules)
+    alike, _, _ = exchanged(coupled_work(graphs, experts, replicas), [m for b in batches for m in b])
+    draws = (Draw("paired", batches, True), Draw("exchanged, alike slots", alike, False))
+    return {draw.name: joint(case, draw, experts, replicas, evaluations) for draw in draws}
 
 
 def first_plan(ranks: int, replicas: int) -> list[float]:
     """Seconds until a batch of all replicas is priced, put in order for the first time, lowered, and verified, in a
     warm process: VLM-L on so many ranks, 16 microbatches a replica; and what verifying them jointly took of it."""
-    model: MultimodalModel = load_model("vlm-l")
-    model = replace(model, parallel=replace(model.parallel, pp=ranks))
+    model = on_ranks(ranks)
     cluster: Cluster = load_cluster("h100")
-    batches = [b.microbatches for b in load_workload("vlm-mix", model, replicas, COUNT, 3)]
-    partition = paper_partition(model, cluster, load_workload("vlm-mix", model, 1, COUNT, 1))
+    batches = [b.microbatches for b in load_workload(MIX, model, replicas, COUNT, 3)]
+    partition = paper_partition(model, cluster, load_workload(MIX, model, 1, COUNT, 1))
 
     def stop(schedules: Sequence[Schedule], _: float) -> None:
         first.append(schedules)
@@ -253,13 +287,14 @@ def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one group, two baselines, short searches")
-    parser.add_argument("--models", default="")
+    parser.add_argument("--models", help='names of model files; "": none')
     parser.add_argument("--replicas", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--batches", type=int, default=1)
     parser.add_argument("--evaluations", type=int, default=160_000, help="schedules tried a group")
     parser.add_argument("--baselines", default=",".join(BASELINES))
     parser.add_argument("--skip-first-plan", action="store_true")
+    parser.add_argument("--deep", action="store_true", help="one group of VLM-L on 16 ranks as well")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     names = [n for n in options.baselines.split(",") if n]
@@ -267,7 +302,7 @@ def main() -> int:
         options.replicas, options.evaluations, names = options.group, min(options.evaluations, 2000), names[:2]
     warm_up()
     data, bars = [], []
-    for model in options.models.split(",") if options.models else MODELS:
+    for model in MODELS if options.models is None else [m for m in options.models.split(",") if m]:
         case = Case.of(model, Seconds(None))
         replicas, group = options.replicas, options.group
         baselines = Baselines.of(case, names)
@@ -277,7 +312,7 @@ def main() -> int:
         data += [{"model": model, "batch": b, **f} for b, f in enumerate(found)]
         base = float(np.mean([f["alone"]["seconds"] for f in found]))
         rows = []
-        for draw in ("as they come", "paired", "exchanged, alike slots"):
+        for draw in (FIRST_DRAW, "paired", "exchanged, alike slots"):
             dip = float(np.mean([f[draw]["dip"] for f in found]))
             for name in ("dip", *names):
                 here = [f[draw][name] for f in found if name in f[draw]]
@@ -285,14 +320,29 @@ def main() -> int:
                     mean = float(np.mean(here))
                     rows.append([draw, name, f"{mean:.4f}", f"{mean / base:.3f}", f"{mean / dip:.3f}"])
             gap = max(f[draw]["over bound"] for f in found)
-            bars.append([model, draw, f"{dip / base:.3f}", f"{gap:.3f}"])
+            came = found_mean(found, FIRST_DRAW, "dip")
+            gains = [came / dip, came / found_mean(found, draw, "bound")]
+            first = found_mean(found, FIRST_DRAW, "first plans")
+            gains += [first / found_mean(found, draw, "first plans"), first / dip]
+            bars.append([model, draw, f"{dip / base:.3f}", f"{gap:.3f}", *(f"{gain:.3f}" for gain in gains)])
         print(f"\n{model}: {replicas} replicas of {case.count} microbatches in groups of {group}, simulated; "
               f"independent plans take {base:.4f} s")  # fmt: skip
         print(text_table(["microbatches", "schedule", "seconds", "over independent", "over dip"], rows), flush=True)
-    print("\nJoint plans: slowest group over independent plans, and the worst group over its proven lower bound")
-    print(text_table(["model", "microbatches", "over independent", "over bound"], bars))
+    if bars:
+        print("\nJoint plans: slowest group over independent plans, the worst group over its proven lower bound.\n"
+              "Plans for microbatches as they come over these, over what no plan can be below, and, with the first\n"
+              "plans found, over first plans and over these")  # fmt: skip
+        columns = ["independent", "bound", "as they come", "at most", "first, over first", "first, over these"]
+        print(text_table(["model", "microbatches", *columns], bars))
+    if options.deep:
+        rows = [
+            [draw, f"{f['dip']:.4f}", f"{f['over bound']:.4f}"]
+            for draw, f in deep_pipeline(RANKS, options.group, options.evaluations).items()
+        ]
+        print(f"\nJoint plans of {options.group} replicas of VLM-L on {RANKS} ranks, {COUNT} microbatches each")
+        print(text_table(["microbatches", "seconds", "over bound"], rows))
     if not options.skip_first_plan:
-        steps = first_plan(16, 8)
+        steps = first_plan(RANKS, 8)
         print("\nFirst joint plan, 8 replicas of 16 microbatches on 16 ranks (VLM-L), seconds since the batch")
         print(
             text_table(["priced", "in order", "lowered", "verified", "of this jointly"], [[f"{s:.3f}" for s in steps]])

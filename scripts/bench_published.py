@@ -167,12 +167,12 @@ def measure(name: str, most: int, evaluations: int, baselines: Sequence[str]) ->
             tell(row, tuned.seconds(row, draw, experts, size, max(1, evaluations // 10)))
         except BaselineError as error:
             print(f"{name} {row}: {error}", file=sys.stderr, flush=True)
-    value, gap = joint(case, replace(draw, paired=True), experts, size, evaluations)
-    tell("dip", value, f"{gap:.3f} over its bound")
+    found = joint(case, replace(draw, paired=True), experts, size, evaluations)
+    tell("dip", found["dip"], f"{found['over bound']:.3f} over its bound")
     work = coupled_work(graphs_of(case, draw.batches), experts, size)
     batches, _, spent = exchanged(work, [m for b in draw.batches for m in b])
-    value, gap = joint(case, Draw("exchanged", batches, True), experts, size, evaluations)
-    tell("dip, exchange", value, f"{gap:.3f} over its bound")
+    found = joint(case, Draw("exchanged", batches, True), experts, size, evaluations)
+    tell("dip, exchange", found["dip"], f"{found['over bound']:.3f} over its bound")
     return Measured(name, recipe.function, count, size, spent, seconds, notes)
 
 

@@ -32,8 +32,10 @@ from .sequences import (
 )
 from .times import first_start, forget, look_at, look_back, note, push, renumber, retail, retime, take_back
 
-ARC, ANY, SPLIT = 0.70, 0.80, 0.92
+ARC, ANY, SPLIT = 0.70, 0.73, 0.90
 """Shares of the moves, added up: along the longest path, of any operation, of a split; the rest are of a strategy."""
+ON_PATH = 0.85
+"""Share of the splits and strategies that are of a stage on the longest path."""
 EVERYWHERE = 0.7
 """Share of the shifts that are made in all replicas."""
 LATER = 20.0
@@ -71,10 +73,10 @@ def stands(q: JointProblem, s: JointSequences, kind: int, n: int) -> bool:
 
 @compiled
 def shift_line(q: JointProblem, s: JointSequences, line: int, source: int, target: int) -> float:
-    """Move an operation within a line; when the last operation that this moves started."""
+    """Move an operation within a line; since when tails hold: since it started itself. What started after that waits
+    neither before for it nor for less than before: whatever else the line runs still comes in the same order."""
     low, high = min(source, target), max(source, target)
     moved, other = number_of(q, s.orders[line, source]), number_of(q, s.orders[line, target])
-    last = number_of(q, s.orders[line, high])
     note(s, line, low, high, high)
     shift(s.orders[line], source, target)
     renumber(q, s, line, low, high)
@@ -83,24 +85,29 @@ def shift_line(q: JointProblem, s: JointSequences, line: int, source: int, targe
     push(q, s, moved, np.nextafter(first_start(s, other), away))
     look_at(q, s, line, low, low + 1)
     look_at(q, s, line, high, high + 1)
-    return first_start(s, last)
+    return first_start(s, moved)
 
 
 @compiled
 def shift_everywhere(q: JointProblem, s: JointSequences, line: int, source: int, target: int) -> float:
-    """Move an operation past another in every replica that has both and room for it; when the last operation that this
-    moves started, or IMPOSSIBLE."""
+    """Move an operation past another in every replica that has both and room for it; since when tails hold, or
+    IMPOSSIBLE."""
     x = q.x
     a, b = number_of(q, s.orders[line, source]), number_of(q, s.orders[line, target])
     a_kind, b_kind = a // x.nodes, b // x.nodes
     a_place, b_place = q.place_of[a % x.nodes], q.place_of[b % x.nodes]
     if is_event(q, s.orders[line, source]):
+        later, key = target > source, first_start(s, b)
         for g in range(x.replicas):
             m, n = q.member[g, a_place], q.member[g, b_place]
             if n >= 0 and stands(q, s, b_kind, n):
                 i, j = s.place[a_kind * x.nodes + m], s.place[b_kind * x.nodes + n]
                 if blocked(q, s.orders[g * x.ranks + line % x.ranks], i, j) == 2:
                     return IMPOSSIBLE
+                start = first_start(s, b_kind * x.nodes + n)
+                key = max(key, start) if later else min(key, start)
+        # Once, after or before the last or first one that it passes in any replica.
+        push(q, s, a, np.nextafter(key, np.inf if later else -np.inf))
     after = IMPOSSIBLE
     for g in range(x.replicas):
         m, n = q.member[g, a_place], q.member[g, b_place]
@@ -122,7 +129,7 @@ def shift_everywhere(q: JointProblem, s: JointSequences, line: int, source: int,
 @compiled
 def swap_events(q: JointProblem, s: JointSequences, line: int, i: int, later: bool) -> float:
     """Exchange the event at place ``i`` of a line with the event after it (before it, unless ``later``) in all
-    replicas; when the last operation that this moves started, or IMPOSSIBLE."""
+    replicas; since when tails hold, or IMPOSSIBLE."""
     x = q.x
     step = 1 if later else -1
     j = i + step
@@ -148,11 +155,12 @@ def swap_events(q: JointProblem, s: JointSequences, line: int, i: int, later: bo
 
 @compiled
 def toggle_split(q: JointProblem, s: JointSequences, n: int, distance: int) -> float:
-    """Split the backward of a stage, its weight gradient ``distance`` places after it, or fuse it; when the last
-    operation that this changes started."""
+    """Split the backward of a stage, its weight gradient ``distance`` places after it, or fuse it; since when tails
+    hold. Those of what started since the backward did are less by no more than a weight gradient that is gone."""
     nodes, line = q.x.nodes, q.line[n]
     i, length = s.place[nodes + n], s.lengths[line]
     weight = 2 * nodes + n
+    after = first_start(s, nodes + n)
     if s.orders[line, i] // nodes == FUSED:
         target = min(length, i + 1 + distance)
         last = number_of(q, s.orders[line, target - 1])
@@ -166,7 +174,8 @@ def toggle_split(q: JointProblem, s: JointSequences, n: int, distance: int) -> f
         s.tail[weight] = -1.0
     else:
         target = s.place[weight]
-        last = weight
+        s.less[0], s.less[1] = after, s.end[weight] - s.start[weight]
+        after = first_start(s, weight)
         note(s, line, i, length - 1, target - 1)
         for k in range(target, length - 1):
             s.orders[line, k] = s.orders[line, k + 1]
@@ -175,12 +184,13 @@ def toggle_split(q: JointProblem, s: JointSequences, n: int, distance: int) -> f
     renumber(q, s, line, i, length)
     look_at(q, s, line, i, i)
     look_at(q, s, line, target, target + 1)
-    return first_start(s, last)
+    return float(after)
 
 
 @compiled
 def choose(q: JointProblem, s: JointSequences, n: int, chosen: int) -> float:
-    """Give a stage a strategy, one that meets: in all replicas; when the last of its operations started."""
+    """Give a stage a strategy, one that meets: in all replicas; since when tails hold: the last of its operations'
+    start."""
     x = q.x
     after = 0.0
     for g in range(x.replicas):
@@ -200,7 +210,7 @@ def choose(q: JointProblem, s: JointSequences, n: int, chosen: int) -> float:
 
 @compiled
 def _shift(q: JointProblem, s: JointSequences, random: NDArray[np.uint64], along: bool) -> float:
-    """Move an operation: when the last operation that this moves started, or IMPOSSIBLE."""
+    """Move an operation: since when tails hold, or IMPOSSIBLE."""
     if along:
         arc = below(random, s.counts[ARCS])
         line, source = s.arcs[arc, 0], s.arcs[arc, 1]
@@ -230,12 +240,15 @@ def _shift(q: JointProblem, s: JointSequences, random: NDArray[np.uint64], along
 
 
 @compiled
-def _change(q: JointProblem, s: JointSequences, random: NDArray[np.uint64]) -> float:
-    """Change something: when the last operation that this moves started, or IMPOSSIBLE."""
+def change(q: JointProblem, s: JointSequences, random: NDArray[np.uint64]) -> float:
+    """Change something: since when tails hold, or IMPOSSIBLE."""
     what = uniform(random)
     if what < ANY:
         return _shift(q, s, random, what < ARC and s.counts[ARCS] > 0)
     n = below(random, q.x.nodes)
+    if s.counts[ARCS] > 0 and uniform(random) < ON_PATH:
+        arc = below(random, s.counts[ARCS])
+        n = s.orders[s.arcs[arc, 0], s.arcs[arc, 1]] % q.x.nodes
     if what < SPLIT:
         return toggle_split(q, s, n, below(random, 40)) if q.has_weight[n] else IMPOSSIBLE
     return choose(q, s, n, below(random, int(s.strategy[n]))) if s.strategy[n] > 0 else IMPOSSIBLE
@@ -273,7 +286,8 @@ def improve_joint(
     for _ in range(evaluations):
         s.counts[CHANGED] = 0
         s.counts[NODES] = 0
-        after = _change(q, s, random)
+        s.less[0] = np.inf
+        after = change(q, s, random)
         if after < 0.0:
             forget(s, False)
             continue

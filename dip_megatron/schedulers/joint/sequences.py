@@ -47,7 +47,8 @@ class JointSequences(NamedTuple):
     ``[G, 4]``: lines that the trial changed, their first and last places and the last one whose neighbour is another;
     ``saved`` what stood there. ``nodes``: stages whose strategy it changed, ``old_strategy`` from which. ``arcs``:
     (line, place) on the longest path that wait for the operation before them. ``counts``: how many there are of each
-    (:data:`HEAP` and so on)."""
+    (:data:`HEAP` and so on). ``less`` ``[2]``: tails of what started after the first of these seconds can be as much
+    less as the second says."""
 
     orders: Ints
     lengths: Ints
@@ -74,6 +75,7 @@ class JointSequences(NamedTuple):
     old_strategy: NDArray[np.int8]
     arcs: Ints
     counts: Ints
+    less: Floats
 
 
 HEAP, TOUCHED, CHANGED, ARCS, NODES = 0, 1, 2, 3, 4
@@ -99,6 +101,7 @@ def make_joint_sequences(q: JointProblem, orders: Ints, lengths: Ints, strategy:
         visits=whole(numbers), is_touched=flags(), before_start=seconds(), before_end=seconds(), saved=orders.copy(),
         saved_lengths=lengths.copy(), changed=whole(q.x.replicas, 4), nodes=whole(numbers),
         old_strategy=strategy.copy(), arcs=whole(orders.size, 2), counts=whole(5),
+        less=np.zeros(2),
     )  # fmt: skip
 
 

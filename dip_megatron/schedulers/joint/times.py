@@ -2,9 +2,9 @@
 
 Operations whose times may have changed wait in a heap, by when they started before the change; each is timed again,
 and what waits for it is put there if it now ends at another time. Before a change the *tail* of every operation is
-known, the longest path from its start to the end of all. Nothing after the last place changed leads to one, so that
-those tails still hold there: a trial is given up as soon as one of them starts too late for its tail. Most are, within
-a few operations.
+known, the longest path from its start to the end of all. An operation that started after the one that a change moves
+doesn't lead to it, and what it leads to still runs in the same order, so that its tail is no less after the change: a
+trial is given up as soon as one of them starts too late for its tail. Most are, within a few operations.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _set(q: JointProblem, s: JointSequences, number: int, begin: float, end: flo
 @compiled
 def retime(q: JointProblem, s: JointSequences, after: float, limit: float) -> float:
     """The time of the orders once all that waits in the heap is timed again; inf as soon as it is known to be over
-    ``limit``. Tails hold for what started later than ``after``."""
+    ``limit``. Tails hold for what started later than ``after``, and but for ``less`` for what started since then."""
     x = q.x
     while s.counts[HEAP] > 0:
         number = _pop(s)
@@ -151,7 +151,10 @@ def retime(q: JointProblem, s: JointSequences, after: float, limit: float) -> fl
             continue
         if end > limit or (s.is_touched[number] and s.visits[number] == VISITS):
             return np.inf
-        if first_start(s, number) > after and begin + s.tail[number] > limit * ROUNDING:
+        before = first_start(s, number)
+        if before > after and begin + s.tail[number] > limit * ROUNDING:
+            return np.inf
+        if before > s.less[0] and begin + s.tail[number] - s.less[1] > limit * ROUNDING:
             return np.inf
         if event:
             node = q.place_of[n]

@@ -24,7 +24,15 @@ from dip_megatron.schedulers.joint import (
     together,
 )
 from dip_megatron.schedulers.joint.chain import JointChain, begin_joint, find_places, make_joint_problem
-from dip_megatron.schedulers.joint.sequences import make_joint_sequences
+from dip_megatron.schedulers.joint.moves import change
+from dip_megatron.schedulers.joint.sequences import (
+    CHANGED,
+    NODES,
+    JointProblem,
+    JointSequences,
+    make_joint_sequences,
+)
+from dip_megatron.schedulers.joint.times import forget, retime, take_back
 from dip_megatron.schedulers.joint.together import leanest
 from tests.core.joint.drawn_sets import experts_of, graph_of, modules_of
 from tests.drawn import settings
@@ -221,3 +229,39 @@ def test_strategies_that_repeat_other_collectives_never_meet():
 def test_pairing_is_longest_first():
     assert dip_pairing(np.array([1.0, 5.0, 3.0, 5.0])).tolist() == [1, 3, 2, 0]
     assert dip_pairing(np.array([[1.0, 1.0], [0.0, 5.0]])).tolist() == [1, 0]
+
+
+@settings(20, deadline=None)
+@given(seeds)
+def test_tails_give_up_no_trial_that_is_fast_enough(seed):
+    """A change that is fast enough where nothing is given up for its tail isn't given up with tails either."""
+    graphs, experts = coupled(seed)
+    t = together(graphs, experts, pairings(graphs, experts)[0])
+    q = make_joint_problem(t)
+    try:
+        start = t.schedules(search(t.graph, budget_seconds=0.0, evaluations=1).schedule)
+    except DoesNotFitError:
+        start = one_slot_at_a_time(t)
+    chain = JointChain(t, q, start, seed % 5, 0)
+    s, random = chain.sequences, seeded(seed % 7, 1)
+    for _ in range(150):
+        limit = float(chain.values[0]) * (1 + 1e-9)
+        to_the_end = tried(q, s, random.copy(), limit, tails=False)
+        time = tried(q, s, random, limit, tails=True)
+        assert time == to_the_end or (time == np.inf and to_the_end > limit)
+
+
+def tried(q: JointProblem, s: JointSequences, random: np.ndarray, limit: float, *, tails: bool) -> float:
+    """The time of one change, which is taken back; -1 if nothing can be changed so."""
+    s.counts[CHANGED] = s.counts[NODES] = 0
+    s.less[0] = np.inf
+    after, time = change(q, s, random), -1.0
+    if after >= 0.0:
+        if not tails:
+            after = s.less[0] = np.inf
+        time = retime(q, s, after, limit)
+    forget(s, False)
+    take_back(q, s, 0)
+    for i in range(s.counts[NODES] - 1, -1, -1):
+        s.strategy[s.nodes[i]] = s.old_strategy[i]
+    return float(time)
