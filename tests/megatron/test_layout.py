@@ -105,7 +105,7 @@ def test_what_differs_from_the_loop_is_said() -> None:
     """Deepstack with sequence parallelism into an encoder that trains; nothing of models without any of these."""
     model = load_model("qwen3-vl-8b")
     assert "docs/with-megatron-bridge.md" in str(unlike_the_loop(model))
-    frozen = tuple(replace(m, trainable=frozenset()) if m.taps else m for m in model.modules)
+    frozen = tuple(replace(m, trainable=()) if m.taps else m for m in model.modules)
     for other in (
         replace(model, modules=frozen),
         replace(model, parallel=replace(model.parallel, sequence_parallel=False)),
