@@ -34,6 +34,19 @@ TOPIC = Topic(
             "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
             has=("patch_embed", "pos_embed", "blocks", "merger", "deepstack_merger_list"),
         ),
+        Name("mcore_bridge.model.mm_gpts.glm:Glm4vVit", has=("visual", "hf_config", "get_inputs_embeds")),
+        Name(
+            "transformers.models.glm4v_moe.modeling_glm4v_moe:Glm4vMoeVisionModel",
+            has=(
+                "patch_embed",
+                "post_conv_layernorm",
+                "embeddings",
+                "blocks",
+                "post_layernorm",
+                "downsample",
+                "merger",
+            ),
+        ),
         Name("mcore_bridge.model.mm_gpts.qwen3_5:Qwen3_5Vit", has=("visual", "hf_config", "get_inputs_embeds")),
         Name(
             "transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5VisionModel",

@@ -35,6 +35,18 @@ def cluster_of(config: DipConfig) -> Cluster:
     return load_cluster(name)
 
 
+def unlike_the_loop(model: MultimodalModel) -> str | None:
+    """What the loop's own classes get wrong and DIP doesn't, so that nobody need look for it; None for nothing."""
+    taps = [m.name for m in model.modules if m.taps and m.trainable]
+    if not taps or not model.parallel.sequence_parallel or model.parallel.tp == 1:
+        return None
+    return (
+        f"{taps[0]}: its gradients have what deepstack gives to all ranks' parts of a sequence, which those of "
+        "Megatron-Bridge and mcore-bridge lack with sequence parallelism: norms and later losses differ from those "
+        "without DIP (docs/with-megatron-bridge.md)"
+    )
+
+
 @dataclass(frozen=True)
 class ChunkChoice:
     """What the chunks of a run are chosen by; ``tell`` takes the sentences about it, on every rank."""

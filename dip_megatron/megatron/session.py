@@ -47,7 +47,7 @@ from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
-from .chunks import ChunkChoice, cluster_of
+from .chunks import ChunkChoice, cluster_of, unlike_the_loop
 from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_ranks, experts_of, meet_in_backwards
 from .exchange import GlooExchange
@@ -138,7 +138,7 @@ class DipSession:
             checkpoint = loop.checkpoint()
             choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
             held = choice.chunks(model, cluster, costs, family, checkpoint)
-            for sentence in (loop.record(held), checkpoint and checkpoint.compare(held)):
+            for sentence in (loop.record(held), checkpoint and checkpoint.compare(held), unlike_the_loop(model)):
                 if sentence:
                     _tell(sentence)
             self._graphs = ModelGraphs(

@@ -49,6 +49,7 @@ KINDS = {
     "kimi-vl": ("kimi_vl", "kimi_vl"),
     "internvl-chat": ("internvl_chat", "internvl2_5"),
     "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
+    "mcore-glm-4-1v": ("glm4v", "glm4v"),
     "mcore-qwen3-5": ("qwen3_5", "qwen3_5"),
 }
 """What ms-swift calls each model, and its template."""

@@ -51,6 +51,32 @@ def in_rows(rank: int, world: int, folder: Path) -> tuple[list[float], str]:
     return offs, str(error.value)
 
 
+def with_a_video(rank: int, world: int, folder: Path) -> str:
+    """What DIP says of it; mcore-bridge's own forward fails."""
+    case = Case("mcore-glm-4-5v", folder, {"vision": ((4,),), "language": ((4,),)})
+    bridge, provider = equality.provider_of(case, world)
+    model = provider.provide().eval()
+    bridge.load_hf_weights([model])
+    said = ""
+    for frames, fault in ((1, "Video placeholder and embedding counts differ"), (2, "index 1 is out of bounds")):
+        arguments = case.of.arguments((("image", (frames, 4, 4)),), 1)
+        arguments["pixel_values_videos"] = arguments.pop("pixel_values")
+        arguments["video_grid_thw"] = arguments.pop("image_grid_thw")
+        with torch.no_grad(), pytest.raises((RuntimeError, IndexError), match=fault):
+            model(**{n: v for n, v in arguments.items() if n not in ("labels", "loss_mask")})
+        _, program, _, _ = equality.build(rank, world, case)
+        with pytest.raises(ValueError, match="no place for videos") as error:
+            program.bind(**arguments)
+        said = str(error.value)
+    return said
+
+
+def test_videos_of_glm_are_refused(tmp_path: Path) -> None:
+    MCORE_TINY["mcore-glm-4-5v"].save(tmp_path)
+    (said,) = team(1).run(with_a_video, tmp_path)
+    assert "train on images alone" in said
+
+
 def test_deepstack_of_several_rows_is_refused(tmp_path: Path) -> None:
     """mcore-bridge's own forward mixes them up."""
     MCORE_TINY["mcore-qwen3-vl"].save(tmp_path)

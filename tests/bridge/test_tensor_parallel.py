@@ -84,6 +84,7 @@ def megatrons(rank: int, world: int, case: Case) -> Any:
     ("gemma3-vl", "several", True, None), ("ministral3-vl", "one", False, 2), ("qwen3-omni", "several", True, None),
     ("qwen2-5-omni", "several", True, 2), ("internvl", "several", False, 2), ("internvl-chat", "several", False, 2),
     ("mcore-qwen3-vl", "several", False, 1), ("mcore-qwen3-vl", "one", True, 2), ("kimi-vl", "several", True, 2),
+    ("mcore-qwen3-5", "several", True, 2), ("mcore-glm-4-1v", "several", False, None),
 ])  # fmt: skip
 def test_shards_train_as_the_class_does(
     name: str, cut: str, sequence: bool, unit_size: int | None, tmp_path: Path, teams: tuple[Team, Team]

@@ -225,12 +225,10 @@ class Padded(Pictures):
         return {}
 
 
-def glm45(tied: bool) -> Any:
-    import transformers
-
-    text = TEXT | {
-        "head_dim": 16, "tie_word_embeddings": tied, "first_k_dense_replace": 1, "n_routed_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "use_qk_norm": False, "attention_bias": True,
+def glm_parts(tied: bool, **text: Any) -> dict[str, Any]:
+    """Of a configuration of GLM-4.1V's or GLM-4.5V's."""
+    language = {
+        "head_dim": 16, "tie_word_embeddings": tied, "attention_bias": True,
         "image_start_token_id": START, "image_end_token_id": END, "image_token_id": IMAGE, "video_token_id": VIDEO,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
                             "mrope_section": [2, 1, 1]},
@@ -239,11 +237,21 @@ def glm45(tied: bool) -> Any:
         "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
         "spatial_merge_size": 2, "temporal_patch_size": 2, "image_size": 112,
     }  # fmt: skip
-    config = transformers.Glm4vMoeConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype=torch.float32, image_token_id=IMAGE,
-        video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
-        architectures=["Glm4vMoeForConditionalGeneration"],
+    return {
+        "text_config": TEXT | language | text, "vision_config": vision, "tie_word_embeddings": tied,
+        "dtype": torch.float32, "image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START,
+        "image_end_token_id": END,
+    }  # fmt: skip
+
+
+def glm45(tied: bool) -> Any:
+    import transformers
+
+    parts = glm_parts(
+        tied, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        use_qk_norm=False,
     )  # fmt: skip
+    config = transformers.Glm4vMoeConfig(**parts, architectures=["Glm4vMoeForConditionalGeneration"])
     return transformers.Glm4vMoeForConditionalGeneration(config)
 
 

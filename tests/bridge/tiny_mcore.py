@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bridge.tiny import Pictures, qwen3, qwen3_moe, qwen35, qwen35_parts
+from tests.bridge.tiny import Pictures, glm45, glm_parts, qwen3, qwen3_moe, qwen35, qwen35_parts
 from tests.bridge.tiny_kimi import FlatPatches, kimi_vl, no_query_norm
 from tests.bridge.tiny_model import IDS, IMAGE, TEXT, VOCABULARY, Content, Tiny
 
@@ -95,6 +95,13 @@ def qwen35_moe(tied: bool) -> Any:
     return transformers.Qwen3_5MoeForConditionalGeneration(config)
 
 
+def glm41(tied: bool) -> Any:
+    import transformers
+
+    config = transformers.Glm4vConfig(**glm_parts(tied), architectures=["Glm4vForConditionalGeneration"])
+    return transformers.Glm4vForConditionalGeneration(config)
+
+
 class Positioned(Tiny):
     """With positions in three directions, which loops ask Hugging Face's model for."""
 
@@ -109,6 +116,17 @@ class Positioned(Tiny):
 @cache
 def _made(tiny: Tiny) -> Any:
     return tiny.made()
+
+
+class TwoMatrices(Positioned):
+    """Whose MLPs mcore-bridge exports with a matrix of its own for the gate, where the folder has one for both."""
+
+    def exported(self, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name, weight in saved.items():
+            names = [name.replace("gate_up", part) for part in ("gate", "up")] if ".gate_up_proj." in name else [name]
+            found.update(zip(names, weight.chunk(len(names)), strict=True))
+        return found
 
 
 class Published(Positioned):
@@ -158,6 +176,8 @@ MCORE_TINY = {
         FlatPatches("kimi-vl", kimi_vl, temporal=1, videos=False, experts=True, logits=no_query_norm),
         Positioned("mcore-qwen3-vl", qwen3, **QWEN3),
         Published("mcore-qwen3-vl-moe", qwen3_moe, experts=True, **QWEN3),
+        TwoMatrices("mcore-glm-4-1v", glm41, videos=False),
+        Positioned("mcore-glm-4-5v", glm45, videos=False, experts=True),
         Positioned("mcore-qwen3-5", qwen35_dense, patch=16, split_frames=True),
         Positioned("mcore-qwen3-5-moe", qwen35_moe, patch=16, split_frames=True, experts=True),
         Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),

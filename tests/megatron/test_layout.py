@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
+from dip_megatron.describe.model import load_model
 from dip_megatron.megatron.adapters.layout import given_layout, take_layout
+from dip_megatron.megatron.chunks import unlike_the_loop
 from scripts.upstream.runs import HERE, run_script
 from tests.forked import forked
 
@@ -96,3 +99,16 @@ def test_virtual_stages_and_layouts_train_as_chunks_of_dip(
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Without DIP, on one rank."""
     return run_script("absent", SCRIPT, tmp_path_factory.mktemp("whole"), ranks=1, start=forked).losses
+
+
+def test_what_differs_from_the_loop_is_said() -> None:
+    """Deepstack with sequence parallelism into an encoder that trains; nothing of models without any of these."""
+    model = load_model("qwen3-vl-8b")
+    assert "docs/with-megatron-bridge.md" in str(unlike_the_loop(model))
+    frozen = tuple(replace(m, trainable=()) if m.taps else m for m in model.modules)
+    for other in (
+        replace(model, modules=frozen),
+        replace(model, parallel=replace(model.parallel, sequence_parallel=False)),
+        load_model("qwen2-5-vl-7b"),
+    ):
+        assert unlike_the_loop(other) is None

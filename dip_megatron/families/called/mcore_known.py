@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .mcore_bridge import families_of
+from .mcore_glm import McoreBridgeGlm
 from .mcore_internvl import McoreBridgeInternVl, McoreBridgeInternVlChat
 from .mcore_kimi_vl import McoreBridgeKimiVl
 from .mcore_qwen3_5 import McoreBridgeQwen35
@@ -15,6 +16,7 @@ MCORE_BRIDGE_FAMILIES = families_of(
         McoreBridgeQwen2Vl(),
         McoreBridgeQwen3Vl(),
         McoreBridgeQwen35(),
+        McoreBridgeGlm(),
         McoreBridgeInternVl(),
         McoreBridgeInternVlChat(),
         McoreBridgeKimiVl(),
