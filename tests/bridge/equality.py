@@ -55,6 +55,8 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     """Bridge of the folder, and the model's provider; or mcore-bridge as both."""
     stages = world // case.ranks
     initialize(stages, case.tensor, case.context)
+    for backend in ("FLASH", "FUSED", "UNFUSED"):  # families of one process differ in what they ask for
+        os.environ.pop(f"NVTE_{backend}_ATTN", None)
     if case.tiny in MCORE_TINY:
         from tests.bridge.mcore_models import McoreModels
 
@@ -63,8 +65,6 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    for backend in ("FLASH", "FUSED", "UNFUSED"):  # families of one process differ in what they ask for
-        os.environ.pop(f"NVTE_{backend}_ATTN", None)
     bridge = AutoBridge.from_hf_pretrained(case.folder, dtype=torch.float32, trust_remote_code=True)
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.params_dtype = provider.autocast_dtype = provider.pipeline_dtype = torch.float32

@@ -57,19 +57,22 @@ former while they wait, the less the more they have of it."""
 SWEEPS = 20
 
 
-def refined(meeting: Floats, own: Floats, slots: Slots, weight: float) -> Slots:
+def refined(meeting: Floats, own: Floats, slots: Slots, weight: float, kinds: Slots | None = None) -> Slots:
     """A pairing with a lesser sum, over the slots, of the longest work that meets and ``weight`` times the longest of
     each replica's own, ``[replicas, M]`` seconds by microbatch: in turns each replica's microbatches are put into slots
-    anew, the best way there is while all others stay. Slots come back longest first."""
+    anew, the best way there is while all others stay, each into one of its kind (:func:`kinds_of`; None: all are of
+    one), as they are in ``slots``. Slots come back longest first."""
     slots = slots.copy()
+    kinds = np.zeros_like(slots) if kinds is None else kinds
     meet, rest = (np.take_along_axis(x, slots, axis=1) for x in (meeting, own))
+    kind = kinds[0][slots[0]]
     before = np.inf
     for _ in range(SWEEPS):
         for g in range(len(slots)):
             others = np.arange(len(slots)) != g
             longest_meet, longest_rest = (x[others].max(axis=0, initial=0.0)[None] for x in (meet, rest))
             cost = np.maximum(meeting[g][:, None], longest_meet) + weight * np.maximum(own[g][:, None], longest_rest)
-            microbatch, slot = linear_sum_assignment(cost)
+            microbatch, slot = linear_sum_assignment(np.where(kinds[g][:, None] == kind[None], cost, np.inf))
             slots[g, slot] = microbatch
             meet[g], rest[g] = meeting[g][slots[g]], own[g][slots[g]]
         now = float(meet.max(axis=0).sum() + weight * rest.max(axis=0).sum())
@@ -79,20 +82,38 @@ def refined(meeting: Floats, own: Floats, slots: Slots, weight: float) -> Slots:
     return slots[:, dip_pairing(meet.max(axis=0) + rest.max(axis=0))]
 
 
+def kinds_of(graphs: Sequence[StageGraph], experts: ExpertLayers) -> Slots:
+    """Numbers ``[replicas, M]`` that are equal for microbatches that can meet: those with as many units of each module
+    with experts."""
+    with_experts = [name for name, rows in experts.modules if any(any(any(c) for c in row) for row in rows)]
+    counts = np.zeros(
+        (*as_they_come(graphs).shape, len(with_experts) + 1), dtype=np.int64
+    )  # one more: there may be none
+    for g, graph in enumerate(graphs):
+        for unit in graph.units:
+            if unit.module in with_experts:
+                counts[g, unit.microbatch, with_experts.index(unit.module)] += 1
+    found = np.unique(counts.reshape(-1, counts.shape[2]), axis=0, return_inverse=True)[1]
+    return np.asarray(found.reshape(counts.shape[:2]), dtype=np.int64)
+
+
 def pairings(graphs: Sequence[StageGraph], experts: ExpertLayers) -> list[Slots]:
     """Pairings worth trying, without repetitions: by all work first, then with ever more weight on the work that meets,
-    by that alone, and as the microbatches come; before them the best that refining any of these gave."""
-    natural = as_they_come(graphs)
+    by that alone, and as the microbatches come; before them the best that refining any of these gave. Only those in
+    which microbatches that can't meet don't, unless there are none."""
     each = [slot_work(graph, experts.meets(graph)) for graph in graphs]
     met, rest = (np.stack([pair[i] for pair in each]) for i in (0, 1))
+    kinds = kinds_of(graphs, experts)
     mixes = ((1.0, 1.0), (1.0, 3.0), (0.0, 1.0), (1.0, 0.0))
-    plain = [np.stack([dip_pairing(x) for x in own * rest + meeting * met]) for own, meeting in mixes] + [natural]
+    tried = [np.lexsort((-(own * rest + meeting * met), kinds), axis=1) for own, meeting in mixes]
+    tried.append(as_they_come(graphs))
+    plain = [slots for slots in tried if not np.ptp(np.take_along_axis(kinds, slots, axis=1), axis=0).any()]
     best = []
-    for weight in OWN_WEIGHTS:
-        better = [refined(met, rest, slots, weight) for slots in plain]
+    for weight in OWN_WEIGHTS if plain else ():
+        better = [refined(met, rest, slots, weight, kinds) for slots in plain]
         best.append(min(better, key=lambda slots: longest_work(met, rest, slots, weight)))
     out: list[Slots] = []
-    for slots in (*best, *plain):
+    for slots in (*best, *(plain or tried)):
         if not any(np.array_equal(slots, known) for known in out):
             out.append(slots)
     return out

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.schedulers.joint import as_they_come, pairings
-from dip_megatron.schedulers.joint.pairing import OWN_WEIGHTS, longest_work, refined, slot_work
+from dip_megatron.core.joint import ExpertLayers, JointError
+from dip_megatron.schedulers.joint import as_they_come, pairings, search_joint
+from dip_megatron.schedulers.joint.pairing import OWN_WEIGHTS, kinds_of, longest_work, refined, slot_work
+from tests.core.test_filling import even_graph
 from tests.drawn import settings
 from tests.schedulers.joint.test_joint import coupled
 
@@ -57,6 +59,26 @@ def test_three_replicas_come_close() -> None:
         best.append(min(longest_work(meeting, own, slots, 1.0) for slots in every))
     assert np.mean(found) < np.mean(sorted_by)
     assert np.mean(found) <= 1.02 * np.mean(best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_only_what_can_meet_does(seed: int) -> None:
+    """Encoders with experts, of unequally many units: pairings, and the plans that follow, are of microbatches with as
+    many of them; without any such pairing the reason is told."""
+    rng = np.random.default_rng(seed)
+    units = [[int(x) for x in rng.choice([1, 4, 5], size=n)] for n in (1, 3, 3, 2)]
+    graphs = [even_graph(seed + g, ranks=3, units=[units[int(m)] for m in rng.permutation(4)]) for g in range(2)]
+    experts = ExpertLayers.every(graphs[0].modules, ["vision"])
+    kinds = kinds_of(graphs, experts)
+    assert sorted(kinds[0]) == sorted(kinds[1]) == [0, 1, 2, 2]
+    for slots in pairings(graphs, experts):
+        paired = np.take_along_axis(kinds, slots, axis=1)
+        assert np.array_equal(paired[0], paired[1])
+    found = search_joint(graphs, experts, budget_seconds=0.0, evaluations=100)
+    assert found.lower_bound <= found.iteration_time * (1 + 1e-9)
+    fewer = even_graph(seed, ranks=3, units=units[:3] + units[:1])
+    with pytest.raises(JointError, match="units of vision, which meet"):
+        search_joint([graphs[0], fewer], experts, budget_seconds=0.0, evaluations=100)
 
 
 @settings(20, deadline=None)
