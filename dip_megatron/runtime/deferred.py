@@ -125,6 +125,7 @@ class WeightGradients:
             operands = work.taken(self._stream)
             operands[work.gathered[0]] = whole
             work.run(*operands)
+            del whole, operands  # not to be there beside the next one's
 
     def _gather_next(self) -> _Gathering | None:
         """Start to gather for the first of those left that needs it."""

@@ -121,10 +121,8 @@ def test_the_walk_keeps_to_what_may_run(seed):
         verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
 
 
-@settings(20, deadline=None)
-@given(seeds)
-def test_times_and_tails_of_the_walk_are_those_of_a_replay(seed):
-    """Whatever was tried and taken back in between."""
+def walk(seed: int) -> tuple[JointProblem, JointChain]:
+    """A walk over a drawn set of replicas, before its first step."""
     graphs, experts = coupled(seed)
     t = together(graphs, experts, pairings(graphs, experts)[0])
     q = make_joint_problem(t)
@@ -132,7 +130,14 @@ def test_times_and_tails_of_the_walk_are_those_of_a_replay(seed):
         start = t.schedules(search(t.graph, budget_seconds=0.0, evaluations=1).schedule)
     except DoesNotFitError:
         start = one_slot_at_a_time(t)
-    chain = JointChain(t, q, start, seed % 5, 0)
+    return q, JointChain(t, q, start, seed % 5, 0)
+
+
+@settings(20, deadline=None)
+@given(seeds)
+def test_times_and_tails_of_the_walk_are_those_of_a_replay(seed):
+    """Whatever was tried and taken back in between."""
+    q, chain = walk(seed)
     for i in range(4):
         chain.step(i / 4, 100)
         s = chain.sequences
@@ -235,14 +240,7 @@ def test_pairing_is_longest_first():
 @given(seeds)
 def test_tails_give_up_no_trial_that_is_fast_enough(seed):
     """A change that is fast enough where nothing is given up for its tail isn't given up with tails either."""
-    graphs, experts = coupled(seed)
-    t = together(graphs, experts, pairings(graphs, experts)[0])
-    q = make_joint_problem(t)
-    try:
-        start = t.schedules(search(t.graph, budget_seconds=0.0, evaluations=1).schedule)
-    except DoesNotFitError:
-        start = one_slot_at_a_time(t)
-    chain = JointChain(t, q, start, seed % 5, 0)
+    q, chain = walk(seed)
     s, random = chain.sequences, seeded(seed % 7, 1)
     for _ in range(150):
         limit = float(chain.values[0]) * (1 + 1e-9)
