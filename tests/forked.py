@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from dip_megatron.ports import held_port
 from examples.llava_digits.runs import end, environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,10 +76,11 @@ def forked(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[Forked
     """As ``runs.started``, for commands ``[python, (-m MODULE | -c PROGRAM | SCRIPT), ARGUMENTS...]``."""
     processes: list[Forked] = []
     try:
-        for log, place in zip(logs, environment(len(logs)), strict=True):
-            log.write_bytes(b"")
-            processes.append(Forked(command, place, log))
-        yield processes
+        with held_port() as port:
+            for log, place in zip(logs, environment(len(logs), port), strict=True):
+                log.write_bytes(b"")
+                processes.append(Forked(command, place, log))
+            yield processes
     finally:
         end(processes)
 

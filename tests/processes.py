@@ -9,32 +9,19 @@ import atexit
 import functools
 import io
 import os
-import random
-import socket
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from dip_megatron.ports import held_port
 from tests.forked import context
 
 
 class ProcessFailure(AssertionError):
     """At least one process failed; the message has every traceback."""
-
-
-def free_port() -> int:
-    """A port to listen on, drawn below those that outgoing connections of other tests may take meanwhile."""
-    draw = random.SystemRandom()
-    while True:
-        port = draw.randrange(10_000, 30_000)
-        with socket.socket() as s:
-            try:
-                s.bind(("", port))
-            except OSError:
-                continue
-            return port
 
 
 def _live(connection: Any, rank: int, world: int, port: int) -> None:
@@ -70,6 +57,7 @@ class Team:
         self.world = world
         self.processes: list[Any] = []
         self._connections: list[Any] = []
+        self._held = ExitStack()
         self._runs = 0
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
@@ -106,11 +94,12 @@ class Team:
             p.join(2.0)
             if p.is_alive():
                 p.kill()
+        self._held.close()
         self.processes, self._connections, self._runs = [], [], 0
 
     def _start(self) -> None:
         processes = context()
-        port = free_port()
+        port = self._held.enter_context(held_port())
         for rank in range(self.world):
             ours, theirs = processes.Pipe()
             process = processes.Process(target=_live, args=(theirs, rank, self.world, port))

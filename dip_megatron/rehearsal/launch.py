@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from ..ports import held_port
 from .job import CHECKPOINT, Fault, Job
 
 PRELOADED = "dip_megatron.rehearsal.preloaded"
@@ -61,14 +61,15 @@ def rehearse(job: Job, folder: Path, limit_seconds: float, progress: Callable[[s
         began = time.monotonic()
         job.write(folder)
         fault = next((f for f in sorted(job.faults, key=lambda f: f.iteration) if f.kind == "rank dies"), None)
-        ranks = _Ranks(job, folder)
-        try:
-            ready = ranks.wait_ready(deadline, progress)
-            if died is not None:
-                restarts.append(replace(died, launch_seconds=time.monotonic() - began))
-            gone = ranks.wait(deadline, progress, fault)
-        finally:
-            ranks.end()
+        with held_port() as port:
+            ranks = _Ranks(job, folder, port)
+            try:
+                ready = ranks.wait_ready(deadline, progress)
+                if died is not None:
+                    restarts.append(replace(died, launch_seconds=time.monotonic() - began))
+                gone = ranks.wait(deadline, progress, fault)
+            finally:
+                ranks.end()
         if gone is None or fault is None:
             break
         path = folder / CHECKPOINT
@@ -84,7 +85,7 @@ def rehearse(job: Job, folder: Path, limit_seconds: float, progress: Callable[[s
 class _Ranks:
     """The processes of one launch."""
 
-    def __init__(self, job: Job, folder: Path):
+    def __init__(self, job: Job, folder: Path, port: int):
         self._job, self._folder = job, folder
         self._lines_before = self._lines(0)
         self._heard = [self._size(rank) for rank in range(job.ranks)]
@@ -92,8 +93,6 @@ class _Ranks:
             raise RehearsalError("ranks are forked from one process, which this system can't")
         context: ForkServerContext = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOADED])
-        # Below the ports of outgoing connections: rank 0 listens seconds from now.
-        port = random.SystemRandom().randrange(10_000, 30_000)
         self._processes = [
             context.Process(target=_rank, args=(str(folder), rank, port), name=f"rank {rank}", daemon=True)
             for rank in range(job.ranks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shlex
 import subprocess
@@ -13,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from dip_megatron.ports import held_port
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -73,10 +74,8 @@ Start = Callable[[Sequence[str], Sequence[Path]], AbstractContextManager[Sequenc
 """Starts a command once per log, and ends what still runs with the block."""
 
 
-def environment(ranks: int) -> list[dict[str, str]]:
-    """Environment variables of each of ``ranks`` processes on this machine."""
-    # Below the ports of outgoing connections: rank 0 listens seconds from now, and one of those could be taken by then.
-    port = random.SystemRandom().randrange(10_000, 30_000)
+def environment(ranks: int, port: int) -> list[dict[str, str]]:
+    """Environment variables of each of ``ranks`` processes on this machine, the first of which listens on ``port``."""
     common = {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
@@ -107,10 +106,11 @@ def started(command: Sequence[str], logs: Sequence[Path]) -> Iterator[list[subpr
     """One process per rank and log, ended with the block whatever happens."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for log, place in zip(logs, environment(len(logs)), strict=True):
-            with log.open("wb") as file:
-                processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=place))
-        yield processes
+        with held_port() as port:
+            for log, place in zip(logs, environment(len(logs), port), strict=True):
+                with log.open("wb") as file:
+                    processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=place))
+            yield processes
     finally:
         end(processes)
 

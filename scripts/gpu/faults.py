@@ -17,6 +17,8 @@ from pathlib import Path
 
 import click
 
+from dip_megatron.ports import held_port
+
 from .loops import CASES, command_of
 from .mps import MpsError, divided_gpu
 from .ranks import has_gpu, start, surroundings
@@ -38,7 +40,7 @@ def main(ranks: int, patience: float, limit: float, out: Path) -> None:
             shared = stack.enter_context(divided_gpu(12.0, 10.0)) if has_gpu() else {}
         except MpsError as error:
             raise click.ClickException(str(error)) from error
-        environment = {**surroundings(ranks, shared), "LAUNCH_KILL": str(ITERATION)}
+        environment = {**surroundings(ranks, stack.enter_context(held_port()), shared), "LAUNCH_KILL": str(ITERATION)}
         logs = [out / f"rank{rank}.log" for rank in range(ranks)]
         processes = []
         for rank, path in enumerate(logs):

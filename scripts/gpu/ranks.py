@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import click
+
+from dip_megatron.ports import held_port
 
 from .mps import MpsError, divided_gpu
 
@@ -28,10 +29,10 @@ def run_ranks(
     What ranks write goes to ``out/rank*.log``, what the first one prints to stdout; of a failure the ends of all logs
     are printed. After ``limit`` seconds everything is stopped.
     """
-    shared = surroundings(count, environment)
     logs = [out / f"rank{rank}.log" for rank in range(count)]
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
+        shared = surroundings(count, stack.enter_context(held_port()), environment)
         for rank, path_of_log in enumerate(logs):
             log = stack.enter_context(path_of_log.open("w"))
             processes.append(start(command, {**shared, "RANK": str(rank)}, None if rank == 0 else log, log))
@@ -43,11 +44,8 @@ def run_ranks(
     return int(failed)
 
 
-def surroundings(count: int, environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What ranks find in their environment, but for their numbers."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+def surroundings(count: int, port: int, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What ranks find in their environment, but for their numbers; the first of them listens on ``port``."""
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     return {
         **os.environ,

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.utils import Split
 
+from dip_megatron.ports import held_port
 from scripts.t2v.digits import (
     CLIPS,
     FRAMES,
@@ -32,7 +33,6 @@ from scripts.t2v.digits import (
 )  # fmt: skip
 from tests.drawn import settings
 from tests.forked import forked
-from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "pretrain_t2v.py"
@@ -73,12 +73,14 @@ def megatrons(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 @needs_training
 def test_the_documented_command_trains_with_megatrons_losses(megatrons, tmp_path):
-    elastic = ("--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
-    command = [sys.executable, "-m", "torch.distributed.run", *elastic, *DIP, str(SCRIPT), "--dip-config", str(CONFIG)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command = [*DIP, str(SCRIPT), "--dip-config", str(CONFIG), *SMALL_RUN]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [*command, *SMALL_RUN], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240
-    )
+    with held_port() as port:
+        run = subprocess.run(
+            [*torchrun, f"--master-port={port}", *command],
+            env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240,
+        )  # fmt: skip
     assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
     assert "can't defer weight gradients" not in run.stdout + run.stderr
     assert (tmp_path / "out" / "t2v" / "samples.png").stat().st_size > 5000

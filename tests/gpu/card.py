@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from dip_megatron.core.strategies import strategy_names
-from tests.processes import free_port
 from tests.runtime import gpt_case
 from tests.runtime.gpt_case import GptCase
 
@@ -23,7 +22,7 @@ NARROW = (32, 16)
 def begin(device: str) -> None:
     """One rank of its own; collectives over one rank, which Megatron runs all the same."""
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
         CUDA_DEVICE_MAX_CONNECTIONS="1",
     )  # fmt: skip
     if device == "cuda":

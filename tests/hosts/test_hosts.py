@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from dip_megatron.ports import held_port
 from examples.llava_digits.runs import SCRIPT, Process, Run, RunFailed, end, environment, train, training_flags
 from tests.forked import Forked, forked
 from tests.hosts.network import Host, Links, hosts, missing
@@ -45,10 +46,11 @@ def on(
             "LOCAL_WORLD_SIZE": "1", "DIP_TIMEOUT_SECONDS": str(PATIENCE),
         }  # fmt: skip
         try:
-            for host, log, place in zip(places, logs, environment(len(logs)), strict=True):
-                log.write_bytes(b"")
-                processes.append(Forked(command, place | network, log, enter=host.enter))
-            yield processes
+            with held_port() as port:
+                for host, log, place in zip(places, logs, environment(len(logs), port), strict=True):
+                    log.write_bytes(b"")
+                    processes.append(Forked(command, place | network, log, enter=host.enter))
+                yield processes
         finally:
             try:
                 if ended is not None:

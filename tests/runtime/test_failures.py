@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 
+from dip_megatron.ports import held_port
 from dip_megatron.runtime.executor import Position
 from dip_megatron.runtime.watch import Watchdog
 from examples.llava_digits.runs import environment
@@ -56,15 +57,16 @@ def test_everyone_leaves_and_says_where_it_stood(fault, tmp_path):
     command = [sys.executable, "-c", SCRIPT.format(fault=fault)]
     silent = partial(print_to, os.devnull)
     logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
-    processes = [Forked(command, env, log, silent) for log, env in zip(logs, environment(world), strict=True)]
-    deadline = time.monotonic() + 150
-    for process in processes:
-        try:
-            process.wait(timeout=max(deadline - time.monotonic(), 1.0))
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            pytest.fail("a rank hangs after another's failure")
+    with held_port() as port:
+        processes = [Forked(command, env, log, silent) for log, env in zip(logs, environment(world, port), strict=True)]
+        deadline = time.monotonic() + 150
+        for process in processes:
+            try:
+                process.wait(timeout=max(deadline - time.monotonic(), 1.0))
+            except subprocess.TimeoutExpired:
+                for other in processes:
+                    other.kill()
+                pytest.fail("a rank hangs after another's failure")
     outputs = [log.read_text() for log in logs]
     assert [p.returncode != 0 for p in processes] == [True] * world
     if fault == "killed":
