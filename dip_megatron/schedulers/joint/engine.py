@@ -26,8 +26,8 @@ from .together import Together, leanest, together
 
 TRIAL = 48
 """List schedules tried on each pairing before one is chosen."""
-STARTS = 6
-"""Skeletons that are searched on the pairing chosen."""
+STARTS, WALKS = 8, 4
+"""Skeletons that are searched on the pairing chosen, and walks from those that have been packed best."""
 PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.3
 """Of the budget, at most: choosing a pairing, its skeletons, and first walks from each over all replicas' orders; the
 rest goes to a walk from the best of them."""
@@ -38,6 +38,8 @@ LEAST_TRIES = 0.6
 PARTS = 8
 """Parts of a walk, after each of which walks that have fallen behind start over from the fastest."""
 SLICE_SECONDS = 0.02
+PACKING_REST = 10.0
+"""Times as long as it takes to pack a walk's orders it steps before they are packed again."""
 
 Improved = Callable[[Sequence[Schedule], float], None]
 
@@ -190,11 +192,13 @@ class _Search:
         return 10**9 if self.evaluations is None else max(1, int(self.evaluations * part) // over)
 
     def skeletons(self) -> list[list[Schedule]]:
-        """Of the maxima and of the means in turns, each time with another seed, the fastest first."""
+        """Of the maxima and of means in turns, each time with another seed."""
         best, counted = self.best, self.evaluations is not None
         forms = [(self.t, True)] if self.fits else []
         if self.options.sequences:  # without walks nothing makes room
-            forms.append((self.t.even(), False))
+            forms.append((self.t.mean(seconds=True, held=True), False))
+            forms += [(self.t.mean(seconds=True, held=False), True)] if self.fits else []
+            forms.append((self.t.mean(seconds=False, held=True), False))
         left = max(0.0, self.until - best.elapsed()) * TIMED_SHARE
         tries = self.share(SKELETON_SHARE, 1) if counted else int(left * best.evaluations / best.elapsed())
         stages = self.t.graph.virtual_microbatches * self.t.graph.ranks
@@ -213,24 +217,30 @@ class _Search:
         return [schedules for _, schedules in sorted(found, key=lambda entry: entry[0])]
 
     def walk(self, starts: Sequence[Sequence[Schedule]]) -> None:
-        """Walks over all replicas' orders."""
-        q = make_joint_problem(self.t)
-        chains = []
+        """Walks over all replicas' orders, from those of the skeletons that are fastest once packed."""
+        best, q = self.best, make_joint_problem(self.t)
+        chains: list[JointChain] = []
         for i, schedules in enumerate(starts):
+            if chains and best.elapsed() >= self.until:
+                break
             with contextlib.suppress(ValueError):  # too much even with the leanest strategies
                 chains.append(JointChain(self.t, q, schedules, self.seed, i))
         if not chains:
             return
+        best.evaluations += sum(chain.made for chain in chains)
+        chains = sorted(chains, key=lambda chain: chain.time)[:WALKS]
+        if chains[0].time < best.time:
+            best.offer(self.t, chains[0].schedules())
         at_once = len(chains) if self.evaluations is not None else self.workers
-        seconds = (self.until - self.best.elapsed()) * FIRST_SHARE * at_once / len(chains)
+        seconds = (self.until - best.elapsed()) * FIRST_SHARE * at_once / len(chains)
         for i in range(0, len(chains), at_once):
-            ends = min(self.until, self.best.elapsed() + seconds)
-            self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(starts)), 1)
+            ends = min(self.until, best.elapsed() + seconds)
+            self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(chains)), 1)
         chains.sort(key=lambda chain: chain.time)
         chains = chains[: 1 if self.evaluations is not None else self.workers]
         for chain in chains:
             chain.adopt(chain.schedules())
-        left = 0 if self.evaluations is None else max(0, self.evaluations - self.best.evaluations)
+        left = 0 if self.evaluations is None else max(0, self.evaluations - best.evaluations)
         self._run(chains, self.until, left, PARTS)
 
     def _run(self, chains: Sequence[JointChain], until: float, evaluations: int, parts: int) -> None:
@@ -259,18 +269,24 @@ class _Search:
 def _run_counted(chain: JointChain, progress: float, share: float, evaluations: int) -> None:
     slices = 6
     for i in range(slices):
-        chain.step(progress + share * i / slices, evaluations * (i + 1) // slices - evaluations * i // slices)
+        tries, before = evaluations * (i + 1) // slices - evaluations * i // slices, chain.made
+        chain.pack()
+        chain.step(progress + share * i / slices, max(0, tries - (chain.made - before)))
 
 
 def _run_timed(
     best: _Best, chain: JointChain, began: float, ends: float, until: float, good_enough: float
 ) -> None:  # fmt: skip
-    size = 16
+    size, rested, packing = 16, best.elapsed(), SLICE_SECONDS
     while (now := best.elapsed()) < ends and chain.time > good_enough:
         chain.step((now - began) / (until - began), size)
         best.evaluations += size
         spent = best.elapsed() - now
         size = max(1, min(int(size * min(2.0, SLICE_SECONDS / max(spent, 1e-6))), 10_000))
+        if (now := best.elapsed()) - rested > PACKING_REST * packing:
+            chain.pack()
+            rested = best.elapsed()
+            packing = rested - now
 
 
 def _fits(graphs: Sequence[StageGraph], schedules: Sequence[Schedule]) -> bool:
