@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,13 +141,13 @@ def begin_joint(q: JointProblem, s: JointSequences, random: NDArray[np.uint64]) 
     return float(time)
 
 
-def pack(q: JointProblem, s: JointSequences) -> tuple[JointSequences, int]:
+def pack(q: JointProblem, s: JointSequences, late: Callable[[], bool] = bool) -> tuple[JointSequences, int]:
     """Orders, of those whose times are in ``s``, with operations moved into gaps, from the end and from the start in
-    turns, for as long as that pays; ``s`` itself if it never does. The times are to be found anew. And how many orders
-    were made."""
+    turns, for as long as that pays and it isn't ``late``; ``s`` itself if it never does. The times are to be found
+    anew. And how many orders were made."""
     found, kept, time, made = _copy(s), s, latest_end(q, s), 0
     w = make_packing(q, found)
-    while made < 2 * PASSES:
+    while made < 2 * PASSES and not late():
         packed(q, found, w, True)
         packed(q, found, w, False)
         made += 2
@@ -160,15 +161,20 @@ def pack(q: JointProblem, s: JointSequences) -> tuple[JointSequences, int]:
 
 
 def _copy(s: JointSequences) -> JointSequences:
-    return JointSequences(*(x.copy() for x in s))
+    copies: list[Any] = [x.copy() for x in s]
+    return JointSequences(*copies)
 
 
 class JointChain:
-    """One annealing walk over all replicas' orders, stepped in slices. ``made``: orders that packing has made."""
+    """One annealing walk over all replicas' orders, stepped in slices. ``made``: orders that packing has made;
+    it makes no more once it is ``late``."""
 
-    def __init__(self, t: Together, q: JointProblem, schedules: Sequence[Schedule], seed: int, stream: int) -> None:
+    def __init__(
+        self, t: Together, q: JointProblem, schedules: Sequence[Schedule], seed: int, stream: int,
+        late: Callable[[], bool] = bool,
+    ) -> None:  # fmt: skip
         self.t, self.q, self.random = t, q, seeded(seed, 100 + stream)
-        self.values, self.made = np.zeros(2), 0
+        self.values, self.made, self.late = np.zeros(2), 0, late
         self.adopt(schedules)
 
     @property
@@ -192,7 +198,7 @@ class JointChain:
             find_places(self.q, s)
             if make_room(self.q, s):
                 begin_joint(self.q, s, self.random)
-                s, made = pack(self.q, s)
+                s, made = pack(self.q, s, self.late)
                 self.made += made
                 starts.append((begin_joint(self.q, s, self.random), len(starts), s))
         if not starts:
@@ -217,7 +223,7 @@ class JointChain:
 
     def pack(self) -> None:
         """Move operations of the orders under way into gaps."""
-        s, made = pack(self.q, self.sequences)
+        s, made = pack(self.q, self.sequences, self.late)
         self.made += made
         time = begin_joint(self.q, s, self.random)
         if time > self.values[0]:

@@ -26,8 +26,9 @@ from .times import latest_end, pop, push
 class Packing(NamedTuple):
     """What a pass has placed: ``placed`` ``[G * P, L]`` numbers line by line, ``counts`` of each; ``start`` and ``end``
     ``[3N]`` by number, in the time of the pass; ``waiting`` ``[3N]``: how many an operation (the first member of an
-    event) still waits for. ``held`` ``[G * P, L + 1]``: bytes held after so many operations of the order before the
-    pass. ``codes``, ``near`` and ``delay``: room for a line, and for what is next to an operation."""
+    event) still waits for. ``before`` and ``most`` ``[G * P, L]``: bytes held before each that is placed, and at most
+    while it runs; ``held`` ``[G * P, L + 1]``: after so many operations of the order before the pass. ``codes``,
+    ``near`` and ``delay``: room for a line, and for what is next to an operation."""
 
     placed: Ints
     counts: Ints
@@ -35,6 +36,8 @@ class Packing(NamedTuple):
     start: Floats
     end: Floats
     waiting: Ints
+    before: Floats
+    most: Floats
     held: Floats
     near: Ints
     delay: Floats
@@ -48,7 +51,8 @@ def make_packing(q: JointProblem, s: JointSequences) -> Packing:
     return Packing(
         placed=np.zeros((lines, length), dtype=np.int32), counts=np.zeros(lines, dtype=np.int32),
         codes=np.zeros(length, dtype=np.int32), start=np.zeros(numbers), end=np.zeros(numbers),
-        waiting=np.zeros(numbers, dtype=np.int32), held=np.zeros((lines, length + 1)),
+        waiting=np.zeros(numbers, dtype=np.int32),
+        before=np.zeros((lines, length)), most=np.zeros((lines, length)), held=np.zeros((lines, length + 1)),
         near=np.zeros(degree, dtype=np.int32), delay=np.zeros(degree),
     )  # fmt: skip
 
@@ -95,46 +99,42 @@ def _first(q: JointProblem, number: int) -> int:
 
 
 @compiled
-def _after_run(q: JointProblem, s: JointSequences, number: int, held: float) -> tuple[float, float]:
-    """Bytes that a rank holds at most while an operation runs that starts with ``held``, and when it has ended."""
+def _bytes(q: JointProblem, s: JointSequences, number: int) -> tuple[float, float]:
+    """Bytes more than before that a rank holds at most while an operation runs, and when it has ended."""
     kind = number // q.x.nodes
     n = number - kind * q.x.nodes
     size, deferred = q.activation[s.strategy[n], n], q.deferred_activation[s.strategy[n], n]
     if kind == FORWARD:
-        return held + size, held + size if q.has_backward[n] else held
-    held -= deferred if kind == WEIGHT else size
+        return size, size if q.has_backward[n] else 0.0
+    change = -deferred if kind == WEIGHT else -size
     if kind == BACKWARD and is_split(q, s, n):
-        held += deferred
-    return held, held
+        change += deferred
+    return change, change
 
 
 @compiled
-def _held(q: JointProblem, s: JointSequences, w: Packing) -> None:
-    """Bytes after every operation of the orders as they are."""
+def _all_held(q: JointProblem, s: JointSequences, w: Packing) -> None:
+    """Bytes before every operation of the orders as they are, and after the last."""
     for line in range(len(s.lengths)):
         w.held[line, 0] = q.static[line]
         if q.bounded[line]:
             for i in range(s.lengths[line]):
-                number = number_of(q, s.orders[line, i])
-                w.held[line, i + 1] = _after_run(q, s, number, w.held[line, i])[1]
+                change = _bytes(q, s, number_of(q, s.orders[line, i]))[1]
+                w.held[line, i + 1] = w.held[line, i] + change
 
 
 @compiled
-def _has_room(q: JointProblem, s: JointSequences, w: Packing, number: int, at: int, turned: bool) -> bool:
-    """Whether an operation may be placed before the ``at``-th one placed on its line: what was placed is the first, or
-    (``turned``) the last part of its order, and the rest of it stands as it did."""
-    line = q.line[number % q.x.nodes]
-    if not q.bounded[line]:
-        return True
-    count = w.counts[line]
-    held = w.held[line, s.lengths[line] - count - 1] if turned else q.static[line]
-    for k in range(count + 1):
-        i = count - k if turned else k
-        m = number if i == at else w.placed[line, i if i < at else i - 1]
-        most, held = _after_run(q, s, m, held)
-        if most > q.limit[line]:
-            return False
-    return True
+def _before(
+    q: JointProblem, s: JointSequences, w: Packing, line: int, at: int, change: float, turned: bool
+) -> float:  # fmt: skip
+    """Bytes held before an operation that is placed before the ``at``-th one placed on its line: what was placed is the
+    first, or (``turned``) the last part of the order, and the rest of it stands as it did."""
+    count, length = w.counts[line], s.lengths[line]
+    if at == count:
+        return float(w.held[line, length - count - 1 if turned else count])
+    if not turned:
+        return float(w.before[line, at])
+    return float((w.before[line, at - 1] if at > 0 else w.held[line, length]) - change)
 
 
 @compiled
@@ -143,24 +143,35 @@ def _gap(q: JointProblem, s: JointSequences, w: Packing, number: int, ready: flo
     line = q.line[number % q.x.nodes]
     at, length = w.counts[line], s.end[number] - s.start[number]
     begin = max(ready, w.end[w.placed[line, at - 1]]) if at > 0 else ready
-    i = at - 1
+    most, change = _bytes(q, s, number)
+    more = -change if turned else change  # of what it passes
+    highest, i = -np.inf, at - 1
     while length > 0.0 and i >= 0 and ready + length <= w.start[w.placed[line, i]]:
+        highest = max(highest, w.most[line, i])
         early = max(ready, w.end[w.placed[line, i - 1]]) if i > 0 else ready
         if early + length <= w.start[w.placed[line, i]]:
-            if not _has_room(q, s, w, number, i, turned):
-                break
+            if q.bounded[line]:
+                mine = _before(q, s, w, line, i, change, turned) + most
+                if mine > q.limit[line] or (more > 0.0 and highest + more > q.limit[line]):
+                    break
             at, begin = i, early
         i -= 1
     return at, begin
 
 
 @compiled
-def _put(q: JointProblem, w: Packing, number: int, at: int, begin: float, length: float) -> None:
+def _put(
+    q: JointProblem, s: JointSequences, w: Packing, number: int, at: int, begin: float, length: float, turned: bool
+) -> None:  # fmt: skip
     """Place an operation before the ``at``-th one placed on its line."""
     line = q.line[number % q.x.nodes]
+    most, change = _bytes(q, s, number)
+    held = _before(q, s, w, line, at, change, turned)
+    more = -change if turned else change
     for i in range(w.counts[line], at, -1):
         w.placed[line, i] = w.placed[line, i - 1]
-    w.placed[line, at] = number
+        w.before[line, i], w.most[line, i] = w.before[line, i - 1] + more, w.most[line, i - 1] + more
+    w.placed[line, at], w.before[line, at], w.most[line, at] = number, held, held + most
     w.counts[line] += 1
     w.start[number], w.end[number] = begin, begin + length
 
@@ -202,7 +213,7 @@ def packed(q: JointProblem, s: JointSequences, w: Packing, turned: bool) -> None
     s.counts[HEAP] = 0
     w.counts[:] = 0
     w.waiting[:] = 0
-    _held(q, s, w)
+    _all_held(q, s, w)
     for line in range(len(s.lengths)):
         for i in range(s.lengths[line]):
             number = number_of(q, s.orders[line, i])
@@ -228,11 +239,11 @@ def packed(q: JointProblem, s: JointSequences, w: Packing, turned: bool) -> None
                     begin = max(begin, w.end[w.placed[line, w.counts[line] - 1]])
             for g in range(x.replicas):
                 m = number - n + q.member[g, q.place_of[n]]
-                _put(q, w, m, w.counts[q.line[m % x.nodes]], begin, length)
+                _put(q, s, w, m, w.counts[q.line[m % x.nodes]], begin, length, turned)
                 _release_all(q, s, w, m, turned)
         else:
             at, begin = _gap(q, s, w, number, _ready(q, s, w, number, first, turned), turned)
-            _put(q, w, number, at, begin, length)
+            _put(q, s, w, number, at, begin, length, turned)
             _release_all(q, s, w, number, turned)
     _write(q, s, w, turned)
 
