@@ -26,11 +26,11 @@ from .together import Together, leanest, together
 
 TRIAL = 48
 """List schedules tried on each pairing before one is chosen."""
-STARTS, WALKS = 12, 3
+STARTS, WALKS = 8, 3
 """Skeletons that are searched on the pairing chosen, and walks from those that are fastest once packed."""
-PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.08, 0.6
-"""Of the budget, at most: choosing a pairing, its skeletons, and first walks over all replicas' orders; the rest goes to a
-walk from the best of them."""
+PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.6
+"""Of the budget, at most: choosing a pairing, its skeletons, and first walks over all replicas' orders; the rest goes
+to a walk from the best of them."""
 TIMED_SHARE = 0.4
 """Of a budget in seconds: the skeletons. Schedules of one of them take longer to try than changes of a walk."""
 LEAST_TRIES = 0.6
@@ -205,22 +205,23 @@ class _Search:
             if best.elapsed() >= self.until:
                 break
             t, fits = forms[i % len(forms)]
-            seed = self.seed + i // len(forms)
             with contextlib.suppress(DoesNotFitError):
                 found.append(
-                    _skeleton(best, t, most, left / starts, seed, self.workers, self.options, counted, fits=fits)
+                    _skeleton(
+                        best, t, most, left / starts, self.seed + i, self.workers, self.options, counted, fits=fits
+                    )
                 )
         return [schedules for _, schedules in sorted(found, key=lambda entry: entry[0])]
 
     def _forms(self) -> list[tuple[Together, bool]]:
         """What is searched in place of all replicas, and whether its schedules fit into every one's memory."""
         t = self.t
-        forms = [(t, True)] if self.fits else []
-        if self.options.sequences:  # without walks nothing makes room
-            forms.append((t.mean(seconds=True, held=True), False))
-            forms += [(t.mean(seconds=True, held=False), True)] if self.fits else []
-            forms.append((t.mean(seconds=False, held=True), False))
-        return forms
+        most = [(t, True)] if self.fits else []
+        if not self.options.sequences:  # without walks nothing makes room
+            return most
+        mean, even = ((t.mean(seconds=seconds, held=True), False) for seconds in (True, False))
+        short = [(t.mean(seconds=True, held=False), True)] if self.fits else []
+        return [*most, mean, even, *most, mean, *short]
 
     def walk(self, starts: Sequence[Sequence[Schedule]]) -> None:
         """Walks over all replicas' orders, from those of the skeletons that are fastest once packed."""
