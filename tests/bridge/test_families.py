@@ -18,6 +18,7 @@ from tests.bridge.equality import Case, together
 from tests.bridge.loop import Run
 from tests.bridge.tiny import TINY
 from tests.bridge.tiny_model import Tiny
+from tests.drawn import DEEP
 from tests.processes import Team, team
 
 SEED = 3
@@ -87,10 +88,24 @@ def test_segments_train_as_the_class_does(name: str, cut: str, folders: Any, alo
             assert torch.equal(exported[key], weight), key
 
 
-def test_context_parallel_ranks_train_as_one(folders: Any) -> None:
-    """Two stages of two ranks that share each sequence, deepstack features too."""
-    name = "qwen3-vl"
-    case = Case(name, folders(name), partitions(TINY[name])["several"], unit_size=2, seed=SEED, by_token=True)
+SHARED = [
+    pytest.param("qwen3-vl", {}, id="qwen3-vl"),
+    pytest.param("qwen3-vl", {"packed": True}, id="qwen3-vl packed"),
+    pytest.param("kimi-k2-5", {}, id="kimi-k2-5"),
+    pytest.param("qwen3-omni", {}, id="qwen3-omni"),
+    pytest.param("qwen3-5-vl", {"given": {"mtp_num_layers": None}}, id="qwen3-5-vl"),
+]
+if DEEP:
+    SHARED += [pytest.param(name, {}, id=name) for name in ("ministral3-vl", "qwen2-5-omni")]
+    SHARED += [pytest.param("qwen3-vl-moe", {"packed": True}, id="qwen3-vl-moe packed")]
+
+
+@pytest.mark.parametrize(("name", "given"), SHARED)
+def test_context_parallel_ranks_train_as_one(name: str, given: dict[str, Any], folders: Any) -> None:
+    """Two stages of two ranks that share each sequence, deepstack features, packed samples and the states of gated
+    delta nets too."""
+    cut = partitions(TINY[name])["several"]
+    case = Case(name, folders(name), cut, unit_size=2, seed=SEED, by_token=True, **given)
     alone = team(1).run(equality.megatrons, case)[0]
     four = Team(4)
     try:
@@ -163,6 +178,7 @@ def test_bridges_finetune_gives_the_same_under_dip(name: str, folders: Any) -> N
             torch.testing.assert_close(under[0]["weights"][key], weight, rtol=0, atol=1e-5)
 
 
+IN_SHARES = ("kimi-k2-5", "ministral3-vl", "qwen2-5-omni", "qwen3-omni", "qwen3-5-vl")
 PROJECTION = {"frozen": ("language_model", "vision_model")}
 
 
@@ -175,17 +191,22 @@ PROJECTION = {"frozen": ("language_model", "vision_model")}
         ("kimi-k2-5", {"experts": 2}, {"experts": 2}),
         ("qwen3-omni", {"experts": 2}, {"experts": 2}),
         ("qwen3-vl", {"context": 2}, {"context": 2}),
+        ("qwen3-vl", {"context": 2, "packed": True}, {"context": 2, "packed": True}),
         ("qwen2-5-vl", {"tensor": 2}, {"tensor": 2}),
+        *[(name, {"context": 2}, {"context": 2}) for name in IN_SHARES if DEEP],
     ],
-    ids=["experts", "frozen experts", "glm-4-5v", "kimi-k2-5", "qwen3-omni", "sequences", "images"],
-)
+    ids=[
+        "experts", "frozen experts", "glm-4-5v", "kimi-k2-5", "qwen3-omni", "sequences", "packed", "images",
+        *[f"sequences of {name}" for name in IN_SHARES if DEEP],
+    ],
+)  # fmt: skip
 def test_two_ranks_of_a_stage_that_share_train_as_under_bridge(
     name: str, shared: dict[str, Any], bridges: dict[str, Any], folders: Any
 ) -> None:
     """Two replicas of two stages spread the experts of each layer over both: plans are made for them together. Or one
-    replica's two ranks of each stage share every sequence; or, tensor-parallel, the images. Frozen experts of a
-    microbatch without images are compared with those of replicas that share none: Bridge's own schedule leaves their
-    backward out, and with it their part of the other replica's."""
+    replica's two ranks of each stage share every sequence, or each sample of a row; or, tensor-parallel, the images.
+    Frozen experts of a microbatch without images are compared with those of replicas that share none: Bridge's own
+    schedule leaves their backward out, and with it their part of the other replica's."""
 
     def run(dip: dict[str, Any] | None, how: dict[str, Any]) -> list[dict[str, Any]]:
         ranks = Team(4)
