@@ -277,8 +277,7 @@ class DipSession:
         clock = self._clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = self._executor(pipeline, rank, clock, exchange, device)
-        corrects = config.recalibrate and self._coupled is None
-        delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
+        delivery = PlanDelivery(self._exchange, self._service, config.recalibrate, self._coupled)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank(), patience_seconds=config.timeout_seconds)
         recorder = None
         consumers = self._consumers(exchange)

@@ -70,8 +70,6 @@ class PlanDelivery:
         several replicas, for which the service plans together."""
         if (exchange.rank == 0) != (service is not None):
             raise ValueError("exactly rank 0 of the exchange has a planner service")
-        if coupled is not None and recalibrate:
-            raise ValueError("what a stage of coupled replicas took holds waits for the others, and corrects no costs")
         self._coupled = coupled
         self._exchange = exchange
         self._service = service
@@ -80,7 +78,8 @@ class PlanDelivery:
         self._recalibration = Recalibration() if recalibrate else None
         self._measured: Measurement | None = None
         self._corrections: dict[int, Corrections] = {}
-        self._running: tuple[int, Plan, Corrections] | None = None
+        self._running: tuple[int, AnyPlan, Corrections] | None = None
+        self._known = Corrections()  # with which the last plan taken was made; of coupled replicas, on all their ranks
 
     def request(
         self, request: PlanRequest, wait_seconds: float, shared: Any = None, ahead: bool = False, hurries: bool = False
@@ -90,6 +89,9 @@ class PlanDelivery:
         ``ahead``: for its first one, until :meth:`take` is called, from when on that will do if training ``hurries``
         (see :class:`.ahead.Ahead`)."""
         waits = Ahead(hurries) if ahead and self._service is not None else None
+        if self._service is not None and self._recalibration is not None:
+            request = replace(request, corrections=self._recalibration.corrections())
+            self._corrections[request.request] = request.corrections
         if self._coupled is not None:
             job = self._thread.submit(self._deliver_together, request, wait_seconds, shared, self._coupled, waits)
             self._coming[request.request] = request.subject, job, waits
@@ -97,15 +99,15 @@ class PlanDelivery:
         if self._service is not None:
             # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
             request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
-            if self._recalibration is not None:
-                request = replace(request, corrections=self._recalibration.corrections())
-                self._corrections[request.request] = request.corrections
             self._service.submit(request)
         delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared, waits)
         self._coming[request.request] = request.subject, delivery, waits
 
     def corrections(self) -> Corrections:
-        """Those that a plan asked for now would be made with; on rank 0."""
+        """Those that a plan asked for now would be made with; on rank 0. Of coupled replicas, on all of their ranks:
+        those of the last plan taken."""
+        if self._coupled is not None:
+            return self._known
         return Corrections() if self._recalibration is None else self._recalibration.corrections()
 
     @property
@@ -155,21 +157,28 @@ class PlanDelivery:
                 f"{subject}: ranks {odd} of {who} hold another plan than rank 0; stopping all before "
                 "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
             )
-        measurements = [data[n:] for data, n in zip(rest, lengths, strict=True) if len(data) > n]
-        self._learn([Measurement.unpack(data) for data in measurements])
+        self._learn([Measurement.unpack(d[n:]) if len(d) > n else None for d, n in zip(rest, lengths, strict=True)])
         self._measured = None
         told = tuple(self._of_replica([data[:n] for data, n in zip(rest, lengths, strict=True)]))
+        self._running = (request, answered, self._corrections.pop(request, Corrections()))
         if isinstance(answered, JointPlan):
             mine = 0 if self._coupled is None else self._coupled.replica
+            self._known = answer[3]
             return DeliveredPlan(request, answered.plans[mine], stall, answer[1], answer[2][mine], told)
-        self._running = (request, answered, self._corrections.pop(request, Corrections()))
         return DeliveredPlan(request, answered, stall, answer[1], answer[2], told)
 
-    def _learn(self, measurements: list[Measurement]) -> None:
-        if self._recalibration is None or self._service is None or self._running is None or not measurements:
+    def _learn(self, everyone: Sequence[Measurement | None]) -> None:
+        """From what each rank of the exchange measured, if it did."""
+        if self._recalibration is None or self._service is None or self._running is None:
             return
         request, plan, used = self._running
-        self._recalibration.observe(plan, used, [m for m in measurements if m.request == request])
+        of = [[m] if m is not None and m.request == request else [] for m in everyone]
+        if isinstance(plan, JointPlan):
+            assert self._coupled is not None
+            replicas = [[m for place in places for m in of[place]] for places in self._coupled.replicas]
+            self._recalibration.observe_together(plan, used, replicas)
+        elif any(of):
+            self._recalibration.observe(plan, used, [m for measured in of for m in measured])
 
     def close(self) -> None:
         """End the thread and the planner's workers."""
@@ -187,20 +196,27 @@ class PlanDelivery:
         try:
             with ahead or contextlib.nullcontext():
                 plan = self._service.take(request, wait_seconds, ahead)
-            made_with = self._service.corrections(request)
-            if made_with is not None and request in self._corrections:
-                self._corrections[request] = made_with
+            self._note_corrections(request)
             answer = plan, replace(self._service.statistics), shared
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))
+
+    def _note_corrections(self, request: int) -> Corrections:
+        """Those that the plan just taken from the service was made with: the request's, or an earlier one's."""
+        assert self._service is not None
+        made_with = self._service.corrections(request)
+        if made_with is not None and request in self._corrections:
+            self._corrections[request] = made_with
+        return self._corrections.get(request, Corrections())
 
     def _deliver_together(
         self, request: PlanRequest, wait_seconds: float, shared: Any, coupled: CoupledRanks, ahead: Ahead | None
     ) -> bytes:
         """In the thread, so that no replica waits for another in the middle of an iteration: bring together what the
         replicas ask, plan for all, and tell all of them."""
-        everyone = self._exchange.gather(pickle.dumps((request, shared)) if self.plans_here else b"")
+        asks = pickle.dumps((replace(request, corrections=Corrections()), shared)) if self.plans_here else b""
+        everyone = self._exchange.gather(asks)
         if self._service is None:
             return self._exchange.broadcast(None)
         answer: Any
@@ -213,7 +229,8 @@ class PlanDelivery:
                 self._service.submit(replace(request, deadline=deadline, replicas=tuple(a.loads for a in asked)))
                 with ahead or contextlib.nullcontext():
                     plan = self._service.take(request.request, wait_seconds, ahead)
-                answer = plan, replace(self._service.statistics), [theirs for _, theirs in told]
+                made_with = self._note_corrections(request.request)
+                answer = plan, replace(self._service.statistics), [theirs for _, theirs in told], made_with
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))

@@ -175,13 +175,19 @@ PROJECTION = {"frozen": ("language_model", "vision_model")}
     [
         ("qwen3-vl-moe", {"experts": 2}, {"experts": 2}),
         ("qwen3-vl-moe", {"experts": 2, **PROJECTION}, PROJECTION),
+        ("glm-4-5v", {"experts": 2}, {"experts": 2}),
+        ("kimi-k2-5", {"experts": 2}, {"experts": 2}),
+        ("qwen3-omni", {"experts": 2}, {"experts": 2}),
         ("qwen3-5-vl-moe", {"experts": 2}, {"experts": 2}),
         ("qwen3-5-vl-moe", {"experts": 2, "tensor": 2}, {"experts": 2, "tensor": 2}),
         ("qwen3-vl", {"context": 2}, {"context": 2}),
         ("qwen2-5-vl", {"tensor": 2}, {"tensor": 2}),
     ],
-    ids=["experts", "frozen experts", "experts predicting", "experts and matrices", "sequences", "images"],
-)
+    ids=[
+        "experts", "frozen experts", "glm-4-5v", "kimi-k2-5", "qwen3-omni", "qwen3-5-vl-moe", "qwen3-5-vl-moe matrices",
+        "sequences", "images",
+    ],
+)  # fmt: skip
 def test_two_ranks_of_a_stage_that_share_train_as_under_bridge(
     name: str, shared: dict[str, Any], bridges: dict[str, Any], folders: Any
 ) -> None:

@@ -58,6 +58,7 @@ def test_replicas_that_share_experts(tmp_path: Path) -> None:
     ]
     predicted = [[line["predicted_seconds"] for line in of_replica] for of_replica in lines]
     assert predicted[0] == predicted[1]  # the time of both together
+    assert predicted[0][0] == predicted[0][2] != predicted[0][3]  # by when stages have corrected the costs
 
 
 def test_what_replicas_that_share_experts_cannot_have_is_refused(tmp_path: Path) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dip_megatron.core import Kind, Plan, StageGraph
 from dip_megatron.core.experts import ExpertLayers
-from dip_megatron.core.joint import JointPlan, make_joint_plan, verify_joint
+from dip_megatron.core.joint import JointPlan, make_joint_plan, simulate_joint, verify_joint
 from dip_megatron.core.verify import PlanError
-from dip_megatron.describe.cost import load_cluster
+from dip_megatron.describe.cost import Corrections, Line, load_cluster
+from dip_megatron.describe.cost.corrections import KINDS, seconds_of
 from dip_megatron.describe.model import (
     Experts,
     LanguageHead,
@@ -27,13 +33,23 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.families.shared.shapes import GptShapes
 from dip_megatron.planner.delivery import CoupledRanks, PlanDelivery, PlanMismatchError
 from dip_megatron.planner.joint import JointPlanMaker, joint_maker, verify_any
+from dip_megatron.planner.known import KnownPlans
 from dip_megatron.planner.live import ModelGraphs
+from dip_megatron.planner.recalibration import Measurement, Recalibration
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.schedulers.entry import Effort
 from dip_megatron.schedulers.joint import one_slot_at_a_time, pairings, together
 from dip_megatron.schedulers.registry import find_schedule
+from tests.drawn import settings
 from tests.planner.test_delivery import Shared, ThreadExchange
+
+
+@dataclass(frozen=True)
+class Span:
+    start: float
+    end: float
+
 
 LAYER = TransformerLayer(64, 128, 4, 4, gated=True, causal=True, experts=Experts(8, 2, 48))
 MODEL = MultimodalModel(
@@ -150,6 +166,97 @@ def test_a_rank_with_another_set_of_plans_stops_all_replicas():
     assert "ranks [3] of the replicas that share experts" in str(answers[0])
 
 
-def test_measured_times_that_hold_waits_correct_nothing():
-    with pytest.raises(ValueError, match="holds waits for the others"):
-        PlanDelivery(ThreadExchange(Shared(2), 1), None, recalibrate=True, coupled=RANKS)
+def measured(joint: JointPlan, truth: Sequence[StageGraph]) -> list[list[Measurement]]:
+    """What replicas measure whose stages take what ``truth`` says: one that is ready waits for the others inside of the
+    operation in which they meet."""
+    schedules = [plan.schedule for plan in joint.plans]
+    found = []
+    for graph, schedule, ran in zip(
+        truth, schedules, simulate_joint(truth, schedules, WITH_EXPERTS).replicas, strict=True
+    ):
+        rows, ended, theirs = graph.virtual_microbatches, {}, []
+        for p, order in enumerate(schedule.orders):
+            for code, end in zip(order.tolist(), ran.end[p].tolist(), strict=True):
+                if code // rows != Kind.W:
+                    ended[Kind.F if code // rows == Kind.F else Kind.B, code % rows, p] = end
+        for p, order in enumerate(schedule.orders):
+            free, spans = 0.0, []
+            for code, end in zip(order.tolist(), ran.end[p].tolist(), strict=True):
+                inputs = graph.inputs(Kind(code // rows), code % rows, p)
+                arrivals = [ended[d.kind, d.virtual_microbatch, d.rank] + d.seconds for d in inputs]
+                spans.append((max([free, *arrivals]), end))
+                free = end
+            theirs.append(Measurement(7, p, np.array(spans)))
+        found.append(theirs)
+    return found
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000))
+def test_what_stages_took_with_their_waits_corrects_the_costs_of_all(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    truth = Corrections(tuple(
+        Line("language", k, kind, tuple(draw.uniform(0.0, 2e-5, 2)), tuple(draw.uniform(0.3, 4.0, 2)))
+        for k in range(2) for kind in KINDS
+    ))  # fmt: skip
+    plans, recalibration, off = maker(), Recalibration(), []
+    for _ in range(12):
+        loads = tuple(
+            tuple(Microbatch(n, sequences=(n,)) for n in row) for row in draw.integers(48, 600, (2, 3)).tolist()
+        )
+        asked = request(loads, corrections=recalibration.corrections())
+        joint = plans.quick(asked)
+        true = [
+            truth.apply(plans.builder.build(theirs, False)).project(plan.schedule.strategy)
+            for theirs, plan in zip(loads, joint.plans, strict=True)
+        ]
+        took = simulate_joint(true, [plan.schedule for plan in joint.plans], WITH_EXPERTS).iteration_time
+        off.append(abs(joint.iteration_time / took - 1.0))
+        recalibration.observe_together(joint, asked.corrections, measured(joint, true))
+    assert off[-1] < 1e-5
+    assert off[0] > 0.01
+
+
+def test_all_replicas_plan_with_what_all_have_measured():
+    """Of an iteration in which every operation takes three times what the model says: two iterations later."""
+    shared = Shared(4)
+
+    def spans(plan: Plan, rank: int) -> list[Span]:
+        graph = maker().builder.build(LOADS[0], False).project(plan.schedule.strategy)
+        found = [Span(0.0, 0.0)]
+        for code in plan.schedule.orders[rank].tolist():
+            kind, row = divmod(code, graph.virtual_microbatches)
+            start = found[-1].end
+            found.append(Span(start, start + 3 * float(seconds_of(graph, Kind(kind))[0, row, rank])))
+        return found[1:]
+
+    def one(rank: int) -> list[tuple[Plan, Corrections]]:
+        service = PlannerService(maker(evaluations=50, deterministic=True), 0) if rank == 0 else None
+        delivery = PlanDelivery(ThreadExchange(shared, rank), service, True, replace(RANKS, replica=rank % 2))
+        found = []
+        try:
+            for number in range(4):
+                delivery.request(PlanRequest(number, LOADS[0] if delivery.plans_here else (), 0.0), 0.0)
+                plan = delivery.take(number).plan
+                delivery.measured(Measurement.of(number, rank // 2, spans(plan, rank // 2)))
+                found.append((plan, delivery.corrections()))
+            return found
+        finally:
+            delivery.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        ranks = list(pool.map(one, range(4)))
+    for plans in zip(*ranks, strict=True):
+        assert len({repr(corrections) for _, corrections in plans}) == 1
+    for (plan, _), known in zip(ranks[1], (False, False, False, True), strict=True):
+        predicted = plan.predicted
+        assert (predicted.uncorrected_time is not None) == known
+        if predicted.uncorrected_time is not None:
+            assert predicted.iteration_time == pytest.approx(3 * predicted.uncorrected_time, rel=0.05)
+
+
+def test_plans_are_kept_for_what_all_replicas_hold():
+    known = KnownPlans()
+    known.keep(request(), maker().quick(request()), searched=False)
+    assert known.plan(request()) is not None
+    assert known.plan(request((LOADS[0], LOADS[0]))) is None
