@@ -111,6 +111,10 @@ FROZEN = [
     pytest.param("gemma3-vl", ("vision_model", "language_model"), id="vision_model language_model"),
     pytest.param("qwen3-5-vl", ("vision_projection",), id="vision_projection"),
     pytest.param("kimi-k2-5", ("vision_model",), id="kimi-k2-5 vision_model"),
+    pytest.param("qwen3-5-vl-moe", ("vision_model",), id="qwen3-5-vl-moe vision_model"),
+    pytest.param(
+        "qwen3-5-vl-moe", ("vision_model", "language_model"), id="qwen3-5-vl-moe vision_model language_model"
+    ),  # as recipes of pretraining have it
 ]
 
 
@@ -174,11 +178,16 @@ PROJECTION = {"frozen": ("language_model", "vision_model")}
         ("glm-4-5v", {"experts": 2}, {"experts": 2}),
         ("kimi-k2-5", {"experts": 2}, {"experts": 2}),
         ("qwen3-omni", {"experts": 2}, {"experts": 2}),
+        ("qwen3-5-vl-moe", {"experts": 2}, {"experts": 2}),
+        ("qwen3-5-vl-moe", {"experts": 2, "tensor": 2}, {"experts": 2, "tensor": 2}),
         ("qwen3-vl", {"context": 2}, {"context": 2}),
         ("qwen2-5-vl", {"tensor": 2}, {"tensor": 2}),
     ],
-    ids=["experts", "frozen experts", "glm-4-5v", "kimi-k2-5", "qwen3-omni", "sequences", "images"],
-)
+    ids=[
+        "experts", "frozen experts", "glm-4-5v", "kimi-k2-5", "qwen3-omni", "qwen3-5-vl-moe", "qwen3-5-vl-moe matrices",
+        "sequences", "images",
+    ],
+)  # fmt: skip
 def test_two_ranks_of_a_stage_that_share_train_as_under_bridge(
     name: str, shared: dict[str, Any], bridges: dict[str, Any], folders: Any
 ) -> None:
