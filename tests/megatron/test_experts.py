@@ -62,7 +62,7 @@ def test_replicas_that_share_experts(tmp_path: Path) -> None:
 
 
 def test_groups_of_replicas_that_share_experts(tmp_path: Path) -> None:
-    """Four replicas of two stages: in two groups, each with plans of its own, that may exchange microbatches; in one."""
+    """Four replicas of two stages: in two groups, each with plans of its own, that exchange microbatches; in one."""
     flags = (*EXPERTS, *SHARDED, "--global-batch-size", "16")
     whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
     for spread, more in (("2", ("--dip-balance", "swap")), ("4", ())):
