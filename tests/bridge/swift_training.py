@@ -51,6 +51,7 @@ KINDS = {
     "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
     "mcore-glm-4-1v": ("glm4v", "glm4v"),
     "mcore-qwen3-5": ("qwen3_5", "qwen3_5"),
+    "mcore-qwen3-5-mtp": ("qwen3_5", "qwen3_5"),
 }
 """What ms-swift calls each model, and its template."""
 

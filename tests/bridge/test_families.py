@@ -41,6 +41,8 @@ def partitions(tiny: Tiny) -> dict[str, dict[str, Any]]:
         "one": {"vision": ((1, tiny.vision_layers - 1),), "language": ((half, half),)},
         "several": {"vision": ((0, 2), (rest, 0)), "language": ((0, 1), (1, tiny.language_layers - 2))},
     }
+    if tiny.name.startswith("qwen3-5"):  # multi-token prediction on a chunk without layers of its own
+        cuts["one"]["language"] = ((tiny.language_layers, 0),)
     cuts["replicated"] = {"vision": ((tiny.vision_layers,) * 2,), "language": ((1, 1), (0, tiny.language_layers - 2))}
     if tiny.audio_layers:
         cuts["replicated"]["audio"] = ((tiny.audio_layers,) * 2,)

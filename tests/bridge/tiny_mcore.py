@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bridge.tiny import Pictures, glm45, glm_parts, qwen3, qwen3_moe, qwen35, qwen35_moe
+from tests.bridge.tiny import Pictures, Predicting, glm45, glm_parts, qwen3, qwen3_moe, qwen35, qwen35_moe
 from tests.bridge.tiny_kimi import FlatPatches, kimi_vl, no_query_norm
 from tests.bridge.tiny_model import IDS, IMAGE, TEXT, VOCABULARY, Content, Tiny
 
@@ -111,6 +111,10 @@ def _made(tiny: Tiny) -> Any:
     return tiny.made()
 
 
+class PositionedPredicting(Positioned, Predicting):
+    """Which predicts several tokens."""
+
+
 class TwoMatrices(Positioned):
     """Whose MLPs mcore-bridge exports with a matrix of its own for the gate, where the folder has one for both."""
 
@@ -173,6 +177,10 @@ MCORE_TINY = {
         Positioned("mcore-glm-4-5v", glm45, videos=False, experts=True),
         Positioned("mcore-qwen3-5", qwen35_dense, patch=16, split_frames=True),
         Positioned("mcore-qwen3-5-moe", qwen35_experts, patch=16, split_frames=True, experts=True),
+        PositionedPredicting("mcore-qwen3-5-mtp", qwen35_dense, patch=16, split_frames=True, predicts=1),
+        PositionedPredicting(
+            "mcore-qwen3-5-moe-mtp", qwen35_experts, patch=16, split_frames=True, experts=True, predicts=1
+        ),
         Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),
     )
 }

@@ -31,7 +31,8 @@ class Tiny:
     """A family's tiny model: ``model(tied)`` makes it of Hugging Face's classes, ``change`` gives its provider what
     Bridge doesn't read from the folder. ``split_frames``: tokens of a video's frames stand apart. ``step`` is the
     module of Bridge's forward step; ``tolerance`` is of logits against Hugging Face's, and ``logits`` prepares one of
-    Bridge's models to be compared with them. ``pixels_everywhere``: its step gives pixels to every rank."""
+    Bridge's models to be compared with them. ``pixels_everywhere``: its step gives pixels to every rank.
+    ``predicts``: depths of multi-token prediction that mcore-bridge is asked for."""
 
     name: str
     model: Callable[[bool], Any]
@@ -40,6 +41,7 @@ class Tiny:
     split_frames: bool = False
     experts: bool = False
     pixels_everywhere: bool = False
+    predicts: int = 0
     videos: bool = True
     vision_layers: int = 4
     language_layers: int = 4
