@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,18 @@ from ..core.experts import ExpertLayers
 from ..core.protocols import Exchange
 from ..describe.files import ConfigurationError
 from ..families.shared.layer_memory import transformer_layers
-from ..planner.delivery import CoupledRanks
+from ..planner.delivery import CoupledReplicas
+from .exchange import GlooExchange
 from .ranks import replica_ranks
+
+
+@dataclass(frozen=True)
+class CoupledRanks:
+    """Where replicas that share experts stand among all of their ranks: ``replicas[r]`` are the places of replica r's
+    ranks, the first of which has its loads; this rank is of ``replica``."""
+
+    replicas: tuple[tuple[int, ...], ...]
+    replica: int
 
 
 def coupled_ranks() -> tuple[list[int], CoupledRanks]:
@@ -46,6 +57,17 @@ def joined(told: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], rank: int) -
         raise ConfigurationError(f"replicas that share experts have {sorted(sizes)} ranks; they must have equally many")
     places = tuple(tuple(ranks.index(member) for member in replica) for replica in replicas)
     return ranks, CoupledRanks(places, replicas.index(told[rank][0]))
+
+
+def coupled_exchanges(
+    ranks: Sequence[int], coupled: CoupledRanks, timeout_seconds: float
+) -> tuple[GlooExchange, CoupledReplicas]:
+    """What plans are delivered through (see :class:`..planner.delivery.PlanDelivery`): among the ranks of this rank's
+    replica, and among the first ranks of all; all ``ranks`` that are ``coupled`` call it together."""
+    replicas = [[ranks[place] for place in places] for places in coupled.replicas]
+    own = GlooExchange(replicas[coupled.replica], timeout_seconds)
+    firsts = GlooExchange([replica[0] for replica in replicas], timeout_seconds) if own.rank == 0 else None
+    return own, CoupledReplicas(len(replicas), coupled.replica, firsts)
 
 
 def experts_of(

@@ -63,7 +63,7 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     if case.tiny in MCORE_TINY:
         from tests.bridge.mcore_models import McoreModels
 
-        models = McoreModels(case.folder, stages, case.tensor, case.sequence)
+        models = McoreModels(case.folder, stages, case.tensor, case.sequence, case.of.predicts)
         return models, models
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -99,9 +99,13 @@ def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> 
     if group.size() > 1:  # each rank has its share of every microbatch's tokens
         for tensor in [num_tokens, *(p.grad for chunk in model for p in chunk.parameters() if p.grad is not None)]:
             torch.distributed.all_reduce(tensor, group=group)
+    config = get_model_config(model[0])
+    if getattr(config, "mtp_num_layers", None) and model[-1].post_process:
+        # Its embedding, which mcore-bridge's class makes no use of there.
+        copied = model[-1].shared_embedding_or_output_weight()
+        copied.grad = torch.zeros_like(copied) if copied.grad is None else copied.grad
     for chunk in model:
         chunk.ddp_config = DistributedDataParallelConfig()  # type: ignore[assignment]
-    config = get_model_config(model[0])
     if all(hasattr(chunk, "pre_process") for chunk in model):  # else the model inside has it, which isn't looked at
         _allreduce_word_embedding_grads(model, config)
     if config.tensor_model_parallel_size > 1:

@@ -55,6 +55,7 @@ KINDS = {
     "mcore-qwen3-5-moe": ("qwen3_5_moe", "qwen3_5"),
     "mcore-glm-4-5v": ("glm4v_moe", "glm4_5v"),
     "internvl-moe": ("internvl", "internvl_hf"),
+    "mcore-qwen3-5-mtp": ("qwen3_5", "qwen3_5"),
 }
 """What ms-swift calls each model, and its template."""
 

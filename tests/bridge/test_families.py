@@ -42,6 +42,8 @@ def partitions(tiny: Tiny) -> dict[str, dict[str, Any]]:
         "one": {"vision": ((1, tiny.vision_layers - 1),), "language": ((half, half),)},
         "several": {"vision": ((0, 2), (rest, 0)), "language": ((0, 1), (1, tiny.language_layers - 2))},
     }
+    if tiny.name.startswith("qwen3-5"):  # multi-token prediction on a chunk without layers of its own
+        cuts["one"]["language"] = ((tiny.language_layers, 0),)
     cuts["replicated"] = {"vision": ((tiny.vision_layers,) * 2,), "language": ((1, 1), (0, tiny.language_layers - 2))}
     if tiny.audio_layers:
         cuts["replicated"]["audio"] = ((tiny.audio_layers,) * 2,)
@@ -126,6 +128,10 @@ FROZEN = [
     pytest.param("gemma3-vl", ("vision_model", "language_model"), id="vision_model language_model"),
     pytest.param("qwen3-5-vl", ("vision_projection",), id="vision_projection"),
     pytest.param("kimi-k2-5", ("vision_model",), id="kimi-k2-5 vision_model"),
+    pytest.param("qwen3-5-vl-moe", ("vision_model",), id="qwen3-5-vl-moe vision_model"),
+    pytest.param(
+        "qwen3-5-vl-moe", ("vision_model", "language_model"), id="qwen3-5-vl-moe vision_model language_model"
+    ),  # as recipes of pretraining have it
 ]
 
 
@@ -190,14 +196,16 @@ PROJECTION = {"frozen": ("language_model", "vision_model")}
         ("glm-4-5v", {"experts": 2}, {"experts": 2}),
         ("kimi-k2-5", {"experts": 2}, {"experts": 2}),
         ("qwen3-omni", {"experts": 2}, {"experts": 2}),
+        ("qwen3-5-vl-moe", {"experts": 2}, {"experts": 2}),
+        ("qwen3-5-vl-moe", {"experts": 2, "tensor": 2}, {"experts": 2, "tensor": 2}),
         ("qwen3-vl", {"context": 2}, {"context": 2}),
         ("qwen3-vl", {"context": 2, "packed": True}, {"context": 2, "packed": True}),
         ("qwen2-5-vl", {"tensor": 2}, {"tensor": 2}),
         *[(name, {"context": 2}, {"context": 2}) for name in IN_SHARES if DEEP],
     ],
     ids=[
-        "experts", "frozen experts", "glm-4-5v", "kimi-k2-5", "qwen3-omni", "sequences", "packed", "images",
-        *[f"sequences of {name}" for name in IN_SHARES if DEEP],
+        "experts", "frozen experts", "glm-4-5v", "kimi-k2-5", "qwen3-omni", "qwen3-5-vl-moe", "qwen3-5-vl-moe matrices",
+        "sequences", "packed", "images", *[f"sequences of {name}" for name in IN_SHARES if DEEP],
     ],
 )  # fmt: skip
 def test_two_ranks_of_a_stage_that_share_train_as_under_bridge(

@@ -37,6 +37,7 @@ TAPPED = {
     **DIP, "DIP_MODULES": "{vision: {layers: [[1, 1], [2, 1]], unit_size: 1}, language: {layers: [[1, 2], [2, 1]]}}",
 }  # fmt: skip
 """Layers of the language model that deepstack feeds are on both ranks."""
+PREDICTING = {**ALL, "tiny": "mcore-qwen3-5-mtp", "mtp_num_layers": 1, "micro_batch_size": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "all": ALL,
     "all-dip": {**ALL, "dip": DIP},
@@ -65,6 +66,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "qwen3-5-dip": {**ALL, "tiny": "mcore-qwen3-5", "dip": DIP},
     "frozen-qwen3-5": {**USUAL, "tiny": "mcore-qwen3-5"},
     "frozen-qwen3-5-dip": {**USUAL, "tiny": "mcore-qwen3-5", "dip": DIP},
+    "predicting": PREDICTING,
+    "predicting-dip": {**PREDICTING, "dip": DIP},
     "glm-4-1v": {**ALL, "tiny": "mcore-glm-4-1v"},
     "glm-4-1v-dip": {**ALL, "tiny": "mcore-glm-4-1v", "dip": DIP},
     "frozen": {**USUAL, "tiny": "internvl"},
@@ -136,7 +139,7 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
         ("qwen2-vl-dip", "qwen2-vl"), ("frozen-dip", "frozen"), ("internvl-chat-dip", "internvl-chat"),
         ("internvl-chat-frozen-dip", "internvl-chat-frozen"), ("qwen3-vl-dip", "qwen3-vl"),
         ("mergers-dip", "mergers"), ("frozen-qwen3-vl-dip", "frozen-qwen3-vl"),
-        ("qwen3-5-dip", "qwen3-5"), ("frozen-qwen3-5-dip", "frozen-qwen3-5"),
+        ("qwen3-5-dip", "qwen3-5"), ("predicting-dip", "predicting"), ("frozen-qwen3-5-dip", "frozen-qwen3-5"),
         ("glm-4-1v-dip", "glm-4-1v"),
         ("kimi-vl-dip", "kimi-vl"), ("kimi-vl-frozen-dip", "kimi-vl-frozen"),
     ],

@@ -32,7 +32,8 @@ class Tiny:
     Bridge doesn't read from the folder. ``split_frames``: tokens of a video's frames stand apart. ``step`` is the
     module of Bridge's forward step; ``tolerance`` is of logits against Hugging Face's, and ``logits`` prepares one of
     Bridge's models to be compared with them. ``pixels_everywhere``: its step gives pixels to every rank;
-    ``step_shares``: of labels, it gives each context-parallel rank its share."""
+    ``step_shares``: of labels, it gives each context-parallel rank its share.
+    ``predicts``: depths of multi-token prediction that mcore-bridge is asked for."""
 
     name: str
     model: Callable[[bool], Any]
@@ -42,6 +43,7 @@ class Tiny:
     experts: bool = False
     pixels_everywhere: bool = False
     step_shares: bool = False
+    predicts: int = 0
     videos: bool = True
     vision_layers: int = 4
     language_layers: int = 4

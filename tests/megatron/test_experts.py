@@ -58,6 +58,19 @@ def test_replicas_that_share_experts(tmp_path: Path) -> None:
     ]
     predicted = [[line["predicted_seconds"] for line in of_replica] for of_replica in lines]
     assert predicted[0] == predicted[1]  # the time of both together
+    assert predicted[0][0] == predicted[0][2] != predicted[0][3]  # by when stages have corrected the costs
+
+
+def test_groups_of_replicas_that_share_experts(tmp_path: Path) -> None:
+    """Four replicas of two stages: in two groups, each with plans of its own, that exchange microbatches; in one."""
+    flags = (*EXPERTS, *SHARDED, "--global-batch-size", "16")
+    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
+    for spread, more in (("2", ("--dip-balance", "swap")), ("4", ())):
+        run = run_script(
+            "run", SCRIPT, tmp_path / spread, *flags, *more, "--expert-model-parallel-size", spread, "--dip-schedule",
+            "dynamic", ranks=8, pipeline=2, start=forked,
+        )  # fmt: skip
+        assert run.losses == pytest.approx(whole.losses, rel=1e-5), spread
 
 
 def test_what_replicas_that_share_experts_cannot_have_is_refused(tmp_path: Path) -> None:

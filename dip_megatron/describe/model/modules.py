@@ -127,11 +127,12 @@ class ModuleShape:
     they do (adapters: few). ``taps`` are layers, counted from 0, whose outputs also go, each through a projector like
     the head's, to the next module: that of the i-th is added behind its layer i (Qwen3-VL's deepstack).
     ``mtp`` depths of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) go with the head: each a
-    linear from two hidden states to one, a layer like the last, and the head once more. ``tensor_parallel`` says what
-    tensor-parallel ranks do: each holds a part of every matrix (``split``, Megatron's modules); or each holds the whole
-    module, as of Hugging Face's, and either has a share of every unit's instances (``shared``, encoders only; so DIP
-    runs them in segments, but mixed chunks as Megatron does) or runs all of them (``whole``). ``context_parallel`` says
-    the same of the ranks that ``cp`` counts, for an encoder.
+    linear from two hidden states to one, a layer like the last, and the head once more. ``carried`` tensors as large as
+    hidden states go from rank to rank: two where embeddings travel with them to such a head. ``tensor_parallel`` says
+    what tensor-parallel ranks do: each holds a part of every matrix (``split``, Megatron's modules); or each holds the
+    whole module, as of Hugging Face's, and either has a share of every unit's instances (``shared``, encoders only; so
+    DIP runs them in segments, but mixed chunks as Megatron does) or runs all of them (``whole``). ``context_parallel``
+    says the same of the ranks that ``cp`` counts, for an encoder.
     """
 
     name: str
@@ -145,6 +146,7 @@ class ModuleShape:
     trained_share: tuple[float, float, float] = (1.0, 1.0, 1.0)
     taps: tuple[int, ...] = ()
     mtp: int = 0
+    carried: int = 1
     tensor_parallel: TensorParallel = "split"
     context_parallel: ContextParallel = "whole"
 

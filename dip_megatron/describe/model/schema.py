@@ -167,6 +167,7 @@ class _Module(_Strict):
     trainable: tuple[TrainablePart, ...] = EVERY_PART
     taps: tuple[int, ...] = ()
     mtp: int = Field(default=0, ge=0)
+    carried: PositiveInt = 1
     tensor_parallel: TensorParallel = "split"
     context_parallel: ContextParallel = "whole"
 
@@ -216,6 +217,7 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 trainable=m.trainable,
                 taps=m.taps,
                 mtp=m.mtp,
+                carried=m.carried,
                 tensor_parallel=m.tensor_parallel,
                 context_parallel=m.context_parallel,
             )

@@ -156,6 +156,11 @@ class Page(ABC):
             raise ValueError(f"DIP can't run {self.model_class.__name__} with context parallelism; use "
                              "--dip-schedule off")  # fmt: skip
 
+    def check_layers(  # noqa: B027  most pages take every partition
+        self, config: Any, layers: Mapping[str, tuple[tuple[int, ...], ...]]
+    ) -> None:  # fmt: skip
+        """Raises ValueError for partitions, ``[segment][rank]`` of each module, that the class can't have."""
+
     def check_call(self, arguments: Arguments) -> None:  # noqa: B027  most pages take every call
         """Raises ValueError for a batch that has no segmented form."""
 
@@ -241,7 +246,12 @@ class Page(ABC):
             LanguageHead(words, self.tied(config)),
             tuple(e.name for e in self.encoders), trainable_parts(stem=reads, layers=reads, head=reads),
             mtp=getattr(config, "mtp_num_layers", None) or 0,
+            carried=self.carried(config),
         )  # fmt: skip
+
+    def carried(self, config: Any) -> int:
+        """How many tensors as large as hidden states the language model's chunks hand on as one."""
+        return 1
 
     def describe(self, config: Any, freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
         """The model of this config."""

@@ -42,6 +42,7 @@ class CalledProgram(SegmentedProgram):
         self._page, self._kwargs, self._freeze = page, dict(kwargs), dict(freeze or {})
         self._config = config = kwargs[page.config_name]
         page.check(config)
+        page.check_layers(config, layers)
         self._encoders = {e.name: e for e in page.encoders}
         for encoder in page.encoders:
             self.check_layers(encoder.name, encoder.layers(config))
@@ -63,6 +64,7 @@ class CalledProgram(SegmentedProgram):
             sequence_parallel_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
             dtype=dtype_name(config),
             context_parallel_size=config.context_parallel_size,
+            carried=page.carried(config),
         )
 
     def _shapes_of(self, encoder: Encoder) -> EncoderShapes:

@@ -11,7 +11,9 @@ import torch
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model import Qwen3VLModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import reorganize_inputs
 
+from ...compat.layer_specs import specs_of_all_layers
 from ..shared.cut import CutPoints
+from ..shared.layout import without_layout
 from .deepstack import DeepstackVision, add_to_layer
 from .grids import PIXELS, VIDEOS, GivenRows
 from .page import Arguments, Page
@@ -121,8 +123,10 @@ class Qwen3Vl(Page):
         }  # fmt: skip
         if hasattr(config, "build_language_spec"):
             given["language_transformer_layer_spec"] = config.build_language_spec(vp_stage=segment)
-        predicts = last and getattr(config, "mtp_num_layers", None)  # beside the head alone
-        given["mtp_block_spec"] = config.build_mtp_spec(vp_stage=segment) if predicts else None
+        given["mtp_block_spec"] = None
+        if last and getattr(config, "mtp_num_layers", None):  # beside the head, whatever layers the chunk has
+            with specs_of_all_layers():
+                given["mtp_block_spec"] = without_layout(config).build_mtp_spec()
         model = Qwen3VLModel(**given)
         model.add_encoder = first
         return model
