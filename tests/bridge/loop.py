@@ -118,6 +118,7 @@ def configuration(folder: Path, run: Run) -> Any:
     class SamplesProvider(DatasetProvider):
         seq_length: int
         skip_getting_attention_mask_from_dataset: bool = True
+        enable_in_batch_packing: bool = run.packed
 
         def build_datasets(self, context: Any) -> Any:
             counts = (context.train_samples, context.valid_samples, context.test_samples)
