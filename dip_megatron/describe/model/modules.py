@@ -356,8 +356,8 @@ class MultimodalModel:
         cp = self.parallel.cp  # ranks with a share of each sequence exchange it for some of the heads
         if linear is not None and (linear.key_heads % (tp * cp) or linear.value_heads % (tp * cp)):
             heads = f"{linear.key_heads} and {linear.value_heads} heads"
-            ranks = f"tp {tp}" if cp == 1 else f"tp {tp} and cp {cp}"
-            raise ModelError(f"{place}.layer.linear_attention: {heads} can't be split over {ranks}")
+            both = f"tp {tp}" if cp == 1 else f"tp {tp} and cp {cp}"
+            raise ModelError(f"{place}.layer.linear_attention: {heads} can't be split over {both}")
         experts = m.layer.experts
         if experts is not None:
             ep, etp = self.parallel.ep, self.parallel.expert_tp

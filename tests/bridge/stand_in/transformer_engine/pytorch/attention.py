@@ -2,7 +2,7 @@ from contextlib import nullcontext
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformer_engine_torch import shares
+from transformer_engine_torch import shares  # type: ignore[import-not-found]
 
 
 class DotProductAttention(torch.nn.Module):
@@ -30,8 +30,8 @@ class DotProductAttention(torch.nn.Module):
             if form == "sbhd":
                 return self._shared(query, key, value, [self.cp_group.size() * key.shape[0]])
             bounds = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
-            shared = (t[:, None] for t in (query, key, value))
-            return self._shared(*shared, bounds.diff().tolist())[:, 0]
+            query, key, value = (t[:, None] for t in (query, key, value))
+            return self._shared(query, key, value, bounds.diff().tolist())[:, 0]
         if form == "thd":
             bounds_q = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
             bounds_kv = cu_seqlens_kv if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded
