@@ -73,8 +73,8 @@ class JointPlanMaker:
 
     def best(self, request: PlanRequest, give: Callable[[JointPlan], None]) -> JointPlan:
         """Pairing and orders searched within the request's budget; the first set is given at once. Neither is slower
-        than the greedy's, which a search that has hardly begun can be. Under any other schedule: its order of the maxima,
-        run by all, microbatches as they come."""
+        than the greedy's, which a search that has hardly begun can be. Under any other schedule: its order of the
+        maxima, run by all, microbatches as they come."""
         built = self._graphs(request)
         graphs = self._corrected(request, built)
         if request.forward_only:
