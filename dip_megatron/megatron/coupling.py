@@ -117,6 +117,9 @@ def _with_gradient(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _flags(chunk: torch.nn.Module) -> tuple[list[bool], bool]:
-    """Of each layer, whether it has experts; and whether anything in the chunk does."""
+    """Of each layer, whether it has experts; and whether anything in the chunk does. A rehearsal's chunk, which has no
+    layers, says so itself."""
+    if isinstance(told := getattr(chunk, "layers_with_experts", None), tuple):
+        return list(told), any(told)
     flags = [isinstance(layer.mlp, BaseMoELayer) for layer in transformer_layers(chunk)]
     return flags, any(isinstance(module, BaseMoELayer) for module in chunk.modules())
