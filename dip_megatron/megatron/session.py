@@ -127,7 +127,8 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
-            check_experts(blueprint.kwargs.values(), loop.parallel)
+            for note in check_experts(blueprint.kwargs.values(), loop.parallel):
+                _tell(note)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, replica_folder())
             model = family.describe(blueprint, loop.parallel)
@@ -171,7 +172,7 @@ class DipSession:
         config = self._config
         replica = replica_ranks()
         if self._loop.parallel.coupled > 1:
-            replica, self._coupled = coupled_ranks()
+            replica, self._coupled = coupled_ranks(self._loop.parallel.joined)
         self._exchange = GlooExchange(replica, config.timeout_seconds)
         if self._coupled is not None:
             self._experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
