@@ -64,15 +64,17 @@ class JointPlanMaker:
         return self._greedy(request, self._corrected(request, self._graphs(request)))
 
     def _greedy(self, request: PlanRequest, graphs: Sequence[StageGraph]) -> JointPlan:
+        return self._plan(request, graphs, self._greedy_schedules(graphs), SearchStatistics(), "greedy")
+
+    def _greedy_schedules(self, graphs: Sequence[StageGraph]) -> list[Schedule]:
         t = together(graphs, self.experts, pairings(graphs, self.experts)[0])
         schedules = t.schedules(greedy(t.graph))
-        if not _fit(graphs, schedules):
-            schedules = one_slot_at_a_time(t)
-        return self._plan(request, graphs, schedules, SearchStatistics(), "greedy")
+        return schedules if _fit(graphs, schedules) else one_slot_at_a_time(t)
 
     def best(self, request: PlanRequest, give: Callable[[JointPlan], None]) -> JointPlan:
-        """Pairing and orders searched within the request's budget; the first set is given at once. Under any other
-        schedule: its order of the maxima, run by all, microbatches as they come."""
+        """Pairing and orders searched within the request's budget; the first set is given at once. Neither is slower
+        than the greedy's, which a search that has hardly begun can be. Under any other schedule: its order of the
+        maxima, run by all, microbatches as they come."""
         built = self._graphs(request)
         graphs = self._corrected(request, built)
         if request.forward_only:
@@ -83,13 +85,16 @@ class JointPlanMaker:
                 return self._greedy(request, graphs)
             made = self._plan(request, graphs, found.schedules, SearchStatistics(workers=1), self.name)
             return self._with_model_seconds(request, made, built, found.schedules)
+        simple = self._greedy_schedules(graphs)
+        simple_seconds = simulate_joint_compiled(graphs, simple, self.experts).iteration_time
         given = False
 
-        def improved(schedules: Sequence[Schedule], _: float) -> None:
+        def improved(schedules: Sequence[Schedule], seconds: float) -> None:
             nonlocal given
             if not given:
                 given = True
-                give(self._plan(request, graphs, schedules, SearchStatistics(workers=1), self.name))
+                better = schedules if seconds <= simple_seconds else simple
+                give(self._plan(request, graphs, better, SearchStatistics(workers=1), self.name))
 
         effort = self.effort
         best = search_joint(
@@ -97,9 +102,10 @@ class JointPlanMaker:
             evaluations=effort.evaluations, workers=effort.workers, options=effort.options, on_improved=improved,
         )  # fmt: skip
         statistics = SearchStatistics(best.seconds, best.evaluations, effort.workers, effort.seed)
-        bound = min(best.lower_bound, best.iteration_time)
-        made = self._plan(request, graphs, best.schedules, statistics, self.name, bound)
-        return self._with_model_seconds(request, made, built, best.schedules)
+        schedules = best.schedules if best.iteration_time <= simple_seconds else simple
+        bound = min(best.lower_bound, best.iteration_time, simple_seconds)
+        made = self._plan(request, graphs, schedules, statistics, self.name, bound)
+        return self._with_model_seconds(request, made, built, schedules)
 
     def _graphs(self, request: PlanRequest) -> list[StageGraph]:
         return [self.builder.build(loads, request.forward_only, request.training) for loads in request.replicas]

@@ -301,9 +301,11 @@ class MultimodalModel:
             if value % tp and not (name == "kv_groups" and tp % value == 0):
                 raise ModelError(f"{place}.layer.{name}: {value} can't be split over tp {tp}")
         linear = m.layer.linear_attention
-        if linear is not None and (linear.key_heads % tp or linear.value_heads % tp):
+        cp = self.parallel.cp  # ranks with a share of each sequence exchange it for some of the heads
+        if linear is not None and (linear.key_heads % (tp * cp) or linear.value_heads % (tp * cp)):
             heads = f"{linear.key_heads} and {linear.value_heads} heads"
-            raise ModelError(f"{place}.layer.linear_attention: {heads} can't be split over tp {tp}")
+            both = f"tp {tp}" if cp == 1 else f"tp {tp} and cp {cp}"
+            raise ModelError(f"{place}.layer.linear_attention: {heads} can't be split over {both}")
         experts = m.layer.experts
         if experts is not None:
             ep, etp = self.parallel.ep, self.parallel.expert_tp

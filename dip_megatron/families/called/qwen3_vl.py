@@ -4,7 +4,7 @@ feed the language model's first layers."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class Qwen3Vl(Page):
     model_class = Qwen3VLModel
     encoders = (Vision(),)
     config_name = "language_transformer_config"
-    shares = predicts = True
+    shares = shares_packed = predicts = True
     usual_picture = 300
     """Patches of 16 x 16, four a token."""
 
@@ -96,11 +96,6 @@ class Qwen3Vl(Page):
             raise ValueError(
                 f"a {type(config).__name__} says nothing of its {config.mtp_num_layers} multi-token prediction layers; "
                 "leave out mtp_num_layers"
-            )
-        if config.context_parallel_size > 1 and getattr(config, "experimental_attention_variant", None):
-            raise ValueError(
-                f"context parallelism of {config.experimental_attention_variant} is untried under DIP; use "
-                "context_parallel_size 1"
             )
         if getattr(config, "vision_dp_when_cp", False):
             raise ValueError("DIP places encoders itself; leave out vision_dp_when_cp")
@@ -136,5 +131,7 @@ class Qwen3Vl(Page):
         model.add_encoder = first
         return model
 
-    def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-        return add_to_layer(model.language_model, hidden, where, tap)
+    def add_tap(
+        self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor, row: Sequence[int]
+    ) -> torch.Tensor:  # fmt: skip
+        return add_to_layer(model.language_model, hidden, where, tap, row)

@@ -50,6 +50,18 @@ def parallel_of(config: Any) -> Parallel:
     )  # fmt: skip
 
 
+_SHARING = (
+    "Qwen3VLModelProvider", "Qwen3VLMoEModelProvider", "Qwen35VLModelProvider", "Qwen35VLMoEModelProvider",
+    "KimiK25VLModelProvider", "Ministral3ModelProvider", "Qwen25OmniModelProvider", "Qwen3OmniModelProvider",
+)  # fmt: skip
+"""Bridge's providers of models whose pages say that their class ``shares``."""
+
+
+def _shares(model: Any) -> bool:
+    """Whether it is one of these, or of a class made from one."""
+    return any(kind.__name__ in _SHARING for kind in type(model).__mro__)
+
+
 def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
     from megatron.training.models.base import ModelConfig
 
@@ -64,9 +76,9 @@ def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
     leave = "leave it out"
     return [
         (pipeline < 2, f"pipeline_model_parallel_size {pipeline}", "there is no pipeline to schedule", "use 2 or more"),
-        (context > 1 and not hasattr(model, "vision_dp_when_cp"), f"context_parallel_size {context}",
-         "of Bridge's models only the class of Qwen3-VL shares merged sequences on every stage by itself",
-         "use tensor parallelism with sequence_parallel"),
+        (context > 1 and not _shares(model), f"context_parallel_size {context}",
+         f"the class of a {type(model).__name__} isn't among those of Bridge's that share merged sequences on every "
+         "stage by themselves", "use tensor parallelism with sequence_parallel"),
         *(expert_refusals(model, parallel_of(config)) if getattr(model, "num_moe_experts", None) else ()),
         (sharded, "FSDP", "it gathers parameters in one fixed order of layers", "use ddp.use_distributed_optimizer"),
         (getattr(model, "defer_embedding_wgrad_compute", False), "defer_embedding_wgrad_compute",
