@@ -31,12 +31,15 @@ class CoupledRanks:
     replica: int
 
 
-def coupled_ranks() -> tuple[list[int], CoupledRanks]:
-    """Global ranks of all replicas that share experts with this rank's, directly or through others, and where each
-    replica's stand among them. All ranks of the job call it together. Raises ConfigurationError where replicas that
-    share experts are no equal blocks."""
+def coupled_ranks(every: bool = False) -> tuple[list[int], CoupledRanks]:
+    """Global ranks of all replicas that share experts with this rank's, directly or through others, or of ``every``
+    one, and where each replica's stand among them. All ranks of the job call it together. Raises ConfigurationError
+    where replicas that share experts are no equal blocks."""
     replica = tuple(replica_ranks())
-    experts = dist.get_process_group_ranks(parallel_state.get_expert_tensor_and_model_parallel_group())
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    if every:
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    experts = dist.get_process_group_ranks(group)
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (replica, tuple(experts)))
     return joined(told, dist.get_rank())

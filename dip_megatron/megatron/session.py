@@ -127,7 +127,8 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
-            check_experts(blueprint.kwargs.values(), loop.parallel)
+            for note in check_experts(blueprint.kwargs.values(), loop.parallel):
+                _tell(note)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, replica_folder())
             model = family.describe(blueprint, loop.parallel)
@@ -169,7 +170,8 @@ class DipSession:
     def _start_planner(self, program: StageProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
         config = self._config
-        ranks, places = coupled_ranks() if self._loop.parallel.coupled > 1 else (replica_ranks(), None)
+        parallel = self._loop.parallel
+        ranks, places = coupled_ranks(parallel.joined) if parallel.coupled > 1 else (replica_ranks(), None)
         self._exchange = everyone = GlooExchange(ranks, config.timeout_seconds)
         if places is not None:
             self._experts = experts_of(chunks, program.modules, everyone, places)

@@ -90,6 +90,8 @@ class Run:
     text: bool = False
     """whether the folder has a model of text alone"""
     tiny: str = "qwen2-5-vl"
+    balance: str = ""
+    """of experts, if it isn't that of the tiny model"""
     adapters: tuple[str, ...] = ()
     """what LoRA adapts; nothing else trains then"""
 
@@ -129,6 +131,8 @@ def configuration(folder: Path, run: Run) -> Any:
     )
     if not run.text:
         TINY[run.tiny].change(model)
+    if run.balance:
+        model.moe_router_load_balancing_type = run.balance
     model.params_dtype = model.autocast_dtype = model.pipeline_dtype = torch.float32
     model.bf16 = model.gradient_accumulation_fusion = False
     samples = 2 if run.packed else 1  # a row

@@ -12,22 +12,14 @@ from typing import Literal
 
 from .ends import Head, LanguageHead, LatentEmbedding, LatentHead, Nothing, Projector, Stem, TokenEmbedding
 from .experts import Experts, LayerKind
+from .faults import ModelError, positive
 from .linear_attention import GatedDeltaNet
+from .parallel import Parallel
 
 TrainablePart = Literal["stem", "layers", "head"]
 TensorParallel = Literal["split", "shared", "whole"]
 ContextParallel = Literal["shared", "whole"]
 EVERY_PART: tuple[TrainablePart, ...] = ("stem", "layers", "head")
-
-
-class ModelError(ValueError):
-    """A model description that contradicts itself; the message is ``PLACE: REASON``."""
-
-
-def _positive(place: str, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ModelError(f"{place}.{name}: must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class TransformerLayer:
     def __post_init__(self) -> None:
         if self.linear_attention is not None and self.window:
             raise ModelError("layer.window: layers are either of windows or of linear_attention; leave one out")
-        _positive("layer", hidden=self.hidden, ffn=self.ffn, heads=self.heads, kv_groups=self.kv_groups)
+        positive("layer", hidden=self.hidden, ffn=self.ffn, heads=self.heads, kv_groups=self.kv_groups)
         if self.head_dim == 0:
             if self.hidden % self.heads:
                 raise ModelError(f"layer.heads: {self.heads} don't divide hidden {self.hidden}; set head_dim")
@@ -151,7 +143,7 @@ class ModuleShape:
     context_parallel: ContextParallel = "whole"
 
     def __post_init__(self) -> None:
-        _positive(f"modules.{self.name}", layers=self.layers)
+        positive(f"modules.{self.name}", layers=self.layers)
         if self.taps and not isinstance(self.head, Projector):
             raise ModelError(f"modules.{self.name}.taps: each has a projector like the head's; set head")
         if any(not 0 <= layer < self.layers for layer in self.taps):
@@ -247,50 +239,6 @@ class ModuleShape:
         every = self.layer.full_attention_every
         other = self.layer.window > 0 or self.layer.linear_attention is not None
         return not other or (every > 0 and (layer + 1) % every == 0)
-
-
-MOST_RANKS = 1 << 20  # of one dimension: more than any cluster has
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """How ranks are used: tensor, pipeline, data and context parallel sizes, what is sharded over them, and over how
-    many of the ranks of a stage experts are spread (``ep``) and each of them is split (``etp``; 0: as ``tp``)."""
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    sequence_parallel: bool = True
-    distributed_optimizer: bool = True
-    cp: int = 1
-    ep: int = 1
-    etp: int = 0
-
-    def __post_init__(self) -> None:
-        sizes = {"tp": self.tp, "pp": self.pp, "dp": self.dp, "cp": self.cp, "ep": self.ep, "etp": self.expert_tp}
-        _positive("parallel", **sizes)
-        for name, size in sizes.items():
-            if size > MOST_RANKS:  # arrays of all ranks would take all memory before anything is refused
-                raise ModelError(f"parallel.{name}: {size} ranks; at most {MOST_RANKS}")
-
-    @property
-    def gpus(self) -> int:
-        return self.tp * self.cp * self.pp * self.dp
-
-    @property
-    def expert_tp(self) -> int:
-        """Ranks that an expert is split over."""
-        return self.etp or self.tp
-
-    @property
-    def coupled(self) -> int:
-        """Data-parallel replicas that share a group of experts: 1 if each has its own, and so plans alone."""
-        return max(1, -(-self.ep * self.expert_tp // (self.tp * self.cp)))
-
-    @property
-    def expert_dp(self) -> float:
-        """Ranks of a stage, of all replicas, that hold the same experts."""
-        return self.tp * self.cp * self.dp / (self.ep * self.expert_tp)
 
 
 @dataclass(frozen=True)

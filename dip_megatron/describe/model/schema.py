@@ -20,19 +20,19 @@ from .ends import (
     TokenEmbedding,
 )
 from .experts import Experts
+from .faults import ModelError
 from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
     ContextParallel,
-    ModelError,
     ModuleShape,
     MultimodalModel,
     Packing,
-    Parallel,
     TensorParallel,
     TrainablePart,
     TransformerLayer,
 )
+from .parallel import Parallel
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
 Triple = tuple[PositiveInt, PositiveInt, PositiveInt]

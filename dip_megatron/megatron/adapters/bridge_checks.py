@@ -10,7 +10,7 @@ from ...compat.names import fault
 from ...compat.releases import numbers_of
 from ...describe.files import ConfigurationError
 from ...describe.model import Parallel
-from ..experts import expert_refusals
+from ..experts import counts_over_iteration, expert_refusals
 
 
 def check_release(tell: Callable[[str], object]) -> None:
@@ -46,6 +46,7 @@ def parallel_of(config: Any) -> Parallel:
         model.tensor_model_parallel_size, model.pipeline_model_parallel_size, getattr(config, "data_parallel_size", 1),
         model.sequence_parallel, config.ddp.use_distributed_optimizer, model.context_parallel_size,
         model.expert_model_parallel_size or 1, model.expert_tensor_parallel_size or 0,
+        bool(getattr(model, "num_moe_experts", None)) and counts_over_iteration(model),
     )  # fmt: skip
 
 
