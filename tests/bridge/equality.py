@@ -103,7 +103,8 @@ def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> 
     if getattr(config, "mtp_num_layers", None) and model[-1].post_process:
         # Its embedding, which mcore-bridge's class makes no use of there.
         copied = model[-1].shared_embedding_or_output_weight()
-        copied.grad = torch.zeros_like(copied) if copied.grad is None else copied.grad
+        if copied.requires_grad and copied.grad is None:
+            copied.grad = torch.zeros_like(copied)
     for chunk in model:
         chunk.ddp_config = DistributedDataParallelConfig()  # type: ignore[assignment]
     if all(hasattr(chunk, "pre_process") for chunk in model):  # else the model inside has it, which isn't looked at

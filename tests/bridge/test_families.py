@@ -148,7 +148,6 @@ FROZEN = [
     pytest.param("gemma3-vl", ("vision_model", "language_model"), id="vision_model language_model"),
     pytest.param("qwen3-5-vl", ("vision_projection",), id="vision_projection"),
     pytest.param("kimi-k2-5", ("vision_model",), id="kimi-k2-5 vision_model"),
-    pytest.param("qwen3-5-vl-moe", ("vision_model",), id="qwen3-5-vl-moe vision_model"),
     pytest.param(
         "qwen3-5-vl-moe", ("vision_model", "language_model"), id="qwen3-5-vl-moe vision_model language_model"
     ),  # as recipes of pretraining have it

@@ -89,6 +89,7 @@ def megatrons(rank: int, world: int, case: Case) -> Any:
     ("mcore-qwen3-5", "several", True, 2), ("mcore-glm-4-1v", "several", False, None),
     ("qwen3-5-vl-moe", "several", True, 1), ("qwen3-5-vl", "one", False, 2), ("glm-4-5v", "several", True, 1),
     ("kimi-k2-5", "several", True, 2), ("mcore-qwen3-5-moe-mtp", "several", True, 2),
+    ("qwen2-vl", "several", False, 2),
 ])  # fmt: skip
 def test_shards_train_as_the_class_does(
     name: str, cut: str, sequence: bool, unit_size: int | None, tmp_path: Path, teams: tuple[Team, Team]
