@@ -148,7 +148,7 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     given = dict(run)
     environ, name = given.pop("dip", {}), given.pop("tiny")
     stages = given.pop("stages", int(os.environ["WORLD_SIZE"]))
-    replicas = int(os.environ["WORLD_SIZE"]) // stages
+    replicas = int(os.environ["WORLD_SIZE"]) // stages // given.get("context_parallel_size", 1)
     kind, template = KINDS[name]
     for variable in [variable for variable in os.environ if variable.startswith("DIP_")]:
         del os.environ[variable]
@@ -173,6 +173,9 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     trainer.callbacks.append(record)
     size = 2 * args.global_batch_size
     trainer.train(Samples(name, size), Samples(name, size) if args.eval_iters > 0 else None)
+    # Processes that have trained before go on with their groups.
+    assert parallel_state.get_context_parallel_world_size() == args.context_parallel_size
+    assert parallel_state.get_expert_model_parallel_world_size() == args.expert_model_parallel_size
     exported = dict(trainer.bridge.export_weights(trainer.unwrapped_models, target_device="cpu"))
     return record.found | {"weights": exported, "saved": trainer.state.last_model_checkpoint}
 

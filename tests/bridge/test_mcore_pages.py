@@ -79,31 +79,35 @@ def test_videos_of_glm_are_refused(tmp_path: Path) -> None:
 
 
 def predicting(rank: int, world: int, folder: Path) -> list[str]:
-    """What DIP says of multi-token prediction on a chunk without layers, and of one layer for all depths."""
+    """What DIP says of multi-token prediction on a chunk without layers, of one layer for all depths, and on shares of
+    sequences."""
     case = Case("mcore-qwen3-5-mtp", folder, {"vision": ((2, 2),), "language": ((4, 0),)})
     said = []
     with pytest.raises(ValueError, match="a layer") as error:
         equality.build(rank, world, case)
     said.append(str(error.value))
-    with pytest.MonkeyPatch.context() as patch:
-        of, given = equality.provider_of, replace(case, layers={"vision": ((2, 2),), "language": ((2, 2),)})
+    of, given = equality.provider_of, replace(case, layers={"vision": ((2, 2),), "language": ((2, 2),)})
+    for setting, value in {"mtp_shared_weights": True, "context_parallel_size": 2}.items():
 
-        def shared(*asked: Any) -> Any:
+        def changed(*asked: Any, setting: str = setting, value: int = value) -> Any:
             models, _ = of(*asked)
-            models.config.mtp_shared_weights = True
+            setattr(models.config, setting, value)
             return models, models
 
-        patch.setattr(equality, "provider_of", shared)
-        with pytest.raises(ValueError, match="mtp_shared_weights") as error:
-            equality.build(rank, world, given)
-    return [*said, str(error.value)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(equality, "provider_of", changed)
+            with pytest.raises(ValueError, match=setting) as error:
+                equality.build(rank, world, given)
+        said.append(str(error.value))
+    return said
 
 
 def test_prediction_that_mcore_bridge_cant_load_is_refused(tmp_path: Path) -> None:
     MCORE_TINY["mcore-qwen3-5-mtp"].save(tmp_path)
-    layerless, repeated = team(2).run(predicting, tmp_path)[-1]
+    layerless, repeated, shared = team(2).run(predicting, tmp_path)[-1]
     assert "give the last chunk of language a layer" in layerless
     assert "leave out mtp_shared_weights" in repeated
+    assert "leave out mtp_num_layers, or use context_parallel_size 1" in shared
 
 
 def test_deepstack_of_several_rows_is_refused(tmp_path: Path) -> None:

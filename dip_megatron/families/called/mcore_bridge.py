@@ -55,6 +55,7 @@ class McoreBridgePage(Page):
     tower: ClassVar[str] = ""
     """The encoder within the wrapper, where the wrapper asks it for more than what it is called for."""
     replicates = False  # mcore-bridge's export knows of one copy
+    shares = shares_packed = True
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -62,6 +63,11 @@ class McoreBridgePage(Page):
             raise ConfigurationError(
                 "DIP hasn't been tried with one layer for all depths of multi-token prediction; leave out "
                 "mtp_shared_weights, or use schedule off"
+            )
+        if config.mtp_num_layers and config.context_parallel_size > 1:
+            raise ConfigurationError(
+                "DIP hasn't been tried with multi-token prediction of mcore-bridge's models on shares of sequences; "
+                "leave out mtp_num_layers, or use context_parallel_size 1"
             )
         if config.language_model_only:
             raise ConfigurationError(f"DIP has no family for {self.name} without its encoder; use schedule off")
