@@ -56,8 +56,11 @@ class Case:
 
 def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     """Bridge of the folder, and the model's provider; or mcore-bridge as both."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
     stages = world // case.ranks
     initialize(stages, case.tensor, case.context)
+    destroy_moe_metrics_tracker()  # which has as many layers as the first model of a process
     for backend in ("FLASH", "FUSED", "UNFUSED"):  # families of one process differ in what they ask for
         os.environ.pop(f"NVTE_{backend}_ATTN", None)
     if case.tiny in MCORE_TINY:
