@@ -132,6 +132,12 @@ def rehearse(jobs: str, limit: float, keep: Path | None, as_json: bool, **values
 def _job(stages: int, replicas: int, faults: tuple[Fault, ...], values: dict[str, Any]) -> Job:
     """The job of this size that the options describe."""
     model: MultimodalModel = load_model(values["model"]).with_parallel(tp=None, pp=stages, dp=replicas)
+    coupled = model.parallel.coupled
+    if replicas % coupled:
+        raise InputError(
+            f"--jobs {stages}x{replicas}: {coupled} replicas of {values['model']} share a group of experts; give a "
+            "multiple of so many, or a model file with a smaller parallel.ep"
+        )
     count, iterations = values["microbatches"], values["iterations"]
     batches = load_workload(values["workload"], model, replicas * iterations, count, 0)
     if len(batches) < replicas * iterations or any(len(b.microbatches) != count for b in batches):

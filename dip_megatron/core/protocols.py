@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
 class Exchange(Protocol):
-    """The two collectives among the ranks of one pipeline, on the host and bounded in time."""
+    """Collectives among some ranks, those of one replica for the most part, on the host and bounded in time."""
 
     rank: int
 
@@ -16,6 +17,14 @@ class Exchange(Protocol):
 
     def gather(self, data: bytes) -> list[bytes]:
         """Everyone's bytes, to all, in the order of ranks."""
+        ...
+
+
+class ScatteringExchange(Exchange, Protocol):
+    """One that also hands each rank something of its own."""
+
+    def scatter(self, parts: Sequence[bytes] | None) -> bytes:
+        """Of rank 0's ``parts`` each rank its own."""
         ...
 
 

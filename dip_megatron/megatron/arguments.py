@@ -10,7 +10,7 @@ from ..config import DipConfig
 from ..describe.files import ConfigurationError
 from ..describe.model import Parallel
 from ..environment import load_settings
-from .experts import expert_refusals
+from .experts import counts_over_iteration, expert_refusals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -58,6 +58,7 @@ def parallel_of(args: Any) -> Parallel:
         args.tensor_model_parallel_size, args.pipeline_model_parallel_size, getattr(args, "data_parallel_size", 1),
         args.sequence_parallel, args.use_distributed_optimizer, args.context_parallel_size,
         getattr(args, "expert_model_parallel_size", 1), getattr(args, "expert_tensor_parallel_size", None) or 0,
+        bool(getattr(args, "num_experts", None)) and counts_over_iteration(args),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +17,29 @@ from ..core.experts import ExpertLayers
 from ..core.protocols import Exchange
 from ..describe.files import ConfigurationError
 from ..families.shared.layer_memory import transformer_layers
-from ..planner.delivery import CoupledRanks
+from ..planner.delivery import CoupledReplicas
+from .exchange import GlooExchange
 from .ranks import replica_ranks
 
 
-def coupled_ranks() -> tuple[list[int], CoupledRanks]:
-    """Global ranks of all replicas that share experts with this rank's, directly or through others, and where each
-    replica's stand among them. All ranks of the job call it together. Raises ConfigurationError where replicas that
-    share experts are no equal blocks."""
+@dataclass(frozen=True)
+class CoupledRanks:
+    """Where replicas that share experts stand among all of their ranks: ``replicas[r]`` are the places of replica r's
+    ranks, the first of which has its loads; this rank is of ``replica``."""
+
+    replicas: tuple[tuple[int, ...], ...]
+    replica: int
+
+
+def coupled_ranks(every: bool = False) -> tuple[list[int], CoupledRanks]:
+    """Global ranks of all replicas that share experts with this rank's, directly or through others, or of ``every``
+    one, and where each replica's stand among them. All ranks of the job call it together. Raises ConfigurationError
+    where replicas that share experts are no equal blocks."""
     replica = tuple(replica_ranks())
-    experts = dist.get_process_group_ranks(parallel_state.get_expert_tensor_and_model_parallel_group())
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    if every:
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    experts = dist.get_process_group_ranks(group)
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (replica, tuple(experts)))
     return joined(told, dist.get_rank())
@@ -46,6 +60,17 @@ def joined(told: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], rank: int) -
         raise ConfigurationError(f"replicas that share experts have {sorted(sizes)} ranks; they must have equally many")
     places = tuple(tuple(ranks.index(member) for member in replica) for replica in replicas)
     return ranks, CoupledRanks(places, replicas.index(told[rank][0]))
+
+
+def coupled_exchanges(
+    ranks: Sequence[int], coupled: CoupledRanks, timeout_seconds: float
+) -> tuple[GlooExchange, CoupledReplicas]:
+    """What plans are delivered through (see :class:`..planner.delivery.PlanDelivery`): among the ranks of this rank's
+    replica, and among the first ranks of all; all ``ranks`` that are ``coupled`` call it together."""
+    replicas = [[ranks[place] for place in places] for places in coupled.replicas]
+    own = GlooExchange(replicas[coupled.replica], timeout_seconds)
+    firsts = GlooExchange([replica[0] for replica in replicas], timeout_seconds) if own.rank == 0 else None
+    return own, CoupledReplicas(len(replicas), coupled.replica, firsts)
 
 
 def experts_of(
@@ -95,6 +120,9 @@ def _with_gradient(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _flags(chunk: torch.nn.Module) -> tuple[list[bool], bool]:
-    """Of each layer, whether it has experts; and whether anything in the chunk does."""
+    """Of each layer, whether it has experts; and whether anything in the chunk does. A rehearsal's chunk, which has no
+    layers, says so itself."""
+    if isinstance(told := getattr(chunk, "layers_with_experts", None), tuple):
+        return list(told), any(told)
     flags = [isinstance(layer.mlp, BaseMoELayer) for layer in transformer_layers(chunk)]
     return flags, any(isinstance(module, BaseMoELayer) for module in chunk.modules())

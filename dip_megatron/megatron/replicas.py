@@ -30,7 +30,7 @@ from ..describe.files import ConfigurationError
 from ..describe.model import Training
 from ..describe.workload import Microbatch
 from ..planner.balance import Mode, meeting_work, microbatch_work
-from ..planner.delivery import CoupledRanks, PlanDelivery
+from ..planner.delivery import CoupledReplicas, PlanDelivery
 from ..planner.live import ModelGraphs
 from ..planner.quotes import (
     TOO_DEAR,
@@ -316,13 +316,13 @@ class ExchangesAhead:
 
 def begin_exchanges(
     graphs: ModelGraphs | None, delivery: PlanDelivery, timeout_seconds: float, device: torch.device, mode: Mode,
-    at_call: bool, coupled: CoupledRanks | None = None, experts: ExpertLayers | None = None,
+    at_call: bool, coupled: CoupledReplicas | None = None, experts: ExpertLayers | None = None,
     samples: Samples | None = None,
 ) -> ExchangesAhead:  # fmt: skip
     """Between the data-parallel replicas of Megatron's groups; all ranks call it together. ``graphs`` price the
     microbatches where plans are made; with ``samples`` these move, too. ``coupled`` replicas share ``experts``. Raises
     ConfigurationError if those don't follow one another."""
-    group = 1 if coupled is None else len(coupled.replicas)
+    group = 1 if coupled is None else coupled.count
     if coupled is not None and parallel_state.get_data_parallel_rank() % group != coupled.replica:
         raise ConfigurationError(
             f"balance {mode}: the replicas that share experts aren't {group} data-parallel ranks after one another; "

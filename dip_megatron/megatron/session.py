@@ -23,7 +23,7 @@ from ..describe.files import ConfigurationError
 from ..describe.model import Partition, Training, TrainingMismatchError
 from ..families.family import ModelFamily
 from ..families.shared import deferred_linear
-from ..planner.delivery import CoupledRanks, PlanDelivery
+from ..planner.delivery import CoupledReplicas, PlanDelivery
 from ..planner.facade import live_maker
 from ..planner.from_file import FilePlanner, PlanFile
 from ..planner.joint import joint_maker
@@ -49,7 +49,7 @@ from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
 from .chunks import ChunkChoice, cluster_of, unlike_the_loop
 from .copies import begin_alike, check_unchanged, copied
-from .coupling import coupled_ranks, experts_of, meet_in_backwards
+from .coupling import coupled_exchanges, coupled_ranks, experts_of, meet_in_backwards
 from .exchange import GlooExchange
 from .experts import check_coupled, check_experts
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
@@ -90,7 +90,7 @@ class DipSession:
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
         self._service: Service | None = None
-        self._coupled: CoupledRanks | None = None
+        self._coupled: CoupledReplicas | None = None
         self._experts: ExpertLayers | None = None
         self._step: DipForwardBackward | None = None
         self._closing = contextlib.ExitStack()
@@ -127,7 +127,8 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
-            check_experts(blueprint.kwargs.values(), loop.parallel)
+            for note in check_experts(blueprint.kwargs.values(), loop.parallel):
+                _tell(note)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, replica_folder())
             model = family.describe(blueprint, loop.parallel)
@@ -169,20 +170,20 @@ class DipSession:
     def _start_planner(self, program: StageProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
         config = self._config
-        replica = replica_ranks()
-        if self._loop.parallel.coupled > 1:
-            replica, self._coupled = coupled_ranks()
-        self._exchange = GlooExchange(replica, config.timeout_seconds)
-        if self._coupled is not None:
-            self._experts = experts_of(chunks, program.modules, self._exchange, self._coupled)
+        parallel = self._loop.parallel
+        ranks, places = coupled_ranks(parallel.joined) if parallel.coupled > 1 else (replica_ranks(), None)
+        self._exchange = everyone = GlooExchange(ranks, config.timeout_seconds)
+        if places is not None:
+            self._experts = experts_of(chunks, program.modules, everyone, places)
+            self._exchange, self._coupled = coupled_exchanges(ranks, places, config.timeout_seconds)
             meet_in_backwards(chunks)
         experts = self._experts
-        supported = self._exchange.gather(b"yes" if program.supports_split else b"no")
+        supported = everyone.gather(b"yes" if program.supports_split else b"no")
         if config.split_backward and b"no" in supported:
             logger.warning("some layers can't defer weight gradients: plans split no backward")
             config = config.model_copy(update={"split_backward": False})
-        if self._exchange.rank == 0:
-            planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(replica)
+        if everyone.rank == 0:
+            planners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // len(ranks)
             cores = self._loop.computes_on_cores()
             effort = live_effort(config, planners_here, thrifty=cores)
             label = config.schedule if (asked := config.schedule != "off") else self._entry.name
@@ -277,8 +278,7 @@ class DipSession:
         clock = self._clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = self._executor(pipeline, rank, clock, exchange, device)
-        corrects = config.recalibrate and self._coupled is None
-        delivery = PlanDelivery(self._exchange, self._service, corrects, self._coupled)
+        delivery = PlanDelivery(self._exchange, self._service, config.recalibrate, self._coupled)
         watchdog = Watchdog(shared_store(), executor.position, dist.get_rank(), patience_seconds=config.timeout_seconds)
         recorder = None
         consumers = self._consumers(exchange)

@@ -9,16 +9,16 @@ import struct
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core import Plan
 from ..core.joint import JointPlan
-from ..core.protocols import Exchange
+from ..core.protocols import Exchange, ScatteringExchange
 from ..describe.cost import Corrections
 from .ahead import Ahead
 from .recalibration import Measurement, Recalibration
-from .request import AnyPlan, PlannerStatistics, PlanRequest, Service, differences
+from .request import PlannerStatistics, PlanRequest, Service, differences
 
 _HEAD = struct.Struct(f"<{hashlib.sha256().digest_size}sI")  # a plan's hash, bytes of news
 
@@ -44,34 +44,47 @@ class DeliveredPlan:
 
 
 @dataclass(frozen=True)
-class CoupledRanks:
-    """Where replicas that share experts stand in an exchange among all of them: ``replicas[r]`` are the places of
-    replica r's ranks, the first of which has its loads; this rank is of ``replica``."""
+class CoupledReplicas:
+    """Replicas that share experts, ``count`` of them, of which this rank belongs to ``replica``. ``firsts``: the
+    exchange among the first ranks of all, on those ranks; None on others."""
 
-    replicas: tuple[tuple[int, ...], ...]
+    count: int
     replica: int
+    firsts: ScatteringExchange | None
 
-    @property
-    def own(self) -> tuple[int, ...]:
-        """Places of this rank's replica."""
-        return self.replicas[self.replica]
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the ranks of a replica are sent: see :class:`DeliveredPlan`. ``digests``: of the plans of all replicas that
+    share experts, with the ``corrections`` of the costs these were made with."""
+
+    plan: Plan
+    statistics: PlannerStatistics
+    shared: Any
+    digests: tuple[str, ...] = ()
+    corrections: Corrections = field(default_factory=Corrections)
 
 
 class PlanDelivery:
-    """Delivers the same plan to every rank of a replica, and to every replica that shares its experts the plan that was
-    made with it. Rank 0 of the exchange owns the planner service, and learns from what all ranks measured."""
+    """Delivers the same plan to every rank of a replica. Its rank 0 owns the planner service, and learns from what all
+    ranks measured.
+
+    Of replicas that share experts the first one's rank 0 plans for all. The first ranks bring together what their
+    replicas ask for and have measured, get their own of the plans that were made together, and tell their replica: no
+    rank takes in another replica's plan, and no collective joins all ranks, of which there may be hundreds.
+    """
 
     def __init__(
         self, exchange: Exchange, service: Service | None, recalibrate: bool = False,
-        coupled: CoupledRanks | None = None,
+        coupled: CoupledReplicas | None = None,
     ):  # fmt: skip
-        """``exchange`` is the delivery's alone: a thread broadcasts over it at any time. ``recalibrate`` (the same
-        on all ranks): plan with costs corrected by measurements. ``coupled``: the exchange is among all ranks of
-        several replicas, for which the service plans together."""
-        if (exchange.rank == 0) != (service is not None):
-            raise ValueError("exactly rank 0 of the exchange has a planner service")
-        if coupled is not None and recalibrate:
-            raise ValueError("what a stage of coupled replicas took holds waits for the others, and corrects no costs")
+        """``exchange`` is among the ranks of the replica, and the delivery's alone: a thread broadcasts over it at any
+        time. ``recalibrate`` (the same on all ranks): plan with costs corrected by measurements. ``coupled``: replicas
+        that the service plans together."""
+        if (exchange.rank == 0 and (coupled is None or coupled.replica == 0)) != (service is not None):
+            raise ValueError("exactly rank 0 of the exchange, of the first of coupled replicas, has a planner service")
+        if coupled is not None and (exchange.rank == 0) != (coupled.firsts is not None):
+            raise ValueError("exactly rank 0 of each coupled replica is in the exchange among the first ranks")
         self._coupled = coupled
         self._exchange = exchange
         self._service = service
@@ -81,6 +94,11 @@ class PlanDelivery:
         self._measured: Measurement | None = None
         self._corrections: dict[int, Corrections] = {}
         self._running: tuple[int, Plan, Corrections] | None = None
+        # Of coupled replicas. On all ranks: with what the last plan taken was made; on the first ranks: what their
+        # replica has measured since they asked last; where plans are made, in the thread: plans not learnt from yet.
+        self._known = Corrections()
+        self._told: list[bytes] = []
+        self._made: dict[int, tuple[JointPlan, Corrections]] = {}
 
     def request(
         self, request: PlanRequest, wait_seconds: float, shared: Any = None, ahead: bool = False, hurries: bool = False
@@ -91,7 +109,9 @@ class PlanDelivery:
         (see :class:`.ahead.Ahead`)."""
         waits = Ahead(hurries) if ahead and self._service is not None else None
         if self._coupled is not None:
-            job = self._thread.submit(self._deliver_together, request, wait_seconds, shared, self._coupled, waits)
+            told, self._told = self._told, []
+            ask = request, shared, told
+            job = self._thread.submit(self._deliver_together, ask, wait_seconds, self._coupled, waits)
             self._coming[request.request] = request.subject, job, waits
             return
         if self._service is not None:
@@ -105,15 +125,16 @@ class PlanDelivery:
         self._coming[request.request] = request.subject, delivery, waits
 
     def corrections(self) -> Corrections:
-        """Those that a plan asked for now would be made with; on rank 0."""
+        """Those that a plan asked for now would be made with; on rank 0. Of coupled replicas, on all of their ranks:
+        those of the last plan taken."""
+        if self._coupled is not None:
+            return self._known
         return Corrections() if self._recalibration is None else self._recalibration.corrections()
 
     @property
     def plans_here(self) -> bool:
         """Whether this rank's requests are the ones that count."""
-        if self._coupled is not None:
-            return self._exchange.rank == self._coupled.own[0]
-        return self._service is not None
+        return self._exchange.rank == 0
 
     def measured(self, measurement: Measurement) -> None:
         """What this rank measured in a training iteration that was taken here; sent along with the next ``take``."""
@@ -123,11 +144,7 @@ class PlanDelivery:
     def share(self, data: bytes) -> list[bytes]:
         """Everyone's bytes, to all of the replica: before the first request, or between a ``take`` and the next
         request."""
-        return self._of_replica(self._exchange.gather(data))
-
-    def _of_replica(self, everyone: Sequence[bytes]) -> list[bytes]:
-        places = range(len(everyone)) if self._coupled is None else self._coupled.own
-        return [everyone[place] for place in places]
+        return self._exchange.gather(data)
 
     def take(self, request: int, news: bytes = b"") -> DeliveredPlan:
         """The plan, once all ranks have shown to hold the same; what each has to tell the others travels with it.
@@ -142,28 +159,46 @@ class PlanDelivery:
         answer = pickle.loads(data)
         if isinstance(answer, str):
             raise RuntimeError(f"no plan for {subject}: {answer}")
-        answered: AnyPlan = answer[0]
-        digest = hashlib.sha256(f"{request} {answered.digest()}".encode()).digest()
+        assert isinstance(answer, _Answer)
         measured = b"" if self._measured is None else self._measured.pack()
-        everyone = self._exchange.gather(_HEAD.pack(digest, len(news)) + news + measured)
+        everyone = self._exchange.gather(_HEAD.pack(self._agreed(request, answer), len(news)) + news + measured)
         hashes, lengths = zip(*(_HEAD.unpack_from(data) for data in everyone), strict=True)
+        self._check(subject, hashes)
         rest = [data[_HEAD.size :] for data in everyone]
-        odd = [rank for rank, h in enumerate(hashes) if h != hashes[0]]
-        if odd:
-            who = "the replica" if self._coupled is None else "the replicas that share experts"
-            raise PlanMismatchError(
-                f"{subject}: ranks {odd} of {who} hold another plan than rank 0; stopping all before "
-                "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
-            )
-        measurements = [data[n:] for data, n in zip(rest, lengths, strict=True) if len(data) > n]
-        self._learn([Measurement.unpack(data) for data in measurements])
-        self._measured = None
-        told = tuple(self._of_replica([data[:n] for data, n in zip(rest, lengths, strict=True)]))
-        if isinstance(answered, JointPlan):
-            mine = 0 if self._coupled is None else self._coupled.replica
-            return DeliveredPlan(request, answered.plans[mine], stall, answer[1], answer[2][mine], told)
-        self._running = (request, answered, self._corrections.pop(request, Corrections()))
-        return DeliveredPlan(request, answered, stall, answer[1], answer[2], told)
+        told = [data[n:] for data, n in zip(rest, lengths, strict=True) if len(data) > n]
+        self._measured, self._known = None, answer.corrections
+        if self._coupled is not None:
+            self._told = told if self._coupled.firsts is not None else []
+        else:
+            self._learn([Measurement.unpack(data) for data in told])
+            self._running = (request, answer.plan, self._corrections.pop(request, Corrections()))
+        heard = tuple(data[:n] for data, n in zip(rest, lengths, strict=True))
+        return DeliveredPlan(request, answer.plan, stall, answer.statistics, answer.shared, heard)
+
+    def _agreed(self, request: int, answer: _Answer) -> bytes:
+        """Hash of what this rank holds of what all must hold: its plan, and the digests of those made with it."""
+        digests = list(answer.digests) or [""]
+        digests[0 if self._coupled is None else self._coupled.replica] = answer.plan.digest()
+        return hashlib.sha256(" ".join([str(request), *digests]).encode()).digest()
+
+    def _check(self, subject: str, hashes: Sequence[bytes]) -> None:
+        """Raises PlanMismatchError, on all ranks alike, where not all ``hashes`` of the replica's ranks, and those of
+        coupled replicas, are the same."""
+        replicas = [hashes]
+        if self._coupled is not None:
+            firsts, size = self._coupled.firsts, len(hashes[0])
+            data = None if firsts is None else b"".join(firsts.gather(b"".join(hashes)))
+            data = self._exchange.broadcast(data)
+            flat = [data[i : i + size] for i in range(0, len(data), size)]
+            replicas = [flat[i : i + len(hashes)] for i in range(0, len(flat), len(hashes))]
+        for replica, theirs in enumerate(replicas):
+            odd = [rank for rank, h in enumerate(theirs) if h != replicas[0][0]]
+            if odd:
+                where = "the replica" if self._coupled is None else f"replica {replica} of those that share experts"
+                raise PlanMismatchError(
+                    f"{subject}: ranks {odd} of {where} hold another plan than rank 0; stopping all before "
+                    "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
+                )
 
     def _learn(self, measurements: list[Measurement]) -> None:
         if self._recalibration is None or self._service is None or self._running is None or not measurements:
@@ -190,30 +225,64 @@ class PlanDelivery:
             made_with = self._service.corrections(request)
             if made_with is not None and request in self._corrections:
                 self._corrections[request] = made_with
-            answer = plan, replace(self._service.statistics), shared
+            answer = _Answer(plan, replace(self._service.statistics), shared)
         except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
             answer = f"{type(error).__name__}: {error}"
         return self._exchange.broadcast(pickle.dumps(answer))
 
     def _deliver_together(
-        self, request: PlanRequest, wait_seconds: float, shared: Any, coupled: CoupledRanks, ahead: Ahead | None
-    ) -> bytes:
+        self, ask: tuple[PlanRequest, Any, list[bytes]], wait_seconds: float, coupled: CoupledReplicas,
+        ahead: Ahead | None,
+    ) -> bytes:  # fmt: skip
         """In the thread, so that no replica waits for another in the middle of an iteration: bring together what the
         replicas ask, plan for all, and tell all of them."""
-        everyone = self._exchange.gather(pickle.dumps((request, shared)) if self.plans_here else b"")
-        if self._service is None:
+        if coupled.firsts is None:
             return self._exchange.broadcast(None)
-        answer: Any
         try:
-            told = [pickle.loads(everyone[places[0]]) for places in coupled.replicas]
-            asked = [theirs for theirs, _ in told]
-            answer = differences(asked)
-            if not answer:
-                deadline = time.monotonic() + 0.8 * wait_seconds
-                self._service.submit(replace(request, deadline=deadline, replicas=tuple(a.loads for a in asked)))
-                with ahead or contextlib.nullcontext():
-                    plan = self._service.take(request.request, wait_seconds, ahead)
-                answer = plan, replace(self._service.statistics), [theirs for _, theirs in told]
-        except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
-            answer = f"{type(error).__name__}: {error}"
-        return self._exchange.broadcast(pickle.dumps(answer))
+            everyone = [pickle.loads(data) for data in coupled.firsts.gather(pickle.dumps(ask))]
+            parts = None if self._service is None else self._parts(self._service, everyone, wait_seconds, ahead)
+            data = coupled.firsts.scatter(parts)
+        except Exception as error:  # the other ranks of the replica must learn of it
+            data = pickle.dumps(f"{type(error).__name__}: {error}")
+        return self._exchange.broadcast(data)
+
+    def _parts(
+        self, service: Service, everyone: Sequence[tuple[PlanRequest, Any, list[bytes]]], wait_seconds: float,
+        ahead: Ahead | None,
+    ) -> list[bytes]:  # fmt: skip
+        """What each replica is to be told: its own of the plans that are made together for what they ask."""
+        asked = [request for request, _, _ in everyone]
+        number = asked[0].request
+        try:
+            fault = differences(asked)
+            if fault:
+                return [pickle.dumps(fault)] * len(everyone)
+            used = self._learn_together([told for _, _, told in everyone])
+            deadline = time.monotonic() + 0.8 * wait_seconds
+            loads = tuple(request.loads for request in asked)
+            service.submit(replace(asked[0], deadline=deadline, replicas=loads, corrections=used))
+            with ahead or contextlib.nullcontext():
+                joint: JointPlan = service.take(number, wait_seconds, ahead)
+            used = service.corrections(number) or used
+            if self._recalibration is not None and not asked[0].forward_only:
+                self._made[number] = joint, used
+            digests, statistics = tuple(plan.digest() for plan in joint.plans), replace(service.statistics)
+            return [
+                pickle.dumps(_Answer(plan, statistics, shared, digests, used))
+                for plan, (_, shared, _) in zip(joint.plans, everyone, strict=True)
+            ]
+        except Exception as error:  # all ranks must learn of it, or they would wait
+            return [pickle.dumps(f"{type(error).__name__}: {error}")] * len(everyone)
+
+    def _learn_together(self, told: Sequence[Sequence[bytes]]) -> Corrections:
+        """From what the ranks of each replica have measured of one iteration; what is known then."""
+        if self._recalibration is None:
+            return Corrections()
+        replicas = [[Measurement.unpack(data) for data in theirs] for theirs in told]
+        for number in sorted({m.request for theirs in replicas for m in theirs}):
+            made = self._made.pop(number, None)
+            if made is not None:
+                of = [[m for m in theirs if m.request == number] for theirs in replicas]
+                self._recalibration.observe_together(*made, of)
+            self._made = {later: made for later, made in self._made.items() if later > number}
+        return self._recalibration.corrections()

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core import Plan, Schedule, SearchStatistics, StageGraph
 from ..core.experts import ExpertLayers
-from ..core.joint import JointError, JointPlan, make_joint_plan, verify_joint
+from ..core.joint import JointError, JointPlan, make_joint_plan, simulate_joint_compiled, verify_joint
 from ..core.simulate import simulate_compiled
 from ..core.verify import PlanError, verify
 from ..schedulers.dip import warm_up
@@ -61,33 +61,40 @@ class JointPlanMaker:
         Where a search counts its schedules, it is searched for, too."""
         if self.effort.evaluations is not None and not request.forward_only:
             return self.best(request, lambda _: None)
-        return self._greedy(request, self._graphs(request))
+        return self._greedy(request, self._corrected(request, self._graphs(request)))
 
     def _greedy(self, request: PlanRequest, graphs: Sequence[StageGraph]) -> JointPlan:
+        return self._plan(request, graphs, self._greedy_schedules(graphs), SearchStatistics(), "greedy")
+
+    def _greedy_schedules(self, graphs: Sequence[StageGraph]) -> list[Schedule]:
         t = together(graphs, self.experts, pairings(graphs, self.experts)[0])
         schedules = t.schedules(greedy(t.graph))
-        if not _fit(graphs, schedules):
-            schedules = one_slot_at_a_time(t)
-        return self._plan(request, graphs, schedules, SearchStatistics(), "greedy")
+        return schedules if _fit(graphs, schedules) else one_slot_at_a_time(t)
 
     def best(self, request: PlanRequest, give: Callable[[JointPlan], None]) -> JointPlan:
-        """Pairing and orders searched within the request's budget; the first set is given at once. Under any other
-        schedule: its order of the maxima, run by all, microbatches as they come."""
-        graphs = self._graphs(request)
+        """Pairing and orders searched within the request's budget; the first set is given at once. Neither is slower
+        than the greedy's, which a search that has hardly begun can be. Under any other schedule: its order of the
+        maxima, run by all, microbatches as they come."""
+        built = self._graphs(request)
+        graphs = self._corrected(request, built)
         if request.forward_only:
             return self._greedy(request, graphs)
         if self.entry != find_schedule("dynamic"):
             found = schedule_together(self.entry, graphs, self.experts, as_they_come(graphs), effort=self.effort)
             if not found.fits:
                 return self._greedy(request, graphs)
-            return self._plan(request, graphs, found.schedules, SearchStatistics(workers=1), self.name)
+            made = self._plan(request, graphs, found.schedules, SearchStatistics(workers=1), self.name)
+            return self._with_model_seconds(request, made, built, found.schedules)
+        simple = self._greedy_schedules(graphs)
+        simple_seconds = simulate_joint_compiled(graphs, simple, self.experts).iteration_time
         given = False
 
-        def improved(schedules: Sequence[Schedule], _: float) -> None:
+        def improved(schedules: Sequence[Schedule], seconds: float) -> None:
             nonlocal given
             if not given:
                 given = True
-                give(self._plan(request, graphs, schedules, SearchStatistics(workers=1), self.name))
+                better = schedules if seconds <= simple_seconds else simple
+                give(self._plan(request, graphs, better, SearchStatistics(workers=1), self.name))
 
         effort = self.effort
         best = search_joint(
@@ -95,11 +102,30 @@ class JointPlanMaker:
             evaluations=effort.evaluations, workers=effort.workers, options=effort.options, on_improved=improved,
         )  # fmt: skip
         statistics = SearchStatistics(best.seconds, best.evaluations, effort.workers, effort.seed)
-        bound = min(best.lower_bound, best.iteration_time)
-        return self._plan(request, graphs, best.schedules, statistics, self.name, bound)
+        schedules = best.schedules if best.iteration_time <= simple_seconds else simple
+        bound = min(best.lower_bound, best.iteration_time, simple_seconds)
+        made = self._plan(request, graphs, schedules, statistics, self.name, bound)
+        return self._with_model_seconds(request, made, built, schedules)
 
     def _graphs(self, request: PlanRequest) -> list[StageGraph]:
         return [self.builder.build(loads, request.forward_only, request.training) for loads in request.replicas]
+
+    @staticmethod
+    def _corrected(request: PlanRequest, graphs: Sequence[StageGraph]) -> list[StageGraph]:
+        return [request.corrections.apply(graph) for graph in graphs]
+
+    def _with_model_seconds(
+        self, request: PlanRequest, joint: JointPlan, built: Sequence[StageGraph], schedules: Sequence[Schedule]
+    ) -> JointPlan:
+        """With what the cost model alone predicts, if measurements have corrected it."""
+        if not request.corrections.lines:
+            return joint
+        plain = [graph.project(s.strategy) for graph, s in zip(built, schedules, strict=True)]
+        orders = [plan.schedule for plan in joint.plans]
+        seconds = simulate_joint_compiled(plain, orders, self.experts).iteration_time
+        return JointPlan(
+            tuple(replace(p, predicted=replace(p.predicted, uncorrected_time=seconds)) for p in joint.plans)
+        )
 
     def _plan(
         self, request: PlanRequest, graphs: Sequence[StageGraph], schedules: Sequence[Schedule],

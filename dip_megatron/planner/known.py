@@ -19,8 +19,8 @@ class KnownPlan:
 
 
 class KnownPlans:
-    """The plans of the last ``most`` different batches. A batch is the same if its microbatches hold the same, in the
-    same order, and the same parameters train: shapes travel in plans."""
+    """The plans of the last ``most`` different batches. A batch is the same if its microbatches, and those of all
+    replicas it is planned with, hold the same in the same order, and the same parameters train: plans hold shapes."""
 
     def __init__(self, most: int = 64):
         self._most = most
@@ -46,4 +46,4 @@ class KnownPlans:
 
 
 def _signature(request: PlanRequest) -> object:
-    return request.forward_only, request.loads, request.training
+    return request.forward_only, request.loads, request.training, request.replicas

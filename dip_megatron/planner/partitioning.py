@@ -236,7 +236,7 @@ class _Search:
                 for part in (self.pricer.stem(shape.name, here), self.pricer.head(shape.name, here))
             ]
             layer = (whole - sum(ends)) / shape.layers
-            last = int(_meets_behind(shape, self.pricer.model.parallel))
+            last = int(_meets_behind(shape, self.pricer.model.parallel) or shape.carried > 1)
             loads.append(ModuleLoad(shape.name, shape.layers, segments, layer, ends[0], ends[1], last))
         return loads
 
@@ -306,7 +306,8 @@ class _Search:
 
 def _meets_behind(shape: ModuleShape, parallel: Parallel) -> bool:
     """Whether the module has experts behind its last layer (multi-token prediction's) that replicas share. Where they
-    run, all must know that they meet there: by a layer with experts on the same chunk."""
+    run, all must know that they meet there: by a layer with experts on the same chunk. (To such a head embeddings may
+    have travelled, too: then it is mcore-bridge's, which wants a layer there to load its norm.)"""
     return bool(shape.mtp) and parallel.coupled > 1 and shape.kind(shape.layers - 1).experts
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import Kind, Plan
-from ..core.graph import Floats
+from ..core.graph import Floats, StageGraph
 from ..core.idle import Idle, idle_before
+from ..core.joint import JointPlan
 from ..core.protocols import Timed
 from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
 
@@ -49,6 +50,18 @@ class Measurement:
         return Measurement(request, rank, seconds.reshape(-1, 2))
 
 
+@dataclass(frozen=True, eq=False)
+class _Operations:
+    """What one rank ran: kind and place of each operation, the cost model's seconds, the measured ones, and what passed
+    between two of them."""
+
+    kind: np.ndarray
+    place: np.ndarray
+    model: Floats
+    seconds: Floats
+    between: float
+
+
 class Recalibration:
     """Fits, for every kind of operation of every chunk, measured seconds as a line over the cost model's; the first
     iteration is left out.
@@ -59,6 +72,11 @@ class Recalibration:
     own, one whose seconds follow another line than the model's has it soon, however little sizes differ. A rank's
     overhead between operations counts as part of them, and is told beside. What was never run (a B where all backwards
     were whole) borrows the ratio of its kin.
+
+    Replicas that share experts are measured together. What meets others, waits inside for the last of them to come and
+    for the longest: the member that waits least is the last one, and its seconds are those of the longest (of
+    :func:`..core.joint.simulate_joint`'s event). So of operations that meet the least measured seconds of all replicas
+    are held against the most that the model has for any; no clocks of two hosts are compared.
     """
 
     def __init__(self) -> None:
@@ -70,37 +88,63 @@ class Recalibration:
     def observe(self, plan: Plan, used: Corrections, measurements: Sequence[Measurement]) -> None:
         """Take in an iteration: its plan, the corrections the plan was made with, and what each rank measured (ranks
         that run the same stages, tensor-parallel ones, count as one)."""
-        graph = plan.graph
+        self._begin(plan.graph)
+        ran = self._ran(plan, used, measurements)
+        if ran is not None:
+            self._take_in(ran)
+
+    def observe_together(
+        self, joint: JointPlan, used: Corrections, measurements: Sequence[Sequence[Measurement]]
+    ) -> None:
+        """The same of replicas that share experts; ``measurements[replica]``."""
+        self._begin(joint.plans[0].graph)
+        ran = [self._ran(plan, used, theirs) for plan, theirs in zip(joint.plans, measurements, strict=True)]
+        complete = [operations for operations in ran if operations is not None]
+        if len(complete) == len(ran):
+            meets = [_meeting(plan, joint) for plan in joint.plans]
+            by_rank = zip(zip(*complete, strict=True), zip(*meets, strict=True), strict=True)
+            self._take_in([_merged(operations, met) for operations, met in by_rank])
+
+    def _begin(self, graph: StageGraph) -> None:
         places = [(m.name, k) for m in graph.modules for k in range(m.segments)]
         if places != self._places or self._sums.shape[3] != graph.ranks:
             self._places, self._sums = places, np.zeros((6, len(KINDS), len(places), graph.ranks))
             self._between = np.zeros((2, graph.ranks))
-        number = {place: i for i, place in enumerate(places)}
+
+    def _ran(self, plan: Plan, used: Corrections, measurements: Sequence[Measurement]) -> list[_Operations] | None:
+        """By pipeline rank; None if a rank's measurements are missing."""
+        graph, orders = plan.graph, plan.schedule.orders
+        number = {place: i for i, place in enumerate(self._places)}
         place_of = np.array([number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)])
-        planned = np.stack([_model_seconds(plan, used, i, place_of, places) for i in range(len(KINDS))])
+        planned = np.stack([_model_seconds(plan, used, i, place_of, self._places) for i in range(len(KINDS))])
         code_kind = np.array([KINDS.index(Kind(k)) for k in range(len(KINDS))])
-        fresh, between = np.zeros_like(self._sums), np.ones_like(self._between)
-        orders = plan.schedule.orders
         ran = [[m.seconds for m in measurements if m.rank == rank] for rank in range(graph.ranks)]
         if not all(here and all(len(s) == len(o) for s in here) for here, o in zip(ran, orders, strict=True)):
-            return  # a rank's measurements are missing
+            return None
         mean = [np.mean(here, axis=0) for here in ran]
         idle = idle_before(graph, orders, [m[:, 0] for m in mean], [m[:, 1] for m in mean])
+        found = []
         for rank, order in enumerate(orders):
-            kind, virtual_microbatch = (
-                code_kind[order // graph.virtual_microbatches],
-                order % graph.virtual_microbatches,
-            )
-            x = planned[kind, virtual_microbatch, rank]
-            y = mean[rank][:, 1] - mean[rank][:, 0]
-            between[1, rank] = _overhead(idle[rank], y)
-            y = y + between[1, rank]
-            known = (x > 0) & (y > 0)
-            so_far = self._sums[:3, :, :, rank].reshape(3, -1)
-            _add(fresh[:, :, :, rank], kind[known], place_of[virtual_microbatch[known]], x[known], y[known], so_far)
+            kind = code_kind[order // graph.virtual_microbatches]
+            virtual_microbatch = order % graph.virtual_microbatches
+            seconds = mean[rank][:, 1] - mean[rank][:, 0]
+            model = planned[kind, virtual_microbatch, rank]
+            between = _overhead(idle[rank], seconds)
+            found.append(_Operations(kind, place_of[virtual_microbatch], model, seconds, between))
+        return found
+
+    def _take_in(self, ran: Sequence[_Operations]) -> None:
+        """An iteration's operations, by pipeline rank."""
         if not self._warm:
             self._warm = True  # the first iteration also allocates, compiles and fills caches
             return
+        fresh, between = np.zeros_like(self._sums), np.ones_like(self._between)
+        for rank, x in enumerate(ran):
+            between[1, rank] = x.between
+            seconds = x.seconds + x.between
+            known = (x.model > 0) & (seconds > 0)
+            so_far = self._sums[:3, :, :, rank].reshape(3, -1)
+            _add(fresh[:, :, :, rank], x.kind[known], x.place[known], x.model[known], seconds[known], so_far)
         self._sums *= np.where(fresh[0] > 0, MEMORY, 1.0)
         self._sums += fresh
         self._between = MEMORY * self._between + between
@@ -153,6 +197,35 @@ class Recalibration:
         for sum_x, sum_y in reversed(candidates):
             ratio = np.where(sum_x > 0, sum_y / np.where(sum_x > 0, sum_x, 1.0), ratio)
         return ratio
+
+
+def _meeting(plan: Plan, joint: JointPlan) -> list[np.ndarray]:
+    """By rank: which of its operations meet those of other replicas, ``[operations]``."""
+    graph, found = plan.graph, []
+    meets = joint.experts.meets(graph)
+    for rank, order in enumerate(plan.schedule.orders):
+        kind, virtual_microbatch = order // graph.virtual_microbatches, order % graph.virtual_microbatches
+        found.append((kind != int(Kind.W)) & meets[virtual_microbatch, rank])
+    return found
+
+
+def _merged(replicas: Sequence[_Operations], meets: Sequence[np.ndarray]) -> _Operations:
+    """Of one pipeline rank of all replicas: what meets once, of the kind of the longest member; the rest as it is."""
+    model = np.stack([x.model[met] for x, met in zip(replicas, meets, strict=True)])
+    seconds = np.stack([x.seconds[met] for x, met in zip(replicas, meets, strict=True)]).min(axis=0)
+    longest, events = model.argmax(axis=0), np.arange(model.shape[1])
+    kind, place = (
+        np.stack([getattr(x, name)[met] for x, met in zip(replicas, meets, strict=True)])[longest, events]
+        for name in ("kind", "place")
+    )
+    together = _Operations(kind, place, model[longest, events], seconds, 0.0)
+    alone = [
+        _Operations(x.kind[~met], x.place[~met], x.model[~met], x.seconds[~met], 0.0)
+        for x, met in zip(replicas, meets, strict=True)
+    ]
+    names = ("kind", "place", "model", "seconds")
+    joined = {name: np.concatenate([getattr(x, name) for x in (together, *alone)]) for name in names}
+    return _Operations(**joined, between=float(np.mean([x.between for x in replicas])))
 
 
 def _overhead(idle: Idle, durations: Floats) -> float:

@@ -85,6 +85,11 @@ class Job:
         return self.stages * self.replicas
 
     @property
+    def coupled(self) -> int:
+        """Replicas that share a group of experts, and plan together."""
+        return self.model.parallel.coupled
+
+    @property
     def iterations(self) -> int:
         return len(self.microbatches) // (self.each * self.replicas)
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from megatron.core.pipeline_parallel import schedules  # noqa: E402
 from ..compat.lone_rank import groups_that_move_nothing  # noqa: E402
 from ..config import DipConfig  # noqa: E402
 from ..core import Plan  # noqa: E402
+from ..core.experts import ExpertLayers  # noqa: E402
 from ..describe.model import ModulePartition, Partition  # noqa: E402
 from ..megatron.adapters.generic import GenericLoop  # noqa: E402
 from ..megatron.checkpoints import Checkpoint, record  # noqa: E402
@@ -42,9 +44,18 @@ from ..planner.service import PlannerService  # noqa: E402
 from ..report.iterations import IterationReport  # noqa: E402
 from ..runtime.clock import Clock  # noqa: E402
 from ..runtime.executor import Executor  # noqa: E402
+from ..runtime.groups import local_group  # noqa: E402
 from ..runtime.transport_choice import choose_transport  # noqa: E402
 from .job import CHECKPOINT, LATE_SECONDS, Job, Prices, read_prices  # noqa: E402
-from .stages import Account, AccountingClock, RehearsedModel, SleepingExecutor, family, forward_step  # noqa: E402
+from .stages import (  # noqa: E402
+    Account,
+    AccountingClock,
+    Meeting,
+    RehearsedModel,
+    SleepingExecutor,
+    family,
+    forward_step,
+)
 
 
 class RehearsalSession(DipSession):
@@ -63,7 +74,15 @@ class RehearsalSession(DipSession):
         self, pipeline: list[int], rank: int, clock: Clock, exchange: GlooExchange, device: torch.device
     ) -> Executor:
         transport = choose_transport(pipeline, rank, device, self._config.timeout_seconds, exchange, "gloo")
-        return SleepingExecutor(rank, transport, clock, self.prices, self.scale, self.account)
+        meeting = None if self._experts is None else self._meeting(self._experts, rank)
+        return SleepingExecutor(rank, transport, clock, self.prices, self.scale, self.account, meeting)
+
+    def _meeting(self, experts: ExpertLayers, rank: int) -> Meeting:
+        """As a dispatcher's exchange of tokens would, ranks of a stage wait for one another."""
+        ranks = dist.get_process_group_ranks(parallel_state.get_expert_tensor_and_model_parallel_group())
+        chunks = {(name, k) for name, rows in experts.modules for k, row in enumerate(rows) if any(row[rank])}
+        group = local_group(ranks, "gloo", timedelta(seconds=self._config.timeout_seconds))
+        return Meeting(frozenset(chunks), group)
 
     def _consumers(self, exchange: GlooExchange) -> list[IterationConsumer]:
         return [*super()._consumers(exchange), self._keep]
@@ -139,8 +158,9 @@ def main(folder: str, rank: int, port: int) -> None:
     dist.init_process_group("gloo")
     with groups_that_move_nothing():
         parallel_state.initialize_model_parallel(
-            pipeline_model_parallel_size=job.stages, create_gloo_process_groups=False
-        )
+            pipeline_model_parallel_size=job.stages, expert_model_parallel_size=job.coupled,
+            create_gloo_process_groups=False,
+        )  # fmt: skip
     with (place / f"rank{rank}.jsonl").open("a", buffering=1, encoding="utf-8") as out:
         _train(job, place, lambda line: out.write(json.dumps(line) + "\n"), began)
     sys.stdout.flush()

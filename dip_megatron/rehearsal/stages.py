@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..core import ModalityModule, Operation, Plan, Unit
+from ..core import Kind, ModalityModule, Operation, Plan, Unit
 from ..describe.model import MultimodalModel, Parallel
 from ..describe.workload import Microbatch
 from ..families.family import Blueprint, Layers, ModelFamily
@@ -36,9 +36,10 @@ class RehearsedModel(torch.nn.Module):
 class RehearsedChunk(torch.nn.Module):
     """A chunk: a number for each of its parts, frozen where the description says so."""
 
-    def __init__(self, config: Any, parts: Mapping[str, bool]):
+    def __init__(self, config: Any, parts: Mapping[str, bool], layers_with_experts: tuple[bool, ...] = ()):
         """``parts``: names, in the order of a pass, each with whether it trains."""
         super().__init__()
+        self.layers_with_experts = layers_with_experts
         self.config, self.vp_stage, self.model_type = config, None, None
         for name, trains in parts.items():
             part = torch.nn.Module()
@@ -89,7 +90,10 @@ class RehearsedProgram:
                     "stem": k == 0 and self._rank == 0, "layers": line[self._rank] > 0,
                     "head": k == module.segments - 1 and self._rank == last,
                 }  # fmt: skip
-                chunks.append(RehearsedChunk(config, {p: p in shape.trainable for p, here in present.items() if here}))
+                parts = {p: p in shape.trainable for p, here in present.items() if here}
+                first = sum(map(sum, module.layers[:k])) + sum(line[: self._rank])
+                kinds = shape.kinds[first : first + line[self._rank]]
+                chunks.append(RehearsedChunk(config, parts, tuple(kind.experts for kind in kinds)))
         if not any(True for chunk in chunks for _ in chunk.parameters()):
             chunks[-1] = RehearsedChunk(config, {"layers": True})  # a rank of which everything is elsewhere
         return chunks
@@ -149,35 +153,59 @@ def forward_step(data_iterator: Iterator[dict[str, Any]], model: Any) -> Any:
     return model(**next(data_iterator)), loss_func
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where replicas that share experts meet on this rank's stages: in forwards and backwards of these ``chunks``
+    (module, segment). ``group``: a process group of this stage's rank of each replica."""
+
+    chunks: frozenset[tuple[str, int]]
+    group: Any
+
+    def longest(self, operation: Operation, seconds: float) -> float:
+        """Once all members are there, the most that one of them needs; ``seconds`` where none meet."""
+        if operation.kind == Kind.W or (operation.module, operation.segment) not in self.chunks:
+            return seconds
+        most = torch.tensor([seconds], dtype=torch.float64)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self.group)
+        return float(most)
+
+
 class _Sleeping:
     """A stage runner whose operations last as long as they cost; see :class:`StageRunner`."""
 
-    def __init__(self, stages: ModelStages, prices: Prices, scale: float, dies: bool):
+    def __init__(self, stages: ModelStages, prices: Prices, scale: float, dies: bool, meeting: Meeting | None):
         self._stages, self._prices, self._scale, self._dies = stages, prices, scale, dies
+        self._meeting = meeting
         self._numbers = [inputs.arguments["number"] for inputs in stages.microbatches]
 
-    def _rest(self, began: float, operation: Operation, unit: Unit, strategy: str) -> None:
-        wanted = self._scale * price(self._prices, self._numbers[unit.microbatch], operation, unit, strategy)
-        time.sleep(max(began + wanted - time.perf_counter(), 0.0))
+    def _begin(self, operation: Operation, unit: Unit, strategy: str) -> float:
+        """When the operation ends that begins now, as soon as those are there that it meets."""
+        seconds = price(self._prices, self._numbers[unit.microbatch], operation, unit, strategy)
+        if self._meeting is not None:
+            seconds = self._meeting.longest(operation, seconds)
+        return time.perf_counter() + self._scale * seconds
+
+    def _rest(self, end: float) -> None:
+        time.sleep(max(end - time.perf_counter(), 0.0))
 
     def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
-        began = time.perf_counter()
+        end = self._begin(operation, unit, strategy)
         outputs = self._stages.forward(operation, unit, strategy, inputs)
-        self._rest(began, operation, unit, strategy)
+        self._rest(end)
         return outputs
 
     def backward(self, operation: Operation, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
         if self._dies:
             os.kill(os.getpid(), signal.SIGKILL)
-        began = time.perf_counter()
+        end = self._begin(operation, unit, strategy)
         results = self._stages.backward(operation, unit, strategy, gradients)
-        self._rest(began, operation, unit, strategy)
+        self._rest(end)
         return results
 
     def weight(self, operation: Operation, unit: Unit, strategy: str) -> None:
-        began = time.perf_counter()
+        end = self._begin(operation, unit, strategy)
         self._stages.weight(operation, unit, strategy)
-        self._rest(began, operation, unit, strategy)
+        self._rest(end)
 
 
 @dataclass
@@ -214,12 +242,15 @@ class AccountingClock(Clock):
 
 
 class SleepingExecutor(Executor):
-    """The executor, of which every operation sleeps once it is done until its price is over."""
+    """The executor, of which every operation sleeps once it is done until its price is over. Where replicas meet, that
+    is the price of the longest once all are there."""
 
     def __init__(
-        self, rank: int, transport: Transport, clock: Clock, prices: Prices, scale: float, account: Account
+        self, rank: int, transport: Transport, clock: Clock, prices: Prices, scale: float, account: Account,
+        meeting: Meeting | None = None,
     ):  # fmt: skip
         super().__init__(rank, transport, clock)
+        self._meeting = meeting
         self._prices, self._scale, self._account = prices, scale, account
 
     def run(self, plan: Plan, runner: StageRunner, iteration: int = 0, meanwhile: Iterator[None] | None = None) -> None:
@@ -238,5 +269,6 @@ class SleepingExecutor(Executor):
                 yield
 
         steps = None if meanwhile is None else counted(meanwhile)
-        super().run(plan, _Sleeping(runner, self._prices, self._scale, self._account.dies), iteration, steps)
+        sleeping = _Sleeping(runner, self._prices, self._scale, self._account.dies, self._meeting)
+        super().run(plan, sleeping, iteration, steps)
         self._account.ran(began, between)

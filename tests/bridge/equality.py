@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from tests.bridge.tiny import TINY
 from tests.bridge.tiny_mcore import MCORE_TINY
-from tests.bridge.tiny_model import Tiny
+from tests.bridge.tiny_model import Tiny, packed_row
 from tests.processes import transport
 from tests.runtime.llava_case import finalize_without_ddp, gradients, initialize
 from tests.runtime.program_case import DrawnUnitGraphs
@@ -27,7 +27,8 @@ MICROBATCHES = 5
 class Case:
     """``layers`` of each module, ``[segment][rank]``; units of ``unit_size`` instances; ``frozen`` parts; ``tensor``
     ranks share each stage, and with ``sequence`` the norms' work, too; ``context`` ranks share each sequence.
-    ``by_token``: the loss is the mean over the tokens of all microbatches."""
+    ``by_token``: the loss is the mean over the tokens of all microbatches. ``packed``: each microbatch is a row of two
+    samples, of unlike lengths. ``given`` are settings of Bridge's provider."""
 
     tiny: str
     folder: Path
@@ -40,6 +41,8 @@ class Case:
     sequence: bool = False
     context: int = 1
     by_token: bool = False
+    packed: bool = False
+    given: dict[str, Any] = field(default_factory=dict)
 
     @property
     def of(self) -> Tiny:
@@ -53,14 +56,17 @@ class Case:
 
 def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     """Bridge of the folder, and the model's provider; or mcore-bridge as both."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
     stages = world // case.ranks
     initialize(stages, case.tensor, case.context)
+    destroy_moe_metrics_tracker()  # which has as many layers as the first model of a process
     for backend in ("FLASH", "FUSED", "UNFUSED"):  # families of one process differ in what they ask for
         os.environ.pop(f"NVTE_{backend}_ATTN", None)
     if case.tiny in MCORE_TINY:
         from tests.bridge.mcore_models import McoreModels
 
-        models = McoreModels(case.folder, stages, case.tensor, case.sequence)
+        models = McoreModels(case.folder, stages, case.tensor, case.sequence, case.of.predicts)
         return models, models
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -75,6 +81,8 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
     for part in ("language_model", "vision_model", "vision_projection"):
         setattr(provider, f"freeze_{part}", part in case.frozen)
     case.of.change(provider)
+    for name, value in case.given.items():
+        setattr(provider, name, value)
     provider.finalize()
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     return bridge, provider
@@ -94,9 +102,14 @@ def finalize(model: list[torch.nn.Module], num_tokens: Any = None, **_: Any) -> 
     if group.size() > 1:  # each rank has its share of every microbatch's tokens
         for tensor in [num_tokens, *(p.grad for chunk in model for p in chunk.parameters() if p.grad is not None)]:
             torch.distributed.all_reduce(tensor, group=group)
+    config = get_model_config(model[0])
+    if getattr(config, "mtp_num_layers", None) and model[-1].post_process:
+        # Its embedding, which mcore-bridge's class makes no use of there.
+        copied = model[-1].shared_embedding_or_output_weight()
+        if copied.requires_grad and copied.grad is None:
+            copied.grad = torch.zeros_like(copied)
     for chunk in model:
         chunk.ddp_config = DistributedDataParallelConfig()  # type: ignore[assignment]
-    config = get_model_config(model[0])
     if all(hasattr(chunk, "pre_process") for chunk in model):  # else the model inside has it, which isn't looked at
         _allreduce_word_embedding_grads(model, config)
     if config.tensor_model_parallel_size > 1:
@@ -113,11 +126,29 @@ def stage(case: Case, rank: int) -> int:
 
 def batches(case: Case, rank: int) -> list[dict[str, Any]]:
     """Microbatches as Bridge's steps hand them to a rank's model: pixels on the first rank only, as a rule."""
+    from megatron.core import parallel_state
+
+    from dip_megatron.families.shared.shards import shard_rows
+
     found, first = [], rank == 0 or case.of.pixels_everywhere
-    for i, shown in enumerate(case.of.contents(case.seed, MICROBATCHES)):
-        arguments = case.of.arguments(shown, 100 * case.seed + i)
+    contents = case.of.contents(case.seed, MICROBATCHES * (1 + case.packed))
+    samples = [case.of.arguments(shown, 100 * case.seed + i) for i, shown in enumerate(contents)]
+    for arguments in [packed(samples[i : i + 2]) for i in range(0, len(samples), 2)] if case.packed else samples:
+        if case.context > 1 and case.of.step_shares:  # as the step does
+            own = shard_rows([96], case.context, parallel_state.get_context_parallel_rank())
+            arguments |= {name: arguments[name][:, own] for name in ("labels", "loss_mask")}
         found.append({name: value for name, value in arguments.items() if first or not name.startswith(PIXELS)})
     return found
+
+
+def packed(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Two in one row, as Bridge's step hands it to the model."""
+    from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
+
+    row = packed_row(samples, cut=(3, 10))
+    parameters = get_packed_seq_params(row)
+    del row["total_tokens"]
+    return {n: v for n, v in row.items() if "seqlen" not in n} | {"packed_seq_params": parameters}
 
 
 PIXELS = ("pixel_values", "input_features")

@@ -11,7 +11,7 @@ import torch
 
 import dip_megatron
 from tests.bridge.tiny import TINY
-from tests.bridge.tiny_model import SEQUENCE, VOCABULARY, Tiny
+from tests.bridge.tiny_model import SEQUENCE, VOCABULARY, Tiny, packed_row
 from tests.runtime.llava_case import gradients
 
 GLOBAL_BATCH = 4
@@ -33,8 +33,8 @@ def save_text_model(folder: Path) -> None:
 class Samples(torch.utils.data.Dataset):
     """Random tokens with what a family's tiny model sees among them."""
 
-    def __init__(self, size: int, tiny: Tiny):
-        self._size, self._tiny = size, tiny
+    def __init__(self, size: int, tiny: Tiny, packed: bool = False):
+        self._size, self._tiny, self._packed = size, tiny, packed
         self._shown = tiny.contents(5, 2 * GLOBAL_BATCH)
 
     def __len__(self) -> int:
@@ -49,7 +49,12 @@ class Samples(torch.utils.data.Dataset):
         def joined(name: str) -> torch.Tensor:
             return torch.cat([sample[name] for sample in samples if name in sample])
 
+        if self._packed:
+            samples = [packed_row(samples, cut=(3, 2))]
         batch: dict[str, Any] = {"tokens": joined("input_ids"), "attention_mask": None, "position_ids": None}
+        if self._packed:
+            batch |= {name: samples[0].pop(name) for name in tuple(samples[0]) if "seqlen" in name}
+            del samples[0]["total_tokens"]
         given = {name for sample in samples for name, value in sample.items() if value is not None} - {"input_ids"}
         visual = given & {field.name for field in fields(GenericVisualInputs)}
         batch |= {name: joined(name) for name in given - visual}
@@ -67,6 +72,8 @@ class Run:
     pipeline: int = 1
     experts: int = 1
     context: int = 1
+    packed: bool = False
+    """whether Bridge packs two samples into each row"""
     tensor: int = 1
     virtual: int | None = None
     iterations: int = 3
@@ -83,6 +90,8 @@ class Run:
     text: bool = False
     """whether the folder has a model of text alone"""
     tiny: str = "qwen2-5-vl"
+    balance: str = ""
+    """of experts, if it isn't that of the tiny model"""
     adapters: tuple[str, ...] = ()
     """what LoRA adapts; nothing else trains then"""
 
@@ -111,19 +120,23 @@ def configuration(folder: Path, run: Run) -> Any:
     class SamplesProvider(DatasetProvider):
         seq_length: int
         skip_getting_attention_mask_from_dataset: bool = True
+        enable_in_batch_packing: bool = run.packed
 
         def build_datasets(self, context: Any) -> Any:
             counts = (context.train_samples, context.valid_samples, context.test_samples)
-            return tuple(Samples(n, TINY[run.tiny]) if n else None for n in counts)
+            return tuple(Samples(n, TINY[run.tiny], run.packed) if n else None for n in counts)
 
     model = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32, trust_remote_code=True).to_megatron_provider(
         load_weights=not run.finetunes
     )
     if not run.text:
         TINY[run.tiny].change(model)
+    if run.balance:
+        model.moe_router_load_balancing_type = run.balance
     model.params_dtype = model.autocast_dtype = model.pipeline_dtype = torch.float32
     model.bf16 = model.gradient_accumulation_fusion = False
-    model.seq_length = SEQUENCE
+    samples = 2 if run.packed else 1  # a row
+    model.seq_length = samples * SEQUENCE
     for part in ("language_model", "vision_model", "vision_projection"):  # some providers freeze some
         setattr(model, f"freeze_{part}", part in run.frozen)
     model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size = run.pipeline, run.virtual
@@ -135,7 +148,8 @@ def configuration(folder: Path, run: Run) -> Any:
     container = bridge.ConfigContainer(
         model=model,
         train=bridge.TrainingConfig(
-            train_iters=run.iterations, global_batch_size=GLOBAL_BATCH, micro_batch_size=run.micro_batch_size
+            train_iters=run.iterations, global_batch_size=samples * GLOBAL_BATCH,
+            micro_batch_size=samples * run.micro_batch_size,
         ),
         validation=bridge.ValidationConfig(eval_interval=2 if run.evaluates else None, eval_iters=int(run.evaluates)),
         optimizer=bridge.OptimizerConfig(
@@ -150,7 +164,9 @@ def configuration(folder: Path, run: Run) -> Any:
         ddp=bridge.DistributedDataParallelConfig(
             use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False
         ),
-        dataset=SamplesProvider(seq_length=SEQUENCE, dataloader_type="single", num_workers=0, pin_memory=False),
+        dataset=SamplesProvider(
+            seq_length=samples * SEQUENCE, dataloader_type="single", num_workers=0, pin_memory=False
+        ),
         logger=bridge.LoggerConfig(log_interval=1, tensorboard_dir=None),
         tokenizer=bridge.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY),
         checkpoint=bridge.CheckpointConfig(
@@ -175,7 +191,8 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.pretrain import pretrain
 
-    step: Any = importlib.import_module("megatron.bridge.training.gpt_step" if run.text else TINY[run.tiny].step)
+    name = "megatron.bridge.training.gpt_step" if run.text else TINY[run.tiny].step
+    step: Any = importlib.import_module("megatron.bridge.training.vlm_step" if run.packed else name)
     dip_megatron.install()
     result: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "weights": {}, "gradients": {}}
 

@@ -12,9 +12,10 @@ from mcore_bridge.model import get_mcore_model_type
 
 
 class McoreModels:
-    """Of ``stages`` pipeline stages of ``tensor`` ranks each, with ``sequence`` parallelism or without."""
+    """Of ``stages`` pipeline stages of ``tensor`` ranks each, with ``sequence`` parallelism or without; with so many
+    depths of multi-token prediction as are ``predicted``."""
 
-    def __init__(self, folder: Path, stages: int, tensor: int = 1, sequence: bool = False):
+    def __init__(self, folder: Path, stages: int, tensor: int = 1, sequence: bool = False, predicted: int = 0):
         from transformers import AutoConfig
 
         read = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -25,6 +26,7 @@ class McoreModels:
             "tensor_model_parallel_size": tensor, "sequence_parallel": sequence, "use_cpu_initialization": True,
             "masked_softmax_fusion": False, "bias_dropout_fusion": False, "bias_activation_fusion": False,
             "cross_entropy_loss_fusion": False, "gradient_accumulation_fusion": False, "overlap_p2p_comm": False,
+            "mtp_num_layers": predicted or None,
         }  # fmt: skip
         self.config = ModelConfig(**given)
 

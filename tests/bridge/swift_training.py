@@ -1,4 +1,4 @@
-"""Tiny models of mcore-bridge trained by ms-swift's own trainer, as one rank of two: ``python -m
+"""Tiny models of mcore-bridge trained by ms-swift's own trainer, as one rank of some: ``python -m
 tests.bridge.swift_training FOLDERS OUT RUNS``. Runs come as JSON; what each did is saved in ``OUT``, by run and rank.
 A run may also be one iteration of :mod:`.equality`, as the same processes can do it.
 
@@ -51,6 +51,11 @@ KINDS = {
     "mcore-qwen3-vl": ("qwen3_vl", "qwen3_vl"),
     "mcore-glm-4-1v": ("glm4v", "glm4v"),
     "mcore-qwen3-5": ("qwen3_5", "qwen3_5"),
+    "mcore-qwen3-vl-moe": ("qwen3_vl_moe", "qwen3_vl"),
+    "mcore-qwen3-5-moe": ("qwen3_5_moe", "qwen3_5"),
+    "mcore-glm-4-5v": ("glm4v_moe", "glm4_5v"),
+    "internvl-moe": ("internvl", "internvl_hf"),
+    "mcore-qwen3-5-mtp": ("qwen3_5", "qwen3_5"),
 }
 """What ms-swift calls each model, and its template."""
 
@@ -138,9 +143,12 @@ class Record(MegatronCallback):
 
 
 def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """One training; ``run`` are arguments of ms-swift's, and under ``dip`` the variables of DIP's."""
+    """One training; ``run`` are arguments of ms-swift's, and under ``dip`` the variables of DIP's. It has a stage on
+    every rank, or so many ``stages``, and replicas of these."""
     given = dict(run)
     environ, name = given.pop("dip", {}), given.pop("tiny")
+    stages = given.pop("stages", int(os.environ["WORLD_SIZE"]))
+    replicas = int(os.environ["WORLD_SIZE"]) // stages // given.get("context_parallel_size", 1)
     kind, template = KINDS[name]
     for variable in [variable for variable in os.environ if variable.startswith("DIP_")]:
         del os.environ[variable]
@@ -149,9 +157,10 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
         model=str(folder), model_type=kind, template=template, dataset=["none"], output_dir=str(out),
         add_version=False, max_length=96, check_model=False, torch_dtype="float32", bf16=False, fp16=False,
         ddp_backend="gloo",
-        pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]), use_distributed_optimizer=False, train_iters=3,
-        global_batch_size=MICROBATCHES * given.get("micro_batch_size", 1), lr=1e-3, min_lr=1e-3, weight_decay=0.0,
-        lr_decay_style="constant", logging_steps=1, save_steps=100, no_save_optim=True, no_save_rng=True, report_to=[],
+        pipeline_model_parallel_size=stages, use_distributed_optimizer=False, train_iters=3,
+        global_batch_size=MICROBATCHES * replicas * given.get("micro_batch_size", 1), lr=1e-3, min_lr=1e-3,
+        weight_decay=0.0, lr_decay_style="constant", logging_steps=1, save_steps=100, no_save_optim=True,
+        no_save_rng=True, report_to=[],
         dataloader_num_workers=0, dataloader_pin_memory=False, attention_backend="auto", masked_softmax_fusion=False,
         bias_dropout_fusion=False, bias_activation_fusion=False, cross_entropy_loss_fusion=False,
         vit_gradient_checkpointing=False, train_dataloader_shuffle=False, **given,
@@ -164,6 +173,9 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     trainer.callbacks.append(record)
     size = 2 * args.global_batch_size
     trainer.train(Samples(name, size), Samples(name, size) if args.eval_iters > 0 else None)
+    # Processes that have trained before go on with their groups.
+    assert parallel_state.get_context_parallel_world_size() == args.context_parallel_size
+    assert parallel_state.get_expert_model_parallel_world_size() == args.expert_model_parallel_size
     exported = dict(trainer.bridge.export_weights(trainer.unwrapped_models, target_device="cpu"))
     return record.found | {"weights": exported, "saved": trainer.state.last_model_checkpoint}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,38 @@ def test_videos_of_glm_are_refused(tmp_path: Path) -> None:
     MCORE_TINY["mcore-glm-4-5v"].save(tmp_path)
     (said,) = team(1).run(with_a_video, tmp_path)
     assert "train on images alone" in said
+
+
+def predicting(rank: int, world: int, folder: Path) -> list[str]:
+    """What DIP says of multi-token prediction on a chunk without layers, of one layer for all depths, and on shares of
+    sequences."""
+    case = Case("mcore-qwen3-5-mtp", folder, {"vision": ((2, 2),), "language": ((4, 0),)})
+    said = []
+    with pytest.raises(ValueError, match="a layer") as error:
+        equality.build(rank, world, case)
+    said.append(str(error.value))
+    of, given = equality.provider_of, replace(case, layers={"vision": ((2, 2),), "language": ((2, 2),)})
+    for setting, value in {"mtp_shared_weights": True, "context_parallel_size": 2}.items():
+
+        def changed(*asked: Any, setting: str = setting, value: int = value) -> Any:
+            models, _ = of(*asked)
+            setattr(models.config, setting, value)
+            return models, models
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(equality, "provider_of", changed)
+            with pytest.raises(ValueError, match=setting) as error:
+                equality.build(rank, world, given)
+        said.append(str(error.value))
+    return said
+
+
+def test_prediction_that_mcore_bridge_cant_load_is_refused(tmp_path: Path) -> None:
+    MCORE_TINY["mcore-qwen3-5-mtp"].save(tmp_path)
+    layerless, repeated, shared = team(2).run(predicting, tmp_path)[-1]
+    assert "give the last chunk of language a layer" in layerless
+    assert "leave out mtp_shared_weights" in repeated
+    assert "leave out mtp_num_layers, or use context_parallel_size 1" in shared
 
 
 def test_deepstack_of_several_rows_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], ...]] = {"vision": ((3, 2),), "language
 def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
     """By what is wrong of a page, what is said of it."""
     from dip_megatron.families.called import qwen3_vl
+    from dip_megatron.families.called.kimi_k25_vl import KimiK25Vl
     from dip_megatron.families.called.known import BRIDGE_FAMILIES
     from dip_megatron.families.called.program import CalledProgram
     from dip_megatron.megatron.build import record_blueprint
@@ -66,10 +67,16 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         program.load(MicrobatchInputs(program.bind(**arguments)))
     found["shares"] = str(error.value)
-    for name, value in {"vision_dp_when_cp": True, "experimental_attention_variant": "gated_delta_net"}.items():
-        with pytest.raises(ValueError) as error:  # noqa: PT011
-            qwen3_vl.Qwen3Vl().check(SimpleNamespace(context_parallel_size=2, **{name: value}))
-        found[name] = str(error.value)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        qwen3_vl.Qwen3Vl().check(SimpleNamespace(context_parallel_size=2, vision_dp_when_cp=True))
+    found["vision_dp_when_cp"] = str(error.value)
+    row = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 8, 15]), cu_seqlens_q_padded=torch.tensor([0, 8, 16]))
+    pages = {"filled": (qwen3_vl.Qwen3Vl(), (8, 8)), "unfilled": (qwen3_vl.Qwen3Vl(), (8, 8, 4))}
+    for name, (page, samples) in {**pages, "packed": (KimiK25Vl(), (8, 8))}.items():
+        try:
+            page.check_shared(samples, row, 2)
+        except ValueError as error:
+            found[name] = str(error)
     return found
 
 
@@ -114,6 +121,8 @@ def test_a_page_that_is_wrong_is_told(tmp_path: Path) -> None:
     assert found["depth"] == "partition gives vision 4 layers, the model has 5"
     assert found["batch"] == "the microbatch has 0 image tokens for 1 images that become 4"
     assert found["shares"].startswith("2 context-parallel ranks share sequences of a multiple of 4 tokens")
-    assert "this has 94; pad it, or use context_parallel_size 1" in found["shares"]
+    assert "this microbatch has 94; pad each, or use context_parallel_size 1" in found["shares"]
+    assert "filled" not in found
+    assert found["unfilled"].startswith("samples end before the 20 tokens of their row do")
+    assert "Bridge's KimiK25VLModel shares no packed samples out" in found["packed"]
     assert "leave out vision_dp_when_cp" in found["vision_dp_when_cp"]
-    assert "gated_delta_net is untried" in found["experimental_attention_variant"]

@@ -20,15 +20,17 @@ from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.processes import Team
 
 SEED = 3
+SPLIT = ("qwen3-vl", "qwen3-5-vl", "qwen3-5-vl-moe")
+"""Whose encoder has Megatron's layers, split over the ranks."""
 
 
 @pytest.fixture(scope="module")
-def teams() -> Iterator[tuple[Team, Team]]:
-    """Of their own, as groups of Megatron's are made once."""
-    two, four = Team(2), Team(4)
-    yield two, four
-    two.close()
-    four.close()
+def teams() -> Iterator[dict[bool, tuple[Team, Team]]]:
+    """Of their own, as groups of Megatron's are made once; by whether for mcore-bridge, which changes Megatron."""
+    made = {mcore: (Team(2), Team(4)) for mcore in (False, True)}
+    yield made
+    for one in (team for both in made.values() for team in both):
+        one.close()
 
 
 def dips(rank: int, world: int, case: Case) -> Any:
@@ -85,23 +87,27 @@ def megatrons(rank: int, world: int, case: Case) -> Any:
     ("qwen2-5-omni", "several", True, 2), ("internvl", "several", False, 2), ("internvl-chat", "several", False, 2),
     ("mcore-qwen3-vl", "several", False, 1), ("mcore-qwen3-vl", "one", True, 2), ("kimi-vl", "several", True, 2),
     ("mcore-qwen3-5", "several", True, 2), ("mcore-glm-4-1v", "several", False, None),
+    ("qwen3-5-vl-moe", "several", True, 1), ("qwen3-5-vl", "one", False, 2), ("glm-4-5v", "several", True, 1),
+    ("kimi-k2-5", "several", True, 2), ("mcore-qwen3-5-moe-mtp", "several", True, 2),
+    ("qwen2-vl", "several", False, 2),
 ])  # fmt: skip
 def test_shards_train_as_the_class_does(
-    name: str, cut: str, sequence: bool, unit_size: int | None, tmp_path: Path, teams: tuple[Team, Team]
+    name: str, cut: str, sequence: bool, unit_size: int | None, tmp_path: Path, teams: dict[bool, tuple[Team, Team]]
 ) -> None:
     if name in MCORE_TINY and importlib.util.find_spec("mcore_bridge") is None:
         pytest.skip("needs mcore-bridge")
     tiny = (TINY | MCORE_TINY)[name]
     tiny.save(tmp_path)
     case = Case(name, tmp_path, partitions(tiny)[cut], unit_size, seed=SEED, tensor=2, sequence=sequence)
-    alone = teams[0].run(megatrons, replace(case, layers={}))
-    ran = teams[1].run(dips, case)
+    two, four = teams[name in MCORE_TINY]
+    alone = two.run(megatrons, replace(case, layers={}))
+    ran = four.run(dips, case)
     ranks = [found for found, _ in ran]
     for shard in range(2):
         assert_equal((ranks[2 + shard][0], together([ranks[stage + shard][1] for stage in (0, 2)])), alone[shard])
     for stage in (0, 2):
         units = list(zip(ran[stage][1], ran[stage + 1][1], strict=True))
-        if name == "qwen3-vl":  # Megatron's, split over the ranks
+        if name in SPLIT:
             assert not units
             continue
         assert units

@@ -123,21 +123,46 @@ def deterministic(provider: Any) -> None:
     provider.cross_entropy_loss_fusion, provider.mtp_num_layers = False, 1
 
 
+def qwen35_moe(tied: bool, **text: Any) -> Any:
+    """Each layer with experts, and one that all tokens go through, behind a gate."""
+    import transformers
+
+    parts = qwen35_parts(
+        tied, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=48,
+        router_aux_loss_coef=0.01, **text,
+    )  # fmt: skip
+    config = transformers.Qwen3_5MoeConfig(**parts, architectures=["Qwen3_5MoeForConditionalGeneration"])
+    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
+def deterministic_experts(provider: Any) -> None:
+    """:func:`deterministic`, experts without fused kernels, and a loss for their balance that knows one microbatch."""
+    plain_experts(4, 2, 2)(provider)
+    deterministic(provider)
+    provider.moe_router_load_balancing_type = "aux_loss"
+
+
 class Predicting(Tiny):
     """With weights of multi-token prediction, which Hugging Face's model has not and its folder has."""
 
     def save(self, folder: Path) -> None:
         super().save(folder)
         weights = load_file(folder / "model.safetensors")
-        layer = "mtp.layers.0"
+        layer, mlp = "mtp.layers.0", "mtp.layers.0.mlp"
         shapes = {
             "mtp.fc": (64, 128), "mtp.pre_fc_norm_embedding": (64,), "mtp.pre_fc_norm_hidden": (64,), "mtp.norm": (64,),
             f"{layer}.input_layernorm": (64,), f"{layer}.post_attention_layernorm": (64,),
             f"{layer}.self_attn.q_proj": (256, 64), f"{layer}.self_attn.k_proj": (64, 64),
             f"{layer}.self_attn.v_proj": (64, 64), f"{layer}.self_attn.o_proj": (64, 128),
             f"{layer}.self_attn.q_norm": (32,), f"{layer}.self_attn.k_norm": (32,),
-            f"{layer}.mlp.gate_proj": (128, 64), f"{layer}.mlp.up_proj": (128, 64), f"{layer}.mlp.down_proj": (64, 128),
         }  # fmt: skip
+        widths = {mlp: 128}
+        if self.experts:
+            widths = {f"{mlp}.experts.{i}": 32 for i in range(4)} | {f"{mlp}.shared_expert": 48}
+            shapes |= {f"{mlp}.gate": (4, 64), f"{mlp}.shared_expert_gate": (1, 64)}
+        for part, width in widths.items():
+            shapes |= {f"{part}.{name}_proj": (width, 64) for name in ("gate", "up")}
+            shapes[f"{part}.down_proj"] = (64, width)
         generator = torch.Generator().manual_seed(9)
         for name, shape in shapes.items():
             weights[f"{name}.weight"] = 0.05 * torch.randn(shape, generator=generator)
@@ -286,6 +311,10 @@ TINY = {
         ),
         Predicting(
             "qwen3-5-vl", qwen35, patch=16, split_frames=True, change=deterministic, logits=exact_gelu, step=QWEN3_STEP,
+        ),
+        Predicting(
+            "qwen3-5-vl-moe", qwen35_moe, patch=16, split_frames=True, change=deterministic_experts, logits=exact_gelu,
+            step=QWEN3_STEP, experts=True,
         ),
         Pictures(
             "gemma3-vl", gemma3, change=small_pictures, logits=exact_norms, tied=True, videos=False, language_layers=6,

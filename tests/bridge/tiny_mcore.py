@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bridge.tiny import Pictures, glm45, glm_parts, qwen3, qwen3_moe, qwen35, qwen35_parts
+from tests.bridge.tiny import Pictures, Predicting, glm45, glm_parts, qwen3, qwen3_moe, qwen35, qwen35_moe
 from tests.bridge.tiny_kimi import FlatPatches, kimi_vl, no_query_norm
 from tests.bridge.tiny_model import IDS, IMAGE, TEXT, VOCABULARY, Content, Tiny
 
@@ -84,15 +84,8 @@ def qwen35_dense(tied: bool) -> Any:
     return qwen35(tied, **ROTATED)
 
 
-def qwen35_moe(tied: bool) -> Any:
-    import transformers
-
-    parts = qwen35_parts(
-        tied, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=48,
-        router_aux_loss_coef=0.01, **ROTATED,
-    )  # fmt: skip
-    config = transformers.Qwen3_5MoeConfig(**parts, architectures=["Qwen3_5MoeForConditionalGeneration"])
-    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+def qwen35_experts(tied: bool) -> Any:
+    return qwen35_moe(tied, **ROTATED)
 
 
 def glm41(tied: bool) -> Any:
@@ -116,6 +109,10 @@ class Positioned(Tiny):
 @cache
 def _made(tiny: Tiny) -> Any:
     return tiny.made()
+
+
+class PositionedPredicting(Positioned, Predicting):
+    """Which predicts several tokens."""
 
 
 class TwoMatrices(Positioned):
@@ -179,7 +176,11 @@ MCORE_TINY = {
         TwoMatrices("mcore-glm-4-1v", glm41, videos=False),
         Positioned("mcore-glm-4-5v", glm45, videos=False, experts=True),
         Positioned("mcore-qwen3-5", qwen35_dense, patch=16, split_frames=True),
-        Positioned("mcore-qwen3-5-moe", qwen35_moe, patch=16, split_frames=True, experts=True),
+        Positioned("mcore-qwen3-5-moe", qwen35_experts, patch=16, split_frames=True, experts=True),
+        PositionedPredicting("mcore-qwen3-5-mtp", qwen35_dense, patch=16, split_frames=True, predicts=1),
+        PositionedPredicting(
+            "mcore-qwen3-5-moe-mtp", qwen35_experts, patch=16, split_frames=True, experts=True, predicts=1
+        ),
         Tiles("internvl-moe", internvl_moe, videos=False, sizes=((1, 4, 4),), experts=True),
     )
 }

@@ -31,7 +31,9 @@ class Tiny:
     """A family's tiny model: ``model(tied)`` makes it of Hugging Face's classes, ``change`` gives its provider what
     Bridge doesn't read from the folder. ``split_frames``: tokens of a video's frames stand apart. ``step`` is the
     module of Bridge's forward step; ``tolerance`` is of logits against Hugging Face's, and ``logits`` prepares one of
-    Bridge's models to be compared with them. ``pixels_everywhere``: its step gives pixels to every rank."""
+    Bridge's models to be compared with them. ``pixels_everywhere``: its step gives pixels to every rank;
+    ``step_shares``: of labels, it gives each context-parallel rank its share.
+    ``predicts``: depths of multi-token prediction that mcore-bridge is asked for."""
 
     name: str
     model: Callable[[bool], Any]
@@ -40,6 +42,8 @@ class Tiny:
     split_frames: bool = False
     experts: bool = False
     pixels_everywhere: bool = False
+    step_shares: bool = False
+    predicts: int = 0
     videos: bool = True
     vision_layers: int = 4
     language_layers: int = 4
@@ -131,6 +135,19 @@ class Tiny:
                 found[name] = torch.randn(sum(map(prod, own)), values, generator=generator)
                 found[f"{kind}_grid_thw"] = torch.tensor(own)
         return found
+
+
+def packed_row(samples: Sequence[dict[str, Any]], cut: Sequence[int]) -> dict[str, Any]:
+    """Samples in one row as Bridge's collators pack them, each padded to a multiple of four tokens, without so many
+    of its last ones."""
+    from megatron.bridge.data.packing.in_batch import build_mcore_thd_sequence_batch_from_rows
+
+    tokens = ("input_ids", "labels", "loss_mask", "position_ids")
+    rows = [{name: sample[name][0, :-left] for name in tokens} for sample, left in zip(samples, cut, strict=True)]
+    shown = {name for sample in samples for name in sample} - {*tokens, "attention_mask"}
+    return build_mcore_thd_sequence_batch_from_rows(rows, pad_to_multiple_of=4) | {
+        name: torch.cat([sample[name] for sample in samples if name in sample]) for name in shown
+    }
 
 
 def sections(*section: int) -> Callable[[Any], None]:

@@ -162,9 +162,11 @@ class OneClip(Sounding):
 OMNI = (
     Sounding(
         "qwen2-5-omni", qwen25_omni, audio_layers=4, change=sections(2, 3, 3), logits=sectioned, step=STEP,
+        step_shares=True,
     ),
     OneClip(
         "qwen3-omni", qwen3_omni, patch=16, vision_layers=5, language_layers=6, audio_layers=4,
         change=without_dropout, step=STEP, experts=True, longest_clip=144, pixels_everywhere=True,
+        step_shares=True,
     ),
 )  # fmt: skip

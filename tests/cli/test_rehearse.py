@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,30 @@ def test_eight_ranks_train_every_microbatch_once_whatever_dies(
     other = [json.loads(line) for line in (tmp_path / "4x2" / "rank1.jsonl").read_text().splitlines()]
     assert max(line.get("worker_deaths", 0) for line in other) == 1
     assert "going on with the checkpoint's partition" in (tmp_path / "4x2" / "rank0.log").read_text()
+
+
+def test_replicas_that_share_experts_plan_together_and_wait_for_one_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "moe.yaml"
+    shipped = (ROOT / "configs" / "models" / "qwen3-vl-30b-a3b.yaml").read_text()
+    sizes = "parallel: {tp: 1, pp: 2, dp: 2, ep: 2, etp: 1, sequence_parallel: false, distributed_optimizer: true}"
+    model.write_text(re.sub("(?m)^parallel: .*$", sizes, shipped))
+    command = ["rehearse", "--model", str(model), "--workload", "vlm-any-resolution", "--memory-gb", "500"]
+    job = [*command, "--microbatches", "4", "--iterations", "4", "--scale", "0.05", "--budget", "0.1"]
+    with pytest.raises(SystemExit) as ended:
+        main([*job, "--jobs", "2x2", "--keep", str(tmp_path / "kept"), "--json"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["jobs"][0]["wrong"] == []
+    predicted = [
+        [json.loads(line).get("predicted_seconds") for line in (tmp_path / "kept" / "2x2" / name).open()]
+        for name in ("rank0.jsonl", "rank1.jsonl")
+    ]
+    assert predicted[0] == predicted[1]  # both replicas' time together
+    with pytest.raises(SystemExit) as ended:
+        main([*job, "--jobs", "2x3"])
+    assert ended.value.code == 2
+    assert "--jobs 2x3: 2 replicas of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

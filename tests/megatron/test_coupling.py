@@ -25,7 +25,7 @@ def test_replicas_of_one_group_of_experts_plan_together():
     assert ranks == [4, 5, 6, 7, 12, 13, 14, 15]
     assert coupled.replica == 1
     assert [[ranks[place] for place in replica] for replica in coupled.replicas] == [[4, 12], [5, 13], [6, 14], [7, 15]]
-    assert [ranks[place] for place in coupled.own] == [5, 13]
+    assert [ranks[place] for place in coupled.replicas[coupled.replica]] == [5, 13]
     alone, of_one = joined(told(pp=2, dp=2, ep=1), rank=1)
     assert (alone, of_one.replicas) == ([1, 3], ((0, 1),))
 

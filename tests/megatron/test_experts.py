@@ -41,6 +41,28 @@ def test_replicas_with_experts_of_their_own(tmp_path: Path) -> None:
     assert (trace / "dp1_tp0" / "iterations.jsonl").is_file()
 
 
+def test_replicas_whose_experts_are_balanced_together(tmp_path: Path) -> None:
+    """A loss over all replicas' tokens per expert joins them, although each has all experts: they plan together. It
+    goes by the order of microbatches, so that losses are the same until weights have stepped by it, and close then."""
+    flags = (*EXPERTS, *SHARDED, "--moe-router-load-balancing-type", "global_aux_loss")
+    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
+    trace = tmp_path / "trace"
+    run = run_script(
+        "run", SCRIPT, tmp_path / "run", *flags, "--dip-schedule", "dynamic", "--dip-trace-dir", str(trace),
+        ranks=4, pipeline=2, start=forked,
+    )  # fmt: skip
+    assert run.losses[1] == pytest.approx(whole.losses[1], rel=1e-6)
+    assert run.losses == pytest.approx(whole.losses, rel=1e-3)
+    predicted = [
+        [
+            json.loads(line)["predicted_seconds"]
+            for line in (trace / folder / "iterations.jsonl").read_text().splitlines()
+        ]
+        for folder in (".", "dp1_tp0")
+    ]
+    assert predicted[0] == predicted[1]  # the time of both together
+
+
 def test_replicas_that_share_experts(tmp_path: Path) -> None:
     """Plans are made for both together and read ahead, with an evaluation at the end. The partition found leaves a
     layer with experts beside those of multi-token prediction."""
@@ -58,6 +80,19 @@ def test_replicas_that_share_experts(tmp_path: Path) -> None:
     ]
     predicted = [[line["predicted_seconds"] for line in of_replica] for of_replica in lines]
     assert predicted[0] == predicted[1]  # the time of both together
+    assert predicted[0][0] == predicted[0][2] != predicted[0][3]  # by when stages have corrected the costs
+
+
+def test_groups_of_replicas_that_share_experts(tmp_path: Path) -> None:
+    """Four replicas of two stages: in two groups, each with plans of its own, that exchange microbatches; in one."""
+    flags = (*EXPERTS, *SHARDED, "--global-batch-size", "16")
+    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
+    for spread, more in (("2", ("--dip-balance", "swap")), ("4", ())):
+        run = run_script(
+            "run", SCRIPT, tmp_path / spread, *flags, *more, "--expert-model-parallel-size", spread, "--dip-schedule",
+            "dynamic", ranks=8, pipeline=2, start=forked,
+        )  # fmt: skip
+        assert run.losses == pytest.approx(whole.losses, rel=1e-5), spread
 
 
 def test_what_replicas_that_share_experts_cannot_have_is_refused(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dip_megatron.describe.files import ConfigurationError
-from dip_megatron.megatron.arguments import check_arguments
+from dip_megatron.describe.model import Parallel
+from dip_megatron.megatron.arguments import check_arguments, parallel_of
+from dip_megatron.megatron.experts import check_experts
 
 FINE: dict[str, Any] = {
     "dip_schedule": "dynamic", "dip_config": None, "dip_planner_workers": None, "dip_search_budget": None,
@@ -31,10 +34,6 @@ EXPERTS: dict[str, Any] = {
             EXPERTS | {"expert_model_parallel_size": 3},
             "--expert-model-parallel-size 3: a group of experts over 3 ranks .* spread experts over a multiple of 2",
         ),
-        (
-            EXPERTS | {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0, 1]},
-            "--moe-router-load-balancing-type global_aux_loss: its running mean .* seq_aux_loss",
-        ),
         (EXPERTS | {"moe_enable_routing_replay": True}, "--moe-enable-routing-replay: .* leave it out"),
         (EXPERTS | {"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm: .* leave it out"),
         (
@@ -55,3 +54,22 @@ def test_the_reason_and_the_way_out_are_named(flags: dict[str, Any], message: st
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).endswith("use --dip-schedule off")
     check_arguments(Namespace(**FINE | flags | {"dip_schedule": "off"}))
+
+
+def test_replicas_that_a_loss_joins_plan_together() -> None:
+    """The loop's flags tell of it; where a loop doesn't, replicas that share no experts are refused."""
+    asked = {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0, 1]}
+    flags = Namespace(**FINE | EXPERTS | asked | {"data_parallel_size": 4})
+    check_arguments(flags)
+    assert (parallel_of(flags).coupled, parallel_of(flags).sharing) == (4, 1)
+    flags.moe_aux_loss_coeff = [1, 0]
+    assert parallel_of(flags).coupled == 1
+    config = SimpleNamespace(num_moe_experts=8, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1)
+    (note,) = check_experts([config, None], Parallel(tp=2, dp=4, ep=8, etp=1))
+    assert "in the order in which plans run them" in note
+    assert check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1, joined=True)) == {note}
+    said = r"joins all 4 replicas, .* alone \(1\); .*_size 8\), or use aux_loss"
+    with pytest.raises(ConfigurationError, match=said):
+        check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1))
+    config.moe_router_load_balancing_type = "aux_loss"
+    assert check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1)) == set()

@@ -11,12 +11,14 @@ from dip_megatron.megatron.adapters.ms_swift import refusals
 
 FITS = {
     "task_type": "causal_lm", "bridge_backend": "mcore-bridge", "pipeline_model_parallel_size": 2,
-    "context_parallel_size": 1, "use_megatron_fsdp": False, "tuner_type": "full", "freeze_parameters_ratio": 0.0,
+    "context_parallel_size": 2, "cp_partition_mode": "zigzag", "sequence_packing_scheduler": None,
+    "use_megatron_fsdp": False, "tuner_type": "full", "freeze_parameters_ratio": 0.0,
     "mcore_model": None, "mcore_adapter": None,
 }  # fmt: skip
 UNFIT = {
     "task_type": "seq_cls", "bridge_backend": "megatron-bridge", "pipeline_model_parallel_size": 1,
-    "context_parallel_size": 2, "use_megatron_fsdp": True, "tuner_type": "lora", "freeze_parameters_ratio": 0.5,
+    "cp_partition_mode": "contiguous", "sequence_packing_scheduler": "default_dynamic_cp",
+    "use_megatron_fsdp": True, "tuner_type": "lora", "freeze_parameters_ratio": 0.5,
     "mcore_model": "folder",
 }  # fmt: skip
 

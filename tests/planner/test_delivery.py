@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -39,6 +40,16 @@ class ThreadExchange:
     def broadcast(self, data: bytes | None) -> bytes:
         return self._shared.corrupt(self.rank, self.gather(data or b"")[0])
 
+    def scatter(self, parts: Sequence[bytes] | None) -> bytes:
+        return pickle.loads(self.gather(pickle.dumps(parts))[0])[self.rank]
+
+
+def with_other_codes(data: bytes) -> bytes:
+    """An answer whose plan has been corrupted on its way."""
+    answer = pickle.loads(data)
+    codes = answer.plan.codes
+    return pickle.dumps(replace(answer, plan=replace(answer.plan, codes=(codes[0][::-1], *codes[1:]))))
+
 
 def deliver_all(shared: Shared, ranks: int, maker: Maker):
     def one(rank: int):
@@ -64,10 +75,7 @@ def test_all_ranks_get_the_same_plan():
 
 def test_a_corrupted_plan_stops_all_ranks_with_one_message():
     def corrupt(rank: int, data: bytes) -> bytes:
-        plan, *rest = pickle.loads(data)
-        if rank != 1:
-            return data
-        return pickle.dumps((replace(plan, codes=(plan.codes[0][::-1], *plan.codes[1:])), *rest))
+        return with_other_codes(data) if rank == 1 else data
 
     answers = deliver_all(Shared(3, corrupt), 3, Maker())
     assert all(isinstance(a, PlanMismatchError) for a in answers)

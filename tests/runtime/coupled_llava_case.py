@@ -99,11 +99,11 @@ def dips(rank: int, world: int, case: Case, seed: int, exchanges: bool = False) 
         effort = Effort(evaluations=200, seed=seed, deterministic=True)
         return joint_maker(find_schedule("dynamic"), graphs, program.shapes, effort, shared[0], "joint")
 
-    def begin(delivery: Any) -> Any:
+    def begin(delivery: Any, together: Any) -> Any:
         if not exchanges:
             return None
         begun = begin_exchanges(
-            graphs, delivery, 60.0, torch.device("cpu"), "swap", at_call=True, coupled=coupled, experts=shared[0]
+            graphs, delivery, 60.0, torch.device("cpu"), "swap", at_call=True, coupled=together, experts=shared[0]
         )
         own = begun._exchange._price
         if own is not None:  # as on a machine so slow that moving takes no time beside it

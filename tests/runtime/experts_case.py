@@ -234,8 +234,10 @@ def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: 
     from dip_megatron.schedulers.registry import find_schedule
 
     program, chunks = built(world, ranks, case)
-    parallel = Parallel(ranks.tp, ranks.pp, world // ranks.pp // ranks.tp, ranks.tp > 1, False, 1, ranks.ep, ranks.etp)
-    group, coupled = coupled_ranks()
+    joined = case.options.get("moe_router_load_balancing_type") == "global_aux_loss"
+    dp = world // ranks.pp // ranks.tp
+    parallel = Parallel(ranks.tp, ranks.pp, dp, ranks.tp > 1, False, 1, ranks.ep, ranks.etp, joined)
+    group, coupled = coupled_ranks(joined)
 
     def make(exchange: Any) -> Any:
         experts = experts_of(chunks, program.modules, exchange, coupled)

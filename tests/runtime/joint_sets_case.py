@@ -184,7 +184,7 @@ class DrawnSetMaker:
 class Trainer:
     """This rank's chunks of a cut, and what runs them."""
 
-    def __init__(self, cut: Case, exchange: Any, transport: Any, group: list[int], coupled: Any):
+    def __init__(self, cut: Case, exchange: Any, transport: Any, group: list[int], coupled: Any, deliveries: Any):
         from megatron.core import parallel_state
 
         from dip_megatron.families.llava.program import LlavaProgram
@@ -211,8 +211,8 @@ class Trainer:
         service = PlannerService(self._maker, workers=0) if exchange.rank == 0 else None
         clock = Clock(torch.device("cpu"))
         self._step = DipForwardBackward(
-            program, Executor(stage, transport, clock), PlanDelivery(exchange, service, coupled=coupled), clock,
-            policy=PlanningPolicy(look_ahead=lambda: False), on_iteration=self._note,
+            program, Executor(stage, transport, clock), PlanDelivery(deliveries[0], service, coupled=deliveries[1]),
+            clock, policy=PlanningPolicy(look_ahead=lambda: False), on_iteration=self._note,
         )  # fmt: skip
         self.ran: set[str] = set()
         self.trains: set[str] = set()
@@ -242,7 +242,7 @@ class Trainers:
     def __init__(self, file: Path):
         from megatron.core import parallel_state
 
-        from dip_megatron.megatron.coupling import coupled_ranks
+        from dip_megatron.megatron.coupling import coupled_exchanges, coupled_ranks
         from dip_megatron.megatron.exchange import GlooExchange
         from dip_megatron.runtime.transport import DistributedTransport
 
@@ -250,6 +250,7 @@ class Trainers:
         pipeline = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         stage = parallel_state.get_pipeline_model_parallel_rank()
         self._exchange = GlooExchange(self._group, 900.0)
+        self._deliveries = coupled_exchanges(self._group, self._coupled, 900.0)
         self._transport = DistributedTransport(pipeline, stage, torch.device("cpu"), 900.0)
         self._replica = parallel_state.get_data_parallel_rank()
         self._last = stage == STAGES - 1
@@ -258,7 +259,9 @@ class Trainers:
 
     def of(self, cut: int) -> Trainer:
         if cut not in self._made:
-            self._made[cut] = Trainer(CUTS[cut], self._exchange, self._transport, self._group, self._coupled)
+            self._made[cut] = Trainer(
+                CUTS[cut], self._exchange, self._transport, self._group, self._coupled, self._deliveries
+            )
         return self._made[cut]
 
     def fault(self, seed: int, tolerance: float) -> str:

@@ -14,13 +14,14 @@ from tests.collectives import Log, recorded
 def planned_run(
     program: Any, chunks: list[torch.nn.Module], forward_step: Callable[..., Any], batches: Sequence[Any],
     group: list[int], make: Callable[[Exchange], Any], coupled: Any = None, forward_only: bool = False,
-    begin_exchanges: Callable[[Any], Any] = lambda delivery: None,
+    begin_exchanges: Callable[[Any, Any], Any] = lambda delivery, coupled: None,
 ) -> tuple[list[Any], list[Any], Log]:  # fmt: skip
     """Losses of the last stage, the kinds of operations and the strategies that ran (and the exchange's report, if
     there was one), and the collectives. Plans are delivered to the ranks of ``group``; ``make(exchange)`` gives what
-    makes them, ``begin_exchanges(delivery)`` an exchange of microbatches between replicas."""
+    makes them, ``begin_exchanges(delivery, coupled)`` an exchange of microbatches between replicas."""
     from megatron.core import parallel_state
 
+    from dip_megatron.megatron.coupling import coupled_exchanges
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.planner.delivery import PlanDelivery
@@ -37,7 +38,10 @@ def planned_run(
     exchange = GlooExchange(group, 240.0)  # kernels may have to be compiled first
     maker = make(exchange)
     service = PlannerService(maker, workers=0) if exchange.rank == 0 else None
-    delivery = PlanDelivery(exchange, service, coupled=coupled)
+    together = None
+    if coupled is not None:
+        exchange, together = coupled_exchanges(group, coupled, 240.0)
+    delivery = PlanDelivery(exchange, service, coupled=together)
     seen: list[Any] = []
 
     def consume(report: Any, plan: Any, spans: Any) -> None:
@@ -48,7 +52,7 @@ def planned_run(
     step = DipForwardBackward(
         program, Executor(stage, DistributedTransport(pipeline, stage, torch.device("cpu"), 60.0), clock), delivery,
         clock, on_iteration=consume, tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
-        exchanges=begin_exchanges(delivery),
+        exchanges=begin_exchanges(delivery, together),
     )  # fmt: skip
     with recorded() as collectives:
         losses = step(

@@ -25,11 +25,12 @@ def take_three(rank: int, world: int) -> list[str]:
     class Failing(GlooExchange):
         def broadcast(self, data: bytes | None) -> bytes:
             received = super().broadcast(data)
-            plan, *rest = pickle.loads(received)
+            answer = pickle.loads(received)
             if rank < world - 1 or iteration != 1:
                 return received
             # One action less: no message is missing yet, but ranks would wait for each other at the end.
-            return pickle.dumps((replace(plan, codes=(plan.codes[0][:-1], *plan.codes[1:])), *rest))
+            codes = answer.plan.codes
+            return pickle.dumps(replace(answer, plan=replace(answer.plan, codes=(codes[0][:-1], *codes[1:]))))
 
     delivery = PlanDelivery(Failing(list(range(world)), 60.0), PlannerService(Maker(), 0) if rank == 0 else None)
     outcomes = []

@@ -14,7 +14,7 @@ from dip_megatron.core.strategies import known_strategies, strategy_names
 from dip_megatron.planner.quotes import ExchangeReport
 from tests.collectives import disagreement
 from tests.processes import Team
-from tests.runtime import coupled_llava_case
+from tests.runtime import coupled_llava_case, means_case
 from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons
 from tests.runtime.llava_case import Case
 from tests.runtime.split_case import Drawn
@@ -154,6 +154,28 @@ def test_replicas_that_share_experts_equal_megatrons(four, case):
         assert disagreement([answer[4] for answer in answers]) == ""
         recomputed = {kind for answer in answers for kind in answer[3] if isinstance(kind, str) and kind != "none"}
         assert bool(recomputed) == (room is not None) or case.mtp
+
+
+GLOBAL = AUX | {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "together"),
+    [(Ranks(pp=2), False), (Ranks(pp=2, ep=2), True), (Ranks(pp=2), True)],
+    ids=["one replica", "two that share experts", "two that share nothing else"],
+)
+def test_experts_balanced_over_an_iteration_equal_megatrons(pair, four, ranks, together):
+    """Its loss takes the mean of tokens per expert over the microbatches so far, of all replicas: here in the order of
+    the plan. Given these means, Megatron's own schedule has the same gradients; left alone, others."""
+    case = ExpertsCase(4, options=GLOBAL, lengths=LENGTHS, mtp=1)
+    team, segments = four(ranks) if together else pair, replace(case, layers=SEGMENTS)
+    how = (dips_together, ranks, segments, 2, 0.28) if together else (dips, ranks, segments, EVERYTHING)
+    answers, calls = zip(*team.run(means_case.recording, *how), strict=True)
+    replicas = [means_case.of_replica(calls[r :: len(calls) // ranks.pp]) for r in range(len(calls) // ranks.pp)]
+    means_case.check_means(replicas, case.microbatches)
+    assert_equal(merged(team.run(means_case.megatrons, ranks, case, replicas)), merged(answers))
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_equal(merged(team.run(megatrons, ranks, case)), merged(answers))
 
 
 LLAVA = Case((7, 0, 1, 5, 3, 2), vision=((1, 1), (1, 0)), language=((1, 1), (1, 1)))

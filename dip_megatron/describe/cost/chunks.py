@@ -347,7 +347,7 @@ class CostModel:
         the condition that a DiT's later chunks read too."""
         parallel, _, sizes = self._here(shape, sizes)
         shard = parallel.tp if parallel.sequence_parallel else 1
-        elements = sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
+        elements = shape.carried * sizes.tokens * shape.layer.hidden + sizes.condition * shape.layer.cross_attention
         return self.cluster.element_bytes * elements / shard
 
     def tap_bytes(self, shape: ModuleShape, outputs: Floats) -> Floats:

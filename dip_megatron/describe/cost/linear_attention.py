@@ -8,10 +8,11 @@ from .operators import Operators
 
 
 def delta_net_cost(
-    net: GatedDeltaNet, hidden: int, tp: int, operators: Operators, tokens: Floats
+    net: GatedDeltaNet, hidden: int, tp: int, cp: int, operators: Operators, tokens: Floats
 ) -> tuple[Floats, Floats, Floats, Floats, Floats]:
     """Seconds ``[U]`` of forward, input gradient and weight gradient of a gated delta net whose heads are split over
-    ``tp`` ranks, without norms and traffic around it; bytes ``[U]`` kept for the backward, and for the weight gradient,
+    ``tp`` ranks, on a rank's share of sequences that ``cp`` ranks have together, without norms and what tensor-parallel
+    ranks send around it; bytes ``[U]`` kept for the backward, and for the weight gradient,
     beside its input.
 
     The backward makes what chunks need again and takes two products for each of the forward's: three times as much.
@@ -27,9 +28,12 @@ def delta_net_cost(
     )
     convolve = operators.memory(2 * e * mixed * tokens)
     gate = operators.memory(3 * e * values * tokens)
+    # Ranks exchange shares of sequences for some heads of whole ones, and back.
+    exchanged = sum(operators.gather(e * width * tokens, cp, tp) for width in (inward, values))
     # Before and after the convolution, the gate, outputs before and after it; what tokens of a chunk are to each other.
     kept = (e * (2 * mixed + 3 * values + net.chunk * heads) + 8 * heads) * tokens
     return (
-        project + convolve + core + gate + out, project + 2 * convolve + core_back + 2 * gate + out,
+        project + convolve + core + gate + out + exchanged,
+        project + 2 * convolve + core_back + 2 * gate + out + exchanged,
         project_weight + out_weight, kept, e * (inward + values) * tokens,
     )  # fmt: skip

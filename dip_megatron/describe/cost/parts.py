@@ -149,7 +149,9 @@ def layer_cost(
         rope = 0.0
         core, core_bytes = np.zeros_like(tokens), np.zeros_like(tokens)
         net = layer.linear_attention
-        forward, backward, weight, kept, deferred_activation = delta_net_cost(net, hidden, tp, operators, tokens)
+        forward, backward, weight, kept, deferred_activation = delta_net_cost(
+            net, hidden, tp, parallel.cp, operators, tokens
+        )
         weight_inputs = e * net.value_width / tp * tokens
     else:
         forward, core, backward, weight, kept, core_bytes, deferred_activation = attend(

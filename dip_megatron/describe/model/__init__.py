@@ -14,18 +14,18 @@ from .ends import (
     TokenEmbedding,
 )
 from .experts import Experts, LayerKind
+from .faults import ModelError
 from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
     ContextParallel,
-    ModelError,
     ModuleShape,
     MultimodalModel,
     Packing,
-    Parallel,
     TensorParallel,
     TransformerLayer,
 )
+from .parallel import Parallel
 from .partition import ModulePartition, Partition, even_partition, spread
 from .schema import load_model
 from .training import ChunkTraining, PartTraining, Training, TrainingMismatchError

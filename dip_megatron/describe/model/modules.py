@@ -12,22 +12,14 @@ from typing import Literal
 
 from .ends import Head, LanguageHead, LatentEmbedding, LatentHead, Nothing, Projector, Stem, TokenEmbedding
 from .experts import Experts, LayerKind
+from .faults import ModelError, positive
 from .linear_attention import GatedDeltaNet
+from .parallel import Parallel
 
 TrainablePart = Literal["stem", "layers", "head"]
 TensorParallel = Literal["split", "shared", "whole"]
 ContextParallel = Literal["shared", "whole"]
 EVERY_PART: tuple[TrainablePart, ...] = ("stem", "layers", "head")
-
-
-class ModelError(ValueError):
-    """A model description that contradicts itself; the message is ``PLACE: REASON``."""
-
-
-def _positive(place: str, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ModelError(f"{place}.{name}: must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class TransformerLayer:
     def __post_init__(self) -> None:
         if self.linear_attention is not None and self.window:
             raise ModelError("layer.window: layers are either of windows or of linear_attention; leave one out")
-        _positive("layer", hidden=self.hidden, ffn=self.ffn, heads=self.heads, kv_groups=self.kv_groups)
+        positive("layer", hidden=self.hidden, ffn=self.ffn, heads=self.heads, kv_groups=self.kv_groups)
         if self.head_dim == 0:
             if self.hidden % self.heads:
                 raise ModelError(f"layer.heads: {self.heads} don't divide hidden {self.hidden}; set head_dim")
@@ -127,11 +119,12 @@ class ModuleShape:
     they do (adapters: few). ``taps`` are layers, counted from 0, whose outputs also go, each through a projector like
     the head's, to the next module: that of the i-th is added behind its layer i (Qwen3-VL's deepstack).
     ``mtp`` depths of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) go with the head: each a
-    linear from two hidden states to one, a layer like the last, and the head once more. ``tensor_parallel`` says what
-    tensor-parallel ranks do: each holds a part of every matrix (``split``, Megatron's modules); or each holds the whole
-    module, as of Hugging Face's, and either has a share of every unit's instances (``shared``, encoders only; so DIP
-    runs them in segments, but mixed chunks as Megatron does) or runs all of them (``whole``). ``context_parallel`` says
-    the same of the ranks that ``cp`` counts, for an encoder.
+    linear from two hidden states to one, a layer like the last, and the head once more. ``carried`` tensors as large as
+    hidden states go from rank to rank: two where embeddings travel with them to such a head. ``tensor_parallel`` says
+    what tensor-parallel ranks do: each holds a part of every matrix (``split``, Megatron's modules); or each holds the
+    whole module, as of Hugging Face's, and either has a share of every unit's instances (``shared``, encoders only; so
+    DIP runs them in segments, but mixed chunks as Megatron does) or runs all of them (``whole``). ``context_parallel``
+    says the same of the ranks that ``cp`` counts, for an encoder.
     """
 
     name: str
@@ -145,11 +138,12 @@ class ModuleShape:
     trained_share: tuple[float, float, float] = (1.0, 1.0, 1.0)
     taps: tuple[int, ...] = ()
     mtp: int = 0
+    carried: int = 1
     tensor_parallel: TensorParallel = "split"
     context_parallel: ContextParallel = "whole"
 
     def __post_init__(self) -> None:
-        _positive(f"modules.{self.name}", layers=self.layers)
+        positive(f"modules.{self.name}", layers=self.layers)
         if self.taps and not isinstance(self.head, Projector):
             raise ModelError(f"modules.{self.name}.taps: each has a projector like the head's; set head")
         if any(not 0 <= layer < self.layers for layer in self.taps):
@@ -247,50 +241,6 @@ class ModuleShape:
         return not other or (every > 0 and (layer + 1) % every == 0)
 
 
-MOST_RANKS = 1 << 20  # of one dimension: more than any cluster has
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """How ranks are used: tensor, pipeline, data and context parallel sizes, what is sharded over them, and over how
-    many of the ranks of a stage experts are spread (``ep``) and each of them is split (``etp``; 0: as ``tp``)."""
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    sequence_parallel: bool = True
-    distributed_optimizer: bool = True
-    cp: int = 1
-    ep: int = 1
-    etp: int = 0
-
-    def __post_init__(self) -> None:
-        sizes = {"tp": self.tp, "pp": self.pp, "dp": self.dp, "cp": self.cp, "ep": self.ep, "etp": self.expert_tp}
-        _positive("parallel", **sizes)
-        for name, size in sizes.items():
-            if size > MOST_RANKS:  # arrays of all ranks would take all memory before anything is refused
-                raise ModelError(f"parallel.{name}: {size} ranks; at most {MOST_RANKS}")
-
-    @property
-    def gpus(self) -> int:
-        return self.tp * self.cp * self.pp * self.dp
-
-    @property
-    def expert_tp(self) -> int:
-        """Ranks that an expert is split over."""
-        return self.etp or self.tp
-
-    @property
-    def coupled(self) -> int:
-        """Data-parallel replicas that share a group of experts: 1 if each has its own, and so plans alone."""
-        return max(1, -(-self.ep * self.expert_tp // (self.tp * self.cp)))
-
-    @property
-    def expert_dp(self) -> float:
-        """Ranks of a stage, of all replicas, that hold the same experts."""
-        return self.tp * self.cp * self.dp / (self.ep * self.expert_tp)
-
-
 @dataclass(frozen=True)
 class Packing:
     """How samples become microbatches. VLMs: up to ``max_tokens`` tokens and ``max_images`` images, an image of default
@@ -351,9 +301,11 @@ class MultimodalModel:
             if value % tp and not (name == "kv_groups" and tp % value == 0):
                 raise ModelError(f"{place}.layer.{name}: {value} can't be split over tp {tp}")
         linear = m.layer.linear_attention
-        if linear is not None and (linear.key_heads % tp or linear.value_heads % tp):
+        cp = self.parallel.cp  # ranks with a share of each sequence exchange it for some of the heads
+        if linear is not None and (linear.key_heads % (tp * cp) or linear.value_heads % (tp * cp)):
             heads = f"{linear.key_heads} and {linear.value_heads} heads"
-            raise ModelError(f"{place}.layer.linear_attention: {heads} can't be split over tp {tp}")
+            both = f"tp {tp}" if cp == 1 else f"tp {tp} and cp {cp}"
+            raise ModelError(f"{place}.layer.linear_attention: {heads} can't be split over {both}")
         experts = m.layer.experts
         if experts is not None:
             ep, etp = self.parallel.ep, self.parallel.expert_tp

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .modules import ModelError, MultimodalModel
+from .faults import ModelError
+from .modules import MultimodalModel
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,19 @@ from .ends import (
     TokenEmbedding,
 )
 from .experts import Experts
+from .faults import ModelError
 from .linear_attention import GatedDeltaNet
 from .modules import (
     EVERY_PART,
     ContextParallel,
-    ModelError,
     ModuleShape,
     MultimodalModel,
     Packing,
-    Parallel,
     TensorParallel,
     TrainablePart,
     TransformerLayer,
 )
+from .parallel import Parallel
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
 Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -167,6 +167,7 @@ class _Module(_Strict):
     trainable: tuple[TrainablePart, ...] = EVERY_PART
     taps: tuple[int, ...] = ()
     mtp: int = Field(default=0, ge=0)
+    carried: PositiveInt = 1
     tensor_parallel: TensorParallel = "split"
     context_parallel: ContextParallel = "whole"
 
@@ -216,6 +217,7 @@ def load_model(name_or_path: str | Path) -> MultimodalModel:
                 trainable=m.trainable,
                 taps=m.taps,
                 mtp=m.mtp,
+                carried=m.carried,
                 tensor_parallel=m.tensor_parallel,
                 context_parallel=m.context_parallel,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -75,7 +75,9 @@ class HuggingFaceVision(DeepstackVision):
         return rows[video[image | video].int().argsort(stable=True).argsort()]
 
 
-def add_to_layer(language: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
+def add_to_layer(
+    language: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor, row: Sequence[int]
+) -> torch.Tensor:  # fmt: skip
     """See :meth:`.page.Page.add_tap`; ``language`` is a GPTModel of Megatron's. A rank that has a part of the sequences
     adds what belongs there. Of what an encoder made, tensor-parallel ranks then have the whole gradient each, as of all
     that comes to the language model; Megatron-Bridge's and mcore-bridge's own have that of their part."""
@@ -83,7 +85,7 @@ def add_to_layer(language: Any, hidden: torch.Tensor, where: torch.Tensor, tap: 
     numbers = where.flatten().cumsum(0).view_as(where) - 1
     own = torch.arange(where.shape[1])
     if context.size() > 1:
-        own = shard_rows([where.shape[1]], context.size(), context.rank())
+        own = shard_rows(row, context.size(), context.rank())
     if language.config.sequence_parallel:
         own = own.chunk(tensor.size())[tensor.rank()]
         tap = copy_to_tensor_model_parallel_region(tap, tensor)

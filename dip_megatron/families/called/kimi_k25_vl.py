@@ -54,6 +54,7 @@ class KimiK25Vl(ProviderPage):
     name = "kimi-k2-5"
     model_class = KimiK25VLModel
     encoders = (Vision(),)
+    shares = True
     usual_picture = 391
 
     def decoder(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:

@@ -19,6 +19,7 @@ from ...compat.bridge_building import NoLanguageModel
 from ...compat.mcore_bridge import by_class
 from ...describe.files import ConfigurationError
 from ..family import ModelFamily
+from ..shared.shapes import LANGUAGE
 from .family import family_of_class
 from .grids import GridEncoder
 from .page import Page, drop, without_layers
@@ -54,11 +55,29 @@ class McoreBridgePage(Page):
     tower: ClassVar[str] = ""
     """The encoder within the wrapper, where the wrapper asks it for more than what it is called for."""
     replicates = False  # mcore-bridge's export knows of one copy
+    shares = shares_packed = True
 
     def check(self, config: Any) -> None:
         super().check(config)
+        if getattr(config, "mtp_shared_weights", False):
+            raise ConfigurationError(
+                "DIP hasn't been tried with one layer for all depths of multi-token prediction; leave out "
+                "mtp_shared_weights, or use schedule off"
+            )
+        if config.mtp_num_layers and config.context_parallel_size > 1:
+            raise ConfigurationError(
+                "DIP hasn't been tried with multi-token prediction of mcore-bridge's models on shares of sequences; "
+                "leave out mtp_num_layers, or use context_parallel_size 1"
+            )
         if config.language_model_only:
             raise ConfigurationError(f"DIP has no family for {self.name} without its encoder; use schedule off")
+
+    def check_layers(self, config: Any, layers: Mapping[str, tuple[tuple[int, ...], ...]]) -> None:
+        if config.mtp_num_layers and not layers[LANGUAGE][-1][-1]:
+            raise ConfigurationError(
+                "mcore-bridge looks for the last layer's norm beside multi-token prediction; give the last chunk of "
+                f"{LANGUAGE} a layer"
+            )
 
     def tied(self, config: Any) -> bool:
         return not config.untie_embeddings_and_output_weights
@@ -68,6 +87,11 @@ class McoreBridgePage(Page):
 
     def position_tokens(self, config: Any) -> tuple[int, ...]:
         return super().position_tokens(config.hf_config)
+
+    def carried(self, config: Any) -> int:
+        """For multi-token prediction, which reads pictures' embeddings too, mcore-bridge hands those of the whole
+        sequence on from stage to stage, behind the hidden states."""
+        return 2 if config.mtp_num_layers else 1
 
     def longest(self, config: Any) -> int:
         """mcore-bridge's config says no more than what the model could take; loops pad to a microbatch's longest."""

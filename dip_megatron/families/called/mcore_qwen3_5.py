@@ -26,6 +26,7 @@ class McoreBridgeQwen35(McoreBridgePage):
     name = "qwen3-5-mcore-bridge"
     visual_class = Qwen3_5Vit
     encoders = (Vision(),)
+    predicts = True
     usual_picture = 300
     """Patches of 16 x 16, four a token."""
 

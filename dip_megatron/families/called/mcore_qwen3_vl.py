@@ -3,6 +3,7 @@ the language model's first layers (deepstack), before a GPT."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,5 +49,7 @@ class McoreBridgeQwen3Vl(McoreBridgePage):
                 "rows; pack them into one (padding_free), or use micro_batch_size 1"
             )
 
-    def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-        return add_to_layer(model.language_model, hidden, where, tap)
+    def add_tap(
+        self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor, row: Sequence[int]
+    ) -> torch.Tensor:  # fmt: skip
+        return add_to_layer(model.language_model, hidden, where, tap, row)

@@ -103,6 +103,7 @@ class Ministral3Vl(ProviderPage):
     name = "ministral3-vl"
     model_class = Ministral3Model
     encoders = (Vision(),)
+    shares = True
     usual_picture = 391
 
     def check(self, config: Any) -> None:

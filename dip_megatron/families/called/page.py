@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import reduce
@@ -31,6 +31,7 @@ from ...describe.model import (
 )
 from ..describe import configured_experts, layer_shape, trainable_parts
 from ..shared.cut import CutPoints, found
+from ..shared.packing import fills
 from ..shared.shapes import LANGUAGE, VISION
 from .shapes import HiddenShape
 
@@ -138,6 +139,8 @@ class Page(ABC):
     }
     shares: ClassVar[bool] = False
     """Whether the class shares merged sequences out over context-parallel ranks by itself, on every stage."""
+    shares_packed: ClassVar[bool] = False
+    """Whether it does that with samples packed into one row, each by itself."""
     predicts: ClassVar[bool] = False
     """Whether the class takes multi-token prediction."""
     replicates: ClassVar[bool] = True
@@ -153,6 +156,11 @@ class Page(ABC):
             raise ValueError(f"DIP can't run {self.model_class.__name__} with context parallelism; use "
                              "--dip-schedule off")  # fmt: skip
 
+    def check_layers(  # noqa: B027  most pages take every partition
+        self, config: Any, layers: Mapping[str, tuple[tuple[int, ...], ...]]
+    ) -> None:  # fmt: skip
+        """Raises ValueError for partitions, ``[segment][rank]`` of each module, that the class can't have."""
+
     def check_call(self, arguments: Arguments) -> None:  # noqa: B027  most pages take every call
         """Raises ValueError for a batch that has no segmented form."""
 
@@ -163,6 +171,26 @@ class Page(ABC):
     def packed(self, arguments: Arguments) -> Any:
         """How samples are packed in the rows of a microbatch, None for one a row."""
         return arguments.get("packed_seq_params")
+
+    def check_shared(self, row: Sequence[int], packed: Any, ranks: int) -> None:
+        """Raises ValueError for a row of samples of so many tokens that ``ranks`` context-parallel ranks can't
+        share."""
+        if packed is not None and not self.shares_packed:
+            raise ValueError(
+                f"Megatron-Bridge's {self.model_class.__name__} shares no packed samples out over context-parallel "
+                "ranks; pack none, or use context_parallel_size 1"
+            )
+        if packed is not None and not fills(packed, sum(row)):
+            raise ValueError(
+                f"samples end before the {sum(row)} tokens of their row do, of which context-parallel ranks know no "
+                "shares; let the last one fill it, or use context_parallel_size 1"
+            )
+        odd = sorted({length for length in row if length % (2 * ranks)})
+        if odd:
+            raise ValueError(
+                f"{ranks} context-parallel ranks share sequences of a multiple of {2 * ranks} tokens; this microbatch "
+                f"has {', '.join(map(str, odd))}; pad each, or use context_parallel_size 1"
+            )
 
     def shown(self) -> Mapping[str, Any]:
         """Attributes, by name, that a model has which isn't built yet, where what builds it looks at them afterwards.
@@ -190,8 +218,11 @@ class Page(ABC):
         """Ids of the tokens in whose places taps are added."""
         return tuple(getattr(config, name) for name in ("image_token_id", "video_token_id") if hasattr(config, name))
 
-    def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-        """``hidden`` ``[s, b, h]`` of the language model, ``tap`` added ``where`` ``[b, s]`` instances stand."""
+    def add_tap(
+        self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor, row: Sequence[int]
+    ) -> torch.Tensor:  # fmt: skip
+        """``hidden`` ``[s, b, h]`` of the language model, ``tap`` added ``where`` ``[b, s]`` instances stand. Each row
+        is of samples of so many tokens: one, or those packed into it."""
         raise NotImplementedError(f"{self.name} has no taps")
 
     def tied(self, config: Any) -> bool:
@@ -215,7 +246,12 @@ class Page(ABC):
             LanguageHead(words, self.tied(config)),
             tuple(e.name for e in self.encoders), trainable_parts(stem=reads, layers=reads, head=reads),
             mtp=getattr(config, "mtp_num_layers", None) or 0,
+            carried=self.carried(config),
         )  # fmt: skip
+
+    def carried(self, config: Any) -> int:
+        """How many tensors as large as hidden states the language model's chunks hand on as one."""
+        return 1
 
     def describe(self, config: Any, freeze: Mapping[str, bool], parallel: Parallel) -> MultimodalModel:
         """The model of this config."""

@@ -42,6 +42,7 @@ class CalledProgram(SegmentedProgram):
         self._page, self._kwargs, self._freeze = page, dict(kwargs), dict(freeze or {})
         self._config = config = kwargs[page.config_name]
         page.check(config)
+        page.check_layers(config, layers)
         self._encoders = {e.name: e for e in page.encoders}
         for encoder in page.encoders:
             self.check_layers(encoder.name, encoder.layers(config))
@@ -54,6 +55,7 @@ class CalledProgram(SegmentedProgram):
         self._cuts: dict[int, CutEncoder] = {}
         self._taps: dict[int, torch.Tensor] = {}
         self._where: torch.Tensor | None = None
+        self._samples: tuple[int, ...] = ()
         self.shapes = CalledShapes(
             {e.name: self._shapes_of(e) for e in page.encoders},
             language=layers[LANGUAGE],
@@ -62,6 +64,7 @@ class CalledProgram(SegmentedProgram):
             sequence_parallel_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
             dtype=dtype_name(config),
             context_parallel_size=config.context_parallel_size,
+            carried=page.carried(config),
         )
 
     def _shapes_of(self, encoder: Encoder) -> EncoderShapes:
@@ -147,7 +150,7 @@ class CalledProgram(SegmentedProgram):
             if tap is None:
                 return None
             assert self._where is not None
-            return (self._page.add_tap(chunk, output[0], self._where, tap), *output[1:])
+            return (self._page.add_tap(chunk, output[0], self._where, tap, self._samples), *output[1:])
 
         return add
 
@@ -168,17 +171,18 @@ class CalledProgram(SegmentedProgram):
         samples, length = ids.shape
         rows = 0 if samples == self.shapes.micro_batch_size else int(samples)
         held = {e.kind: tuple(e.tokens(self._config, arguments)) for e in self._page.encoders}
-        packed = self._page.packed(arguments)
-        ranks = self.shapes.context_parallel_size
-        if ranks > 1 and (packed is not None or length % (2 * ranks)):
-            raise ValueError(
-                f"{ranks} context-parallel ranks share sequences of a multiple of {2 * ranks} tokens, not packed ones; "
-                f"this has {length}{'' if packed is None else ', packed'}; pad it, or use context_parallel_size 1"
-            )
-        sequences = (int(length),) * samples if packed is None else packed_lengths(packed, int(length))
+        row = self._row(arguments)
+        if self.shapes.context_parallel_size > 1:
+            self._page.check_shared(row, self._page.packed(arguments), self.shapes.context_parallel_size)
         text = samples * int(length) - sum(map(sum, held.values()))
         images, audios = held.pop("images", ()), held.pop("audios", ())
+        sequences = row * samples if len(row) == 1 else row
         return Microbatch(text, images, audios, sequences=sequences, others=held, rows=rows)
+
+    def _row(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        """Tokens of each sample in a row."""
+        length, packed = int(arguments["input_ids"].shape[1]), self._page.packed(arguments)
+        return (length,) if packed is None else packed_lengths(packed, length)
 
     # -- stages --------------------------------------------------------------------------------------------------
     def forward(
@@ -225,13 +229,13 @@ class CalledProgram(SegmentedProgram):
             model.set_input_tensor(inputs[0]["hidden"])
         if taps:
             ids = arguments["input_ids"]
-            self._taps = taps
+            self._taps, self._samples = taps, self._row(arguments)
             self._where = torch.isin(ids, torch.tensor(self._page.position_tokens(self._config), device=ids.device))
         try:
             with self._page.calling(model):
                 output = chunk(**given)
         finally:
-            self._taps, self._where = {}, None
+            self._taps, self._where, self._samples = {}, None, ()
             for encoder in self._page.encoders if starts else ():
                 _put(model, encoder.called, None)
         found(model, self._page.language).decoder.input_tensor = None  # Megatron's block would hold it

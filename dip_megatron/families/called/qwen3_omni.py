@@ -3,7 +3,7 @@ model's first layers (deepstack), and of sound, before a GPT with experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,5 +101,7 @@ class Qwen3Omni(ThinkerPage):
     usual_picture = 300
     """Patches of 16 x 16, four a token."""
 
-    def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-        return add_to_layer(model.thinker.language_model, hidden, where, tap)
+    def add_tap(
+        self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor, row: Sequence[int]
+    ) -> torch.Tensor:  # fmt: skip
+        return add_to_layer(model.thinker.language_model, hidden, where, tap, row)

@@ -4,14 +4,16 @@ feed the language model's first layers."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model import Qwen3VLModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import reorganize_inputs
 
+from ...compat.layer_specs import specs_of_all_layers
 from ..shared.cut import CutPoints
+from ..shared.layout import without_layout
 from .deepstack import DeepstackVision, add_to_layer
 from .grids import PIXELS, VIDEOS, GivenRows
 from .page import Arguments, Page
@@ -84,7 +86,7 @@ class Qwen3Vl(Page):
     model_class = Qwen3VLModel
     encoders = (Vision(),)
     config_name = "language_transformer_config"
-    shares = predicts = True
+    shares = shares_packed = predicts = True
     usual_picture = 300
     """Patches of 16 x 16, four a token."""
 
@@ -94,11 +96,6 @@ class Qwen3Vl(Page):
             raise ValueError(
                 f"a {type(config).__name__} says nothing of its {config.mtp_num_layers} multi-token prediction layers; "
                 "leave out mtp_num_layers"
-            )
-        if config.context_parallel_size > 1 and getattr(config, "experimental_attention_variant", None):
-            raise ValueError(
-                f"context parallelism of {config.experimental_attention_variant} is untried under DIP; use "
-                "context_parallel_size 1"
             )
         if getattr(config, "vision_dp_when_cp", False):
             raise ValueError("DIP places encoders itself; leave out vision_dp_when_cp")
@@ -126,11 +123,15 @@ class Qwen3Vl(Page):
         }  # fmt: skip
         if hasattr(config, "build_language_spec"):
             given["language_transformer_layer_spec"] = config.build_language_spec(vp_stage=segment)
-        predicts = last and getattr(config, "mtp_num_layers", None)  # beside the head alone
-        given["mtp_block_spec"] = config.build_mtp_spec(vp_stage=segment) if predicts else None
+        given["mtp_block_spec"] = None
+        if last and getattr(config, "mtp_num_layers", None):  # beside the head, whatever layers the chunk has
+            with specs_of_all_layers():
+                given["mtp_block_spec"] = without_layout(config).build_mtp_spec()
         model = Qwen3VLModel(**given)
         model.add_encoder = first
         return model
 
-    def add_tap(self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor) -> torch.Tensor:
-        return add_to_layer(model.language_model, hidden, where, tap)
+    def add_tap(
+        self, model: Any, hidden: torch.Tensor, where: torch.Tensor, tap: torch.Tensor, row: Sequence[int]
+    ) -> torch.Tensor:  # fmt: skip
+        return add_to_layer(model.language_model, hidden, where, tap, row)

@@ -64,7 +64,8 @@ class EncoderShapes:
 @dataclass(frozen=True)
 class CalledShapes:
     """``encoders`` by module name; ``language`` are the layers of the language model, ``[segment][rank]``;
-    ``micro_batch_size`` the samples of a microbatch that doesn't say otherwise."""
+    ``micro_batch_size`` the samples of a microbatch that doesn't say otherwise. ``carried``: so many tensors as large
+    as hidden states make one, one after the other along the sequence."""
 
     encoders: Mapping[str, EncoderShapes]
     language: Layers
@@ -73,6 +74,7 @@ class CalledShapes:
     sequence_parallel_size: int
     dtype: str
     context_parallel_size: int = 1
+    carried: int = 1
 
     def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """Hidden states within an encoder, embeddings ``[tokens, language_hidden]`` after it; hidden states ``[s, b,
@@ -81,7 +83,7 @@ class CalledShapes:
         if stage.module == LANGUAGE:
             samples = load.rows or self.micro_batch_size
             length = load.tokens // samples // self.sequence_parallel_size // self.context_parallel_size
-            hidden = (length, samples, self.language_hidden)
+            hidden = (self.carried * length, samples, self.language_hidden)
             done = layers_until(self.language, *place)
             taps = [
                 TensorSpec(f"tap{i}", (sum(load.encoded[e.kind]), self.language_hidden), self.dtype, made_by=name)

@@ -20,6 +20,7 @@ class ThinkerPage(Page):
 
     config_name = "language_transformer_config"
     language = "thinker.language_model"
+    shares = True
     module: ClassVar[str]
 
     def bare(self, kwargs: Mapping[str, Any]) -> Any:

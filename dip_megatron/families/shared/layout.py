@@ -59,6 +59,13 @@ def segment_config(config: TransformerConfig, layers: tuple[tuple[int, ...], ...
     return order_free(built)
 
 
+def without_layout(config: TransformerConfig) -> TransformerConfig:
+    """A copy of a chunk's config that says nothing of where layers stand."""
+    whole = copy.copy(config)
+    whole.pipeline_model_parallel_layout = None
+    return whole
+
+
 def order_free(config: TransformerConfig) -> TransformerConfig:
     """A copy for layers whose backwards come in any order.
 

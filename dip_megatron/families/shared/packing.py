@@ -75,12 +75,23 @@ def packed_lengths(parameters: Any, total: int) -> tuple[int, ...]:
 
     Raises ValueError if ``parameters`` (Megatron's PackedSeqParams) say otherwise.
     """
-    bounds = parameters.cu_seqlens_q_padded if parameters.cu_seqlens_q_padded is not None else parameters.cu_seqlens_q
+    bounds = _bounds(parameters)
     lengths = [int(n) for n in bounds.diff() if n > 0]
     rest = total - sum(lengths)
     if rest < 0:
         raise ValueError(f"packed_seq_params end at position {sum(lengths)}, the packed sequence has {total} positions")
     return (*lengths, rest) if rest else tuple(lengths)
+
+
+def fills(parameters: Any, total: int) -> bool:
+    """Whether the samples' last position, padding included, is the last of ``total``."""
+    return int(_bounds(parameters)[-1]) == total
+
+
+def _bounds(parameters: Any) -> torch.Tensor:
+    padded: torch.Tensor | None = parameters.cu_seqlens_q_padded
+    bounds: torch.Tensor = parameters.cu_seqlens_q
+    return bounds if padded is None else padded
 
 
 def shared_ends(inputs: MicrobatchInputs) -> Any:

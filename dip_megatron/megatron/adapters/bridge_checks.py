@@ -10,7 +10,7 @@ from ...compat.names import fault
 from ...compat.releases import numbers_of
 from ...describe.files import ConfigurationError
 from ...describe.model import Parallel
-from ..experts import expert_refusals
+from ..experts import counts_over_iteration, expert_refusals
 
 
 def check_release(tell: Callable[[str], object]) -> None:
@@ -46,7 +46,20 @@ def parallel_of(config: Any) -> Parallel:
         model.tensor_model_parallel_size, model.pipeline_model_parallel_size, getattr(config, "data_parallel_size", 1),
         model.sequence_parallel, config.ddp.use_distributed_optimizer, model.context_parallel_size,
         model.expert_model_parallel_size or 1, model.expert_tensor_parallel_size or 0,
+        bool(getattr(model, "num_moe_experts", None)) and counts_over_iteration(model),
     )  # fmt: skip
+
+
+_SHARING = (
+    "Qwen3VLModelProvider", "Qwen3VLMoEModelProvider", "Qwen35VLModelProvider", "Qwen35VLMoEModelProvider",
+    "KimiK25VLModelProvider", "Ministral3ModelProvider", "Qwen25OmniModelProvider", "Qwen3OmniModelProvider",
+)  # fmt: skip
+"""Bridge's providers of models whose pages say that their class ``shares``."""
+
+
+def _shares(model: Any) -> bool:
+    """Whether it is one of these, or of a class made from one."""
+    return any(kind.__name__ in _SHARING for kind in type(model).__mro__)
 
 
 def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
@@ -63,9 +76,9 @@ def _refusals(config: Any) -> list[tuple[Any, str, str, str]]:
     leave = "leave it out"
     return [
         (pipeline < 2, f"pipeline_model_parallel_size {pipeline}", "there is no pipeline to schedule", "use 2 or more"),
-        (context > 1 and not hasattr(model, "vision_dp_when_cp"), f"context_parallel_size {context}",
-         "of Bridge's models only the class of Qwen3-VL shares merged sequences on every stage by itself",
-         "use tensor parallelism with sequence_parallel"),
+        (context > 1 and not _shares(model), f"context_parallel_size {context}",
+         f"the class of a {type(model).__name__} isn't among those of Bridge's that share merged sequences on every "
+         "stage by themselves", "use tensor parallelism with sequence_parallel"),
         *(expert_refusals(model, parallel_of(config)) if getattr(model, "num_moe_experts", None) else ()),
         (sharded, "FSDP", "it gathers parameters in one fixed order of layers", "use ddp.use_distributed_optimizer"),
         (getattr(model, "defer_embedding_wgrad_compute", False), "defer_embedding_wgrad_compute",

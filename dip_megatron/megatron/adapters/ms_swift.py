@@ -87,7 +87,7 @@ def check_release(tell: Callable[[str], object]) -> None:
 def refusals(trainer: Any) -> list[tuple[str, str, str]]:
     """What DIP can't run of a trainer and its arguments: setting, reason and way out of each."""
     args, kind = trainer.args, type(trainer).__name__
-    pipeline, context = args.pipeline_model_parallel_size, args.context_parallel_size
+    pipeline, shared = args.pipeline_model_parallel_size, args.context_parallel_size > 1
     found = [
         (kind != "MegatronTrainer", f"trainer {kind}",
          "it may call its models by itself, of which chunks can't be run without a plan",
@@ -96,9 +96,10 @@ def refusals(trainer: Any) -> list[tuple[str, str, str]]:
         (args.bridge_backend != "mcore-bridge", f"bridge_backend {args.bridge_backend}",
          "ms-swift gives it no multimodal models", "use mcore-bridge"),
         (pipeline < 2, f"pipeline_model_parallel_size {pipeline}", "there is no pipeline to schedule", "use 2 or more"),
-        (context > 1, f"context_parallel_size {context}",
-         "payload shapes in plans don't know sequence shards of context parallelism",
-         "use tensor parallelism with sequence_parallel"),
+        (shared and args.cp_partition_mode != "zigzag", f"cp_partition_mode {args.cp_partition_mode}",
+         "DIP cuts what deepstack adds as Megatron cuts sequences", "use zigzag"),
+        (shared and args.sequence_packing_scheduler, f"sequence_packing_scheduler {args.sequence_packing_scheduler}",
+         "with context parallelism it is untried", "leave it out"),
         (args.use_megatron_fsdp, "use_megatron_fsdp", "it gathers parameters in one fixed order of layers",
          "use the distributed optimizer"),
         (args.tuner_type != "full", f"tuner_type {args.tuner_type}",

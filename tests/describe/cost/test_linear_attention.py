@@ -10,6 +10,7 @@ import pytest
 from dip_megatron.describe.cost import CostModel, load_cluster, whole_sizes
 from dip_megatron.describe.model import (
     GatedDeltaNet,
+    LanguageHead,
     LayerKind,
     ModelError,
     ModuleShape,
@@ -28,9 +29,12 @@ LAYER = TransformerLayer(
 LINEAR, FULL = LayerKind(full_attention=False), LayerKind()
 
 
-def priced(kind: LayerKind, tokens: int = 8192, layer: TransformerLayer = LAYER, cluster=IDEAL, tp: int = 1):
-    model = MultimodalModel("delta", (ModuleShape("language", "text", 4, layer),), Parallel(tp=tp))
-    sizes = whole_sizes(model.modules[0], [Microbatch(tokens)])
+def priced(
+    kind: LayerKind, tokens: int = 8192, layer: TransformerLayer = LAYER, cluster=IDEAL, tp: int = 1, cp: int = 1
+):  # fmt: skip
+    module = ModuleShape("language", "text", 4, layer, head=LanguageHead(1000))
+    model = MultimodalModel("delta", (module,), Parallel(tp=tp, cp=cp))
+    sizes = whole_sizes(module, [Microbatch(tokens)])
     return CostModel(model, cluster).layer("language", sizes, kind)
 
 
@@ -59,6 +63,17 @@ def test_tensor_parallel_ranks_share_heads_and_bytes():
     full = [i for i in range(len(alone.activation)) if alone.activation[i, 0] < alone.activation[0, 0]]
     assert full  # some strategy keeps less
     assert np.all(alone.activation >= 0)
+
+
+def test_context_parallel_ranks_exchange_shares_for_heads_and_back():
+    """Queries, keys, values, gates and two numbers a head there, the core's outputs back; half of it is at home."""
+    slow = replace(IDEAL, node_bandwidth=1e9)
+    alone, shared = priced(LINEAR, 4096, cluster=slow), priced(LINEAR, 8192, cluster=slow, cp=2)
+    numbers = 4096 * (2 * 512 + 2 * 1024 + 2 * 8 + 1024)
+    for name in ("forward", "backward"):
+        assert (getattr(shared, name) - getattr(alone, name))[0, 0] == pytest.approx(2 * numbers / 2 / 1e9)
+    with pytest.raises(ModelError, match=r"linear_attention: 4 and 8 heads can't be split over tp 1 and cp 8"):
+        priced(LINEAR, cp=8)
 
 
 def test_an_output_gate_costs_a_projection_of_the_queries_width():

@@ -97,6 +97,9 @@ def test_experts_behind_the_last_layer_keep_one_before_them() -> None:
     assert shared.parallel.coupled == 2
     rows = choose_partition(shared, H100, batches, budget_seconds=inf, max_trials=6).module("language").layers
     assert rows[-1][-1] > 0
+    carried = replace(alone, modules=(replace(shape, carried=2),))  # embeddings come to the head, as in mcore-bridge
+    rows = choose_partition(carried, H100, batches, budget_seconds=inf, max_trials=6).module("language").layers
+    assert rows[-1][-1] > 0
     ((row,),) = balance_layers([ModuleLoad("language", 4, 1, layer=1.0, head=9.0, last=1)], 2)
     assert row == (3, 1)
     (rows,) = balance_layers([ModuleLoad("language", 4, 2, layer=1.0, head=9.0, last=1)], 2)

@@ -2,6 +2,7 @@ from contextlib import nullcontext
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformer_engine_torch import shares  # type: ignore[import-not-found]
 
 
 class DotProductAttention(torch.nn.Module):
@@ -24,9 +25,13 @@ class DotProductAttention(torch.nn.Module):
         form, kind = qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type
         window = window_size or self.window_size or (-1, -1)
         if self.cp_group is not None:
-            if form != "sbhd" or kind != "causal" or window != (-1, -1):
-                raise NotImplementedError("the stand-in shares only causal sbhd attention over context-parallel ranks")
-            return self._shared(query, key, value)
+            if (form, kind) not in (("sbhd", "causal"), ("thd", "padding_causal")) or window != (-1, -1):
+                raise NotImplementedError("the stand-in shares only causal attention over context-parallel ranks")
+            if form == "sbhd":
+                return self._shared(query, key, value, [self.cp_group.size() * key.shape[0]])
+            bounds = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
+            query, key, value = (t[:, None] for t in (query, key, value))
+            return self._shared(query, key, value, bounds.diff().tolist())[:, 0]
         if form == "thd":
             bounds_q = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
             bounds_kv = cu_seqlens_kv if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded
@@ -37,18 +42,19 @@ class DotProductAttention(torch.nn.Module):
         output = self._attend(query, key, value, attention_mask, kind, window, core_attention_bias).flatten(2)
         return output.transpose(0, 1).contiguous() if sequence_first else output
 
-    def _shared(self, query, key, value):
-        """Of 2 N pieces of the sequence rank r has numbers r and 2 N - 1 - r, and gathers all keys and values."""
+    def _shared(self, query, key, value, lengths):
+        """Of 2 N pieces of each sequence rank r has numbers r and 2 N - 1 - r, and gathers all keys and values."""
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
-        pieces = torch.arange(ranks * key.shape[0]).view(2 * ranks, -1)
-        rows = [torch.cat([pieces[r], pieces[2 * ranks - 1 - r]]) for r in range(ranks)]
+        rows = [shares(lengths, ranks, r) for r in range(ranks)]
         order = torch.argsort(torch.cat(rows))
         keys, values = (gather_from_sequence_parallel_region(t, True, self.cp_group)[order] for t in (key, value))
-        ahead = torch.arange(len(order)) > rows[rank][:, None]
+        sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        forbidden = torch.arange(len(order)) > rows[rank][:, None]
+        forbidden |= sequence != sequence[rows[rank]][:, None]
         query, keys, values = (t.transpose(0, 1) for t in (query, keys, values))
-        output = self._attend(query, keys, values, ahead, "arbitrary", (-1, -1), None).flatten(2)
+        output = self._attend(query, keys, values, forbidden, "arbitrary", (-1, -1), None).flatten(2)
         return output.transpose(0, 1).contiguous()
 
     def _packed(self, query, key, value, bounds_q, bounds_kv, kind, window):
