@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,15 @@ from ...core.joint.kernels import joint_arrays, pad_joint_orders, replay_joint
 from ...core.order import Schedule
 from ...core.simulate.kernels import BACKWARD, FUSED, WEIGHT
 from ..dip.random import seeded
-from .moves import improve_joint
+from .moves import improve_joint, keep_best
+from .packing import make_packing, packed
 from .room import make_room
-from .sequences import JointProblem, JointSequences, make_joint_sequences, trace_joint
-from .times import all_tails
+from .sequences import JointProblem, JointSequences, first_over, make_joint_sequences, trace_joint
+from .times import all_tails, latest_end
 from .together import Together
 
+PASSES, LEAST_GAIN = 8, 5e-4
+"""Passes of :mod:`.packing` from the end and back, at most, and what each has to gain for another to follow."""
 COOL, COLD = 1e-5, 1e-6
 """Temperature over iteration time, at first and at last."""
 
@@ -137,11 +141,40 @@ def begin_joint(q: JointProblem, s: JointSequences, random: NDArray[np.uint64]) 
     return float(time)
 
 
-class JointChain:
-    """One annealing walk over all replicas' orders, stepped in slices."""
+def pack(q: JointProblem, s: JointSequences, late: Callable[[], bool] = bool) -> tuple[JointSequences, int]:
+    """Orders, of those whose times are in ``s``, with operations moved into gaps, from the end and from the start in
+    turns, for as long as that pays and it isn't ``late``; ``s`` itself if it never does. The times are to be found
+    anew. And how many orders were made."""
+    found, kept, time, made = _copy(s), s, latest_end(q, s), 0
+    w = make_packing(q, found)
+    while made < 2 * PASSES and not late():
+        packed(q, found, w, True)
+        packed(q, found, w, False)
+        made += 2
+        before, now = time, latest_end(q, found)
+        fits = all(first_over(q, found, line) < 0 for line in range(len(found.lengths)))
+        if fits and now <= time:  # but for the rounding of sums
+            kept, time = _copy(found), now
+        if now > before * (1.0 - LEAST_GAIN):
+            break
+    return kept, made
 
-    def __init__(self, t: Together, q: JointProblem, schedules: Sequence[Schedule], seed: int, stream: int) -> None:
-        self.t, self.q, self.random, self.values = t, q, seeded(seed, 100 + stream), np.zeros(2)
+
+def _copy(s: JointSequences) -> JointSequences:
+    copies: list[Any] = [x.copy() for x in s]
+    return JointSequences(*copies)
+
+
+class JointChain:
+    """One annealing walk over all replicas' orders, stepped in slices. ``made``: orders that packing has made;
+    it makes no more once it is ``late``."""
+
+    def __init__(
+        self, t: Together, q: JointProblem, schedules: Sequence[Schedule], seed: int, stream: int,
+        late: Callable[[], bool] = bool,
+    ) -> None:  # fmt: skip
+        self.t, self.q, self.random = t, q, seeded(seed, 100 + stream)
+        self.values, self.made, self.late = np.zeros(2), 0, late
         self.adopt(schedules)
 
     @property
@@ -151,7 +184,7 @@ class JointChain:
 
     def adopt(self, schedules: Sequence[Schedule]) -> None:
         """Go on from these schedules of the replicas, as they are or with the backwards of events split, whichever is
-        faster; with leaner strategies where they hold too much. Raises ValueError if the leanest do, too."""
+        faster once packed; with leaner strategies where they hold too much. Raises ValueError if the leanest do."""
         x = self.q.x
         orders, lengths = pad_joint_orders(x, schedules)
         room = 3 * max(g.virtual_microbatches for g in self.t.graphs)
@@ -164,10 +197,14 @@ class JointChain:
             s = make_joint_sequences(self.q, fused, counts, strategy)
             find_places(self.q, s)
             if make_room(self.q, s):
+                begin_joint(self.q, s, self.random)
+                s, made = pack(self.q, s, self.late)
+                self.made += made
                 starts.append((begin_joint(self.q, s, self.random), len(starts), s))
         if not starts:
             raise ValueError("the schedules to start from don't fit in memory")
         self.values[:], _, self.sequences = min(starts, key=lambda entry: entry[:2])
+        keep_best(self.sequences)
 
     def _strategies(self, schedules: Sequence[Schedule]) -> NDArray[np.int8]:
         """The candidates of the graph put together behind the replicas' own, ``[N]``; the first that is the same."""
@@ -183,6 +220,18 @@ class JointChain:
         """So many moves at the temperature of ``progress`` (0 to 1)."""
         heat = self.time * COOL * (COLD / COOL) ** progress
         improve_joint(self.q, self.sequences, self.random, self.values, heat, evaluations)
+
+    def pack(self) -> None:
+        """Move operations of the orders under way into gaps."""
+        s, made = pack(self.q, self.sequences, self.late)
+        self.made += made
+        time = begin_joint(self.q, s, self.random)
+        if time > self.values[0]:
+            return
+        self.sequences, self.values[0] = s, time
+        if time < self.values[1]:
+            self.values[1] = time
+            keep_best(s)
 
     def schedules(self) -> list[Schedule]:
         """The best found, as schedules of the replicas."""

@@ -26,11 +26,11 @@ from .together import Together, leanest, together
 
 TRIAL = 48
 """List schedules tried on each pairing before one is chosen."""
-STARTS = 6
-"""Skeletons that are searched on the pairing chosen."""
-PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.3
-"""Of the budget, at most: choosing a pairing, its skeletons, and first walks from each over all replicas' orders; the
-rest goes to a walk from the best of them."""
+STARTS, WALKS = 8, 3
+"""Skeletons that are searched on the pairing chosen, and walks from those that are fastest once packed."""
+PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.6
+"""Of the budget, at most: choosing a pairing, its skeletons, and first walks over all replicas' orders; the rest goes
+to a walk from the best of them."""
 TIMED_SHARE = 0.4
 """Of a budget in seconds: the skeletons. Schedules of one of them take longer to try than changes of a walk."""
 LEAST_TRIES = 0.6
@@ -38,6 +38,8 @@ LEAST_TRIES = 0.6
 PARTS = 8
 """Parts of a walk, after each of which walks that have fallen behind start over from the fastest."""
 SLICE_SECONDS = 0.02
+PACKING_REST = 10.0
+"""Times as long as it takes to pack a walk's orders it steps before they are packed again."""
 
 Improved = Callable[[Sequence[Schedule], float], None]
 
@@ -172,8 +174,8 @@ def _skeleton(
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """The search on a pairing: several skeletons, a short walk from each, a long one from the best. ``fits``: whether
-    the maxima of ``t`` do."""
+    """The search on a pairing: several skeletons, first walks from the best of them, and one from the best of these.
+    ``fits``: whether the maxima of ``t`` do."""
 
     best: _Best
     t: Together
@@ -190,48 +192,74 @@ class _Search:
         return 10**9 if self.evaluations is None else max(1, int(self.evaluations * part) // over)
 
     def skeletons(self) -> list[list[Schedule]]:
-        """Of the maxima and of the means in turns, each time with another seed, the fastest first."""
+        """Of the maxima and of means in turns, each time with another seed."""
         best, counted = self.best, self.evaluations is not None
-        forms = [(self.t, True)] if self.fits else []
-        if self.options.sequences:  # without walks nothing makes room
-            forms.append((self.t.even(), False))
         left = max(0.0, self.until - best.elapsed()) * TIMED_SHARE
         tries = self.share(SKELETON_SHARE, 1) if counted else int(left * best.evaluations / best.elapsed())
-        stages = self.t.graph.virtual_microbatches * self.t.graph.ranks
-        starts = max(1, min(STARTS, int(tries / (LEAST_TRIES * stages))))
+        graph = self.t.graph
+        starts = max(1, min(STARTS, int(tries / (LEAST_TRIES * graph.virtual_microbatches * graph.ranks))))
         most = max(TRIAL + 1, self.share(SKELETON_SHARE, starts))
+        forms = self._forms()
         found = []
         for i in range(starts if forms else 0):
             if best.elapsed() >= self.until:
                 break
             t, fits = forms[i % len(forms)]
-            seed = self.seed + i // len(forms)
             with contextlib.suppress(DoesNotFitError):
                 found.append(
-                    _skeleton(best, t, most, left / starts, seed, self.workers, self.options, counted, fits=fits)
+                    _skeleton(
+                        best, t, most, left / starts, self.seed + i, self.workers, self.options, counted, fits=fits
+                    )
                 )
         return [schedules for _, schedules in sorted(found, key=lambda entry: entry[0])]
 
+    def _forms(self) -> list[tuple[Together, bool]]:
+        """What is searched in place of all replicas, and whether its schedules fit into every one's memory."""
+        t = self.t
+        most = [(t, True)] if self.fits else []
+        if not self.options.sequences:  # without walks nothing makes room
+            return most
+        mean, even = ((t.mean(seconds=seconds, held=True), False) for seconds in (True, False))
+        short = [(t.mean(seconds=True, held=False), True)] if self.fits else []
+        return [*most, mean, even, *most, mean, *short]
+
     def walk(self, starts: Sequence[Sequence[Schedule]]) -> None:
-        """Walks over all replicas' orders."""
-        q = make_joint_problem(self.t)
-        chains = []
+        """Walks over all replicas' orders, from those of the skeletons that are fastest once packed."""
+        best, q = self.best, make_joint_problem(self.t)
+        chains: list[JointChain] = []
+        took = 0.0
         for i, schedules in enumerate(starts):
+            now = best.elapsed()
+            if chains and now + took >= self.until:
+                break
             with contextlib.suppress(ValueError):  # too much even with the leanest strategies
-                chains.append(JointChain(self.t, q, schedules, self.seed, i))
+                chains.append(JointChain(self.t, q, schedules, self.seed, i, self._late))
+            took = best.elapsed() - now
+        best.evaluations += sum(chain.made for chain in chains)
+        chains = self._unlike(chains)[:WALKS]
         if not chains:
             return
+        if chains[0].time < best.time:
+            best.offer(self.t, chains[0].schedules())
         at_once = len(chains) if self.evaluations is not None else self.workers
-        seconds = (self.until - self.best.elapsed()) * FIRST_SHARE * at_once / len(chains)
+        seconds = (self.until - best.elapsed()) * FIRST_SHARE * at_once / len(chains)
         for i in range(0, len(chains), at_once):
-            ends = min(self.until, self.best.elapsed() + seconds)
-            self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(starts)), 1)
-        chains.sort(key=lambda chain: chain.time)
-        chains = chains[: 1 if self.evaluations is not None else self.workers]
+            ends = min(self.until, best.elapsed() + seconds)
+            self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(chains)), 1)
+        chains = sorted(chains, key=_time)[: 1 if self.evaluations is not None else self.workers]
         for chain in chains:
             chain.adopt(chain.schedules())
-        left = 0 if self.evaluations is None else max(0, self.evaluations - self.best.evaluations)
+        left = 0 if self.evaluations is None else max(0, self.evaluations - best.evaluations)
         self._run(chains, self.until, left, PARTS)
+
+    def _late(self) -> bool:
+        return self.best.elapsed() >= self.until
+
+    @staticmethod
+    def _unlike(chains: Sequence[JointChain]) -> list[JointChain]:
+        """The fastest first; one of those that have the same time, since they have the same orders."""
+        first = {chain.time: chain for chain in reversed(chains)}
+        return sorted(first.values(), key=_time)
 
     def _run(self, chains: Sequence[JointChain], until: float, evaluations: int, parts: int) -> None:
         """Step walks until then, or so many moves each, in parts."""
@@ -245,32 +273,43 @@ class _Search:
                 jobs = [partial(_run_counted, chain, part / parts, 1 / parts, evaluations // parts) for chain in chains]
                 best.evaluations += evaluations // parts * len(chains)
             in_threads(jobs, self.workers)
-            fastest = min(chains, key=lambda chain: chain.time)
+            fastest = min(chains, key=_time)
             if fastest.time < best.time:
                 best.offer(self.t, fastest.schedules())
             if fastest.time <= self.good_enough:
                 return
-            if part < parts - 1:
+            if part < parts - 1 and not self._late():
                 for chain in chains:
                     if chain.time > fastest.time * (1.0 + 1e-4):
                         chain.adopt(fastest.schedules())
 
 
+def _time(chain: JointChain) -> float:
+    return chain.time
+
+
 def _run_counted(chain: JointChain, progress: float, share: float, evaluations: int) -> None:
-    slices = 6
+    slices, made = 6, 0
     for i in range(slices):
-        chain.step(progress + share * i / slices, evaluations * (i + 1) // slices - evaluations * i // slices)
+        tries, before = evaluations * (i + 1) // slices - evaluations * i // slices, chain.made
+        chain.step(progress + share * i / slices, max(0, tries - made))
+        chain.pack()
+        made = chain.made - before
 
 
 def _run_timed(
     best: _Best, chain: JointChain, began: float, ends: float, until: float, good_enough: float
 ) -> None:  # fmt: skip
-    size = 16
+    size, rested, packing = 16, best.elapsed(), SLICE_SECONDS
     while (now := best.elapsed()) < ends and chain.time > good_enough:
         chain.step((now - began) / (until - began), size)
         best.evaluations += size
         spent = best.elapsed() - now
         size = max(1, min(int(size * min(2.0, SLICE_SECONDS / max(spent, 1e-6))), 10_000))
+        if (now := best.elapsed()) - rested > PACKING_REST * packing:
+            chain.pack()
+            rested = best.elapsed()
+            packing = rested - now
 
 
 def _fits(graphs: Sequence[StageGraph], schedules: Sequence[Schedule]) -> bool:

@@ -42,7 +42,7 @@ def push(q: JointProblem, s: JointSequences, number: int, key: float) -> None:
 
 
 @compiled
-def _pop(s: JointSequences) -> int:
+def pop(s: JointSequences) -> int:
     """The number with the least key."""
     found = s.heap[0]
     s.is_waiting[found] = False
@@ -134,7 +134,7 @@ def retime(q: JointProblem, s: JointSequences, after: float, limit: float) -> fl
     ``limit``. Tails hold for what started later than ``after``, and but for ``less`` for what started since then."""
     x = q.x
     while s.counts[HEAP] > 0:
-        number = _pop(s)
+        number = pop(s)
         n = number % x.nodes
         event = number < 2 * x.nodes and x.chunk[n] >= 0
         begin, longest = 0.0, 0.0
@@ -220,7 +220,7 @@ def retail(q: JointProblem, s: JointSequences) -> None:
     """Work out the tails of all that waits in the heap, and of what these change."""
     x = q.x
     while s.counts[HEAP] > 0:
-        number = _pop(s)
+        number = pop(s)
         n = number % x.nodes
         tail = 0.0
         if number < 2 * x.nodes and x.chunk[n] >= 0:

@@ -41,19 +41,25 @@ class Together:
         """``[S, P]`` of the graph."""
         return self.experts.meets(self.graph)
 
-    def even(self) -> Together:
-        """The same with a graph in which a stage holds what it holds in the mean of the replicas, but a rank as much as
-        that of the replica that holds the most: a replica has the most in some places only. Its schedules may hold too
-        much for a replica."""
+    def mean(self, *, seconds: bool, held: bool) -> Together:
+        """The same with what the replicas have in the mean, as a replica has the most in some places only. ``seconds``:
+        what isn't run together takes the mean. ``held``: a stage holds the mean, but a rank as much as that of the
+        replica that holds the most; its schedules may hold too much for a replica."""
         changed: dict[str, Any] = {}
-        for name in ("activation", "deferred_activation"):
-            parts = zip(self.graphs, self.rows, self.choice, strict=True)
-            held = np.stack([_taken(getattr(graph, name), rows, choice) for graph, rows, choice in parts])
-            mean = held.mean(axis=0)
-            most, of_mean = held[:, 0].sum(axis=1).max(axis=0), mean[0].sum(axis=0)
+        for name in ("activation", "deferred_activation") if held else ():
+            each = self._each(name)
+            mean = each.mean(axis=0)
+            most, of_mean = each[:, 0].sum(axis=1).max(axis=0), mean[0].sum(axis=0)
             scaled = mean * (most / np.where(of_mean > 0.0, of_mean, 1.0))
             changed[name] = np.minimum(getattr(self.graph, name), scaled)
+        for name in ("forward", "backward", "weight", "fused") if seconds else ():
+            changed[name] = np.where(self.meets, getattr(self.graph, name), self._each(name).mean(axis=0))
         return replace(self, graph=replace(self.graph, **changed))
+
+    def _each(self, name: str) -> Floats:
+        """What each replica has ``[replica, C, S, P]`` at the graph's places; 0 where it has none."""
+        parts = zip(self.graphs, self.rows, self.choice, strict=True)
+        return np.stack([_taken(getattr(graph, name), rows, choice) for graph, rows, choice in parts])
 
     def schedules(self, schedule: Schedule) -> list[Schedule]:
         """A schedule of the graph as one of each replica."""

@@ -179,11 +179,19 @@ def fits_all(graphs: list[StageGraph], schedules: list[Schedule]) -> bool:
 def test_the_means_hold_no_more_than_the_maxima_and_no_less_than_a_replica(seed):
     graphs, experts = coupled(seed)
     t = together(graphs, experts, pairings(graphs, experts)[0])
-    even = t.even().graph
+    even = t.mean(seconds=False, held=True).graph
     assert np.all(even.activation <= t.graph.activation)
     np.testing.assert_array_equal(even.forward, t.graph.forward)
     most = np.max([g.activation[0].sum(axis=0) for g in graphs], axis=0)
     assert np.all(even.activation[0].sum(axis=0) <= np.maximum(most, 0) * (1 + 1e-9) + 1e-9)
+    shorter = t.mean(seconds=True, held=False).graph
+    np.testing.assert_array_equal(shorter.activation, t.graph.activation)
+    for name in ("forward", "backward", "weight", "fused"):
+        short, most = getattr(shorter, name), getattr(t.graph, name)
+        np.testing.assert_array_equal(short[:, t.meets], most[:, t.meets])
+        own = np.mean([np.where(experts.meets(g), 0.0, getattr(g, name)[0]).sum(axis=0) for g in graphs], axis=0)
+        np.testing.assert_allclose(np.where(t.meets, 0.0, short[0]).sum(axis=0), own, atol=1e-9)
+        assert np.all(short <= most * (1 + 1e-12))
 
 
 @settings(20, deadline=None)
