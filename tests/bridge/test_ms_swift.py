@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from dip_megatron.core.strategies import strategy_names
@@ -90,18 +93,34 @@ def compared(name: str) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("folders")
-    for name, tiny in (MCORE_TINY | {"qwen2-5-vl": TINY["qwen2-5-vl"]}).items():
-        tiny.save(made / name)
-    return made
+ALL_RUNS = RUNS | {run: asked for name in MCORE_TINY for run, asked in compared(name).items()}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of models and of all runs' results, made by that one of the test processes which needs them first: to
+    each of several they would take as long again."""
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "swift"
+    done = place / "done"
+    with FileLock(f"{place}.lock"):
+        if not done.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            for name, tiny in (MCORE_TINY | {"qwen2-5-vl": TINY["qwen2-5-vl"]}).items():
+                tiny.save(place / "folders" / name)
+            ran(ALL_RUNS, place / "folders", place)
+            done.touch()
+    return place
 
 
 @pytest.fixture(scope="module")
-def runs(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    all_runs = RUNS | {run: asked for name in MCORE_TINY for run, asked in compared(name).items()}
-    return ran(all_runs, folders, tmp_path_factory.mktemp("swift"))
+def folders(trained: Path) -> Path:
+    return trained / "folders"
+
+
+@pytest.fixture(scope="module")
+def runs(trained: Path) -> dict[str, list[Any]]:
+    return results(ALL_RUNS, trained)
 
 
 def ran(all_runs: dict[str, dict[str, Any]], folders: Path, out: Path, ranks: int = 2) -> dict[str, list[Any]]:
@@ -110,6 +129,11 @@ def ran(all_runs: dict[str, dict[str, Any]], folders: Path, out: Path, ranks: in
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DIP_SCHEDULE", "dynamic")  # for the start-up file; each run has variables of its own
         train("swift", command, out, lambda *_: None, ranks=ranks)
+    return results(all_runs, out, ranks)
+
+
+def results(all_runs: Iterable[str], out: Path, ranks: int = 2) -> dict[str, list[Any]]:
+    """Of each run what every rank left in ``out``."""
     return {name: [torch.load(out / f"{name}-{rank}.pt") for rank in range(ranks)] for name in all_runs}
 
 
