@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from examples.llava_digits.runs import RunFailed
+from examples.llava_digits.runs import Run, RunFailed
 from scripts.upstream.runs import HERE, run_script
 from tests.forked import forked
 
@@ -27,15 +28,27 @@ EXPERTS = (
 SHARDED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 
 
-def test_replicas_with_experts_of_their_own(tmp_path: Path) -> None:
-    """Two replicas of two stages: experts are reduced, and their optimizer sharded, over the replicas."""
-    flags = (*EXPERTS, *SHARDED)
-    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
-    trace = tmp_path / "trace"
+def both(folder: Path, *flags: str, spread: Sequence[str] = ()) -> tuple[Run, Run, Path]:
+    """Of one rank without DIP, and of two replicas of two stages under it, experts standing as ``spread`` says; with
+    the folder of the latter's traces."""
+    flags, trace = (*EXPERTS, *SHARDED, *flags), folder / "trace"
+    whole = run_script("absent", SCRIPT, folder / "whole", *flags, ranks=1, start=forked)
     run = run_script(
-        "run", SCRIPT, tmp_path / "run", *flags, "--dip-schedule", "dynamic", "--dip-trace-dir", str(trace),
+        "run", SCRIPT, folder / "run", *flags, *spread, "--dip-schedule", "dynamic", "--dip-trace-dir", str(trace),
         ranks=4, pipeline=2, start=forked,
     )  # fmt: skip
+    return whole, run, trace
+
+
+def predicted(trace: Path) -> list[list[float]]:
+    """Of each replica, seconds of each iteration."""
+    lines = [(trace / place / "iterations.jsonl").read_text().splitlines() for place in (".", "dp1_tp0")]
+    return [[json.loads(line)["predicted_seconds"] for line in of_replica] for of_replica in lines]
+
+
+def test_replicas_with_experts_of_their_own(tmp_path: Path) -> None:
+    """Two replicas of two stages: experts are reduced, and their optimizer sharded, over the replicas."""
+    whole, run, trace = both(tmp_path)
     assert sorted(run.losses) == [1, 2, 3, 4]
     assert run.losses == pytest.approx(whole.losses, rel=1e-5)
     assert (trace / "dp1_tp0" / "iterations.jsonl").is_file()
@@ -44,43 +57,22 @@ def test_replicas_with_experts_of_their_own(tmp_path: Path) -> None:
 def test_replicas_whose_experts_are_balanced_together(tmp_path: Path) -> None:
     """A loss over all replicas' tokens per expert joins them, although each has all experts: they plan together. It
     goes by the order of microbatches, so that losses are the same until weights have stepped by it, and close then."""
-    flags = (*EXPERTS, *SHARDED, "--moe-router-load-balancing-type", "global_aux_loss")
-    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
-    trace = tmp_path / "trace"
-    run = run_script(
-        "run", SCRIPT, tmp_path / "run", *flags, "--dip-schedule", "dynamic", "--dip-trace-dir", str(trace),
-        ranks=4, pipeline=2, start=forked,
-    )  # fmt: skip
+    whole, run, trace = both(tmp_path, "--moe-router-load-balancing-type", "global_aux_loss")
     assert run.losses[1] == pytest.approx(whole.losses[1], rel=1e-6)
     assert run.losses == pytest.approx(whole.losses, rel=1e-3)
-    predicted = [
-        [
-            json.loads(line)["predicted_seconds"]
-            for line in (trace / folder / "iterations.jsonl").read_text().splitlines()
-        ]
-        for folder in (".", "dp1_tp0")
-    ]
-    assert predicted[0] == predicted[1]  # the time of both together
+    first, second = predicted(trace)
+    assert first == second  # the time of both together
 
 
 def test_replicas_that_share_experts(tmp_path: Path) -> None:
     """Plans are made for both together and read ahead, with an evaluation at the end. The partition found leaves a
     layer with experts beside those of multi-token prediction."""
-    flags = (*EXPERTS, *SHARDED, "--mtp-num-layers", "1")
-    whole = run_script("absent", SCRIPT, tmp_path / "whole", *flags, ranks=1, start=forked)
-    trace = tmp_path / "trace"
-    run = run_script(
-        "run", SCRIPT, tmp_path / "run", *flags, "--expert-model-parallel-size", "2", "--dip-schedule", "dynamic",
-        "--dip-trace-dir", str(trace), ranks=4, pipeline=2, start=forked,
-    )  # fmt: skip
+    spread = ("--expert-model-parallel-size", "2")
+    whole, run, trace = both(tmp_path, "--mtp-num-layers", "1", spread=spread)
     assert run.losses == pytest.approx(whole.losses, rel=1e-5)
-    lines = [
-        [json.loads(line) for line in (trace / folder / "iterations.jsonl").read_text().splitlines()]
-        for folder in (".", "dp1_tp0")
-    ]
-    predicted = [[line["predicted_seconds"] for line in of_replica] for of_replica in lines]
-    assert predicted[0] == predicted[1]  # the time of both together
-    assert predicted[0][0] == predicted[0][2] != predicted[0][3]  # by when stages have corrected the costs
+    first, second = predicted(trace)
+    assert first == second  # the time of both together
+    assert first[0] == first[2] != first[3]  # by when stages have corrected the costs
 
 
 def test_groups_of_replicas_that_share_experts(tmp_path: Path) -> None:
