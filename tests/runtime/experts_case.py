@@ -220,9 +220,12 @@ def dips(rank: int, world: int, ranks: Ranks, case: ExpertsCase, drawn: Drawn) -
     return ran(case, program, chunks, replica_ranks(), lambda _: maker)
 
 
-def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: int, room: float | None = None) -> Any:
-    """Of ours where replicas share experts: under plans that a counted search makes for all of them, with ``room`` for
-    such a share of what the microbatches of a replica keep in all."""
+def dips_together(
+    rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: int, room: float | None = None,
+    schedule: str = "dynamic",
+) -> Any:  # fmt: skip
+    """Of ours where replicas share experts: under plans that a counted search makes for all of them, or another
+    ``schedule``, with ``room`` for such a share of what the microbatches of a replica keep in all."""
     from dip_megatron.describe.cost import load_cluster
     from dip_megatron.describe.model import ModulePartition, Parallel, Partition
     from dip_megatron.describe.workload import Microbatch
@@ -249,7 +252,7 @@ def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: 
             limit = held.static_bytes.max() + room * held.activation[0].sum(axis=0).max()
             graphs = replace(graphs, memory_limit=float(limit))
         effort = Effort(evaluations=200, seed=seed, deterministic=True)
-        return joint_maker(find_schedule("dynamic"), graphs, program.shapes, effort, experts, "drawn")
+        return joint_maker(find_schedule(schedule), graphs, program.shapes, effort, experts, "drawn")
 
     return ran(case, program, chunks, group, make, coupled)
 
