@@ -15,7 +15,7 @@ from dip_megatron.planner.quotes import ExchangeReport
 from tests.collectives import disagreement, reductions_before, stuck
 from tests.processes import Team
 from tests.runtime import coupled_llava_case, means_case
-from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons
+from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons, own_loop
 from tests.runtime.llava_case import Case
 from tests.runtime.split_case import Drawn
 from tests.runtime.test_equality import TOLERANCE
@@ -180,6 +180,17 @@ def test_experts_balanced_over_an_iteration_equal_megatrons(pair, four, ranks, t
     assert_equal(merged(team.run(means_case.megatrons, ranks, case, replicas)), merged(answers))
     with pytest.raises(AssertionError, match="relative error"):
         assert_equal(merged(team.run(megatrons, ranks, case)), merged(answers))
+
+
+def test_a_loop_of_ones_own_joins_replicas_by_what_its_models_config_says(four):
+    """They share nothing but the loss over all of their tokens."""
+    ranks, case = Ranks(pp=2), ExpertsCase(4, options=GLOBAL, lengths=LENGTHS)
+    team = four(ranks)
+    answers, calls = zip(*team.run(means_case.recording, own_loop, ranks, replace(case, layers=SEGMENTS)), strict=True)
+    assert {answer[3] for answer in answers} == {2}
+    replicas = [means_case.of_replica(calls[r::2]) for r in range(2)]
+    means_case.check_means(replicas, case.microbatches)
+    assert_equal(merged(team.run(means_case.megatrons, ranks, case, replicas)), merged(answers))
 
 
 LLAVA = Case((7, 0, 1, 5, 3, 2), vision=((1, 1), (1, 0)), language=((1, 1), (1, 1)))
