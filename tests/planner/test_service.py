@@ -142,6 +142,7 @@ def test_what_another_thread_takes_in_wakes_the_one_that_waits(service_of, monke
     woken = []
 
     def wait_meanwhile(objects, timeout):
+        os.kill(worker.pid, signal.SIGCONT)
         while any(request == 1 for w in service._workers for request in w.busy_with):
             with ThreadPoolExecutor(1) as another:
                 another.submit(service.ready).result()
@@ -149,6 +150,7 @@ def test_what_another_thread_takes_in_wakes_the_one_that_waits(service_of, monke
         woken.append(wait([one for one in objects if isinstance(one, socket.socket)], 0.0))
         return woken[-1]
 
+    os.kill(worker.pid, signal.SIGSTOP)  # so that it can't have answered before anyone waits
     service.submit(request(1))
     monkeypatch.setattr("dip_megatron.planner.service.wait", wait_meanwhile)
     assert service.take(1, 60.0).name == ("greedy" if fault else "worker")
