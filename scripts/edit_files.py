@@ -141,8 +141,8 @@ def run(arguments: list[str]) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def outcomes() -> Iterator[Callable[[list[str]], str | None]]:
-    """:func:`outcome`, forked from a process of one thread: a fork never gets the locks that other threads held, and its
-    memory would count all that the caller has loaded."""
+    """:func:`outcome`, forked from a process of one thread. A fork of the caller might wait for a lock that another of
+    its threads held, and its memory would count all that is loaded here."""
     server = subprocess.Popen(
         [sys.executable, "-c", "from scripts.edit_files import serve; serve()"], cwd=ROOT, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

@@ -1,5 +1,5 @@
-"""Examples of properties are the same in every run, so that what a change has broken is what fails. ``DIP_DEEP=1`` draws
-fifty times as many, anew in each run: what is found by chance is found there.
+"""Examples of properties are the same in every run, so that what fails is what a change has broken. ``DIP_DEEP=1``
+draws fifty times as many, anew in each run: what chance finds is found there.
 
 What takes longest comes first, so that no core is idle at the end while another has half a minute left.
 """
