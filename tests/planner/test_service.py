@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
+from typing import Any
 
 import pytest
 
@@ -167,7 +168,7 @@ def test_what_another_thread_takes_in_wakes_the_one_that_waits(service_of, monke
     service = service_of(fault)
     wait_until_ready(service)
     worker = service.processes[0]
-    woken = []
+    woken: list[list[Any]] = []
 
     def wait_meanwhile(objects, timeout):
         let_go()
@@ -314,8 +315,14 @@ def test_a_worker_leaves_with_its_trainer(service_of):
 
 def test_nobody_looks_after_workers_while_they_end(service_of, monkeypatch):
     """Or the worker that has just been closed would be taken for a broken one, and another started that nobody ends."""
-    started, start = [], PlannerService._start
-    monkeypatch.setattr(PlannerService, "_start", lambda self: (started.append(start(self)), started[-1])[1])
+    started: list[Any] = []
+    start = PlannerService._start
+
+    def note(self):
+        started.append(start(self))
+        return started[-1]
+
+    monkeypatch.setattr(PlannerService, "_start", note)
     service = service_of("half a message", silent_seconds=1)
     wait_until_ready(service)
     service.submit(request(1))
