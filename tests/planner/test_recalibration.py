@@ -145,15 +145,18 @@ def test_whatever_line_was_found_first_gives_way_to_a_better_one(first: Callable
         }
         return replace(graph, **arrays)
 
+    def twice(sizes: np.ndarray) -> np.ndarray:
+        return 2e-3 * sizes
+
     recalibration = Recalibration()
     for i in range(30):
-        largest, truth = (2.0, first) if i < 3 else (0.7, lambda sizes: 2e-3 * sizes)
+        largest, truth = (2.0, first) if i < 3 else (0.7, twice)
         model = priced(100 + i, largest, lambda sizes: 1e-3 * sizes)
         corrections = recalibration.corrections()
         plan = plan_of(model, corrections)
         recalibration.observe(plan, corrections, run(plan, priced(100 + i, largest, truth)))
-    model, true = (priced(150, 0.7, lambda sizes, factor=factor: factor * sizes) for factor in (1e-3, 2e-3))
-    assert off(recalibration.corrections().apply(model), true) < 0.1
+    model = priced(150, 0.7, lambda sizes: 1e-3 * sizes)
+    assert off(recalibration.corrections().apply(model), priced(150, 0.7, twice)) < 0.1
 
 
 def test_hiccups_are_not_believed() -> None:
