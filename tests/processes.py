@@ -18,6 +18,7 @@ import torch
 
 from dip_megatron.ports import held_port
 from tests.forked import context
+from tests.patience import LONG
 
 
 class ProcessFailure(AssertionError):
@@ -60,7 +61,7 @@ class Team:
         self._held = ExitStack()
         self._runs = 0
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = LONG) -> list[Any]:
         """``[function(rank, world, *arguments)]`` of all ranks. Raises ProcessFailure with all tracebacks."""
         if self._runs == FRESH_AFTER:
             self.close()

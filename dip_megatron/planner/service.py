@@ -240,16 +240,20 @@ class PlannerService:
 
     def close(self) -> None:
         """End all workers."""
-        self._closed = True
-        for worker in self._workers:
-            worker.connection.close()
-            worker.process.terminate()
-        for worker in self._workers:
+        with self._lock:  # else another thread, which just looks after workers, would replace those that end here
+            self._closed = True
+            workers, self._workers = self._workers, []
+            for worker in workers:
+                worker.connection.close()
+                worker.process.terminate()
+            for request in list(self._rings):
+                self._ring(request)
+        for worker in workers:
             try:
                 worker.process.wait(5.0)
             except subprocess.TimeoutExpired:
                 worker.process.kill()
-        self._workers = []
+                worker.process.wait()
 
     def ready(self) -> bool:
         """Whether a worker can plan; what is asked before is planned in this process."""

@@ -15,6 +15,7 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.delivery import PlanDelivery, PlanMismatchError
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
+from tests.patience import LONG
 from tests.planner.makers import Maker
 
 
@@ -23,7 +24,7 @@ class Shared:
 
     def __init__(self, ranks: int, corrupt=None):
         self.slots: list[bytes] = [b""] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=30)
+        self.barrier = threading.Barrier(ranks, timeout=LONG)
         self.corrupt = corrupt or (lambda rank, data: data)
 
 

@@ -19,6 +19,7 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.profile.operators import attention_lengths, curve_of, matmul_shapes
 from dip_megatron.profile.timing import measure
 from tests.forked import done
+from tests.patience import LONG
 
 TINY = """
 name: tiny
@@ -123,7 +124,7 @@ def test_plans_use_what_was_measured(costs):
 def test_a_model_that_is_not_there_is_named_in_one_line(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-m", "dip_megatron.cli", "profile", "--model", "nothing-there"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": os.getcwd()},
+        cwd=tmp_path, capture_output=True, text=True, timeout=LONG, env=os.environ | {"PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert ended.returncode == 2
     assert len(ended.stderr.strip().splitlines()) == 1

@@ -19,6 +19,7 @@ from dip_megatron.runtime.executor import Position
 from dip_megatron.runtime.watch import Watchdog
 from examples.llava_digits.runs import environment
 from tests.forked import Forked, print_to
+from tests.patience import LONG
 
 SCRIPT = """
 import os, signal, time
@@ -60,7 +61,7 @@ def test_everyone_leaves_and_says_where_it_stood(fault, tmp_path):
     logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
     with held_port() as port:
         processes = [Forked(command, env, log, silent) for log, env in zip(logs, environment(world, port), strict=True)]
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + LONG
         for process in processes:
             try:
                 process.wait(timeout=max(deadline - time.monotonic(), 1.0))

@@ -91,8 +91,14 @@ def traffic(rank: int, world: int, kind: str, count: int, seed: int, slots: int 
 
 
 def silence(rank: int, world: int, kind: str) -> str:
-    """Rank 1 sends nothing: how long rank 0 waits and what it says."""
-    transport = make(kind, rank, world, timeout=2.0)
+    """Rank 1 sends nothing: how long rank 0 waits, which has 2 seconds of patience once all are connected, and what it
+    says."""
+    transport: Any = make(kind, rank, world, timeout=3600.0)
+    if kind == "ipc":
+        transport._timeout = 2.0
+    else:
+        for link in transport._links.values():
+            link.timeout = 2.0
     message = ""
     if rank == 0:
         start = time.monotonic()
@@ -106,17 +112,16 @@ def silence(rank: int, world: int, kind: str) -> str:
 
 
 def departure(rank: int, world: int) -> str:
-    """Rank 1 closes its end: rank 0 must not wait for the timeout."""
-    transport = make("ipc", rank, world, timeout=60.0)
+    """Rank 1 closes its end: rank 0 must not wait for the timeout, an hour."""
+    transport = make("ipc", rank, world, timeout=3600.0)
     message = ""
     if rank == 1:
         transport.close()  # type: ignore[attr-defined]
     else:
-        start = time.monotonic()
         try:
             transport.receive(Channel(1, 0, False), (TensorSpec("x", (4,), "float32"),)).wait()
         except TransportError as error:
-            message = f"{time.monotonic() - start:.1f} {error}"
+            message = str(error)
     dist.barrier()
     return message
 
