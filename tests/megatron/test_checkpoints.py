@@ -136,8 +136,8 @@ def test_dip_goes_on_from_megatrons_pipeline(written_by_megatron: tuple[Path, Lo
 
 
 def test_dip_goes_on_with_an_optimizer_that_is_sharded_as_megatron_does_by_default(tmp_path: Path) -> None:
-    """Under the partition that wrote it: without --dist-ckpt-optim-fully-reshardable each stage's state is its own. With
-    torch's Adam, which CPU ranks have, Megatron itself goes on from the fourth iteration with another step."""
+    """Under the partition that wrote it: without --dist-ckpt-optim-fully-reshardable each stage's state is its own.
+    With torch's Adam, which CPU ranks have, Megatron itself goes on from the fourth iteration with another step."""
     flags = (*pipeline(2), "--use-distributed-optimizer", *dip(tmp_path, TWO_SEGMENTS))
     whole = train(tmp_path, "whole", 2, *flags, *saved(tmp_path / "saved"))
     run = train(tmp_path, "resumed", 2, *flags, *resumed(tmp_path / "saved"))
