@@ -35,7 +35,7 @@ construct, run = DipForwardBackward.__init__, Executor._backward
 
 def watched(self, program, executor, *rest, **options):
     store = torch.distributed.distributed_c10d._get_default_store()
-    options["watchdog"] = Watchdog(store, executor.position, rank, interval_seconds=0.2, grace_seconds=1.0)
+    options["watchdog"] = Watchdog(store, executor.position, rank, interval_seconds=0.2, grace_seconds=5.0)
     construct(self, program, executor, *rest, **options)
 
 def faulty(self, *arguments):
@@ -49,7 +49,7 @@ DipForwardBackward.__init__, Executor._backward = watched, faulty
 try:
     dip_case.dip_run(rank, world, Case((2, 0, 3, 1), vision=((1,) * world,), language=((1,) * world,)))
 finally:
-    time.sleep(1.0)  # a forked process ends at once; others take as long to close their connections
+    time.sleep(5.0)  # a forked process ends at once; others take a while to close their connections
 """
 
 
@@ -118,8 +118,9 @@ def test_a_rank_leaves_when_the_host_of_the_store_is_cut_off(failed_here, capsys
     )
     if failed_here:
         watchdog.report(RuntimeError("no word from pipeline rank 1"))
-    assert left.get(timeout=60) == 1
+    assert left.get(timeout=LONG) == 1
     store.cut.set()
+    watchdog.close()
     said = capsys.readouterr().err
     if failed_here:
         assert "[dip] stopped at global rank 5: pipeline rank 2" in said
@@ -155,7 +156,8 @@ def test_a_rank_leaves_when_its_own_host_is_cut_off(in_order, capsys):
         watchdog.close()
         assert left.empty()
         return
-    assert left.get(timeout=60) == 1
+    assert left.get(timeout=LONG) == 1
+    watchdog.close()
     said = capsys.readouterr().err
     assert "global rank 0 stops where it stood: pipeline rank 1" in said
     assert "no word from any other rank" in said
