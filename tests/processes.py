@@ -18,7 +18,7 @@ import torch
 
 from dip_megatron.ports import held_port
 from tests.forked import context
-from tests.patience import LONG
+from tests.patience import APART, LONG
 
 
 class ProcessFailure(AssertionError):
@@ -116,7 +116,7 @@ def transport(world: int, rank: int) -> Any:
     group, whose threads wake a hundred times a second for as long as the process lives."""
     from dip_megatron.runtime.transport import DistributedTransport
 
-    return DistributedTransport(list(range(world)), rank, torch.device("cpu"), 60.0)
+    return DistributedTransport(list(range(world)), rank, torch.device("cpu"), APART)
 
 
 _TEAMS: dict[int, Team] = {}

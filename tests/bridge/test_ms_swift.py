@@ -30,7 +30,7 @@ MISSING = [name for name in ("mcore_bridge", "swift", "modelscope") if importlib
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs ms-swift and mcore-bridge: no {', '.join(MISSING)}"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.timeout(900),  # the first test waits for all of the runs
+    pytest.mark.timeout(1800),  # the first test waits for all of the runs
 ]
 LAYERS = "{vision: {layers: [[1, 1], [2, 0]], unit_size: 1}, language: {layers: [[1, 1], [1, 1]]}}"
 ALL = {"tiny": "qwen2-5-vl", "freeze_vit": False, "freeze_aligner": False}

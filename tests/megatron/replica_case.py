@@ -15,6 +15,7 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.megatron.replicas import ReplicaExchange, ReplicaExchangeError
 from dip_megatron.megatron.samples import Samples
 from dip_megatron.runtime.protocol import MicrobatchInputs
+from tests.patience import APART
 
 
 def begin() -> None:
@@ -33,7 +34,7 @@ def exchange_of(rank: int, stages: int, world: int, **options: Any) -> ReplicaEx
         return np.array(loads)[:, None] * np.ones(stages), np.ones((len(loads), stages))
 
     priced = options.pop("priced", price)
-    options = {"timeout_seconds": 60.0} | options
+    options = {"timeout_seconds": APART} | options
     return ReplicaExchange(peers, replica, priced if stage == 0 else None, **options)
 
 
@@ -260,7 +261,7 @@ def disagreement(rank: int, world: int) -> str:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     stage, index = divmod(rank, 2)
-    peers, replica = GlooExchange([2 * stage, 2 * stage + 1], 60.0), GlooExchange([index, 2 + index], 60.0)
+    peers, replica = GlooExchange([2 * stage, 2 * stage + 1], APART), GlooExchange([index, 2 + index], APART)
     chunk = torch.nn.Linear(2, 2).requires_grad_(rank != world - 1)
     agreement = TrainingAgreement(
         SimpleNamespace(modules=(ModalityModule("language", ((1, 1),)),)),  # type: ignore[arg-type]

@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from dip_megatron.core import Channel, Payload, TensorSpec
 from dip_megatron.runtime.transport import Transport, TransportError, ring_channels
+from tests.patience import APART
 
 DTYPES = ("float32", "bfloat16", "int64")
 
 
-def make(kind: str, rank: int, world: int, timeout: float = 60.0, slots: int = 2) -> Transport:
+def make(kind: str, rank: int, world: int, timeout: float = APART, slots: int = 2) -> Transport:
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.runtime.ipc import IpcTransport
     from dip_megatron.runtime.transport_choice import choose_transport
