@@ -1,4 +1,5 @@
-"""ROLL's own training step on chunks that DIP builds: the same numbers on one rank without DIP and on two under it."""
+"""ROLL's own training step on chunks that DIP builds: the same numbers on one rank without DIP and on two under it. A
+GPT of the loop's own, and ``mcore_adapter``'s multimodal models, for which the environment alone asks for DIP."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from examples.llava_digits.runs import train
+from tests.bridge.tiny_roll import ROLL_TINY
 from tests.forked import forked
 
 pytestmark = [
@@ -26,10 +29,11 @@ DIP = {
 }  # fmt: skip
 
 
-def ran(out: Path, ranks: int) -> list[dict[str, Any]]:
+def ran(out: Path, ranks: int, *given: str) -> list[dict[str, Any]]:
     """What each rank saved."""
     out.mkdir()
-    train("roll", [sys.executable, "-m", "tests.bridge.roll_step", str(out)], out, lambda *_: None, ranks, forked)
+    command = [sys.executable, "-m", "tests.bridge.roll_step", str(out), *given]
+    train("roll", command, out, lambda *_: None, ranks, forked)
     return [torch.load(out / f"{rank}.pt") for rank in range(ranks)]
 
 
@@ -51,3 +55,51 @@ def test_its_step_trains_as_without_dip(tmp_path: Path, monkeypatch: pytest.Monk
     assert found.keys() == alone["gradients"].keys()
     for name, gradient in alone["gradients"].items():
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6 * float(gradient.abs().max()))
+
+
+CUT = (
+    "{vision: {layers: [[1, 0], [1, %d]], unit_size: 1}, language: {layers: [[1, 1], [1, %d]]}}"
+)  # fmt: skip
+STEPS = [
+    pytest.param("roll-qwen2-5-vl", "", "", id="qwen2-5-vl"),
+    pytest.param("roll-qwen3-vl", "", "", id="qwen3-vl"),
+    pytest.param("roll-qwen3-vl", "", "packed", id="qwen3-vl packed"),
+    pytest.param("roll-qwen3-vl-moe", "frozen", "packed", id="qwen3-vl-moe frozen packed"),
+]
+
+
+@pytest.mark.parametrize(("name", "frozen", "packed"), STEPS)
+def test_its_own_models_train_as_without_dip(
+    name: str, frozen: str, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, norms, log probabilities, the first step's gradients, and the Hugging Face files saved at the end."""
+    tiny, folder = ROLL_TINY[name], tmp_path / name
+    tiny.save(folder)
+    monkeypatch.chdir(tmp_path)
+    (alone,) = ran(tmp_path / "alone", 1, str(folder), frozen, packed)
+    monkeypatch.setenv("DIP_SCHEDULE", "dynamic")
+    monkeypatch.setenv("DIP_PLANNER_WORKERS", "0")
+    monkeypatch.setenv("DIP_MODULES", CUT % (tiny.vision_layers - 2, tiny.language_layers - 3))
+    first, last = ran(tmp_path / "dip", 2, str(folder), frozen, packed)
+
+    assert (alone["chunks"], first["chunks"], last["chunks"]) == (1, 4, 4)
+    torch.testing.assert_close(last["log_probs"]["log_probs"], alone["log_probs"]["log_probs"], rtol=0, atol=1e-5)
+    for theirs, ours in zip(alone["metrics"], last["metrics"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for metric, value in theirs.items():
+            torch.testing.assert_close(ours[metric], value, rtol=3e-5, atol=3e-6)
+    found = first["gradients"] | last["gradients"]
+    assert found.keys() == alone["gradients"].keys()
+    assert any(n.startswith("vision_model") for n in found) != bool(frozen)
+    for n, gradient in alone["gradients"].items():
+        off = float((found[n] - gradient).abs().max())
+        assert off <= 2e-5 * max(float(gradient.abs().max()), 1e-4), f"{n}: {off} of {gradient.abs().max()}"
+    saved, expected = (weights(tmp_path / run / "saved") for run in ("dip", "alone"))
+    assert saved.keys() == expected.keys() == load_file(folder / "model.safetensors").keys()
+    for n, weight in expected.items():  # Adam's steps make gradients near 0 larger than they are
+        torch.testing.assert_close(saved[n], weight, rtol=0, atol=1e-4)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of all of its safetensors."""
+    return {name: weight for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()}

@@ -1,0 +1,26 @@
+"""Qwen2.5-VL of ROLL's ``mcore_adapter``: Hugging Face's vision transformer before a GPT."""
+
+from __future__ import annotations
+
+from mcore_adapter.models.model_factory import McaGPTModel
+from mcore_adapter.models.qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+from .qwen25_vision import WindowedVision
+from .roll import RollPage, RollVision
+
+
+class Windowed(RollVision, WindowedVision):
+    """Of Qwen2.5-VL."""
+
+    config_class = Qwen2_5_VLVisionConfig
+    first_matrix = ("mlp", "down_proj")
+
+
+class RollQwen25Vl(RollPage):
+    """Images and videos of any size; text alone; several samples in a microbatch, a row each."""
+
+    name = "qwen2-5-vl-roll"
+    model_class = Qwen2_5_VLModel
+    language_class = McaGPTModel
+    encoders = (Windowed(),)
