@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(os.environ["DIP_ROLL_CHECKOUT"]) / "mcore_adapter" /
 # isort: split
 from mcore_adapter.models import AutoConfig
 from mcore_adapter.models.auto.modeling_auto import get_model_cls
+from mcore_adapter.models.converter.convert_utils import gather_tensor_parallel
 from mcore_adapter.models.converter.dist_converter import DistConverter
 from mcore_adapter.models.converter.model_converter import ModelConverter
 from mcore_adapter.models.model_factory import VirtualModels
@@ -73,7 +74,9 @@ class RollModels:
         converter = ModelConverter(models[0].config, to_hf=True)
         found = {}
         for _, stage, name, weight in converter._mca_named_params_with_vp_stage(models):
-            found |= converter.convert_to_hf({name: [weight]}, vp_stage=stage)
+            shards = gather_tensor_parallel(weight, async_op=False)
+            if shards is not None:  # on the first of a stage's ranks
+                found |= converter.convert_to_hf({name: shards}, vp_stage=stage)
         group = parallel_state.get_pipeline_model_parallel_group()
         gathered: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(gathered, found, group=group)

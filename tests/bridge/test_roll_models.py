@@ -31,9 +31,9 @@ OUTPUT = "output_layer.weight"
 
 
 @pytest.fixture(scope="module")
-def teams() -> Iterator[dict[int, Team]]:
+def teams() -> Iterator[dict[str, Team]]:
     """Of their own: ROLL's classes change Megatron."""
-    made = {ranks: Team(ranks) for ranks in (1, 2, 4)}
+    made = {"alone": Team(1), "stages": Team(2), "shards": Team(2), "both": Team(4)}
     yield made
     for one in made.values():
         one.close()
@@ -51,10 +51,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def alone(cases: Any, teams: dict[int, Team]) -> Any:
+def alone(cases: Any, teams: dict[str, Team]) -> Any:
     @cache
     def found(name: str) -> Any:
-        return teams[1].run(equality.megatrons, cases(name))[0]
+        return teams["alone"].run(equality.megatrons, cases(name))[0]
 
     return found
 
@@ -79,13 +79,13 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", ROLL_TINY)
 @pytest.mark.parametrize("cut", ["one", "several"])
-def test_segments_train_as_the_class_does(name: str, cut: str, cases: Any, alone: Any, teams: dict[int, Team]) -> None:
+def test_segments_train_as_the_class_does(name: str, cut: str, cases: Any, alone: Any, teams: dict[str, Team]) -> None:
     """In several segments also under every memory strategy."""
     unit, strategies = (2, strategy_names()) if cut == "several" else (1, ("none",))
     case = replace(
         cases(name), layers=partitions(ROLL_TINY[name])[cut], unit_size=unit, strategies=strategies
     )  # fmt: skip
-    ranks = teams[2].run(equality.dips, case)
+    ranks = teams["stages"].run(equality.dips, case)
     assert_equal((ranks[-1][0], together([r[1] for r in ranks])), alone(name))
     saved = load_file(case.folder / "model.safetensors")
     for exported in (r[2] for r in ranks):
@@ -95,9 +95,28 @@ def test_segments_train_as_the_class_does(name: str, cut: str, cases: Any, alone
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in ROLL_TINY.items() if not tiny.tied])
-def test_logits_are_those_of_hugging_face(name: str, cases: Any, teams: dict[int, Team]) -> None:
+def test_logits_are_those_of_hugging_face(name: str, cases: Any, teams: dict[str, Team]) -> None:
     case = cases(name)
-    ranks = teams[2].run(equality.dips, replace(case, layers=partitions(ROLL_TINY[name])["several"]), True)
-    (theirs,) = teams[1].run(equality.hugging_face, case)
+    ranks = teams["stages"].run(equality.dips, replace(case, layers=partitions(ROLL_TINY[name])["several"]), True)
+    (theirs,) = teams["alone"].run(equality.hugging_face, case)
     for ours, expected in zip(ranks[-1], theirs, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=ROLL_TINY[name].tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "sequence", "unit_size"), [("roll-qwen2-5-vl", True, 1), ("roll-qwen2-5-vl", False, None),
+                                        ("roll-qwen3-vl", True, 2)],
+)  # fmt: skip
+def test_shards_train_as_the_class_does(
+    name: str, sequence: bool, unit_size: int | None, cases: Any, alone: Any, teams: dict[str, Team]
+) -> None:
+    """Two tensor-parallel ranks a stage, which share the pictures out. The language model's gradients are those of the
+    class on two such ranks; the encoder's those of the class on one: on two, its own way to share pictures out loses a
+    part of them."""
+    case = replace(cases(name), unit_size=unit_size, tensor=2, sequence=sequence)
+    shards = teams["shards"].run(equality.megatrons, case)
+    ranks = teams["both"].run(equality.dips, replace(case, layers=partitions(ROLL_TINY[name])["several"]))
+    encoder = {n: gradient for n, gradient in alone(name)[1].items() if n.startswith("vision_model.")}
+    for shard, (losses, gradients) in enumerate(shards):
+        found = together([ranks[stage + shard][1] for stage in (0, 2)])
+        assert_equal((ranks[2 + shard][0], found), (losses, gradients | encoder))
