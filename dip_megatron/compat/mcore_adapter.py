@@ -32,6 +32,15 @@ TOPIC = Topic(
             ("input_ids", "*", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
         ),
         Name("mcore_adapter.models.qwen2_5_vl:Qwen2_5_VLModel", has=("build_encoder_inputs", "gather_encoder_outputs")),
+        Name(
+            "mcore_adapter.models.qwen3_vl:Qwen3VLModel.forward",
+            ("input_ids", "*", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
+        ),
+        Name(
+            "mcore_adapter.models.qwen3_vl:Qwen3VLModel",
+            has=("build_encoder_inputs", "gather_encoder_outputs", "merge_deepstack_embeds"),
+        ),
+        Name("mcore_adapter.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLGPTModel", has=("decoder",)),
     ),
 )
 _MARK = "dip_chunks"

@@ -15,7 +15,7 @@ import torch
 from tests.bridge.tiny import TINY
 from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.bridge.tiny_model import Tiny, packed_row
-from tests.bridge.tiny_roll import ROLL_TINY
+from tests.bridge.tiny_roll import ROLL_TINY, packed_rows
 from tests.processes import transport
 from tests.runtime.llava_case import finalize_without_ddp, gradients, initialize
 from tests.runtime.program_case import DrawnUnitGraphs
@@ -139,7 +139,8 @@ def batches(case: Case, rank: int) -> list[dict[str, Any]]:
     found, first = [], rank == 0 or case.of.pixels_everywhere
     contents = case.of.contents(case.seed, MICROBATCHES * (1 + case.packed))
     samples = [case.of.arguments(shown, 100 * case.seed + i) for i, shown in enumerate(contents)]
-    for arguments in [packed(samples[i : i + 2]) for i in range(0, len(samples), 2)] if case.packed else samples:
+    row = packed_rows if case.tiny in ROLL_TINY else packed
+    for arguments in [row(samples[i : i + 2]) for i in range(0, len(samples), 2)] if case.packed else samples:
         if case.context > 1 and case.of.step_shares:  # as the step does
             own = shard_rows([96], case.context, parallel_state.get_context_parallel_rank())
             arguments |= {name: arguments[name][:, own] for name in ("labels", "loss_mask")}

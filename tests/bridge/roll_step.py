@@ -1,7 +1,7 @@
 """ROLL's own training step of its Megatron strategy on chunks of a GPT that DIP builds, as one rank of a run: ``python
 -m tests.bridge.roll_step OUT``; what it did is saved in ``OUT``, by rank. With the folder of one of Hugging Face's
-multimodal models, ``OUT FOLDER FROZEN PACKED``, it trains that, which the strategy's own ``initialize`` builds: DIP is
-hooked in there, and asked for by the environment alone.
+multimodal models, ``OUT FOLDER FROZEN PACKED REPLICAS``, it trains that, which the strategy's own ``initialize``
+builds: DIP is hooked in there, and asked for by the environment alone.
 
 What is ROLL's: batches, packing of sequences into microbatches as many as come, the forward step, unpacking, log
 probabilities, the step itself. ``DIP_ROLL_CHECKOUT`` is its working tree, ``DIP_ROLL_PACKAGES`` a folder with what it
@@ -48,7 +48,7 @@ from roll.configs.worker_config import SequencePackingConfig
 from roll.distributed.scheduler.protocol import DataProto
 from roll.distributed.strategy import megatron_strategy
 from roll.distributed.strategy.megatron_strategy import MegatronTrainStrategy
-from roll.models.model_providers import default_actor_model_provider
+from roll.models import model_providers
 
 import dip_megatron
 from dip_megatron.megatron.hooks import Hooks
@@ -123,14 +123,18 @@ def loss(strategy: Any, data: Any, logits: torch.Tensor) -> Any:
     return mean, {"actor/loss@sum": mean.detach().item()}
 
 
-def multimodal(folder: str, frozen: bool, packed: bool) -> Any:
+def multimodal(folder: str, frozen: bool, packed: bool, replicas: int) -> Any:
     """ROLL's strategy of an actor of the folder's model, by its own ``initialize``. Two samples a microbatch, a row
-    each or packed."""
+    each or packed; experts are spread over the ``replicas``."""
     for name, stand_in in (
-        ("default_tokenizer_provider", lambda **_: None), ("default_processor_provider", lambda **_: object()),
+        ("default_tokenizer_provider", lambda **_: None), ("clear_memory", lambda **_: None),
+        ("default_processor_provider", lambda **_: SimpleNamespace(save_pretrained=lambda folder: None)),
         ("get_megatron_optimizer", get_megatron_optimizer), ("bind_megatron_offload_states_func", lambda **_: None),
     ):  # fmt: skip
         setattr(megatron_strategy, name, stand_in)
+    megatron_strategy.current_platform.get_rng_state = torch.get_rng_state  # of a device, elsewhere
+    megatron_strategy.current_platform.set_rng_state = torch.set_rng_state
+    model_providers.download_model = lambda path: path  # which asks Ray whether it is here
     made: Any = object.__new__(MegatronTrainStrategy)
     model = SimpleNamespace(
         model_name_or_path=folder, moe_aux_loss_coef=None, lora_target=None,
@@ -139,7 +143,7 @@ def multimodal(folder: str, frozen: bool, packed: bool) -> Any:
     training = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=SAMPLES // 2, max_steps=9)
     made.worker = SimpleNamespace(
         pipeline_config=SimpleNamespace(sequence_length=SEQUENCE, max_grad_norm=1.0),
-        rank_info=SimpleNamespace(is_pipeline_last_stage=os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)),
+        rank_info=SimpleNamespace(),
     )
     made.worker_config = SimpleNamespace(
         name="actor", model_args=model, training_args=training, apply_loss_scale=True, use_sequence_packing=packed,
@@ -151,24 +155,28 @@ def multimodal(folder: str, frozen: bool, packed: bool) -> Any:
         ),
     )  # fmt: skip
     made.megatron_train_args = TrainingArguments(
-        output_dir="trained", pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]), learning_rate=1e-3,
+        output_dir="trained", learning_rate=1e-3, expert_model_parallel_size=replicas,
+        pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]) // replicas,
         weight_decay=0.0, lr_scheduler_type="constant", max_steps=9, seed=1, ddp_backend="gloo", use_cpu=True,
         tensor_model_parallel_size=1, expert_tensor_parallel_size=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=SAMPLES // 2, max_grad_norm=1.0, report_to=[],
-        save_hf_model=True, moe_token_dispatcher_type="alltoall", lr_scheduler_kwargs={},
+        save_hf_model=True, use_distributed_optimizer=True, moe_token_dispatcher_type="alltoall",
+        lr_scheduler_kwargs={},
         additional_configs={"masked_softmax_fusion": False, "bias_dropout_fusion": False,
                             "gradient_accumulation_fusion": False, "moe_permute_fusion": False},
     )  # fmt: skip
     made.use_sequence_packing, made.enable_router_replay = packed, False
     made.checkpoint_manager = SimpleNamespace(upload=lambda **_: None)
-    made.initialize(default_actor_model_provider)
+    made.initialize(model_providers.default_actor_model_provider)
+    made.worker.rank_info.is_pipeline_last_stage = parallel_state.is_pipeline_last_stage()
     made.load_states = made.offload_states = lambda **_: None  # between a GPU and its host
     return made
 
 
 def shown(folder: str, step: int) -> Any:
     """Samples with pictures and videos of several sizes, and of text alone, padded behind their ends; the tokens after
-    the last picture are the response."""
+    the last picture are the response. Replicas have others."""
+    step += 20 * parallel_state.get_data_parallel_rank()
     tiny = ROLL_TINY[Path(folder).name]
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in ("input_ids", "attention_mask", "response_mask")}
     seen = []
@@ -191,15 +199,15 @@ def shown(folder: str, step: int) -> Any:
 
 def log_probs(strategy: Any, data: Any, logits: torch.Tensor) -> Any:
     """As ROLL's workers ask for them before they train."""
-    found = strategy.op_compute_log_probs(logits, data.batch["input_ids"], data.batch["attention_mask"])
+    found = strategy.op_compute_log_probs(logits.clone(), data.batch["input_ids"], data.batch["attention_mask"])
     return found.sum() * 0, {"log_probs": found.clone().detach()}
 
 
-def main(out: str, folder: str = "", frozen: str = "", packed: str = "") -> None:
+def main(out: str, folder: str = "", frozen: str = "", packed: str = "", replicas: str = "1") -> None:
     found: dict[str, Any] = {"metrics": []}
     if folder:
         Hooks.installed()  # as the start-up file does
-        strategy = multimodal(folder, bool(frozen), bool(packed))
+        strategy = multimodal(folder, bool(frozen), bool(packed), int(replicas))
         found["log_probs"] = strategy.forward_step(shown(folder, 9), partial(log_probs, strategy))
     else:
         dip_megatron.install()
@@ -221,7 +229,7 @@ def main(out: str, folder: str = "", frozen: str = "", packed: str = "") -> None
         data = shown(folder, number) if folder else batch(number)
         metrics = strategy.train_step(data, partial(loss, strategy))
         found["metrics"].append({name: torch.as_tensor(value).double() for name, value in metrics.items()})
-    if folder:
+    if folder and replicas == "1":  # ROLL's own way out of experts wants Transformer Engine's grouped linears
         kept(strategy, Path(out) / "saved")
     torch.save(found, Path(out) / f"{os.environ['RANK']}.pt")
 

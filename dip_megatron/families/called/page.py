@@ -85,6 +85,11 @@ class Encoder(ABC):
         ``hidden``, on chunks after the first, is of the shape that those modules should see which come before the
         layers and are on other chunks; what they hand on is lost."""
 
+    def entering(self, config: Any, arguments: Arguments, embeddings: torch.Tensor) -> torch.Tensor:
+        """``embeddings`` of all instances as they come to the language model's first chunk, so that each
+        tensor-parallel rank has the whole gradient of them."""
+        return embeddings
+
     @abstractmethod
     def given(self, config: Any, embeddings: torch.Tensor) -> Any:
         """What stands in the encoder's place where the model's forward calls it: ``embeddings`` are those of all

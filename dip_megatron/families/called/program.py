@@ -218,7 +218,8 @@ class CalledProgram(SegmentedProgram):
                 embeddings = inputs.of(name, "hidden")
                 given |= encoder.lean(arguments, embeddings is not None)
                 if embeddings is not None:
-                    _put(model, encoder.called, encoder.given(self._config, embeddings))
+                    entered = encoder.entering(self._config, arguments, embeddings)
+                    _put(model, encoder.called, encoder.given(self._config, entered))
         else:
             model.set_input_tensor(inputs[0]["hidden"])
         if taps:

@@ -24,11 +24,13 @@ DEEPSTACK = "deepstack_visual_indexes"
 
 class RollVision(GridEncoder):
     """Of pictures and videos. ``config_class`` is Hugging Face's, of which the model's config holds the values;
-    ``first_matrix`` is where the model looks for the dtype of its encoder, within a block of it."""
+    ``first_matrix`` is where the model looks for the dtype of its encoder, within a block of it; ``packs``: it packs
+    samples by itself."""
 
     called = VISION_MODEL
     config_class: ClassVar[type[Any]]
     first_matrix: ClassVar[tuple[str, str]]
+    packs: ClassVar[bool] = False
 
     def config(self, config: Any) -> Any:
         return self.config_class(**config.vision_config)
@@ -43,13 +45,19 @@ class RollVision(GridEncoder):
         """Nor a picture of zeros for a microbatch that has none, of which the class adds nothing."""
         return super().lean(arguments, present) | {"force_vit_image": False, "force_vit_video": False}
 
+    def entering(self, config: Any, arguments: Mapping[str, Any], embeddings: torch.Tensor) -> torch.Tensor:
+        """With sequence parallelism each rank merges in what belongs to its part of the sequence, unless the class
+        packs samples itself: it then merges everything in, and gives the ranks their parts afterwards."""
+        whole = self.packs and arguments.get("packed_seq_params") is not None
+        if not config.sequence_parallel or whole:
+            return embeddings
+        entered: torch.Tensor = copy_to_tensor_model_parallel_region(embeddings)
+        return entered
+
     def given(self, config: Any, embeddings: torch.Tensor) -> Any:
-        rows = embeddings
-        if config.sequence_parallel:  # each rank merges in what belongs to its part of the sequence
-            rows = copy_to_tensor_model_parallel_region(rows)
         mlp, matrix = self.first_matrix
-        block = SimpleNamespace(**{mlp: SimpleNamespace(**{matrix: SimpleNamespace(weight=rows)})})
-        return self.stands_in(rows, self.merged(config), blocks=[block])
+        block = SimpleNamespace(**{mlp: SimpleNamespace(**{matrix: SimpleNamespace(weight=embeddings)})})
+        return self.stands_in(embeddings, self.merged(config), blocks=[block])
 
     def stands_in(self, rows: torch.Tensor, merged: int, **known: Any) -> GivenRows:
         """In the encoder's place."""

@@ -30,6 +30,7 @@ class Deepstack(RollVision, HuggingFaceVision):
 
     config_class = Qwen3VLVisionConfig
     first_matrix = ("mlp", "linear_fc1")
+    packs = True
 
     def stands_in(self, rows: torch.Tensor, merged: int, **known: Any) -> GivenRows:
         return _Given(rows, merged, **known)
