@@ -19,18 +19,18 @@ TOPIC = Topic(
     (
         Name(f"{_FACTORY}:VirtualModels.__init__", ("cls", "config")),
         Name(f"{_FACTORY}:McaGPTModel"),
-        Name(_CONVERTER, has=("mca_config", "revert", "pipeline_model_parallel_rank")),
         Name(f"{_CONVERTER}.is_on_this_rank", ("weight_name", "*", "vp_stage")),
         Name(f"{_CONVERTER}.is_pipeline_first_stage", ("*", "vp_stage")),
         Name(f"{_CONVERTER}.is_pipeline_last_stage", ("*", "vp_stage")),
         Name(f"{_CONVERTER}.get_global_layer_index", ("local_layer_index", "*", "vp_stage")),
-        Name(f"{_CONVERTER}._get_layer_info", ("global_layer_index")),
+        Name(f"{_CONVERTER}._get_layer_info", ("global_layer_index",)),
         Name(f"{_CONVERTER}._get_num_layers_per_virtual_rank", ()),
-        Name("mcore_adapter.models.model_config:PretrainedConfig.save_pretrained", ("save_directory")),
+        Name("mcore_adapter.models.model_config:PretrainedConfig.save_pretrained", ("save_directory",)),
         Name(
             "mcore_adapter.models.qwen2_5_vl:Qwen2_5_VLModel.forward",
             ("input_ids", "*", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
         ),
+        Name("mcore_adapter.models.qwen2_vl:Qwen2VLModel", has=("build_encoder_inputs", "gather_encoder_outputs")),
         Name("mcore_adapter.models.qwen2_5_vl:Qwen2_5_VLModel", has=("build_encoder_inputs", "gather_encoder_outputs")),
         Name(
             "mcore_adapter.models.qwen3_vl:Qwen3VLModel.forward",

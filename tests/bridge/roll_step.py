@@ -160,12 +160,12 @@ def multimodal(folder: str, frozen: bool, packed: bool, replicas: int) -> Any:
         weight_decay=0.0, lr_scheduler_type="constant", max_steps=9, seed=1, ddp_backend="gloo", use_cpu=True,
         tensor_model_parallel_size=1, expert_tensor_parallel_size=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=SAMPLES // 2, max_grad_norm=1.0, report_to=[],
-        save_hf_model=True, use_distributed_optimizer=True, moe_token_dispatcher_type="alltoall",
+        save_hf_model=True, use_distributed_optimizer=replicas == 1, moe_token_dispatcher_type="alltoall",
         lr_scheduler_kwargs={},
         additional_configs={"masked_softmax_fusion": False, "bias_dropout_fusion": False,
                             "gradient_accumulation_fusion": False, "moe_permute_fusion": False},
     )  # fmt: skip
-    made.use_sequence_packing, made.enable_router_replay = packed, False
+    made.use_sequence_packing, made.enable_router_replay, made._validate_access_integrity = packed, False, True
     made.checkpoint_manager = SimpleNamespace(upload=lambda **_: None)
     made.initialize(model_providers.default_actor_model_provider)
     made.worker.rank_info.is_pipeline_last_stage = parallel_state.is_pipeline_last_stage()
@@ -241,7 +241,7 @@ def kept(strategy: Any, folder: Path) -> None:
     with torch.no_grad():
         for parameter in strategy.model.parameters():
             parameter.zero_()
-    strategy.load_checkpoint(str(folder))
+        strategy.load_checkpoint(str(folder))  # of single precision, the optimizer has no copies to load into
     for parameter, value in zip(strategy.model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
 

@@ -53,8 +53,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def alone(cases: Any, teams: dict[str, Team]) -> Any:
     @cache
-    def found(name: str) -> Any:
-        return teams["alone"].run(equality.megatrons, cases(name))[0]
+    def found(name: str, packed: bool = False) -> Any:
+        return teams["alone"].run(equality.megatrons, replace(cases(name), packed=packed))[0]
 
     return found
 
@@ -103,20 +103,32 @@ def test_logits_are_those_of_hugging_face(name: str, cases: Any, teams: dict[str
         torch.testing.assert_close(ours, expected, rtol=0, atol=ROLL_TINY[name].tolerance)
 
 
-@pytest.mark.parametrize(
-    ("name", "sequence", "unit_size"), [("roll-qwen2-5-vl", True, 1), ("roll-qwen2-5-vl", False, None),
-                                        ("roll-qwen3-vl", True, 2)],
-)  # fmt: skip
+SHARDS = [
+    pytest.param("roll-qwen2-5-vl", True, False, id="qwen2-5-vl in sequence"),
+    pytest.param("roll-qwen2-5-vl", False, False, id="qwen2-5-vl"),
+    pytest.param("roll-qwen3-vl", True, False, id="qwen3-vl in sequence"),
+    pytest.param("roll-qwen3-vl", True, True, id="qwen3-vl packed in sequence"),
+]
+
+
+@pytest.mark.parametrize(("name", "sequence", "packed"), SHARDS)
 def test_shards_train_as_the_class_does(
-    name: str, sequence: bool, unit_size: int | None, cases: Any, alone: Any, teams: dict[str, Team]
+    name: str, sequence: bool, packed: bool, cases: Any, alone: Any, teams: dict[str, Team]
 ) -> None:
     """Two tensor-parallel ranks a stage, which share the pictures out. The language model's gradients are those of the
     class on two such ranks; the encoder's those of the class on one: on two, its own way to share pictures out loses a
     part of them."""
-    case = replace(cases(name), unit_size=unit_size, tensor=2, sequence=sequence)
+    case = replace(cases(name), tensor=2, sequence=sequence, packed=packed)
     shards = teams["shards"].run(equality.megatrons, case)
     ranks = teams["both"].run(equality.dips, replace(case, layers=partitions(ROLL_TINY[name])["several"]))
-    encoder = {n: gradient for n, gradient in alone(name)[1].items() if n.startswith("vision_model.")}
+    encoder = {n: gradient for n, gradient in alone(name, packed)[1].items() if n.startswith("vision_model.")}
     for shard, (losses, gradients) in enumerate(shards):
         found = together([ranks[stage + shard][1] for stage in (0, 2)])
         assert_equal((ranks[2 + shard][0], found), (losses, gradients | encoder))
+
+
+def test_samples_that_the_class_packs_train_as_without_dip(cases: Any, alone: Any, teams: dict[str, Team]) -> None:
+    name = "roll-qwen3-vl"
+    case = replace(cases(name), layers=partitions(ROLL_TINY[name])["several"], packed=True)
+    ranks = teams["stages"].run(equality.dips, case)
+    assert_equal((ranks[-1][0], together([r[1] for r in ranks])), alone(name, True))

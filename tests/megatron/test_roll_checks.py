@@ -37,7 +37,6 @@ def test_a_strategy_that_fits_is_not_refused() -> None:
         ({"pipeline_model_parallel_size": 1}, "pipeline_model_parallel_size 1"),
         ({"pipeline_model_parallel_size": None}, "pipeline_model_parallel_size 1"),
         ({"context_parallel_size": 2}, "context_parallel_size 2"),
-        ({"expert_model_parallel_size": 8}, "expert_model_parallel_size 8"),
         ({"compile_warmup": True}, "compile_warmup"),
         ({"replay": True}, "router_replay"),
         ({"lora": ["all-linear"]}, "lora_target"),

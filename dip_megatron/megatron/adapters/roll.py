@@ -56,12 +56,10 @@ def refusals(strategy: Any) -> list[tuple[str, str, str]]:
     """What DIP can't run of a strategy: setting, reason and way out of each."""
     args, worker = strategy.megatron_train_args, strategy.worker_config
     pipeline, context = args.pipeline_model_parallel_size or 1, args.context_parallel_size or 1
-    experts = args.expert_model_parallel_size or 1
     found = [
         (pipeline < 2, f"pipeline_model_parallel_size {pipeline}", "there is no pipeline to schedule", "use 2 or more"),
         (context > 1, f"context_parallel_size {context}", "models of mcore_adapter are untried on shares of sequences",
          "use tensor parallelism"),
-        (experts > 1, f"expert_model_parallel_size {experts}", "joint plans are untried in ROLL", "use 1"),
         (strategy.enable_router_replay, "router_replay", "it numbers layers by stages, which chunks share out "
          "otherwise", "set its mode to disabled"),
         (args.compile_warmup, "compile_warmup", "it calls stages by themselves, of which chunks can't be run without a "
@@ -166,7 +164,7 @@ class Roll:
         class RollLoop(GenericLoop):
             def record(self, chunks: Chunks) -> str | None:
                 assert isinstance(chunks, Partition), "its families build no others"
-                held.update({module.name: module.layers for module in chunks.modules})
+                held.update({part.module: part.layers for part in chunks.modules})
                 return None
 
         args, worker = strategy.megatron_train_args, strategy.worker_config
