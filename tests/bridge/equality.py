@@ -16,6 +16,7 @@ from tests.bridge.tiny import TINY
 from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.bridge.tiny_model import Tiny, packed_row
 from tests.bridge.tiny_roll import ROLL_TINY, packed_rows
+from tests.patience import APART
 from tests.processes import transport
 from tests.runtime.llava_case import finalize_without_ddp, gradients, initialize
 from tests.runtime.program_case import DrawnUnitGraphs
@@ -273,17 +274,17 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     drawn = Drawn(case.seed, split=split, strategies=case.strategies)
     maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, units, case.seed), program.shapes, drawn)
     service = PlannerService(maker, workers=0) if rank == 0 else None
-    delivery = PlanDelivery(GlooExchange(list(range(world)), 60.0), service)
+    delivery = PlanDelivery(GlooExchange(list(range(world)), APART), service)
     place = stage(case, rank)
     of = torch.distributed.get_process_group_ranks
     pipeline = of(parallel_state.get_pipeline_model_parallel_group())
     tensor = of(parallel_state.get_tensor_model_parallel_group())
     carrier = (
-        transport(world, rank) if case.ranks == 1 else DistributedTransport(pipeline, place, torch.device("cpu"), 60.0)
+        transport(world, rank) if case.ranks == 1 else DistributedTransport(pipeline, place, torch.device("cpu"), APART)
     )
     step = DipForwardBackward(
         program, Executor(place, carrier, clock), delivery, clock,
-        tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
+        tensor_parallel=GlooExchange(tensor, APART) if len(tensor) > 1 else None,
     )  # fmt: skip
     copied = any(m.replicated for m in program.modules)
     data = batches(case, 0 if copied else place)

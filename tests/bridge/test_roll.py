@@ -71,8 +71,8 @@ STEPS = [
 def test_its_own_models_train_as_without_dip(
     name: str, frozen: str, packed: str, replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, norms, log probabilities, the first step's gradients, and the Hugging Face files saved at the end. Replicas
-    spread experts over both, and have plans that agree."""
+    """Losses, norms, log probabilities, the first step's gradients, and the Hugging Face files saved at the end.
+    Replicas spread experts over both, and have plans that agree."""
     tiny, folder = ROLL_TINY[name], tmp_path / name
     tiny.save(folder)
     monkeypatch.chdir(tmp_path)
