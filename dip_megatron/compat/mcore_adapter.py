@@ -106,7 +106,8 @@ def chunks_of(config: Any) -> Chunks | None:
 def follow(converter: Any, config: Any) -> None:
     """Let ``converter``, which is about to be made for ``config``, find weights in the chunks, if it is of some."""
     if chunks_of(config) is not None:
-        converter.__class__ = _of_chunks(type(converter))
+        kind: Any = type(converter)
+        converter.__class__ = _of_chunks(kind)
 
 
 @cache

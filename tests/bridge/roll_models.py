@@ -72,7 +72,7 @@ class RollModels:
         from megatron.core import parallel_state
 
         converter = ModelConverter(models[0].config, to_hf=True)
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for _, stage, name, weight in converter._mca_named_params_with_vp_stage(models):
             shards = gather_tensor_parallel(weight, async_op=False)
             if shards is not None:  # on the first of a stage's ranks

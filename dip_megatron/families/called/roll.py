@@ -94,7 +94,8 @@ class RollPage(Page):
         own = copy.copy(kwargs["config"])
         own.recompute_granularity = None  # plans say what is recomputed
         own.sequence_parallel = False  # the class has it of its encoder that each rank's gradient is a part of the sum
-        return _encoders_of(self.model_class, self.language_class)(own, vp_stage=None)
+        kinds: tuple[Any, Any] = (self.model_class, self.language_class)
+        return _encoders_of(*kinds)(own, vp_stage=None)
 
     def chunk(self, kwargs: Mapping[str, Any], config: Any, *, first: bool, last: bool, segment: int) -> Any:
         with _without_encoder_layers(config):  # what is built on the first chunk is thrown away

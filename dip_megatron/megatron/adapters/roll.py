@@ -8,7 +8,7 @@ are seen when the strategy calls the schedule with them, and are planned then.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -217,12 +217,12 @@ class Roll:
         return load_checkpoint
 
 
-def check_partition(folder: Path, layers: dict[str, tuple[tuple[int, ...], ...]] | None) -> None:
+def check_partition(folder: Path, layers: Mapping[str, tuple[tuple[int, ...], ...]] | None) -> None:
     """Raises ConfigurationError if a checkpoint is of chunks with other ``layers`` than this run's (None: a run without
     DIP): its files hold layers by their place in a rank's chunks."""
     file = folder / PARTITION
     written = json.loads(file.read_text()) if file.exists() else None
-    here = None if layers is None else json.loads(json.dumps(layers))
+    here = None if layers is None else json.loads(json.dumps(dict(layers)))
     if written == here:
         return
     if written is None:
