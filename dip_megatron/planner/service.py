@@ -196,7 +196,8 @@ class PlannerService:
                     return asked, arrived
                 self._rings[request] = ring
             with contextlib.suppress(OSError):  # another thread has just replaced that worker
-                if heard in wait([*waiting, heard, *bells], None if left == math.inf else left):
+                # Now and then somebody has to look whether the worker hangs, also where nobody needs the plan yet.
+                if heard in wait([*waiting, heard, *bells], min(left, self._hang_seconds)):
                     heard.recv(1)
 
     def _ring(self, request: int) -> None:

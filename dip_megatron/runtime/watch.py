@@ -58,7 +58,7 @@ class Watchdog:
         threading.Thread(target=self._watch, name="dip-watchdog", daemon=True).start()
 
     def report(self, error: BaseException) -> None:
-        """Tell all ranks that this one failed, and print where it stood."""
+        """Tell all ranks that this one failed, and print where it stood, and who failed first."""
         first_line = (str(error).splitlines() or [""])[0]
         text = f"global rank {self._rank}: {self._position}: {type(error).__name__}: {first_line}"
         print(f"[dip] stopped at {text}", file=sys.stderr, flush=True)
@@ -91,7 +91,9 @@ class Watchdog:
 
     def _tell(self, text: str) -> None:
         try:
-            self._store.compare_set(_KEY, "", text)
+            first = self._store.compare_set(_KEY, "", text).decode()
+            if first != text:  # whose end is all that was seen here
+                print(f"[dip] global rank {self._rank}: the first to stop was {first}", file=sys.stderr, flush=True)
         except Exception as error:
             print(f"[dip] could not tell the other ranks: {error}", file=sys.stderr, flush=True)
 

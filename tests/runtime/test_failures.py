@@ -12,6 +12,7 @@ import time
 from functools import partial
 
 import pytest
+import torch.distributed as dist
 
 from dip_megatron.ports import held_port
 from dip_megatron.runtime.executor import Position
@@ -95,8 +96,9 @@ class _Store:
             self.cut.wait()
         return self.left and keys == ["dip/left"]
 
-    def compare_set(self, key: str, expected: str, desired: str) -> None:
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         self.cut.wait()
+        return desired.encode()
 
     def add(self, key: str, amount: int) -> int:
         self.added += amount
@@ -160,3 +162,15 @@ def test_a_rank_leaves_when_its_own_host_is_cut_off(in_order, capsys):
     assert "global rank 0 stops where it stood: pipeline rank 1" in said
     assert "no word from any other rank" in said
     assert "this rank's host may be cut off" in said
+
+
+def test_a_rank_that_fails_because_of_another_names_the_first(capsys):
+    store = dist.HashStore()
+    for rank, cause in ((3, "out of memory"), (1, "the peer has gone")):
+        watchdog = Watchdog(store, Position(rank), rank, interval_seconds=60.0, leave=lambda _: None)
+        watchdog.report(RuntimeError(cause))
+        watchdog.close()
+    first, second = capsys.readouterr().err.split("stopped at global rank 1")
+    assert "the first to stop was" not in first
+    assert "global rank 1: the first to stop was global rank 3: pipeline rank 3" in second
+    assert "out of memory" in second
