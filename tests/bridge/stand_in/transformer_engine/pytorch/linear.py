@@ -12,6 +12,41 @@ def _mappings():
     return mappings
 
 
+class WeightGradStore:
+    """What a linear asks in its backward: this one wants no weight gradient to wait."""
+
+    def delay_wgrad_compute(self):
+        return False
+
+
+class _Product(torch.autograd.Function):
+    """The product alone, as the linear's own backward has it: the weight gradient goes to the store, if that takes
+    it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, module):
+        ctx.save_for_backward(x, weight)
+        ctx.module = module
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        gradient = None
+        if ctx.needs_input_grad[1]:
+            if ctx.module.wgrad_store.delay_wgrad_compute():
+                ctx.module.wgrad_store.put([x, grad_output], _weight_gradient)
+            else:
+                gradient, _, _ = _weight_gradient(x, grad_output)
+        return grad_output.matmul(weight) if ctx.needs_input_grad[0] else None, gradient, None
+
+
+def _weight_gradient(x, grad_output):
+    with torch.no_grad():
+        rows = grad_output.reshape(-1, grad_output.size(-1))
+        return rows.t().matmul(x.reshape(-1, x.size(-1))), None, None
+
+
 class _Base(torch.nn.Module):
     """The empty state of FP8 that every module of Transformer Engine with a GEMM has in checkpoints."""
 
@@ -65,7 +100,8 @@ class Linear(_Base):
         super().__init__()
         self._sizes(in_features, out_features, parallel_mode, tp_size, fuse_wgrad_accumulation)
         self.use_bias, self.return_bias, self.sequence_parallel = bias, return_bias, sequence_parallel
-        self.tp_group = tp_group
+        self.tp_group, self.fuse_wgrad_accumulation = tp_group, fuse_wgrad_accumulation
+        self.wgrad_store, self.weight_names, self.bias_names = WeightGradStore(), ["weight"], ["bias"]
         self._make(
             "", bias, get_rng_state_tracker, rng_tracker_name, init_method, dtype=params_dtype, device=device
         )  # fmt: skip
@@ -85,7 +121,7 @@ class Linear(_Base):
         return _mappings().copy_to_tensor_model_parallel_region(x, group=self.tp_group)
 
     def _multiplied(self, x):
-        output = linear(x, self.weight)
+        output = _Product.apply(x, self.weight, self)
         if self.parallel_mode != "row" or self.tp_size == 1:
             return output
         if self.sequence_parallel:
@@ -145,3 +181,7 @@ class GroupedLinear(_Base):
         ])  # fmt: skip
         output = output.reshape(*x.shape[:-1], self.out_features)
         return (output, biases) if self.return_bias else output
+
+
+class LayerNormMLP(torch.nn.Module):
+    """None of the tests' models has one; PEFT asks of every layer whether it is."""
