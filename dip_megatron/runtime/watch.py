@@ -62,8 +62,7 @@ class Watchdog:
 
     def report(self, error: BaseException) -> None:
         """Tell all ranks that this one failed, and print where it stood, and who failed first."""
-        first_line = (str(error).splitlines() or [""])[0]
-        text = f"global rank {self._rank}: {self._position}: {type(error).__name__}: {first_line}"
+        text = self._where(error)
         print(f"[dip] stopped at {text}", file=sys.stderr, flush=True)
         self._failed_here = True
         telling = threading.Thread(target=self._tell, args=(text,), name="dip-watchdog-tell", daemon=True)
@@ -75,7 +74,7 @@ class Watchdog:
         self._news.set()
 
     def close(self) -> None:
-        """End watching, at an orderly shutdown."""
+        """End watching, at an orderly shutdown; at one for an error that nobody has caught, tell all ranks of it."""
         if not self._stop.is_set():
             leaving = threading.Thread(target=self._leave_in_order, name="dip-watchdog-leave", daemon=True)
             try:
@@ -88,8 +87,16 @@ class Watchdog:
         self._stop.set()
         self._news.set()
 
+    def _where(self, error: BaseException) -> str:
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"global rank {self._rank}: {self._position}: {type(error).__name__}: {first_line}"
+
     def _leave_in_order(self) -> None:
-        if self._failed_here or hasattr(sys, "last_value"):  # an error that nobody has caught
+        if self._failed_here:
+            return
+        uncaught = getattr(sys, "last_value", None)
+        if uncaught is not None:  # outside of any plan, in the optimizer for one
+            self._tell(self._where(uncaught))
             return
         with contextlib.suppress(Exception):  # the host of the store may have ended before
             left = self._store.add(_LEFT, 1)
