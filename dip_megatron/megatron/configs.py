@@ -26,7 +26,7 @@ def _check_scaling(config: Any, parallel: Parallel) -> None:
     delayed = getattr(config, "fp8", None) and getattr(recipe, "value", recipe) == "delayed"
     if delayed and parallel.dp > 1 and not getattr(config, "tp_only_amax_red", False):
         raise ConfigurationError(
-            f"DIP and fp8_recipe delayed: every forward joins all {parallel.dp} replicas for its scales, and each has a "
-            "plan of its own; set tp_only_amax_red, or use another recipe (tensorwise, blockwise, mxfp8), or "
+            f"DIP and fp8_recipe delayed: every forward joins all {parallel.dp} replicas for its scales, and each has "
+            "a plan of its own; set tp_only_amax_red, or use another recipe (tensorwise, blockwise, mxfp8), or "
             "--dip-schedule off"
         )
