@@ -16,7 +16,13 @@ def check_configs(configs: Iterable[Any], parallel: Parallel) -> set[str]:
     known = list(configs)
     for config in known:
         _check_scaling(config, parallel)
-    return check_experts(known, parallel)
+    notes = check_experts(known, parallel)
+    if any(getattr(config, "fp8", None) and not getattr(config, "fp8_param", False) for config in known):
+        notes.add(
+            "fp8: layers cast their weights anew for each microbatch, and plans don't count these copies; keep "
+            "parameters in FP8 (fp8_param, --fp8-param-gather), or lower DIP's memory limit (docs/executor.md)"
+        )
+    return notes
 
 
 def _check_scaling(config: Any, parallel: Parallel) -> None:

@@ -89,6 +89,14 @@ def test_scales_of_all_replicas_are_refused(recipe: Any) -> None:
     config = SimpleNamespace(fp8="hybrid", fp8_recipe=recipe, tp_only_amax_red=False)
     with pytest.raises(ConfigurationError, match=r"every forward joins all 4 replicas .*; set tp_only_amax_red, or"):
         check_configs([None, config], Parallel(tp=2, dp=4))
-    assert check_configs([config], Parallel(tp=2, dp=1)) == set()
+    check_configs([config], Parallel(tp=2, dp=1))
     for fits in ({"tp_only_amax_red": True}, {"fp8": None}, {"fp8_recipe": Recipe.tensorwise}):
-        assert check_configs([SimpleNamespace(**vars(config) | fits)], Parallel(tp=2, dp=4)) == set()
+        check_configs([SimpleNamespace(**vars(config) | fits)], Parallel(tp=2, dp=4))
+
+
+def test_copies_of_weights_in_low_precision_are_told_of() -> None:
+    config = SimpleNamespace(fp8="hybrid", fp8_recipe="tensorwise", fp8_param=False)
+    (note,) = check_configs([None, config], Parallel(tp=2, dp=4))
+    assert "plans don't count these copies" in note
+    config.fp8_param = True
+    assert check_configs([config], Parallel(tp=2, dp=4)) == set()
