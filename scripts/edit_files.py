@@ -19,11 +19,12 @@ import random
 import resource
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ import yaml
 from dip_megatron import cli
 from dip_megatron.config import DipConfig
 from dip_megatron.describe.files import resolve
+from dip_megatron.planner.warm import warm_up_plans
+from dip_megatron.schedulers.dip import warm_up
 
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 60  # of computing: on a busy machine a minute of the clock is no fault of a verb
 LIMIT_WAIT_SECONDS = 1800.0
 LIMIT_BYTES = 8 << 30
@@ -135,14 +139,45 @@ def run(arguments: list[str]) -> tuple[Any, str]:
     raise AssertionError("dip has to exit")
 
 
+@contextlib.contextmanager
+def outcomes() -> Iterator[Callable[[list[str]], str | None]]:
+    """:func:`outcome`, forked from a process of one thread. A fork of the caller might wait for a lock that another of
+    its threads held, and its memory would count all that is loaded here."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", "from scripts.edit_files import serve; serve()"], cwd=ROOT, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    with server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        stdin, stdout = server.stdin, server.stdout
+
+        def ask(arguments: list[str]) -> str | None:
+            print(json.dumps(arguments), file=stdin, flush=True)
+            answer: str | None = json.loads(stdout.readline())
+            return answer
+
+        yield ask
+
+
+def serve() -> None:
+    """The outcome of each line of arguments that comes, until no more do."""
+    warm_up()
+    warm_up_plans()
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # what a verb may write is no answer
+        for line in sys.stdin:
+            print(json.dumps(outcome(json.loads(line))), file=out, flush=True)
+
+
 def outcome(arguments: list[str]) -> str | None:
-    """As :func:`invoke`, in a process that may take so much time and memory, and no more."""
+    """As :func:`invoke`, in a fork that may take so much time and memory, and no more."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS + 5))
         try:
             wrong = invoke(arguments)
         except BaseException as error:
@@ -229,7 +264,7 @@ def kinds(folder: Path) -> list[Kind]:
 def main(count: int, seed: int, seconds: float | None, keep: Path | None) -> None:
     """Hand in files with random edits; fail if any is neither used nor refused in one line."""
     began, tried, failed = time.monotonic(), Counter[str](), 0
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, outcomes() as outcome_of:
         folder = Path(name)
         every = kinds(folder)
         for number in range(count):
@@ -240,7 +275,7 @@ def main(count: int, seed: int, seconds: float | None, keep: Path | None) -> Non
                 text = edited(draw.choice(list(kind.texts)), kind.suffix, draw)
                 file = folder / f"edited{kind.suffix}"
                 file.write_text(text, encoding="utf-8")
-                wrong = outcome(kind.verb(str(file)))
+                wrong = outcome_of(kind.verb(str(file)))
                 tried[kind.name] += 1
                 if wrong is not None:
                     failed += 1

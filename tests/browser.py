@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from tests.patience import LONG
+
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
@@ -18,6 +20,7 @@ _ARGUMENTS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 DRAWN = "html[data-drawn=yes]"
+LONGEST = 1000 * LONG  # milliseconds
 
 
 @contextmanager
@@ -29,13 +32,14 @@ def opened(
 
     complaints: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(_ARGUMENTS))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(_ARGUMENTS), timeout=LONGEST)
         context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": width, "height": 1000})
+        context.set_default_timeout(LONGEST)
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
         page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
         page.goto(path.resolve().as_uri())
-        page.wait_for_selector(DRAWN, timeout=120_000)
+        page.wait_for_selector(DRAWN)
         yield page, complaints
         browser.close()

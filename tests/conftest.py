@@ -1,4 +1,5 @@
-"""``DIP_DEEP=1`` draws fifty times as many examples of every property and equality case, anew in each run.
+"""Examples of properties are the same in every run, so that what fails is what a change has broken. ``DIP_DEEP=1``
+draws fifty times as many, anew in each run: what chance finds is found there.
 
 What takes longest comes first, so that no core is idle at the end while another has half a minute left.
 """
@@ -6,13 +7,15 @@ What takes longest comes first, so that no core is idle at the end while another
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.drawn import DEEP, FACTOR
 
-if DEEP:
-    settings.register_profile("deep", max_examples=100 * FACTOR, deadline=None, print_blob=True)
-    settings.load_profile("deep")
+# However busy the machine is: neither an example nor its drawing may be too slow.
+settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("deep", settings.get_profile("steady"), derandomize=False, max_examples=100 * FACTOR,
+                          print_blob=True)  # fmt: skip
+settings.load_profile("deep" if DEEP else "steady")
 
 _TESTS = Path(__file__).parent
 _LONG = ("bench", "packaging", "soak", "hosts")  # tests of up to a minute

@@ -12,7 +12,7 @@ FACTOR = 50 if DEEP else 1
 
 
 def settings(max_examples: int = 100, **options: Any) -> hypothesis.settings:
-    """``hypothesis.settings`` for so many examples; a deep run draws more of them, and other ones each time."""
-    if DEEP:
-        options |= {"derandomize": False, "deadline": None}
+    """``hypothesis.settings`` for so many examples, the same in every run, whatever time they take; a deep run draws
+    more of them, and other ones each time."""
+    options |= {"derandomize": not DEEP, "deadline": None}
     return hypothesis.settings(max_examples=max_examples * FACTOR, **options)

@@ -6,6 +6,7 @@ import atexit
 import faulthandler
 import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 
 from dip_megatron.ports import held_port
 from examples.llava_digits.runs import end, environment
+from tests.patience import LONG
 
 ROOT = Path(__file__).resolve().parents[1]
 _preloaded = ["tests.preloaded"]
@@ -36,6 +38,12 @@ def context() -> ForkServerContext:
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(_preloaded)
     return found
+
+
+def serve() -> None:
+    """Start the server where another would be started by what is tested: this process has one for good."""
+    context()
+    multiprocessing.forkserver.ensure_running()
 
 
 class Forked:
@@ -89,7 +97,10 @@ def alone(program: str, log: Path, **variables: str) -> str:
     """Run a program in a process of its own, on the CPU platform with Megatron loaded; all that it writes."""
     log.write_bytes(b"")
     process = Forked([sys.executable, "-c", textwrap.dedent(program)], {**os.environ, **variables}, log)
-    code = process.wait(timeout=240)
+    try:
+        code = process.wait(timeout=LONG)
+    finally:
+        end([process])
     text = log.read_text()
     assert code == 0, text
     return text
@@ -110,7 +121,10 @@ def done(arguments: Sequence[str], folder: Path, **variables: str) -> Done:
     err.write_bytes(b"")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     process = Forked([sys.executable, *arguments], environment, err, functools.partial(_enter, str(folder), str(out)))
-    return Done(process.wait(timeout=280), out.read_text(), err.read_text())
+    try:
+        return Done(process.wait(timeout=LONG), out.read_text(), err.read_text())
+    finally:
+        end([process])
 
 
 def print_to(path: str) -> None:

@@ -51,12 +51,13 @@ def set_main_param_and_optimizer_states(self: Any, parameter: Any, tensors: dict
     group, index = self.model_param_group_index_map[parameter]
     state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
     state["step"] = state["step"].clone()
-    _set_state(self, parameter, {"step": None, **tensors})
+    with torch.no_grad():
+        _set_state(self, parameter, {"step": None, **tensors})
 
 
 # Without Transformer Engine and Apex, no run of Megatron 0.19 resumes with a distributed optimizer: it asks torch's
 # Adam for its step before it has one, looks for a step beside every parameter's moments, and lets all parameters count
-# on one tensor.
+# on one tensor. Nor does one in fp32 from its default format: it writes to parameters as if no gradient were recorded.
 if not distrib_optimizer.HAVE_APEX_OR_TE:
     _Optimizer.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
     _Optimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states  # type: ignore[method-assign]

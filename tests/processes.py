@@ -18,6 +18,7 @@ import torch
 
 from dip_megatron.ports import held_port
 from tests.forked import context
+from tests.patience import APART, LONG
 
 
 class ProcessFailure(AssertionError):
@@ -60,7 +61,7 @@ class Team:
         self._held = ExitStack()
         self._runs = 0
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = LONG) -> list[Any]:
         """``[function(rank, world, *arguments)]`` of all ranks. Raises ProcessFailure with all tracebacks."""
         if self._runs == FRESH_AFTER:
             self.close()
@@ -115,7 +116,7 @@ def transport(world: int, rank: int) -> Any:
     group, whose threads wake a hundred times a second for as long as the process lives."""
     from dip_megatron.runtime.transport import DistributedTransport
 
-    return DistributedTransport(list(range(world)), rank, torch.device("cpu"), 60.0)
+    return DistributedTransport(list(range(world)), rank, torch.device("cpu"), APART)
 
 
 _TEAMS: dict[int, Team] = {}

@@ -23,8 +23,17 @@ def test_a_store_listens_on_a_held_port_and_nobody_else_gets_it(libuv: bool) -> 
 
 
 def test_a_port_is_free_again_behind_the_block() -> None:
-    with held_port() as port:
-        pass
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", port))
-        server.listen()
+    """Unless somebody else has taken it since, who takes not all of them."""
+
+    def free_again() -> bool:
+        with held_port() as port:
+            pass
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", port))
+                server.listen()
+            except OSError:
+                return False
+        return True
+
+    assert any(free_again() for _ in range(5))

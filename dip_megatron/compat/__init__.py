@@ -1,5 +1,5 @@
-"""What DIP leans on in Megatron-Core, Transformer Engine, Megatron-Bridge, ms-swift and torch that they don't promise:
-one file a topic.
+"""What DIP leans on in Megatron-Core, Transformer Engine, Megatron-Bridge, ms-swift, ROLL and torch that they don't
+promise: one file a topic.
 
 A new release of one of them is a matter of this folder alone. Each file says which releases it was seen with.
 """
@@ -13,7 +13,8 @@ from .names import Topic
 FILES = (
     "losses", "linears", "recompute", "layer_specs", "experts", "buckets", "rerun", "llava", "ranks_on_one_gpu", "host",
     "training_loop", "checkpointing", "transformer_engine", "process_groups", "tensors", "bridge", "bridge_building",
-    "lone_rank", "mcore_bridge", "ms_swift", "mimo", "averages",
+    "lone_rank", "mcore_bridge", "ms_swift", "mimo", "averages", "mcore_adapter",
+    "roll",
 )  # fmt: skip
 
 

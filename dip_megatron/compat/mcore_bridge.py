@@ -15,6 +15,8 @@ from .names import Name, Topic
 
 KIMI_FEATURES = "_extract_image_features"
 """The method of Kimi-VL's wrapper that calls its encoder and its projector, as the code in the model's folder does."""
+_ADAPTERS = "base_model.model."
+"""Before the names of weights in a folder of adapters."""
 _BRIDGE = "mcore_bridge.bridge.gpt_bridge:GPTBridge"
 TOPIC = Topic(
     "models of mcore-bridge",
@@ -72,7 +74,9 @@ TOPIC = Topic(
         Name(f"{_BRIDGE}.export_weights", ("mg_models", "*", "peft_format", "converter")),
         Name(f"{_BRIDGE}._set_module", ("mg_module", "hf_state_dict", "hf_prefix", "to_mcore")),
         Name(f"{_BRIDGE}._convert_hf_state_dict", ("hf_state_dict", "to_mcore")),
-        Name("mcore_bridge.utils:SafetensorLazyLoader", ("hf_model_dir",)),
+        Name(f"{_BRIDGE}._add_prefix", ("state_dict", "prefix")),
+        Name(f"{_BRIDGE}._remove_prefix", ("state_dict", "prefix")),
+        Name("mcore_bridge.utils:SafetensorLazyLoader", ("hf_model_dir", "peft_format")),
         Name("mcore_bridge.utils:unwrap_model", ("models",)),
     ),
 )
@@ -131,8 +135,11 @@ def load_into_chunks(
     with _virtual_stages(len(stages)):
         load(bridge, stages, folder, *given, **rest)
     utils = importlib.import_module("mcore_bridge.utils")
-    with torch.no_grad(), utils.SafetensorLazyLoader(folder) as files:
-        state = bridge._convert_hf_state_dict(files.get_state_dict(), True)
+    asked = inspect.signature(load).bind(bridge, models, folder, *given, **rest).arguments
+    adapters = asked.get("peft_format", False)
+    with torch.no_grad(), utils.SafetensorLazyLoader(folder, peft_format=adapters) as files:
+        state = bridge._remove_prefix(files.get_state_dict(), _ADAPTERS if adapters else "")
+        state = bridge._convert_hf_state_dict(state, True)
         for prefix, part in _parts(bridge):
             for model in filter(_is_encoder, models):
                 bridge._set_module(_within(model, part), state, prefix, True)
@@ -144,7 +151,8 @@ def export_of_chunks(
     """``export``, mcore-bridge's own ``export_weights``, of chunks: names and tensors of the language model, then of
     what each pipeline rank has of the encoder. To be drawn on all ranks."""
     yield from export(bridge, _stages(models), *given, **rest)
-    convert = inspect.signature(export).bind(bridge, models, *given, **rest).arguments.get("converter")
+    asked = inspect.signature(export).bind(bridge, models, *given, **rest).arguments
+    convert, before = asked.get("converter"), _ADAPTERS if asked.get("peft_format", False) else ""
     ranks = parallel_state.get_pipeline_model_parallel_world_size()
     for prefix, part in _parts(bridge):
         held = _Held([_within(model, part) for model in models if _is_encoder(model)])
@@ -152,7 +160,7 @@ def export_of_chunks(
             own = held if rank == parallel_state.get_pipeline_model_parallel_rank() else None
             with torch.no_grad():
                 found = bridge._convert_hf_state_dict(bridge._set_module(own, {}, prefix, False), False)
-            for name, tensor in found.items():
+            for name, tensor in bridge._add_prefix(found, before).items():
                 pair = (name, tensor) if convert is None or tensor is None else convert(name, tensor)
                 if pair is not None:
                     yield pair

@@ -17,8 +17,9 @@ from types import FunctionType, ModuleType
 from typing import Any, Literal
 
 Package = Literal[
-    "megatron-core", "megatron.training", "transformer-engine", "megatron-bridge", "mcore-bridge", "ms-swift", "torch"
-]
+    "megatron-core", "megatron.training", "transformer-engine", "megatron-bridge", "mcore-bridge", "ms-swift",
+    "mcore-adapter", "roll", "torch",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

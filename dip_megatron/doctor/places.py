@@ -35,7 +35,8 @@ def _applies(topic: Topic) -> bool:
         return has_training_loop()
     optional = {
         "transformer-engine": "transformer_engine", "megatron-bridge": "megatron.bridge",
-        "mcore-bridge": "mcore_bridge", "ms-swift": "swift.megatron",
+        "mcore-bridge": "mcore_bridge", "ms-swift": "swift.megatron", "mcore-adapter": "mcore_adapter",
+        "roll": "roll.distributed.strategy.megatron_strategy",
     }  # fmt: skip
     return topic.package not in optional or importable(optional[topic.package])
 

@@ -169,6 +169,7 @@ def share_step(state: dict[str, Any]) -> None:
 
     Megatron saves what is not sharded as the first rank has it, and takes the step from that rank's parameters. Under
     DIP the first rank may have none to train: with everything but the projector frozen, which stands on the last one.
+    A distributed optimizer's state in Megatron's default format is each rank's own, step and all, and stays as it is.
     Call it on all ranks.
     """
     optimizer = state.get("optimizer", {})
@@ -189,8 +190,10 @@ def share_step(state: dict[str, Any]) -> None:
             part["state"]["common_step"] = step
 
 
-def _step(optimizer: Mapping[str, Any]) -> tuple[bool, Any] | None:
+def _step(optimizer: Any) -> tuple[bool, Any] | None:
     """Where an optimizer's state has its step (in its parameter groups, or apart), and the step."""
+    if not isinstance(optimizer, Mapping):  # packed as one object
+        return None
     if "common_step" in optimizer.get("state", {}):
         return False, optimizer["state"]["common_step"]
     groups = optimizer.get("param_groups", [])

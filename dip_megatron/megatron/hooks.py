@@ -22,6 +22,7 @@ from .adapters.loop import LoopAdapter, Target, TrainingLoop
 from .adapters.megatron_bridge import MegatronBridge
 from .adapters.megatron_training import MegatronTraining
 from .adapters.ms_swift import MsSwift
+from .adapters.roll import Roll
 from .adapters.verl import Verl
 from .marks import MARK, ours_inside, owner_of
 from .schedule_hook import HOME, NAME, hook_schedule
@@ -46,7 +47,7 @@ class Hooks:
         self._sessions: list[DipSession] = []
         self._families: list[ModelFamily] = []
         self._adapters: list[LoopAdapter] = [
-            MegatronTraining(self), MegatronBridge(self), MsSwift(self), Verl(self),
+            MegatronTraining(self), MegatronBridge(self), MsSwift(self), Verl(self), Roll(self),
         ]  # fmt: skip
         # Modules, and classes in them.
         self._placed: list[tuple[Any, str, Callable[..., Any]]] = []

@@ -150,9 +150,12 @@ class PlanDelivery:
         """The plan, once all ranks have shown to hold the same; what each has to tell the others travels with it.
         Raises PlanMismatchError on all ranks alike."""
         start = time.perf_counter()
-        subject, delivery, waits = self._coming.pop(request)
-        if waits is not None:
-            waits.need()
+        for earlier, (_, _, waits) in self._coming.items():
+            if waits is not None:  # one thread delivers all: an evaluation waits for what was asked for before it, too
+                waits.need()
+            if earlier == request:
+                break
+        subject, delivery, _ = self._coming.pop(request)
         there = delivery.done()  # then whatever passes until it is read, on a busy host, is no wait for the plan
         data = delivery.result()
         stall = 0.0 if there else time.perf_counter() - start
@@ -168,7 +171,7 @@ class PlanDelivery:
         told = [data[n:] for data, n in zip(rest, lengths, strict=True) if len(data) > n]
         self._measured, self._known = None, answer.corrections
         if self._coupled is not None:
-            self._told = told if self._coupled.firsts is not None else []
+            self._told += told if self._coupled.firsts is not None else []
         else:
             self._learn([Measurement.unpack(data) for data in told])
             self._running = (request, answer.plan, self._corrections.pop(request, Corrections()))

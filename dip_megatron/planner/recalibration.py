@@ -21,6 +21,7 @@ SCATTER = 0.005  # of measured seconds around a line, that is always reckoned wi
 HICCUP = 20.0  # times the usual time between two operations; what others take of the cores now and then is less
 LEAST, MOST = 1e-3, 1e3  # bounds on measured over predicted
 STEEPEST = 50.0  # times measured over predicted; of a line whose model is mostly what doesn't grow
+FLATTEST = 1e-3  # the same; of a flat line's seconds nobody could tell the model's, and it would stay for good
 _HEAD = struct.Struct("<ii")
 _BACKWARD = (KINDS.index(Kind.B), KINDS.index(Kind.W), KINDS.index(Kind.BW))
 
@@ -162,7 +163,7 @@ class Recalibration:
             scatter = np.maximum(yy / weight - mean_y**2 - explained, 0.0) + (SCATTER * mean_y) ** 2
             prior = scatter / (weight * ratio**2)
             slope = (common + prior * ratio) / (spread + prior)
-            slope = np.clip(slope, 0.0, STEEPEST * ratio)
+            slope = np.clip(slope, FLATTEST * ratio, STEEPEST * ratio)
             fixed = mean_y - slope * mean_x
         seen = weight > 0
         slope, fixed = np.where(seen, slope, ratio), np.where(seen, fixed, 0.0)
@@ -247,10 +248,7 @@ def _model_seconds(
     for line in used.lines:
         if line.kind == KINDS[kind] and (line.module, line.segment) in places:
             here = place_of == places.index((line.module, line.segment))
-            fixed, factor = np.array(line.fixed), np.array(line.factor)
-            usable = (seconds[here] > 0) & (factor > 0)
-            plain = (seconds[here] - fixed) / np.where(factor > 0, factor, 1.0)
-            seconds[here] = np.where(usable, np.maximum(plain, 0.0), 0.0)
+            seconds[here] = line.model(seconds[here])
     return seconds
 
 

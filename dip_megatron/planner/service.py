@@ -196,7 +196,8 @@ class PlannerService:
                     return asked, arrived
                 self._rings[request] = ring
             with contextlib.suppress(OSError):  # another thread has just replaced that worker
-                if heard in wait([*waiting, heard, *bells], None if left == math.inf else left):
+                # Now and then somebody has to look whether the worker hangs, also where nobody needs the plan yet.
+                if heard in wait([*waiting, heard, *bells], min(left, self._hang_seconds)):
                     heard.recv(1)
 
     def _ring(self, request: int) -> None:
@@ -239,16 +240,20 @@ class PlannerService:
 
     def close(self) -> None:
         """End all workers."""
-        self._closed = True
-        for worker in self._workers:
-            worker.connection.close()
-            worker.process.terminate()
-        for worker in self._workers:
+        with self._lock:  # else another thread, which just looks after workers, would replace those that end here
+            self._closed = True
+            workers, self._workers = self._workers, []
+            for worker in workers:
+                worker.connection.close()
+                worker.process.terminate()
+            for request in list(self._rings):
+                self._ring(request)
+        for worker in workers:
             try:
                 worker.process.wait(5.0)
             except subprocess.TimeoutExpired:
                 worker.process.kill()
-        self._workers = []
+                worker.process.wait()
 
     def ready(self) -> bool:
         """Whether a worker can plan; what is asked before is planned in this process."""

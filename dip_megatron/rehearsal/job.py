@@ -22,7 +22,7 @@ from ..planner.live import ModelGraphs
 FaultKind = Literal["planner dies", "planner is late", "rank dies"]
 CHECKPOINT = "checkpoint.json"
 """In the folder of a job: what its ranks go on from."""
-LATE_SECONDS = 5.0
+LATE_SECONDS = 20.0
 """For which a late planner is stopped."""
 
 _FAULT = re.compile(r"(\d+)@(\d+)")

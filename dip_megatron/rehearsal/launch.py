@@ -18,7 +18,7 @@ from ..ports import held_port
 from .job import CHECKPOINT, Fault, Job
 
 PRELOADED = "dip_megatron.rehearsal.preloaded"
-LEAVING_SECONDS = 60.0
+LEAVING_SECONDS = 180.0
 """For which the other ranks may take to leave after one has died."""
 
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SCRIPT = HERE / "pretrain_llava_digits.py"
 RANKS = 2
-SILENCE = 300.0  # seconds without a new line until a run counts as stuck
+SILENCE = 600.0  # seconds without a new line until a run counts as stuck
 
 _ITERATION = re.compile(
     r"iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+).* lm loss: ([\d.E+-]+)"

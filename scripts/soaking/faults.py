@@ -60,7 +60,7 @@ class FaultyService(PlannerService):
         super().__init__(FaultyMaker(maker, self.every), workers, **options | bounds)
 
     def submit(self, request: PlanRequest) -> None:
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 240.0
         while self.patient and not self._idle() and time.monotonic() < deadline:
             time.sleep(0.05)
         super().submit(request)

@@ -23,7 +23,7 @@ def bench(tmp_path_factory):
     printed = run_script(
         bench_gpu.main,
         ["--size", "tiny", "--batches", "2", "--microbatches", "5", "--schedules", SCHEDULES, "--search", "0.2",
-         "--partition-search", "1", "--workers", "1", "--no-mps", "--memory-gb", "2", "--limit", "250", "--out",
+         "--partition-search", "1", "--workers", "1", "--no-mps", "--memory-gb", "2", "--limit", "500", "--out",
          str(out)],
         out,
     )  # fmt: skip
@@ -88,6 +88,6 @@ def test_the_service_is_private_and_stopped(monkeypatch, tmp_path):
 
 
 def test_a_failing_rank_ends_all_and_shows_its_last_words(tmp_path, capsys):
-    code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no more')\ntime.sleep(60)"
-    assert ranks.run_ranks([sys.executable, "-c", code], 2, tmp_path, 50.0) == 1
+    code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no more')\ntime.sleep(600)"
+    assert ranks.run_ranks([sys.executable, "-c", code], 2, tmp_path, 500.0) == 1
     assert "no more" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from scripts.gpu import loops, proof
 from scripts.gpu.proof import Piece
 
 
-def piece(name: str, code: str, seconds: int = 20) -> Piece:
+def piece(name: str, code: str, seconds: int = 200) -> Piece:
     def figures(folder: Path) -> dict[str, dict[str, float]]:
         return {name: {"runs": float(len(list(folder.iterdir())))}}
 
@@ -41,8 +41,8 @@ def test_a_later_call_goes_on_where_the_last_one_stopped(tmp_path: Path, capsys:
 
 
 def test_a_piece_is_not_begun_without_its_time(tmp_path: Path) -> None:
-    pieces = [piece("first", COUNT + "\nimport time\ntime.sleep(1.5)"), piece("long", COUNT, seconds=24)]
-    assert proof.main([str(tmp_path), "--seconds", "25"], pieces) == 3
+    pieces = [piece("first", COUNT + "\nimport time\ntime.sleep(1.5)"), piece("long", COUNT, seconds=249)]
+    assert proof.main([str(tmp_path), "--seconds", "250"], pieces) == 3
     assert list(json.loads((tmp_path / "proof.json").read_text())["pieces"]) == ["first"]
     with pytest.raises(SystemExit, match="is of a proof"):
         proof.main([str(tmp_path), "--rehearse"], pieces)

@@ -15,6 +15,8 @@ import torch
 from tests.bridge.tiny import TINY
 from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.bridge.tiny_model import Tiny, packed_row
+from tests.bridge.tiny_roll import ROLL_TINY, packed_rows
+from tests.patience import APART
 from tests.processes import transport
 from tests.runtime.llava_case import finalize_without_ddp, gradients, initialize
 from tests.runtime.program_case import DrawnUnitGraphs
@@ -46,7 +48,7 @@ class Case:
 
     @property
     def of(self) -> Tiny:
-        return (TINY | MCORE_TINY)[self.tiny]
+        return (TINY | MCORE_TINY | ROLL_TINY)[self.tiny]
 
     @property
     def ranks(self) -> int:
@@ -68,6 +70,11 @@ def provider_of(case: Case, world: int) -> tuple[Any, Any]:
 
         models = McoreModels(case.folder, stages, case.tensor, case.sequence, case.of.predicts)
         return models, models
+    if case.tiny in ROLL_TINY:
+        from tests.bridge.roll_models import RollModels
+
+        roll = RollModels(case.folder, stages, case.tensor, case.sequence, case.context)
+        return roll, roll
     from megatron.bridge import AutoBridge
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -133,7 +140,8 @@ def batches(case: Case, rank: int) -> list[dict[str, Any]]:
     found, first = [], rank == 0 or case.of.pixels_everywhere
     contents = case.of.contents(case.seed, MICROBATCHES * (1 + case.packed))
     samples = [case.of.arguments(shown, 100 * case.seed + i) for i, shown in enumerate(contents)]
-    for arguments in [packed(samples[i : i + 2]) for i in range(0, len(samples), 2)] if case.packed else samples:
+    row = packed_rows if case.tiny in ROLL_TINY else packed
+    for arguments in [row(samples[i : i + 2]) for i in range(0, len(samples), 2)] if case.packed else samples:
         if case.context > 1 and case.of.step_shares:  # as the step does
             own = shard_rows([96], case.context, parallel_state.get_context_parallel_rank())
             arguments |= {name: arguments[name][:, own] for name in ("labels", "loss_mask")}
@@ -156,16 +164,22 @@ SEEN = (*PIXELS, "image_", "video_", "input_ids", "feature_")
 
 
 def forward_step(data_iterator: Iterator[Any], model: Any, by_token: bool = False) -> Any:
-    """In the manner of Bridge's steps; without labels, it keeps the logits."""
-    arguments = next(data_iterator)
+    """In the manner of Bridge's steps; without labels, it keeps the logits. ROLL's loop has targets instead, and works
+    out losses of logits by itself."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    arguments = dict(next(data_iterator))
+    targets = arguments.pop("targets", None)
     output, mask = model(**arguments), arguments["loss_mask"]
     if isinstance(output, tuple):  # with a mask beside it, this rank's share where ranks share a sequence
         mask = mask if len(output) < 2 or output[1] is None else output[1]
         output = output[0]
-    if arguments["labels"] is None:
+    if targets is None and arguments["labels"] is None:
         return output, lambda logits: (logits.sum() * 0, {"logits": logits.detach().clone()})
 
     def loss(losses: torch.Tensor) -> Any:
+        if targets is not None:
+            losses = vocab_parallel_cross_entropy(losses.float().clone(), targets)
         if by_token:
             total, count = (losses.float() * mask).sum(), mask.sum()
             return total, count.to(torch.int), {"loss": torch.stack([total.detach().clone(), count])}
@@ -211,8 +225,12 @@ def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
     from dip_megatron.megatron.build import record_blueprint
 
     bridge, provider = provider_of(case, world)
-    known = importlib.import_module(f"dip_megatron.families.called.{'mcore_' * (case.tiny in MCORE_TINY)}known")
-    families = known.MCORE_BRIDGE_FAMILIES if case.tiny in MCORE_TINY else known.BRIDGE_FAMILIES
+    module, name = "known", "BRIDGE_FAMILIES"
+    if case.tiny in MCORE_TINY:
+        module, name = "mcore_known", "MCORE_BRIDGE_FAMILIES"
+    if case.tiny in ROLL_TINY:
+        module, name = "roll_known", "ROLL_FAMILIES"
+    families = getattr(importlib.import_module(f"dip_megatron.families.called.{module}"), name)
     family, blueprint = record_blueprint(families, provider.provide, pre_process=True, post_process=True)
     program: Any = family.program(blueprint, case.layers, rank=stage(case, rank), micro_batch_size=1)
     parallel = Parallel(case.tensor, world // case.ranks, sequence_parallel=case.sequence, cp=case.context)
@@ -220,6 +238,8 @@ def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
     chunks = program.build_chunks()
     # Plans say what is recomputed, alone.
     assert not any(getattr(module, "gradient_checkpointing", False) for chunk in chunks for module in chunk.modules())
+    if case.tiny in ROLL_TINY:
+        bridge.mark(chunks, case.layers["language"], stage(case, rank))
     bridge.load_hf_weights(chunks)
     return bridge, program, chunks, model
 
@@ -250,26 +270,25 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
             case.of.logits(chunk)
     clock = Clock(torch.device("cpu"))
     units = {m.name: case.unit_size if m.encodes else None for m in model.modules}
-    split = 0.0 if case.of.experts else 0.3  # Transformer Engine's grouped linears can't wait
-    drawn = Drawn(case.seed, split=split, strategies=case.strategies)
+    drawn = Drawn(case.seed, split=0.3, strategies=case.strategies)
     maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, units, case.seed), program.shapes, drawn)
     service = PlannerService(maker, workers=0) if rank == 0 else None
-    delivery = PlanDelivery(GlooExchange(list(range(world)), 60.0), service)
+    delivery = PlanDelivery(GlooExchange(list(range(world)), APART), service)
     place = stage(case, rank)
     of = torch.distributed.get_process_group_ranks
     pipeline = of(parallel_state.get_pipeline_model_parallel_group())
     tensor = of(parallel_state.get_tensor_model_parallel_group())
     carrier = (
-        transport(world, rank) if case.ranks == 1 else DistributedTransport(pipeline, place, torch.device("cpu"), 60.0)
+        transport(world, rank) if case.ranks == 1 else DistributedTransport(pipeline, place, torch.device("cpu"), APART)
     )
     step = DipForwardBackward(
         program, Executor(place, carrier, clock), delivery, clock,
-        tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
+        tensor_parallel=GlooExchange(tensor, APART) if len(tensor) > 1 else None,
     )  # fmt: skip
     copied = any(m.replicated for m in program.modules)
     data = batches(case, 0 if copied else place)
     if logits:
-        data = [arguments | {"labels": None} for arguments in data]
+        data = [arguments | {"labels": None, "targets": None} for arguments in data]
     found = step(
         forward_step_func=partial(forward_step, by_token=case.by_token), data_iterator=iter(data), model=chunks,
         num_microbatches=len(data), forward_only=logits,
@@ -288,7 +307,7 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
 def _inputs(program: Any, arguments: dict[str, Any]) -> Any:
     from dip_megatron.runtime.protocol import MicrobatchInputs
 
-    return MicrobatchInputs(program.bind(**arguments))
+    return MicrobatchInputs(program.bind(**{n: v for n, v in arguments.items() if n != "targets"}))
 
 
 def together(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,11 +1,12 @@
 """ROLL's own training step of its Megatron strategy on chunks of a GPT that DIP builds, as one rank of a run: ``python
--m tests.bridge.roll_step OUT``; what it did is saved in ``OUT``, by rank.
+-m tests.bridge.roll_step OUT``; what it did is saved in ``OUT``, by rank. With the folder of one of Hugging Face's
+multimodal models, ``OUT FOLDER FROZEN PACKED REPLICAS``, it trains that, which the strategy's own ``initialize``
+builds: DIP is hooked in there, and asked for by the environment alone.
 
 What is ROLL's: batches, packing of sequences into microbatches as many as come, the forward step, unpacking, log
 probabilities, the step itself. ``DIP_ROLL_CHECKOUT`` is its working tree, ``DIP_ROLL_PACKAGES`` a folder with what it
 imports; packages of its rollout and its tracing that a step doesn't use are stood in for. The strategy is made without
-its constructor, which wants Ray's workers, and its model is the loop's own: ``mcore_adapter``'s classes are none that
-DIP knows.
+its constructor, which wants Ray's workers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 import tests.bridge.preloaded
@@ -29,6 +31,7 @@ sys.path.insert(2, os.environ.get("DIP_ROLL_PACKAGES", os.environ["DIP_ROLL_CHEC
 import tests.bridge.roll_stand_ins  # noqa: F401  before ROLL looks for what they stand for
 
 # isort: split
+from mcore_adapter import TrainingArguments
 from mcore_adapter.models.model_factory import VirtualModels
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
@@ -43,9 +46,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from roll.configs.worker_config import SequencePackingConfig
 from roll.distributed.scheduler.protocol import DataProto
+from roll.distributed.strategy import megatron_strategy
 from roll.distributed.strategy.megatron_strategy import MegatronTrainStrategy
+from roll.models import model_providers
 
 import dip_megatron
+from dip_megatron.megatron.hooks import Hooks
+from tests.bridge.tiny_model import IMAGE, SEQUENCE
+from tests.bridge.tiny_roll import ROLL_TINY
 from tests.runtime.llava_case import gradients, seed_parameters
 from tests.runtime.packed_attention import with_packed_attention
 
@@ -115,15 +123,101 @@ def loss(strategy: Any, data: Any, logits: torch.Tensor) -> Any:
     return mean, {"actor/loss@sum": mean.detach().item()}
 
 
-def main(out: str) -> None:
-    dip_megatron.install()
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]))
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    stages = dip_megatron.build_model(provide, micro_batch_size=1, num_microbatches=4)
-    seed_parameters(stages)
-    strategy = strategy_of(stages)
-    found: dict[str, Any] = {"metrics": [], "chunks": len(stages)}
+def multimodal(folder: str, frozen: bool, packed: bool, replicas: int) -> Any:
+    """ROLL's strategy of an actor of the folder's model, by its own ``initialize``. Two samples a microbatch, a row
+    each or packed; experts are spread over the ``replicas``."""
+    for name, stand_in in (
+        ("default_tokenizer_provider", lambda **_: None), ("clear_memory", lambda **_: None),
+        ("default_processor_provider", lambda **_: SimpleNamespace(save_pretrained=lambda folder: None)),
+        ("get_megatron_optimizer", get_megatron_optimizer), ("bind_megatron_offload_states_func", lambda **_: None),
+    ):  # fmt: skip
+        setattr(megatron_strategy, name, stand_in)
+    megatron_strategy.current_platform.get_rng_state = torch.get_rng_state  # of a device, elsewhere
+    megatron_strategy.current_platform.set_rng_state = torch.set_rng_state
+    model_providers.download_model = lambda path: path  # which asks Ray whether it is here
+    made: Any = object.__new__(MegatronTrainStrategy)
+    model = SimpleNamespace(
+        model_name_or_path=folder, moe_aux_loss_coef=None, lora_target=None,
+        freeze_module_prefix=["vision_model"] if frozen else None,
+    )  # fmt: skip
+    training = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=SAMPLES // 2, max_steps=9)
+    made.worker = SimpleNamespace(
+        pipeline_config=SimpleNamespace(sequence_length=SEQUENCE, max_grad_norm=1.0),
+        rank_info=SimpleNamespace(),
+    )
+    made.worker_config = SimpleNamespace(
+        name="actor", model_args=model, training_args=training, apply_loss_scale=True, use_sequence_packing=packed,
+        use_dynamic_batching_in_train=False, use_dynamic_batching_in_infer=False, logits_in_fp32=True,
+        strategy_args=SimpleNamespace(strategy_config={}), checkpoint_config={"async_upload": False},
+        sequence_packing_args=SequencePackingConfig(
+            algorithm="load_balance", max_packed_sequence_length_train=2 * SEQUENCE,
+            max_packed_sequence_length_forward=2 * SEQUENCE,
+        ),
+    )  # fmt: skip
+    made.megatron_train_args = TrainingArguments(
+        output_dir="trained", learning_rate=1e-3, expert_model_parallel_size=replicas,
+        pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]) // replicas,
+        weight_decay=0.0, lr_scheduler_type="constant", max_steps=9, seed=1, ddp_backend="gloo", use_cpu=True,
+        tensor_model_parallel_size=1, expert_tensor_parallel_size=1,
+        per_device_train_batch_size=2, gradient_accumulation_steps=SAMPLES // 2, max_grad_norm=1.0, report_to=[],
+        save_hf_model=True, use_distributed_optimizer=replicas == 1, moe_token_dispatcher_type="alltoall",
+        lr_scheduler_kwargs={},
+        additional_configs={"masked_softmax_fusion": False, "bias_dropout_fusion": False,
+                            "gradient_accumulation_fusion": False, "moe_permute_fusion": False},
+    )  # fmt: skip
+    made.use_sequence_packing, made.enable_router_replay, made._validate_access_integrity = packed, False, True
+    made.checkpoint_manager = SimpleNamespace(upload=lambda **_: None)
+    made.initialize(model_providers.default_actor_model_provider)
+    made.worker.rank_info.is_pipeline_last_stage = parallel_state.is_pipeline_last_stage()
+    made.load_states = made.offload_states = lambda **_: None  # between a GPU and its host
+    return made
+
+
+def shown(folder: str, step: int) -> Any:
+    """Samples with pictures and videos of several sizes, and of text alone, padded behind their ends; the tokens after
+    the last picture are the response. Replicas have others."""
+    step += 20 * parallel_state.get_data_parallel_rank()
+    tiny = ROLL_TINY[Path(folder).name]
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in ("input_ids", "attention_mask", "response_mask")}
+    seen = []
+    for i, content in enumerate(tiny.contents(step, SAMPLES)):
+        given = tiny.arguments(content, 100 * step + i)
+        ids, places = given["input_ids"], torch.arange(SEQUENCE)[None]
+        begins = int((ids >= IMAGE).long().mul(places).max()) + 1
+        ends = begins + 4 + (13 * i + step) % (SEQUENCE - begins - 4)
+        rows["input_ids"].append(ids * (places < ends))
+        rows["attention_mask"].append((places < ends).long())
+        rows["response_mask"].append(((places >= begins) & (places < ends)).long())
+        seen.append({n: t for n, t in given.items() if n.startswith(("pixel_values", "image_grid", "video_grid"))})
+    tensors: dict[str, Any] = {name: torch.cat(parts) for name, parts in rows.items()}
+    tensors["multi_modal_inputs"] = np.array(seen, dtype=object)
+    known = {
+        "loss_mask_keys": ["response_mask"], "is_offload_optimizer_states_in_train_step": False, "micro_batch_size": 2,
+    }  # fmt: skip
+    return DataProto.from_single_dict(tensors, meta_info=known)
+
+
+def log_probs(strategy: Any, data: Any, logits: torch.Tensor) -> Any:
+    """As ROLL's workers ask for them before they train."""
+    found = strategy.op_compute_log_probs(logits.clone(), data.batch["input_ids"], data.batch["attention_mask"])
+    return found.sum() * 0, {"log_probs": found.clone().detach()}
+
+
+def main(out: str, folder: str = "", frozen: str = "", packed: str = "", replicas: str = "1") -> None:
+    found: dict[str, Any] = {"metrics": []}
+    if folder:
+        Hooks.installed()  # as the start-up file does
+        strategy = multimodal(folder, bool(frozen), bool(packed), int(replicas))
+        found["log_probs"] = strategy.forward_step(shown(folder, 9), partial(log_probs, strategy))
+    else:
+        dip_megatron.install()
+        torch.distributed.init_process_group("gloo")
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]))
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        stages = dip_megatron.build_model(provide, micro_batch_size=1, num_microbatches=4)
+        seed_parameters(stages)
+        strategy = strategy_of(stages)
+    found["chunks"] = len(strategy.model.models)
     step = strategy.optimizer.step
 
     def noted() -> Any:
@@ -132,9 +226,24 @@ def main(out: str) -> None:
 
     strategy.optimizer.step = noted
     for number in range(3):
-        metrics = strategy.train_step(batch(number), partial(loss, strategy))
+        data = shown(folder, number) if folder else batch(number)
+        metrics = strategy.train_step(data, partial(loss, strategy))
         found["metrics"].append({name: torch.as_tensor(value).double() for name, value in metrics.items()})
+    if folder and replicas == "1":  # ROLL's own way out of experts wants Transformer Engine's grouped linears
+        kept(strategy, Path(out) / "saved")
     torch.save(found, Path(out) / f"{os.environ['RANK']}.pt")
+
+
+def kept(strategy: Any, folder: Path) -> None:
+    """Save all, by ROLL's own code, then spoil it, and load it again."""
+    before = [parameter.detach().clone() for parameter in strategy.model.parameters()]
+    strategy.save_checkpoint(str(folder), 3, "3")
+    with torch.no_grad():
+        for parameter in strategy.model.parameters():
+            parameter.zero_()
+        strategy.load_checkpoint(str(folder))  # of single precision, the optimizer has no copies to load into
+    for parameter, value in zip(strategy.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     """One training; ``run`` are arguments of ms-swift's, and under ``dip`` the variables of DIP's. It has a stage on
     every rank, or so many ``stages``, and replicas of these."""
     given = dict(run)
-    environ, name = given.pop("dip", {}), given.pop("tiny")
+    environ, name, adapters = given.pop("dip", {}), given.pop("tiny"), given.pop("adapters", None)
     stages = given.pop("stages", int(os.environ["WORLD_SIZE"]))
     replicas = int(os.environ["WORLD_SIZE"]) // stages // given.get("context_parallel_size", 1)
     kind, template = KINDS[name]
@@ -166,6 +166,8 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
         vit_gradient_checkpointing=False, train_dataloader_shuffle=False, **given,
     )  # fmt: skip
     args.save_args(args.output_dir)
+    if adapters is not None:  # of another run; what the encoded samples' template lacks would have described them
+        args.adapters = [str(out.parent / adapters / "checkpoint-3")]
     from transformers import AutoConfig
 
     trainer = trainers.MegatronTrainer(args, Encoded(AutoConfig.from_pretrained(folder, trust_remote_code=True)))
@@ -176,7 +178,10 @@ def trained(folder: Path, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     # Processes that have trained before go on with their groups.
     assert parallel_state.get_context_parallel_world_size() == args.context_parallel_size
     assert parallel_state.get_expert_model_parallel_world_size() == args.expert_model_parallel_size
-    exported = dict(trainer.bridge.export_weights(trainer.unwrapped_models, target_device="cpu"))
+    adapts = args.tuner_type == "lora"
+    if adapts:  # which goes into the saved folder
+        assert trainer.unwrapped_models[0].peft_config["default"].r == args.lora_rank
+    exported = dict(trainer.bridge.export_weights(trainer.unwrapped_models, "cpu", peft_format=adapts))
     return record.found | {"weights": exported, "saved": trainer.state.last_model_checkpoint}
 
 

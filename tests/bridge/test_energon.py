@@ -66,8 +66,8 @@ def test_a_killed_run_goes_on_at_the_very_sample(trained: Any, tmp_path: Path) -
     assert sorted(restored.losses) == list(range(SAVED + 1, ITERATIONS + 1))
     expected = {i: whole.losses[i] for i in restored.losses}
     expected[SAVED + 2] = (expected[SAVED + 1] + expected[SAVED + 2]) / 2  # Megatron's log, after a start from files
-    assert restored.losses == pytest.approx(expected, rel=1e-6)
-    assert restored.norms == pytest.approx({i: whole.norms[i] for i in restored.norms}, rel=1e-5)
+    assert restored.losses == pytest.approx(expected, rel=1e-5)
+    assert restored.norms == pytest.approx({i: whole.norms[i] for i in restored.norms}, abs=2e-3)  # three digits
     seen = [[s["index"] for s in log.samples[-1]] for log in (whole, killed, restored)]
     assert sorted(seen[2]) == sorted(seen[0][4 * SAVED :])
     assert len(set(seen[0])) > 4 * SAVED  # shuffled, and not the same samples again and again

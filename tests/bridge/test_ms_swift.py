@@ -24,12 +24,13 @@ from tests.bridge.equality import together
 from tests.bridge.test_families import assert_equal, partitions
 from tests.bridge.tiny import TINY
 from tests.bridge.tiny_mcore import MCORE_TINY
+from tests.drawn import DEEP
 
 MISSING = [name for name in ("mcore_bridge", "swift", "modelscope") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs ms-swift and mcore-bridge: no {', '.join(MISSING)}"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.timeout(900),  # the first test waits for all of the runs
+    pytest.mark.timeout(1800),  # the first test waits for all of the runs
 ]
 LAYERS = "{vision: {layers: [[1, 1], [2, 0]], unit_size: 1}, language: {layers: [[1, 1], [1, 1]]}}"
 ALL = {"tiny": "qwen2-5-vl", "freeze_vit": False, "freeze_aligner": False}
@@ -41,6 +42,10 @@ TAPPED = {
 }  # fmt: skip
 """Layers of the language model that deepstack feeds are on both ranks."""
 PREDICTING = {**ALL, "tiny": "mcore-qwen3-5-mtp", "mtp_num_layers": 1, "micro_batch_size": 2}
+ADAPTED = {"tuner_type": "lora", "lora_dropout": 0.0, "micro_batch_size": 2}
+"""Adapters (LoRA) in every linear that isn't frozen: of the language model, unless ms-swift is told otherwise."""
+BESIDE = {**ALL, **ADAPTED, "tuner_type": "lora_llm", "freeze_llm": True}
+"""An encoder trained whole beside adapters in the language model."""
 RUNS: dict[str, dict[str, Any]] = {
     "all": ALL,
     "all-dip": {**ALL, "dip": DIP},
@@ -75,7 +80,22 @@ RUNS: dict[str, dict[str, Any]] = {
     "glm-4-1v-dip": {**ALL, "tiny": "mcore-glm-4-1v", "dip": DIP},
     "frozen": {**USUAL, "tiny": "internvl"},
     "frozen-dip": {**USUAL, "tiny": "internvl", "dip": DIP},
+    "beside": BESIDE,
+    "beside-dip": {**BESIDE, "dip": DIP},
 }
+ADAPTERS = {
+    "adapters": ({**USUAL, **ADAPTED}, DIP),
+    "experts": ({**ALL, **ADAPTED, "tiny": "mcore-qwen3-vl-moe"}, TAPPED),
+}
+if DEEP:
+    OTHERS = ("internvl", "kimi-vl", "mcore-qwen3-vl", "mcore-glm-4-1v", "mcore-qwen3-5")
+    ADAPTERS |= {
+        f"{tiny}-adapters": ({**ALL, **ADAPTED, "tiny": tiny}, TAPPED if tiny == "mcore-qwen3-vl" else DIP)
+        for tiny in OTHERS
+    }
+for name, (asked, dip) in ADAPTERS.items():  # two go on from adapters of the first, since each stage draws its own
+    RUNS |= {name: asked, f"{name}-off": {**asked, "adapters": name}}
+    RUNS[f"{name}-dip"] = {**asked, "adapters": name, "dip": dip}
 
 
 def compared(name: str) -> dict[str, dict[str, Any]]:
@@ -166,6 +186,7 @@ def test_logits_are_those_of_hugging_face(runs: Any, name: str) -> None:
         ("qwen3-5-dip", "qwen3-5"), ("predicting-dip", "predicting"), ("frozen-qwen3-5-dip", "frozen-qwen3-5"),
         ("glm-4-1v-dip", "glm-4-1v"),
         ("kimi-vl-dip", "kimi-vl"), ("kimi-vl-frozen-dip", "kimi-vl-frozen"),
+        *((f"{name}-dip", f"{name}-off") for name in ADAPTERS),
     ],
 )  # fmt: skip
 def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:
@@ -174,6 +195,29 @@ def test_it_trains_as_without_dip(runs: Any, under: str, off: str) -> None:
     assert len(runs[under][-1]["evaluated"]) == (2 if "eval_iters" in given else 0)
     assert any("visual" in name for rank in runs[off] for name in rank["gradients"]) == ("freeze_aligner" in given)
     assert_trained_alike(runs[under], runs[off])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_saved_by_themselves_and_merged(runs: Any, trained: Path, name: str) -> None:
+    """Under the names that they have without DIP."""
+    for folder, file in (("checkpoint-3", "adapter_model"), ("checkpoint-3-merged", "model")):
+        ours, theirs = (load_file(trained / f"{name}-{how}" / folder / f"{file}.safetensors") for how in ("dip", "off"))
+        assert ours.keys() == theirs.keys()
+        for key, weight in theirs.items():
+            torch.testing.assert_close(ours[key], weight, rtol=0, atol=3e-5)
+
+
+def test_an_encoder_trains_whole_beside_adapters(runs: Any) -> None:
+    """What adapters give is 0 in the first iteration, whatever each stage has drawn."""
+    assert runs["beside-dip"][-1]["losses"][0] == pytest.approx(runs["beside"][-1]["losses"][0], abs=3e-6)
+    ours, theirs = (together([r["gradients"] for r in runs[name]]) for name in ("beside-dip", "beside"))
+    assert ours.keys() == theirs.keys()
+    encoder = [name for name in theirs if "visual" in name]
+    assert encoder
+    assert len(encoder) < len(theirs)
+    for name in encoder:
+        off_by = float((ours[name] - theirs[name]).abs().max())
+        assert off_by <= 2e-5 * max(float(theirs[name].abs().max()), 1e-4), f"{name}: {off_by}"
 
 
 def assert_trained_alike(found: list[Any], expected: list[Any], weights: float = 3e-5) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.bridge.tiny import TINY
 from tests.forked import Forked
+from tests.patience import LONG
 from tests.processes import Team, team
 
 GPT = "vanilla_gpt_pretrain_config"
@@ -119,7 +120,7 @@ def estimated(folder: Path, *words: str) -> tuple[int, str]:
     options = ["--recipe", "--iterations", "1", "--budget", "0.05"]
     command = ["python", "-m", "dip_megatron.cli", "estimate", *options, *words]
     process = Forked(command, dict(os.environ), log)
-    return process.wait(250), log.read_text()
+    return process.wait(LONG), log.read_text()
 
 
 def test_an_estimate_of_a_recipe(tmp_path: Path) -> None:

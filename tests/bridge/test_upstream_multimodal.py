@@ -17,6 +17,7 @@ from examples.llava_digits.runs import RunFailed
 from scripts.upstream.runs import HERE, run_script, script_flags
 from tests.bridge.conversations import write_conversations, write_tokenizer
 from tests.megatron.training import Log, read
+from tests.patience import LONG
 
 CHECKOUT = os.environ.get("DIP_MEGATRON_CHECKOUT")
 pytestmark = [
@@ -103,7 +104,7 @@ def test_an_estimate_on_its_own_data(files: Path, tmp_path: Path) -> None:
     places = os.pathsep.join([str(example.parents[1]), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, *script, *script_flags("multimodal"), *flags], env=os.environ | {"PYTHONPATH": places},
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=LONG, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "vision 4 layers" in done.stderr

@@ -15,6 +15,7 @@ from dip_megatron.cli import main
 from dip_megatron.compat.releases import has_training_loop
 from dip_megatron.describe.cost import Costs
 from tests.forked import Forked, done
+from tests.patience import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "llava_digits" / "pretrain_llava_digits.py"
@@ -33,7 +34,7 @@ def test_a_script_as_it_is_on_16_gpus_and_its_own_data() -> None:
     options = ["--gpus", "16", "--iterations", "1", "--budget", "0.05", "--json", str(SCRIPT)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        [sys.executable, *ESTIMATE, *options, *flags], env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, *ESTIMATE, *options, *flags], env=environment, capture_output=True, text=True, timeout=LONG
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "vision 11 layers" in ended.stderr
@@ -70,7 +71,7 @@ def test_a_script_is_measured_on_its_own_data(tmp_path: Path) -> None:
     command = ["python", "-m", "dip_megatron.cli", "profile", "--repeats", "1", "-o", str(costs), str(SCRIPT), *flags]
     pipeline = ["--pipeline-model-parallel-size", "2", "--train-iters", "10"]
     process = Forked([*command, *pipeline], os.environ | {"OMP_NUM_THREADS": "1"}, log)
-    assert process.wait(250) == 0, log.read_text()[-3000:]
+    assert process.wait(LONG) == 0, log.read_text()[-3000:]
     tables = Costs.load(costs).tables
     assert {(t.module, t.part) for t in tables if t.part != "stage"} == {
         (module, part) for module in ("vision", "language") for part in ("stem", "layer", "head")

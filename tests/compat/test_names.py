@@ -21,7 +21,7 @@ def test_name_is_there_as_it_is_used(topic: Topic, name: Name) -> None:
         pytest.skip("this wheel of Megatron-Core has no training loop")
     if topic.package == "transformer-engine" and importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not installed")
-    if topic.package in ("megatron-bridge", "mcore-bridge", "ms-swift"):
+    if topic.package in ("megatron-bridge", "mcore-bridge", "ms-swift", "mcore-adapter", "roll"):
         pytest.skip("tests/bridge looks for these, in the environment that has them")
     if not in_releases(name, megatron_version()):
         pytest.skip(f"not expected in {megatron_version()}")

@@ -16,7 +16,7 @@ from dip_megatron.core.verify import PlanError, verify
 from tests.core import plain
 from tests.core.simulate.test_kernels import drawn_schedule
 from tests.drawn import settings
-from tests.graphs import small_graphs
+from tests.graphs import random_graph, small_graphs
 
 
 def drawn_plan(graph, seed):
@@ -76,7 +76,7 @@ def test_accepts_and_refuses_like_plain_python(graph, seed):
 
 
 def test_refuses_what_is_no_code():
-    plan = drawn_plan(small_graphs().example(), 0)
+    plan = drawn_plan(random_graph(1), 0)
     codes = (np.append(plan.codes[0], code_count(plan.graph)).astype(np.int32), *plan.codes[1:])
     with pytest.raises(PlanError, match=r"rank 0, action \d+: \d+ is not the code of an action"):
         verify(replace(plan, codes=codes))

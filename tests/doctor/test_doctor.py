@@ -14,6 +14,7 @@ from dip_megatron.compat.releases import has_training_loop
 from dip_megatron.doctor import Check, Status, diagnose, libraries, machine, places
 from dip_megatron.doctor.checks import CHECKS
 from dip_megatron.doctor.settings import settings_of
+from tests.patience import LONG
 
 WITHOUT = """
 import sys
@@ -30,7 +31,7 @@ main(["doctor", "--json"])
 def run(*missing: str) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit status and checks by name, in a process that can't import ``missing``."""
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(missing=missing)], capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", WITHOUT.format(missing=missing)], capture_output=True, text=True, timeout=LONG
     )
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)}
 

@@ -59,7 +59,7 @@ def test_losses_and_gradients_are_those_of_its_own_schedule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     numbers, text = trained(tmp_path, environment, *flags, ranks=ranks, monkeypatch=monkeypatch)
-    assert numbers == pytest.approx(plain, rel=1e-6)
+    assert numbers == pytest.approx(plain, rel=1e-5)
     assert "[dip] language: layers" in text or "static" in environment.values()
     assert "a model that DIP didn't build" not in text
     last = re.findall(r"\[dip\] iteration 4: .*", text)[-1]
@@ -71,7 +71,7 @@ def test_evaluations_between_iterations(tmp_path: Path, monkeypatch: pytest.Monk
     theirs, _ = trained(tmp_path / "plain", {}, "--evaluate", monkeypatch=monkeypatch)
     asked = {"DIP_SCHEDULE": "dynamic"}
     ours, _ = trained(tmp_path / "dip", asked, "--evaluate", monkeypatch=monkeypatch)
-    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours == pytest.approx(theirs, rel=1e-5)
     assert len(ours) == 12
     with pytest.raises(RunFailed, match="training and evaluation share a data iterator"):
         trained(tmp_path / "ahead", asked, "--evaluate", "--read-ahead", monkeypatch=monkeypatch)
@@ -100,7 +100,7 @@ def test_documents_that_change_microbatches_train_the_same(tmp_path: Path, monke
         "DIP_TRACE_DIR": str(tmp_path / "trace"), "DIP_CLUSTER": str(slow), "DIP_RECALIBRATE": "false",
     }  # fmt: skip
     ours, after = trained(tmp_path / "dip", asked, ranks=4, monkeypatch=monkeypatch, script=PACKED)
-    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours == pytest.approx(theirs, rel=1e-5)
     assert re.findall(r"(\d+) tokens", after) == re.findall(r"(\d+) tokens", before)
     lines = [json.loads(line) for line in (tmp_path / "trace" / "iterations.jsonl").read_text().splitlines()]
     found = [line["exchange"] for line in lines]

@@ -33,6 +33,7 @@ from scripts.t2v.digits import (
 )  # fmt: skip
 from tests.drawn import settings
 from tests.forked import forked
+from tests.patience import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "pretrain_t2v.py"
@@ -60,7 +61,7 @@ def pretrain(out: Path, ranks: int, launcher: tuple[str, ...], *flags: str) -> s
     logs = [out / f"rank{rank}.log" for rank in range(ranks)]
     command = [sys.executable, *launcher, str(SCRIPT), *SMALL_RUN, "--picture", str(out / "samples.png"), *flags]
     with forked(command, logs) as processes:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(timeout=LONG) for process in processes]
     text = logs[-1].read_text()
     assert codes == [0] * ranks, text[-5000:]
     return text
@@ -79,7 +80,7 @@ def test_the_documented_command_trains_with_megatrons_losses(megatrons, tmp_path
     with held_port() as port:
         run = subprocess.run(
             [*torchrun, f"--master-port={port}", *command],
-            env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240,
+            env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=LONG,
         )  # fmt: skip
     assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
     assert "can't defer weight gradients" not in run.stdout + run.stderr

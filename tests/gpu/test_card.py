@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dip_megatron.core.strategies import strategy_names
+from tests.patience import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
@@ -31,7 +32,7 @@ def on_device(what: str, device: str, dtype: str, implementation: str, strategie
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.card", what, device, dtype, implementation, *strategies],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONG, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.megatron.replicas import ReplicaExchange, ReplicaExchangeError
 from dip_megatron.megatron.samples import Samples
 from dip_megatron.runtime.protocol import MicrobatchInputs
+from tests.patience import APART
 
 
 def begin() -> None:
@@ -34,7 +34,7 @@ def exchange_of(rank: int, stages: int, world: int, **options: Any) -> ReplicaEx
         return np.array(loads)[:, None] * np.ones(stages), np.ones((len(loads), stages))
 
     priced = options.pop("priced", price)
-    options = {"timeout_seconds": 60.0} | options
+    options = {"timeout_seconds": APART} | options
     return ReplicaExchange(peers, replica, priced if stage == 0 else None, **options)
 
 
@@ -113,10 +113,10 @@ def cut(rank: int, world: int) -> None:
 def hung(rank: int, world: int) -> tuple[str, list[int]]:
     """The last peer never answers: what the others say, and what they still hold."""
     begin()
-    exchange = exchange_of(rank, 1, world, timeout_seconds=2.0)
+    dist.barrier()  # whose members have to come within the timeout, too, when the groups are made
+    exchange = exchange_of(rank, 1, world, timeout_seconds=8.0)
     data = [microbatch(n, 0) for n in range(3)]
     if rank == world - 1:
-        time.sleep(4.0)
         return "", []
     try:
         exchange.exchange([1.0 + 10 * rank] * 3, data)
@@ -128,7 +128,8 @@ def hung(rank: int, world: int) -> tuple[str, list[int]]:
 def another(rank: int, world: int) -> str:
     """The last peer sends another microbatch than was agreed on."""
     begin()
-    exchange = exchange_of(rank, 1, world, timeout_seconds=5.0)
+    dist.barrier()
+    exchange = exchange_of(rank, 1, world, timeout_seconds=8.0)
     if rank == world - 1:
         whole = exchange._round
         exchange._round = lambda out, microbatch, into: whole(  # type: ignore[method-assign]
@@ -157,9 +158,7 @@ def in_turn(rank: int, world: int) -> list[tuple[int, str, int, list[int]]]:
 
     note(exchange.exchange(loads, data, left=10.0))
     exchange._slowness = 1e6
-    if rank == 1:
-        time.sleep(0.3)
-    note(exchange.exchange(loads, data, left=0.2))
+    note(exchange.exchange(loads, data, left=1e-6))
     note(exchange.exchange(loads, data))
     note(strict.exchange(loads, large))
     note(strict.exchange(loads, large[:1] * 4))
@@ -262,7 +261,7 @@ def disagreement(rank: int, world: int) -> str:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     stage, index = divmod(rank, 2)
-    peers, replica = GlooExchange([2 * stage, 2 * stage + 1], 60.0), GlooExchange([index, 2 + index], 60.0)
+    peers, replica = GlooExchange([2 * stage, 2 * stage + 1], APART), GlooExchange([index, 2 + index], APART)
     chunk = torch.nn.Linear(2, 2).requires_grad_(rank != world - 1)
     agreement = TrainingAgreement(
         SimpleNamespace(modules=(ModalityModule("language", ((1, 1),)),)),  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import torch
 from dip_megatron.config import DipConfig
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import Parallel
+from tests.megatron.exchange_case import slow_cluster
 from tests.megatron.replica_case import Crates
 from tests.megatron.training import Log, run, trained
 
@@ -71,6 +72,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Log:
     return train(tmp_path_factory.mktemp("plain"))
 
 
+@pytest.fixture
+def worth_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No host is too busy for an exchange."""
+    slow = tmp_path / "slow.yaml"
+    slow.write_text(slow_cluster())
+    monkeypatch.setenv("DIP_CLUSTER", str(slow))
+    monkeypatch.setenv("DIP_RECALIBRATE", "false")
+
+
+@pytest.mark.usefixtures("worth_it")
 def test_replicas_that_exchange_train_the_same(plain: Log, tmp_path: Path) -> None:
     board = tmp_path / "board"
     swapped = train(
@@ -121,6 +132,7 @@ def test_replicas_of_other_numbers_of_microbatches_train_the_same(plain: Log, tm
     assert counts == [4, 3, 3, 4, 3]  # what a run reads first stays where it is
 
 
+@pytest.mark.usefixtures("worth_it")
 def test_a_loop_that_is_not_read_ahead_exchanges_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And averages over means of microbatches; whose replicas have no pipeline."""
     plain = train(tmp_path / "plain", "--dip-schedule", "off", without=MEAN, stages=1)

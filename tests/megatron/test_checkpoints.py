@@ -135,6 +135,16 @@ def test_dip_goes_on_from_megatrons_pipeline(written_by_megatron: tuple[Path, Lo
     assert_same_from_the_third(run, whole)
 
 
+def test_dip_goes_on_with_an_optimizer_that_is_sharded_as_megatron_does_by_default(tmp_path: Path) -> None:
+    """Under the partition that wrote it: without --dist-ckpt-optim-fully-reshardable each stage's state is its own.
+    With torch's Adam, which CPU ranks have, Megatron itself goes on from the fourth iteration with another step."""
+    flags = (*pipeline(2), "--use-distributed-optimizer", *dip(tmp_path, TWO_SEGMENTS))
+    whole = train(tmp_path, "whole", 2, *flags, *saved(tmp_path / "saved"))
+    run = train(tmp_path, "resumed", 2, *flags, *resumed(tmp_path / "saved"))
+    assert run.losses[3] == pytest.approx(whole.losses[3], rel=1e-5)
+    assert run.norms[3] == pytest.approx(whole.norms[3], abs=2e-3)
+
+
 def test_the_comparison_sees_a_lost_optimizer_state(written_by_dip: tuple[Path, Log], tmp_path: Path) -> None:
     """The very same run but for Adam's moments: what the tests above compare must differ."""
     checkpoint, whole = written_by_dip

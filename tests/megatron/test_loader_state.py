@@ -34,7 +34,7 @@ def test_a_resumed_run_goes_on_at_the_very_sample(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (max(first.losses), min(second.losses)) == (2, 3)
     assert first.losses[1] == whole.losses[1]
-    assert {i: second.losses[i] for i in (3, 5)} == pytest.approx({i: whole.losses[i] for i in (3, 5)}, rel=1e-6)
+    assert {i: second.losses[i] for i in (3, 5)} == pytest.approx({i: whole.losses[i] for i in (3, 5)}, rel=1e-5)
     samples = [[s["index"] for s in log.samples[-1] if s["train"]] for log in (whole, first, second)]
     assert sorted(samples[1] + samples[2]) == sorted(samples[0])
     assert sorted(samples[2]) == sorted(samples[0][8:])

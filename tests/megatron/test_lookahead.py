@@ -9,13 +9,14 @@ import pytest
 
 from dip_megatron.megatron.lookahead import LookAhead, RawItems
 from dip_megatron.runtime.protocol import MicrobatchInputs
+from tests.patience import LONG
 
 
 class Ranks:
     """An exchange between threads."""
 
     def __init__(self, count: int):
-        self.barrier = threading.Barrier(count, timeout=10.0)
+        self.barrier = threading.Barrier(count, timeout=LONG)
         self.given: dict[int, bytes] = {}
 
     def gather(self, rank: int) -> Callable[[bytes], list[bytes]]:
@@ -30,8 +31,8 @@ class Ranks:
 
 
 def read_together(items_each: int, items: int, takes: list[int]) -> list[list[object]]:
-    """What two ranks get; the second has no data and would wait for a broadcast of the first for ten seconds."""
-    ranks, broadcast = Ranks(2), threading.Barrier(2, timeout=10.0)
+    """What two ranks get; the second has no data and would wait for a broadcast of the first for a minute."""
+    ranks, broadcast = Ranks(2), threading.Barrier(2, timeout=60.0)
     results: list[list[object]] = [[], []]
 
     def work(rank: int) -> None:
@@ -54,7 +55,7 @@ def read_together(items_each: int, items: int, takes: list[int]) -> list[list[ob
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30.0)
+        thread.join(LONG)
     return results
 
 

@@ -33,8 +33,8 @@ def test_two_replicas_give_the_longest_first(tmp_path: Path) -> None:
     flags = ("--global-batch-size", "8")
     plain = run(tmp_path / "plain", *flags, ranks=4, dip=False, iterations=ITERATIONS)
     paired = run(tmp_path / "paired", *flags, "--dip-pairing", ranks=4, dip=False, iterations=ITERATIONS)
-    assert paired.losses == pytest.approx(plain.losses, rel=1e-6)
-    assert paired.norms == pytest.approx(plain.norms, abs=1e-3)
+    assert paired.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert paired.norms == pytest.approx(plain.norms, abs=2e-3)
     changed = False
     for before, after in zip(plain.samples, paired.samples, strict=True):
         for iteration in range(1, ITERATIONS + 1):

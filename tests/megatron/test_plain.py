@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.patience import APART
 from tests.processes import ProcessFailure, team
 from tests.runtime.llava_case import initialize
 
@@ -69,7 +70,7 @@ def run(rank: int, world: int, schedule: str, segments: int, microbatches: int, 
     data = [torch.randn(LENGTH, BATCH, HIDDEN, generator=torch.Generator().manual_seed(i)) for i in range(microbatches)]
     functions = {
         "megatron": getattr(schedules, f"forward_backward_pipelining_with{'' if segments > 1 else 'out'}_interleaving"),
-        "dip": PlainForwardBackward(60.0),
+        "dip": PlainForwardBackward(APART),
     }
     losses = functions[schedule](
         forward_step_func=forward_step, data_iterator=[iter(data) for _ in chunks], model=chunks,

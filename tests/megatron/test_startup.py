@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.forked import alone, done
+from tests.patience import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="started on the CPU platform")
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="started on th
 def said(source: str, **environment: str) -> str:
     """What a new Python writes when it runs ``source``, errors and all."""
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=240, check=False,
+        [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=LONG, check=False,
         env={**os.environ, **environment},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.patience import LONG
+
 ROOT = Path(__file__).parents[2]
 STARTUP = "dip_megatron_startup.pth"
 SHIPPED = sorted(
@@ -89,7 +91,7 @@ def empty(tmp_path: Path) -> Path:
 
 def pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", arguments[0], "--no-deps"]
-    done = subprocess.run([*command, *arguments[1:]], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, *arguments[1:]], capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0, done.stderr
 
 
@@ -98,7 +100,7 @@ def python(installed: Path | None, folder: Path, *arguments: str, interpreter: s
     """Run Python in ``folder`` with the installed package, and return what it printed."""
     environment = os.environ | {"PYTHONPATH": str(installed or ""), "OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run(
-        [interpreter, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+        [interpreter, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=LONG
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

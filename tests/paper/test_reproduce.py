@@ -21,6 +21,7 @@ from scripts.paper.memory import fluctuation, timeline
 from scripts.paper.record import Bar, Comparison, Result
 from scripts.paper.search_time import in_ticks
 from tests.graphs import random_graph
+from tests.patience import LONG
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_fluctuation_counts_time_between_the_first_and_the_last_backward():
 def test_the_solver_is_never_slower_than_the_search_once_it_has_proved(seed):
     graph = random_graph(seed, ranks=2, microbatches=2, max_units=1)
     graph = in_ticks(graph.project(np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8)))
-    solved = solve_orders(graph, 1e-3, 10.0, workers=1)
+    solved = solve_orders(graph, 1e-3, LONG, workers=1)
     assert solved.optimal
     free = replace(graph, memory_limit=np.full(graph.ranks, 1e18))
     found = search(free, schedule="dip-paper", budget_seconds=60.0, evaluations=200)

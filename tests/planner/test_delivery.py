@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.delivery import PlanDelivery, PlanMismatchError
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
+from tests.patience import LONG
 from tests.planner.makers import Maker
 
 
@@ -22,7 +24,7 @@ class Shared:
 
     def __init__(self, ranks: int, corrupt=None):
         self.slots: list[bytes] = [b""] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=30)
+        self.barrier = threading.Barrier(ranks, timeout=LONG)
         self.corrupt = corrupt or (lambda rank, data: data)
 
 
@@ -97,3 +99,20 @@ def test_what_cannot_be_planned_is_told_to_all_ranks():
 def test_only_rank_0_plans():
     with pytest.raises(ValueError, match="exactly rank 0"):
         PlanDelivery(ThreadExchange(Shared(2), 1), PlannerService(Maker(), 0))
+
+
+def test_an_evaluation_does_not_wait_for_ever_behind_a_plan_that_training_does_not_need_yet():
+    """Its worker hangs, and one thread delivers both."""
+    service = PlannerService(Maker("hangs"), 1)
+    while not service.ready():
+        time.sleep(0.1)
+    delivery = PlanDelivery(ThreadExchange(Shared(1), 0), service)
+    delivery.request(PlanRequest(1, (Microbatch(8),), 0.1), 0.1, ahead=True)
+    delivery.request(PlanRequest(2, (Microbatch(8),), 0.0, forward_only=True), 0.0)
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(delivery.take, 2)
+        try:
+            assert taken.result(LONG).plan.name == "greedy"
+        finally:
+            delivery.close()
+            delivery.take(1)

@@ -225,24 +225,26 @@ def test_what_stages_took_with_their_waits_corrects_the_costs_of_all(seed: int) 
     assert off[0] > 0.01
 
 
-def test_all_replicas_plan_with_what_all_have_measured():
-    """Of an iteration in which every operation takes three times what the model says: two iterations later."""
+def three_times(plan: Plan, rank: int) -> list[Span]:
+    """Of an iteration in which every operation takes three times what the model says."""
+    graph = maker().builder.build(LOADS[0], False).project(plan.schedule.strategy)
+    found = [Span(0.0, 0.0)]
+    for code in plan.schedule.orders[rank].tolist():
+        kind, row = divmod(code, graph.virtual_microbatches)
+        start = found[-1].end
+        found.append(Span(start, start + 3 * float(seconds_of(graph, Kind(kind))[0, row, rank])))
+    return found[1:]
 
-    def spans(plan: Plan, rank: int) -> list[Span]:
-        graph = maker().builder.build(LOADS[0], False).project(plan.schedule.strategy)
-        found = [Span(0.0, 0.0)]
-        for code in plan.schedule.orders[rank].tolist():
-            kind, row = divmod(code, graph.virtual_microbatches)
-            start = found[-1].end
-            found.append(Span(start, start + 3 * float(seconds_of(graph, Kind(kind))[0, row, rank])))
-        return found[1:]
+
+def test_all_replicas_plan_with_what_all_have_measured():
+    """Two iterations later."""
 
     def train(delivery: PlanDelivery, replica: int, stage: int) -> list[tuple[Plan, Corrections]]:
         found = []
         for number in range(4):
             delivery.request(PlanRequest(number, LOADS[0] if stage == 0 else (), 0.0), 0.0)
             plan = delivery.take(number).plan
-            delivery.measured(Measurement.of(number, stage, spans(plan, stage)))
+            delivery.measured(Measurement.of(number, stage, three_times(plan, stage)))
             found.append((plan, delivery.corrections()))
         return found
 
@@ -254,6 +256,24 @@ def test_all_replicas_plan_with_what_all_have_measured():
         assert (predicted.uncorrected_time is not None) == known
         if predicted.uncorrected_time is not None:
             assert predicted.iteration_time == pytest.approx(3 * predicted.uncorrected_time, rel=0.05)
+
+
+def test_what_was_measured_outlives_an_evaluation_before_the_next_iteration():
+    """That iteration was asked for before; the evaluation takes in what was measured, and nobody asks again by then."""
+
+    def train(delivery: PlanDelivery, replica: int, stage: int) -> Corrections:
+        loads = LOADS[replica] if stage == 0 else ()
+        delivery.request(PlanRequest(0, loads, 0.0), 0.0)
+        for number in range(4):
+            plan = delivery.take(number).plan
+            delivery.request(PlanRequest(number + 1, loads, 0.0), 0.0)
+            delivery.measured(Measurement.of(number, stage, three_times(plan, stage)))
+            delivery.request(PlanRequest(100 + number, loads, 0.0, forward_only=True), 0.0)
+            delivery.take(100 + number)
+        delivery.take(4)
+        return delivery.corrections()
+
+    assert all(corrections.lines for corrections in Replicas().run(train))
 
 
 def test_plans_are_kept_for_what_all_replicas_hold():

@@ -131,6 +131,34 @@ def test_a_model_of_little_but_what_never_grows_is_corrected() -> None:
     assert off(recalibration.corrections().apply(model(110)), truth(110)) < 0.02
 
 
+@pytest.mark.parametrize("first", [lambda sizes: 3e-3 / sizes, lambda sizes: 1e-3 * sizes**4], ids=["falling", "steep"])
+def test_whatever_line_was_found_first_gives_way_to_a_better_one(first: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Neither of two that can come of few measurements is kept for good: larger units that seem to take less, and a
+    line so steep that it gives small units no time at all. What is drawn later are small units."""
+
+    def priced(seed: int, largest: float, price: Callable[[np.ndarray], np.ndarray]) -> StageGraph:
+        graph = graph_of(seed)
+        sizes = np.random.default_rng(seed).uniform(0.5, largest, (1, graph.virtual_microbatches, 1))
+        arrays: dict[str, Any] = {
+            name: np.where(getattr(graph, name) > 0, price(sizes), 0.0)
+            for name in ("forward", "backward", "weight", "fused")
+        }
+        return replace(graph, **arrays)
+
+    def twice(sizes: np.ndarray) -> np.ndarray:
+        return 2e-3 * sizes
+
+    recalibration = Recalibration()
+    for i in range(30):
+        largest, truth = (2.0, first) if i < 3 else (0.7, twice)
+        model = priced(100 + i, largest, lambda sizes: 1e-3 * sizes)
+        corrections = recalibration.corrections()
+        plan = plan_of(model, corrections)
+        recalibration.observe(plan, corrections, run(plan, priced(100 + i, largest, truth)))
+    model = priced(150, 0.7, lambda sizes: 1e-3 * sizes)
+    assert off(recalibration.corrections().apply(model), priced(150, 0.7, twice)) < 0.1
+
+
 def test_hiccups_are_not_believed() -> None:
     recalibration = Recalibration()
     plan = plan_of(graph_of(1), Corrections())

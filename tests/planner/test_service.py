@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import wait
+from typing import Any
 
 import pytest
 
@@ -25,17 +31,36 @@ def request(iteration: int, budget: float = 0.1) -> PlanRequest:
     return PlanRequest(iteration, (Microbatch(8),), budget)
 
 
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait for it as long as a busy machine may take."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} not within four minutes")
+        time.sleep(0.02)  # a worker wants the core
+
+
 def wait_until_ready(service: PlannerService) -> None:
     """A worker answers once it has warmed up; before, the trainer plans by itself."""
-    deadline = time.monotonic() + 120
-    iteration = 10_000
-    while time.monotonic() < deadline:
-        service.submit(request(iteration))
-        if service.take(iteration, 2.0).name == "worker":
-            return
-        iteration += 1
-        time.sleep(0.05)  # the worker wants the core
-    pytest.fail("no worker became ready within two minutes")
+    until(service.ready, "a worker is ready")
+
+
+def wait_until_planning_again(service: PlannerService) -> None:
+    """What befell its worker is over."""
+    wait_until_ready(service)
+    service.submit(request(2))
+    assert service.take(2, 60.0).name == "worker"
+
+
+@contextmanager
+def held(process: subprocess.Popen[bytes]) -> Iterator[Callable[[], None]]:
+    """The worker does nothing within the block, or until it is let go."""
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield partial(os.kill, process.pid, signal.SIGCONT)
+    finally:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -65,15 +90,14 @@ def test_plans_of_workers_arrive(service_of):
 
 def wait_until_searching(service: PlannerService) -> None:
     """Batches that are planned at the call are searched for in this process, once a worker has what that needs."""
-    deadline = time.monotonic() + 120
-    request_number = 30_000
-    while time.monotonic() < deadline:
-        service.submit(PlanRequest(request_number, (Microbatch(request_number),), 0.1))  # no two batches are the same
-        if service.take(request_number, 0.0).name == "worker":
-            return
-        request_number += 1
-        time.sleep(0.1)
-    pytest.fail("nothing was searched for within two minutes")
+    numbers = itertools.count(30_000)
+
+    def searched() -> bool:
+        number = next(numbers)
+        service.submit(PlanRequest(number, (Microbatch(number),), 0.1))  # no two batches are the same
+        return service.take(number, 0.0).name == "worker"
+
+    until(searched, "a batch is searched for")
 
 
 def test_a_batch_that_comes_again_has_a_plan_at_once_and_soon_a_searched_one(service_of):
@@ -83,18 +107,22 @@ def test_a_batch_that_comes_again_has_a_plan_at_once_and_soon_a_searched_one(ser
     service.submit(request(20_000))
     known = service.take(20_000, 0.0)
     assert known.name == "worker"
-    for number in range(20_001, 20_200):
+    again, numbers = known, itertools.count(20_001)
+
+    def improved() -> bool:
+        nonlocal again
+        number = next(numbers)
         service.submit(request(number))
         again = service.take(number, 0.0)
-        if again.digest() != known.digest():
-            break
-        time.sleep(0.1)
+        return again.digest() != known.digest()
+
+    until(improved, "a longer search ends")
     # The worker's, of the request that came second: of another graph here, so that it is known again.
     assert again.digest() == Maker().best(request((1 << 40) + 20_001), lambda _: None).digest()
-    service.submit(PlanRequest(20_300, (Microbatch(9),), 0.1))
-    assert service.take(20_300, 0.0).digest() not in (known.digest(), again.digest())
-    service.submit(PlanRequest(20_301, (Microbatch(8),), 0.0, forward_only=True))
-    assert service.take(20_301, 0.0).name == "greedy"
+    service.submit(PlanRequest(10_300, (Microbatch(9),), 0.1))
+    assert service.take(10_300, 0.0).digest() not in (known.digest(), again.digest())
+    service.submit(PlanRequest(10_301, (Microbatch(8),), 0.0, forward_only=True))
+    assert service.take(10_301, 0.0).name == "greedy"
     assert service.statistics.fallbacks == fallbacks
 
 
@@ -110,26 +138,27 @@ def test_one_thread_submits_while_another_takes(service_of):
     """As an evaluation does while the next training batch's plan is awaited."""
     service = service_of()
     wait_until_ready(service)
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
 
-    def evaluate() -> int:
+    def evaluate() -> None:
         count = 0
         while not done.is_set():
             service.submit(request(50_000 + count, budget=0.0))
             service.take(50_000 + count, 0.0)
             count += 1
+            begun.set()
             time.sleep(0.01)  # as much as the least iteration
-        return count
 
     with ThreadPoolExecutor(1) as pool:
         evaluations = pool.submit(evaluate)
         try:
+            assert begun.wait(60.0)
             for iteration in range(10_000_000, 10_000_010):
                 service.submit(request(iteration))
                 assert service.take(iteration, 60.0).name == "worker"
         finally:
             done.set()
-        assert evaluations.result() > 0
+        evaluations.result()
     assert service.statistics.worker_deaths == 0
 
 
@@ -139,10 +168,10 @@ def test_what_another_thread_takes_in_wakes_the_one_that_waits(service_of, monke
     service = service_of(fault)
     wait_until_ready(service)
     worker = service.processes[0]
-    woken = []
+    woken: list[list[Any]] = []
 
     def wait_meanwhile(objects, timeout):
-        os.kill(worker.pid, signal.SIGCONT)
+        let_go()
         while any(request == 1 for w in service._workers for request in w.busy_with):
             with ThreadPoolExecutor(1) as another:
                 another.submit(service.ready).result()
@@ -150,12 +179,18 @@ def test_what_another_thread_takes_in_wakes_the_one_that_waits(service_of, monke
         woken.append(wait([one for one in objects if isinstance(one, socket.socket)], 0.0))
         return woken[-1]
 
-    os.kill(worker.pid, signal.SIGSTOP)  # so that it can't have answered before anyone waits
-    service.submit(request(1))
-    monkeypatch.setattr("dip_megatron.planner.service.wait", wait_meanwhile)
-    assert service.take(1, 60.0).name == ("greedy" if fault else "worker")
+    with held(worker) as let_go:  # so that it can't have answered before anyone waits
+        service.submit(request(1))
+        monkeypatch.setattr("dip_megatron.planner.service.wait", wait_meanwhile)
+        assert service.take(1, 60.0).name == ("greedy" if fault else "worker")
     assert [len(found) for found in woken] == [1]
     assert (service.processes[0] is worker) == (fault != "dies")
+
+
+def first_plan_is_there(service: PlannerService) -> bool:
+    """Of request 1."""
+    service.ready()  # takes in what has come
+    return 1 in service._arrived
 
 
 def test_without_workers_the_trainer_plans(service_of):
@@ -172,11 +207,13 @@ def test_a_faulty_worker_costs_no_iteration(service_of, fault, expected):
     service = service_of(fault)
     wait_until_ready(service)
     service.submit(request(1))
-    plan = service.take(1, 3.0 if fault == "late" else 60.0)
+    if fault == "late":
+        until(partial(first_plan_is_there, service), "a first plan comes")
+    plan = service.take(1, 0.2 if fault == "late" else 60.0)
     assert plan.name == expected
     verify(plan)
     if fault != "late":
-        wait_until_ready(service)
+        wait_until_planning_again(service)
 
 
 def test_a_first_plan_is_waited_for_until_training_needs_it(service_of):
@@ -187,7 +224,7 @@ def test_a_first_plan_is_waited_for_until_training_needs_it(service_of):
         service.submit(request(1))
         assert service.take(1, 0.0, ahead).name == "worker"
     assert service.statistics.fallbacks == before
-    with Ahead(hurries=False) as ahead:
+    with Ahead(hurries=False) as ahead, held(service.processes[0]):
         service.submit(request(1))
         ahead.need()
         assert service.take(1, 0.0, ahead).name == "greedy"
@@ -200,8 +237,9 @@ def test_a_first_plan_will_do_once_training_that_hurries_waits(service_of, hurri
     wait_until_ready(service)
     with Ahead(hurries) as ahead, ThreadPoolExecutor(1) as pool:
         service.submit(request(1))
-        taken = pool.submit(service.take, 1, 600.0 if hurries else 3.0, ahead)
-        time.sleep(0.5)
+        taken = pool.submit(service.take, 1, 600.0 if hurries else 0.5, ahead)
+        until(lambda: 1 in service._arrived or taken.done(), "a first plan comes")
+        assert not (hurries and taken.done())
         ahead.need()
         assert taken.result(60.0).name == "first"
     assert service.statistics.late == 1
@@ -233,8 +271,9 @@ def test_a_late_worker_goes_on_with_the_next_iteration(service_of):
     service = service_of("slow")
     wait_until_ready(service)
     before = service.statistics.fallbacks
-    service.submit(request(1))
-    assert service.take(1, 0.0).name == "greedy"
+    with held(service.processes[0]):
+        service.submit(request(1))
+        assert service.take(1, 0.0).name == "greedy"
     service.submit(request(2))
     assert service.take(2, 60.0).name == "worker"
     assert service.statistics.fallbacks == before + 1
@@ -242,16 +281,18 @@ def test_a_late_worker_goes_on_with_the_next_iteration(service_of):
     assert service.statistics.latency_seconds > 0
 
 
-def test_a_hanging_worker_is_replaced(service_of):
-    service = service_of("hangs", hang_seconds=3.0)
+def test_a_hanging_worker_is_replaced(service_of, monkeypatch):
+    service = service_of("hangs")
     wait_until_ready(service)
     service.submit(request(1))
     hung = service.processes[0].pid
-    time.sleep(4.0)
+    time.sleep(1.0)
+    monkeypatch.setattr(service, "_hang_seconds", 0.5)
     assert service.take(1, 1.0).name == "greedy"
+    monkeypatch.undo()  # the next one is slow, at most
     assert service.processes[0].pid != hung
-    wait_until_ready(service)
-    assert service.statistics.worker_deaths >= 1
+    wait_until_planning_again(service)
+    assert service.statistics.worker_deaths == 1
 
 
 def test_a_killed_worker_is_replaced(service_of, caplog):
@@ -260,9 +301,9 @@ def test_a_killed_worker_is_replaced(service_of, caplog):
     os.kill(service.processes[0].pid, signal.SIGKILL)
     service.processes[0].wait()
     service.submit(request(5))
-    assert service.take(5, 0.5).name in ("greedy", "worker")
+    assert service.take(5, 0.5).name == "greedy"
     assert "starting another, no step is lost" in caplog.text
-    wait_until_ready(service)
+    wait_until_planning_again(service)
 
 
 def test_a_worker_leaves_with_its_trainer(service_of):
@@ -270,3 +311,32 @@ def test_a_worker_leaves_with_its_trainer(service_of):
     process = service.processes[0]
     service.close()
     assert process.wait(20) is not None
+
+
+def test_nobody_looks_after_workers_while_they_end(service_of, monkeypatch):
+    """Or the worker that has just been closed would be taken for a broken one, and another started that nobody ends."""
+    started: list[Any] = []
+    start = PlannerService._start
+
+    def note(self):
+        started.append(start(self))
+        return started[-1]
+
+    monkeypatch.setattr(PlannerService, "_start", note)
+    service = service_of("half a message", silent_seconds=1)
+    wait_until_ready(service)
+    service.submit(request(1))
+    until(service._workers[0].connection.poll, "half a message comes")
+
+    def looked_after() -> bool:
+        free = service._lock.acquire(blocking=False)
+        if free:
+            service._lock.release()
+        return not free
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(service.ready)
+        until(lambda: looked_after() or looking.done(), "another thread looks after the worker")
+        service.close()
+    assert len(started) == 2
+    assert all(worker.process.poll() is not None for worker in started)

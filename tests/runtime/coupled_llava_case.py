@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tests.patience import APART
 from tests.runtime import llava_case
 from tests.runtime.experts_case import EXPERTS, Ranks, deviation, found, initialize, wrapped
 from tests.runtime.experts_case import ExpertsCase as Wrap
@@ -103,7 +104,7 @@ def dips(rank: int, world: int, case: Case, seed: int, exchanges: bool = False) 
         if not exchanges:
             return None
         begun = begin_exchanges(
-            graphs, delivery, 60.0, torch.device("cpu"), "swap", at_call=True, coupled=together, experts=shared[0]
+            graphs, delivery, APART, torch.device("cpu"), "swap", at_call=True, coupled=together, experts=shared[0]
         )
         own = begun._exchange._price
         if own is not None:  # as on a machine so slow that moving takes no time beside it

@@ -30,6 +30,7 @@ from dip_megatron.runtime.executor import Executor
 from dip_megatron.runtime.transport import Tensors, TransportError, ring_channels
 from tests.core.simulate.test_kernels import drawn_schedule
 from tests.graphs import random_graph
+from tests.patience import APART
 
 PRIME = 2**31 - 1
 SLOW_SHARE, SLOW_SECONDS = 0.1, 1e-3
@@ -160,8 +161,8 @@ class _Transfer:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def wait(self) -> Tensors:
-        if not self.ended.wait(60.0):
-            raise TransportError(f"channel {self.channel}: nothing came within 60 s")
+        if not self.ended.wait(APART):
+            raise TransportError(f"channel {self.channel}: nothing came within {APART:.0f} s")
         return self.tensors
 
     def done(self) -> bool:
@@ -237,7 +238,7 @@ class DelayedTransport:
 
 
 def _connect(path: str) -> Connection:
-    for _ in range(600):
+    for _ in range(round(10 * APART)):
         try:
             return Client(path, "AF_UNIX")
         except (FileNotFoundError, ConnectionRefusedError):

@@ -16,6 +16,7 @@ from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.live import without_training
 from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.service import PlannerService
+from tests.patience import APART
 from tests.processes import transport
 from tests.runtime.drawn_graphs import drawn_graph
 from tests.runtime.llava_case import (
@@ -82,7 +83,7 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
     device = torch.device("cpu")
     clock = Clock(device)
     maker = LivePlanMaker(DrawnGraphs(program.modules, case.unit_size, seed), program.shapes)
-    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    delivery = PlanDelivery(GlooExchange(ranks, APART), PlannerService(maker, workers=0) if rank == 0 else None)
     step = DipForwardBackward(program, Executor(rank, transport(world, rank), clock), delivery, clock)
     losses = []
     data: Any = iter([b for i in range(iterations) for b in batches(case, seed=i)])

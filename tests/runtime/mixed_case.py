@@ -19,6 +19,7 @@ from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.runtime.transport_choice import TransportKind
 from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1, zb_v
+from tests.patience import APART
 from tests.runtime import gpt_case, llava_case, t2v_case
 from tests.runtime.dip_case import followed
 from tests.runtime.drawn_graphs import drawn_graph
@@ -113,8 +114,8 @@ def mixed_run(rank: int, world: int, case: Any, cuts: Cuts, order: str, transpor
         choose(chunks, case.trains)
     device = torch.device("cpu")
     clock = Clock(device)
-    exchange, pipeline = (GlooExchange(list(range(world)), 60.0) for _ in range(2))
-    carrier = choose_transport(list(range(world)), rank, device, 60.0, exchange, transport)
+    exchange, pipeline = (GlooExchange(list(range(world)), APART) for _ in range(2))
+    carrier = choose_transport(list(range(world)), rank, device, APART, exchange, transport)
     service = PlannerService(FixedOrder(program.modules[0], order, program.shapes), workers=0) if rank == 0 else None
     delivery = PlanDelivery(exchange, service)
     step = DipForwardBackward(program, Executor(rank, carrier, clock), delivery, clock, pipeline=pipeline)

@@ -9,6 +9,7 @@ import torch
 
 from dip_megatron.core.protocols import Exchange
 from tests.collectives import Log, recorded
+from tests.patience import APART
 
 
 def planned_run(
@@ -50,8 +51,8 @@ def planned_run(
         seen.extend([report.exchange] if report.exchange is not None else [])
 
     step = DipForwardBackward(
-        program, Executor(stage, DistributedTransport(pipeline, stage, torch.device("cpu"), 60.0), clock), delivery,
-        clock, on_iteration=consume, tensor_parallel=GlooExchange(tensor, 60.0) if len(tensor) > 1 else None,
+        program, Executor(stage, DistributedTransport(pipeline, stage, torch.device("cpu"), APART), clock), delivery,
+        clock, on_iteration=consume, tensor_parallel=GlooExchange(tensor, APART) if len(tensor) > 1 else None,
         exchanges=begin_exchanges(delivery, together),
     )  # fmt: skip
     with recorded() as collectives:

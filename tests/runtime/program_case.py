@@ -17,6 +17,7 @@ from dip_megatron.describe.workload import Microbatch, make_units
 from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.live import without_training
 from dip_megatron.planner.service import PlannerService
+from tests.patience import APART
 from tests.processes import transport
 from tests.runtime.dip_case import followed
 from tests.runtime.drawn_graphs import drawn_graph
@@ -149,7 +150,7 @@ def drawn_run(
     ranks = list(range(world))
     clock = Clock(torch.device("cpu"))
     maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, unit_size, drawn.seed), program.shapes, drawn)
-    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    delivery = PlanDelivery(GlooExchange(ranks, APART), PlannerService(maker, workers=0) if rank == 0 else None)
     ran: list[tuple[str, Kind]] = []
     step = DipForwardBackward(
         program, Executor(rank, transport(world, rank), clock), delivery, clock,

@@ -16,6 +16,7 @@ from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.service import PlannerService
+from tests.patience import APART
 from tests.processes import transport
 from tests.runtime import gpt_case, llava_case
 from tests.runtime.dip_case import DrawnGraphs
@@ -138,7 +139,7 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
     device = torch.device("cpu")
     clock = Clock(device)
     maker = DrawnMaker(DrawnGraphs(program.modules, getattr(case, "unit_size", 1), drawn.seed), program.shapes, drawn)
-    delivery = PlanDelivery(GlooExchange(ranks, 60.0), PlannerService(maker, workers=0) if rank == 0 else None)
+    delivery = PlanDelivery(GlooExchange(ranks, APART), PlannerService(maker, workers=0) if rank == 0 else None)
     seen: list[Kind] = []
     step = DipForwardBackward(
         program, Executor(rank, transport(world, rank), clock), delivery, clock,

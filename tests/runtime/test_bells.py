@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-from multiprocessing import get_context
 
 import pytest
 
 from dip_megatron.runtime.bells import receive_bells, send_bells
+from tests.forked import context
+from tests.patience import LONG
 
 MOST = 3
 
@@ -42,7 +43,7 @@ def _answer(connection: socket.socket, count: int) -> None:
 
 def test_two_processes():
     ours, theirs = socket.socketpair(socket.AF_UNIX)
-    other = get_context("fork").Process(target=_answer, args=(theirs, 2000))
+    other = context().Process(target=_answer, args=(theirs, 2000))  # no fork of this process, which has threads
     other.start()
     with ours, theirs:
         rung, heard = send_bells(ours, b"x", 2, MOST)
@@ -56,7 +57,7 @@ def test_two_processes():
                 answers.append(number)
                 under_way -= 1
         assert answers == list(range(1, 2001))
-    other.join(10)
+    other.join(LONG)
     assert other.exitcode == 0
 
 

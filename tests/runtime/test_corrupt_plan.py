@@ -11,6 +11,7 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.delivery import PlanDelivery, PlanMismatchError
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
+from tests.patience import APART
 from tests.planner.makers import Maker
 from tests.processes import team
 
@@ -32,7 +33,7 @@ def take_three(rank: int, world: int) -> list[str]:
             codes = answer.plan.codes
             return pickle.dumps(replace(answer, plan=replace(answer.plan, codes=(codes[0][:-1], *codes[1:]))))
 
-    delivery = PlanDelivery(Failing(list(range(world)), 60.0), PlannerService(Maker(), 0) if rank == 0 else None)
+    delivery = PlanDelivery(Failing(list(range(world)), APART), PlannerService(Maker(), 0) if rank == 0 else None)
     outcomes = []
     for iteration in range(3):
         delivery.request(PlanRequest(iteration, (Microbatch(8),), 0.0), 0.0)

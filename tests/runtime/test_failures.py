@@ -10,14 +10,17 @@ import sys
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from dip_megatron.ports import held_port
 from dip_megatron.runtime.executor import Position
 from dip_megatron.runtime.watch import Watchdog
 from examples.llava_digits.runs import environment
 from tests.forked import Forked, print_to
+from tests.patience import LONG
 
 SCRIPT = """
 import os, signal, time
@@ -33,7 +36,7 @@ construct, run = DipForwardBackward.__init__, Executor._backward
 
 def watched(self, program, executor, *rest, **options):
     store = torch.distributed.distributed_c10d._get_default_store()
-    options["watchdog"] = Watchdog(store, executor.position, rank, interval_seconds=0.2, grace_seconds=1.0)
+    options["watchdog"] = Watchdog(store, executor.position, rank, interval_seconds=0.2, grace_seconds=5.0)
     construct(self, program, executor, *rest, **options)
 
 def faulty(self, *arguments):
@@ -47,7 +50,7 @@ DipForwardBackward.__init__, Executor._backward = watched, faulty
 try:
     dip_case.dip_run(rank, world, Case((2, 0, 3, 1), vision=((1,) * world,), language=((1,) * world,)))
 finally:
-    time.sleep(1.0)  # a forked process ends at once; others take as long to close their connections
+    time.sleep(5.0)  # a forked process ends at once; others take a while to close their connections
 """
 
 
@@ -59,7 +62,7 @@ def test_everyone_leaves_and_says_where_it_stood(fault, tmp_path):
     logs = [tmp_path / f"rank{rank}.log" for rank in range(world)]
     with held_port() as port:
         processes = [Forked(command, env, log, silent) for log, env in zip(logs, environment(world, port), strict=True)]
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + LONG
         for process in processes:
             try:
                 process.wait(timeout=max(deadline - time.monotonic(), 1.0))
@@ -94,15 +97,15 @@ class _Store:
             self.cut.wait()
         return self.left and keys == ["dip/left"]
 
-    def compare_set(self, key: str, expected: str, desired: str) -> None:
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         self.cut.wait()
+        return desired.encode()
 
     def add(self, key: str, amount: int) -> int:
+        if key != "dip/alive":
+            return amount
         self.added += amount
         return self.added
-
-    def set(self, key: str, value: str) -> None:
-        self.left = True
 
 
 @pytest.mark.parametrize("failed_here", [False, True])
@@ -115,8 +118,9 @@ def test_a_rank_leaves_when_the_host_of_the_store_is_cut_off(failed_here, capsys
     )
     if failed_here:
         watchdog.report(RuntimeError("no word from pipeline rank 1"))
-    assert left.get(timeout=60) == 1
+    assert left.get(timeout=LONG) == 1
     store.cut.set()
+    watchdog.close()
     said = capsys.readouterr().err
     if failed_here:
         assert "[dip] stopped at global rank 5: pipeline rank 2" in said
@@ -152,8 +156,58 @@ def test_a_rank_leaves_when_its_own_host_is_cut_off(in_order, capsys):
         watchdog.close()
         assert left.empty()
         return
-    assert left.get(timeout=60) == 1
+    assert left.get(timeout=LONG) == 1
+    watchdog.close()
     said = capsys.readouterr().err
     assert "global rank 0 stops where it stood: pipeline rank 1" in said
     assert "no word from any other rank" in said
     assert "this rank's host may be cut off" in said
+
+
+def test_a_rank_that_fails_because_of_another_names_the_first(capsys):
+    store = dist.HashStore()
+    for rank, cause in ((3, "out of memory"), (1, "the peer has gone")):
+        watchdog = Watchdog(store, Position(rank), rank, interval_seconds=60.0, leave=lambda _: None)
+        watchdog.report(RuntimeError(cause))
+        watchdog.close()
+    first, second = capsys.readouterr().err.split("stopped at global rank 1")
+    assert "the first to stop was" not in first
+    assert "global rank 1: the first to stop was global rank 3: pipeline rank 3" in second
+    assert "out of memory" in second
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_store_may_go_with_a_host_that_has_ended_in_order(in_order, runs, monkeypatch):
+    """Others still have uploads to end then; but none runs a plan."""
+    store, gone, left = dist.HashStore(), threading.Event(), queue.Queue[int]()
+
+    class Going:
+        def check(self, keys: list[str]) -> bool:
+            if gone.is_set():
+                raise dist.DistNetworkError("the connection was closed")
+            return store.check(keys)
+
+        add, compare_set = store.add, store.compare_set
+
+    position = Position(1)
+    times = {"interval_seconds": 0.05, "grace_seconds": 0.1}
+    host = Watchdog(store, Position(0), 0, **times, leave=left.put)
+    other = Watchdog(Going(), position, 1, **times, patience_seconds=1e6, leave=left.put)
+    while store.add("dip/watching", 0) < 2:
+        time.sleep(0.01)
+    uncaught = None if in_order else MemoryError("in the optimizer")
+    monkeypatch.setattr(sys, "last_value", uncaught, raising=False)
+    host.close()
+    while in_order and not other._left:  # a busy machine may let it hear of that late
+        time.sleep(0.01)
+    if runs:
+        position.plan = SimpleNamespace(actions=[(), ()])  # type: ignore[assignment]
+    gone.set()
+    if in_order and not runs:
+        time.sleep(1.0)
+        assert left.empty()
+    else:
+        assert left.get(timeout=LONG) == 1
+    assert in_order or b"is between iterations: MemoryError: in the optimizer" in store.get("dip/failure")
+    other.close()

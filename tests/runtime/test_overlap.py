@@ -17,6 +17,7 @@ from dip_megatron.runtime.clock import Clock
 from dip_megatron.runtime.executor import Executor
 from tests.drawn import settings
 from tests.graphs import random_graph
+from tests.patience import LONG
 from tests.processes import team
 from tests.runtime.gpt_case import GptCase
 from tests.runtime.split_case import Drawn, reductions
@@ -134,7 +135,7 @@ def test_only_what_needs_a_message_waits_for_it(seed, rank, release):
     for transfers in [*transport.sent.values(), *transport.received.values()]:
         for transfer in transfers:
             transport.end(transfer)
-    thread.join(10)
+    thread.join(LONG)
     assert not thread.is_alive()
 
 

@@ -16,6 +16,7 @@ from dip_megatron.core import Communicate, CommunicationKind, Kind, Plan, StageG
 from dip_megatron.describe.model import Training
 from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.service import PlannerService
+from tests.patience import APART
 from tests.processes import transport
 from tests.runtime import gpt_case, llava_case
 from tests.runtime.dip_case import DrawnGraphs
@@ -156,7 +157,7 @@ def dip_run(rank: int, world: int, trained: Trained, drawn: Drawn) -> list[Any]:
     graphs = (StubbornGraphs if trained.stubborn else DrawnGraphs)(program.modules, unit_size, drawn.seed)
     maker = DrawnMaker(graphs, program.shapes, drawn)
     service = PlannerService(maker, workers=0) if rank == 0 else None
-    delivery = PlanDelivery(GlooExchange(list(range(world)), 60.0), service)
+    delivery = PlanDelivery(GlooExchange(list(range(world)), APART), service)
     ran: list[tuple[str, Kind]] = []
     sent: list[str] = []
 

@@ -13,15 +13,32 @@ KINDS = (Kind.F, Kind.B, Kind.W, Kind.BW)
 _ARRAYS = {Kind.F: "forward", Kind.B: "backward", Kind.W: "weight", Kind.BW: "fused"}
 
 
+_LEAST = 0.01
+
+
 @dataclass(frozen=True)
 class Line:
-    """Seconds of one kind of operation of one module's segment: ``fixed[rank] + factor[rank] * model's seconds``."""
+    """Seconds of one kind of operation of one module's segment: ``fixed[rank] + factor[rank] * model's seconds``, but
+    no less than a hundredth of the second part: what takes time for the model never takes none, and can be told from
+    the corrected seconds."""
 
     module: str
     segment: int
     kind: Kind
     fixed: tuple[float, ...]
     factor: tuple[float, ...]
+
+    def corrected(self, model: Floats) -> Floats:
+        """The model's seconds ``[..., ranks]``, corrected; where they are zero, zero."""
+        fixed, factor = np.array(self.fixed), np.array(self.factor)
+        return np.where(model > 0, np.maximum(fixed + factor * model, _LEAST * factor * model), 0.0)
+
+    def model(self, corrected: Floats) -> Floats:
+        """Inverse of :meth:`corrected`; zero where a factor is."""
+        fixed, factor = np.array(self.fixed), np.array(self.factor)
+        slope = np.where(factor > 0, factor, 1.0)
+        model = np.minimum((corrected - fixed) / slope, corrected / (_LEAST * slope))
+        return np.where((corrected > 0) & (factor > 0), np.maximum(model, 0.0), 0.0)
 
 
 @dataclass(frozen=True)
@@ -36,8 +53,8 @@ class Corrections:
     overhead: tuple[float, ...] = ()
 
     def apply(self, graph: StageGraph) -> StageGraph:
-        """The graph with corrected durations, none negative. What takes no time (a chunk without layers, frozen
-        weights) still takes none."""
+        """The graph with corrected durations. What takes no time (a chunk without layers, frozen weights) still takes
+        none."""
         if not self.lines:
             return graph
         virtual_microbatches = _virtual_microbatches(graph)
@@ -46,9 +63,7 @@ class Corrections:
             here = virtual_microbatches.get((line.module, line.segment))
             if here is None or len(line.factor) != graph.ranks:
                 continue
-            seconds = arrays[line.kind][:, here, :]
-            corrected = np.maximum(np.array(line.fixed) + np.array(line.factor) * seconds, 0.0)
-            arrays[line.kind][:, here, :] = np.where(seconds > 0, corrected, 0.0)
+            arrays[line.kind][:, here, :] = line.corrected(arrays[line.kind][:, here, :])
         overhead = self.overhead if len(self.overhead) == graph.ranks else ()
         return graph.repriced(overhead=overhead, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
 

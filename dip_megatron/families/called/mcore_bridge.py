@@ -124,10 +124,12 @@ class McoreBridgePage(Page):
         return model
 
 
-class _Tower:
-    """In the place of an encoder beside the language model, where the wrapper asks for its device and its dtype."""
+class _Tower(torch.nn.Module):
+    """In the place of an encoder beside the language model, where the wrapper asks for its device and its dtype, and
+    ms-swift for layers to adapt: it has none."""
 
     def __init__(self, language: torch.nn.Module):
+        super().__init__()
         self._language = [language]  # a list, so that it isn't taken for a submodule
 
     @property

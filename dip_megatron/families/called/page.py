@@ -31,7 +31,7 @@ from ...describe.model import (
 )
 from ..describe import configured_experts, layer_shape, trainable_parts
 from ..shared.cut import CutPoints, found
-from ..shared.packing import fills
+from ..shared.packing import fills, packed_lengths
 from ..shared.shapes import LANGUAGE, VISION
 from .shapes import HiddenShape
 
@@ -85,6 +85,11 @@ class Encoder(ABC):
         ``hidden``, on chunks after the first, is of the shape that those modules should see which come before the
         layers and are on other chunks; what they hand on is lost."""
 
+    def entering(self, config: Any, arguments: Arguments, embeddings: torch.Tensor) -> torch.Tensor:
+        """``embeddings`` of all instances as they come to the language model's first chunk, so that each
+        tensor-parallel rank has the whole gradient of them."""
+        return embeddings
+
     @abstractmethod
     def given(self, config: Any, embeddings: torch.Tensor) -> Any:
         """What stands in the encoder's place where the model's forward calls it: ``embeddings`` are those of all
@@ -107,17 +112,20 @@ class Encoder(ABC):
         microbatch has instances."""
         return {}
 
+    def settings(self, config: Any) -> Any:
+        """What of the model's config ``depth`` is in."""
+        return reduce(getattr, self.depth.split(".")[:-1], config)
+
     def layers(self, config: Any) -> int:
         """Their number, by the config."""
-        return int(reduce(getattr, self.depth.split("."), config))
+        return int(getattr(self.settings(config), self.depth.rpartition(".")[2]))
 
     def tensor_parallel(self, config: Any) -> TensorParallel:
         """How tensor-parallel ranks hold and run it. One with dropout isn't shared out: its ranks would draw unequally
         many random numbers, and then disagree in the language model's."""
         if self.splits:
             return "split"
-        own = reduce(getattr, self.depth.split(".")[:-1], config)
-        drops = (v for name, v in vars(own).items() if "dropout" in name or "drop_path" in name)
+        drops = (v for name, v in vars(self.settings(config)).items() if "dropout" in name or "drop_path" in name)
         return "whole" if any(isinstance(v, int | float) and v > 0 for v in drops) else "shared"
 
 
@@ -132,6 +140,7 @@ class Page(ABC):
     workload: ClassVar[str] = "vlm-any-resolution"
     config_name: ClassVar[str] = "config"
     language: ClassVar[str] = "language_model"
+    """Where the language model is within the model; ``""``: the class extends it."""
     unsupported: ClassVar[Mapping[str, str]] = {
         "inputs_embeds": "embeddings instead of tokens",
         "inference_context": "inference",
@@ -171,6 +180,18 @@ class Page(ABC):
     def packed(self, arguments: Arguments) -> Any:
         """How samples are packed in the rows of a microbatch, None for one a row."""
         return arguments.get("packed_seq_params")
+
+    def laid(self, arguments: Arguments) -> tuple[int, tuple[int, ...]]:
+        """Rows of hidden states that a microbatch becomes, and the tokens of each sample in a row: one, or those packed
+        into it. Raises ValueError for a packing that doesn't fit its row."""
+        rows, length = arguments["input_ids"].shape
+        packed = self.packed(arguments)
+        return int(rows), (int(length),) if packed is None else packed_lengths(packed, int(length))
+
+    def places(self, config: Any, arguments: Arguments) -> torch.Tensor:
+        """Where taps are added: ``[b, s]``, of the rows that :meth:`laid` tells of."""
+        ids = arguments["input_ids"]
+        return torch.isin(ids, torch.tensor(self.position_tokens(config), device=ids.device))
 
     def check_shared(self, row: Sequence[int], packed: Any, ranks: int) -> None:
         """Raises ValueError for a row of samples of so many tokens that ``ranks`` context-parallel ranks can't

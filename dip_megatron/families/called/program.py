@@ -13,7 +13,6 @@ from ...describe.workload import Microbatch
 from ...runtime.protocol import Inputs, MicrobatchInputs, Tensors
 from ..shared.cut import Absent, CutEncoder, check_all_cut, found, tap_name, with_module
 from ..shared.layout import segment_config
-from ..shared.packing import packed_lengths
 from ..shared.segmented import SegmentedProgram, bound, dtype_name, unwrapped
 from ..shared.shapes import LANGUAGE
 from ..shared.sharing import Sharing, UnitShare, sum_over_ranks
@@ -136,7 +135,8 @@ class CalledProgram(SegmentedProgram):
     def _tie(self, first: Any, language: Any) -> None:
         """Megatron and Bridge look for an embedding that is tied to the head in a rank's first chunk, here of an
         encoder: let it show the language model, and have none."""
-        _put(first, self._page.language, found(language, self._page.language))
+        if self._page.language:
+            _put(first, self._page.language, found(language, self._page.language))
         _stands(first, True, False, self._page.tied(self._config))
         first.shared_embedding_or_output_weight = language.shared_embedding_or_output_weight
 
@@ -168,21 +168,15 @@ class CalledProgram(SegmentedProgram):
         ids = arguments.get("input_ids")
         if ids is None:
             raise ValueError("the loop's forward_step gives the first pipeline rank no tokens")
-        samples, length = ids.shape
-        rows = 0 if samples == self.shapes.micro_batch_size else int(samples)
+        samples, row = self._page.laid(arguments)
+        rows = 0 if samples == self.shapes.micro_batch_size else samples
         held = {e.kind: tuple(e.tokens(self._config, arguments)) for e in self._page.encoders}
-        row = self._row(arguments)
         if self.shapes.context_parallel_size > 1:
             self._page.check_shared(row, self._page.packed(arguments), self.shapes.context_parallel_size)
-        text = samples * int(length) - sum(map(sum, held.values()))
+        text = samples * sum(row) - sum(map(sum, held.values()))
         images, audios = held.pop("images", ()), held.pop("audios", ())
         sequences = row * samples if len(row) == 1 else row
         return Microbatch(text, images, audios, sequences=sequences, others=held, rows=rows)
-
-    def _row(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-        """Tokens of each sample in a row."""
-        length, packed = int(arguments["input_ids"].shape[1]), self._page.packed(arguments)
-        return (length,) if packed is None else packed_lengths(packed, length)
 
     # -- stages --------------------------------------------------------------------------------------------------
     def forward(
@@ -224,13 +218,13 @@ class CalledProgram(SegmentedProgram):
                 embeddings = inputs.of(name, "hidden")
                 given |= encoder.lean(arguments, embeddings is not None)
                 if embeddings is not None:
-                    _put(model, encoder.called, encoder.given(self._config, embeddings))
+                    entered = encoder.entering(self._config, arguments, embeddings)
+                    _put(model, encoder.called, encoder.given(self._config, entered))
         else:
             model.set_input_tensor(inputs[0]["hidden"])
         if taps:
-            ids = arguments["input_ids"]
-            self._taps, self._samples = taps, self._row(arguments)
-            self._where = torch.isin(ids, torch.tensor(self._page.position_tokens(self._config), device=ids.device))
+            self._taps, self._samples = taps, self._page.laid(arguments)[1]
+            self._where = self._page.places(self._config, arguments)
         try:
             with self._page.calling(model):
                 output = chunk(**given)

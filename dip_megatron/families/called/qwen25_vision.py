@@ -1,4 +1,4 @@
-"""Hugging Face's vision transformer of Qwen2.5-VL, whichever model calls it."""
+"""Hugging Face's vision transformers of Qwen2.5-VL and Qwen2-VL, whichever model calls them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ...describe.model import ModuleShape, PatchEmbedding, Projector, Transforme
 from ..describe import trainable_parts
 from ..shared.cut import CutPoints
 from .grids import GridEncoder
+from .page import projector_of
 from .shapes import HiddenShape
 
 
@@ -38,4 +39,23 @@ class WindowedVision(GridEncoder):
             PatchEmbedding(vision.patch_size, vision.in_channels, vision.temporal_patch_size),
             Projector(config.hidden_size, vision.hidden_size * merge**2, merge**2),
             trainable=trainable_parts(stem=sees, layers=sees, head=not freeze.get("freeze_vision_projection")),
+        )  # fmt: skip
+
+
+class FullVision(WindowedVision):
+    """Qwen2-VL's has full attention within each frame, and MLPs of two matrices; of its config, ``hidden_size`` is the
+    language model's."""
+
+    def hidden(self, config: Any) -> HiddenShape:
+        return HiddenShape(self.config(config).embed_dim, rows=self.merged(config))
+
+    def describe(self, config: Any, freeze: Mapping[str, bool]) -> ModuleShape:
+        vision = self.config(config)
+        width, merged, output = vision.embed_dim, self.merged(config), vision.hidden_size
+        return ModuleShape(
+            self.name, self.kind, vision.depth,
+            TransformerLayer(width, int(width * vision.mlp_ratio), vision.num_heads, vision.num_heads),
+            PatchEmbedding(vision.patch_size, vision.in_channels, vision.temporal_patch_size),
+            projector_of(merged * width * (merged * width + output), width, output, merged),
+            trainable=trainable_parts(stem=True, layers=True, head=True),
         )  # fmt: skip

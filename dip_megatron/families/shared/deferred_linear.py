@@ -1,12 +1,14 @@
-"""Megatron-Core's local linears with a backward in two: input gradients in B, weight gradients in W.
+"""Megatron-Core's local linears and torch's with a backward in two: input gradients in B, weight gradients in W.
 
-Nothing in Megatron is replaced. Each linear of a chunk gets a function of its own to multiply through, token tables and
-patch embeddings a ``forward`` that cuts the graph behind them. All do exactly what Megatron does unless the stage that
-runs is split (:class:`runtime.modes.StageMode`).
+Nothing in Megatron is replaced. Each of its linears in a chunk gets a function of its own to multiply through, those of
+torch (Hugging Face's encoders are made of them), token tables and patch embeddings a ``forward``, the latter one that
+cuts the graph behind them. All do exactly what they did unless the stage that runs is split
+(:class:`runtime.modes.StageMode`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,8 @@ from . import deferred_te
 from .deferred_te import StageStore
 
 _FOLLOWS = "follows_a_stage_mode"
-_WITHOUT_INPUT_GRADIENT = (VocabParallelEmbedding, torch.nn.Conv2d, torch.nn.Conv3d)
+_WITHOUT_INPUT_GRADIENT = (VocabParallelEmbedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+_POSITIONS = re.compile(r"pos(ition)?_?emb")
 
 
 class _Target:
@@ -108,6 +111,59 @@ def _linear(module: torch.nn.Module, mode: StageMode) -> Callable[..., torch.Ten
     return forward
 
 
+class _PlainLinear(torch.autograd.Function):
+    """Torch's linear, whose weight gradient is left for W; as :class:`DeferredLinear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: torch.Tensor, target: _Target, input: torch.Tensor, weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.target = target
+        ctx.save_for_backward(input, weight)
+        return torch.nn.functional.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
+        input_, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad_input = grad_output.matmul(weight) if needed[2] else None
+        grad_bias = grad_output.reshape(-1, grad_output.size(-1)).sum(dim=0) if needed[4] else None
+        parameter = ctx.target.parameter
+        held = input_.detach()  # without the gradient that the input of a checkpoint would bring along
+        ctx.target.store.add_product(lambda x, dy: _plain_gradient(parameter, x, dy), held, grad_output)
+        ctx.target = None
+        return None, None, grad_input, None, grad_bias
+
+
+def _plain_gradient(parameter: torch.nn.Parameter, input_: torch.Tensor, grad_output: torch.Tensor) -> None:
+    with torch.no_grad():
+        rows = grad_output.reshape(-1, grad_output.size(-1))
+        accumulate(parameter, rows.t().matmul(input_.reshape(-1, input_.size(-1))))
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether it is torch's linear as it is, or as :func:`install` has left it."""
+    linear = isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
+    own = module.__dict__.get("forward")
+    return linear and "weight" in module._parameters and (own is None or hasattr(own, _FOLLOWS))
+
+
+def _plain(module: torch.nn.Linear, mode: StageMode) -> Callable[..., torch.Tensor]:
+    torchs = module.forward
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        store, weight = mode.weight_gradients, module.weight
+        fits = input.dtype == weight.dtype and not torch.is_autocast_enabled(input.device.type)
+        if store is None or not weight.requires_grad or not torch.is_grad_enabled() or not fits:
+            return torchs(input)
+        target = _Target(weight, store, None)
+        output: torch.Tensor = _PlainLinear.apply(store.anchor, target, input, weight.detach(), module.bias)
+        return output
+
+    return forward
+
+
 def _without_input_gradient(module: torch.nn.Module, mode: StageMode) -> Callable[..., torch.Tensor]:
     megatrons = module.forward
 
@@ -131,6 +187,8 @@ def install(chunk: torch.nn.Module, mode: StageMode) -> None:
                 linears.replace_multiplication(module, _marked(_linear(module, mode)))
         elif isinstance(module, _WITHOUT_INPUT_GRADIENT) and not hasattr(module.forward, _FOLLOWS):
             module.forward = _marked(_without_input_gradient(module, mode))
+        elif isinstance(module, torch.nn.Linear) and _is_plain(module) and not hasattr(module.forward, _FOLLOWS):
+            module.forward = _marked(_plain(module, mode))  # type: ignore[method-assign]
 
 
 def _marked(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -141,17 +199,17 @@ def _marked(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 def undeferrable(chunk: torch.nn.Module) -> list[str]:
     """Names of the chunk's trained matrices whose gradients W can't compute: they take their time in B.
 
-    Vectors (norms, biases), position embeddings, class tokens and routers to experts are left out; their gradients are
-    always summed up in B, where they cost next to nothing.
+    Vectors (norms, biases), position embeddings, class tokens, routers to experts and convolutions behind others are
+    left out; their gradients are always summed up in B, where they cost next to nothing.
     """
     handled: set[int] = set()
     for module in chunk.modules():
         linear = isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and linears.understood(module)
-        linear = linear or isinstance(store_of(module), StageStore)
+        linear = linear or isinstance(store_of(module), StageStore) or _is_plain(module)
         if linear or isinstance(module, (*_WITHOUT_INPUT_GRADIENT, torch.nn.Embedding, Router)):
             handled |= {id(p) for p in module.parameters(recurse=False)}
     return [
         name
         for name, p in chunk.named_parameters()
-        if p.requires_grad and p.dim() > 1 and p.shape[0] > 1 and id(p) not in handled
+        if p.requires_grad and p.dim() > 1 and p.shape[0] > 1 and id(p) not in handled and not _POSITIONS.search(name)
     ]

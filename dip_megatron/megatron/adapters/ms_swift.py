@@ -12,7 +12,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ...compat.ms_swift import HOOKS, TESTED, swift_version
+from ...compat.ms_swift import HOOKS, TESTED, adapters_of, swift_version
 from ...compat.names import fault
 from ...compat.releases import numbers_of
 from ...describe.files import ConfigurationError
@@ -34,6 +34,9 @@ _LAYOUT = (
 )  # fmt: skip
 
 
+_OTHER_TARGETS = ("all-embedding", "all-router")
+
+
 class SwiftLoop(TrainingLoop):
     """A run of ms-swift's trainer, by its arguments and its state, which it makes after its model."""
 
@@ -50,7 +53,7 @@ class SwiftLoop(TrainingLoop):
             args.num_microbatches, args.seed, args.logging_steps,
             # A stream that ends ends the training, when it is read.
             read_ahead=not args.streaming, iteration=self._following, layout=layout,
-            weights_by_tokens=bool(args.calculate_per_token_loss), finalizes=True,
+            weights_by_tokens=bool(args.calculate_per_token_loss), finalizes=True, adapts=args.tuner_type != "full",
         )  # fmt: skip
         self._trainer = trainer
 
@@ -88,6 +91,8 @@ def refusals(trainer: Any) -> list[tuple[str, str, str]]:
     """What DIP can't run of a trainer and its arguments: setting, reason and way out of each."""
     args, kind = trainer.args, type(trainer).__name__
     pipeline, shared = args.pipeline_model_parallel_size, args.context_parallel_size > 1
+    others = [name for name in _OTHER_TARGETS if name in args.target_modules] if args.tuner_type != "full" else []
+    others += ["modules_to_save"] if args.tuner_type != "full" and args.modules_to_save else []
     found = [
         (kind != "MegatronTrainer", f"trainer {kind}",
          "it may call its models by itself, of which chunks can't be run without a plan",
@@ -102,8 +107,9 @@ def refusals(trainer: Any) -> list[tuple[str, str, str]]:
          "with context parallelism it is untried", "leave it out"),
         (args.use_megatron_fsdp, "use_megatron_fsdp", "it gathers parameters in one fixed order of layers",
          "use the distributed optimizer"),
-        (args.tuner_type != "full", f"tuner_type {args.tuner_type}",
-         "adapters are put into layers after DIP has prepared them", "use full"),
+        (bool(others), f"{', '.join(others)} beside adapters",
+         "embeddings, routers and whole layers that train beside adapters are untried",
+         "use target_modules all-linear, or names of linears"),
         (args.freeze_parameters_ratio, "freeze_parameters_ratio",
          "it counts a pipeline stage's parameters, which chunks share out otherwise", "use freeze_parameters"),
         (args.mcore_model or args.mcore_adapter, "mcore_model",
@@ -137,6 +143,7 @@ class MsSwift:
                 Target("BaseMegatronTrainer.prepare_model", self._prepare, "starting DIP"),
                 Target("BaseMegatronTrainer.finalize_training", self._finish, "ending DIP"),
                 Target("get_mcore_model", self._get_model, "models of mcore-bridge"),
+                Target("prepare_mcore_model", self._adapt, "adapters"),
             ),
             _BRIDGE: (
                 Target("GPTBridge.load_weights", self._load, "weights of mcore-bridge's models"),
@@ -187,9 +194,20 @@ class MsSwift:
 
             chunks = self._session.segmented(partial(original, args, hf_config))(*rest, **kwargs)
             chunks.model_type = ModelType.encoder_or_decoder
+            for chunk in chunks:
+                chunk.prepare_inputs_for_generation = None  # as mcore-bridge leaves it; PEFT looks for it
             return list(chunks)
 
         return get_mcore_model
+
+    def _adapt(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare_mcore_model(args: Any, model: Any, *rest: Any, **kwargs: Any) -> Any:
+            if self._session is None or args.tuner_type == "full":
+                return original(args, model, *rest, **kwargs)
+            with adapters_of(args, model):
+                return original(args, model, *rest, **kwargs)
+
+        return prepare_mcore_model
 
     def _finish(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def finalize_training(*args: Any, **kwargs: Any) -> Any:

@@ -175,14 +175,20 @@ class JointChain:
     ) -> None:  # fmt: skip
         self.t, self.q, self.random = t, q, seeded(seed, 100 + stream)
         self.values, self.made, self.late = np.zeros(2), 0, late
-        self.adopt(schedules)
+        self._start(schedules)
 
     @property
     def time(self) -> float:
         """Seconds of the best orders."""
         return float(self.values[1])
 
-    def adopt(self, schedules: Sequence[Schedule]) -> None:
+    def adopt(self, other: JointChain) -> None:
+        """Go on from the best that another walk, or this one, has found, on its pairing."""
+        schedules = other.schedules()
+        self.t, self.q = other.t, other.q
+        self._start(schedules)
+
+    def _start(self, schedules: Sequence[Schedule]) -> None:
         """Go on from these schedules of the replicas, as they are or with the backwards of events split, whichever is
         faster once packed; with leaner strategies where they hold too much. Raises ValueError if the leanest do."""
         x = self.q.x

@@ -22,14 +22,17 @@ from ..dip import DoesNotFitError, SearchOptions, search
 from ..dip.incumbent import in_threads
 from .chain import JointChain, make_joint_problem
 from .pairing import Slots, pairings
+from .sequences import JointProblem
 from .together import Together, leanest, together
 
 TRIAL = 48
 """List schedules tried on each pairing before one is chosen."""
+PAIRINGS = 3
+"""On which skeletons are searched: which of them is the best is known once operations are packed, not before."""
 STARTS, WALKS = 8, 3
-"""Skeletons that are searched on the pairing chosen, and walks from those that are fastest once packed."""
+"""Skeletons that are searched on these pairings, and walks from those that are fastest once packed."""
 PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.6
-"""Of the budget, at most: choosing a pairing, its skeletons, and first walks over all replicas' orders; the rest goes
+"""Of the budget, at most: choosing pairings, their skeletons, and first walks over all replicas' orders; the rest goes
 to a walk from the best of them."""
 TIMED_SHARE = 0.4
 """Of a budget in seconds: the skeletons. Schedules of one of them take longer to try than changes of a walk."""
@@ -136,7 +139,8 @@ def search_joint(
     bound = joint_lower_bound(graphs, experts, split=options.split_backward)
     good_enough = bound * (1.0 + options.gap)
     if best.time > good_enough:
-        chosen = min(ranked, key=lambda entry: entry[0])[1] if ranked else together(graphs, experts, candidates[0])
+        chosen = [t for _, t in sorted(ranked, key=lambda entry: entry[0])][:PAIRINGS]
+        chosen = chosen or [together(graphs, experts, candidates[0])]
         further = _Search(best, chosen, bool(ranked), until, evaluations, seed, workers, options, good_enough)
         starts = further.skeletons()
         if options.sequences and starts and best.elapsed() < until:
@@ -174,11 +178,11 @@ def _skeleton(
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """The search on a pairing: several skeletons, first walks from the best of them, and one from the best of these.
-    ``fits``: whether the maxima of ``t`` do."""
+    """The search on some pairings: several skeletons, first walks from the best of them, one from the best of these.
+    ``fits``: whether the maxima of ``pairs`` do."""
 
     best: _Best
-    t: Together
+    pairs: Sequence[Together]
     fits: bool
     until: float
     evaluations: int | None
@@ -191,31 +195,30 @@ class _Search:
         """Schedules to try of each of ``over`` things that have that part of the evaluations."""
         return 10**9 if self.evaluations is None else max(1, int(self.evaluations * part) // over)
 
-    def skeletons(self) -> list[list[Schedule]]:
-        """Of the maxima and of means in turns, each time with another seed."""
+    def skeletons(self) -> list[tuple[Together, list[Schedule]]]:
+        """Of each pairing in turns, of the maxima and of means, each time with another seed; the fastest first."""
         best, counted = self.best, self.evaluations is not None
         left = max(0.0, self.until - best.elapsed()) * TIMED_SHARE
         tries = self.share(SKELETON_SHARE, 1) if counted else int(left * best.evaluations / best.elapsed())
-        graph = self.t.graph
+        graph = self.pairs[0].graph
         starts = max(1, min(STARTS, int(tries / (LEAST_TRIES * graph.virtual_microbatches * graph.ranks))))
         most = max(TRIAL + 1, self.share(SKELETON_SHARE, starts))
-        forms = self._forms()
+        forms = [self._forms(t) for t in self.pairs[:starts]]
         found = []
-        for i in range(starts if forms else 0):
+        for i in range(starts if forms[0] else 0):
             if best.elapsed() >= self.until:
                 break
-            t, fits = forms[i % len(forms)]
+            pair, turn = i % len(forms), i // len(forms)
+            t, fits = forms[pair][turn % len(forms[pair])]
             with contextlib.suppress(DoesNotFitError):
-                found.append(
-                    _skeleton(
-                        best, t, most, left / starts, self.seed + i, self.workers, self.options, counted, fits=fits
-                    )
+                time, schedules = _skeleton(
+                    best, t, most, left / starts, self.seed + i, self.workers, self.options, counted, fits=fits
                 )
-        return [schedules for _, schedules in sorted(found, key=lambda entry: entry[0])]
+                found.append((time, self.pairs[pair], schedules))
+        return [(t, schedules) for _, t, schedules in sorted(found, key=lambda entry: entry[0])]
 
-    def _forms(self) -> list[tuple[Together, bool]]:
+    def _forms(self, t: Together) -> list[tuple[Together, bool]]:
         """What is searched in place of all replicas, and whether its schedules fit into every one's memory."""
-        t = self.t
         most = [(t, True)] if self.fits else []
         if not self.options.sequences:  # without walks nothing makes room
             return most
@@ -223,24 +226,27 @@ class _Search:
         short = [(t.mean(seconds=True, held=False), True)] if self.fits else []
         return [*most, mean, even, *most, mean, *short]
 
-    def walk(self, starts: Sequence[Sequence[Schedule]]) -> None:
+    def walk(self, starts: Sequence[tuple[Together, Sequence[Schedule]]]) -> None:
         """Walks over all replicas' orders, from those of the skeletons that are fastest once packed."""
-        best, q = self.best, make_joint_problem(self.t)
+        best = self.best
+        problems: dict[Together, JointProblem] = {}
         chains: list[JointChain] = []
         took = 0.0
-        for i, schedules in enumerate(starts):
+        for i, (t, schedules) in enumerate(starts):
             now = best.elapsed()
             if chains and now + took >= self.until:
                 break
+            if t not in problems:
+                problems[t] = make_joint_problem(t)
             with contextlib.suppress(ValueError):  # too much even with the leanest strategies
-                chains.append(JointChain(self.t, q, schedules, self.seed, i, self._late))
+                chains.append(JointChain(t, problems[t], schedules, self.seed, i, self._late))
             took = best.elapsed() - now
         best.evaluations += sum(chain.made for chain in chains)
         chains = self._unlike(chains)[:WALKS]
         if not chains:
             return
         if chains[0].time < best.time:
-            best.offer(self.t, chains[0].schedules())
+            best.offer(chains[0].t, chains[0].schedules())
         at_once = len(chains) if self.evaluations is not None else self.workers
         seconds = (self.until - best.elapsed()) * FIRST_SHARE * at_once / len(chains)
         for i in range(0, len(chains), at_once):
@@ -248,7 +254,7 @@ class _Search:
             self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(chains)), 1)
         chains = sorted(chains, key=_time)[: 1 if self.evaluations is not None else self.workers]
         for chain in chains:
-            chain.adopt(chain.schedules())
+            chain.adopt(chain)
         left = 0 if self.evaluations is None else max(0, self.evaluations - best.evaluations)
         self._run(chains, self.until, left, PARTS)
 
@@ -275,13 +281,13 @@ class _Search:
             in_threads(jobs, self.workers)
             fastest = min(chains, key=_time)
             if fastest.time < best.time:
-                best.offer(self.t, fastest.schedules())
+                best.offer(fastest.t, fastest.schedules())
             if fastest.time <= self.good_enough:
                 return
             if part < parts - 1 and not self._late():
                 for chain in chains:
                     if chain.time > fastest.time * (1.0 + 1e-4):
-                        chain.adopt(fastest.schedules())
+                        chain.adopt(fastest)
 
 
 def _time(chain: JointChain) -> float:
