@@ -78,8 +78,8 @@ def place_reductions(
     last = np.zeros((len(chunks_of(modules)), graphs[0].ranks))
     found = False
     for graph, schedule, lines in zip(graphs, schedules, ends, strict=True):
-        for rank, (order, end) in enumerate(zip(schedule.orders, lines, strict=True)):
-            places, chunks = _gradients(graph, order, rank)
+        for rank, (operations, end) in enumerate(zip(schedule.orders, lines, strict=True)):
+            places, chunks = _gradients(graph, operations, rank)
             np.maximum.at(last[:, rank], chunks, end[places])
             found = found or len(places) > 0
     if not found:

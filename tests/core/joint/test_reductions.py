@@ -209,6 +209,7 @@ def test_what_one_plan_lacks_is_named():
     )
     without = replace(whole, codes=tuple(line[line < first] for line in whole.codes))
     verify(without)  # they start at the end
+    assert whole.coupled is not None
     with pytest.raises(JointError, match=r"replica 0 runs .* where replica 1") as caught:
         verify_joint((whole, replace(without, coupled=replace(whole.coupled, replica=1))))
     assert caught.value.condition == "reduction"
