@@ -48,10 +48,11 @@ from .adapters.loop import TrainingLoop
 from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
 from .chunks import ChunkChoice, cluster_of, unlike_the_loop
+from .configs import check_configs
 from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_exchanges, coupled_ranks, experts_of, meet_in_backwards
 from .exchange import GlooExchange
-from .experts import check_coupled, check_experts
+from .experts import check_coupled
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, make_program
 from .ranks import replica_folder, replica_ranks
@@ -127,7 +128,7 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
-            for note in check_experts(blueprint.kwargs.values(), loop.parallel):
+            for note in check_configs(blueprint.kwargs.values(), loop.parallel):
                 _tell(note)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, replica_folder())
@@ -142,21 +143,14 @@ class DipSession:
             for sentence in (loop.record(held), checkpoint and checkpoint.compare(held), unlike_the_loop(model)):
                 if sentence:
                     _tell(sentence)
-            self._graphs = ModelGraphs(
-                model,
-                cluster,
-                held,
-                costs,
-                self._config.memory_limit,
-                self._config.recompute,
-                self._config.offload,
-            )
+            limits = self._config.memory_limit, self._config.recompute, self._config.offload
+            self._graphs = ModelGraphs(model, cluster, held, costs, *limits)
             rank = parallel_state.get_pipeline_model_parallel_rank()
             self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=loop.micro_batch_size)
             if self._file is not None:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
-            check_experts(configs_of_experts(chunks), loop.parallel)  # however a family is told of them
+            check_configs([*configs_of_experts(chunks), *(c.config for c in chunks)], loop.parallel)  # however told
             begin_alike([chunks[i] for i in copied(self._program.modules)])
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())

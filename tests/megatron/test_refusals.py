@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import Parallel
 from dip_megatron.megatron.arguments import check_arguments, parallel_of
+from dip_megatron.megatron.configs import check_configs
 from dip_megatron.megatron.experts import check_experts
 
 FINE: dict[str, Any] = {
@@ -73,3 +75,28 @@ def test_replicas_that_a_loss_joins_plan_together() -> None:
         check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1))
     config.moe_router_load_balancing_type = "aux_loss"
     assert check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1)) == set()
+
+
+class Recipe(StrEnum):
+    """As Megatron's configs have it; arguments have the string."""
+
+    delayed, tensorwise = "delayed", "tensorwise"
+
+
+@pytest.mark.parametrize("recipe", ["delayed", Recipe.delayed])
+def test_scales_of_all_replicas_are_refused(recipe: Any) -> None:
+    """Each has a plan of its own, in which forwards come in another order, or are more."""
+    config = SimpleNamespace(fp8="hybrid", fp8_recipe=recipe, tp_only_amax_red=False)
+    with pytest.raises(ConfigurationError, match=r"every forward joins all 4 replicas .*; set tp_only_amax_red, or"):
+        check_configs([None, config], Parallel(tp=2, dp=4))
+    check_configs([config], Parallel(tp=2, dp=1))
+    for fits in ({"tp_only_amax_red": True}, {"fp8": None}, {"fp8_recipe": Recipe.tensorwise}):
+        check_configs([SimpleNamespace(**vars(config) | fits)], Parallel(tp=2, dp=4))
+
+
+def test_copies_of_weights_in_low_precision_are_told_of() -> None:
+    config = SimpleNamespace(fp8="hybrid", fp8_recipe="tensorwise", fp8_param=False)
+    (note,) = check_configs([None, config], Parallel(tp=2, dp=4))
+    assert "plans don't count these copies" in note
+    config.fp8_param = True
+    assert check_configs([config], Parallel(tp=2, dp=4)) == set()
