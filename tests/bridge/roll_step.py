@@ -51,7 +51,6 @@ from roll.distributed.strategy.megatron_strategy import MegatronTrainStrategy
 from roll.models import model_providers
 
 import dip_megatron
-from dip_megatron.megatron.hooks import Hooks
 from tests.bridge.tiny_model import IMAGE, SEQUENCE
 from tests.bridge.tiny_roll import ROLL_TINY
 from tests.runtime.llava_case import gradients, seed_parameters
@@ -206,7 +205,6 @@ def log_probs(strategy: Any, data: Any, logits: torch.Tensor) -> Any:
 def main(out: str, folder: str = "", frozen: str = "", packed: str = "", replicas: str = "1") -> None:
     found: dict[str, Any] = {"metrics": []}
     if folder:
-        Hooks.installed()  # as the start-up file does
         strategy = multimodal(folder, bool(frozen), bool(packed), int(replicas))
         found["log_probs"] = strategy.forward_step(shown(folder, 9), partial(log_probs, strategy))
     else:
