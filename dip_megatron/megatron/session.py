@@ -52,7 +52,7 @@ from .configs import check_configs
 from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_exchanges, coupled_ranks, experts_of, meet_in_backwards
 from .exchange import GlooExchange
-from .experts import check_coupled
+from .experts import check_coupled, joined_by_balance
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, make_program
 from .ranks import replica_folder, replica_ranks
@@ -75,11 +75,8 @@ class DipSession:
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
         if config.balance == "free" and not loop.weights_by_tokens:
             raise ConfigurationError(NOT_FREE)
-        check_resample(config, loop)
-        if loop.parallel.coupled > 1:
-            check_coupled(config)
-        self._loop = loop
-        self._config = config
+        self._loop, self._config = loop, config
+        self._check_replicas()
         self._file = self._plan_file(config, loop.parallel.pp)
         self._entry = self._schedule()
         self._families = families
@@ -118,6 +115,11 @@ class DipSession:
         except UnknownScheduleError:  # the greedy's, or a person's own
             return find_schedule("dynamic")
 
+    def _check_replicas(self) -> None:
+        check_resample(self._config, self._loop)
+        if self._loop.parallel.coupled > 1:
+            check_coupled(self._config)
+
     # -- model ---------------------------------------------------------------------------------------------------
     def segmented(self, provider: Callable[..., Any]) -> Callable[..., ChunkList]:
         """A model provider that builds what ``provider`` would, in segments."""
@@ -128,6 +130,8 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
+            loop.parallel = joined_by_balance(blueprint.kwargs.values(), loop.parallel)  # if the loop hasn't said so
+            self._check_replicas()
             for note in check_configs(blueprint.kwargs.values(), loop.parallel):
                 _tell(note)
             if self._file is not None and self._file.path.parent == self._config.plan_file:

@@ -13,7 +13,7 @@ from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import Parallel
 from dip_megatron.megatron.arguments import check_arguments, parallel_of
 from dip_megatron.megatron.configs import check_configs
-from dip_megatron.megatron.experts import check_experts
+from dip_megatron.megatron.experts import check_experts, joined_by_balance
 
 FINE: dict[str, Any] = {
     "dip_schedule": "dynamic", "dip_config": None, "dip_planner_workers": None, "dip_search_budget": None,
@@ -59,7 +59,8 @@ def test_the_reason_and_the_way_out_are_named(flags: dict[str, Any], message: st
 
 
 def test_replicas_that_a_loss_joins_plan_together() -> None:
-    """The loop's flags tell of it; where a loop doesn't, replicas that share no experts are refused."""
+    """The loop's flags tell of it, or the config of the model that it builds; where neither does until it is built,
+    replicas that share no experts are refused."""
     asked = {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0, 1]}
     flags = Namespace(**FINE | EXPERTS | asked | {"data_parallel_size": 4})
     check_arguments(flags)
@@ -73,8 +74,11 @@ def test_replicas_that_a_loss_joins_plan_together() -> None:
     said = r"joins all 4 replicas, .* alone \(1\); .*_size 8\), or use aux_loss"
     with pytest.raises(ConfigurationError, match=said):
         check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1))
+    assert joined_by_balance([None, config], Parallel(tp=2, dp=4, ep=2, etp=1)).coupled == 4
+    assert joined_by_balance([config], Parallel(tp=2, dp=1, ep=2, etp=1)).coupled == 1
     config.moe_router_load_balancing_type = "aux_loss"
     assert check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1)) == set()
+    assert joined_by_balance([config], Parallel(tp=2, dp=4, ep=2, etp=1)).coupled == 1
 
 
 class Recipe(StrEnum):
