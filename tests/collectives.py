@@ -67,3 +67,29 @@ def disagreement(logs: Sequence[Log]) -> str:
             if a != b:
                 return f"ranks {one} and {other}, common collective {place}: {a} and {b}"
     return ""
+
+
+def stuck(logs: Sequence[Log]) -> str:
+    """Where ranks stand once they have run their collectives one after the other, each once all of its members have
+    come to it: what the strictest of devices would do. Empty if all end."""
+    place = [0] * len(logs)
+
+    def head(rank: int) -> tuple[str, tuple[int, ...]] | None:
+        return logs[rank][place[rank]] if place[rank] < len(logs[rank]) else None
+
+    moving = True
+    while moving:
+        moving = False
+        for rank in range(len(logs)):
+            while (here := head(rank)) is not None and all(head(member) == here for member in here[1]):
+                for member in here[1]:
+                    place[member] += 1
+                moving = True
+    standing = [f"rank {rank} at {head(rank)}" for rank in range(len(logs)) if head(rank) is not None]
+    return ", ".join(standing)
+
+
+def reductions_before(log: Log, last: str) -> int:
+    """How many reductions of gradients a rank begins before the last collective of that name."""
+    names = [name for name, _ in log]
+    return names[: len(names) - names[::-1].index(last)].count("all_reduce") if last in names else 0

@@ -13,6 +13,8 @@ _LINEAR = (
     "wgrad_store", "weight_names", "bias_names", "fuse_wgrad_accumulation", "use_bias", "sequence_parallel",
     "parallel_mode", "tp_group",
 )  # fmt: skip
+_GROUPED = ("wgrad_store", "num_gemms", "fuse_wgrad_accumulation", "use_bias")
+_FLAGS = ("is_first_microbatch", "disable_parameter_transpose_cache")
 TOPIC = Topic(
     "Transformer Engine's linears whose weight gradient can wait",
     "transformer-engine",
@@ -23,7 +25,9 @@ TOPIC = Topic(
         Name("transformer_engine.pytorch.module.layernorm_linear:LayerNormLinear", has=_LINEAR),
         Name("transformer_engine.pytorch.module._common:WeightGradStore.delay_wgrad_compute", ()),
         Name("transformer_engine.pytorch.module._common:WeightGradStore.put", ("tensor_list", "func")),
+        Name("transformer_engine.pytorch.module.grouped_linear:GroupedLinear", has=_GROUPED),
         Name("megatron.core.extensions.transformer_engine:te_checkpoint"),
+        Name("megatron.core.extensions.transformer_engine:TELinear", has=_FLAGS),
         Name("megatron.core.extensions.transformer_engine:TEColumnParallelLinear"),
         Name("megatron.core.extensions.transformer_engine:TENorm"),
     ),
@@ -38,6 +42,38 @@ def has_one_weight(module: torch.nn.Module) -> bool:
         and len(getattr(module, "weight_names", ())) == 1
         and not getattr(module, "ub_bulk_wgrad", False)
     )
+
+
+def has_grouped_weights(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear of Transformer Engine's with a weight for each group of rows (experts), whose
+    gradients can be computed apart."""
+    return (
+        hasattr(module, "wgrad_store") and hasattr(module, "num_gemms") and hasattr(module, "weight0")
+        and hasattr(module, "fuse_wgrad_accumulation")
+    )  # fmt: skip
+
+
+def grouped_parameters(linear: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Weights of all groups, and their biases, if they have some."""
+    groups = range(linear.num_gemms)  # type: ignore[arg-type]
+    biases = [getattr(linear, f"bias{i}") for i in groups] if linear.use_bias else []
+    return [getattr(linear, f"weight{i}") for i in groups], biases
+
+
+def accumulates_fused(linear: torch.nn.Module) -> bool:
+    """Whether its products add weight gradients to main_grad by themselves."""
+    return bool(linear.fuse_wgrad_accumulation)
+
+
+def always_accumulate(module: torch.nn.Module) -> None:
+    """Let every weight gradient be added to main_grad.
+
+    Megatron tells a layer of Transformer Engine that the first forward after its weights have changed is of the first
+    microbatch. With fused accumulation the layer then lets that microbatch's gradient overwrite main_grad, as the first
+    one to be computed. Under a plan others may be computed before. A layer that isn't told adds, always; in low
+    precision it casts its weight for each microbatch."""
+    if all(hasattr(module, flag) for flag in _FLAGS):
+        module.disable_parameter_transpose_cache = True  # type: ignore[assignment]
 
 
 def store_of(module: torch.nn.Module) -> Any:
@@ -61,7 +97,7 @@ def gathered_operand(linear: torch.nn.Module) -> tuple[int, Any] | None:
 
 def weight_to_accumulate(linear: torch.nn.Module) -> torch.nn.Parameter | None:
     """The weight that a late gradient is to be added to; None where the product has added it to main_grad already."""
-    if linear.fuse_wgrad_accumulation:
+    if accumulates_fused(linear):
         return None
     weight: torch.nn.Parameter = getattr(linear, linear.weight_names[0])  # type: ignore[index]
     return weight

@@ -1,6 +1,6 @@
 """Stages, their dependencies, schedules and plans; the verifier and the files."""
 
-from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message, parse_action
+from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message, Reduce, parse_action
 from .graph import GraphError, StageGraph
 from .modules import ModalityModule, Unit
 from .operations import Kind, Operation
@@ -21,6 +21,7 @@ __all__ = [
     "Payload",
     "Plan",
     "Predicted",
+    "Reduce",
     "Schedule",
     "SearchStatistics",
     "StageGraph",

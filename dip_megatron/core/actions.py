@@ -1,14 +1,17 @@
-"""What a rank does, one action after the other: compute, and the four halves of point-to-point communication.
+"""What a rank does, one action after the other: compute, the four halves of point-to-point communication and, where
+replicas are coupled, starts of reductions.
 
 The actions are DynaPipe's, as the paper uses them (section 6): forward, backward, isend, irecv, wait_isend, wait_irecv.
 Their text form round-trips exactly::
 
     F:vision.0#3@1{full:2}
     isend F:vision.0#3@1>F:vision.0#3@2
+    reduce vision.0@1
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -81,12 +84,33 @@ class Communicate:
         return f"{self.kind} {self.message}"
 
 
-Action = Compute | Communicate
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Start to reduce the gradients of a chunk over data-parallel replicas; nothing waits for it before the plan's
+    end. See :mod:`.joint.reductions`."""
+
+    module: str
+    segment: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{_REDUCE} {self.module}.{self.segment}@{self.rank}"
+
+
+_REDUCE = "reduce"
+_CHUNK = re.compile(r"([A-Za-z_][\w-]*)\.(\d+)@(\d+)")
+
+Action = Compute | Communicate | Reduce
 
 
 def parse_action(text: str) -> Action:
     """Inverse of ``str(action)``. Raises ValueError naming ``text``."""
     head, separator, rest = text.partition(" ")
+    if head == _REDUCE:
+        match = _CHUNK.fullmatch(rest)
+        if match is None:
+            raise ValueError(f"not a chunk: {rest!r} in {text!r} (expected MODULE.SEGMENT@RANK, e.g. vision.0@1)")
+        return Reduce(match[1], int(match[2]), int(match[3]))
     if separator:
         if head not in set(CommunicationKind):
             raise ValueError(f"unknown action {head!r} in {text!r}")

@@ -2,7 +2,8 @@
 
 With S virtual microbatches and E edges (:attr:`StageGraph.edges`): codes below 4S are operations, ``kind * S + s``.
 Then come the sends, receives, waits for sends and waits for receives of the 2E messages; message e is the output that
-travels along edge e, message E + e the gradient that travels back.
+travels along edge e, message E + e the gradient that travels back. Last come the starts of reductions, one for each
+chunk that a rank has: (module, segment), numbered as the modules list them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import overload
 
 import numpy as np
 
-from .actions import Action, Communicate, CommunicationKind, Compute, Message
+from .actions import Action, Communicate, CommunicationKind, Compute, Message, Reduce
 from .graph import GraphError, Ints, StageGraph
+from .modules import chunks_of
 from .operations import Kind, Operation
 
 COMMUNICATIONS = (
@@ -25,9 +27,14 @@ COMMUNICATIONS = (
 )
 
 
+def first_reduction(graph: StageGraph) -> int:
+    """The codes of reductions begin here."""
+    return 4 * graph.virtual_microbatches + 4 * 2 * len(graph.edges.source)
+
+
 def code_count(graph: StageGraph) -> int:
     """Codes are below this."""
-    return 4 * graph.virtual_microbatches + 4 * 2 * len(graph.edges.source)
+    return first_reduction(graph) + len(chunks_of(graph.modules))
 
 
 class Decoder:
@@ -36,6 +43,8 @@ class Decoder:
     def __init__(self, graph: StageGraph):
         self._graph = graph
         self._edges = len(graph.edges.source)
+        self._reductions = first_reduction(graph)
+        self._chunks = chunks_of(graph.modules)
         self._messages: dict[int, Message] = {}
 
     def action(self, code: int, rank: int) -> Action:
@@ -46,6 +55,8 @@ class Decoder:
             return Compute(
                 graph.operation(Kind(kind), virtual_microbatch, rank), graph.strategy_name(0, virtual_microbatch, rank)
             )
+        if code >= self._reductions:
+            return Reduce(*self._chunks[code - self._reductions], rank)
         kind, message = divmod(code - 4 * virtual_microbatches, 2 * self._edges)
         return Communicate(COMMUNICATIONS[kind], self.message(message))
 
@@ -76,6 +87,10 @@ class Decoder:
             if action.strategy != expected:
                 raise GraphError(f"{action}: strategy differs from the graph's {expected!r}")
             return int(action.operation.kind) * virtual_microbatches + virtual_microbatch
+        if isinstance(action, Reduce):
+            if (action.module, action.segment) not in self._chunks:
+                raise GraphError(f"{action}: the model has no such chunk")
+            return self._reductions + self._chunks.index((action.module, action.segment))
         message = action.message
         ends = [self._node(message.source), self._node(message.target)]
         gradient = message.channel.gradient
@@ -130,8 +145,10 @@ def encode(graph: StageGraph, actions: Sequence[Sequence[Action]]) -> tuple[Ints
     for rank, line in enumerate(actions):
         numbers = np.empty(len(line), dtype=np.int32)
         for i, action in enumerate(line):
-            if isinstance(action, Compute) and action.operation.rank != rank:
-                raise GraphError(f"rank {rank}, action {i} ({action}): is rank {action.operation.rank}'s")
+            whose = action.operation.rank if isinstance(action, Compute) else rank
+            whose = action.rank if isinstance(action, Reduce) else whose
+            if whose != rank:
+                raise GraphError(f"rank {rank}, action {i} ({action}): is rank {whose}'s")
             try:
                 numbers[i] = decoder.code(action)
             except GraphError as error:

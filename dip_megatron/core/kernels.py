@@ -242,6 +242,8 @@ def check_codes(
         at = 0
         for i in range(counts[rank]):
             code = codes[rank, i]
+            if code >= 4 * g.virtual_microbatches + 8 * g.edges:
+                continue  # reductions: see .reductions
             fault[1], fault[2], fault[3] = rank, i, -1
             if code < 4 * g.virtual_microbatches:
                 if at >= lengths[rank] or orders[rank, at] != code:
@@ -317,7 +319,7 @@ def replay_codes(
         for rank in range(g.ranks):
             while place[rank] < counts[rank]:
                 code = codes[rank, place[rank]] - 4 * g.virtual_microbatches
-                if code >= 0:
+                if 0 <= code < 8 * g.edges:
                     kind = code // (2 * g.edges)
                     m = code - 2 * g.edges * kind
                     if kind in (ISEND, IRECV):

@@ -37,6 +37,11 @@ class ModalityModule:
         return self.reversed[segment] if self.reversed else False
 
 
+def chunks_of(modules: Sequence[ModalityModule]) -> tuple[tuple[str, int], ...]:
+    """(module, segment) of each chunk that a rank has, in the order that numbers them."""
+    return tuple((m.name, k) for m in modules for k in range(m.segments))
+
+
 def trained_before(modules: Sequence[ModalityModule]) -> dict[str, list[list[bool]]]:
     """``[segment][rank]`` of each module: whether anything before the chunk in the model trains, so that a gradient has
     to pass through it."""

@@ -14,6 +14,7 @@ from .codes import Decoder, code_count
 from .graph import Ints, StageGraph
 from .order import check_complete
 from .plan import Plan
+from .reductions import reduction_fault
 from .simulate.kernels import pad_orders, simulate_compiled
 
 
@@ -22,7 +23,8 @@ class PlanError(ValueError):
 
 
 def verify(plan: Plan) -> None:
-    """Raise PlanError at the first fault: completeness, order, messages, deadlock, memory, payloads, prediction."""
+    """Raise PlanError at the first fault: completeness, order, messages, reductions, deadlock, memory, payloads,
+    prediction."""
     graph = plan.graph
     fault = check_complete(graph, plan.schedule)
     if fault:
@@ -31,6 +33,9 @@ def verify(plan: Plan) -> None:
         raise PlanError(f"{len(plan.codes)} ranks have actions, the graph has {graph.ranks}")
     codes, counts = _padded(graph, plan.codes)
     _check_actions(plan, codes, counts)
+    fault = reduction_fault(plan)
+    if fault:
+        raise PlanError(fault)
     _replay(plan, codes, counts)
     for rank, peak in enumerate(simulate_compiled(graph, plan.schedule).peak_bytes):
         limit = graph.memory_limit[rank]

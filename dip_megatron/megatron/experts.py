@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..config import DipConfig
@@ -48,6 +49,13 @@ def counts_over_iteration(config: Any) -> bool:
     coefficients = getattr(config, "moe_aux_loss_coeff", None) or 0.0
     coefficients = coefficients if isinstance(coefficients, (list, tuple)) else [coefficients] * len(kinds)
     return any(k == "global_aux_loss" and c for k, c in zip(kinds, coefficients, strict=False))
+
+
+def joined_by_balance(configs: Iterable[Any], parallel: Parallel) -> Parallel:
+    """``parallel`` as it is for a model of which ``configs`` (and what isn't one) are its parts': with all replicas
+    joined where a loss over their counts joins them."""
+    joins = any(getattr(config, "num_moe_experts", None) and counts_over_iteration(config) for config in configs)
+    return replace(parallel, joined=True) if joins and parallel.dp > 1 else parallel
 
 
 def check_coupled(config: DipConfig) -> None:

@@ -3,31 +3,39 @@
 Megatron starts a chunk's reduction from backward hooks of its last microbatch. Replicas run different plans, so the
 last backward of each chunk would come in a different order on each, and collectives of one group would not match.
 Here hooks only accumulate, and the reductions start in one order on all replicas: each as soon as its chunk, and every
-chunk before it in that order, has ended its last backward.
+chunk before it in that order, has ended its last backward; of replicas that exchange tokens during backwards, at the
+places that their plans have for them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..compat.buckets import start_gradient_reduction
 
+ReductionStart = Literal["when done", "by plan", "at the end"]
+"""When a chunk's reduction starts: once it and all before it in the order have ended their backwards; where the plan
+says; once all chunks have."""
+
 
 class GradientSynchronization:
     """Holds back gradient reductions of one iteration and starts them in order.
 
-    ``order`` lists chunk indices as backwards naturally end: the last module's last segment first. ``at_the_end``: none
-    starts before all of them have ended. Replicas that share experts exchange tokens during backwards, and would come
-    to those exchanges and to reductions in orders of their own, which devices with one queue for both can't follow.
+    ``order`` lists chunk indices as backwards naturally end: the last module's last segment first. Replicas that share
+    experts exchange tokens during backwards, and would come to those exchanges and to reductions in orders of their
+    own, which devices with one queue for both can't follow: their plans say where reductions ``start``
+    (:mod:`..core.reductions`), or, in plans that don't, after all backwards.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], config: Any, order: list[int], at_the_end: bool = False):
+    def __init__(
+        self, chunks: list[torch.nn.Module], config: Any, order: list[int], start: ReductionStart = "when done"
+    ):
         self._chunks = chunks
         self._order = order
-        self._at_the_end = at_the_end
+        self._start = start
         self._done: set[int] = set()
         self._started = 0
         self._contexts = contextlib.ExitStack()
@@ -46,15 +54,30 @@ class GradientSynchronization:
     def chunk_done(self, index: int) -> None:
         """The chunk's last weight gradient of the iteration is accumulated."""
         self._done.add(index)
-        if self._at_the_end and len(self._done) < len(self._chunks):
+        if self._start == "by plan" or (self._start == "at the end" and len(self._done) < len(self._chunks)):
             return
-        while self._overlaps and self._started < len(self._order) and self._order[self._started] in self._done:
+        while self._started < len(self._order) and self._order[self._started] in self._done:
+            self._start_next()
+
+    def reduce(self, index: int) -> None:
+        """The plan starts the chunk's reduction here."""
+        if index not in self._done or self._order[self._started] != index:
+            raise RuntimeError(
+                f"the plan reduces chunk {index} where it has gradients to come, or chunks {self._order[: index + 1]} "
+                "are not reduced before"
+            )
+        self._start_next()
+
+    def _start_next(self) -> None:
+        if self._overlaps:
             start_gradient_reduction(self._chunks[self._order[self._started]])
-            self._started += 1
+        self._started += 1
 
     def end(self) -> None:
         """Leave Megatron's no_sync; every reduction has been started."""
         missing = set(range(len(self._chunks))) - self._done
         if missing:
             raise RuntimeError(f"chunks {sorted(missing)} have not ended their backward")
+        if self._started < len(self._order):
+            raise RuntimeError(f"the plan leaves out the reduction of chunks {self._order[self._started :]}")
         self._contexts.close()

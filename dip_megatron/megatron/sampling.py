@@ -18,6 +18,7 @@ from ..runtime.protocol import MicrobatchInputs, StageProgram
 from .adapters.layout import GivenLayout
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, record_blueprint
+from .experts import joined_by_balance
 from .lookahead import RawItems, capture_microbatch
 
 
@@ -91,6 +92,7 @@ class SamplingSession:
                 raise ConfigurationError("the script builds a second model; an estimate knows of one")
             family, blueprint = self._made = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
+            loop.parallel = joined_by_balance(blueprint.kwargs.values(), loop.parallel)
             model = family.describe(blueprint, loop.parallel)
             self._sample = Sample(model, family.workload, loop.num_microbatches, loop.parallel.dp, loop.layout)
             self._described(self._sample)

@@ -48,10 +48,11 @@ from .adapters.loop import TrainingLoop
 from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
 from .chunks import ChunkChoice, cluster_of, unlike_the_loop
+from .configs import check_configs
 from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_exchanges, coupled_ranks, experts_of, meet_in_backwards
 from .exchange import GlooExchange
-from .experts import check_coupled, check_experts
+from .experts import check_coupled, joined_by_balance
 from .forward_backward import DipForwardBackward, IterationConsumer, PlanningPolicy
 from .mixed import check_entry, make_program
 from .ranks import replica_folder, replica_ranks
@@ -74,11 +75,8 @@ class DipSession:
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
         if config.balance == "free" and not loop.weights_by_tokens:
             raise ConfigurationError(NOT_FREE)
-        check_resample(config, loop)
-        if loop.parallel.coupled > 1:
-            check_coupled(config)
-        self._loop = loop
-        self._config = config
+        self._loop, self._config = loop, config
+        self._check_replicas()
         self._file = self._plan_file(config, loop.parallel.pp)
         self._entry = self._schedule()
         self._families = families
@@ -117,6 +115,11 @@ class DipSession:
         except UnknownScheduleError:  # the greedy's, or a person's own
             return find_schedule("dynamic")
 
+    def _check_replicas(self) -> None:
+        check_resample(self._config, self._loop)
+        if self._loop.parallel.coupled > 1:
+            check_coupled(self._config)
+
     # -- model ---------------------------------------------------------------------------------------------------
     def segmented(self, provider: Callable[..., Any]) -> Callable[..., ChunkList]:
         """A model provider that builds what ``provider`` would, in segments."""
@@ -127,7 +130,9 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
-            for note in check_experts(blueprint.kwargs.values(), loop.parallel):
+            loop.parallel = joined_by_balance(blueprint.kwargs.values(), loop.parallel)  # if the loop hasn't said so
+            self._check_replicas()
+            for note in check_configs(blueprint.kwargs.values(), loop.parallel):
                 _tell(note)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
                 self._file = self._plan_file(self._config, loop.parallel.pp, replica_folder())
@@ -142,21 +147,14 @@ class DipSession:
             for sentence in (loop.record(held), checkpoint and checkpoint.compare(held), unlike_the_loop(model)):
                 if sentence:
                     _tell(sentence)
-            self._graphs = ModelGraphs(
-                model,
-                cluster,
-                held,
-                costs,
-                self._config.memory_limit,
-                self._config.recompute,
-                self._config.offload,
-            )
+            limits = self._config.memory_limit, self._config.recompute, self._config.offload
+            self._graphs = ModelGraphs(model, cluster, held, costs, *limits)
             rank = parallel_state.get_pipeline_model_parallel_rank()
             self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=loop.micro_batch_size)
             if self._file is not None:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
-            check_experts(configs_of_experts(chunks), loop.parallel)  # however a family is told of them
+            check_configs([*configs_of_experts(chunks), *(c.config for c in chunks)], loop.parallel)  # however told
             begin_alike([chunks[i] for i in copied(self._program.modules)])
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())

@@ -133,10 +133,12 @@ class Proposal:
         return replace(self, assignment=None, samples=None, after=self.before, reason=reason, gain_seconds=0.0)
 
     def digest(self) -> str:
-        """Equal for equal proposals."""
+        """Equal for equal proposals. Hosts whose processors add up in other orders may differ in the last bits of what
+        is gained, and would then decide differently whether it pays."""
         if self.assignment is None:
             return self.reason
-        return self.assignment.digest() + ("" if self.samples is None else self.samples.digest())
+        worth = [number.hex() for number in (self.gain_seconds, self.nominal_seconds, self.slowness)]
+        return " ".join([self.assignment.digest(), "" if self.samples is None else self.samples.digest(), *worth])
 
     @property
     def _owner(self) -> Places:
@@ -234,9 +236,15 @@ def propose(
         sent += _sent(moves.replica[moves.before], moves.replica[moves.after], bytes_of, len(given))
         number += len(moves.rounds())
     return replace(
-        proposal, nominal_seconds=ROUND_SECONDS * number + BYTE_SECONDS * sent,
+        proposal, gain_seconds=_rounded(proposal.gain_seconds),
+        nominal_seconds=_rounded(ROUND_SECONDS * number + BYTE_SECONDS * sent),
         slowness=max(quote.slowness for quote in given),
     )  # fmt: skip
+
+
+def _rounded(seconds: float) -> float:
+    """To six digits, which all hosts agree on but for once in a blue moon."""
+    return float(f"{seconds:.5e}")
 
 
 def _sent(before: Places, after: Places, sizes: Places, replicas: int) -> float:

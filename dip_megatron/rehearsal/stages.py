@@ -207,6 +207,9 @@ class _Sleeping:
         self._stages.weight(operation, unit, strategy)
         self._rest(end)
 
+    def reduce(self, module: str, segment: int) -> None:
+        self._stages.reduce(module, segment)
+
 
 @dataclass
 class Account:

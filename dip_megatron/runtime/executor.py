@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..core import CommunicationKind, Compute, Kind, Message, Operation, Payload, Plan, Unit
+from ..core import CommunicationKind, Compute, Kind, Message, Operation, Payload, Plan, Reduce, Unit
 from ..core.lower import incoming, outgoing
 from .clock import Clock
 from .transport import Tensors, Transfer, Transport
@@ -32,6 +32,10 @@ class StageRunner(Protocol):
 
     def weight(self, operation: Operation, unit: Unit, strategy: str) -> None:
         """W: the weight gradients its B left."""
+        ...
+
+    def reduce(self, module: str, segment: int) -> None:
+        """Start to reduce the gradients of this rank's chunk over replicas."""
         ...
 
 
@@ -187,6 +191,8 @@ class Executor:
             if isinstance(action, Compute):
                 run = partial(compute[action.operation.kind], runner)
                 steps.append((run, _Work(plan, action, letter)))
+            elif isinstance(action, Reduce):
+                steps.append((partial(self._reduce, runner), action))
             else:
                 steps.append((communicate[action.kind], letter(action.message)))
         return steps
@@ -212,6 +218,10 @@ class Executor:
         started = self._clock.start()
         runner.weight(work.operation, work.unit, work.strategy)
         self._clock.stop(work.operation, work.unit, started)
+
+    @staticmethod
+    def _reduce(runner: StageRunner, action: Reduce) -> None:
+        runner.reduce(action.module, action.segment)
 
     # -- communicate ---------------------------------------------------------------------------------------------
     def _isend(self, letter: _Letter) -> None:

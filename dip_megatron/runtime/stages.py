@@ -165,13 +165,15 @@ class ModelStages:
         last_rank: int,
         look_ahead: StageLookAhead | None = None,
         on_chunk_done: Callable[[int], None] = lambda _: None,
+        on_reduce: Callable[[int], None] = lambda _: None,
     ):
         """``chunks`` are wrapped (DDP, Float16Module) and in the program's order; ``on_chunk_done(index)`` is called
-        after a chunk's last weight gradient of the iteration, for each chunk counted in ``state.remaining``."""
+        after a chunk's last weight gradient of the iteration, for each chunk counted in ``state.remaining``,
+        ``on_reduce(index)`` where the plan starts a chunk's reduction."""
         self._program = program
         self._step = step
         self._state = state
-        self._on_chunk_done = on_chunk_done
+        self._on_chunk_done, self._on_reduce = on_chunk_done, on_reduce
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
         self._index = {place: i for i, place in enumerate(places)}
         self._chunks = chunks
@@ -269,6 +271,9 @@ class ModelStages:
         self._prefetch_after(operation)
         self._step.weight(self._state.left.pop((operation.unit, operation.segment)))
         self._chunk_progress(operation)
+
+    def reduce(self, module: str, segment: int) -> None:
+        self._on_reduce(self._index[module, segment])
 
     def _prefetch_after(self, operation: Operation) -> None:
         """Bring back what the next backward, or W, needs first while this operation computes."""

@@ -13,8 +13,8 @@ from typing import Any
 from .executor import Position
 
 _KEY = "dip/failure"
-_ALIVE, _LEFT = "dip/alive", "dip/left"
-"""How often all ranks have looked; whether one has ended in order."""
+_ALIVE, _WATCHING, _LEFT = "dip/alive", "dip/watching", "dip/left"
+"""How often all ranks have looked; how many ranks look; how many have ended in order."""
 
 
 class Watchdog:
@@ -24,6 +24,9 @@ class Watchdog:
     failure instead of at their own timeout, and also when the store's host is gone. A host that is cut off says
     nothing: calls of its store just don't return. So one thread asks, another counts how long there has been no answer.
     A rank on that host has its answers, but hears of nobody else: ranks count in the store how often they have looked.
+
+    A store also goes with a host that has ended in order, while other ranks still upload what they have logged or write
+    a last checkpoint. So a rank that knows of such an end has patience with the store, as long as it runs no plan.
     """
 
     def __init__(
@@ -59,8 +62,7 @@ class Watchdog:
 
     def report(self, error: BaseException) -> None:
         """Tell all ranks that this one failed, and print where it stood, and who failed first."""
-        first_line = (str(error).splitlines() or [""])[0]
-        text = f"global rank {self._rank}: {self._position}: {type(error).__name__}: {first_line}"
+        text = self._where(error)
         print(f"[dip] stopped at {text}", file=sys.stderr, flush=True)
         self._failed_here = True
         telling = threading.Thread(target=self._tell, args=(text,), name="dip-watchdog-tell", daemon=True)
@@ -72,7 +74,7 @@ class Watchdog:
         self._news.set()
 
     def close(self) -> None:
-        """End watching, at an orderly shutdown."""
+        """End watching, at an orderly shutdown; at one for an error that nobody has caught, tell all ranks of it."""
         if not self._stop.is_set():
             leaving = threading.Thread(target=self._leave_in_order, name="dip-watchdog-leave", daemon=True)
             try:
@@ -85,9 +87,24 @@ class Watchdog:
         self._stop.set()
         self._news.set()
 
+    def _where(self, error: BaseException) -> str:
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"global rank {self._rank}: {self._position}: {type(error).__name__}: {first_line}"
+
     def _leave_in_order(self) -> None:
+        if self._failed_here:
+            return
+        uncaught = getattr(sys, "last_value", None)
+        if uncaught is not None:  # outside of any plan, in the optimizer for one
+            self._tell(self._where(uncaught))
+            return
         with contextlib.suppress(Exception):  # the host of the store may have ended before
-            self._store.set(_LEFT, "1")
+            left = self._store.add(_LEFT, 1)
+            until = time.monotonic() + 3 * self._interval
+            # The first rank often is the host of the store: those that stay behind have to hear of its end.
+            while self._rank == 0 and left < self._store.add(_WATCHING, 0) and time.monotonic() < until:
+                time.sleep(0.05)
+                left = self._store.add(_LEFT, 0)
 
     def _tell(self, text: str) -> None:
         try:
@@ -101,16 +118,20 @@ class Watchdog:
         own, counted = 0, 0.0
         while not self._stop.wait(self._interval):
             try:
+                if not self._answers:
+                    self._store.add(_WATCHING, 1)
                 cause = self._store.get(_KEY).decode() if self._store.check([_KEY]) else None
+                self._left = self._left or self._store.check([_LEFT])
                 counted += self._interval
                 if counted >= self._turn:
                     own, counted = own + 1, 0.0
-                    others = self._store.add(_ALIVE, 1) - own
-                    if others == self._others:
-                        self._left = self._store.check([_LEFT])
-                    self._others = others
+                    self._others = self._store.add(_ALIVE, 1) - own
             except Exception as error:
-                # The host of the store may just have ended in order before us; then close() comes soon.
+                # The host of the store may just have ended in order before us; then close() comes soon, or once all is
+                # done that this rank has left to do. How long that may take, _watch counts.
+                while self._left and self._position.plan is None:
+                    if self._stop.wait(self._interval):
+                        return
                 if self._stop.wait(self._grace):
                     return
                 cause = f"the rank that hosts the store is gone ({type(error).__name__})"

@@ -270,8 +270,7 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
             case.of.logits(chunk)
     clock = Clock(torch.device("cpu"))
     units = {m.name: case.unit_size if m.encodes else None for m in model.modules}
-    split = 0.0 if case.of.experts else 0.3  # Transformer Engine's grouped linears can't wait
-    drawn = Drawn(case.seed, split=split, strategies=case.strategies)
+    drawn = Drawn(case.seed, split=0.3, strategies=case.strategies)
     maker = DrawnMaker(DrawnUnitGraphs(model, program.modules, units, case.seed), program.shapes, drawn)
     service = PlannerService(maker, workers=0) if rank == 0 else None
     delivery = PlanDelivery(GlooExchange(list(range(world)), APART), service)

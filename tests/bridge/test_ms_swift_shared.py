@@ -19,6 +19,9 @@ ROWS = {"stages": 2, "micro_batch_size": 2}
 """Two samples packed in each; encoders frozen, as ms-swift has it unless it is told otherwise."""
 WHOLE = {**ROWS, "freeze_vit": False, "freeze_aligner": False}
 EXPERTS = {"expert_model_parallel_size": 2, "moe_aux_loss_coeff": [0.01]}
+BALANCED = {"moe_router_load_balancing_type": ["global_aux_loss"], "moe_aux_loss_coeff": [0.01]}
+"""Over all replicas, each of which has all experts; by running means, which 'static' plans have in the order of
+Megatron's own schedule."""
 SHARES = {"context_parallel_size": 2}
 FAMILIES = ["mcore-qwen3-vl-moe"]
 DENSE: list[str] = []
@@ -33,6 +36,7 @@ if DEEP:
     CASES["experts"] |= {f"{name} frozen": {**ROWS, **EXPERTS, "tiny": name} for name in FAMILIES}
     CASES["sequences"] = {name: {**WHOLE, **SHARES, **EXPERTS, "tiny": name} for name in FAMILIES}
     CASES["sequences"] |= {f"{name} frozen": {**ROWS, **SHARES, **EXPERTS, "tiny": name} for name in FAMILIES}
+    CASES["balance"] = {"mcore-qwen3-vl-moe": {**WHOLE, **BALANCED, "tiny": "mcore-qwen3-vl-moe"}}
     CASES["dense sequences"] = {name: {**WHOLE, **SHARES, "tiny": name} for name in DENSE}
 
 
@@ -49,7 +53,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
             if not (folders / tiny.name).exists():
                 tiny.save(folders / tiny.name)
             asked[case] = given
-            asked[f"{case} dip"] = {**given, "dip": TAPPED if tiny.language_layers == 6 else DIP}
+            dip = TAPPED if tiny.language_layers == 6 else DIP
+            asked[f"{case} dip"] = {**given, "dip": dip | ({"DIP_SCHEDULE": "static"} if how == "balance" else {})}
         return ran(asked, folders, tmp_path_factory.mktemp(how.replace(" ", "_")), ranks=4)
 
     return trained
@@ -57,9 +62,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
 
 @pytest.mark.parametrize(("how", "case"), [(how, case) for how, cases in CASES.items() for case in cases])
 def test_two_ranks_of_a_stage_train_as_without_dip(runs: Any, how: str, case: str) -> None:
-    """Where there are experts, each rank has half of them, and all of the rest."""
+    """Where there are experts, each rank has half of them, and all of the rest; where only their balance joins
+    replicas, all."""
     under, off = runs(how)[f"{case} dip"], runs(how)[case]
     experts = {name for name in off[0]["gradients"] if "experts" in name and name[-1].isdigit()}
-    assert {name[-1] for name in experts} == ({"0", "1"} if case.split()[0] in FAMILIES else set())
+    here = "0123" if how == "balance" else "01" if case.split()[0] in FAMILIES else ""
+    assert {name[-1] for name in experts} == set(here)
     for rank in (0, 1):
         assert_trained_alike(under[rank::2], off[rank::2], weights=1e-4)

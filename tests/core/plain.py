@@ -12,6 +12,7 @@ from dip_megatron.core import (
     CommunicationKind,
     Compute,
     Message,
+    Reduce,
     Schedule,
     StageGraph,
 )
@@ -98,6 +99,8 @@ def check_rank(graph: StageGraph, schedule: Schedule, rank: int, actions: tuple[
                     raise PlanError(f"{place}: runs before it has awaited {message}")
             due.update(m for m in outgoing(graph, action.operation) if m.channel.target != rank)
             continue
+        if isinstance(action, Reduce):
+            raise PlanError(f"{place}: in a plan that is coupled with none")
         message, kind = action.message, action.kind
         own = message.channel.source if kind in _SENDING else message.channel.target
         if own != rank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import Parallel
 from dip_megatron.megatron.arguments import check_arguments, parallel_of
-from dip_megatron.megatron.experts import check_experts
+from dip_megatron.megatron.configs import check_configs
+from dip_megatron.megatron.experts import check_experts, joined_by_balance
 
 FINE: dict[str, Any] = {
     "dip_schedule": "dynamic", "dip_config": None, "dip_planner_workers": None, "dip_search_budget": None,
@@ -57,7 +59,8 @@ def test_the_reason_and_the_way_out_are_named(flags: dict[str, Any], message: st
 
 
 def test_replicas_that_a_loss_joins_plan_together() -> None:
-    """The loop's flags tell of it; where a loop doesn't, replicas that share no experts are refused."""
+    """The loop's flags tell of it, or the config of the model that it builds; where neither does until it is built,
+    replicas that share no experts are refused."""
     asked = {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0, 1]}
     flags = Namespace(**FINE | EXPERTS | asked | {"data_parallel_size": 4})
     check_arguments(flags)
@@ -71,5 +74,33 @@ def test_replicas_that_a_loss_joins_plan_together() -> None:
     said = r"joins all 4 replicas, .* alone \(1\); .*_size 8\), or use aux_loss"
     with pytest.raises(ConfigurationError, match=said):
         check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1))
+    assert joined_by_balance([None, config], Parallel(tp=2, dp=4, ep=2, etp=1)).coupled == 4
+    assert joined_by_balance([config], Parallel(tp=2, dp=1, ep=2, etp=1)).coupled == 1
     config.moe_router_load_balancing_type = "aux_loss"
     assert check_experts([config], Parallel(tp=2, dp=4, ep=2, etp=1)) == set()
+    assert joined_by_balance([config], Parallel(tp=2, dp=4, ep=2, etp=1)).coupled == 1
+
+
+class Recipe(StrEnum):
+    """As Megatron's configs have it; arguments have the string."""
+
+    delayed, tensorwise = "delayed", "tensorwise"
+
+
+@pytest.mark.parametrize("recipe", ["delayed", Recipe.delayed])
+def test_scales_of_all_replicas_are_refused(recipe: Any) -> None:
+    """Each has a plan of its own, in which forwards come in another order, or are more."""
+    config = SimpleNamespace(fp8="hybrid", fp8_recipe=recipe, tp_only_amax_red=False)
+    with pytest.raises(ConfigurationError, match=r"every forward joins all 4 replicas .*; set tp_only_amax_red, or"):
+        check_configs([None, config], Parallel(tp=2, dp=4))
+    check_configs([config], Parallel(tp=2, dp=1))
+    for fits in ({"tp_only_amax_red": True}, {"fp8": None}, {"fp8_recipe": Recipe.tensorwise}):
+        check_configs([SimpleNamespace(**vars(config) | fits)], Parallel(tp=2, dp=4))
+
+
+def test_copies_of_weights_in_low_precision_are_told_of() -> None:
+    config = SimpleNamespace(fp8="hybrid", fp8_recipe="tensorwise", fp8_param=False)
+    (note,) = check_configs([None, config], Parallel(tp=2, dp=4))
+    assert "plans don't count these copies" in note
+    config.fp8_param = True
+    assert check_configs([config], Parallel(tp=2, dp=4)) == set()

@@ -112,7 +112,7 @@ def test_an_evaluation_does_not_wait_for_ever_behind_a_plan_that_training_does_n
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(delivery.take, 2)
         try:
-            assert taken.result(30.0).plan.name == "greedy"
+            assert taken.result(LONG).plan.name == "greedy"
         finally:
             delivery.close()
             delivery.take(1)

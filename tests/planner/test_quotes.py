@@ -96,6 +96,15 @@ def test_everyone_must_come_to_the_same():
     assert settle(proposal, [*answers(proposal, 1.0), other]).reason == "replicas came to different assignments"
 
 
+def test_replicas_that_do_not_agree_on_what_is_gained_move_nothing():
+    """As on unlike processors: one would send what the other doesn't take."""
+    proposal = replace(propose(quotes(3, 2, 4)), gain_seconds=1.0, nominal_seconds=1.0)
+    other = replace(proposal, gain_seconds=float(np.nextafter(1.0, 0.0)))
+    said = [*answers(proposal, 0.0), *answers(other, 0.0)]
+    assert settle(proposal, answers(proposal, 0.0, 0.0)).assignment is not None
+    assert [settle(each, said).assignment for each in (proposal, other)] == [None, None]
+
+
 def test_what_cannot_be_balanced_stays():
     same = [Quote(np.ones((3, 2)), np.ones((3, 2)), np.ones(3, dtype=np.int64)) for _ in range(3)]
     assert propose(same).reason == "there is too little to gain"

@@ -295,6 +295,18 @@ def test_a_hanging_worker_is_replaced(service_of, monkeypatch):
     assert service.statistics.worker_deaths == 1
 
 
+def test_a_hanging_worker_is_noticed_though_nobody_needs_its_plan(service_of, monkeypatch):
+    """A process that ends waits for the thread that waits for the plan."""
+    service = service_of("hangs")
+    wait_until_ready(service)
+    monkeypatch.setattr(service, "_hang_seconds", 0.5)
+    with Ahead(hurries=False) as ahead:
+        service.submit(request(1))
+        assert service.take(1, 0.0, ahead).name == "greedy"
+    monkeypatch.undo()
+    assert service.statistics.worker_deaths == 1
+
+
 def test_a_killed_worker_is_replaced(service_of, caplog):
     service = service_of()
     wait_until_ready(service)

@@ -84,7 +84,7 @@ def dips(rank: int, world: int, case: Case, seed: int, exchanges: bool = False) 
     program = LlavaProgram(kwargs, layers, rank=stage, freeze=frozen)
     chunks: Any = program.build_chunks()
     draw_by_name(chunks, 7, deviation)
-    chunks = wrapped(Wrap(0), chunks)
+    chunks = wrapped(Wrap(0, overlap=True), chunks)
     group, coupled = coupled_ranks()
     model = describe_llava(kwargs, frozen, Parallel(1, STAGES, replicas, False, False, 1, replicas))
     partition = Partition(

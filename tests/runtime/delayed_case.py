@@ -128,6 +128,9 @@ class WholeNumbers:
     def weight(self, operation: Operation, unit: Unit, strategy: str) -> None:
         self.sums[operation.module, operation.segment] += self.left.pop(place(operation))
 
+    def reduce(self, module: str, segment: int) -> None:
+        raise AssertionError("a replica that plans alone starts reductions when chunks are done")
+
 
 def tensors(number: int, unit: int) -> Tensors:
     return {"x": torch.full((1 + unit % 3,), number, dtype=torch.int64)}

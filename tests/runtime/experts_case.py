@@ -220,9 +220,12 @@ def dips(rank: int, world: int, ranks: Ranks, case: ExpertsCase, drawn: Drawn) -
     return ran(case, program, chunks, replica_ranks(), lambda _: maker)
 
 
-def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: int, room: float | None = None) -> Any:
-    """Of ours where replicas share experts: under plans that a counted search makes for all of them, with ``room`` for
-    such a share of what the microbatches of a replica keep in all."""
+def dips_together(
+    rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: int, room: float | None = None,
+    schedule: str = "dynamic",
+) -> Any:  # fmt: skip
+    """Of ours where replicas share experts: under plans that a counted search makes for all of them, or another
+    ``schedule``, with ``room`` for such a share of what the microbatches of a replica keep in all."""
     from dip_megatron.describe.cost import load_cluster
     from dip_megatron.describe.model import ModulePartition, Parallel, Partition
     from dip_megatron.describe.workload import Microbatch
@@ -249,9 +252,38 @@ def dips_together(rank: int, world: int, ranks: Ranks, case: ExpertsCase, seed: 
             limit = held.static_bytes.max() + room * held.activation[0].sum(axis=0).max()
             graphs = replace(graphs, memory_limit=float(limit))
         effort = Effort(evaluations=200, seed=seed, deterministic=True)
-        return joint_maker(find_schedule("dynamic"), graphs, program.shapes, effort, experts, "drawn")
+        return joint_maker(find_schedule(schedule), graphs, program.shapes, effort, experts, "drawn")
 
     return ran(case, program, chunks, group, make, coupled)
+
+
+def own_loop(rank: int, world: int, ranks: Ranks, case: ExpertsCase) -> Any:
+    """Of ours in a loop of one's own, which tells DIP no more than its model's config says; and how many replicas plan
+    together."""
+    initialize(world, ranks)
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.pipeline_parallel import schedules
+
+    import dip_megatron
+    from dip_megatron.megatron.hooks import Hooks
+
+    dip_megatron.install()
+    kwargs = gpt_kwargs(case, ranks)
+    stages = dip_megatron.build_model(
+        lambda **stage: GPTModel(**kwargs, **stage), micro_batch_size=1, num_microbatches=case.microbatches,
+        schedule="dynamic", planner_workers=0, search_evaluations=200,
+        modules={"language": {"layers": [list(line) for line in case.layers]}},
+    )  # fmt: skip
+    draw_by_name(stages, 7, deviation)
+    chunks = wrapped(case, stages)
+    losses = schedules.get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
+        num_microbatches=case.microbatches, seq_length=LENGTH, micro_batch_size=1, forward_only=False,
+    )  # fmt: skip
+    session = Hooks.installed().session
+    assert session is not None
+    Hooks.installed().end(session)
+    return (*found(losses, chunks), session._loop.parallel.coupled)
 
 
 def built(world: int, ranks: Ranks, case: ExpertsCase) -> Any:

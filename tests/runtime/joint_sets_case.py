@@ -204,7 +204,7 @@ class Trainer:
         chunks: Any = program.build_chunks()
         assert program.supports_split
         draw_by_name(chunks, 7, deviation)
-        self._chunks = wrapped(Wrap(0), chunks)
+        self._chunks = wrapped(Wrap(0, overlap=True), chunks)
         experts = experts_of(self._chunks, program.modules, exchange, coupled)
         meet_in_backwards(self._chunks)
         self._maker = DrawnSetMaker(program.modules, program.shapes, experts)

@@ -12,10 +12,10 @@ from dip_megatron.compat.releases import version_numbers
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import known_strategies, strategy_names
 from dip_megatron.planner.quotes import ExchangeReport
-from tests.collectives import disagreement
+from tests.collectives import disagreement, reductions_before, stuck
 from tests.processes import Team
 from tests.runtime import coupled_llava_case, means_case
-from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons
+from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons, own_loop
 from tests.runtime.llava_case import Case
 from tests.runtime.split_case import Drawn
 from tests.runtime.test_equality import TOLERANCE
@@ -144,14 +144,18 @@ LENGTHS = (16, 6, 12, 8, 14)
 )
 def test_replicas_that_share_experts_equal_megatrons(four, case):
     """DP 2 x PP 2 with EP 2 across the replicas, on batches of other lengths: plans made together, with and without
-    layers that are recomputed."""
+    layers that are recomputed, and in Megatron's interleaved order, where the first chunk to be done is reduced between
+    backwards of others."""
     ranks = Ranks(pp=2, ep=2)
     theirs = merged(four(ranks).run(megatrons, ranks, case))
-    for seed, room in ((1, None), (2, 0.28)):
-        answers = four(ranks).run(dips_together, ranks, replace(case, layers=SEGMENTS), seed, room)
+    for seed, room, schedule in ((1, None, "dynamic"), (2, 0.28, "dynamic"), (1, None, "static")):
+        answers = four(ranks).run(dips_together, ranks, replace(case, layers=SEGMENTS), seed, room, schedule)
         assert_equal(theirs, merged(answers))
-        assert any(name == "all_to_all_single" for answer in answers for name, _ in answer[4])
-        assert disagreement([answer[4] for answer in answers]) == ""
+        logs = [answer[4] for answer in answers]
+        assert any(name == "all_to_all_single" for log in logs for name, _ in log)
+        assert disagreement(logs) == stuck(logs) == ""
+        if case.overlap and schedule == "static":
+            assert all(reductions_before(log, "all_to_all_single") for log in logs[2:])  # those of the second stage
         recomputed = {kind for answer in answers for kind in answer[3] if isinstance(kind, str) and kind != "none"}
         assert bool(recomputed) == (room is not None) or case.mtp
 
@@ -178,6 +182,17 @@ def test_experts_balanced_over_an_iteration_equal_megatrons(pair, four, ranks, t
         assert_equal(merged(team.run(megatrons, ranks, case)), merged(answers))
 
 
+def test_a_loop_of_ones_own_joins_replicas_by_what_its_models_config_says(four):
+    """They share nothing but the loss over all of their tokens."""
+    ranks, case = Ranks(pp=2), ExpertsCase(4, options=GLOBAL, lengths=LENGTHS)
+    team = four(ranks)
+    answers, calls = zip(*team.run(means_case.recording, own_loop, ranks, replace(case, layers=SEGMENTS)), strict=True)
+    assert {answer[3] for answer in answers} == {2}
+    replicas = [means_case.of_replica(calls[r::2]) for r in range(2)]
+    means_case.check_means(replicas, case.microbatches)
+    assert_equal(merged(team.run(means_case.megatrons, ranks, case, replicas)), merged(answers))
+
+
 LLAVA = Case((7, 0, 1, 5, 3, 2), vision=((1, 1), (1, 0)), language=((1, 1), (1, 1)))
 """Three microbatches for each of two replicas."""
 
@@ -191,7 +206,8 @@ def test_replicas_with_encoders_of_their_own_equal_megatrons(pair_of_replicas, f
     theirs = merged(pair_of_replicas.run(coupled_llava_case.megatrons, case))
     answers = four(Ranks(pp=2, ep=2)).run(coupled_llava_case.dips, case, 1)
     assert_equal(theirs, merged(answers))
-    assert disagreement([answer[4] for answer in answers]) == ""
+    logs = [answer[4] for answer in answers]
+    assert disagreement(logs) == stuck(logs) == ""
 
 
 def test_replicas_that_share_experts_exchange_for_alike_slots(pair_of_replicas, four):

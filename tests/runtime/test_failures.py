@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -101,11 +102,10 @@ class _Store:
         return desired.encode()
 
     def add(self, key: str, amount: int) -> int:
+        if key != "dip/alive":
+            return amount
         self.added += amount
         return self.added
-
-    def set(self, key: str, value: str) -> None:
-        self.left = True
 
 
 @pytest.mark.parametrize("failed_here", [False, True])
@@ -174,3 +174,40 @@ def test_a_rank_that_fails_because_of_another_names_the_first(capsys):
     assert "the first to stop was" not in first
     assert "global rank 1: the first to stop was global rank 3: pipeline rank 3" in second
     assert "out of memory" in second
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_store_may_go_with_a_host_that_has_ended_in_order(in_order, runs, monkeypatch):
+    """Others still have uploads to end then; but none runs a plan."""
+    store, gone, left = dist.HashStore(), threading.Event(), queue.Queue[int]()
+
+    class Going:
+        def check(self, keys: list[str]) -> bool:
+            if gone.is_set():
+                raise dist.DistNetworkError("the connection was closed")
+            return store.check(keys)
+
+        add, compare_set = store.add, store.compare_set
+
+    position = Position(1)
+    times = {"interval_seconds": 0.05, "grace_seconds": 0.1}
+    host = Watchdog(store, Position(0), 0, **times, leave=left.put)
+    other = Watchdog(Going(), position, 1, **times, patience_seconds=1e6, leave=left.put)
+    while store.add("dip/watching", 0) < 2:
+        time.sleep(0.01)
+    uncaught = None if in_order else MemoryError("in the optimizer")
+    monkeypatch.setattr(sys, "last_value", uncaught, raising=False)
+    host.close()
+    while in_order and not other._left:  # a busy machine may let it hear of that late
+        time.sleep(0.01)
+    if runs:
+        position.plan = SimpleNamespace(actions=[(), ()])  # type: ignore[assignment]
+    gone.set()
+    if in_order and not runs:
+        time.sleep(1.0)
+        assert left.empty()
+    else:
+        assert left.get(timeout=LONG) == 1
+    assert in_order or b"is between iterations: MemoryError: in the optimizer" in store.get("dip/failure")
+    other.close()

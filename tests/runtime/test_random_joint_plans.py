@@ -1,5 +1,5 @@
-"""Drawn sets of joint plans run on four ranks: they end, their collectives come in one order, and losses and gradients
-are those of Megatron's own schedule."""
+"""Drawn sets of joint plans run on four ranks: they end, their collectives come in one order, reductions among them,
+and losses and gradients are those of Megatron's own schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 
 from dip_megatron.core.strategies import strategy_names
-from tests.collectives import disagreement
+from tests.collectives import disagreement, reductions_before, stuck
 from tests.drawn import DEEP, FACTOR
 from tests.processes import Team, team
 from tests.runtime.joint_sets_case import BLOCK, CUTS, megatrons, run_sets
@@ -25,6 +25,7 @@ def test_drawn_sets_end_and_equal_megatrons(tmp_path):
     (everything,) = team(1).run(megatrons, file)
     first = random.SystemRandom().randrange(2**31) if DEEP else 0
     ran: set[str] = set()
+    early = 0
     compared: dict[int, set[str]] = defaultdict(set)
     four = Team(4)
     try:
@@ -33,7 +34,8 @@ def test_drawn_sets_end_and_equal_megatrons(tmp_path):
             answers = four.run(run_sets, file, seeds, TOLERANCE, timeout=1800.0)
             assert [fault for answer in answers for fault in answer[0]] == []
             for seed, logs in zip(seeds, zip(*(answer[1] for answer in answers), strict=True), strict=True):
-                assert disagreement(logs) == "", f"set {seed}"
+                assert disagreement(logs) == stuck(logs) == "", f"set {seed}"
+                early += sum(reductions_before(log, "all_to_all_single") for log in logs)
                 assert any(name == "all_to_all_single" for log in logs for name, _ in log), f"set {seed}"
             for *_, kinds, names in answers:
                 ran |= kinds
@@ -42,6 +44,7 @@ def test_drawn_sets_end_and_equal_megatrons(tmp_path):
     finally:
         four.close()
     assert ran >= {"F", "B", "W", "BW", *strategy_names()}
+    assert early > 0
     assert len(compared) == len(CUTS)
     for cut, names in compared.items():
         assert names == {name for name in everything if not name.startswith(CUTS[cut].freeze)}

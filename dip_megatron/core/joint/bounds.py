@@ -35,7 +35,7 @@ from ..bounds import Bounded, bounded, lower_bound
 from ..experts import ExpertLayers
 from ..filling import fed_by_nothing, passing, upper_sets
 from ..graph import Floats, StageGraph
-from .kernels import chunk_numbers
+from ..reductions import chunk_numbers
 
 
 def joint_lower_bound(graphs: Sequence[StageGraph], experts: ExpertLayers, *, split: bool = True) -> float:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..experts import ExpertLayers
 from ..graph import Floats, Ints, StageGraph
 from ..order import Schedule
+from ..reductions import chunk_numbers
 from ..simulate.compiled import compiled
 from ..simulate.kernels import FORWARD, WEIGHT, backward_ready, forward_ready
 
@@ -42,17 +43,6 @@ class JointArrays(NamedTuple):
     after: Ints
     after_transfer: Floats
     chunk: Ints
-
-
-def chunk_numbers(graph: StageGraph) -> Ints:
-    """``[S]``: the number of each virtual microbatch's (module, segment)."""
-    first, n = {}, 0
-    for m in graph.modules:
-        first[m.name] = n
-        n += m.segments
-    return np.concatenate(
-        [first[u.module] + np.arange(graph.module(u.module).segments, dtype=np.int32) for u in graph.units]
-    ).astype(np.int32)
 
 
 def joint_arrays(
@@ -219,7 +209,8 @@ def replay_joint(
 
 class JointMessages(NamedTuple):
     """The messages of all replicas' graphs, as in :class:`..kernels.Messages`, for replica g from ``first[g]`` on;
-    ``source`` and ``target`` are ranks. ``rows`` and ``edges`` ``[G]``; ``node`` ``[G]``: its first node."""
+    ``source`` and ``target`` are ranks. ``rows`` and ``edges`` ``[G]``; ``node`` ``[G]``: its first node. ``turn``
+    ``[chunks, P]``: which of all reductions a chunk's on a rank is."""
 
     ranks: int
     replicas: int
@@ -229,6 +220,7 @@ class JointMessages(NamedTuple):
     node: Ints
     source: Ints
     target: Ints
+    turn: Ints
 
 
 @compiled
@@ -237,21 +229,28 @@ def replay_actions(
     sent_count: Ints, received_count: Ints, matched: NDArray[np.bool_],
 ) -> bool:  # fmt: skip
     """Run the actions ``codes`` ``[G * P, .]`` of all replicas together under rendezvous semantics, an operation with
-    experts when all members stand at one; True if all end. ``place`` ``[G * P]`` tells where each rank stands.
+    experts or a reduction when all members stand at one, and a reduction after all those that have an earlier turn;
+    True if all end. ``place`` ``[G * P]`` tells where each rank stands.
 
-    The order of events and of messages must have been checked before. Work space: ``sent``, ``received`` ``[G * 2PP,
-    most messages of a channel]``, ``sent_count``, ``received_count`` ``[G * 2PP]``, ``matched`` (all messages), zeros.
+    The order of events, reductions and messages must have been checked before. Work space: ``sent``, ``received``
+    ``[G * 2PP, most messages of a channel]``, ``sent_count``, ``received_count`` ``[G * 2PP]``, ``matched`` (all
+    messages), zeros.
     """
     progressed = True
+    reduced = 0
     while progressed:
         progressed = False
         for p in range(m.ranks):
-            waiting = 0
+            waiting, turn = 0, -1
             for g in range(m.replicas):
                 line = g * m.ranks + p
                 rows, edges = m.rows[g], m.edges[g]
                 while place[line] < counts[line]:
                     code = codes[line, place[line]]
+                    if code >= 4 * rows + 8 * edges:
+                        turn = m.turn[code - 4 * rows - 8 * edges, p]
+                        waiting += 1
+                        break
                     if code < 4 * rows:
                         kind = code // rows
                         if kind != WEIGHT and chunk[m.node[g] + (code - kind * rows) * m.ranks + p] >= 0:
@@ -278,7 +277,8 @@ def replay_actions(
                                 matched[sent[c, at]] = True
                     place[line] += 1
                     progressed = True
-            if waiting == m.replicas:
+            if waiting == m.replicas and turn <= reduced:
+                reduced += turn >= 0
                 for g in range(m.replicas):
                     place[g * m.ranks + p] += 1
                 progressed = True

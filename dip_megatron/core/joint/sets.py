@@ -14,6 +14,7 @@ from ..graph import StageGraph
 from ..lower import lower
 from ..order import Schedule
 from ..plan import Payload, Plan, Predicted, SearchStatistics
+from ..reductions import place_reductions, with_reductions
 from .simulate import JointTimeline, simulate_joint_compiled
 
 
@@ -62,7 +63,8 @@ def make_joint_plan(
     payloads: Sequence[Mapping[tuple[int, ...], Payload]] | None = None,
     search: SearchStatistics | None = None,
 ) -> JointPlan:
-    """:func:`..lower.make_plan` for replicas that are coupled: simulated together, then lowered one by one.
+    """:func:`..lower.make_plan` for replicas that are coupled: simulated together, then lowered one by one, with places
+    for the starts of their reductions.
 
     ``graphs[replica]`` with ``schedules[replica]``; ``payloads[replica]`` as in :class:`Plan`. Raises DeadlockError if
     the orders can't end, JointError if the replicas don't meet in the same order.
@@ -71,6 +73,7 @@ def make_joint_plan(
     single = [Schedule(s.orders, np.zeros_like(s.strategy)) for s in schedules]
     joint = simulate_joint_compiled(projected, single, experts)
     count = len(projected)
+    places = place_reductions(projected, single, [timeline.end for timeline in joint.replicas])
     plans = []
     for g, (graph, schedule, timeline) in enumerate(zip(projected, single, joint.replicas, strict=True)):
         peak = tuple(float(b) for b in timeline.peak_bytes)
@@ -78,7 +81,7 @@ def make_joint_plan(
             Plan(
                 graph=graph,
                 schedule=schedule,
-                codes=lower(graph, schedule, timeline),
+                codes=with_reductions(graph, lower(graph, schedule, timeline), places[g]),
                 predicted=Predicted(joint.iteration_time, lower_bound, joint.bubble_ratio(g), peak),
                 name=name,
                 payloads=dict(payloads[g]) if payloads else {},

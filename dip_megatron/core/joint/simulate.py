@@ -18,8 +18,8 @@ from .kernels import DISAGREE, JointArrays, joint_arrays, pad_joint_orders, repl
 
 class JointError(ValueError):
     """Plans that may not run together. ``condition`` says which rule is broken: ``size`` (replicas, ranks or modules
-    differ), ``plan`` (one plan by itself), ``order``, ``recompute``, ``pairing`` or ``cycle``; the message names the
-    first pair of operations."""
+    differ), ``plan`` (one plan by itself), ``order``, ``recompute``, ``pairing``, ``reduction`` or ``cycle``; the
+    message names the first pair of operations."""
 
     def __init__(self, condition: str, message: str) -> None:
         super().__init__(message)

@@ -2,18 +2,20 @@
 never run.
 
 Collectives of experts run over all coupled replicas at once, one after the other in the order in which each member
-comes to them. Plans run to their end, with the gradients of their own microbatches, exactly when
+comes to them. Plans run to their end, with the gradients of their own microbatches and beside any others that do, when
 
 1. on each pipeline rank all replicas have the same sequence of (chunk, forward or backward), over the operations that
-   meet (those of stages with experts, weight gradients left out), and paired backwards repeat the collectives of the
-   same layers;
+   meet (those of stages with experts, weight gradients left out) and the starts of reductions, and paired backwards
+   repeat the collectives of the same layers;
 2. backwards of a chunk are paired as its forwards were: else token counts don't fit, or, where they are padded to a
    capacity, gradients are silently wrong;
-3. the union of all plans, with the operations of one event made one, has no cycle.
+3. the union of all plans, with the operations of one event and the starts of one reduction made one, and each
+   reduction after the one before it in their order, has no cycle. Why that makes many such sets end together says
+   :mod:`..reductions`.
 
 Which microbatches meet, what is split, and where weight gradients stand is free. The third is decided by running all
-actions at once: an event, a send or a wait that can take place never keeps another from it, so that one run is as good
-as all.
+actions at once: an event, a reduction, a send or a wait that can take place never keeps another from it, so that one
+run is as good as all.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codes import Decoder
+from ..codes import Decoder, first_reduction
 from ..experts import ExpertLayers, ExpertLayersError
 from ..graph import Ints
 from ..kernels import messages_of
 from ..operations import Kind
 from ..plan import Plan
+from ..reductions import chunk_numbers, reduction_order, reduction_turns
 from ..strategies import StrategyError
 from ..verify import PlanError, verify
-from .kernels import JointMessages, chunk_numbers, replay_actions
+from .kernels import JointMessages, replay_actions
 from .sets import JointPlan
 from .simulate import JointError
 
@@ -101,9 +104,9 @@ def _check_shapes(plans: Sequence[Plan], experts: ExpertLayers) -> None:
 
 
 class _Line:
-    """The operations of one rank of one replica that meet, in order: ``code`` as in the order, ``what`` the (chunk,
-    forward or backward), ``repeats`` the layers whose collectives a backward repeats, ``turn`` how manieth forward of
-    its chunk belongs to it."""
+    """What one rank of one replica does with others, in order: ``code`` of the action, ``what`` the (chunk, forward or
+    backward) or, negative, the chunk whose reduction starts, ``repeats`` the layers whose collectives a backward
+    repeats, ``turn`` how manieth forward of its chunk belongs to it."""
 
     def __init__(
         self, code: Ints, what: NDArray[np.int64], repeats: NDArray[np.int64], turn: NDArray[np.int64]
@@ -112,17 +115,17 @@ class _Line:
 
 
 def _meeting(plan: Plan, chunks: Ints, repeats: NDArray[np.int64], rank: int) -> _Line:
-    rows = plan.graph.virtual_microbatches
-    order = plan.schedule.orders[rank]
-    kind, row = np.divmod(order, rows)
-    meets = (chunks[row, rank] >= 0) & (kind != int(Kind.W))
-    order, kind, row = order[meets], kind[meets], row[meets]
-    back = kind != int(Kind.F)
-    what = 2 * chunks[row, rank].astype(np.int64) + back
+    rows, first = plan.graph.virtual_microbatches, first_reduction(plan.graph)
+    code = plan.codes[rank][(plan.codes[rank] < 4 * rows) | (plan.codes[rank] >= first)]
+    starts = code >= first
+    kind, row = np.divmod(np.where(starts, 0, code), rows)
+    meets = starts | ((chunks[row, rank] >= 0) & (kind != int(Kind.W)))
+    code, kind, row, starts = code[meets], kind[meets], row[meets], starts[meets]
+    ahead, back = ~starts & (kind == int(Kind.F)), ~starts & (kind != int(Kind.F))
+    what = np.where(starts, -1 - (code - first), 2 * chunks[row, rank] + back).astype(np.int64)
     turns = np.full(rows, -1, dtype=np.int64)
-    ahead = row[~back]
-    turns[ahead] = _occurrence(what[~back])
-    return _Line(order, what, np.where(back, repeats[row, rank], 0), turns[row])
+    turns[row[ahead]] = _occurrence(what[ahead])
+    return _Line(code, what, np.where(back, repeats[row, rank], 0), np.where(starts, 0, turns[row]))
 
 
 def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -147,6 +150,8 @@ def _compare(plans: Sequence[Plan], lines: Sequence[_Line], g: int, rank: int) -
 
     def named(replica: int, at: int) -> str:
         code = int(lines[replica].code[at])
+        if lines[replica].what[at] < 0:
+            return f"[{Decoder(plans[replica].graph).action(code, rank)}]"
         kind, row = divmod(code, plans[replica].graph.virtual_microbatches)
         return str(plans[replica].graph.operation(Kind(kind), row, rank))
 
@@ -155,12 +160,14 @@ def _compare(plans: Sequence[Plan], lines: Sequence[_Line], g: int, rank: int) -
         if len(a.what) != len(b.what):
             longer = 0 if len(a.what) > count else g
             raise JointError(
-                "order",
+                "order" if lines[longer].what[count] >= 0 else "reduction",
                 f"{place}: replica {longer} runs {named(longer, count)} where replica {g - longer} has ended; its "
                 "members would wait for ever",
             )
         return
     pair = f"replica 0 runs {named(0, i)} where replica {g} runs {named(g, i)}"
+    if order == i and min(a.what[i], b.what[i]) < 0:
+        raise JointError("reduction", f"{place}: {pair}: ranks would come to their collectives in two orders and hang")
     if order == i:
         raise JointError("order", f"{place}: {pair}: another chunk or direction; the group would hang")
     if recompute == i:
@@ -197,6 +204,7 @@ def _replay(plans: Sequence[Plan], chunks: Sequence[Ints]) -> None:
         node=np.cumsum([0, *(x.virtual_microbatches * ranks for x in each)]).astype(np.int32),
         source=np.concatenate([x.source for x in each]),
         target=np.concatenate([x.target for x in each]),
+        turn=reduction_turns(plans[0].graph.modules),
     )
     lines = [line for p in plans for line in p.codes]
     counts = np.array([len(line) for line in lines], dtype=np.int32)
@@ -220,34 +228,55 @@ def _cycle(plans: Sequence[Plan], chunks: Sequence[Ints], place: Ints) -> str:
     """Who waits for whom, in words."""
     ranks, count = plans[0].graph.ranks, len(plans)
     decoders = [Decoder(p.graph) for p in plans]
+    turns = reduction_turns(plans[0].graph.modules)
+
+    def code(where: Place) -> int:
+        """Of the action at which it stands; -1 behind the last."""
+        g, p = where
+        i = int(place[g * ranks + p])
+        return int(plans[g].codes[p][i]) if i < len(plans[g].codes[p]) else -1
 
     def at(where: Place) -> str:
+        return str(decoders[where[0]].action(code(where), where[1]))
+
+    def turn(where: Place) -> int:
+        """Of the reduction at which it stands; -1 if it doesn't."""
         g, p = where
-        return str(decoders[g].action(int(plans[g].codes[p][place[g * ranks + p]]), p))
+        first = first_reduction(plans[g].graph)
+        return int(turns[code(where) - first, p]) if code(where) >= first else -1
 
     def meets(where: Place) -> bool:
         g, p = where
-        line = plans[g].codes[p]
-        if place[g * ranks + p] >= len(line):
-            return False
-        kind, row = divmod(int(line[place[g * ranks + p]]), plans[g].graph.virtual_microbatches)
-        return kind < 4 and kind != int(Kind.W) and bool(chunks[g][row, p] >= 0)
+        if turn(where) >= 0:
+            return True
+        kind, row = divmod(code(where), plans[g].graph.virtual_microbatches)
+        return 0 <= kind < 4 and kind != int(Kind.W) and bool(chunks[g][row, p] >= 0)
 
     def waits_for(where: Place) -> Place:
         g, p = where
         if meets(where):
-            return next((h, p) for h in range(count) if not meets((h, p)))
-        message = decoders[g].action(int(plans[g].codes[p][place[g * ranks + p]]), p).message  # type: ignore[union-attr]
+            absent = next(((h, p) for h in range(count) if not meets((h, p))), None)
+            return absent or before(turn(where))
+        message = decoders[g].action(code(where), p).message  # type: ignore[union-attr]
         other = message.channel.source if message.channel.target == p else message.channel.target
         return g, other
+
+    def before(turn_: int) -> Place:
+        """Who has not come to the reduction before, of another rank."""
+        for number, q in reversed(reduction_order(plans[0].graph.modules)[:turn_]):
+            for h in range(count):
+                ahead = plans[h].codes[q][: place[h * ranks + q]]
+                if not (ahead == number + first_reduction(plans[h].graph)).any() and turn((h, q)) != turns[number, q]:
+                    return h, q
+        raise AssertionError("a reduction waits for none")
 
     stuck = next((g, p) for g in range(count) for p in range(ranks) if meets((g, p)))
     path = [stuck]
     while (following := waits_for(path[-1])) not in path:
         path.append(following)
     path = path[path.index(following) :]
-    turn = next((i for i, w in enumerate(path) if meets(w)), 0)  # begin where the replicas meet
-    path = path[turn:] + path[:turn]
+    start = next((i for i, w in enumerate(path) if meets(w)), 0)  # begin where the replicas meet
+    path = path[start:] + path[:start]
     steps = [f"replica {g}, rank {p} at {at((g, p))}" for g, p in path]
     shown = steps if len(steps) <= 8 else [*steps[:7], f"{len(steps) - 7} more"]
     return "each plan ends alone, all together don't: " + " waits for ".join(shown) + f", which waits for {steps[0]}"

@@ -9,7 +9,7 @@ split one leaves the product to its own W, in whatever order these come.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from ...compat import transformer_engine as te
 from ...runtime.deferred import accumulate, own_part
 from ...runtime.modes import StageMode
 from ...runtime.offload import OffloadedActivations
+
+_WATCHED = "dip_watches"
 
 
 class StageStore:
@@ -35,7 +37,20 @@ class StageStore:
 
     def delay_wgrad_compute(self) -> bool:
         """Whether the weight gradient is to be put here: the stage that runs is split."""
-        return self._mode.weight_gradients is not None
+        waits = self._mode.weight_gradients is not None
+        if waits:
+            self._watch()
+        return waits
+
+    def _watch(self) -> None:
+        """Look at what autograd is about to give the parameters that train; others may by the next iteration."""
+        for parameter in self._linear.parameters(recurse=False):
+            if parameter.requires_grad and not hasattr(parameter, _WATCHED):
+                setattr(parameter, _WATCHED, True)
+                self._hook(parameter)
+
+    def _hook(self, parameter: torch.nn.Parameter) -> None:
+        parameter.register_hook(_placeholder(parameter, self._mode))
 
     def put(self, tensors: list[Any], product: Callable[..., Any]) -> None:
         """Leave ``product(*tensors)``, the weight gradient (and the bias's), to the stage's W."""
@@ -64,15 +79,58 @@ class StageStore:
             accumulate(bias, results[1])
 
 
+class GroupedStore(StageStore):
+    """Of a linear with a weight for each group of rows. What waits are lists: inputs and gradients of all groups'
+    outputs, and where weight gradients go, which are main_grads with fused accumulation. Else it is memory that the
+    backward has just allocated, and gives autograd as if it were gradients; here it is let go, and allocated again in
+    W."""
+
+    def hosting(self, offloaded: OffloadedActivations) -> StageStore:
+        """What waits stays on the device."""
+        return self
+
+    def _hook(self, parameter: torch.nn.Parameter) -> None:
+        is_weight = any(parameter is weight for weight in te.grouped_parameters(self._linear)[0])
+        if is_weight and not te.accumulates_fused(self._linear):  # else what comes says that main_grad has it
+            parameter.register_hook(_zeros_for_what_waits(self._mode))
+        super()._hook(parameter)
+
+    def put(self, tensors: list[Any], product: Callable[..., Any]) -> None:
+        """Leave ``product(*tensors)``, all groups' weight gradients, to the stage's W."""
+        store = self._mode.weight_gradients
+        assert store is not None
+        inputs, gradients, outputs = tensors
+        if te.accumulates_fused(self._linear):
+            store.add(lambda: self._accumulate(product(inputs, gradients, outputs), ()))
+            return
+        like = [(x.shape, x.dtype, x.device) for x in outputs]
+
+        def work() -> None:
+            found = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in like]
+            self._accumulate(product(inputs, gradients, found), found)
+
+        store.add(work)
+
+    def _accumulate(self, results: tuple[Any, ...], found: Sequence[torch.Tensor]) -> None:
+        weights, biases = te.grouped_parameters(self._linear)
+        for weight, gradient in zip(weights, found, strict=False):
+            accumulate(weight, gradient)
+        for bias, gradient in zip(biases, results[1] or (), strict=False):
+            if gradient is not None and gradient.numel():
+                accumulate(bias, gradient)
+
+
 def install(chunk: torch.nn.Module, mode: StageMode) -> None:
-    """Let Transformer Engine's linears of a chunk follow ``mode.weight_gradients``, but for those that do already."""
+    """Let Transformer Engine's linears of a chunk follow ``mode.weight_gradients``, but for those that do already, and
+    add all gradients up, in whatever order they come."""
     for module in chunk.modules():
-        if not te.has_one_weight(module) or isinstance(te.store_of(module), StageStore):
+        te.always_accumulate(module)
+        if isinstance(te.store_of(module), StageStore):
             continue
-        te.replace_store(module, StageStore(module, mode))
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad:
-                parameter.register_hook(_placeholder(parameter, mode))
+        if te.has_grouped_weights(module):
+            te.replace_store(module, GroupedStore(module, mode))
+        elif te.has_one_weight(module):
+            te.replace_store(module, StageStore(module, mode))
 
 
 def _placeholder(parameter: torch.nn.Parameter, mode: StageMode) -> Callable[[torch.Tensor | None], None]:
@@ -82,5 +140,14 @@ def _placeholder(parameter: torch.nn.Parameter, mode: StageMode) -> Callable[[to
         missing = gradient is None and mode.weight_gradients is not None
         if missing and parameter.grad is None and hasattr(parameter, "main_grad"):
             parameter.grad = parameter.new_zeros(()).expand_as(parameter)
+
+    return hook
+
+
+def _zeros_for_what_waits(mode: StageMode) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
+    """In B a weight of several gets memory that only W would write to as its gradient: make it zeros to add."""
+
+    def hook(gradient: torch.Tensor | None) -> torch.Tensor | None:
+        return None if gradient is None or mode.weight_gradients is None else gradient.zero_()
 
     return hook

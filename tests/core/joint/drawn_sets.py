@@ -71,13 +71,17 @@ def experts_of(rng: np.random.Generator, modules: tuple[ModalityModule, ...]) ->
     return ExpertLayers.of({text.name: [[list(rng.random(n) < share) for n in row] for row in text.layers]})
 
 
-def drawn_set(seed: int, replicas: int | None = None, ranks: int | None = None) -> Drawn:
-    """A set that can run: its orders are those of a random run of all replicas at once."""
+def drawn_set(seed: int, replicas: int | None = None, ranks: int | None = None, like: Drawn | None = None) -> Drawn:
+    """A set that can run: its orders are those of a random run of all replicas at once. ``like``: of the same model,
+    and as many replicas."""
     rng = np.random.default_rng(seed)
+    if like is not None:
+        ranks, replicas = like.graphs[0].ranks, len(like.graphs)
     ranks, replicas = ranks or int(rng.integers(1, 4)), replicas or int(rng.integers(2, 4))
     modules, microbatches = modules_of(rng, ranks), int(rng.integers(1, 4))
+    modules = modules if like is None else like.graphs[0].modules
     graphs = tuple(graph_of(rng, modules, ranks, microbatches) for _ in range(replicas))
-    experts = experts_of(rng, modules)
+    experts = experts_of(rng, modules) if like is None else like.experts
     schedules, events = run_at_random(rng, graphs, experts)
     names = [[["none"] * ranks for _ in range(g.virtual_microbatches)] for g in graphs]
     for g, graph in enumerate(graphs):

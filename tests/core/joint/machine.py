@@ -1,7 +1,8 @@
 """A small machine that runs plans of coupled replicas collective by collective: what the joint verifier is judged by.
 
 It knows nothing of events: a stage with experts is a list of collectives, each of which ends when every member of the
-group has come to one. What a member brings to a collective tells what it believes to be part of.
+group has come to one. What a member brings to a collective tells what it believes to be part of. A reduction is one of
+all replicas, and keeps a rank from whatever follows, as the strictest of devices would.
 """
 
 from __future__ import annotations
@@ -9,20 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dip_megatron.core import CommunicationKind, Compute, Plan
+from dip_megatron.core import CommunicationKind, Compute, Plan, Reduce
 from dip_megatron.core.experts import ExpertLayers
+from dip_megatron.core.modules import chunks_of
 from dip_megatron.core.operations import Kind
+from dip_megatron.core.reductions import reduction_order
 from dip_megatron.core.strategies import parse_strategy
 
 COLLECTIVES = ("dispatch", "combine")
 
 
 class Machine:
-    """Runs a set of plans; :meth:`run` gives ``"ends"``, ``"hangs"``, or ``"wrong"`` where members of one collective
-    disagree on what it is, or on whose forward a backward belongs to."""
+    """Runs a set of plans, or several sets one after the other, ``size`` plans each; :meth:`run` gives ``"ends"``,
+    ``"hangs"``, or ``"wrong"`` where members of one collective disagree on what it is, or on whose forward a backward
+    belongs to, or where a gradient comes after its reduction. ``in_order``: no reduction begins before those that come
+    before it in the order of all."""
 
-    def __init__(self, plans: tuple[Plan, ...], experts: ExpertLayers) -> None:
+    def __init__(
+        self, plans: tuple[Plan, ...], experts: ExpertLayers, size: int | None = None, in_order: bool = False
+    ) -> None:
         self.plans, self.flags, self.repeating = plans, dict(experts.modules), experts.repeating
+        self.size = size or len(plans)
+        chunks = chunks_of(plans[0].graph.modules)
+        self.order = [(*chunks[n], rank) for n, rank in reduction_order(plans[0].graph.modules)] if in_order else []
+        self.reduced: set[tuple[int, str, int, int]] = set()  # (replica, module, segment, rank)
+        self.late = False
         self.ranks = plans[0].graph.ranks
         self.sent: set[Any] = set()
         self.posted: set[Any] = set()
@@ -36,8 +48,14 @@ class Machine:
         """What rank ``p`` of replica ``g`` does: things that it waits for, and collectives."""
         plan = self.plans[g]
         for action in plan.actions[p]:
+            if isinstance(action, Reduce):
+                yield "reduction", (action.module, action.segment, p)
+                self.reduced.add((g, action.module, action.segment, p))
+                continue
             if isinstance(action, Compute):
                 yield from self.stage(g, p, action)
+                o = action.operation
+                self.late |= o.kind in (Kind.W, Kind.BW) and (g, o.module, o.segment, p) in self.reduced
                 continue
             key = (g, str(action.message))
             if action.kind == CommunicationKind.ISEND:
@@ -82,7 +100,7 @@ class Machine:
                 while where not in ended:
                     what, key = waiting.get(where, ("", None))
                     stands = (
-                        what == "collective"
+                        what in ("collective", "reduction")
                         or (what == "until sent" and key not in self.sent)
                         or (what == "until posted" and key not in self.posted)
                     )
@@ -93,15 +111,23 @@ class Machine:
                         waiting[where] = next(line)
                     except StopIteration:
                         ended.add(where)
+            replicas = range(len(self.plans))
+            groups = [("collective", replicas[i : i + self.size]) for i in replicas[:: self.size]]
             for p in range(self.ranks):
-                group = [(g, p) for g in range(len(self.plans))]
-                if all(w not in ended and waiting.get(w, ("",))[0] == "collective" for w in group):
+                for kind, members in [*groups, ("reduction", replicas)]:
+                    group = [(g, p) for g in members]
+                    if any(w in ended or waiting.get(w, ("",))[0] != kind for w in group):
+                        continue
                     brought = [waiting[w][1] for w in group]
                     if any(b != brought[0] for b in brought):
                         return "wrong"
+                    if kind == "reduction" and self.order:
+                        if brought[0] != self.order[0]:
+                            continue
+                        self.order.pop(0)
                     self.events += 1
                     for w in group:
                         self.last[w] = self.events
                         del waiting[w]
                     moving = True
-        return "ends" if len(ended) == len(lines) else "hangs"
+        return "wrong" if self.late else "ends" if len(ended) == len(lines) else "hangs"

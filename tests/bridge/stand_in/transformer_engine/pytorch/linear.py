@@ -47,6 +47,38 @@ def _weight_gradient(x, grad_output):
         return rows.t().matmul(x.reshape(-1, x.size(-1))), None, None
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """As the grouped linear's own backward has it: where weight gradients go to the store, what autograd gets for them
+    is memory that nothing has been written to yet."""
+
+    @staticmethod
+    def forward(ctx, x, splits, module, *weights):
+        ctx.save_for_backward(x, *weights)
+        ctx.splits, ctx.module = splits, module
+        return torch.cat([linear(rows, weight) for rows, weight in zip(x.split(splits), weights, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, *weights = ctx.saved_tensors
+        grads, rows = list(grad_output.split(ctx.splits)), list(x.split(ctx.splits))
+        found = [None] * len(weights)
+        if ctx.needs_input_grad[3]:
+            found = [torch.full_like(weight, torch.nan) for weight in weights]
+            if ctx.module.wgrad_store.delay_wgrad_compute():
+                ctx.module.wgrad_store.put([rows, grads, found], _grouped_weight_gradients)
+            else:
+                _grouped_weight_gradients(rows, grads, found)
+        grad_input = torch.cat([dy.matmul(weight) for dy, weight in zip(grads, weights, strict=True)])
+        return grad_input if ctx.needs_input_grad[0] else None, None, None, *found
+
+
+def _grouped_weight_gradients(rows, grads, found):
+    with torch.no_grad():
+        for x, dy, out in zip(rows, grads, found, strict=True):
+            torch.matmul(dy.t(), x, out=out)
+    return None, [None] * len(found), None
+
+
 class _Base(torch.nn.Module):
     """The empty state of FP8 that every module of Transformer Engine with a GEMM has in checkpoints."""
 
@@ -167,6 +199,7 @@ class GroupedLinear(_Base):
             raise NotImplementedError("the stand-in for Transformer Engine splits no grouped linears")
         self._sizes(in_features, out_features, parallel_mode, tp_size, fuse_wgrad_accumulation)
         self.num_gemms, self.use_bias, self.return_bias = num_gemms, bias, return_bias
+        self.wgrad_store, self.fuse_wgrad_accumulation = WeightGradStore(), fuse_wgrad_accumulation
         for number in range(num_gemms):
             self._make(
                 number, bias, get_rng_state_tracker, rng_tracker_name, init_method, dtype=params_dtype, device=device
@@ -174,11 +207,10 @@ class GroupedLinear(_Base):
 
     def forward(self, x, m_splits, is_first_microbatch=None):
         biases = [getattr(self, f"bias{number}") for number in range(self.num_gemms)]
-        groups = x.reshape(-1, self.in_features).split([int(rows) for rows in m_splits])
-        output = torch.cat([
-            linear(rows, getattr(self, f"weight{number}"), None if self.return_bias else biases[number])
-            for number, rows in enumerate(groups)
-        ])  # fmt: skip
+        splits, weights = [int(n) for n in m_splits], [getattr(self, f"weight{n}") for n in range(self.num_gemms)]
+        output = _GroupedProduct.apply(x.reshape(-1, self.in_features), splits, self, *weights)
+        if self.use_bias and not self.return_bias:
+            output = torch.cat([rows + bias for rows, bias in zip(output.split(splits), biases, strict=True)])
         output = output.reshape(*x.shape[:-1], self.out_features)
         return (output, biases) if self.return_bias else output
 
