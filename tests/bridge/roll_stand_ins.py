@@ -1,5 +1,5 @@
 """Packages that ROLL imports and a training step doesn't use, where they aren't installed: of its transfer queue, its
-images and its tracing."""
+images and its tracing. And DIP is hooked in as the wheel's start-up file does it, before ROLL loads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import importlib.util
 import sys
 from types import ModuleType
 from typing import Any
+
+from dip_megatron.startup import watch
 
 NAMES = ("transfer_queue", "pybase64", "opentelemetry")
 
@@ -38,3 +40,4 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.append(_Finder())  # what is installed comes first
+watch()

@@ -1,6 +1,6 @@
 """ROLL's own training step of its Megatron strategy on chunks of a GPT that DIP builds, as one rank of a run: ``python
 -m tests.bridge.roll_step OUT``; what it did is saved in ``OUT``, by rank. With the folder of one of Hugging Face's
-multimodal models, ``OUT FOLDER FROZEN PACKED REPLICAS``, it trains that, which the strategy's own ``initialize``
+multimodal models, ``OUT FOLDER FROZEN PACKED REPLICAS TENSOR``, it trains that, which the strategy's own ``initialize``
 builds: DIP is hooked in there, and asked for by the environment alone.
 
 What is ROLL's: batches, packing of sequences into microbatches as many as come, the forward step, unpacking, log
@@ -51,7 +51,6 @@ from roll.distributed.strategy.megatron_strategy import MegatronTrainStrategy
 from roll.models import model_providers
 
 import dip_megatron
-from dip_megatron.megatron.hooks import Hooks
 from tests.bridge.tiny_model import IMAGE, SEQUENCE
 from tests.bridge.tiny_roll import ROLL_TINY
 from tests.runtime.llava_case import gradients, seed_parameters
@@ -123,9 +122,10 @@ def loss(strategy: Any, data: Any, logits: torch.Tensor) -> Any:
     return mean, {"actor/loss@sum": mean.detach().item()}
 
 
-def multimodal(folder: str, frozen: bool, packed: bool, replicas: int) -> Any:
+def multimodal(folder: str, frozen: bool, packed: bool, replicas: int, tensor: int) -> Any:
     """ROLL's strategy of an actor of the folder's model, by its own ``initialize``. Two samples a microbatch, a row
-    each or packed; experts are spread over the ``replicas``."""
+    each or packed; experts are spread over the ``replicas``, ``tensor`` ranks share each stage. Layers are recomputed
+    without DIP, and with several replicas reductions of gradients start within backwards."""
     for name, stand_in in (
         ("default_tokenizer_provider", lambda **_: None), ("clear_memory", lambda **_: None),
         ("default_processor_provider", lambda **_: SimpleNamespace(save_pretrained=lambda folder: None)),
@@ -156,9 +156,10 @@ def multimodal(folder: str, frozen: bool, packed: bool, replicas: int) -> Any:
     )  # fmt: skip
     made.megatron_train_args = TrainingArguments(
         output_dir="trained", learning_rate=1e-3, expert_model_parallel_size=replicas,
-        pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]) // replicas,
+        pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]) // (replicas * tensor),
         weight_decay=0.0, lr_scheduler_type="constant", max_steps=9, seed=1, ddp_backend="gloo", use_cpu=True,
-        tensor_model_parallel_size=1, expert_tensor_parallel_size=1,
+        tensor_model_parallel_size=tensor, expert_tensor_parallel_size=tensor, sequence_parallel=tensor > 1,
+        recompute_granularity="full", overlap_grad_reduce=replicas > 1,
         per_device_train_batch_size=2, gradient_accumulation_steps=SAMPLES // 2, max_grad_norm=1.0, report_to=[],
         save_hf_model=True, use_distributed_optimizer=replicas == 1, moe_token_dispatcher_type="alltoall",
         lr_scheduler_kwargs={},
@@ -203,11 +204,12 @@ def log_probs(strategy: Any, data: Any, logits: torch.Tensor) -> Any:
     return found.sum() * 0, {"log_probs": found.clone().detach()}
 
 
-def main(out: str, folder: str = "", frozen: str = "", packed: str = "", replicas: str = "1") -> None:
+def main(
+    out: str, folder: str = "", frozen: str = "", packed: str = "", replicas: str = "1", tensor: str = "1"
+) -> None:
     found: dict[str, Any] = {"metrics": []}
     if folder:
-        Hooks.installed()  # as the start-up file does
-        strategy = multimodal(folder, bool(frozen), bool(packed), int(replicas))
+        strategy = multimodal(folder, bool(frozen), bool(packed), int(replicas), int(tensor))
         found["log_probs"] = strategy.forward_step(shown(folder, 9), partial(log_probs, strategy))
     else:
         dip_megatron.install()

@@ -59,14 +59,14 @@ def test_no_gradient_goes_to_a_frozen_encoder():
     assert sent == {"language"}
 
 
-@pytest.mark.parametrize("adapters", ["megatron", "torch"])
+@pytest.mark.parametrize("adapters", ["megatron", "torch", "other"])
 @pytest.mark.parametrize("case", [IMAGES, GptCase(3, ((1, 1), (1, 1)))], ids=["llava", "gpt"])
 def test_adapters_alone_train(case, adapters):
-    """Two low-rank matrices beside each frozen linear of the attentions. W computes theirs if they are Megatron's
-    linears; torch's get their gradients in B, and training would split no backward."""
+    """Two low-rank matrices beside each frozen linear of the attentions. W computes theirs if they are linears of
+    Megatron's or of torch's; others get their gradients in B, and training would split no backward."""
     answers = check(Trained(case, (ADAPTERS,), adapters))
     assert Kind.W in kinds(answers, "language")[0]
-    assert all(answer[0][4] for answer in answers) == (adapters == "megatron")
+    assert all(answer[0][4] for answer in answers) == (adapters != "other")
 
 
 def test_layers_of_one_chunk_alone_train():
@@ -85,7 +85,7 @@ def test_layers_of_one_chunk_alone_train():
     coin=st.integers(0, 1000),
     case=st.sampled_from([IMAGES, Case((0, 2), ((0, 1),), ((1, 2),)), GptCase(3, ((1, 2), (1, 0)), tied=False)]),
     strategies=st.sets(st.sampled_from(strategy_names()), min_size=1).map(sorted).map(tuple),
-    adapters=st.sampled_from(["", "megatron"]),
+    adapters=st.sampled_from(["", "megatron", "torch"]),
     ddp=st.booleans(),
     seed=st.integers(0, 1000),
 )

@@ -32,8 +32,8 @@ RANK = 2
 @dataclass(frozen=True)
 class Trained:
     """``case`` is a LLaVA or a GPT; ``adapters`` are low-rank matrices beside the frozen linears of all attentions: of
-    ``megatron``'s linears or ``torch``'s. With ``ddp`` chunks are wrapped first and what trains is chosen then;
-    ``stubborn`` plans are for a frozen encoder."""
+    ``megatron``'s linears, ``torch``'s, or of a class of its own (``other``). With ``ddp`` chunks are wrapped first and
+    what trains is chosen then; ``stubborn`` plans are for a frozen encoder."""
 
     case: Case | GptCase
     trains: tuple[str, ...] = (ALL,)
@@ -52,6 +52,13 @@ class StubbornGraphs(DrawnGraphs):
         return replace(graph, modules=(encoder, *graph.modules[1:]))
 
 
+class Other(torch.nn.Linear):
+    """Multiplies in a way of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.t()
+
+
 def adapted(base: type, kind: str) -> type:
     """One of Megatron's linears, frozen, with an adapter."""
 
@@ -63,8 +70,8 @@ def adapted(base: type, kind: str) -> type:
             for parameter in self.parameters():
                 parameter.requires_grad_(False)
             for name, shape in (("adapter_down", (input_size, RANK)), ("adapter_up", (RANK, output_size))):
-                if kind == "torch":
-                    linear: Any = torch.nn.Linear(*shape, bias=False)
+                if kind in ("torch", "other"):
+                    linear: Any = {"torch": torch.nn.Linear, "other": Other}[kind](*shape, bias=False)
                 else:
                     linear = ColumnParallelLinear(
                         *shape, config=kwargs["config"], init_method=torch.nn.init.zeros_, bias=False
