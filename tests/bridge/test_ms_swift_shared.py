@@ -20,8 +20,9 @@ ROWS = {"stages": 2, "micro_batch_size": 2}
 WHOLE = {**ROWS, "freeze_vit": False, "freeze_aligner": False}
 EXPERTS = {"expert_model_parallel_size": 2, "moe_aux_loss_coeff": [0.01]}
 BALANCED = {"moe_router_load_balancing_type": ["global_aux_loss"], "moe_aux_loss_coeff": [0.01]}
-"""Over all replicas, each of which has all experts; by running means, which 'static' plans have in the order of
-Megatron's own schedule."""
+"""Over all replicas, each of which has all experts."""
+IN_ORDER = {"DIP_SCHEDULE": "static", "DIP_SEARCH_EVALUATIONS": "1"}
+"""Microbatches as they come, from the first plan on: running means are those of Megatron's own schedule then."""
 SHARES = {"context_parallel_size": 2}
 FAMILIES = ["mcore-qwen3-vl-moe"]
 DENSE: list[str] = []
@@ -54,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
                 tiny.save(folders / tiny.name)
             asked[case] = given
             dip = TAPPED if tiny.language_layers == 6 else DIP
-            asked[f"{case} dip"] = {**given, "dip": dip | ({"DIP_SCHEDULE": "static"} if how == "balance" else {})}
+            asked[f"{case} dip"] = {**given, "dip": dip | (IN_ORDER if how == "balance" else {})}
         return ran(asked, folders, tmp_path_factory.mktemp(how.replace(" ", "_")), ranks=4)
 
     return trained
