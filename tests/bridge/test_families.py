@@ -62,17 +62,17 @@ def alone(folders: Any) -> Any:
     return found
 
 
-def assert_equal(found: Any, expected: Any) -> None:
-    """Losses and every gradient."""
+OUTPUT = "language_model.output_layer.weight"
+"""A tied head has a copy of its own where the pipeline ends."""
+
+
+def assert_equal(found: Any, expected: Any, output: str = OUTPUT) -> None:
+    """Losses and every gradient; ``output`` is what the class calls its head's weight."""
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=3e-6)
-    assert found[1].keys() - {OUTPUT} == expected[1].keys() - {OUTPUT}
+    assert found[1].keys() - {output} == expected[1].keys() - {output}
     for name, gradient in expected[1].items():
         off = float((found[1][name] - gradient).abs().max())
         assert off <= 2e-5 * max(float(gradient.abs().max()), 1e-4), f"{name}: {off} of {gradient.abs().max()}"
-
-
-OUTPUT = "language_model.output_layer.weight"
-"""A tied head has a copy of its own where the pipeline ends."""
 
 
 @pytest.mark.parametrize("name", TINY)

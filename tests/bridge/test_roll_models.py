@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dip_megatron.core.strategies import strategy_names
-from tests.bridge import equality
+from tests.bridge import equality, test_families
 from tests.bridge.equality import Case, together
 from tests.bridge.tiny_model import Tiny
 from tests.bridge.tiny_roll import ROLL_TINY
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
     pytest.mark.slow,
 ]
-OUTPUT = "output_layer.weight"
+assert_equal = partial(test_families.assert_equal, output="output_layer.weight")
 """A tied head has a copy of its own where the pipeline ends."""
 
 
@@ -66,15 +66,6 @@ def partitions(tiny: Tiny) -> dict[str, dict[str, Any]]:
         "one": {"vision": ((1, tiny.vision_layers - 1),), "language": ((half, half),)},
         "several": {"vision": ((0, 2), (rest, 0)), "language": ((0, 1), (1, tiny.language_layers - 2))},
     }
-
-
-def assert_equal(found: Any, expected: Any) -> None:
-    """Losses and every gradient."""
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=3e-6)
-    assert found[1].keys() - {OUTPUT} == expected[1].keys() - {OUTPUT}
-    for name, gradient in expected[1].items():
-        off = float((found[1][name] - gradient).abs().max())
-        assert off <= 2e-5 * max(float(gradient.abs().max()), 1e-4), f"{name}: {off} of {gradient.abs().max()}"
 
 
 @pytest.mark.parametrize("name", ROLL_TINY)
