@@ -31,7 +31,7 @@ TOPIC = Topic(
     ),
 )  # fmt: skip
 
-_SHARED = "_dip_shares_devices"
+_ADAPTED = "_dip_adapts_groups"
 
 
 def groups_of(members: Sequence[int]) -> int:
@@ -51,27 +51,32 @@ def group_named(name: str) -> Iterator[None]:
         distributed_c10d._hash_ranks_to_str = torchs
 
 
-def share_gloo_devices() -> None:
-    """Let all gloo groups that this process makes from here on have one device.
+def adapt_gloo_groups() -> None:
+    """Let all gloo groups that this process makes from here on share one device, and work in one thread each.
 
-    Otherwise each has its own, with a thread that wakes a hundred times a second whether there is something to do or
-    not. Megatron makes dozens of groups: where ranks compute on the CPU, some thousand interruptions a second.
+    Otherwise each has a device of its own, with a thread that wakes a hundred times a second whether there is something
+    to do or not. Megatron makes dozens of groups: where ranks compute on the CPU, some thousand interruptions a second.
+
+    And each has two threads that run its collectives. Where both end one at the same time they write its name to one
+    string, without a lock (``lastCompletedWorkName`` in torch's ``ProcessGroupGloo::runLoop``); the name of a coalesced
+    all-gather lies on the heap, where the string's old bytes are freed twice or written to after they were freed.
+    Megatron's parameter gathers are such, several at a time: runs died of it after a hundred iterations.
     """
     theirs: Any = distributed_c10d.ProcessGroupGloo
-    if getattr(theirs, _SHARED, False):
+    if getattr(theirs, _ADAPTED, False):
         return
 
     class Known(type(theirs)):  # type: ignore[misc]
         def __instancecheck__(cls, instance: Any) -> bool:
             return isinstance(instance, theirs)  # groups made before count as well
 
-    class SharingGloo(theirs, metaclass=Known):
+    class AdaptedGloo(theirs, metaclass=Known):
         def __init__(self, store: Any, rank: int, size: int, *arguments: Any, **more: Any) -> None:
             if arguments or not more.keys() <= {"timeout", "enable_reconfigure"}:
                 super().__init__(store, rank, size, *arguments, **more)
                 return
             options = theirs._Options()
-            options._devices, options._threads = _devices(os.getpid()), 2
+            options._devices, options._threads = _devices(os.getpid()), 1
             if "timeout" in more:
                 options._timeout = more["timeout"]
             if more.get("enable_reconfigure"):
@@ -86,8 +91,8 @@ def share_gloo_devices() -> None:
             return [theirs.create_device(interface=name) for name in interfaces.split(",")]
         return [theirs.create_default_device()]
 
-    setattr(SharingGloo, _SHARED, True)
-    distributed_c10d.ProcessGroupGloo = SharingGloo
+    setattr(AdaptedGloo, _ADAPTED, True)
+    distributed_c10d.ProcessGroupGloo = AdaptedGloo
 
 
 def shared_store() -> Any:

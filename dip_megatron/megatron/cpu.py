@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from ..compat.host import adapt_core, adapt_training
-from ..compat.process_groups import share_gloo_devices
+from ..compat.process_groups import adapt_gloo_groups
 from ..compat.releases import has_training_loop
 
 CPU_FLAGS = (
@@ -75,7 +75,7 @@ def install_cpu_platform() -> bool:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     _silence()
-    share_gloo_devices()
+    adapt_gloo_groups()
     # Megatron and the compiler first: torch._dynamo builds tables of torch's own functions when it is imported.
     adapt_core(_get_state, _set_state)
     if has_training_loop():

@@ -53,6 +53,29 @@ def test_devices_and_random_states_are_the_hosts(tmp_path: Path) -> None:
     )
 
 
+def test_gathers_of_parameters_that_end_together_leave_memory_as_it_is(tmp_path: Path) -> None:
+    """Two threads of one group wrote to one string: of twelve processes eleven died of it here."""
+    alone(
+        """
+        import torch
+        import torch.distributed as dist
+        from dip_megatron.megatron.cpu import install_cpu_platform
+
+        install_cpu_platform()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        for _ in range(2000):
+            gathers = []
+            for part in torch.ones(64, 1):
+                with dist._coalescing_manager(async_ops=True) as gather:
+                    dist.all_gather_into_tensor(torch.empty(1), part)
+                gathers.append(gather)
+            for gather in gathers:
+                gather.wait()
+        """,
+        tmp_path / "log",
+    )
+
+
 def test_megatrons_random_tracker_keeps_streams_apart(tmp_path: Path) -> None:
     alone(
         """
