@@ -6,6 +6,7 @@ A package counts as one if its modules have the names and functions that are wra
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
@@ -37,8 +38,9 @@ class MegatronLoop(TrainingLoop):
         )  # fmt: skip
         self._args = args
         self._package = package
-        # State of the data loader after the microbatches that are trained on, while more have been read.
-        self.loader_state: Any = None
+        # State of the data loader after the microbatches that are trained on, while more have been read: pickled, as
+        # loaders may hand out what they go on to change.
+        self.loader_state: bytes | None = None
         growing = ("rampup_batch_size", "step_batch_size_schedule")
         if getattr(args, "dataloader_save", None) and any(getattr(args, name, None) for name in growing):
             self.read_ahead = False  # an iteration of fewer microbatches would leave some that no state tells of
@@ -61,7 +63,7 @@ class MegatronLoop(TrainingLoop):
         loader: Any = getattr(data_iterator, "iterable", None)
         saves = parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
         if saves and getattr(self._args, "dataloader_save", None) and hasattr(loader, "save_state"):
-            self.loader_state = loader.save_state()
+            self.loader_state = pickle.dumps(loader.save_state())
 
     def checkpoint(self) -> Checkpoint | None:
         from ..checkpoints import find_checkpoint
@@ -199,7 +201,7 @@ class MegatronTraining:
             state = getattr(self._loop, "loader_state", None)
             if state is not None:
                 # The loader itself has gone on to what is read ahead.
-                train_iterator = SimpleNamespace(iterable=SimpleNamespace(save_state=lambda: state))
+                train_iterator = SimpleNamespace(iterable=SimpleNamespace(save_state=lambda: pickle.loads(state)))
             return original(train_iterator, *rest, **kwargs)
 
         return maybe_save_dataloader_state
