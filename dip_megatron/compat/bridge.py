@@ -16,6 +16,7 @@ HOOKS = Topic(
         Name("megatron.bridge.training.pretrain:_finish_train"),
         Name("megatron.bridge.training.setup:_update_model_config_funcs", ("model", "model_config")),
         Name("megatron.bridge.models.model_provider:_create_model", ("model_provider",)),
+        Name("megatron.bridge.training.checkpointing:maybe_save_dataloader_state", ("model", "train_iterator")),
         Name("megatron.bridge.training.train:make_data_iterator_list", ("model", "data_iterator")),
         Name("megatron.bridge.training.eval:make_data_iterator_list", ("model", "data_iterator")),
     ),

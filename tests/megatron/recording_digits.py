@@ -124,7 +124,7 @@ def indexed(get: Any) -> Any:
 
 
 class Loader:
-    """A data loader that can save where it is, like Energon's; what it hands out to be saved is its own, and goes on."""
+    """A data loader that can save where it is, like Energon's; the state it hands out is its own, and goes on."""
 
     def __init__(self, dataset: Any, state: dict[str, int]):
         self.dataset, self.state = dataset, state

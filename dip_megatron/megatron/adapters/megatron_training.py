@@ -6,16 +6,16 @@ A package counts as one if its modules have the names and functions that are wra
 from __future__ import annotations
 
 import importlib
-import pickle
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
 from ..arguments import add_arguments, check_arguments, parallel_of, run_config
 from ..switched_off import switch_off
 from .layout import GivenLayout, given_layout, take_layout
+from .loader_state import LoaderState
 from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ class MegatronLoop(TrainingLoop):
         )  # fmt: skip
         self._args = args
         self._package = package
-        # State of the data loader after the microbatches that are trained on, while more have been read: pickled, as
-        # loaders may hand out what they go on to change.
-        self.loader_state: bytes | None = None
+        self.loader_state = LoaderState()
         growing = ("rampup_batch_size", "step_batch_size_schedule")
         if getattr(args, "dataloader_save", None) and any(getattr(args, name, None) for name in growing):
             self.read_ahead = False  # an iteration of fewer microbatches would leave some that no state tells of
@@ -56,14 +54,8 @@ class MegatronLoop(TrainingLoop):
         return following < self._args.train_iters and not {following, following + 1} & set(skipped)
 
     def about_to_read_ahead(self, data_iterator: Any) -> None:
-        """Keep the loader's state for a checkpoint of this iteration, on the ranks that save it."""
-        from megatron.core import parallel_state
-
-        self.loader_state = None
-        loader: Any = getattr(data_iterator, "iterable", None)
-        saves = parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-        if saves and getattr(self._args, "dataloader_save", None) and hasattr(loader, "save_state"):
-            self.loader_state = pickle.dumps(loader.save_state())
+        """Keep the loader's state for a checkpoint of this iteration."""
+        self.loader_state.keep(data_iterator if getattr(self._args, "dataloader_save", None) else None)
 
     def checkpoint(self) -> Checkpoint | None:
         from ..checkpoints import find_checkpoint
@@ -198,10 +190,8 @@ class MegatronTraining:
 
     def _loader_state(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def maybe_save_dataloader_state(train_iterator: Any, *rest: Any, **kwargs: Any) -> Any:
-            state = getattr(self._loop, "loader_state", None)
-            if state is not None:
-                # The loader itself has gone on to what is read ahead.
-                train_iterator = SimpleNamespace(iterable=SimpleNamespace(save_state=lambda: pickle.loads(state)))
+            if self._loop is not None:
+                train_iterator = self._loop.loader_state.of(train_iterator)
             return original(train_iterator, *rest, **kwargs)
 
         return maybe_save_dataloader_state
