@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...describe.files import ConfigurationError
 from ...environment import load_settings
 from ..switched_off import switch_off
+from .bridge_checkpoints import find_bridge_checkpoint, record_beside
 from .bridge_checks import check_bridge, check_release, parallel_of
 from .layout import GivenLayout, given_layout
 from .loader_state import LoaderState
@@ -21,6 +22,8 @@ from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
     from ...config import DipConfig
+    from ...planner.live import Chunks
+    from ..checkpoints import Checkpoint
     from ..hooks import Hooks
     from ..session import DipSession
 
@@ -66,6 +69,14 @@ class BridgeLoop(TrainingLoop):
     def about_to_read_ahead(self, data_iterator: Any) -> None:
         """Keep the loader's state for a checkpoint of this iteration."""
         self.loader_state.keep(data_iterator if self._state.cfg.checkpoint.save else None)
+
+    def checkpoint(self) -> Checkpoint | None:
+        return find_bridge_checkpoint(self._state.cfg)
+
+    def record(self, chunks: Chunks) -> str | None:
+        import torch.distributed as dist
+
+        return record_beside(self._state.cfg, chunks, dist.get_rank() == 0)
 
     def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:
         """To Bridge's TensorBoard and Weights & Biases writers, which exist on the last rank of the job."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
     from ..hooks import Hooks
 
+_LOADER_STATE = "maybe_save_dataloader_state"
 _BUILDERS = "models that Megatron's builders build, as for pretrain_gpt.py"
 
 
@@ -95,7 +96,7 @@ class MegatronTraining:
             "training": (Target("get_model", self._get_model, "models of a script's provider"),),
             "checkpointing": (
                 Target("generate_state_dict", self._state_dict, "the optimizer's step in checkpoints"),
-                Target("maybe_save_dataloader_state", self._loader_state),
+                Target(_LOADER_STATE, self._loader_state),
             ),
             # From 0.19 on scripts may give a model's config instead of a provider.
             "dist_utils": (
@@ -112,9 +113,11 @@ class MegatronTraining:
         """All, if the module is Megatron-LM's, or looks as if it were a copy."""
         name = module.__name__.rpartition(".")[2]
         upstream = module.__name__ == f"megatron.training.{'models.' if name == 'dist_utils' else ''}{name}"
-        if upstream or all(hasattr(module, sign) for sign in _SIGNS[name]):
-            return self._targets[name]
-        return ()
+        if not (upstream or all(hasattr(module, sign) for sign in _SIGNS[name])):
+            return ()
+        # Megatron-Bridge's, a copy in this respect, has an adapter that knows its loop.
+        own = module.__name__.startswith("megatron.bridge.")
+        return [t for t in self._targets[name] if not (own and t.attribute == _LOADER_STATE)]
 
     def _arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda parser: add_arguments(original(parser))
