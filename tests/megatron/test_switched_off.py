@@ -30,3 +30,10 @@ def test_graphs_of_inference_go_with_those_of_training() -> None:
     flags = Namespace(cuda_graph_impl=None, enable_cuda_graph=True, inference_cuda_graph_scope="block")
     assert len(switch_off(flags)) == 1
     assert (flags.enable_cuda_graph, flags.inference_cuda_graph_scope) == (False, None)
+
+
+def test_userbuffers_of_one_length() -> None:
+    args = Namespace(tp_comm_overlap=True, decoder_tp_comm_overlap=True)
+    (line,) = switch_off(args)
+    assert line.startswith("tp_comm_overlap is switched off: ")
+    assert (args.tp_comm_overlap, args.decoder_tp_comm_overlap) == (False, False)
