@@ -326,6 +326,7 @@ class _Incoming(_Link):
         self, slot: int, handle: bytes | None = None, ready_handle: bytes | None = None
     ) -> None:
         if handle is not None:
+            self.copies.let_go(self._buffers, slot)
             self._buffers[slot] = self.copies.open(handle)
         if ready_handle is not None:
             self._ready[slot] = self.copies.open_signal(ready_handle)
