@@ -21,6 +21,7 @@ TOPIC = Topic(
     "pipelines can't set up their communication: no run under DIP begins",
     (
         Name("torch.distributed.distributed_c10d:_world.pg_group_ranks"),
+        Name("torch.distributed.distributed_c10d:_world.group_count"),
         Name("torch.distributed.distributed_c10d:_hash_ranks_to_str", ("ranks",)),
         Name("torch.distributed.distributed_c10d:_get_default_store", ()),
         Name("torch.distributed.distributed_c10d:_get_default_group", ()),
@@ -46,13 +47,16 @@ def groups_of(members: Sequence[int]) -> int:
 
 @contextmanager
 def group_named(name: str) -> Iterator[None]:
-    """Within, a group made with ``use_local_synchronization`` is found by its members under ``name``."""
-    torchs = distributed_c10d._hash_ranks_to_str
-    distributed_c10d._hash_ranks_to_str = lambda _: name
+    """Within, a group made with ``use_local_synchronization`` is found by its members under ``name``.
+
+    It doesn't count as one that all ranks make: by their number these are found, and torch counts both from 2.15 on.
+    """
+    torchs, world = distributed_c10d._hash_ranks_to_str, distributed_c10d._world
+    distributed_c10d._hash_ranks_to_str, count = lambda _: name, world.group_count
     try:
         yield
     finally:
-        distributed_c10d._hash_ranks_to_str = torchs
+        distributed_c10d._hash_ranks_to_str, world.group_count = torchs, count
 
 
 @contextmanager

@@ -39,9 +39,6 @@ class MegatronStep:
         self._data: dict[int, list[tuple[LossPart, Any]]] = {}
         self.total_num_tokens: torch.Tensor | None = None
         self._config = config
-        # A timer stops the device until all it was given has ended, receives too that were posted ahead. Two ranks that
-        # stop so in the middle of their stages, before they send, wait for each other for good.
-        self._timers = None if torch.cuda.is_available() else config.timers
         self._forward_step_func = forward_step_func
         self._num_microbatches = num_microbatches
         self._averaged_over = averaged_over or num_microbatches
@@ -120,15 +117,10 @@ class MegatronStep:
         is_last_stage: bool,
         store: list[Any] | None = None,
     ) -> tuple[Any, torch.Tensor]:
-        config = self._config
-        timers, config.timers = config.timers, self._timers
-        try:
-            return calculate_loss(
-                chunk, output, loss_func, config, None, self._collect_non_loss_data, self._averaged_over,
-                store, self._context_parallel_size, is_last_stage,
-            )  # fmt: skip
-        finally:
-            config.timers = timers
+        return calculate_loss(
+            chunk, output, loss_func, self._config, None, self._collect_non_loss_data, self._averaged_over,
+            store, self._context_parallel_size, is_last_stage,
+        )  # fmt: skip
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._config.enable_autocast:
@@ -136,8 +128,8 @@ class MegatronStep:
         return contextlib.nullcontext()
 
     def _start_timer(self, name: str) -> None:
-        if self._timers is not None:
-            self._timers(name, log_level=2).start()
+        if self._config.timers is not None:
+            self._config.timers(name, log_level=2).start()
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -145,8 +137,8 @@ class MegatronStep:
         try:
             yield
         finally:
-            if self._timers is not None:
-                self._timers(name).stop()
+            if self._config.timers is not None:
+                self._config.timers(name).stop()
 
 
 def _whole(parts: list[tuple[LossPart, Any]]) -> list[Any]:

@@ -21,6 +21,7 @@ from dip_megatron.runtime.clock import Clock
 from dip_megatron.runtime.executor import Executor
 from dip_megatron.runtime.transport import DistributedTransport, blocks_of_messages, ring_channels
 from tests.patience import LONG
+from tests.processes import team
 from tests.runtime.delayed_case import PlainOrder, WholeNumbers, place, plan_of
 
 BRIEF = 0.5
@@ -168,3 +169,22 @@ def test_messages_that_wait_leave_most_of_a_device():
             most = max(sum(r in (c.source, c.target) for c in channels) for r in range(ranks))
             assert most * blocks_of_messages(channels) <= max(64, most)
     assert blocks_of_messages(ring_channels(8)) == 8
+
+
+def make_groups(rank: int, world: int) -> tuple[int, int, float]:
+    """Some ranks make groups of their own, then all make one."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    before = distributed_c10d._world.group_count
+    for _ in range(rank):
+        groups.local_group([rank], "gloo", timedelta(seconds=60))
+    after = distributed_c10d._world.group_count
+    sums = torch.ones(1)
+    dist.all_reduce(sums, group=dist.new_group(list(range(world)), timeout=timedelta(seconds=60)))
+    return before, after, float(sums)
+
+
+def test_groups_that_all_ranks_make_are_found_after_those_of_some():
+    answers = team(2).run(make_groups)
+    assert [after - before for before, after, _ in answers] == [0, 0]
+    assert [sums for *_, sums in answers] == [2.0, 2.0]
