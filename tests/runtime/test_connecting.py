@@ -120,9 +120,11 @@ def test_channels_are_opened_once_and_in_one_order(monkeypatch):
         return f"group {len(made)}"
 
     def begin(way: str) -> Any:
-        return lambda tensor, peer, group: (
-            sent.append((way, peer, group, tensor.numel())) or SimpleNamespace(wait=lambda *_: None)
-        )
+        def begun(tensor: torch.Tensor, peer: int, group: str) -> SimpleNamespace:
+            sent.append((way, peer, group, tensor.numel()))
+            return SimpleNamespace(wait=lambda *_: None)
+
+        return begun
 
     monkeypatch.setattr(transport, "local_group", group)
     monkeypatch.setattr(dist, "isend", begin("send"))
@@ -143,7 +145,7 @@ def test_a_group_is_made_without_the_ranks_that_are_not_in_it(monkeypatch, backe
     if backend == "nccl" and not dist.is_nccl_available():
         pytest.skip("this torch has no NCCL")
     job = SimpleNamespace(bound_device_id=torch.device("cuda", 3))
-    given = {}
+    given: dict[str, Any] = {}
 
     def new_group(ranks: list[int], **options: Any) -> str:
         given.update(options, ranks=ranks, bound=job.bound_device_id)

@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_a_slots_old_buffer_is_let_go_behind_the_copies_from_it():
             log.append(f"let go of {sorted(buffers)}, {slot}")
             super().let_go(buffers, slot)
 
-    wire = SimpleNamespace(channel=Channel(0, 1, False), heard=SimpleNamespace(take=lambda: None))
+    wire: Any = SimpleNamespace(channel=Channel(0, 1, False), heard=SimpleNamespace(take=lambda: None))
     link = _Incoming(wire, Copies())
     link.taken(0, b"512", b"")
     link.taken(1, b"512", b"")
