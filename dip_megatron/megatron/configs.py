@@ -16,6 +16,7 @@ def check_configs(configs: Iterable[Any], parallel: Parallel) -> set[str]:
     known = list(configs)
     for config in known:
         _check_scaling(config, parallel)
+        _check_order(config)
     notes = check_experts(known, parallel)
     if any(getattr(config, "fp8", None) and not getattr(config, "fp8_param", False) for config in known):
         notes.add(
@@ -23,6 +24,24 @@ def check_configs(configs: Iterable[Any], parallel: Parallel) -> set[str]:
             "parameters in FP8 (fp8_param, --fp8-param-gather), or lower DIP's memory limit (docs/executor.md)"
         )
     return notes
+
+
+_OFFLOADS = "it gives activations back in the order of Megatron's own schedule"
+_OWN_OFFLOAD = "leave it out (offload: true lets DIP's plans offload)"
+_GATHERS = "every layer gathers its weights from ranks that have plans of their own"
+
+
+def _check_order(config: Any) -> None:
+    """Refuse what would give a layer another microbatch's activations, or join ranks in layers that plans run apart."""
+    for name, most, reason, way_out in (
+        ("fine_grained_activation_offloading", 0, _OFFLOADS, _OWN_OFFLOAD),
+        ("cpu_offloading", 0, _OFFLOADS, _OWN_OFFLOAD),
+        ("gtp_weight_remat_size", 1, _GATHERS, "leave it at 1"),
+        ("expert_gtp_weight_remat_size", 1, _GATHERS, "leave it at 1"),
+    ):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > most:  # True is 1
+            raise ConfigurationError(f"DIP and {name} {value}: {reason}; {way_out}, or use --dip-schedule off")
 
 
 def _check_scaling(config: Any, parallel: Parallel) -> None:
