@@ -11,6 +11,7 @@ from ..describe.files import ConfigurationError
 from ..describe.model import Parallel
 from ..environment import load_settings
 from ..schedulers.registry import find_schedule
+from .configs import name_a_layer
 from .experts import counts_over_iteration, expert_refusals
 
 
@@ -133,6 +134,7 @@ _KNOWS_PLACES = (
     "logits_save_dir", "logits_load_dir", "save_activations_interval", "save_dgrads_interval",
     "save_tokens_per_expert_interval", "moe_routing_trace_path",
 )  # fmt: skip
+_ACCUMULATES = "ddp_param_name_patterns_for_fp32_local_accumulation"
 _STASHES = ("moe_paged_stash", "moe_expert_rank_capacity_factor")
 
 
@@ -159,6 +161,8 @@ def _tied_to_order(args: Any) -> list[tuple[Any, str, str, str]]:
         *((value(name), flag(name), "it wraps Megatron's own schedule", leave) for name in _STASHES),
         *(((value(name) or ranks) > ranks, f"{flag(name)} {value(name)}",
            "every layer gathers its weights from ranks that have plans of their own", leave) for name, ranks in shards),
+        (name_a_layer(value(_ACCUMULATES) or ()), flag(_ACCUMULATES),
+         "a layer's number in it is its place in a chunk, and DIP cuts others", "use patterns without one"),
         (value("moe_use_upcycling"), "--moe-use-upcycling",
          "it copies a dense model, layer by layer, that is built without DIP's partition",
          "convert the model in a run of its own"),

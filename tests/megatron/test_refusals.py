@@ -61,6 +61,10 @@ EXPERTS: dict[str, Any] = {
             "--tensor-parallel-num-weight-shards 4: every layer gathers its weights .* leave it out",
         ),
         ({"expert_tensor_parallel_num_weight_shards": 4}, "--expert-tensor-parallel-num-weight-shards 4: .* leave it"),
+        (
+            {"ddp_param_name_patterns_for_fp32_local_accumulation": ["all", "*.layers.1.mlp.*"]},
+            "--ddp-param-name-patterns-for-fp32-local-accumulation: .* use patterns without one",
+        ),
         ({"moe_use_upcycling": True}, "--moe-use-upcycling: .* a run of its own"),
         ({"inprocess_restart": True}, "--inprocess-restart: .* restart the job"),
         ({"deterministic_mode": True}, "--deterministic-mode: plans follow measured times, .* recalibrate: false and"),
@@ -105,7 +109,7 @@ def test_a_deterministic_run_needs_plans_that_repeat(
     ("name", "value"),
     [
         ("fine_grained_activation_offloading", True), ("cpu_offloading", True), ("gtp_weight_remat_size", 2),
-        ("expert_gtp_weight_remat_size", 2),
+        ("expert_gtp_weight_remat_size", 2), ("moe_paged_stash", True), ("defer_embedding_wgrad_compute", True),
     ],
 )  # fmt: skip
 def test_a_config_that_goes_by_megatrons_order_is_refused(name: str, value: Any) -> None:
@@ -113,6 +117,16 @@ def test_a_config_that_goes_by_megatrons_order_is_refused(name: str, value: Any)
     with pytest.raises(ConfigurationError, match=f"DIP and {name} {value}: .*, or use --dip-schedule off"):
         check_configs([None, SimpleNamespace(**{name: value})], Parallel(tp=2, dp=4))
     check_configs([SimpleNamespace(**{name: False if value is True else 1})], Parallel(tp=2, dp=4))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"), [("*layers.10*", False), ("*.layers.[01].mlp*", False), ("*.layers.*.mlp.linear_fc2", True)]
+)
+def test_a_precision_of_layers_by_number_is_refused(pattern: str, fits: bool) -> None:
+    """Chunks number their own layers, under Megatron's pipelines as under DIP's, which cuts others."""
+    recipe = SimpleNamespace(matchers=[SimpleNamespace(pattern="*attention*"), SimpleNamespace(pattern=pattern)])
+    with nullcontext() if fits else pytest.raises(ConfigurationError, match=r"its pattern .* means a layer"):
+        check_configs([SimpleNamespace(quant_recipe=recipe)], Parallel(tp=2, dp=4))
 
 
 def test_replicas_that_a_loss_joins_plan_together() -> None:
