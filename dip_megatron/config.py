@@ -51,8 +51,8 @@ class DipConfig(BaseModel):
                                    "(or that run's trace_dir); a batch that none of them matches is planned under "
                                    "schedule, or ends the run if that is off")  # fmt: skip
     modules: dict[str, ModuleConfig] = Field(default_factory=dict, description="by module name: vision, language, ...")
-    cluster: str = Field("auto", description="cost model's hardware: a name (h100, h800, h20, cpu) or a YAML file; "
-                         "auto: by the device")  # fmt: skip
+    cluster: str = Field("auto", description="cost model's hardware: a name (h100, h200, b200, h800, h20, cpu) or "
+                         "a YAML file; auto: by the device's name, any other GPU as an h100")  # fmt: skip
     costs: Path | None = Field(None, description="measured costs of `dip profile`")
     planner_workers: NonNegativeInt = Field(1, description="searching threads per replica, in one planner process, at "
                                              "most half the cores; 0: plan in the trainer")  # fmt: skip
