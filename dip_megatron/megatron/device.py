@@ -30,7 +30,7 @@ def cluster_here(tell: Callable[[str], object] = lambda _: None) -> Cluster:
     if known is None:
         tell(
             f"{device.name}: its rates aren't known here; it is priced as an {_OTHERWISE.upper()}, and plans use at "
-            f"most {found.usable_bytes / 1e9:.0f} GB of it. `cluster: FILE` (as dip_megatron/configs/clusters has them) "
+            f"most {found.usable_bytes / 1e9:.0f} GB of it. `cluster: FILE` (as dip_megatron/configs/clusters has) "
             "says better, `costs:` of `dip profile` best"
         )
     return found
