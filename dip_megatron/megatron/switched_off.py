@@ -18,12 +18,14 @@ _OVERLAP = {
     "overlap_moe_expert_parallel_comm": False, "delay_wgrad_compute": False,
     "ep_overlap_early_attn_memory_release": False,
 }  # fmt: skip
+_OFFLOAD = {"fine_grained_activation_offloading": False, "offload_modules": []}
+_STRAGGLER = {"log_straggler": False}
 
 
 def switch_off(config: Any) -> list[str]:
     """Change ``config``, Megatron's arguments or a model's provider, to run without CUDA graphs of training, without
-    all-to-alls beside another microbatch's layers, and without Transformer Engine's userbuffers; what to say of each
-    that was on."""
+    all-to-alls beside another microbatch's layers, without Transformer Engine's userbuffers, and without what else goes
+    by the order of Megatron's own schedule; what to say of each that was on."""
     told = []
     if _set(config, _USERBUFFERS):
         told.append(
@@ -43,6 +45,16 @@ def switch_off(config: Any) -> list[str]:
         told.append(
             "CUDA graphs are switched off: a captured chunk has one shape, a plan's microbatches have many; results "
             "are the same"
+        )
+    if getattr(config, "fine_grained_activation_offloading", False) and _set(config, _OFFLOAD):
+        told.append(
+            "fine_grained_activation_offloading is switched off: it gives activations back in the order of Megatron's "
+            "own schedule; offload: true in --dip-config lets plans offload; results are the same"
+        )
+    if _set(config, _STRAGGLER):
+        told.append(
+            "log_straggler is switched off: it times forward_step, in which only a rank with the loss computes; "
+            "--dip-trace-dir has each rank's times"
         )
     return told
 

@@ -1,50 +1,60 @@
-"""What an iteration asks of the device, which no test machine has."""
+"""A GPU is priced as what it is, and never filled beyond what it has."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
 
+import pytest
 import torch
 
-from dip_megatron.megatron import copies
+from dip_megatron import load_cluster
+from dip_megatron.megatron.device import cluster_here
 
 
-def test_no_timer_stops_the_device_within_an_iteration(monkeypatch: Any) -> None:
-    """As Megatron's do, until posted receives have ended; a script's own, for reading a batch, too."""
-    from megatron.core.timers import Timers
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    def be(name: str, gigabytes: float) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        device = SimpleNamespace(name=name, total_memory=int(gigabytes * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
 
-    from dip_megatron.compat.losses import time_no_stages
-
-    stops: list[int] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: stops.append(1))
-    for level in (0, 1, 2):
-        timers = Timers(level, "minmax")
-        time_no_stages(timers)
-        for name in ("forward-compute", "backward-compute", "batch-generator"):
-            timers(name, log_level=2).start()
-            timers(name).stop()
-        assert not stops
-        timers("forward-backward", log_level=1).start()
-        timers("forward-backward").stop()
-        assert len(stops) == (2 if level else 0)
-        stops.clear()
+    return be
 
 
-def test_copies_on_the_host_begin_alike_over_nccl(monkeypatch: Any) -> None:
-    """NCCL doesn't reach tensors on the host."""
-    given: list[torch.Tensor] = []
-    there = torch.full((2, 3), 5.0)
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "cluster"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.5, "h100"), ("NVIDIA H200", 150.7, "h200"), ("NVIDIA B200", 191.5, "b200"),
+        ("NVIDIA H20", 102.0, "h20"), ("NVIDIA H800", 85.5, "h800"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_ships_is_known_by_its_name(gpu, name: str, gigabytes: float, cluster: str) -> None:
+    gpu(name, gigabytes)
+    told: list[str] = []
+    assert cluster_here(told.append) == load_cluster(cluster)
+    assert not told
 
-    class Host(torch.Tensor):
-        def to(self, device: Any, *_: Any, **__: Any) -> torch.Tensor:
-            assert device == torch.device("cuda", 1)
-            return there
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "get_backend", lambda _: "nccl")
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, *_, **__: given.append(tensor))
-    tensor = torch.zeros(2, 3)
-    copies._take_over(tensor.as_subclass(Host), 0, None)
-    assert len(given) == 1
-    assert given[0] is there
-    assert torch.equal(tensor, there)
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "usable"), [("NVIDIA A100-SXM4-40GB", 42.4, 38.4), ("NVIDIA GH200 480GB", 102.0, 76.0)]
+)
+def test_another_gpu_is_an_h100_within_its_own_memory(gpu, name: str, gigabytes: float, usable: float) -> None:
+    gpu(name, gigabytes)
+    told: list[str] = []
+    found = cluster_here(told.append)
+    assert found.flops == load_cluster("h100").flops
+    assert found.usable_bytes == pytest.approx(usable * 1e9)
+    assert len(told) == 1
+    assert told[0].startswith(f"{name}: its rates aren't known here")
+    assert f"{usable:.0f} GB" in told[0]
+
+
+def test_less_memory_than_published_is_what_counts(gpu) -> None:
+    gpu("NVIDIA H100 MIG 3g.40gb", 42.0)
+    assert cluster_here().usable_bytes == pytest.approx(38e9)
+
+
+def test_ranks_without_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cluster_here() == load_cluster("cpu")

@@ -37,3 +37,16 @@ def test_userbuffers_of_one_length() -> None:
     (line,) = switch_off(args)
     assert line.startswith("tp_comm_overlap is switched off: ")
     assert (args.tp_comm_overlap, args.decoder_tp_comm_overlap) == (False, False)
+
+
+def test_what_goes_by_megatrons_order_or_times_it() -> None:
+    args = Namespace(
+        fine_grained_activation_offloading=True, offload_modules=["core_attn"], log_straggler=True, cuda_graph_impl=None
+    )
+    offload, straggler = switch_off(args)
+    assert "offload: true in --dip-config" in offload
+    assert straggler.startswith("log_straggler is switched off: ")
+    assert (args.fine_grained_activation_offloading, args.offload_modules, args.log_straggler) == (False, [], False)
+    assert switch_off(args) == []
+    unused = Namespace(fine_grained_activation_offloading=False, offload_modules=["core_attn"])
+    assert switch_off(unused) == []

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ...compat import token_counts
 from ...describe.files import ConfigurationError
 from ...environment import load_settings
 from ..switched_off import switch_off
@@ -143,6 +144,7 @@ class MegatronBridge:
         from ...families.called.known import BRIDGE_FAMILIES
 
         self._hooks.add_families(BRIDGE_FAMILIES)
+        token_counts.watch(state)
         return self._hooks.begin(BridgeLoop(state, take_layout(state.cfg.model)), config)
 
     def _begin_pairing(self, state: Any, config: DipConfig) -> None:
