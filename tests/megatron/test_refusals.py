@@ -65,6 +65,10 @@ EXPERTS: dict[str, Any] = {
             {"ddp_param_name_patterns_for_fp32_local_accumulation": ["all", "*.layers.1.mlp.*"]},
             "--ddp-param-name-patterns-for-fp32-local-accumulation: .* use patterns without one",
         ),
+        (
+            {"reset_attention_mask": True, "transformer_impl": "local", "pipeline_model_parallel_size": 4},
+            "--reset-attention-mask: scripts give masks to the first and last rank alone, .*-inter-document-masking",
+        ),
         ({"moe_use_upcycling": True}, "--moe-use-upcycling: .* a run of its own"),
         ({"inprocess_restart": True}, "--inprocess-restart: .* restart the job"),
         ({"deterministic_mode": True}, "--deterministic-mode: plans follow measured times, .* recalibrate: false and"),

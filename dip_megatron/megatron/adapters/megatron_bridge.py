@@ -128,7 +128,7 @@ class MegatronBridge:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
                     check_release(self._hooks.tell)
-                    for line in switch_off(state.cfg.model):
+                    for line in (*switch_off(state.cfg.model), *switch_off(state.cfg.straggler)):
                         self._hooks.tell(line)
                     check_bridge(state.cfg, config.schedule)
                     self._session = self._begin(state, config)
