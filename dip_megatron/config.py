@@ -18,7 +18,8 @@ from pydantic import (
     field_validator,
 )  # fmt: skip
 
-from .describe.files import ConfigurationError, training_file
+from .core.faults import reason
+from .describe.files import ConfigurationError, not_yaml, training_file
 
 
 class ModuleConfig(BaseModel):
@@ -50,8 +51,8 @@ class DipConfig(BaseModel):
                                    "(or that run's trace_dir); a batch that none of them matches is planned under "
                                    "schedule, or ends the run if that is off")  # fmt: skip
     modules: dict[str, ModuleConfig] = Field(default_factory=dict, description="by module name: vision, language, ...")
-    cluster: str = Field("auto", description="cost model's hardware: a name (h100, h800, h20, cpu) or a YAML file; "
-                         "auto: by the device")  # fmt: skip
+    cluster: str = Field("auto", description="cost model's hardware: a name (h100, h200, b200, h800, h20, cpu) or "
+                         "a YAML file; auto: by the device's name, any other GPU as an h100")  # fmt: skip
     costs: Path | None = Field(None, description="measured costs of `dip profile`")
     planner_workers: NonNegativeInt = Field(1, description="searching threads per replica, in one planner process, at "
                                              "most half the cores; 0: plan in the trainer")  # fmt: skip
@@ -111,9 +112,11 @@ class DipConfig(BaseModel):
             except OSError as error:
                 raise ConfigurationError(f"{path}: can't be read: {error.strerror}") from error
             except yaml.YAMLError as error:
-                raise ConfigurationError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+                raise ConfigurationError(f"{path}: {not_yaml(error)}") from error
             if not isinstance(loaded, dict):
-                raise ConfigurationError(f"{path}: must be a mapping of settings, got {type(loaded).__name__}")
+                raise ConfigurationError(
+                    f"{path}: must be a mapping of settings, such as `schedule: dynamic`, got {type(loaded).__name__}"
+                )
             values = loaded
         values |= {k: v for k, v in overrides.items() if v is not None}
         try:
@@ -121,4 +124,4 @@ class DipConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(p) for p in first["loc"])
-            raise ConfigurationError(f"{place}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+            raise ConfigurationError(f"{place}: {where}: {reason(first, DipConfig)}") from error

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from .config import DipConfig
+from .core.faults import nearest
 from .describe.files import ConfigurationError
 
 FLAG, ENVIRONMENT, FILE, DEFAULT = "flag", "environment", "file", "default"
@@ -80,13 +81,24 @@ def asks(environ: Mapping[str, str] = os.environ) -> bool:
 
     Raises ConfigurationError.
     """
+    _refuse_misspelt(environ)
     if not any(variable(name) in environ for name in ("schedule", "plan_file", "pairing", "config")):
         return False
     config = load_settings({}, environ).config
     return config.on or config.pairs
 
 
+def _refuse_misspelt(environ: Mapping[str, str]) -> None:
+    """Raises ConfigurationError for a variable that is almost a setting's, and would do nothing without a word."""
+    known = [variable(name) for name in (*DipConfig.model_fields, "config")]
+    for name in environ:
+        meant = nearest(name, known) if name.startswith("DIP_") else None
+        if meant is not None:
+            raise ConfigurationError(f"{name}: no such variable; did you mean {meant}?")
+
+
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    _refuse_misspelt(environ)
     found: dict[str, Any] = {}
     for name in DipConfig.model_fields:
         text = environ.get(variable(name))

@@ -12,9 +12,7 @@ import click
 from ..describe.files import ConfigurationError
 
 
-@click.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
-)
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--dip-schedule", metavar="SCHEDULE", help="As DIP_SCHEDULE in the environment: dynamic, static, off.")
 @click.option("--dip-config", metavar="FILE", help="As DIP_CONFIG in the environment: a YAML file of settings.")
 @click.argument("script", type=click.Path(path_type=Path))

@@ -14,7 +14,7 @@ FILES = (
     "losses", "linears", "recompute", "layer_specs", "experts", "buckets", "rerun", "llava", "ranks_on_one_gpu", "host",
     "training_loop", "checkpointing", "transformer_engine", "process_groups", "tensors", "bridge", "bridge_building",
     "lone_rank", "mcore_bridge", "ms_swift", "mimo", "averages", "mcore_adapter",
-    "roll",
+    "roll", "token_counts",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from .actions import Compute, parse_action
 from .codes import encode
 from .experts import Coupled, ExpertLayers, ExpertLayersError
+from .faults import reason
 from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord, upgraded
 from .graph import Floats, GraphError, StageGraph
 from .json_lines import load_line
@@ -56,7 +57,7 @@ def read_plans(path: str | Path) -> Iterator[Plan]:
                 found = True
                 yield plan
     except OSError as error:
-        raise PlanFileError(f"{path}:1: file: {error.strerror or error}") from error
+        raise PlanFileError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise PlanFileError(f"{path}:1: file: not UTF-8 at byte {error.start}") from error
     if not found:
@@ -239,7 +240,7 @@ def _validated(data: Any) -> PlanRecord:
         return PlanRecord.model_validate(data)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
-        raise PlanFileError(f"{_place(fault['loc'])}: {fault['msg']}") from error
+        raise PlanFileError(f"{_place(fault['loc'])}: {reason(fault, PlanRecord)}") from error
 
 
 def _place(location: Sequence[str | int]) -> str:

@@ -23,7 +23,10 @@ def load_line(line: str, error: type[ValueError]) -> Any:
     try:
         return json.loads(line, object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except json.JSONDecodeError as fault:
-        raise error(f"line: not JSON ({fault.msg} at column {fault.colno})") from fault
+        message = fault.msg.removesuffix(" at").removesuffix(" starting")  # as json says of a string
+        ended = message.startswith("Unterminated") or fault.pos >= len(line.rstrip()) - len("fals")
+        cut = "; the line ends within it: has the file been cut off?" if ended else ""
+        raise error(f"line: not JSON ({message} at column {fault.colno}){cut}") from fault
     except (RecursionError, ValueError) as fault:
         if isinstance(fault, error):
             raise

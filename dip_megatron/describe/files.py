@@ -8,6 +8,8 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ..core.faults import reason
+
 Schema = TypeVar("Schema", bound=BaseModel)
 _SHIPPED = Path(__file__).parents[1] / "configs"
 
@@ -58,12 +60,17 @@ def read_yaml(path: Path, schema: type[Schema]) -> Schema:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}" if mark is not None else "file"
-        raise ConfigurationError(f"{path}: {place}: {getattr(error, 'problem', None) or 'not YAML'}") from error
+        raise ConfigurationError(f"{path}: {not_yaml(error)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: file: {getattr(error, 'strerror', None) or error}") from error
     return validate(str(path), data, schema)
+
+
+def not_yaml(error: yaml.YAMLError) -> str:
+    """``PLACE: REASON`` of a text that is no YAML."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}" if mark is not None else "file"
+    return f"{place}: not YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
 
 
 def validate(source: str, data: object, schema: type[Schema]) -> Schema:
@@ -78,5 +85,4 @@ def validate(source: str, data: object, schema: type[Schema]) -> Schema:
         faults = error.errors(include_url=False, include_context=False)
         place = ".".join(str(part) for part in faults[0]["loc"]) or "top level"
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        reason = faults[0]["msg"].removeprefix("Value error, ").replace("\n", " ")
-        raise ConfigurationError(f"{source}: {place}: {reason}{more}") from error
+        raise ConfigurationError(f"{source}: {place}: {reason(faults[0], schema)}{more}") from error

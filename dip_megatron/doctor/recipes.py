@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ..core.faults import nearest
 from ..describe.files import ConfigurationError
 from .check import Check, Status
 
@@ -41,7 +42,8 @@ def recipe_of(recipe: str, rest: Sequence[str]) -> Callable[[], Iterator[Check]]
         try:
             found = list(_script(Path(recipe), rest) if _is_script(recipe) else _bridge(recipe, rest))
         except (RecipeError, ConfigurationError) as error:
-            yield Check(recipe, Status.BROKEN, str(error), "nothing can be said of it", "see dip doctor --help")
+            yield Check(recipe, Status.BROKEN, str(error), "nothing can be said of it",
+                        "mend what the line names; `dip doctor --help` says what a recipe is")  # fmt: skip
             return
         yield from found
         in_the_way = [check for check in found if check.status is Status.BROKEN]
@@ -89,6 +91,7 @@ def _bridge(recipe: str, overrides: Sequence[str]) -> Iterator[Check]:
             "Megatron-Bridge", Status.LIMITED, line, "untested", "compare losses with DIP off before a long run"
         )
     yield from _switched_off(config.model)
+    yield from _switched_off(config.straggler)
     yield from _in_the_way(refusals(config))
     yield _provided(config.model)
 
@@ -128,13 +131,23 @@ def _function(recipe: str) -> Callable[[], Any]:
         function: Callable[[], Any] = getattr(module, name)
     except AttributeError:
         if place:
-            raise RecipeError(f"{place} has no {name}") from None
-        raise RecipeError("no script (*.py), no FILE.py:FUNCTION, and none of Megatron-Bridge's own recipes") from None
+            raise RecipeError(f"{place} has no {name}{_meant(name, module)}") from None
+        raise RecipeError(
+            "no script (*.py), no FILE.py:FUNCTION, and none of Megatron-Bridge's own recipes" + _meant(name, module)
+        ) from None
     except (ImportError, OSError) as error:
-        missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("megatron.bridge")
-        way_out = "; Megatron-Bridge isn't installed here: ask where the recipe trains" if missing else ""
+        way_out = ""
+        if isinstance(error, ModuleNotFoundError):
+            missing = str(error.name)
+            missing = "Megatron-Bridge" if missing.startswith("megatron.bridge") else missing
+            way_out = f"; {missing} isn't installed here: ask where the recipe trains"
         raise RecipeError(f"{type(error).__name__}: {error}{way_out}") from error
     return function
+
+
+def _meant(name: str, module: ModuleType) -> str:
+    found = nearest(name, dir(module))
+    return f"; did you mean {found}?" if found else ""
 
 
 def _module_at(path: Path) -> ModuleType:

@@ -10,6 +10,8 @@ from ..config import DipConfig
 from ..describe.files import ConfigurationError
 from ..describe.model import Parallel
 from ..environment import load_settings
+from ..schedulers.registry import find_schedule
+from .configs import name_a_layer
 from .experts import counts_over_iteration, expert_refusals
 
 
@@ -100,6 +102,8 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
         getattr(args, "perform_rl_step", False), "--perform-rl-step",
         "its batches are made while it trains and can't be read ahead", _WITH_OFF.removeprefix("or "),
     )  # fmt: skip
+    for unfit, flag, reason, way_out in _tied_to_order(args):
+        refuse(unfit, flag, reason, f"{way_out} {_WITH_OFF}")
     if getattr(args, "num_experts", None):
         for unfit, setting, reason, way_out in expert_refusals(args, parallel_of(args)):
             name, _, rest = setting.partition(" ")
@@ -107,10 +111,6 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
     refuse(
         getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False), "FSDP",
         "it gathers parameters in one fixed order of layers", f"use --use-distributed-optimizer {_WITH_OFF}",
-    )  # fmt: skip
-    refuse(
-        getattr(args, "moe_paged_stash", False), "--moe-paged-stash", "it wraps Megatron's own schedule",
-        f"leave it out {_WITH_OFF}",
     )  # fmt: skip
     refuse(
         getattr(args, "defer_embedding_wgrad_compute", False), "--defer-embedding-wgrad-compute",
@@ -128,3 +128,58 @@ def refusals(args: Any) -> list[tuple[str, str, str]]:
         f"use --non-persistent-ckpt-type global {_WITH_OFF}",
     )  # fmt: skip
     return found
+
+
+_KNOWS_PLACES = (
+    "logits_save_dir", "logits_load_dir", "save_activations_interval", "save_dgrads_interval",
+    "save_tokens_per_expert_interval", "moe_routing_trace_path",
+)  # fmt: skip
+_ACCUMULATES = "ddp_param_name_patterns_for_fp32_local_accumulation"
+_STASHES = ("moe_paged_stash", "moe_expert_rank_capacity_factor")
+
+
+def _tied_to_order(args: Any) -> list[tuple[Any, str, str, str]]:
+    """What takes for granted the order, layers or processes of Megatron's own schedule, and would train or save
+    something else without a word: whether it applies, the flag, the reason, the way out."""
+    config = run_config(args)
+    leave = "leave it out"
+
+    def value(name: str) -> Any:
+        return getattr(args, name, None)
+
+    def flag(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    tensor, between = args.tensor_model_parallel_size, args.pipeline_model_parallel_size > 2
+    shards = (
+        ("tensor_parallel_num_weight_shards", tensor),
+        ("expert_tensor_parallel_num_weight_shards", value("expert_tensor_parallel_size") or tensor),
+    )
+    return [
+        *((value(name), flag(name), "it knows microbatches by their order and layers by their place in a chunk, which "
+           "plans change", leave) for name in _KNOWS_PLACES),
+        *((value(name), flag(name), "it wraps Megatron's own schedule", leave) for name in _STASHES),
+        *(((value(name) or ranks) > ranks, f"{flag(name)} {value(name)}",
+           "every layer gathers its weights from ranks that have plans of their own", leave) for name, ranks in shards),
+        (name_a_layer(value(_ACCUMULATES) or ()), flag(_ACCUMULATES),
+         "a layer's number in it is its place in a chunk, and DIP cuts others", "use patterns without one"),
+        (value("reset_attention_mask") and value("transformer_impl") == "local" and between,
+         "--reset-attention-mask", "scripts give masks to the first and last rank alone, and ranks between them have "
+         "other layers than in Megatron's own pipeline", "use --dataloader-inter-document-masking"),
+        (value("moe_use_upcycling"), "--moe-use-upcycling",
+         "it copies a dense model, layer by layer, that is built without DIP's partition",
+         "convert the model in a run of its own"),
+        (value("inprocess_restart"), "--inprocess-restart", "DIP's threads and planner would outlive the restart",
+         "restart the job"),
+        (value("deterministic_mode") and not _repeats(config), "--deterministic-mode",
+         "plans follow measured times, and gradients are summed in the order of plans",
+         "set recalibrate: false and search_evaluations in --dip-config, without balance, repeat another run's plans "
+         "(--dip-plan-file),"),
+    ]  # fmt: skip
+
+
+def _repeats(config: DipConfig) -> bool:
+    """Whether a run's plans are those of another run with the same chunks, data and settings."""
+    if config.plan_file is not None or config.recalibrate or config.balance != "off":
+        return config.plan_file is not None
+    return config.search_evaluations is not None or not find_schedule(config.schedule).searches

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ..config import DipConfig
@@ -21,18 +20,16 @@ from ..schedulers.entry import ScheduleEntry
 from .adapters.loop import TrainingLoop
 from .build import configured_partition, placements
 from .checkpoints import Checkpoint
+from .device import cluster_here
 from .mixed import configured_choice, tuned_choice
 
 # Seconds to search a partition for, before the model is built.
 _PARTITION_SECONDS = 5.0
 
 
-def cluster_of(config: DipConfig) -> Cluster:
+def cluster_of(config: DipConfig, tell: Callable[[str], object]) -> Cluster:
     """The cluster whose published rates price what isn't measured: as configured, or by the device here."""
-    name = config.cluster
-    if name == "auto":
-        name = "h100" if torch.cuda.is_available() else "cpu"
-    return load_cluster(name)
+    return cluster_here(tell) if config.cluster == "auto" else load_cluster(config.cluster)
 
 
 def unlike_the_loop(model: MultimodalModel) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from ..compat import token_counts
 from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.stages import ModelStandIn
 from .copies import copied
@@ -130,6 +131,8 @@ class LookAhead:
         self._gather = gather
         self._items_each = 1
         self._buffer: deque[MicrobatchInputs] = deque()
+        # What the script counted when it read them: it belongs to the iteration that takes them.
+        self._counted: deque[token_counts.Counted] = deque()
         self.exhausted = False
 
     @property
@@ -142,6 +145,8 @@ class LookAhead:
         if not self.fill(count):
             self.exhausted = False  # told once: there are iterators that begin anew then, with another epoch
             raise StopIteration(f"the data has ended: {len(self._buffer)} of {count} microbatches are left")
+        for _ in range(count):
+            token_counts.count(self._counted.popleft())
         return [self._buffer.popleft() for _ in range(count)]
 
     def fill(self, count: int) -> bool:
@@ -151,7 +156,9 @@ class LookAhead:
             readable = self._readable(missing)
             try:
                 for _ in range(readable):
-                    self._buffer.append(self._read())
+                    with token_counts.set_aside() as counted:
+                        self._buffer.append(self._read())
+                    self._counted.append(counted)
                     if self._buffer[-1].items:
                         self._items_each = max(self._items_each, len(self._buffer[-1].items))
             except StopIteration:

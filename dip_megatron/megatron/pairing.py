@@ -27,6 +27,7 @@ from ..schedulers.joint import dip_pairing
 from .adapters.loop import TrainingLoop
 from .build import record_blueprint
 from .call import as_list
+from .device import cluster_here
 from .exchange import GlooExchange
 from .lookahead import capture_microbatch
 from .ranks import replica_ranks
@@ -60,10 +61,8 @@ class Pairing:
         family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
         model = family.describe(blueprint, self._loop.parallel)
         partition = even_partition(model)
-        cluster = self._config.cluster
-        if cluster == "auto":
-            cluster = "h100" if torch.cuda.is_available() else "cpu"
-        self._graphs = ModelGraphs(model, load_cluster(cluster), partition)
+        named = self._config.cluster
+        self._graphs = ModelGraphs(model, cluster_here() if named == "auto" else load_cluster(named), partition)
         self._program = family.program(
             blueprint, {m.module: m.layers for m in partition.modules},
             rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=self._loop.micro_batch_size,

@@ -139,7 +139,7 @@ class DipSession:
             model = family.describe(blueprint, loop.parallel)
             check_placement(model, self._config, family)
             check_entry(self._entry, model, family, loop.num_microbatches)
-            cluster = cluster_of(self._config)
+            cluster = cluster_of(self._config, _tell)
             costs = None if self._config.costs is None else Costs.load(self._config.costs)
             checkpoint = loop.checkpoint()
             choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..compat.losses import calculate_loss, profiled
+from ..compat.token_counts import set_aside
 from ..runtime.deferred import WeightGradients
 from ..runtime.stages import LossPart, ReplayIterator
 from ..runtime.transport import Tensors
@@ -76,7 +77,7 @@ class MegatronStep:
         with profiled("forward-compute"):
             self._start_timer("forward-compute")
             iterator = None if items is None else ReplayIterator(items)
-            with self._autocast():
+            with self._autocast(), set_aside():  # counted when it was read
                 output, loss_func = self._forward_step_func(iterator, model)
             with counted_as(microbatch, self._num_microbatches):
                 output, num_tokens = self._calculate_loss(

@@ -13,16 +13,25 @@ _GRAPHS = {
     "cuda_graph_impl": "none", "vision_cuda_graph_impl": "none", "enable_cuda_graph": False,
     "external_cuda_graph": False,
 }  # fmt: skip
+_USERBUFFERS = {"tp_comm_overlap": False, "decoder_tp_comm_overlap": False}
 _OVERLAP = {
     "overlap_moe_expert_parallel_comm": False, "delay_wgrad_compute": False,
     "ep_overlap_early_attn_memory_release": False,
 }  # fmt: skip
+_OFFLOAD = {"fine_grained_activation_offloading": False, "offload_modules": []}
+_STRAGGLER = {"log_straggler": False}
 
 
 def switch_off(config: Any) -> list[str]:
-    """Change ``config``, Megatron's arguments or a model's provider, to run without CUDA graphs of training and without
-    all-to-alls beside another microbatch's layers; what to say of each that was on."""
+    """Change ``config``, Megatron's arguments or a model's provider, to run without CUDA graphs of training, without
+    all-to-alls beside another microbatch's layers, without Transformer Engine's userbuffers, and without what else goes
+    by the order of Megatron's own schedule; what to say of each that was on."""
     told = []
+    if _set(config, _USERBUFFERS):
+        told.append(
+            "tp_comm_overlap is switched off: its buffers hold one length of sequences, a plan's microbatches have "
+            "many, and weight gradients that wait would find others' data there; results are the same"
+        )
     if _set(config, _OVERLAP):
         told.append(
             "overlap_moe_expert_parallel_comm is switched off: it runs layers of two microbatches in turn, in "
@@ -36,6 +45,16 @@ def switch_off(config: Any) -> list[str]:
         told.append(
             "CUDA graphs are switched off: a captured chunk has one shape, a plan's microbatches have many; results "
             "are the same"
+        )
+    if getattr(config, "fine_grained_activation_offloading", False) and _set(config, _OFFLOAD):
+        told.append(
+            "fine_grained_activation_offloading is switched off: it gives activations back in the order of Megatron's "
+            "own schedule; offload: true in --dip-config lets plans offload; results are the same"
+        )
+    if _set(config, _STRAGGLER):
+        told.append(
+            "log_straggler is switched off: it times forward_step, in which only a rank with the loss computes; "
+            "--dip-trace-dir has each rank's times"
         )
     return told
 

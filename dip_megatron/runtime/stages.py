@@ -222,7 +222,8 @@ class ModelStages:
         del inputs
         outputs: Tensors = {}
         loss = None
-        with self._mode.stage(weights, strategies, offloaded), torch.set_grad_enabled(train):
+        # Also where nothing trains: routers count an iteration's tokens by it, whatever trains of them.
+        with self._mode.stage(weights, strategies, offloaded), torch.set_grad_enabled(not self._state.forward_only):
             if is_loss:
                 model = ModelStandIn(
                     chunk, lambda *a, **k: self._program.final(chunk, given, self._program.bind(*a, **k))
@@ -238,7 +239,8 @@ class ModelStages:
         if train:
             left = {name: leave(t) for name, t in outputs.items() if t.requires_grad}
             self._state.saved[place] = _Saved(slots, left, weights, offloaded, loss)
-        return outputs
+            return outputs
+        return {name: t.detach() for name, t in outputs.items()}
 
     def backward(self, operation: Operation, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
         saved = self._state.saved.pop((operation.unit, operation.segment))

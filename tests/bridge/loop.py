@@ -226,7 +226,7 @@ def configuration(folder: Path, run: Run) -> Any:
 def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
     """Train on this rank. ``losses`` of the iterations and ``evaluated`` ones, on the last stage; ``norms`` of the
     gradients; ``gradients`` of this rank's parameters in the first iteration; ``weights`` as exported to Hugging Face's
-    names, on the first rank."""
+    names, on the first rank; ``operations`` in floating point, as Bridge's log counts them."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.finetune import finetune
@@ -249,6 +249,7 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
             result["evaluated"] += [float(loss) for loss in (context.total_loss_dict or {}).values()]
 
         def on_train_end(self, context: Any) -> None:
+            result["operations"] = context.state.train_state.floating_point_operations_so_far
             if run.adapters:  # Bridge has no names to export those of Hugging Face's linears by
                 return
             bridge = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32, trust_remote_code=True)

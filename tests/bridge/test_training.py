@@ -53,6 +53,7 @@ def assert_same(
     """The ranks' losses, gradients' norms and exported weights are those of one."""
     first, *_, last = found
     assert last["losses"]
+    assert last["operations"] == expected["operations"] > 0
     for name in ("losses", "evaluated"):
         torch.testing.assert_close(last[name], expected[name], rtol=0, atol=loss)
     torch.testing.assert_close(last["norms"], expected["norms"], rtol=10 * loss, atol=0)

@@ -281,6 +281,13 @@ def test_a_breakdown_of_a_folder_without_a_run(tmp_path, capsys):
     assert "no iterations.jsonl in it" in fault(capsys, "trace", "--breakdown", str(tmp_path))
 
 
+def test_help_of_run_is_its_own_before_the_script_and_the_scripts_behind_it(capsys, tmp_path):
+    assert call("run", "--help") == 0
+    assert "Run SCRIPT ARGUMENTS" in capsys.readouterr().out
+    script = tmp_path / "script.py"
+    assert f"{script}: no such script" in fault(capsys, "run", str(script), "--help")
+
+
 def test_no_verb_shows_all_verbs(capsys):
     assert call() == 2
     assert "  compare " in capsys.readouterr().err

@@ -99,8 +99,8 @@ def changed(edit) -> str:
 
 FAULTS = [
     (lambda r: r.pop("units"), "units: Field required"),
-    (lambda r: r.update(colour="red"), "colour: Extra inputs"),
-    (lambda r: r.update({"two\nlines": 1}), "two lines: Extra inputs"),
+    (lambda r: r.update(colour="red"), "colour: no such key; there are version"),
+    (lambda r: r.update({"two\nlines": 1}), "two lines: no such key"),
     (lambda r: r.update(version=9), "version: 9 is not supported"),
     (lambda r: r.update(ranks="2"), "ranks: Input should be a valid integer"),
     (lambda r: r.update(ranks=True), "ranks: Input should be a valid integer"),

@@ -70,6 +70,15 @@ def test_what_a_script_is_is_read_off_its_source(
         assert "builds GPTModel, of the model family gpt" in {check["detail"] for check in checks}
 
 
+def test_a_function_that_is_not_there_or_can_not_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "recipes.py").write_text("def my_recipe():\n    pass\n")
+    detail = asked(f"{tmp_path / 'recipes.py'}:my_recipy")[1][0]["detail"]
+    assert detail.endswith("has no my_recipy; did you mean my_recipe?")
+    (tmp_path / "needy.py").write_text("import a_package_that_nobody_has\n")
+    detail = asked(f"{tmp_path / 'needy.py'}:my_recipe")[1][0]["detail"]
+    assert detail.endswith("; a_package_that_nobody_has isn't installed here: ask where the recipe trains")
+
+
 def test_no_script_and_no_recipe() -> None:
     assert asked("nowhere.py")[1][0]["detail"] == "no such script"
     if importlib.util.find_spec("megatron.bridge") is None:

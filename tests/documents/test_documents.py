@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.machinery
 import importlib.util
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from dip_megatron.config import DipConfig, ModuleConfig
+from dip_megatron.megatron.arguments import add_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +43,24 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "how-a-batch-travels" / "index.html").is_file()
+
+
+def test_the_page_of_settings_has_them_all() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    for name in (*DipConfig.model_fields, *ModuleConfig.model_fields):
+        assert f"`--dip-{name.replace('_', '-')}" in page or f"`{name}`" in page, name
+    flags = (action.option_strings[0] for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions)
+    for flag in flags:
+        assert f"`{flag}" in page, flag
+
+
+def test_what_the_first_run_page_says_of_a_line_is_in_a_line() -> None:
+    page = (ROOT / "docs" / "first-run.md").read_text(encoding="utf-8")
+    source = (ROOT / "dip_megatron" / "report" / "progress.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"`dip/\w+`", page))
+    assert len(named) > 8
+    for name in named:
+        assert f'"{name.strip("`")}":' in source, name
 
 
 def test_the_reach_page_is_what_its_data_say() -> None:

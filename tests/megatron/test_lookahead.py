@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from dip_megatron.megatron.lookahead import LookAhead, RawItems
+from dip_megatron.megatron.step import MegatronStep
 from dip_megatron.runtime.protocol import MicrobatchInputs
+from dip_megatron.runtime.stages import LossPart
 from tests.patience import LONG
 
 
@@ -108,3 +114,32 @@ def test_an_iterator_that_begins_anew_after_its_end_is_read_on() -> None:
         except StopIteration:
             taken.append([])
     assert taken == [[1, 2], [], [3, 4], [5, 6], []]
+
+
+def test_tokens_count_in_the_iteration_that_trains_on_them() -> None:
+    """Scripts tell Megatron's log of packed sequences wherever ``forward_step`` runs: when they are read ahead, and
+    once more for their loss."""
+    training = pytest.importorskip("megatron.training.training")
+    if not hasattr(training, "update_seqlen_stats_from_cu_seqlens"):
+        pytest.skip("before 0.19 nothing is counted")
+    lengths = iter([[3, 5], [4], [2, 2]])
+
+    def forward_step(*_: Any) -> Any:
+        ends = torch.tensor([0, *accumulate(next(lengths, [100]))], dtype=torch.int32)
+        training.update_seqlen_stats_from_cu_seqlens(ends)
+        return torch.ones(1), lambda output: (output, {"lm loss": output})
+
+    ahead = LookAhead(lambda: MicrobatchInputs({"read": forward_step()}))
+    ahead.fill(2)
+    assert training.consume_seqlen_stats_in_iteration() == (None, None)
+    ahead.take(1)
+    ahead.fill(2)
+    config = SimpleNamespace(timers=None, enable_autocast=False, calculate_per_token_loss=False)
+    step = MegatronStep(
+        config, forward_step, num_microbatches=1, context_parallel_size=1, collect_non_loss_data=False
+    )  # fmt: skip
+    step.loss(torch.nn.Identity(), None, [], 0, LossPart())
+    assert training.consume_seqlen_stats_in_iteration() == (8.0, 34.0)
+    ahead.take(2)
+    assert training.consume_seqlen_stats_in_iteration() == (8.0, 24.0)
+    assert training.consume_seqlen_stats_in_iteration() == (None, None)

@@ -30,3 +30,23 @@ def test_graphs_of_inference_go_with_those_of_training() -> None:
     flags = Namespace(cuda_graph_impl=None, enable_cuda_graph=True, inference_cuda_graph_scope="block")
     assert len(switch_off(flags)) == 1
     assert (flags.enable_cuda_graph, flags.inference_cuda_graph_scope) == (False, None)
+
+
+def test_userbuffers_of_one_length() -> None:
+    args = Namespace(tp_comm_overlap=True, decoder_tp_comm_overlap=True)
+    (line,) = switch_off(args)
+    assert line.startswith("tp_comm_overlap is switched off: ")
+    assert (args.tp_comm_overlap, args.decoder_tp_comm_overlap) == (False, False)
+
+
+def test_what_goes_by_megatrons_order_or_times_it() -> None:
+    args = Namespace(
+        fine_grained_activation_offloading=True, offload_modules=["core_attn"], log_straggler=True, cuda_graph_impl=None
+    )
+    offload, straggler = switch_off(args)
+    assert "offload: true in --dip-config" in offload
+    assert straggler.startswith("log_straggler is switched off: ")
+    assert (args.fine_grained_activation_offloading, args.offload_modules, args.log_straggler) == (False, [], False)
+    assert switch_off(args) == []
+    unused = Namespace(fine_grained_activation_offloading=False, offload_modules=["core_attn"])
+    assert switch_off(unused) == []

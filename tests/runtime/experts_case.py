@@ -4,6 +4,7 @@ batches. Single precision: Megatron's CPU path keeps routing probabilities in it
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
@@ -36,7 +37,7 @@ class Ranks:
 class ExpertsCase:
     """What to train: microbatches, layers per chunk, which layers have experts (as ``moe_layer_freq`` lists them) and
     further fields of Megatron's config, depths of multi-token prediction. Each replica has microbatches of its own, of
-    ``lengths`` one after the other (none: all alike)."""
+    ``lengths`` one after the other (none: all alike). Parameters whose names match ``frozen`` don't train."""
 
     microbatches: int
     layers: tuple[tuple[int, ...], ...] = ((2, 2),)
@@ -45,6 +46,7 @@ class ExpertsCase:
     overlap: bool = False
     mtp: int = 0
     lengths: tuple[int, ...] = ()
+    frozen: str = ""
 
 
 def initialize(world: int, ranks: Ranks) -> None:
@@ -156,6 +158,9 @@ def wrapped(case: ExpertsCase, chunks: list[torch.nn.Module]) -> list[torch.nn.M
     """Chunks in DDP over the data-parallel ranks, experts over theirs, ending an iteration as training does."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
+    for chunk in chunks if case.frozen else ():
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(not re.search(case.frozen, global_name(chunk, name)))
     settings = DistributedDataParallelConfig(overlap_grad_reduce=case.overlap, grad_reduce_in_fp32=True)
     out = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
     for chunk in out:

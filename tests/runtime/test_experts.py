@@ -90,6 +90,16 @@ def test_multi_token_prediction_equals_megatrons(pair, case):
     assert_equal(theirs, merged(pair.run(dips, ranks, replace(case, layers=SEGMENTS), EVERYTHING)))
 
 
+def test_frozen_experts_count_their_tokens_as_megatrons_do(pair):
+    """Nothing trains in the first layer or before it, whose stage has no backward; its bias follows its tokens."""
+    ranks = Ranks(pp=2)
+    case = ExpertsCase(3, experts=(1, 0, 1, 1), options=SHARED, frozen=r"^embedding|layers\.0\.")
+    theirs = merged(pair.run(megatrons, ranks, case))
+    assert any(name.startswith("decoder.layers.0") and any(bias) for name, bias in theirs[2].items())
+    answers = pair.run(dips, ranks, replace(case, layers=((1, 1), (1, 1))), Drawn(1, 0.0))
+    assert_equal(theirs, merged(answers))
+
+
 @pytest.fixture(scope="module")
 def four():
     """Experts spread over, or doubled on, the two tensor-parallel ranks of each stage."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ...compat import token_counts
 from ...describe.files import ConfigurationError
 from ...environment import load_settings
 from ..switched_off import switch_off
@@ -151,7 +152,7 @@ class MegatronBridge:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
                     check_release(self._hooks.tell)
-                    for line in switch_off(state.cfg.model):
+                    for line in (*switch_off(state.cfg.model), *switch_off(state.cfg.straggler)):
                         self._hooks.tell(line)
                     check_bridge(state.cfg, config.schedule)
                     self._session = self._begin(state, config)
@@ -167,6 +168,7 @@ class MegatronBridge:
         from ...families.called.known import BRIDGE_FAMILIES
 
         self._hooks.add_families(BRIDGE_FAMILIES)
+        token_counts.watch(state)
         self._loop = BridgeLoop(state, take_layout(state.cfg.model))
         return self._hooks.begin(self._loop, config)
 
