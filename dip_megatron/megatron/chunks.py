@@ -17,7 +17,7 @@ from ..families.family import ModelFamily
 from ..planner.facade import Setting, searched_partition
 from ..planner.from_file import PlanFile
 from ..planner.live import Chunks
-from ..planner.partitioning import Given
+from ..planner.partitioning import Given, NoPartitionError
 from ..schedulers.entry import ScheduleEntry
 from .adapters.loop import TrainingLoop
 from .build import configured_partition, given_parts, placements
@@ -149,4 +149,9 @@ class ChunkChoice:
         )  # fmt: skip
         if self.entry.mixed is not None:
             return tuned_choice(self.entry, setting)
-        return searched_partition(setting, _PARTITION_SECONDS)
+        try:
+            return searched_partition(setting, _PARTITION_SECONDS)
+        except NoPartitionError as error:
+            limit, said = config.memory_limit or cluster.usable_bytes, config.memory_limit is not None
+            source = "memory_limit" if said else cluster.name
+            raise ConfigurationError(f"{error}. A rank has {limit / 1e9:g} GB, by {source}") from error

@@ -29,6 +29,10 @@ Placement = Literal["segmented", "replicated", "either"]
 Placements = Mapping[str, Placement]
 
 
+class NoPartitionError(ValueError):
+    """No partition fits the memory; the message says what would help."""
+
+
 @dataclass(frozen=True)
 class Given:
     """What of a module is settled before a partition is searched: its ``layers`` by segment and rank (None: nothing of
@@ -108,7 +112,7 @@ def choose_partition(
     doesn't choose worse; by the clock at most four times as many. ``on_trial`` hears of every trial (description,
     seconds). ``placements`` by module name: whether it is cut over all ranks or stands whole on each, which then pays
     for the sum of its gradients; without one it is cut. ``given`` by module name: what is settled of it; a module with
-    layers must not be placed otherwise. Raises ValueError if nothing fits the memory.
+    layers must not be placed otherwise. Raises NoPartitionError if nothing fits the memory.
     """
     if not batches:
         raise ValueError("choosing a partition needs at least one batch to judge by")
@@ -215,7 +219,7 @@ class _Search:
         closely = {p: self._seconds(Partition(p), self.closer) for p in dict.fromkeys((*finalists, paper.modules))}
         chosen = min(closely, key=lambda p: (not self._allowed(p), closely[p]))
         if closely[chosen] == inf or not self._allowed(chosen):
-            raise ValueError(
+            raise NoPartitionError(
                 "no partition fits the memory: every one tried needs more than a rank has, even with full recompute; "
                 "raise pp or tp, shard the optimizer over more replicas (dp), or shorten the microbatches"
             )
