@@ -179,3 +179,8 @@ def test_copies_of_weights_in_low_precision_are_told_of() -> None:
     assert "plans don't count these copies" in note
     config.fp8_param = True
     assert check_configs([config], Parallel(tp=2, dp=4)) == set()
+
+
+def test_userbuffers_that_a_loop_has_left_on_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"tp_comm_overlap: .*; set tp_comm_overlap to False, or use"):
+        check_configs([None, SimpleNamespace(tp_comm_overlap=True)], Parallel(tp=2))
