@@ -14,7 +14,6 @@ from dip_megatron.megatron.cpu import install_cpu_platform
 # A CUDA driver that has been asked for its devices can't be used in a fork: ask the management library instead.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 install_cpu_platform()
-del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 torch.set_num_threads(1)
 
 import megatron.core.models.multimodal.llava_model  # noqa: E402
@@ -66,6 +65,8 @@ if not distrib_optimizer.HAVE_APEX_OR_TE:
 # processes: Megatron's is a new Python per rank, which imports all of this again.
 assert filesystem_async._results_queue is None
 filesystem_async._results_queue = queue.Queue()
+
+del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 
 # What ranks plan themselves: kernels loaded once.
 warm_up()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from .names import Name, Topic
 
@@ -16,8 +17,25 @@ HOOKS = Topic(
         Name("megatron.bridge.training.pretrain:_finish_train"),
         Name("megatron.bridge.training.setup:_update_model_config_funcs", ("model", "model_config")),
         Name("megatron.bridge.models.model_provider:_create_model", ("model_provider",)),
+        Name("megatron.bridge.training.checkpointing:maybe_save_dataloader_state", ("model", "train_iterator")),
         Name("megatron.bridge.training.train:make_data_iterator_list", ("model", "data_iterator")),
         Name("megatron.bridge.training.eval:make_data_iterator_list", ("model", "data_iterator")),
+    ),
+)
+CHECKPOINTS = Topic(
+    "checkpoints of Megatron-Bridge's that go on with their partition",
+    "megatron-bridge",
+    "0.6.2",
+    "no run of Megatron-Bridge's can go on from a checkpoint under DIP",
+    (
+        Name("megatron.bridge.training.checkpointing:checkpoint_exists", ("checkpoints_path",)),
+        Name(
+            "megatron.bridge.training.checkpointing:get_checkpoint_name", ("checkpoints_path", "iteration", "release")
+        ),
+        Name(
+            "megatron.bridge.training.checkpointing:_resolve_checkpoint_iteration", ("load_dir", "ckpt_step_override")
+        ),
+        Name("megatron.bridge.training.checkpointing:_DIRECT_ITERATION_DIR_SENTINEL"),
     ),
 )
 TESTED = (0, 6)
@@ -110,3 +128,21 @@ def bridge_version() -> str:
     """The installed Megatron-Bridge's. Raises ImportError if there is none."""
     found: str = importlib.import_module("megatron.bridge.package_info").__version__
     return found
+
+
+def loaded_checkpoint(config: Any) -> tuple[str, str | None] | None:
+    """The folder of the iteration that Bridge is going to load, and how the state of a distributed optimizer is sharded
+    in it, if it says; None if there is none. ``config`` is a ``CheckpointConfig``."""
+    checkpointing = importlib.import_module("megatron.bridge.training.checkpointing")
+    from megatron.core import dist_checkpointing
+
+    folder = config.load
+    if folder is None or not checkpointing.checkpoint_exists(folder):
+        return None
+    iteration, release = checkpointing._resolve_checkpoint_iteration(folder, config.ckpt_step)
+    if iteration != checkpointing._DIRECT_ITERATION_DIR_SENTINEL:
+        folder = checkpointing.get_checkpoint_name(folder, iteration, release)
+    known = None
+    if dist_checkpointing.check_is_distributed_checkpoint(folder):
+        known = dist_checkpointing.load_content_metadata(folder)
+    return str(folder), (known or {}).get("distrib_optim_sharding_type")

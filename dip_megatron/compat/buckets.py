@@ -37,8 +37,11 @@ TOPIC = Topic(
 
 
 def start_gradient_reduction(chunk: torch.nn.Module) -> None:
-    """Start the reduction of all of a chunk's gradients."""
+    """Start the reduction of all of a chunk's gradients. Parameters that no stage has waited for may have been gathered
+    into their memory (in MXFP8, and for optimizers that work layer by layer); it is cleared once they are taken from
+    there."""
     for bucket in _groups(chunk):
+        finish_gather(bucket)
         bucket.start_grad_sync(force_all_reduce=getattr(chunk, "force_all_reduce", False))
 
 

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -20,10 +21,14 @@ TOPIC = Topic(
     "pipelines can't set up their communication: no run under DIP begins",
     (
         Name("torch.distributed.distributed_c10d:_world.pg_group_ranks"),
+        Name("torch.distributed.distributed_c10d:_world.group_count"),
         Name("torch.distributed.distributed_c10d:_hash_ranks_to_str", ("ranks",)),
         Name("torch.distributed.distributed_c10d:_get_default_store", ()),
+        Name("torch.distributed.distributed_c10d:_get_default_group", ()),
+        Name("torch.distributed:ProcessGroup.bound_device_id"),
         Name(
-            "torch.distributed:new_group", ("ranks", "*", "timeout", "backend", "use_local_synchronization")
+            "torch.distributed:new_group",
+            ("ranks", "*", "timeout", "backend", "use_local_synchronization", "pg_options", "device_id"),
         ),
         Name("torch.distributed.distributed_c10d:ProcessGroupGloo.create_default_device"),
         Name("torch.distributed.distributed_c10d:ProcessGroupGloo.create_device"),
@@ -42,13 +47,46 @@ def groups_of(members: Sequence[int]) -> int:
 
 @contextmanager
 def group_named(name: str) -> Iterator[None]:
-    """Within, a group made with ``use_local_synchronization`` is found by its members under ``name``."""
-    torchs = distributed_c10d._hash_ranks_to_str
-    distributed_c10d._hash_ranks_to_str = lambda _: name
+    """Within, a group made with ``use_local_synchronization`` is found by its members under ``name``.
+
+    It doesn't count as one that all ranks make: by their number these are found, and torch counts both from 2.15 on.
+    """
+    torchs, world = distributed_c10d._hash_ranks_to_str, distributed_c10d._world
+    distributed_c10d._hash_ranks_to_str, count = lambda _: name, world.group_count
     try:
         yield
     finally:
-        distributed_c10d._hash_ranks_to_str = torchs
+        distributed_c10d._hash_ranks_to_str, world.group_count = torchs, count
+
+
+@contextmanager
+def of_its_own() -> Iterator[None]:
+    """Within, a new group gets communicators of its own.
+
+    Where the job's group is bound to a device, as torch binds it from 2.15 on, NCCL's communicators of other groups are
+    split off its own, and that takes all ranks of the job: members that make a group without them would wait for ever.
+    """
+    everyone: Any = distributed_c10d._get_default_group()
+    bound = everyone.bound_device_id
+    if bound is None:
+        yield
+        return
+    everyone.bound_device_id = None
+    try:
+        yield
+    finally:
+        everyone.bound_device_id = bound
+
+
+def nccl_options(blocks: int, timeout: timedelta) -> Any:
+    """What NCCL is asked for in a group of few messages that may wait for long: at most ``blocks`` blocks of threads
+    for each, which occupy the device while they wait, and a stream that is none of the usual ones, of which a process
+    has 32 that all its groups and copies take in turn: what shared one with a message that waits would wait with it."""
+    options: Any = distributed_c10d.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    options.config.max_ctas = blocks
+    options._timeout = timeout
+    return options
 
 
 def adapt_gloo_groups() -> None:

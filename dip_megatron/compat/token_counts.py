@@ -1,64 +1,90 @@
-"""Tokens of packed sequences that scripts count as they read them, for the throughput in Megatron's log."""
+"""Tokens that scripts count as they read batches, from which loops log floating-point operations and throughput."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from .names import Name, Topic
 
-_TRAINING, _SUMS, _COUNTS = "megatron.training.training", "_seqlen_stats_in_iteration", "_seqlen_stats_active"
+_TRAINING = "megatron.training.training"
+_MEGATRONS = {"_seqlen_stats_in_iteration": None, "_seqlen_stats_active": False}
+_BRIDGES = {
+    "_flops_seqlen_sum": 0, "_flops_seqlen_sq_sum": 0, "_flops_vision_patches": 0, "_flops_cross_seqlen_sum": 0,
+    "_flops_cross_seqlen_product_sum": 0, "_flops_requires_global_reduce": False,
+}  # fmt: skip
 TOPIC = Topic(
     "throughput of packed sequences in Megatron's log",
     "megatron.training",
     "0.19.2",
     "--log-throughput counts packed sequences that are read ahead, and more than once",
-    tuple(Name(f"{_TRAINING}:{name}", first="0.19") for name in (_SUMS, _COUNTS)),
+    tuple(Name(f"{_TRAINING}:{name}", first="0.19") for name in _MEGATRONS),
 )
+BRIDGE = Topic(
+    "throughput in Megatron-Bridge's log",
+    "megatron-bridge",
+    "0.6.2",
+    "its log counts tokens that are read ahead, and more than once",
+    (Name("megatron.bridge.training.utils.flop_utils:accumulate_flops_metadata"),),
+)
+_watched: list[Any] = []
 
 
 @dataclass
 class Counted:
-    """The sums of one or more calls of a script's ``forward_step``; None where it counts nothing."""
+    """What a script's ``forward_step`` has counted, by where it counts."""
 
-    sums: torch.Tensor | None = None
+    sums: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+
+
+def watch(state: Any) -> None:
+    """From now on ``forward_step`` counts in this state of Megatron-Bridge's loop, and in no other."""
+    _watched[:] = [state]
 
 
 @contextmanager
 def set_aside() -> Iterator[Counted]:
     """Within, what is counted doesn't go to the iteration that runs; afterwards it is in what this gives."""
-    counted, training = Counted(), _training()
-    if training is None:
-        yield counted
-        return
-    before = getattr(training, _SUMS), getattr(training, _COUNTS)
-    _set(training, None, False)
+    counted, before = Counted(), [(place, _values(place, zeros)) for place, zeros in _places()]
+    for place, zeros in _places():
+        _set(place, {name: zeros[name] for name in _values(place, zeros)})
     try:
         yield counted
     finally:
-        counted.sums = getattr(training, _SUMS) if getattr(training, _COUNTS) else None
-        _set(training, *before)
+        for place, held in before:
+            counted.sums.append((place, _values(place, held)))
+            _set(place, held)
 
 
 def count(counted: Counted) -> None:
     """Let it go to the iteration that runs."""
-    training = _training()
-    if training is not None and counted.sums is not None:
-        known = getattr(training, _SUMS)
-        _set(training, counted.sums if known is None else known + counted.sums, True)
+    for place, sums in counted.sums:
+        known = _values(place, sums)
+        _set(place, {name: _sum(known[name], value) for name, value in sums.items() if name in known})
 
 
-def _training() -> Any:
-    """The module that counts, if the loop is Megatron's and counts at all."""
-    module = sys.modules.get(_TRAINING)
-    return module if hasattr(module, _SUMS) and hasattr(module, _COUNTS) else None
+def _sum(known: Any, more: Any) -> Any:
+    if isinstance(more, bool):
+        return known or more
+    return known if more is None else more if known is None else known + more
 
 
-def _set(training: Any, sums: torch.Tensor | None, counts: bool) -> None:
-    setattr(training, _SUMS, sums)
-    setattr(training, _COUNTS, counts)
+def _places() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Who counts, and what stands there before anything is counted."""
+    if _TRAINING in sys.modules:
+        yield sys.modules[_TRAINING], _MEGATRONS
+    for state in _watched:
+        yield state, _BRIDGES
+
+
+def _values(place: Any, names: dict[str, Any]) -> dict[str, Any]:
+    """Those that are there: older releases count nothing, or less."""
+    return {name: getattr(place, name) for name in names if hasattr(place, name)}
+
+
+def _set(place: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(place, name, value)

@@ -91,6 +91,7 @@ def _bridge(recipe: str, overrides: Sequence[str]) -> Iterator[Check]:
             "Megatron-Bridge", Status.LIMITED, line, "untested", "compare losses with DIP off before a long run"
         )
     yield from _switched_off(config.model)
+    yield from _switched_off(config.straggler)
     yield from _in_the_way(refusals(config))
     yield _provided(config.model)
 

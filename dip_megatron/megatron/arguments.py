@@ -150,7 +150,7 @@ def _tied_to_order(args: Any) -> list[tuple[Any, str, str, str]]:
     def flag(name: str) -> str:
         return f"--{name.replace('_', '-')}"
 
-    tensor = args.tensor_model_parallel_size
+    tensor, between = args.tensor_model_parallel_size, args.pipeline_model_parallel_size > 2
     shards = (
         ("tensor_parallel_num_weight_shards", tensor),
         ("expert_tensor_parallel_num_weight_shards", value("expert_tensor_parallel_size") or tensor),
@@ -163,6 +163,9 @@ def _tied_to_order(args: Any) -> list[tuple[Any, str, str, str]]:
            "every layer gathers its weights from ranks that have plans of their own", leave) for name, ranks in shards),
         (name_a_layer(value(_ACCUMULATES) or ()), flag(_ACCUMULATES),
          "a layer's number in it is its place in a chunk, and DIP cuts others", "use patterns without one"),
+        (value("reset_attention_mask") and value("transformer_impl") == "local" and between,
+         "--reset-attention-mask", "scripts give masks to the first and last rank alone, and ranks between them have "
+         "other layers than in Megatron's own pipeline", "use --dataloader-inter-document-masking"),
         (value("moe_use_upcycling"), "--moe-use-upcycling",
          "it copies a dense model, layer by layer, that is built without DIP's partition",
          "convert the model in a run of its own"),

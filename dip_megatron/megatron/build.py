@@ -54,7 +54,8 @@ def record_blueprint(
                 raise
             raise ConfigurationError(
                 f"the script's model provider uses the model after building it ({error}); DIP builds it in segments "
-                f"later. Move that into {built[0][0].model_class.__name__}'s arguments, or use --dip-schedule off"
+                f"later. Move that into {built[0][0].model_class.__name__}'s arguments, or behind get_model, or use "
+                "--dip-schedule off"
             ) from error
     if len(built) != 1:
         known = ", ".join(family.model_class.__name__ for family in families)
@@ -63,6 +64,23 @@ def record_blueprint(
             "it must be one; add yours as docs/add-a-model.md says, or use --dip-schedule off for this script"
         )
     return built[0]
+
+
+_OF_A_BUILT_MODEL = (
+    "parameters", "named_parameters", "modules", "named_modules", "apply", "requires_grad_", "load_state_dict",
+    "register_forward_pre_hook", "register_forward_hook", "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+)  # fmt: skip
+
+
+def _not_built(name: str) -> Callable[..., Any]:
+    """Instead of a method that would find no parameters and no layers: what a provider freezes, initializes or hooks
+    into by it would be lost without a word."""
+
+    def method(*_: Any, **__: Any) -> Any:
+        raise AttributeError(f"{name}() of a model without layers")
+
+    return method
 
 
 @contextlib.contextmanager
@@ -85,7 +103,9 @@ def _recording(family: ModelFamily, built: list[tuple[ModelFamily, Blueprint]]) 
         torch.nn.Module.__init__(self)
         blueprint = Blueprint(arguments("__init__", args, kwargs))
         built.append((family, blueprint))
-        if family.shows is not None:
+        if family.shows is None:
+            self.__dict__.update({name: _not_built(name) for name in _OF_A_BUILT_MODEL})
+        else:
             self.__dict__.update(family.shows(blueprint))
 
     def note_call(name: str) -> Callable[..., None]:

@@ -100,7 +100,7 @@ def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
     if state is None:
         return None
     saved = state.get("args")
-    partition = _recorded(getattr(saved, "dip_partition", None))
+    partition, stages = recorded(saved)
     by_place = layout == "by place"
     if layout != "distributed" and not (by_place and partition is not None):
         raise ConfigurationError(
@@ -122,7 +122,7 @@ def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
         and sharding is not None
         and not fully_reshardable(sharding),
         by_place=by_place,
-        stages=_recorded_stages(getattr(saved, "dip_stages", None)),
+        stages=stages,
     )
 
 
@@ -199,6 +199,11 @@ def _step(optimizer: Any) -> tuple[bool, Any] | None:
     groups = optimizer.get("param_groups", [])
     steps = [group["step"] for group in groups if group.get("step") is not None] if isinstance(groups, list) else []
     return (True, steps[0]) if steps else None
+
+
+def recorded(saved: Any) -> tuple[Partition | None, StaticChoice | None]:
+    """What :func:`record` has put into ``saved``: the partition, or the mixed chunks, or neither."""
+    return _recorded(getattr(saved, "dip_partition", None)), _recorded_stages(getattr(saved, "dip_stages", None))
 
 
 def _recorded(entry: Mapping[str, Any] | None) -> Partition | None:

@@ -17,6 +17,7 @@ def check_configs(configs: Iterable[Any], parallel: Parallel) -> set[str]:
     known = list(configs)
     for config in known:
         _check_scaling(config, parallel)
+        _check_userbuffers(config)
         _check_order(config)
         _check_layer_names(config)
     notes = check_experts(known, parallel)
@@ -76,5 +77,15 @@ def _check_scaling(config: Any, parallel: Parallel) -> None:
         raise ConfigurationError(
             f"DIP and fp8_recipe delayed: every forward joins all {parallel.dp} replicas for its scales, and each has "
             "a plan of its own; set tp_only_amax_red, or use another recipe (tensorwise, blockwise, mxfp8), or "
+            "--dip-schedule off"
+        )
+
+
+def _check_userbuffers(config: Any) -> None:
+    """Adapters switch them off where they can (:mod:`.switched_off`)."""
+    if getattr(config, "tp_comm_overlap", False):
+        raise ConfigurationError(
+            "DIP and tp_comm_overlap: its buffers hold one length of sequences, a plan's microbatches have many, and "
+            "weight gradients that wait would find others' data there; set tp_comm_overlap to False, or use "
             "--dip-schedule off"
         )

@@ -38,11 +38,22 @@ def begin_alike(chunks: Sequence[torch.nn.Module]) -> None:
     for chunk in chunks:
         for tensor in (*chunk.parameters(), *chunk.buffers()):
             if not tensor.is_meta:
-                dist.broadcast(tensor.data, first, group=group)
+                _take_over(tensor.data, first, group)
         if rank > 0:
             for parameter in chunk.parameters():
                 parameter.shared = True  # type: ignore[attr-defined]  # as Megatron marks the copy of an embedding
             chunk.sharded_state_dict = _replica(chunk.sharded_state_dict, rank)  # type: ignore[assignment, operator]
+
+
+def _take_over(tensor: torch.Tensor, first: int, group: Any) -> None:
+    """Give ``tensor`` the values it has on the ``first`` rank. A chunk that has just been built may be on the host yet,
+    all of it or in part (Hugging Face's encoders, torch's own layers), where NCCL doesn't reach."""
+    there = tensor
+    if dist.get_backend(group) == dist.Backend.NCCL:
+        there = tensor.to(torch.device("cuda", torch.cuda.current_device())).contiguous()
+    dist.broadcast(there, first, group=group)
+    if there is not tensor:
+        tensor.copy_(there)
 
 
 def check_unchanged(chunk: torch.nn.Module, built: frozenset[str]) -> None:

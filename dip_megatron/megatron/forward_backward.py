@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
+from ..compat.losses import time_no_stages
 from ..core import Plan
 from ..core.protocols import Exchange
 from ..planner.delivery import DeliveredPlan, PlanDelivery
@@ -136,6 +137,8 @@ class DipForwardBackward:
         iterator = call.data_iterator[0] if isinstance(call.data_iterator, list) else call.data_iterator
         config = get_model_config(chunks[0])
         if config.timers is not None:
+            if torch.cuda.is_available():
+                time_no_stages(config.timers)
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
         repeated = None if forward_only else self._repetition.again()
         following: Iterator[None] = iter(())

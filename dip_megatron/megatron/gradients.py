@@ -11,14 +11,30 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 
 from ..compat.buckets import start_gradient_reduction
+from ..core import Plan
+from ..core.reductions import starts_reductions
 
 ReductionStart = Literal["when done", "by plan", "at the end"]
 """When a chunk's reduction starts: once it and all before it in the order have ended their backwards; where the plan
 says; once all chunks have."""
+
+_CONNECTED: WeakSet[torch.nn.Module] = WeakSet()
+"""Chunks whose gradients have been reduced before."""
+
+
+def reduction_start(plan: Plan, chunks: list[torch.nn.Module]) -> ReductionStart:
+    """When reductions of an iteration under ``plan`` start. NCCL connects replicas with their first reduction, where
+    each host waits for all others and gives its device nothing meanwhile: in the first iteration on GPUs a rank comes
+    there only when no other rank of its replica waits for a stage of it any more."""
+    if starts_reductions(plan):
+        return "by plan"
+    connected = not torch.cuda.is_available() or all(chunk in _CONNECTED for chunk in chunks)
+    return "when done" if connected and plan.coupled is None else "at the end"
 
 
 class GradientSynchronization:
@@ -80,4 +96,5 @@ class GradientSynchronization:
             raise RuntimeError(f"chunks {sorted(missing)} have not ended their backward")
         if self._started < len(self._order):
             raise RuntimeError(f"the plan leaves out the reduction of chunks {self._order[self._started :]}")
+        _CONNECTED.update(self._chunks)
         self._contexts.close()

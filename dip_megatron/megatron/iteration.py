@@ -13,12 +13,11 @@ import torch
 from megatron.core.utils import get_model_config
 
 from ..core import Plan
-from ..core.reductions import starts_reductions
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, RunnableStages
 from ..runtime.stages import IterationState, ModelStages, StageLookAhead
 from .copies import copied, sum_gradients
-from .gradients import GradientSynchronization, ReductionStart
+from .gradients import GradientSynchronization, reduction_start
 from .parameters import ParameterSynchronization
 from .step import MegatronStep
 
@@ -67,10 +66,7 @@ class Iteration:
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
         order = list(reversed(range(len(chunks))))
-        start: ReductionStart = "at the end" if plan.coupled is not None else "when done"
-        self._sync = GradientSynchronization(
-            chunks, config, order, start="by plan" if starts_reductions(plan) else start
-        )
+        self._sync = GradientSynchronization(chunks, config, order, start=reduction_start(plan, chunks))
         self._stages = ModelStages(
             program, chunks, self._step, state, last_rank=self._loss_rank,
             look_ahead=StageLookAhead.of(plan, rank), on_chunk_done=self._sync.chunk_done,

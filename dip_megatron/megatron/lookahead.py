@@ -143,6 +143,7 @@ class LookAhead:
     def take(self, count: int) -> list[MicrobatchInputs]:
         """The next ``count`` microbatches. Raises StopIteration if the data ends before."""
         if not self.fill(count):
+            self.exhausted = False  # told once: there are iterators that begin anew then, with another epoch
             raise StopIteration(f"the data has ended: {len(self._buffer)} of {count} microbatches are left")
         for _ in range(count):
             token_counts.count(self._counted.popleft())

@@ -144,7 +144,7 @@ class DipSession:
             checkpoint = loop.checkpoint()
             choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
             held = choice.chunks(model, cluster, costs, family, checkpoint)
-            for sentence in (loop.record(held), checkpoint and checkpoint.compare(held), unlike_the_loop(model)):
+            for sentence in (checkpoint and checkpoint.compare(held), loop.record(held), unlike_the_loop(model)):
                 if sentence:
                     _tell(sentence)
             limits = self._config.memory_limit, self._config.recompute, self._config.offload

@@ -13,6 +13,7 @@ _GRAPHS = {
     "cuda_graph_impl": "none", "vision_cuda_graph_impl": "none", "enable_cuda_graph": False,
     "external_cuda_graph": False,
 }  # fmt: skip
+_USERBUFFERS = {"tp_comm_overlap": False, "decoder_tp_comm_overlap": False}
 _OVERLAP = {
     "overlap_moe_expert_parallel_comm": False, "delay_wgrad_compute": False,
     "ep_overlap_early_attn_memory_release": False,
@@ -23,9 +24,14 @@ _STRAGGLER = {"log_straggler": False}
 
 def switch_off(config: Any) -> list[str]:
     """Change ``config``, Megatron's arguments or a model's provider, to run without CUDA graphs of training, without
-    all-to-alls beside another microbatch's layers, and without what else goes by the order of Megatron's own schedule;
-    what to say of each that was on."""
+    all-to-alls beside another microbatch's layers, without Transformer Engine's userbuffers, and without what else goes
+    by the order of Megatron's own schedule; what to say of each that was on."""
     told = []
+    if _set(config, _USERBUFFERS):
+        told.append(
+            "tp_comm_overlap is switched off: its buffers hold one length of sequences, a plan's microbatches have "
+            "many, and weight gradients that wait would find others' data there; results are the same"
+        )
     if _set(config, _OVERLAP):
         told.append(
             "overlap_moe_expert_parallel_comm is switched off: it runs layers of two microbatches in turn, in "

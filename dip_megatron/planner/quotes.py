@@ -92,9 +92,10 @@ class SampleMoves:
         return hashlib.sha256(self.after.astype(np.int64).tobytes()).hexdigest()
 
     def rounds(self) -> list[list[Move]]:
-        """As those of :class:`Proposal`, of samples."""
+        """As those of :class:`Proposal`, of samples. One that comes back to its replica, into another microbatch, isn't
+        among them."""
         source, target = self.replica[self.before], self.replica[self.after]
-        return rounds([Move(int(s), int(source[s]), int(target[s])) for s in np.flatnonzero(self.moved)])
+        return rounds([Move(int(s), int(source[s]), int(target[s])) for s in np.flatnonzero(source != target)])
 
     def split(self, replica: int) -> dict[int, list[int]]:
         """Numbers of the samples of each microbatch that a replica has to take apart, as they are before."""

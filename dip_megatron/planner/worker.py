@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -28,16 +29,14 @@ def serve(connection: Connection, last: bool = False) -> None:
     maker.warm_up()  # while the trainer still starts up
     if last:
         _come_last()
-    connection.send_bytes(READY)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the trainer has ended
+        connection.send_bytes(READY)
+        while True:
             request: PlanRequest = pickle.loads(connection.recv_bytes())
             # Linux lowers the priority of a thread for good, so each request has one of its own.
             with ThreadPoolExecutor(1) as thread:
                 answer = thread.submit(_answer, connection, maker, request).result()
             connection.send_bytes(pickle.dumps(answer))
-        except (EOFError, OSError):
-            return
 
 
 def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> Answer:

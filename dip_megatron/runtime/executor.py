@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..core import CommunicationKind, Compute, Kind, Message, Operation, Payload, Plan, Reduce, Unit
+from ..core import Communicate, CommunicationKind, Compute, Kind, Message, Operation, Payload, Plan, Reduce, Unit
 from ..core.lower import incoming, outgoing
 from .clock import Clock
 from .transport import Tensors, Transfer, Transport
@@ -161,6 +161,7 @@ class Executor:
         position = self.position
         position.plan, position.iteration, position.index = plan, iteration, 0
         steps = self._steps(plan, runner)
+        self._transport.open({a.message.channel for a in actions if isinstance(a, Communicate)})
         for index, (run, what) in enumerate(steps):
             position.index = index
             run(what)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +74,9 @@ class IpcTransport:
 
         self._outgoing = {c: _Outgoing(w, copies(), slots) for c, w in connected.items() if c.source == rank}
         self._incoming = {c: _Incoming(w, copies()) for c, w in connected.items() if c.target == rank}
+
+    def open(self, channels: Iterable[Channel]) -> None:
+        """Nothing is left to do: all were connected when this was made."""
 
     def send(self, channel: Channel, tensors: Tensors) -> Transfer:
         """See Transport."""
@@ -323,6 +326,7 @@ class _Incoming(_Link):
         self, slot: int, handle: bytes | None = None, ready_handle: bytes | None = None
     ) -> None:
         if handle is not None:
+            self.copies.let_go(self._buffers, slot)
             self._buffers[slot] = self.copies.open(handle)
         if ready_handle is not None:
             self._ready[slot] = self.copies.open_signal(ready_handle)

@@ -47,6 +47,11 @@ class SharedCopies(Protocol):
         """Map another process's buffer."""
         ...
 
+    def let_go(self, buffers: dict[int, torch.Tensor], slot: int) -> None:
+        """Take one of the buffers mapped by ``open`` out of ``buffers``, if it is there, once the copies from it that
+        were given have ended: then its maker may free it."""
+        ...
+
     def new_signal(self) -> tuple[Any, bytes]:
         """Something that ``raise_signal`` sets in this process and ``await_signal`` waits for in another."""
         ...
@@ -154,6 +159,9 @@ class HostCopies:
             os.unlink(path)  # both ends have mapped it
         return buffer
 
+    def let_go(self, buffers: dict[int, torch.Tensor], slot: int) -> None:
+        buffers.pop(slot, None)
+
     def new_signal(self) -> tuple[Any, bytes]:
         return None, b""
 
@@ -227,6 +235,11 @@ class CudaCopies:
         with torch.cuda.stream(self._stream):
             buffer: torch.Tensor = rebuild(*arguments)
         return buffer
+
+    def let_go(self, buffers: dict[int, torch.Tensor], slot: int) -> None:
+        # torch waits for the stream at hand before it tells the other process that the memory is free.
+        with torch.cuda.stream(self._stream):
+            buffers.pop(slot, None)
 
     def new_signal(self) -> tuple[Any, bytes]:
         event = torch.cuda.Event(enable_timing=False, interprocess=True)

@@ -7,6 +7,7 @@ process group and a thread of its own: the thread waits for copies and for gloo,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as WaitTimeout
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class StagingTransport:
                 peer = global_ranks[channel.target if channel.source == rank else channel.source]
                 group = local_group([global_ranks[rank], peer], "gloo", timedelta(seconds=timeout_seconds))
                 self._links[channel] = _Link(channel, group, peer, device, timeout_seconds)
+
+    def open(self, channels: Iterable[Channel]) -> None:
+        """Nothing is left to do: all were connected when this was made."""
 
     def send(self, channel: Channel, tensors: Tensors) -> Transfer:
         """See Transport."""

@@ -115,6 +115,7 @@ class Bench:
         payload = (TensorSpec("hidden", shape, str(self.dtype).removeprefix("torch.")),)
         before, after = (self.rank - 1) % self.ranks, (self.rank + 1) % self.ranks
         incoming, outgoing = Channel(before, self.rank, False), Channel(self.rank, after, False)
+        self.transport.open([incoming, outgoing])
         seconds = []
         for _ in range(3):
             self.synchronize()

@@ -62,6 +62,32 @@ class Samples(torch.utils.data.Dataset):
         return {**batch, "visual_inputs": GenericVisualInputs(**inputs) if inputs else None}
 
 
+class Loader:
+    """A replica's microbatches of some samples, over and over; knows its place, as Energon's does, and what it hands
+    out to be saved is its own, and goes on."""
+
+    def __init__(self, samples: Samples, size: int):
+        self._samples, self._size = samples, size
+        self._state = {"position": 0}
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        from megatron.core import parallel_state
+
+        index = self._state["position"] * parallel_state.get_data_parallel_world_size()
+        self._state["position"] += 1
+        index += parallel_state.get_data_parallel_rank()
+        return self._samples.collate_fn([self._samples[index % self._size]])
+
+    def save_state(self) -> dict[str, int]:
+        return self._state
+
+    def restore_state(self, state: dict[str, int]) -> None:
+        self._state = state
+
+
 @dataclass(frozen=True)
 class Run:
     """How to train. Experts are spread over ``experts`` ranks, matrices over ``tensor``, sequences over ``context``;
@@ -70,6 +96,11 @@ class Run:
     ``frozen`` are parts of the model, ``evaluates`` after the second iteration."""
 
     pipeline: int = 1
+    replicas: int = 1
+    sharded: bool = False
+    """whether replicas share out the optimizer, with reductions and gathers that overlap"""
+    keeps_place: bool = False
+    """whether data come from a loader whose state checkpoints hold"""
     experts: int = 1
     context: int = 1
     packed: bool = False
@@ -82,6 +113,8 @@ class Run:
     frozen: tuple[str, ...] = ()
     evaluates: bool = False
     bf16: bool = False
+    ends: int | None = None
+    """the iteration after which it ends, as if its time were over"""
     save: Path | None = None
     load: Path | None = None
     export: Path | None = None
@@ -124,6 +157,12 @@ def configuration(folder: Path, run: Run) -> Any:
 
         def build_datasets(self, context: Any) -> Any:
             counts = (context.train_samples, context.valid_samples, context.test_samples)
+            if run.keeps_place:
+                sizes = (context.train_samples, GLOBAL_BATCH, GLOBAL_BATCH)
+                return tuple(
+                    Loader(Samples(n, TINY[run.tiny]), n) if some else None
+                    for n, some in zip(sizes, counts, strict=True)
+                )
             return tuple(Samples(n, TINY[run.tiny], run.packed) if n else None for n in counts)
 
     model = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32, trust_remote_code=True).to_megatron_provider(
@@ -149,12 +188,12 @@ def configuration(folder: Path, run: Run) -> Any:
         model=model,
         train=bridge.TrainingConfig(
             train_iters=run.iterations, global_batch_size=samples * GLOBAL_BATCH,
-            micro_batch_size=samples * run.micro_batch_size,
+            micro_batch_size=samples * run.micro_batch_size, exit_interval=run.ends,
         ),
         validation=bridge.ValidationConfig(eval_interval=2 if run.evaluates else None, eval_iters=int(run.evaluates)),
         optimizer=bridge.OptimizerConfig(
             optimizer="adam", lr=1e-3, min_lr=1e-3, weight_decay=0.0, clip_grad=1.0, bf16=run.bf16, fp16=False,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=run.sharded,
         ),
         scheduler=bridge.SchedulerConfig(
             lr_decay_style="constant", lr_warmup_iters=0, lr_decay_iters=10, override_opt_param_scheduler=True,
@@ -162,16 +201,18 @@ def configuration(folder: Path, run: Run) -> Any:
             end_weight_decay=0.0, weight_decay_incr_style="constant",
         ),
         ddp=bridge.DistributedDataParallelConfig(
-            use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False
+            use_distributed_optimizer=run.sharded, overlap_grad_reduce=run.sharded, overlap_param_gather=run.sharded
         ),
         dataset=SamplesProvider(
-            seq_length=samples * SEQUENCE, dataloader_type="single", num_workers=0, pin_memory=False
+            seq_length=samples * SEQUENCE, dataloader_type="external" if run.keeps_place else "single", num_workers=0,
+            pin_memory=False,
         ),
         logger=bridge.LoggerConfig(log_interval=1, tensorboard_dir=None),
         tokenizer=bridge.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY),
         checkpoint=bridge.CheckpointConfig(
             save=run.save and str(run.save), save_interval=2 if run.save else None, load=run.load and str(run.load),
             pretrained_checkpoint=str(folder) if run.finetunes else None, hf_trust_remote_code=True,
+            dist_ckpt_optim_fully_reshardable=run.sharded,
         ),
         rng=bridge.RNGConfig(seed=1234),
         dist=bridge.DistributedInitConfig(distributed_backend="gloo"),
@@ -185,7 +226,7 @@ def configuration(folder: Path, run: Run) -> Any:
 def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
     """Train on this rank. ``losses`` of the iterations and ``evaluated`` ones, on the last stage; ``norms`` of the
     gradients; ``gradients`` of this rank's parameters in the first iteration; ``weights`` as exported to Hugging Face's
-    names, on the first rank."""
+    names, on the first rank; ``operations`` in floating point, as Bridge's log counts them."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.finetune import finetune
@@ -208,6 +249,7 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
             result["evaluated"] += [float(loss) for loss in (context.total_loss_dict or {}).values()]
 
         def on_train_end(self, context: Any) -> None:
+            result["operations"] = context.state.train_state.floating_point_operations_so_far
             if run.adapters:  # Bridge has no names to export those of Hugging Face's linears by
                 return
             bridge = AutoBridge.from_hf_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
@@ -221,5 +263,9 @@ def trained(rank: int, world: int, folder: Path, run: Run) -> dict[str, Any]:
                 AutoBridge.from_hf_pretrained(folder).save_hf_pretrained(context.model, run.export, show_progress=False)
 
     train = finetune if run.finetunes else pretrain
-    train(configuration(folder, run), step.forward_step, callbacks=[Record()])
+    try:
+        train(configuration(folder, run), step.forward_step, callbacks=[Record()])
+    except SystemExit as end:
+        if end.code or run.ends is None:
+            raise
     return result

@@ -46,6 +46,8 @@ def test_recipes_are_made_and_looked_at(tmp_path: Path) -> None:
     file.write_text(
         "from pathlib import Path\nfrom tests.bridge.loop import Run, configuration\n"
         "def fits(): return configuration(Path(__file__).parent, Run(pipeline=2))\n"
+        "def straggling():\n    from megatron.bridge.training.config import StragglerDetectionConfig\n"
+        "    config = fits()\n    config.straggler = StragglerDetectionConfig(log_straggler=True)\n    return config\n"
         "def fails(): raise OSError('no such model\\nand more')\n"
         "def offline(): raise OSError('no config.json of Qwen/Qwen2.5-VL-7B: no https://huggingface.co/Qwen')\n"
     )
@@ -54,10 +56,10 @@ def test_recipes_are_made_and_looked_at(tmp_path: Path) -> None:
         [
             (GPT, "model.pipeline_model_parallel_size=2"), (GPT, "model.context_parallel_size=2"),
             (GPT, "model.pipeline=2"), (f"{file}:fits",), (f"{file}:fails",), ("no_such_recipe",),
-            (f"{file}:offline",),
+            (f"{file}:offline",), (f"{file}:straggling",),
         ],
     )[0]  # fmt: skip
-    runs, refused, unknown, fits, fails, missing, offline = answers
+    runs, refused, unknown, fits, fails, missing, offline, straggling = answers
 
     assert runs[-1][1:] == ("ok", "nothing that can be seen before it starts stands in the way of DIP")
     assert [detail for _, _, detail in runs if "GPTModel" in detail]
@@ -66,7 +68,8 @@ def test_recipes_are_made_and_looked_at(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "has no attribute 'pipeline'" in unknown[0][2]
     assert [detail for _, _, detail in fits if detail.startswith("builds Qwen25VLModel, of the model family")]
-    assert fits[-1][1] == "ok"
+    assert fits[-1][1] == straggling[-1][1] == "ok"
+    assert [detail for _, _, detail in straggling if detail.startswith("log_straggler is switched off")]
     assert fails[0][1:] == ("broken", "can't be made here: OSError: no such model")
     assert "none of Megatron-Bridge's own recipes" in missing[0][2]
     assert "./Qwen/Qwen2.5-VL-7B, with its config.json" in offline[0][2]

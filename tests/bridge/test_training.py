@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from tests.bridge.equality import Case, provider_of
 from tests.bridge.loop import Run, save_text_model, trained
 from tests.bridge.tiny import TINY
+from tests.megatron.exchange_case import slow_cluster
 from tests.processes import Team, team
 
 
@@ -38,7 +40,7 @@ def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, how: Run) -> list[dict[str, Any]]:
     """What each rank of a training of its own processes returns: Bridge initialises a process once."""
-    ranks = Team(how.pipeline)
+    ranks = Team(how.pipeline * how.replicas)
     try:
         return ranks.run(trained, folder, how)
     finally:
@@ -48,9 +50,10 @@ def run(folder: Path, how: Run) -> list[dict[str, Any]]:
 def assert_same(
     found: list[dict[str, Any]], expected: dict[str, Any], loss: float = 2e-6, weight: float = 1e-5
 ) -> None:
-    """Two ranks' losses, gradients' norms and exported weights are those of one."""
-    first, last = found
+    """The ranks' losses, gradients' norms and exported weights are those of one."""
+    first, *_, last = found
     assert last["losses"]
+    assert last["operations"] == expected["operations"] > 0
     for name in ("losses", "evaluated"):
         torch.testing.assert_close(last[name], expected[name], rtol=0, atol=loss)
     torch.testing.assert_close(last["norms"], expected["norms"], rtol=10 * loss, atol=0)
@@ -88,6 +91,32 @@ def test_dip_trains_as_one_rank(folder: Path, alone: dict[str, Any]) -> None:
 def test_an_encoder_that_stands_on_both_ranks_trains_as_on_one(folder: Path, alone: dict[str, Any]) -> None:
     """One image or video a unit, encoded by one rank or the other; copies that stepped apart would show."""
     assert_same(run(folder, Run(pipeline=2, dip=REPLICATED)), alone)
+
+
+def exchanges(trace: Path) -> list[dict[str, Any] | None]:
+    return [json.loads(line)["exchange"] for line in (trace / "iterations.jsonl").read_text().splitlines()]
+
+
+def test_replicas_that_exchange_train_as_one_rank(folder: Path, tmp_path: Path) -> None:
+    """Two replicas of two stages, whose reductions and gathers overlap, from a Hugging Face folder, with an evaluation;
+    ended after two of four iterations, while the third's microbatches are exchanged, and resumed, with a loader that
+    goes on at the sample after the last one trained on, under the partition that a file beside the checkpoint names."""
+    how = Run(finetunes=True, evaluates=True, iterations=4, keeps_place=True)
+    (expected,) = run(folder, how)
+    slow = tmp_path / "slow.yaml"  # no host is too busy for an exchange
+    slow.write_text(slow_cluster())
+    dip = {**GIVEN, "balance": "swap", "cluster": str(slow), "recalibrate": False, "trace_dir": str(tmp_path / "trace")}
+    under = replace(how, pipeline=2, replicas=2, sharded=True, dip=dip, save=tmp_path / "saved")
+    first = run(folder, replace(under, ends=2))
+    del dip["modules"]  # the checkpoint's
+    second = run(folder, replace(under, load=tmp_path / "saved"))
+    for name in ("losses", "norms", "evaluated"):
+        second[-1][name] = first[-1][name] + second[-1][name]
+    assert_same(second, expected)
+    moved = [found["moved"] if found else None for found in exchanges(tmp_path / "trace")]
+    assert len(moved) == 4
+    assert (moved[0], moved[2]) == (None, None)  # what a run reads first stays where it is
+    assert any(moved)
 
 
 def read_again(rank: int, world: int, folder: Path) -> dict[str, torch.Tensor]:

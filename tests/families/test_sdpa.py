@@ -16,8 +16,8 @@ from dip_megatron.families.shared.sdpa import SdpaAttention
 from tests.drawn import settings
 
 
-def build(mask, width):
-    config = SimpleNamespace(attention_dropout=0.0, kv_channels=width)
+def build(mask, width, **settings):
+    config = SimpleNamespace(attention_dropout=0.0, kv_channels=width, **settings)
     return SdpaAttention(config, 1, mask, "self")
 
 
@@ -42,6 +42,11 @@ def test_attention(length, batch, groups, share, causal, seed):
 def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match="causal or full"):
         build(AttnMaskType.padding, 4)
+    with pytest.raises(ValueError, match=r"no windows \(window_size \(8, 0\)\)"):
+        build(AttnMaskType.causal, 4, window_size=(8, 0))
+    with pytest.raises(ValueError, match="no softmax_type learnable"):
+        build(AttnMaskType.causal, 4, softmax_type="learnable")
+    build(AttnMaskType.causal, 4, window_size=(-1, 0), softmax_type="vanilla")
     x = torch.zeros(2, 1, 1, 4)
     with pytest.raises(ValueError, match="Transformer Engine"):
         build(AttnMaskType.causal, 4)(x, x, x, None, attention_bias=x)

@@ -124,20 +124,20 @@ def indexed(get: Any) -> Any:
 
 
 class Loader:
-    """A data loader that can save where it is, like Energon's."""
+    """A data loader that can save where it is, like Energon's; the state it hands out is its own, and goes on."""
 
-    def __init__(self, dataset: Any, position: int):
-        self.dataset, self.position = dataset, position
+    def __init__(self, dataset: Any, state: dict[str, int]):
+        self.dataset, self.state = dataset, state
 
     def __iter__(self) -> Any:
         return self
 
     def __next__(self) -> Any:
-        self.position += 1
-        return torch.utils.data.default_collate([self.dataset[(7 * self.position) % len(self.dataset)]])
+        self.state["position"] += 1
+        return torch.utils.data.default_collate([self.dataset[(7 * self.state["position"]) % len(self.dataset)]])
 
-    def save_state(self) -> int:
-        return self.position
+    def save_state(self) -> dict[str, int]:
+        return self.state
 
 
 def pretrain(config: Any, datasets_provider: Any, model_type: Any, forward_step: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def pretrain(config: Any, datasets_provider: Any, model_type: Any, forward_step:
         if "loader" not in OPTIONS:
             return datasets
         megatron.training.get_args().dataloader_save = OPTIONS["loader"]
-        at = torch.load(OPTIONS["restore"])["dataloader_state_dict"] if "restore" in OPTIONS else 0
+        at = torch.load(OPTIONS["restore"])["dataloader_state_dict"] if "restore" in OPTIONS else {"position": 0}
         return Loader(datasets[0], at), None, None
 
     provider.is_distributed = not OPTIONS.get("broadcast")  # type: ignore[attr-defined]

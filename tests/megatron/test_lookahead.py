@@ -84,6 +84,38 @@ def test_a_growing_batch_takes_what_was_read_before() -> None:
         ahead.take(1)
 
 
+class Epochs:
+    """An iterator that ends after each epoch of three items, and begins the next when it is asked again."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self.ends = False
+
+    def __iter__(self) -> Epochs:
+        return self
+
+    def __next__(self) -> int:
+        if self.ends:
+            self.ends = False
+            raise StopIteration
+        self.given += 1
+        self.ends = self.given % 3 == 0
+        return self.given
+
+
+def test_an_iterator_that_begins_anew_after_its_end_is_read_on() -> None:
+    items = RawItems(Epochs())
+    ahead = LookAhead(lambda: MicrobatchInputs({}, [next(items)]), items)
+    taken = []
+    for _ in range(5):
+        try:
+            taken.append([m.items[0] for m in ahead.take(2) if m.items])
+            ahead.peek(2)
+        except StopIteration:
+            taken.append([])
+    assert taken == [[1, 2], [], [3, 4], [5, 6], []]
+
+
 def test_tokens_count_in_the_iteration_that_trains_on_them() -> None:
     """Scripts tell Megatron's log of packed sequences wherever ``forward_step`` runs: when they are read ahead, and
     once more for their loss."""

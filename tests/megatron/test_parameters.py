@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dip_megatron.compat.buckets import start_gradient_reduction
 from dip_megatron.megatron.parameters import ParameterSynchronization
 
 
@@ -58,3 +59,22 @@ def test_nothing_starts_while_megatron_has_its_hooks_removed() -> None:
     parameters.begin()
     parameters.end()
     assert log == []
+
+
+def test_gradients_are_reduced_where_no_gathered_parameters_are() -> None:
+    """Of a chunk without a stage nothing has waited for its gathers, which may be into the gradients' memory."""
+    log: list[str] = []
+
+    class Reducing(Bucket):
+        def start_grad_sync(self, force_all_reduce: bool = False) -> None:
+            log.append(f"reduce {self.name}")
+
+    idle, used = Chunk(log), Chunk(log)
+    idle.bucket_groups, used.bucket_groups = [Reducing("i", log)], [Reducing("u", log)]
+    parameters = ParameterSynchronization([idle, used])
+    parameters.begin()
+    used.bucket_groups[0].finish_param_sync(skip_next_bucket_dispatch=True)
+    for chunk in (used, idle):
+        start_gradient_reduction(chunk)
+    parameters.end()
+    assert log == ["start i", "start u", "end u", "reduce u", "end i", "reduce i"]

@@ -65,6 +65,10 @@ EXPERTS: dict[str, Any] = {
             {"ddp_param_name_patterns_for_fp32_local_accumulation": ["all", "*.layers.1.mlp.*"]},
             "--ddp-param-name-patterns-for-fp32-local-accumulation: .* use patterns without one",
         ),
+        (
+            {"reset_attention_mask": True, "transformer_impl": "local", "pipeline_model_parallel_size": 4},
+            "--reset-attention-mask: scripts give masks to the first and last rank alone, .*-inter-document-masking",
+        ),
         ({"moe_use_upcycling": True}, "--moe-use-upcycling: .* a run of its own"),
         ({"inprocess_restart": True}, "--inprocess-restart: .* restart the job"),
         ({"deterministic_mode": True}, "--deterministic-mode: plans follow measured times, .* recalibrate: false and"),
@@ -175,3 +179,8 @@ def test_copies_of_weights_in_low_precision_are_told_of() -> None:
     assert "plans don't count these copies" in note
     config.fp8_param = True
     assert check_configs([config], Parallel(tp=2, dp=4)) == set()
+
+
+def test_userbuffers_that_a_loop_has_left_on_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"tp_comm_overlap: .*; set tp_comm_overlap to False, or use"):
+        check_configs([None, SimpleNamespace(tp_comm_overlap=True)], Parallel(tp=2))

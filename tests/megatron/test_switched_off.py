@@ -32,6 +32,13 @@ def test_graphs_of_inference_go_with_those_of_training() -> None:
     assert (flags.enable_cuda_graph, flags.inference_cuda_graph_scope) == (False, None)
 
 
+def test_userbuffers_of_one_length() -> None:
+    args = Namespace(tp_comm_overlap=True, decoder_tp_comm_overlap=True)
+    (line,) = switch_off(args)
+    assert line.startswith("tp_comm_overlap is switched off: ")
+    assert (args.tp_comm_overlap, args.decoder_tp_comm_overlap) == (False, False)
+
+
 def test_what_goes_by_megatrons_order_or_times_it() -> None:
     args = Namespace(
         fine_grained_activation_offloading=True, offload_modules=["core_attn"], log_straggler=True, cuda_graph_impl=None

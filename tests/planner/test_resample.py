@@ -92,7 +92,9 @@ def test_what_is_proposed_brings_every_sample_to_one_microbatch(case):
     assert loose == sorted(s for packs in after for numbers in packs.values() for s in numbers)
     assert all(numbers for packs in after for numbers in packs.values())
     travelled = [move for together in moves.rounds() for move in together]
-    assert len(travelled) == moves.moved.sum() > 0
+    assert moves.moved.any()
+    changes = moves.replica[moves.before] != moves.replica[moves.after]
+    assert sorted(move.number for move in travelled) == np.flatnonzero(changes).tolist()  # none to its own replica
     for move in travelled:
         assert any(move.number in numbers for numbers in before[move.source].values())
         assert any(move.number in numbers for numbers in after[move.target].values())

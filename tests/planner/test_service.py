@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.ahead import Ahead
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
+from dip_megatron.planner.worker import serve
 from tests.planner.makers import GARBAGE, Maker, priority
 
 
@@ -323,6 +325,12 @@ def test_a_worker_leaves_with_its_trainer(service_of):
     process = service.processes[0]
     service.close()
     assert process.wait(20) is not None
+
+
+def test_a_worker_that_gets_ready_after_its_trainer_has_ended_leaves_without_a_word():
+    ours, theirs = socket.socketpair()
+    Connection(ours.detach()).send_bytes(pickle.dumps(Maker("")))  # and is closed
+    serve(Connection(theirs.detach()))
 
 
 def test_nobody_looks_after_workers_while_they_end(service_of, monkeypatch):

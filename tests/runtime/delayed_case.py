@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener
@@ -231,6 +231,9 @@ class DelayedTransport:
             elif c.target == rank:
                 with listeners[c] as listener:
                     self._receives[c] = _End(listener.accept(), _receive, f"{seed} receive {c}")
+
+    def open(self, channels: Iterable[Channel]) -> None:
+        pass
 
     def send(self, channel: Channel, tensors: Tensors) -> _Transfer:
         return self._sends[channel].begin(_Transfer(channel, tensors))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from dip_megatron.core import Channel
+from dip_megatron.runtime.ipc import _Incoming
 from dip_megatron.runtime.sharing import HostCopies
 from dip_megatron.runtime.transport_choice import Place, place_of, transport_kind
 from tests.drawn import settings
@@ -64,6 +68,7 @@ def test_a_peer_that_has_gone_is_noticed_at_once():
         ([Place("a", "g0")] * 4, "ipc"),
         ([Place("a", "g0"), Place("a", "g0"), Place("a", "g1")], "staging"),
         ([Place("a", "g0"), Place("b", "g0")], "nccl"),
+        ([Place("a", "g0"), Place("b", "g0", blocking=True)], "staging"),
     ],
 )
 def test_choice(places, kind):
@@ -104,3 +109,26 @@ def test_a_system_without_shared_counters():
 
 def test_two_processes_of_one_host_are_at_one_place():
     assert place_of(torch.device("cpu")) == place_of(torch.device("cpu"))
+
+
+def test_a_slots_old_buffer_is_let_go_behind_the_copies_from_it():
+    """By the copies' own means, not with the last reference to it: torch would wait for the computation then, and tell
+    the sender that the memory is free."""
+    log = []
+
+    class Copies(HostCopies):
+        def open(self, handle):
+            log.append("open")
+            return torch.zeros(int(handle), dtype=torch.uint8)
+
+        def let_go(self, buffers, slot):
+            log.append(f"let go of {sorted(buffers)}, {slot}")
+            super().let_go(buffers, slot)
+
+    wire: Any = SimpleNamespace(channel=Channel(0, 1, False), heard=SimpleNamespace(take=lambda: None))
+    link = _Incoming(wire, Copies())
+    link.taken(0, b"512", b"")
+    link.taken(1, b"512", b"")
+    link.taken(0, b"1024")
+    assert log == ["let go of [], 0", "open", "let go of [0], 1", "open", "let go of [0, 1], 0", "open"]
+    assert link._buffers[0].numel() == 1024

@@ -56,6 +56,7 @@ def traffic(rank: int, world: int, kind: str, count: int, seed: int, slots: int 
     transport = make(kind, rank, world, slots=slots)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     channels = [c for c in ring_channels(world, replicated=True) if rank in (c.source, c.target)]
+    transport.open(channels)
     payloads = {c: draw_payloads(c, count, seed) for c in channels}
     begun = dict.fromkeys(channels, 0)
     source = random.Random(seed * 100 + rank)

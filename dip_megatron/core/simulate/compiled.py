@@ -9,7 +9,9 @@ it; so it is told the contents of all files with kernels (``_cache``), and compi
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -18,6 +20,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+logger = logging.getLogger(__name__)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -35,18 +38,32 @@ def digest_of(package: Path) -> str:
 KERNELS = digest_of(Path(__file__).resolve().parents[2])
 
 
-def _kept(dispatcher: Any) -> Any:
-    """The function with a cache that is stale, too, once another file's kernels have changed."""
-    cache = dispatcher._cache._cache_file
-    cache._source_stamp = (cache._source_stamp, KERNELS)
+def _kept(function: Callable[..., Any], **options: Any) -> Any:
+    """The function with a cache that is stale, too, once another file's kernels have changed. Where the disk takes no
+    more, or none may be written to, each process compiles for itself, and goes on."""
+    make = partial(njit, nogil=True, error_model="numpy", **options)
+    try:
+        dispatcher = make(cache=True)(function)
+    except RuntimeError as error:
+        logger.warning("%s: each process compiles it; set NUMBA_CACHE_DIR to a folder that can be written", error)
+        return make()(function)
+    cache = dispatcher._cache
+    cache._cache_file._source_stamp = (cache._cache_file._source_stamp, KERNELS)
+    save = cache.save_overload
+
+    def save_if_possible(*compiled: Any) -> None:
+        try:
+            save(*compiled)
+        except OSError as error:
+            logger.warning("can't keep %s once compiled in %s (%s)", function.__name__, cache.cache_path, error)
+
+    cache.save_overload = save_if_possible
     return dispatcher
 
 
 def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Compile ``function`` to machine code at its first call, or load it from the cache."""
-    return cast(
-        Callable[Arguments, Result], _kept(njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function))
-    )
+    return cast(Callable[Arguments, Result], _kept(function, _nrt=False))
 
 
 def inlined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -59,7 +76,7 @@ def inlined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 def allocating(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Like :func:`compiled`, for what runs once an iteration and makes its own buffers."""
-    return cast(Callable[Arguments, Result], _kept(njit(cache=True, nogil=True, error_model="numpy")(function)))
+    return cast(Callable[Arguments, Result], _kept(function))
 
 
 def _trailing_zeros(_: Any, word: Any) -> Any:

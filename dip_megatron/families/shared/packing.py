@@ -38,7 +38,12 @@ def pack(
 
 
 def _packed(queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> PackedLengths:
-    ends = [torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (queries, keys)]
+    # From pinned memory: else the host would wait until the device has done all it was given.
+    pinned = device.type == "cuda"
+    ends = [
+        torch.tensor([0, *accumulate(x)], dtype=torch.int32, pin_memory=pinned).to(device, non_blocking=True)
+        for x in (queries, keys)
+    ]
     return PackedLengths(
         qkv_format="thd", cu_seqlens_q=ends[0], cu_seqlens_kv=ends[1], max_seqlen_q=max(queries),
         max_seqlen_kv=max(keys), lengths_q=queries, lengths_kv=keys,

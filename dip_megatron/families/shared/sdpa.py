@@ -39,6 +39,11 @@ class SdpaAttention(MegatronModule):
         super().__init__(config=config)
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise ValueError(f"torch's attention is used causal or full, not with {attn_mask_type}")
+        window = getattr(config, "window_size", None)
+        if window is not None and window[0] >= 0:
+            raise ValueError(f"torch's attention knows no windows (window_size {window}); use Transformer Engine")
+        if getattr(config, "softmax_type", "vanilla") != "vanilla":
+            raise ValueError(f"torch's attention knows no softmax_type {config.softmax_type}; use Transformer Engine")
         self.layer_number = max(1, layer_number)
         self.attn_mask_type = attn_mask_type
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout

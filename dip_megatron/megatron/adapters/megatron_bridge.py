@@ -11,15 +11,20 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ...compat import token_counts
 from ...describe.files import ConfigurationError
 from ...environment import load_settings
 from ..switched_off import switch_off
+from .bridge_checkpoints import find_bridge_checkpoint, record_beside
 from .bridge_checks import check_bridge, check_release, parallel_of
 from .layout import GivenLayout, given_layout
+from .loader_state import LoaderState
 from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
     from ...config import DipConfig
+    from ...planner.live import Chunks
+    from ..checkpoints import Checkpoint
     from ..hooks import Hooks
     from ..session import DipSession
 
@@ -44,12 +49,13 @@ class BridgeLoop(TrainingLoop):
             parallel_of(config),
             config.train.micro_batch_size,
             max(config.train.global_batch_size // (config.train.micro_batch_size * replicas), 1),
-            config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config.dataset),
+            config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config),
             iteration=self._following, layout=layout,
             weights_by_tokens=bool(getattr(config.model, "calculate_per_token_loss", False)), finalizes=True,
             adapts=config.peft is not None,
         )  # fmt: skip
         self._state = state
+        self.loader_state = LoaderState()
 
     def _following(self) -> int:
         """Bridge counts an iteration once it is done."""
@@ -61,6 +67,18 @@ class BridgeLoop(TrainingLoop):
         skipped = set(getattr(train, "iterations_to_skip", None) or ())  # counted from 0
         return following < train.train_iters and following not in skipped
 
+    def about_to_read_ahead(self, data_iterator: Any) -> None:
+        """Keep the loader's state for a checkpoint of this iteration."""
+        self.loader_state.keep(data_iterator if self._state.cfg.checkpoint.save else None)
+
+    def checkpoint(self) -> Checkpoint | None:
+        return find_bridge_checkpoint(self._state.cfg)
+
+    def record(self, chunks: Chunks) -> str | None:
+        import torch.distributed as dist
+
+        return record_beside(self._state.cfg, chunks, dist.get_rank() == 0)
+
     def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:
         """To Bridge's TensorBoard and Weights & Biases writers, which exist on the last rank of the job."""
         board, weights_and_biases = self._state.tensorboard_logger, self._state.wandb_logger
@@ -71,9 +89,12 @@ class BridgeLoop(TrainingLoop):
             weights_and_biases.log(scalars, iteration)
 
 
-def _may_be_read_ahead(dataset: Any) -> bool:
-    """Not where an iterator holds one iteration only, nor where its place in the data is saved with checkpoints."""
-    return dataset.dataloader_type != "batch" and getattr(dataset, "dataloader_save", None) is None
+def _may_be_read_ahead(config: Any) -> bool:
+    """Not where an iterator holds one iteration only, nor of a loader that may save its place while batches grow: an
+    iteration of fewer microbatches would leave some that no state tells of."""
+    dataset = config.dataset
+    keeps = dataset.dataloader_type == "external" or getattr(dataset, "dataloader_save", None) is not None
+    return dataset.dataloader_type != "batch" and not (keeps and getattr(config.train, "rampup_batch_size", None))
 
 
 def take_layout(model: Any) -> GivenLayout | None:
@@ -99,6 +120,7 @@ class MegatronBridge:
     def __init__(self, hooks: Hooks):
         self._hooks = hooks
         self._session: DipSession | None = None
+        self._loop: BridgeLoop | None = None
         self._targets = {
             "megatron.bridge.training.pretrain": (
                 Target("setup", self._setup, "starting DIP"),
@@ -109,6 +131,9 @@ class MegatronBridge:
             ),
             "megatron.bridge.models.model_provider": (
                 Target("_create_model", self._create, "models of Bridge's providers"),
+            ),
+            "megatron.bridge.training.checkpointing": (
+                Target("maybe_save_dataloader_state", self._loader_state, "the state of data loaders in checkpoints"),
             ),
             "megatron.bridge.training.train": (Target("make_data_iterator_list", self._iterators, "the data"),),
             "megatron.bridge.training.eval": (Target("make_data_iterator_list", self._iterators, "the data"),),
@@ -122,12 +147,12 @@ class MegatronBridge:
 
     def _setup(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def setup(state: Any, *rest: Any, **kwargs: Any) -> Any:
-            self._session = self._hooks.pairing = None
+            self._session = self._loop = self._hooks.pairing = None
             try:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
                     check_release(self._hooks.tell)
-                    for line in switch_off(state.cfg.model):
+                    for line in (*switch_off(state.cfg.model), *switch_off(state.cfg.straggler)):
                         self._hooks.tell(line)
                     check_bridge(state.cfg, config.schedule)
                     self._session = self._begin(state, config)
@@ -143,7 +168,9 @@ class MegatronBridge:
         from ...families.called.known import BRIDGE_FAMILIES
 
         self._hooks.add_families(BRIDGE_FAMILIES)
-        return self._hooks.begin(BridgeLoop(state, take_layout(state.cfg.model)), config)
+        token_counts.watch(state)
+        self._loop = BridgeLoop(state, take_layout(state.cfg.model))
+        return self._hooks.begin(self._loop, config)
 
     def _begin_pairing(self, state: Any, config: DipConfig) -> None:
         from ...families.called.known import BRIDGE_FAMILIES
@@ -183,6 +210,14 @@ class MegatronBridge:
                 original(model, own, *rest, **kwargs)
 
         return update_model_config_funcs
+
+    def _loader_state(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def maybe_save_dataloader_state(model: Any, train_iterator: Any, *rest: Any, **kwargs: Any) -> Any:
+            if self._loop is not None:
+                train_iterator = self._loop.loader_state.of(train_iterator)
+            return original(model, train_iterator, *rest, **kwargs)
+
+        return maybe_save_dataloader_state
 
     def _iterators(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def make_data_iterator_list(model: list[Any], data_iterator: Any) -> Any:

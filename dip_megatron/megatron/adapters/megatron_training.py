@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ...describe.files import ConfigurationError
 from ..arguments import add_arguments, check_arguments, parallel_of, run_config
 from ..switched_off import switch_off
 from .layout import GivenLayout, given_layout, take_layout
+from .loader_state import LoaderState
 from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
     from ..hooks import Hooks
 
+_LOADER_STATE = "maybe_save_dataloader_state"
 _BUILDERS = "models that Megatron's builders build, as for pretrain_gpt.py"
 
 
@@ -37,8 +39,7 @@ class MegatronLoop(TrainingLoop):
         )  # fmt: skip
         self._args = args
         self._package = package
-        # State of the data loader after the microbatches that are trained on, while more have been read.
-        self.loader_state: Any = None
+        self.loader_state = LoaderState()
         growing = ("rampup_batch_size", "step_batch_size_schedule")
         if getattr(args, "dataloader_save", None) and any(getattr(args, name, None) for name in growing):
             self.read_ahead = False  # an iteration of fewer microbatches would leave some that no state tells of
@@ -54,14 +55,8 @@ class MegatronLoop(TrainingLoop):
         return following < self._args.train_iters and not {following, following + 1} & set(skipped)
 
     def about_to_read_ahead(self, data_iterator: Any) -> None:
-        """Keep the loader's state for a checkpoint of this iteration, on the ranks that save it."""
-        from megatron.core import parallel_state
-
-        self.loader_state = None
-        loader: Any = getattr(data_iterator, "iterable", None)
-        saves = parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-        if saves and getattr(self._args, "dataloader_save", None) and hasattr(loader, "save_state"):
-            self.loader_state = loader.save_state()
+        """Keep the loader's state for a checkpoint of this iteration."""
+        self.loader_state.keep(data_iterator if getattr(self._args, "dataloader_save", None) else None)
 
     def checkpoint(self) -> Checkpoint | None:
         from ..checkpoints import find_checkpoint
@@ -101,7 +96,7 @@ class MegatronTraining:
             "training": (Target("get_model", self._get_model, "models of a script's provider"),),
             "checkpointing": (
                 Target("generate_state_dict", self._state_dict, "the optimizer's step in checkpoints"),
-                Target("maybe_save_dataloader_state", self._loader_state),
+                Target(_LOADER_STATE, self._loader_state),
             ),
             # From 0.19 on scripts may give a model's config instead of a provider.
             "dist_utils": (
@@ -118,9 +113,11 @@ class MegatronTraining:
         """All, if the module is Megatron-LM's, or looks as if it were a copy."""
         name = module.__name__.rpartition(".")[2]
         upstream = module.__name__ == f"megatron.training.{'models.' if name == 'dist_utils' else ''}{name}"
-        if upstream or all(hasattr(module, sign) for sign in _SIGNS[name]):
-            return self._targets[name]
-        return ()
+        if not (upstream or all(hasattr(module, sign) for sign in _SIGNS[name])):
+            return ()
+        # Megatron-Bridge's, a copy in this respect, has an adapter that knows its loop.
+        own = module.__name__.startswith("megatron.bridge.")
+        return [t for t in self._targets[name] if not (own and t.attribute == _LOADER_STATE)]
 
     def _arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda parser: add_arguments(original(parser))
@@ -196,10 +193,8 @@ class MegatronTraining:
 
     def _loader_state(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def maybe_save_dataloader_state(train_iterator: Any, *rest: Any, **kwargs: Any) -> Any:
-            state = getattr(self._loop, "loader_state", None)
-            if state is not None:
-                # The loader itself has gone on to what is read ahead.
-                train_iterator = SimpleNamespace(iterable=SimpleNamespace(save_state=lambda: state))
+            if self._loop is not None:
+                train_iterator = self._loop.loader_state.of(train_iterator)
             return original(train_iterator, *rest, **kwargs)
 
         return maybe_save_dataloader_state

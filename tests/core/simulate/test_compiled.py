@@ -1,12 +1,15 @@
 """What kernels rely on in numba beyond its documented options."""
 
+import errno
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numba import njit
+from numba.core import caching
 from numba.core.errors import NumbaError
 
 import dip_megatron
@@ -82,6 +85,25 @@ def test_a_kernel_is_compiled_again_once_pieces_of_other_files_have_changed(monk
     path.write_text(KERNEL)
     assert [hits(path), hits(path)] == [0, 1]
     monkeypatch.setattr(compilation, "KERNELS", "after an edit elsewhere")
+    assert [hits(path), hits(path)] == [0, 1]
+
+
+def test_a_kernel_that_cannot_be_kept_runs_all_the_same(monkeypatch, tmp_path, caplog):
+    """On a full disk, and where no folder may be written to."""
+    path = tmp_path / "kernel.py"
+    path.write_text(KERNEL)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caching.IndexDataCacheFile, "save", full)
+        assert hits(path) == 0
+    assert re.search(r"can't keep one_more once compiled in .*__pycache__ .*No space left", caplog.text)
+    with monkeypatch.context() as patch:
+        patch.setattr(caching.CacheImpl, "_locator_classes", [])
+        assert hits(path) == 0
+    assert "set NUMBA_CACHE_DIR to a folder that can be written" in caplog.text
     assert [hits(path), hits(path)] == [0, 1]
 
 
