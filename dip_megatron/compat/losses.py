@@ -38,8 +38,9 @@ def calculate_loss(*arguments: Any) -> tuple[Any, Any]:
 def time_no_stages(timers: Any) -> None:
     """Let Megatron's timers time nothing within an iteration but the iteration. Each stops the device until all it was
     given has ended, receives too that were posted ahead: two ranks that stop so in the middle of their stages, before
-    they send, would wait for each other for good."""
-    timers._log_level = min(timers._log_level, 1)
+    they send, would wait for each other for good. Timers of a loop's own are left alone."""
+    if hasattr(timers, "_log_level"):
+        timers._log_level = min(timers._log_level, 1)
 
 
 @contextlib.contextmanager

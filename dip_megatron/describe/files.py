@@ -83,6 +83,9 @@ def validate(source: str, data: object, schema: type[Schema]) -> Schema:
         return schema.model_validate(data)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
+        faults.sort(
+            key=lambda fault: fault["type"] != "extra_forbidden"
+        )  # a misspelt key is why another one is missing
         place = ".".join(str(part) for part in faults[0]["loc"]) or "top level"
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ConfigurationError(f"{source}: {place}: {reason(faults[0], schema)}{more}") from error

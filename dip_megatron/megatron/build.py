@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from ..compat.layer_specs import specs_of_all_layers
-from ..config import DipConfig
+from ..config import DipConfig, ModuleConfig
 from ..describe.files import ConfigurationError
-from ..describe.model import ModulePartition, MultimodalModel, Partition
+from ..describe.model import ModulePartition, ModuleShape, MultimodalModel, Partition, even_partition
 from ..describe.model.partition import spread
 from ..families.family import Blueprint, ModelFamily
-from ..planner.partitioning import Placements
+from ..planner.partitioning import Given, Placements
 
 
 class ChunkList(list[torch.nn.Module]):
@@ -54,7 +54,8 @@ def record_blueprint(
                 raise
             raise ConfigurationError(
                 f"the script's model provider uses the model after building it ({error}); DIP builds it in segments "
-                f"later. Move that into {built[0][0].model_class.__name__}'s arguments, or use --dip-schedule off"
+                f"later. Move that into {built[0][0].model_class.__name__}'s arguments, or behind get_model, or use "
+                "--dip-schedule off"
             ) from error
     if len(built) != 1:
         known = ", ".join(family.model_class.__name__ for family in families)
@@ -63,6 +64,23 @@ def record_blueprint(
             "it must be one; add yours as docs/add-a-model.md says, or use --dip-schedule off for this script"
         )
     return built[0]
+
+
+_OF_A_BUILT_MODEL = (
+    "parameters", "named_parameters", "modules", "named_modules", "apply", "requires_grad_", "load_state_dict",
+    "register_forward_pre_hook", "register_forward_hook", "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+)  # fmt: skip
+
+
+def _not_built(name: str) -> Callable[..., Any]:
+    """Instead of a method that would find no parameters and no layers: what a provider freezes, initializes or hooks
+    into by it would be lost without a word."""
+
+    def method(*_: Any, **__: Any) -> Any:
+        raise AttributeError(f"{name}() of a model without layers")
+
+    return method
 
 
 @contextlib.contextmanager
@@ -85,7 +103,9 @@ def _recording(family: ModelFamily, built: list[tuple[ModelFamily, Blueprint]]) 
         torch.nn.Module.__init__(self)
         blueprint = Blueprint(arguments("__init__", args, kwargs))
         built.append((family, blueprint))
-        if family.shows is not None:
+        if family.shows is None:
+            self.__dict__.update({name: _not_built(name) for name in _OF_A_BUILT_MODEL})
+        else:
             self.__dict__.update(family.shows(blueprint))
 
     def note_call(name: str) -> Callable[..., None]:
@@ -128,7 +148,10 @@ def placements(model: MultimodalModel, config: DipConfig, family: ModelFamily) -
     can stand on every rank and it doesn't say."""
     if not family.replicates or model.parallel.coupled > 1:
         return {}
-    asked = {name: own.placement for name, own in config.modules.items()}
+    asked = {
+        name: "segmented" if own.layers is not None or own.segments is not None else own.placement
+        for name, own in config.modules.items()
+    }  # fmt: skip
     return {m.name: asked.get(m.name) or "either" for m in model.modules[:-1] if not m.upstream}
 
 
@@ -151,14 +174,40 @@ def configured_partition(model: MultimodalModel, config: DipConfig) -> Partition
         if own.placement == "replicated":
             parts.append(ModulePartition.whole(shape.name, shape.layers, model.parallel.pp, own.unit_size))
             continue
-        if own.layers is not None:
-            layers = tuple(tuple(line) for line in own.layers)
-        else:
-            layers = spread(shape.layers, own.segments or 1, model.parallel.pp)
-        parts.append(ModulePartition(shape.name, layers, own.unit_size))
+        parts.append(ModulePartition(shape.name, _layers(shape, own, model.parallel.pp) or (), own.unit_size))
     partition = Partition(tuple(parts))
     try:
         partition.check(model)
     except ValueError as error:
         raise ConfigurationError(f"--dip-config: {error}") from error
     return partition
+
+
+def given_parts(model: MultimodalModel, config: DipConfig) -> dict[str, Given]:
+    """What the configuration says of modules where it leaves others, or the rest of them, to the partitioner.
+
+    Raises ConfigurationError for layers that aren't the module's.
+    """
+    found = {}
+    for shape in model.modules:
+        own = config.modules.get(shape.name)
+        if own is None:
+            continue
+        given = Given(_layers(shape, own, model.parallel.pp), own.unit_size, "unit_size" in own.model_fields_set)
+        if given.layers is not None:
+            try:
+                alone = {shape.name: given}
+                parts = (alone.get(part.module, Given()).within(part) for part in even_partition(model).modules)
+                Partition(tuple(parts)).check(model)
+            except ValueError as error:
+                raise ConfigurationError(f"--dip-config: {error}") from error
+        if given.layers is not None or given.sized:
+            found[shape.name] = given
+    return found
+
+
+def _layers(shape: ModuleShape, own: ModuleConfig, ranks: int) -> tuple[tuple[int, ...], ...] | None:
+    """As configured, by segment and rank; None if they are left open."""
+    if own.layers is not None:
+        return tuple(tuple(line) for line in own.layers)
+    return None if own.segments is None else spread(shape.layers, own.segments, ranks)

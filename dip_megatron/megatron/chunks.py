@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from ..config import DipConfig
 from ..describe.cost import Cluster, Costs, load_cluster
+from ..describe.files import ConfigurationError
 from ..describe.model import ModulePartition, MultimodalModel, Partition
 from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.facade import Setting, searched_partition
 from ..planner.from_file import PlanFile
 from ..planner.live import Chunks
+from ..planner.partitioning import Given, NoPartitionError
 from ..schedulers.entry import ScheduleEntry
 from .adapters.loop import TrainingLoop
-from .build import configured_partition, placements
+from .build import configured_partition, given_parts, placements
 from .checkpoints import Checkpoint
 from .device import cluster_here
 from .mixed import configured_choice, tuned_choice
@@ -44,6 +46,12 @@ def unlike_the_loop(model: MultimodalModel) -> str | None:
     )
 
 
+def _agree(settled: Mapping[str, Given], part: ModulePartition) -> bool:
+    """Whether a module's layers stand where the configuration says, if it says so."""
+    given = settled.get(part.module, Given())
+    return given.layers is None or (given.layers == part.layers and not part.replicated)
+
+
 @dataclass(frozen=True)
 class ChunkChoice:
     """What the chunks of a run are chosen by; ``tell`` takes the sentences about it, on every rank."""
@@ -64,17 +72,29 @@ class ChunkChoice:
         Raises ConfigurationError for settings that don't fit the model or the schedule.
         """
         mixed = self.entry.mixed is not None
+        settled = {} if mixed else given_parts(model, self.config)
         given: Chunks | None
         if mixed:
             given = configured_choice(self.entry, model, self.config)
         else:
             given = configured_partition(model, self.config)
         if given is None and self.file is not None and (not mixed or len(model.modules) == 1):
-            return self.file.partition(model)
+            chosen = self.file.partition(model)
+            for part in chosen.modules:
+                if not _agree(settled, part):
+                    raise ConfigurationError(
+                        f"--dip-config: modules.{part.module}: the plan file has layers {part.layers}; leave them out, "
+                        "or plan with others"
+                    )
+            return chosen
         if given is None and not mixed:
             given = self._layout(model)
         if given is None and checkpoint is not None:
             given = checkpoint.stages_for(self.entry.name, model) if mixed else checkpoint.partition_for(model)
+            if isinstance(given, Partition):
+                kept = all(_agree(settled, part) for part in given.modules)
+                parts = tuple(settled.get(part.module, Given()).within(part) for part in given.modules)
+                given = replace(given, modules=parts) if kept else None
             if given is not None:
                 self.tell(f"going on with the checkpoint's partition:\n{given.explain()}")
         if given is None:
@@ -125,7 +145,13 @@ class ChunkChoice:
         setting = Setting(
             model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload,
             placements={} if self.loop.adapts else placements(model, config, family),
+            given=given_parts(model, config) if self.entry.mixed is None else {},
         )  # fmt: skip
         if self.entry.mixed is not None:
             return tuned_choice(self.entry, setting)
-        return searched_partition(setting, _PARTITION_SECONDS)
+        try:
+            return searched_partition(setting, _PARTITION_SECONDS)
+        except NoPartitionError as error:
+            limit, said = config.memory_limit or cluster.usable_bytes, config.memory_limit is not None
+            source = "memory_limit" if said else cluster.name
+            raise ConfigurationError(f"{error}. A rank has {limit / 1e9:g} GB, by {source}") from error

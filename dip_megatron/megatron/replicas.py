@@ -118,7 +118,7 @@ class ReplicaExchange:
         self._price, self._mode, self._group_size, self._largest = price, mode, group, largest_bytes
         self._device, self._samples = device, samples
         accelerated = device is not None and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if accelerated else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if accelerated else None  # see StageMode.offload
         self._slowness = 1.0
         self._declined = 0
 

@@ -8,7 +8,7 @@ the same entry of the registry, so that equal inputs and a budget counted in eva
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..schedulers.registry import find_schedule
 from ..schedulers.static import StaticChoice, tune_static
 from .live import Chunks, ModelGraphs, pricer
 from .maker import LivePlanMaker, PayloadShapes, StageShapes
-from .partitioning import Placements, choose_partition, paper_partition
+from .partitioning import Given, Placements, choose_partition, paper_partition
 from .planned import Planned, describe
 from .searchers import searcher_of
 
@@ -33,7 +33,7 @@ class Setting:
     """A model on a cluster with batches to plan. ``memory_limit`` bytes per rank (None: what the GPUs can use);
     ``earlier``: the batches on which partitions and static plans are chosen, which training keeps (none: they are
     chosen in hindsight, on the batches that are planned); without ``recompute`` every stage keeps all its activations,
-    without ``offload`` none go to host memory; ``placements`` see :func:`choose_partition`."""
+    without ``offload`` none go to host memory; ``placements`` and ``given`` see :func:`choose_partition`."""
 
     model: MultimodalModel
     cluster: Cluster
@@ -44,6 +44,7 @@ class Setting:
     recompute: bool = True
     offload: bool = True
     placements: Placements = field(default_factory=dict)
+    given: Mapping[str, Given] = field(default_factory=dict)
 
     @property
     def known(self) -> tuple[GlobalBatch, ...]:
@@ -146,7 +147,7 @@ def searched_partition(setting: Setting, seconds: float) -> Partition:
     """:func:`choose_partition` for a setting."""
     return choose_partition(
         setting.model, setting.cluster, setting.known, costs=setting.costs, memory_limit=setting.memory_limit,
-        budget_seconds=seconds, placements=setting.placements,
+        budget_seconds=seconds, placements=setting.placements, given=setting.given,
     )  # fmt: skip
 
 

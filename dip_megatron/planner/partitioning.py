@@ -28,6 +28,27 @@ Item = TypeVar("Item")
 Placement = Literal["segmented", "replicated", "either"]
 Placements = Mapping[str, Placement]
 
+
+class NoPartitionError(ValueError):
+    """No partition fits the memory; the message says what would help."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What of a module is settled before a partition is searched: its ``layers`` by segment and rank (None: nothing of
+    them), and its ``unit_size`` (None: whole microbatches) where it is ``sized``."""
+
+    layers: tuple[tuple[int, ...], ...] | None = None
+    unit_size: int | None = None
+    sized: bool = False
+
+    def within(self, part: ModulePartition) -> ModulePartition:
+        """``part`` with what is settled."""
+        if self.layers is not None:
+            part = ModulePartition(part.module, self.layers, part.unit_size)
+        return replace(part, unit_size=self.unit_size) if self.sized else part
+
+
 STAGE_WEIGHTS = (0.1, 1.0)
 MAX_SEGMENTS = 6
 FINALISTS = 3
@@ -79,6 +100,7 @@ def choose_partition(
     judge: Judge | None = None,
     on_trial: Callable[[str, float], None] | None = None,
     placements: Placements | None = None,
+    given: Mapping[str, Given] | None = None,
 ) -> Partition:
     """The partition with the least predicted iteration time on ``batches`` that a local search finds.
 
@@ -89,12 +111,15 @@ def choose_partition(
     on a core, after a first trial for which kernels may have to be compiled, so that a first run or a busy machine
     doesn't choose worse; by the clock at most four times as many. ``on_trial`` hears of every trial (description,
     seconds). ``placements`` by module name: whether it is cut over all ranks or stands whole on each, which then pays
-    for the sum of its gradients; without one it is cut. Raises ValueError if nothing fits the memory.
+    for the sum of its gradients; without one it is cut. ``given`` by module name: what is settled of it; a module with
+    layers must not be placed otherwise. Raises NoPartitionError if nothing fits the memory.
     """
     if not batches:
         raise ValueError("choosing a partition needs at least one batch to judge by")
     pricer = CostModel(model, cluster, costs)
-    return _Search(pricer, batches, memory_limit, judge, on_trial, placements or {}).run(budget_seconds, max_trials)
+    return _Search(pricer, batches, memory_limit, judge, on_trial, placements or {}, given or {}).run(
+        budget_seconds, max_trials
+    )
 
 
 def _microbatches(batches: Sequence[GlobalBatch]) -> list[Microbatch]:
@@ -141,7 +166,9 @@ class _Search:
         judge: Judge | None,
         on_trial: Callable[[str, float], None] | None,
         placements: Placements,
+        given: Mapping[str, Given],
     ) -> None:
+        self.given = [given.get(m.name, Given()) for m in pricer.model.modules]
         self.placements = [placements.get(m.name, "segmented") for m in pricer.model.modules]
         self.pricer, self.batches, self.memory_limit, self.on_trial = pricer, batches, memory_limit, on_trial
         self.microbatches = _microbatches(batches)
@@ -152,6 +179,8 @@ class _Search:
 
     def run(self, budget_seconds: float, max_trials: int | None) -> Partition:
         paper = _paper(self.pricer, self.microbatches)
+        settled = tuple(g.within(part) for g, part in zip(self.given, paper.modules, strict=True))
+        paper = replace(paper, modules=settled)
         self._judge(paper)
         sizes = tuple(m.unit_size for m in paper.modules)
         starts = [
@@ -190,7 +219,7 @@ class _Search:
         closely = {p: self._seconds(Partition(p), self.closer) for p in dict.fromkeys((*finalists, paper.modules))}
         chosen = min(closely, key=lambda p: (not self._allowed(p), closely[p]))
         if closely[chosen] == inf or not self._allowed(chosen):
-            raise ValueError(
+            raise NoPartitionError(
                 "no partition fits the memory: every one tried needs more than a rank has, even with full recompute; "
                 "raise pp or tp, shard the optimizer over more replicas (dp), or shorten the microbatches"
             )
@@ -199,6 +228,8 @@ class _Search:
     # -- trials --------------------------------------------------------------------------------------------------
     def partition(self, setting: _Setting) -> Partition:
         model, ranks = self.pricer.model, self.pricer.model.parallel.pp
+        sizes = (g.unit_size if g.sized else s for g, s in zip(self.given, setting.sizes, strict=True))
+        setting = replace(setting, sizes=tuple(sizes))
         # Units of modules that stand on every rank even out what the others leave.
         cut = [load for load in self._loads(setting) if load.segments]
         rows = {load.name: row for load, row in zip(cut, balance_layers(cut, ranks, setting.stage_weight), strict=True)}
@@ -227,7 +258,7 @@ class _Search:
         sizes = {m.name: s for m, s in zip(self.pricer.model.modules, setting.sizes, strict=True)}
         units = make_units(self.pricer.model, self.microbatches, sizes)
         loads = []
-        for shape, segments in zip(self.pricer.model.modules, setting.segments, strict=True):
+        for shape, segments, given in zip(self.pricer.model.modules, setting.segments, self.given, strict=True):
             mine = [(u.microbatch, u.first, u.count) for u in units if u.module == shape.name]
             here = unit_sizes(shape, self.microbatches, mine, shape.sharing(self.pricer.model.parallel))
             whole = float(module_seconds(self.pricer, shape.name, here).sum())
@@ -237,7 +268,7 @@ class _Search:
             ]
             layer = (whole - sum(ends)) / shape.layers
             last = int(_meets_behind(shape, self.pricer.model.parallel) or shape.carried > 1)
-            loads.append(ModuleLoad(shape.name, shape.layers, segments, layer, ends[0], ends[1], last))
+            loads.append(ModuleLoad(shape.name, shape.layers, segments, layer, ends[0], ends[1], last, given.layers))
         return loads
 
     def _judge(self, partition: Partition) -> float:

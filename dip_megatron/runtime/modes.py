@@ -54,5 +54,7 @@ class StageMode:
     def offload(self) -> OffloadedActivations:
         """A place for one stage's offloaded layers. All stages share one side stream, if there is a GPU."""
         if self._stream is None and torch.cuda.is_available():
-            self._stream = torch.cuda.Stream()
+            # None of the usual ones, which all groups of NCCL's take in turn: copies that a stage waits for would
+            # stand behind a reduction that waits for other replicas.
+            self._stream = torch.cuda.Stream(priority=-1)
         return OffloadedActivations(self._stream)

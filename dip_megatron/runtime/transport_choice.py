@@ -25,10 +25,12 @@ TransportKind = Literal["gloo", "nccl", "ipc", "staging"]
 @dataclass(frozen=True)
 class Place:
     """Where a rank computes. ``host`` differs unless two processes see the same kernel and the same namespaces;
-    ``device`` is the GPU's unique id, empty for the CPU."""
+    ``device`` is the GPU's unique id, empty for the CPU. ``blocking``: its host waits for all it gives the GPU, for
+    debugging."""
 
     host: str
     device: str
+    blocking: bool = False
 
 
 def place_of(device: torch.device) -> Place:
@@ -41,7 +43,8 @@ def place_of(device: torch.device) -> Place:
             continue
     if device.type != "cuda":
         return Place(identity, "")
-    return Place(identity, str(torch.cuda.get_device_properties(device).uuid))
+    blocking = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
+    return Place(identity, str(torch.cuda.get_device_properties(device).uuid), blocking)
 
 
 def transport_kind(places: Sequence[Place], nccl: bool = True, shared: bool = AVAILABLE) -> tuple[TransportKind, str]:
@@ -53,6 +56,8 @@ def transport_kind(places: Sequence[Place], nccl: bool = True, shared: bool = AV
         return ("ipc", "the ranks compute on one host's CPUs") if shared else ("gloo", "this system has no eventfd")
     devices = {(p.host, p.device) for p in places}
     if len(devices) == len(places):
+        if any(p.blocking for p in places):
+            return "staging", "with CUDA_LAUNCH_BLOCKING hosts would wait for the messages that they are ready to take"
         if nccl:
             return "nccl", "every rank has a GPU of its own"
         return "staging", "this torch has no NCCL"

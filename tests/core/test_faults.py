@@ -9,7 +9,8 @@ import pytest
 
 from dip_megatron.config import DipConfig
 from dip_megatron.core.json_lines import load_line
-from dip_megatron.describe.files import ConfigurationError
+from dip_megatron.describe.cost import load_cluster
+from dip_megatron.describe.files import ConfigurationError, resolve
 from dip_megatron.environment import asks, load_settings
 
 
@@ -35,6 +36,14 @@ def refusal(path: Path, text: str) -> str:
 )  # fmt: skip
 def test_a_file_of_settings_is_told_what_is_wrong_where(tmp_path: Path, text: str, reason: str) -> None:
     assert refusal(tmp_path / "dip.yaml", text + "\n") == reason
+
+
+def test_a_misspelt_key_is_named_before_the_one_that_is_missing_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(resolve("clusters", "h100").read_text(encoding="utf-8").replace("tflops:", "tflop:"))
+    with pytest.raises(ConfigurationError) as found:
+        load_cluster(path)
+    assert str(found.value) == f"{path}: tflop: no such key; did you mean tflops? (and 1 more)"
 
 
 def test_a_variable_that_is_almost_a_settings_is_refused() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dip_megatron.megatron import copies
+from dip_megatron.runtime.modes import StageMode
 
 
 def test_no_timer_stops_the_device_within_an_iteration(monkeypatch: Any) -> None:
@@ -15,6 +16,7 @@ def test_no_timer_stops_the_device_within_an_iteration(monkeypatch: Any) -> None
 
     from dip_megatron.compat.losses import time_no_stages
 
+    time_no_stages(lambda name, **_: None)  # a loop's own
     stops: list[int] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: stops.append(1))
     for level in (0, 1, 2):
@@ -48,3 +50,13 @@ def test_copies_on_the_host_begin_alike_over_nccl(monkeypatch: Any) -> None:
     assert len(given) == 1
     assert given[0] is there
     assert torch.equal(tensor, there)
+
+
+def test_offloaded_activations_wait_for_no_reduction(monkeypatch: Any) -> None:
+    """Their stream is of another pool than those of NCCL's groups, of which there are more than streams."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **options: made.append(options) or object())  # type: ignore[func-returns-value]
+    mode = StageMode()
+    assert mode.offload().stream is mode.offload().stream
+    assert made == [{"priority": -1}]

@@ -68,6 +68,7 @@ def test_a_peer_that_has_gone_is_noticed_at_once():
         ([Place("a", "g0")] * 4, "ipc"),
         ([Place("a", "g0"), Place("a", "g0"), Place("a", "g1")], "staging"),
         ([Place("a", "g0"), Place("b", "g0")], "nccl"),
+        ([Place("a", "g0"), Place("b", "g0", blocking=True)], "staging"),
     ],
 )
 def test_choice(places, kind):

@@ -15,7 +15,8 @@ Rows = tuple[tuple[int, ...], ...]
 @dataclass(frozen=True)
 class ModuleLoad:
     """Seconds an iteration spends on one module, all units together: per layer, on its stem and on its head. The
-    chunk with the head has ``last`` layers at least."""
+    chunk with the head has ``last`` layers at least. ``given``: its layers by segment and rank, where they are settled
+    and only other modules' are balanced around them."""
 
     name: str
     layers: int
@@ -24,6 +25,7 @@ class ModuleLoad:
     stem: float = 0.0
     head: float = 0.0
     last: int = 0
+    given: Rows | None = None
 
     def fixed(self, rank: int, ranks: int) -> float:
         """Seconds that stand on a rank whatever the split."""
@@ -46,7 +48,7 @@ def balance_layers(loads: Sequence[ModuleLoad], ranks: int, stage_weight: float 
     """
     totals = _solve(loads, ranks, stage_weight)
     return tuple(
-        tuple(zip(*(_deal(m, n[r], r, ranks) for r in range(ranks)), strict=True))
+        m.given or tuple(zip(*(_deal(m, n[r], r, ranks) for r in range(ranks)), strict=True))
         for m, n in zip(loads, totals, strict=True)
     )
 
@@ -75,7 +77,8 @@ def _solve(loads: Sequence[ModuleLoad], ranks: int, stage_weight: float) -> list
             matrix[row, count + 1 + i] = -1
             high[row] = -m.fixed(r, ranks) / scale
             row += 1
-    for r in range(1, ranks - 2):  # ranks between the first and the last are alike: order them
+    settled = any(m.given for m in loads)
+    for r in range(1, 1 if settled else ranks - 2):  # ranks between the first and the last are alike: order them
         matrix[row, r], matrix[row, r + 1] = -1, 1
         row += 1
     objective = np.zeros(size)
@@ -84,6 +87,9 @@ def _solve(loads: Sequence[ModuleLoad], ranks: int, stage_weight: float) -> list
     lower = np.zeros(size)
     lower[ranks - 1 : count : ranks] = [m.last for m in loads]
     upper = np.concatenate([np.repeat([m.layers for m in loads], ranks), np.full(1 + modules, np.inf)])
+    for i, m in enumerate(loads):
+        if m.given:
+            lower[i * ranks : (i + 1) * ranks] = upper[i * ranks : (i + 1) * ranks] = np.sum(m.given, axis=0)
     result = milp(
         objective,
         constraints=LinearConstraint(matrix.tocsr(), low, high),

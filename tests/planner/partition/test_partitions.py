@@ -35,7 +35,7 @@ from dip_megatron.describe.partition import (
 )
 from dip_megatron.describe.workload import GlobalBatch, Microbatch, load_workload, place_units
 from dip_megatron.planner import partitioning
-from dip_megatron.planner.partitioning import choose_partition, greedy_judge, paper_partition
+from dip_megatron.planner.partitioning import Given, choose_partition, greedy_judge, paper_partition
 from tests.drawn import settings
 
 H100 = load_cluster("h100")
@@ -182,6 +182,22 @@ def test_the_judge_decides() -> None:
     assert chosen.module("vision").unit_size == 1
 
 
+def test_what_is_settled_stays_and_the_rest_is_balanced_around_it() -> None:
+    model = _tiny(VLM, 4)
+    batches = [GlobalBatch((Microbatch(2000, (169,) * 4),) * 4)]
+    given = {"vision": Given(((0, 5, 1, 0),), 3, sized=True)}
+    chosen = choose_partition(model, H100, batches, budget_seconds=inf, max_trials=6, given=given)
+    chosen.check(model)
+    vision = chosen.module("vision")
+    assert (vision.layers, vision.unit_size) == (((0, 5, 1, 0),), 3)
+    language = [sum(column) for column in zip(*chosen.module("language").layers, strict=True)]
+    assert language[1] == min(language) < max(language)
+    sized = choose_partition(
+        model, H100, batches, budget_seconds=inf, max_trials=6, given={"vision": Given(None, 1, sized=True)}
+    )
+    assert sized.module("vision").unit_size == 1
+
+
 @pytest.mark.parametrize(("first", "later", "cores", "ends"), [
     (1000.0, 0.01, 1.0, False),  # compiling kernels is no search
     (0.0, 0.3, 0.3, False),  # other programs have the cores two thirds of the time
@@ -264,7 +280,7 @@ def test_partitions_survive_their_file(tmp_path: Path) -> None:
         ("- [16, 16, 16, 15]", "- [32, 31]", "modules.vision.layers", "2 ranks"),
         ("- [16, 16, 16, 15]", "- [16, 16, 16, 15]\n    - [0]", "modules.vision.layers", "same number of ranks"),
         ("vision:", "sight:", "modules", "the model"),
-        ("reasons", "because", "because", "not permitted"),
+        ("reasons", "because", "because", "no such key"),
     ],
 )
 def test_faults_in_partition_files_are_named(tmp_path: Path, old: str, new: str, place: str, reason: str) -> None:
