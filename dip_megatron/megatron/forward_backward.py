@@ -30,6 +30,7 @@ from ..runtime.trained import Names
 from ..runtime.watch import Watchdog
 from .agreement import TrainingAgreement, TrainingConsumer
 from .call import ScheduleCall
+from .durations import Durations
 from .iteration import Iteration
 from .lookahead import LookAhead, RawItems, capture_microbatch
 from .replicas import ExchangesAhead
@@ -109,7 +110,7 @@ class DipForwardBackward:
             program, executor.position.rank, delivery, peers=peers, on_change=on_training, built=built
         )
         self._repetition = Repetition()
-        self._last_seconds = 0.0
+        self._durations = Durations()
         self._ended: float | None = None  # the last operation of the iteration before, if that trained
 
     def __call__(self, **arguments: Any) -> list[Any]:
@@ -172,7 +173,7 @@ class DipForwardBackward:
         self._ended = None if forward_only else time.perf_counter()
         seconds = max((span.end for span in spans), default=0.0)
         if not forward_only:
-            self._last_seconds = seconds
+            self._durations.add(seconds)
             self._delivery.measured(Measurement.of(delivered.request, self._executor.position.rank, spans))
             iteration.finalize(call.pg_collection, call.force_all_reduce)
         if config.timers is not None:
@@ -223,13 +224,13 @@ class DipForwardBackward:
         number = self._number() + 1
 
         def ask(microbatches: list[MicrobatchInputs], moved: bool = True) -> None:
-            budget = self._policy.budget(self._last_seconds - (time.perf_counter() - began))
+            budget = self._policy.budget(self._durations.left(began))
             request = self._request(microbatches, number, False, budget, wait=1.3 * budget + 0.1, ahead=True)
             self._next_request[key] = (request, count, microbatches if moved else None)
 
         complete = len(coming) == count
         if self._exchanges is not None:
-            left = self._last_seconds - (time.perf_counter() - began)
+            left = self._durations.left(began)
             self._exchanges.begin(self._quoted(coming, complete), coming, complete, left, ask)
         elif complete:
             ask(coming, False)

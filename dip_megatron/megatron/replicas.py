@@ -181,7 +181,8 @@ class ReplicaExchange:
         """What can't travel is told to all, or they would wait for it."""
         try:
             sizes = np.array([parcel_bytes(m) for m in microbatches], dtype=np.int64)
-            samples = None if self._samples is None else self._samples.quote(price, microbatches, loads[1])
+            with self._on_stream():  # it looks at numbers of samples: not behind all that the device was given to train
+                samples = None if self._samples is None else self._samples.quote(price, microbatches, loads[1])
         except (ParcelError, PackingError) as error:
             return str(error)
         seconds, held, *meeting = price(loads)

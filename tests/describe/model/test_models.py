@@ -146,8 +146,8 @@ modules:
     ("old", "new", "place", "reason"),
     [
         ("layers: 2", "layers: 0", "modules.vision.layers", "greater than 0"),
-        ("layers: 2", "layer_count: 2", "modules.vision.layers", "required"),
-        ("patch: 14", "patches: 14", "modules.vision.stem", "required"),
+        ("layers: 2", "layer_count: 2", "modules.vision.layer_count: no such key", ", layers, "),
+        ("patch: 14", "patches: 14", "modules.vision.stem", "did you mean patch?"),
         ("kind: projector", "kind: mlp", "modules.vision.head", "projector"),
         ("output: 128", "output: 96", "modules.language.upstream", "width 96"),
         ("hidden: 64, ffn: 256, heads: 4", "hidden: 64, ffn: 256, heads: 5", "layer.heads", "don't divide"),
