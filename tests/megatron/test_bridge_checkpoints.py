@@ -43,6 +43,12 @@ def test_a_run_goes_on_with_the_chunks_that_its_optimizer_is_stored_by(
     with pytest.raises(ConfigurationError, match="can only be loaded into the chunks that wrote it"):
         found.compare(OTHER)
 
+    whole = (tmp_path / NAME).read_text()
+    (tmp_path / NAME).write_text(whole[:-20])
+    with pytest.raises(ConfigurationError, match=f"{NAME}: .* restore it"):
+        find_bridge_checkpoint(config)
+    (tmp_path / NAME).write_text(whole)
+
     sharding = "fully_reshardable"
     found = find_bridge_checkpoint(config)
     assert found is not None

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ...describe.files import ConfigurationError
+
 if TYPE_CHECKING:
     from ...planner.live import Chunks
     from ..checkpoints import Checkpoint
@@ -30,7 +32,13 @@ def find_bridge_checkpoint(config: Any) -> Checkpoint | None:
         return None
     folder, sharding = found
     file = Path(folder).parent / NAME
-    partition, stages = recorded(SimpleNamespace(**json.loads(file.read_text())) if file.is_file() else None)
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{file}: {error}; restore it, or take it away and say the layers of each module in --dip-config"
+        ) from error
+    partition, stages = recorded(None if known is None else SimpleNamespace(**known))
     resumes = not config.checkpoint.finetune
     bound = resumes and config.checkpoint.load_optim and config.optimizer.use_distributed_optimizer
     return Checkpoint(
@@ -40,7 +48,9 @@ def find_bridge_checkpoint(config: Any) -> Checkpoint | None:
 
 def record_beside(config: Any, chunks: Chunks, first: bool) -> str | None:
     """Write down the chunks where the run is going to save, on the ``first`` rank; a sentence if there is something to
-    say of them."""
+    say of them. Collective over all ranks: each has read what may stand there of the run that it goes on with."""
+    import torch.distributed as dist
+
     from ..checkpoints import record
 
     folder = config.checkpoint.save
@@ -48,10 +58,15 @@ def record_beside(config: Any, chunks: Chunks, first: bool) -> str | None:
         return None
     held = SimpleNamespace()
     record(held, chunks)
+    if dist.is_initialized():
+        dist.barrier()
     if first:
+        file = Path(folder) / NAME
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / NAME).write_text(json.dumps(vars(held)) + "\n", encoding="utf-8")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            whole = file.with_suffix(".new")  # a run that dies here leaves the old one
+            whole.write_text(json.dumps(vars(held)) + "\n", encoding="utf-8")
+            whole.replace(file)
         except OSError as error:
             return f"can't write {NAME} to {folder} ({error}): a run that resumes may choose another partition"
     if not config.optimizer.use_distributed_optimizer or config.checkpoint.dist_ckpt_optim_fully_reshardable:
