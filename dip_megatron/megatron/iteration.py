@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.utils import get_model_config
 
+from ..compat.token_counts import TokenCounts
 from ..core import Plan
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, RunnableStages
@@ -39,17 +40,19 @@ class Iteration:
         collect_non_loss_data: bool = False,
         loss_rank: int | None = None,
         averaged_over: int | None = None,
+        counts: TokenCounts | None = None,
     ):
         """``plan`` has passed the verifier and is of these ``microbatches``; ``chunks`` are wrapped, in the program's
         order. ``loss_rank`` is the pipeline rank of the stage with the loss (None: the last); ``averaged_over``: how
-        many microbatches a replica has in the mean (None: as many as here)."""
+        many microbatches a replica has in the mean (None: as many as here); ``counts``: the loop's of tokens (None:
+        Megatron's)."""
         config = get_model_config(chunks[0])
         graph, rank = plan.graph, executor.position.rank
         self._program, self._executor, self._plan, self._chunks = program, executor, plan, chunks
         self._config, self._forward_only = config, forward_only
         self._step = MegatronStep(
             config, forward_step_func, num_microbatches=len(microbatches),
-            averaged_over=averaged_over,
+            averaged_over=averaged_over, counts=counts,
             context_parallel_size=context_parallel_size, collect_non_loss_data=collect_non_loss_data,
         )  # fmt: skip
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
