@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core import parallel_state
@@ -114,6 +115,7 @@ class DipForwardBackward:
         self._repetition = Repetition()
         self._durations = Durations()
         self._counts = counts or TokenCounts()
+        self._reduced: WeakSet[torch.nn.Module] = WeakSet()
         self._ended: float | None = None  # the last operation of the iteration before, if that trained
 
     def __call__(self, **arguments: Any) -> list[Any]:
@@ -168,7 +170,7 @@ class DipForwardBackward:
             forward_only=forward_only, collect_non_loss_data=call.collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
             loss_rank=getattr(self._program, "loss_rank", None), averaged_over=num_microbatches,
-            counts=self._counts,
+            counts=self._counts, reduced=self._reduced,
         )  # fmt: skip
         iteration.run(number, following, weights_changed=call.weights_changed)
         if self._pipeline is not None:
