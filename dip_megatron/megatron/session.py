@@ -301,7 +301,7 @@ class DipSession:
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, peers=self._peers(),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
-            built=self._built,
+            built=self._built, counts=self._loop.counts,
         )  # fmt: skip
 
     def _clock(self, device: torch.device) -> Clock:

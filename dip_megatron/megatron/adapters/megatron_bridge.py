@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ...compat import token_counts
+from ...compat.token_counts import TokenCounts
 from ...describe.files import ConfigurationError
 from ...environment import load_settings
 from ..switched_off import switch_off
@@ -52,7 +52,7 @@ class BridgeLoop(TrainingLoop):
             config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config),
             iteration=self._following, layout=layout,
             weights_by_tokens=bool(getattr(config.model, "calculate_per_token_loss", False)), finalizes=True,
-            adapts=config.peft is not None,
+            adapts=config.peft is not None, counts=TokenCounts(state),
         )  # fmt: skip
         self._state = state
         self.loader_state = LoaderState()
@@ -168,7 +168,6 @@ class MegatronBridge:
         from ...families.called.known import BRIDGE_FAMILIES
 
         self._hooks.add_families(BRIDGE_FAMILIES)
-        token_counts.watch(state)
         self._loop = BridgeLoop(state, take_layout(state.cfg.model))
         return self._hooks.begin(self._loop, config)
 
