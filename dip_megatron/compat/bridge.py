@@ -29,13 +29,12 @@ CHECKPOINTS = Topic(
     "no run of Megatron-Bridge's can go on from a checkpoint under DIP",
     (
         Name("megatron.bridge.training.checkpointing:checkpoint_exists", ("checkpoints_path",)),
+        Name("megatron.bridge.training.checkpointing:_has_global_non_persistent_checkpoint", ("load_dir", "ckpt_cfg")),
         Name(
-            "megatron.bridge.training.checkpointing:get_checkpoint_name", ("checkpoints_path", "iteration", "release")
+            "megatron.bridge.training.checkpointing:_load_base_checkpoint",
+            ("load_dir", "ckpt_cfg", "*", "rank0", "pg_collection"),
         ),
-        Name(
-            "megatron.bridge.training.checkpointing:_resolve_checkpoint_iteration", ("load_dir", "ckpt_step_override")
-        ),
-        Name("megatron.bridge.training.checkpointing:_DIRECT_ITERATION_DIR_SENTINEL"),
+        Name("megatron.bridge.training.checkpointing:generate_state_dict", ("ckpt_cfg", "model")),
     ),
 )
 TESTED = (0, 6)
@@ -130,19 +129,14 @@ def bridge_version() -> str:
     return found
 
 
-def loaded_checkpoint(config: Any) -> tuple[str, str | None] | None:
-    """The folder of the iteration that Bridge is going to load, and how the state of a distributed optimizer is sharded
-    in it, if it says; None if there is none. ``config`` is a ``CheckpointConfig``."""
+def loaded_checkpoint(config: Any) -> tuple[str, dict[str, Any]] | None:
+    """The folder of the iteration that Bridge is going to load, and the state in it that all ranks have in common; None
+    if there is none. ``config`` is a ``CheckpointConfig``."""
     checkpointing = importlib.import_module("megatron.bridge.training.checkpointing")
-    from megatron.core import dist_checkpointing
-
     folder = config.load
-    if folder is None or not checkpointing.checkpoint_exists(folder):
+    if not (
+        checkpointing.checkpoint_exists(folder) or checkpointing._has_global_non_persistent_checkpoint(folder, config)
+    ):
         return None
-    iteration, release = checkpointing._resolve_checkpoint_iteration(folder, config.ckpt_step)
-    if iteration != checkpointing._DIRECT_ITERATION_DIR_SENTINEL:
-        folder = checkpointing.get_checkpoint_name(folder, iteration, release)
-    known = None
-    if dist_checkpointing.check_is_distributed_checkpoint(folder):
-        known = dist_checkpointing.load_content_metadata(folder)
-    return str(folder), (known or {}).get("distrib_optim_sharding_type")
+    state, path, _, _ = checkpointing._load_base_checkpoint(folder, config, rank0=True, pg_collection=None)
+    return None if state is None else (str(path), state)

@@ -30,7 +30,6 @@ BRIDGE = Topic(
     "its log counts tokens that are read ahead, and more than once",
     (Name("megatron.bridge.training.utils.flop_utils:accumulate_flops_metadata"),),
 )
-_watched: list[Any] = []
 
 
 @dataclass
@@ -40,44 +39,45 @@ class Counted:
     sums: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
 
-def watch(state: Any) -> None:
-    """From now on ``forward_step`` counts in this state of Megatron-Bridge's loop, and in no other."""
-    _watched[:] = [state]
+class TokenCounts:
+    """What the scripts of one training loop count."""
 
+    def __init__(self, state: Any = None):
+        """``state`` is that of Megatron-Bridge's loop, in which its ``forward_step`` counts (None: of another loop).
+        Megatron's counts stand in its module, which may load later."""
+        self._state = state
 
-@contextmanager
-def set_aside() -> Iterator[Counted]:
-    """Within, what is counted doesn't go to the iteration that runs; afterwards it is in what this gives."""
-    counted, before = Counted(), [(place, _values(place, zeros)) for place, zeros in _places()]
-    for place, zeros in _places():
-        _set(place, {name: zeros[name] for name in _values(place, zeros)})
-    try:
-        yield counted
-    finally:
-        for place, held in before:
-            counted.sums.append((place, _values(place, held)))
-            _set(place, held)
+    @contextmanager
+    def set_aside(self) -> Iterator[Counted]:
+        """Within, what is counted doesn't go to the iteration that runs; afterwards it is in what this gives."""
+        counted, before = Counted(), [(place, _values(place, zeros)) for place, zeros in self._places()]
+        for place, zeros in self._places():
+            _set(place, {name: zeros[name] for name in _values(place, zeros)})
+        try:
+            yield counted
+        finally:
+            for place, held in before:
+                counted.sums.append((place, _values(place, held)))
+                _set(place, held)
 
+    def count(self, counted: Counted) -> None:
+        """Let it go to the iteration that runs."""
+        for place, sums in counted.sums:
+            known = _values(place, sums)
+            _set(place, {name: _sum(known[name], value) for name, value in sums.items() if name in known})
 
-def count(counted: Counted) -> None:
-    """Let it go to the iteration that runs."""
-    for place, sums in counted.sums:
-        known = _values(place, sums)
-        _set(place, {name: _sum(known[name], value) for name, value in sums.items() if name in known})
+    def _places(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Who counts, and what stands there before anything is counted."""
+        if _TRAINING in sys.modules:
+            yield sys.modules[_TRAINING], _MEGATRONS
+        if self._state is not None:
+            yield self._state, _BRIDGES
 
 
 def _sum(known: Any, more: Any) -> Any:
     if isinstance(more, bool):
         return known or more
     return known if more is None else more if known is None else known + more
-
-
-def _places() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Who counts, and what stands there before anything is counted."""
-    if _TRAINING in sys.modules:
-        yield sys.modules[_TRAINING], _MEGATRONS
-    for state in _watched:
-        yield state, _BRIDGES
 
 
 def _values(place: Any, names: dict[str, Any]) -> dict[str, Any]:

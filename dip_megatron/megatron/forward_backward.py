@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from ..compat.losses import time_no_stages
+from ..compat.token_counts import TokenCounts
 from ..core import Plan
 from ..core.protocols import Exchange
 from ..planner.delivery import DeliveredPlan, PlanDelivery
@@ -82,12 +84,13 @@ class DipForwardBackward:
         on_training: TrainingConsumer | None = None,
         exchanges: ExchangesAhead | None = None,
         built: Sequence[Names] | None = None,
+        counts: TokenCounts | None = None,
     ):
         """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
         calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
         they are several; ``pipeline`` among the pipeline's, which hand over losses that the last one doesn't compute;
         ``peers``, ``on_training`` and ``built`` see :class:`TrainingAgreement`; ``exchanges`` are between the
-        replicas."""
+        replicas; ``counts`` are the loop's of tokens (None: Megatron's)."""
         self._program = program
         self._executor = executor
         self._delivery = delivery
@@ -111,6 +114,8 @@ class DipForwardBackward:
         )
         self._repetition = Repetition()
         self._durations = Durations()
+        self._counts = counts or TokenCounts()
+        self._reduced: WeakSet[torch.nn.Module] = WeakSet()
         self._ended: float | None = None  # the last operation of the iteration before, if that trained
 
     def __call__(self, **arguments: Any) -> list[Any]:
@@ -165,6 +170,7 @@ class DipForwardBackward:
             forward_only=forward_only, collect_non_loss_data=call.collect_non_loss_data,
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
             loss_rank=getattr(self._program, "loss_rank", None), averaged_over=num_microbatches,
+            counts=self._counts, reduced=self._reduced,
         )  # fmt: skip
         iteration.run(number, following, weights_changed=call.weights_changed)
         if self._pipeline is not None:
@@ -271,7 +277,7 @@ class DipForwardBackward:
             items = None if iterator is None else RawItems(iterator)
             gather = None if self._tensor_parallel is None else self._tensor_parallel.gather
             read = lambda: capture_microbatch(forward_step_func, items, chunks[-1], self._program)  # noqa: E731
-            known = (iterator, LookAhead(read, items, gather))
+            known = (iterator, LookAhead(read, items, gather, self._counts))
             self._look_ahead[key] = known
         return known[1]
 

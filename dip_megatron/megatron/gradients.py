@@ -23,17 +23,15 @@ ReductionStart = Literal["when done", "by plan", "at the end"]
 """When a chunk's reduction starts: once it and all before it in the order have ended their backwards; where the plan
 says; once all chunks have."""
 
-_CONNECTED: WeakSet[torch.nn.Module] = WeakSet()
-"""Chunks whose gradients have been reduced before."""
 
-
-def reduction_start(plan: Plan, chunks: list[torch.nn.Module]) -> ReductionStart:
-    """When reductions of an iteration under ``plan`` start. NCCL connects replicas with their first reduction, where
-    each host waits for all others and gives its device nothing meanwhile: in the first iteration on GPUs a rank comes
-    there only when no other rank of its replica waits for a stage of it any more."""
+def reduction_start(plan: Plan, chunks: list[torch.nn.Module], reduced: WeakSet[torch.nn.Module]) -> ReductionStart:
+    """When reductions of an iteration under ``plan`` start; ``reduced`` are the chunks whose gradients have been
+    reduced before. NCCL connects replicas with their first reduction, where each host waits for all others and gives
+    its device nothing meanwhile: in the first iteration on GPUs a rank comes there only when no other rank of its
+    replica waits for a stage of it any more."""
     if starts_reductions(plan):
         return "by plan"
-    connected = not torch.cuda.is_available() or all(chunk in _CONNECTED for chunk in chunks)
+    connected = not torch.cuda.is_available() or all(chunk in reduced for chunk in chunks)
     return "when done" if connected and plan.coupled is None else "at the end"
 
 
@@ -42,16 +40,19 @@ class GradientSynchronization:
 
     ``order`` lists chunk indices as backwards naturally end: the last module's last segment first. Replicas that share
     experts exchange tokens during backwards, and would come to those exchanges and to reductions in orders of their
-    own, which devices with one queue for both can't follow: their plans say where reductions ``start``
+    own, which devices with one queue for both can't follow: their plans say where reductions start
     (:mod:`..core.reductions`), or, in plans that don't, after all backwards.
     """
 
     def __init__(
-        self, chunks: list[torch.nn.Module], config: Any, order: list[int], start: ReductionStart = "when done"
-    ):
+        self, plan: Plan, chunks: list[torch.nn.Module], config: Any, order: list[int],
+        reduced: WeakSet[torch.nn.Module],
+    ):  # fmt: skip
+        """``reduced``, see :func:`reduction_start`, holds these chunks, too, once the iteration has ended."""
         self._chunks = chunks
         self._order = order
-        self._start = start
+        self._start = reduction_start(plan, chunks, reduced)
+        self._reduced = reduced
         self._done: set[int] = set()
         self._started = 0
         self._contexts = contextlib.ExitStack()
@@ -96,5 +97,5 @@ class GradientSynchronization:
             raise RuntimeError(f"chunks {sorted(missing)} have not ended their backward")
         if self._started < len(self._order):
             raise RuntimeError(f"the plan leaves out the reduction of chunks {self._order[self._started :]}")
-        _CONNECTED.update(self._chunks)
+        self._reduced.update(self._chunks)
         self._contexts.close()

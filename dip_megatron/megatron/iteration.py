@@ -8,16 +8,18 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core.utils import get_model_config
 
+from ..compat.token_counts import TokenCounts
 from ..core import Plan
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, RunnableStages
 from ..runtime.stages import IterationState, ModelStages, StageLookAhead
 from .copies import copied, sum_gradients
-from .gradients import GradientSynchronization, reduction_start
+from .gradients import GradientSynchronization
 from .parameters import ParameterSynchronization
 from .step import MegatronStep
 
@@ -39,17 +41,21 @@ class Iteration:
         collect_non_loss_data: bool = False,
         loss_rank: int | None = None,
         averaged_over: int | None = None,
+        counts: TokenCounts | None = None,
+        reduced: WeakSet[torch.nn.Module] | None = None,
     ):
         """``plan`` has passed the verifier and is of these ``microbatches``; ``chunks`` are wrapped, in the program's
         order. ``loss_rank`` is the pipeline rank of the stage with the loss (None: the last); ``averaged_over``: how
-        many microbatches a replica has in the mean (None: as many as here)."""
+        many microbatches a replica has in the mean (None: as many as here); ``counts``: the loop's of tokens (None:
+        Megatron's); ``reduced``: the chunks whose gradients have been reduced before, to be kept from one iteration to
+        the next (None: no chunk's have)."""
         config = get_model_config(chunks[0])
         graph, rank = plan.graph, executor.position.rank
         self._program, self._executor, self._plan, self._chunks = program, executor, plan, chunks
         self._config, self._forward_only = config, forward_only
         self._step = MegatronStep(
             config, forward_step_func, num_microbatches=len(microbatches),
-            averaged_over=averaged_over,
+            averaged_over=averaged_over, counts=counts,
             context_parallel_size=context_parallel_size, collect_non_loss_data=collect_non_loss_data,
         )  # fmt: skip
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
@@ -66,7 +72,7 @@ class Iteration:
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
         order = list(reversed(range(len(chunks))))
-        self._sync = GradientSynchronization(chunks, config, order, start=reduction_start(plan, chunks))
+        self._sync = GradientSynchronization(plan, chunks, config, order, WeakSet() if reduced is None else reduced)
         self._stages = ModelStages(
             program, chunks, self._step, state, last_rank=self._loss_rank,
             look_ahead=StageLookAhead.of(plan, rank), on_chunk_done=self._sync.chunk_done,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ..compat import token_counts
+from ..compat.token_counts import Counted, TokenCounts
 from ..runtime.protocol import MicrobatchInputs, StageProgram
 from ..runtime.stages import ModelStandIn
 from .copies import copied
@@ -119,8 +119,10 @@ class LookAhead:
         read: Callable[[], MicrobatchInputs],
         items: RawItems | None = None,
         gather: Callable[[bytes], list[bytes]] | None = None,
+        counts: TokenCounts | None = None,
     ):
         """``read`` reads one microbatch, from ``items`` if there are any, raising StopIteration at the end of the data.
+        ``counts`` are the loop's (None: Megatron's).
 
         ``gather`` is given where ``read`` may be a collective of several ranks (Megatron's scripts read on one
         tensor-parallel rank and broadcast): it returns everyone's bytes. At the end of the data the others would wait
@@ -132,7 +134,8 @@ class LookAhead:
         self._items_each = 1
         self._buffer: deque[MicrobatchInputs] = deque()
         # What the script counted when it read them: it belongs to the iteration that takes them.
-        self._counted: deque[token_counts.Counted] = deque()
+        self._counts = counts or TokenCounts()
+        self._counted: deque[Counted] = deque()
         self.exhausted = False
 
     @property
@@ -146,7 +149,7 @@ class LookAhead:
             self.exhausted = False  # told once: there are iterators that begin anew then, with another epoch
             raise StopIteration(f"the data has ended: {len(self._buffer)} of {count} microbatches are left")
         for _ in range(count):
-            token_counts.count(self._counted.popleft())
+            self._counts.count(self._counted.popleft())
         return [self._buffer.popleft() for _ in range(count)]
 
     def fill(self, count: int) -> bool:
@@ -156,7 +159,7 @@ class LookAhead:
             readable = self._readable(missing)
             try:
                 for _ in range(readable):
-                    with token_counts.set_aside() as counted:
+                    with self._counts.set_aside() as counted:
                         self._buffer.append(self._read())
                     self._counted.append(counted)
                     if self._buffer[-1].items:

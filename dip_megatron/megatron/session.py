@@ -308,7 +308,7 @@ class DipSession:
             tensor_parallel=self._among(parallel_state.get_tensor_model_parallel_group()), pipeline=exchange,
             peers=self._among(parallel_state.get_data_parallel_group(with_context_parallel=True)),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
-            built=self._built,
+            built=self._built, counts=self._loop.counts,
         )  # fmt: skip
 
     def _clock(self, device: torch.device) -> Clock:

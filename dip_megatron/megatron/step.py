@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..compat.losses import calculate_loss, profiled
-from ..compat.token_counts import set_aside
+from ..compat.token_counts import TokenCounts
 from ..runtime.deferred import WeightGradients
 from ..runtime.stages import LossPart, ReplayIterator
 from ..runtime.transport import Tensors
@@ -33,16 +33,18 @@ class MegatronStep:
         context_parallel_size: int,
         collect_non_loss_data: bool,
         averaged_over: int | None = None,
+        counts: TokenCounts | None = None,
     ):
         """``config`` is ``model[0]``'s, which Megatron's train loop fills with timers and functions. A mean loss of a
         microbatch is divided by ``averaged_over``: the loop's number of microbatches, of which replicas may run more or
-        fewer (None: these), so that all weigh the same."""
+        fewer (None: these), so that all weigh the same. ``counts`` are the loop's (None: Megatron's)."""
         self._data: dict[int, list[tuple[LossPart, Any]]] = {}
         self.total_num_tokens: torch.Tensor | None = None
         self._config = config
         self._forward_step_func = forward_step_func
         self._num_microbatches = num_microbatches
         self._averaged_over = averaged_over or num_microbatches
+        self._counts = counts or TokenCounts()
         self._context_parallel_size = context_parallel_size
         self._collect_non_loss_data = collect_non_loss_data
 
@@ -77,7 +79,7 @@ class MegatronStep:
         with profiled("forward-compute"):
             self._start_timer("forward-compute")
             iterator = None if items is None else ReplayIterator(items)
-            with self._autocast(), set_aside():  # counted when it was read
+            with self._autocast(), self._counts.set_aside():  # counted when it was read
                 output, loss_func = self._forward_step_func(iterator, model)
             with counted_as(microbatch, self._num_microbatches):
                 output, num_tokens = self._calculate_loss(

@@ -106,7 +106,7 @@ def choose_partition(
 
     Starts from the paper's rules and from one segment each; steps change one module's segments or sub-microbatch size,
     or how layers are balanced (uneven, with stem, head and loss counted). Each trial simulates every batch; the best
-    few are judged again more closely. Ends after ``budget_seconds`` or ``max_trials`` (with ``max_trials`` and an
+    few are judged again more closely. Ends after ``budget_seconds``, or ``max_trials`` partitions (with these and an
     endless budget the result is reproducible), or when no step or pair of steps helps. The seconds are this process's
     on a core, after a first trial for which kernels may have to be compiled, so that a first run or a busy machine
     doesn't choose worse; by the clock at most four times as many. ``on_trial`` hears of every trial (description,
@@ -181,7 +181,8 @@ class _Search:
         paper = _paper(self.pricer, self.microbatches)
         settled = tuple(g.within(part) for g, part in zip(self.given, paper.modules, strict=True))
         paper = replace(paper, modules=settled)
-        self._judge(paper)
+        if self._allowed(paper.modules) or max_trials != 1:  # one trial is of what can be chosen
+            self._judge(paper)
         sizes = tuple(m.unit_size for m in paper.modules)
         starts = [
             _Setting(tuple(m.segments for m in paper.modules), sizes, STAGE_WEIGHTS[0]),
@@ -198,16 +199,20 @@ class _Search:
     def _climb(self, starts: Sequence[_Setting], budget_seconds: float, max_trials: int | None) -> None:
         """From the best of some settings, until no step or pair of steps makes it better."""
         began, cores = time.monotonic(), time.process_time()
-        best = min(dict.fromkeys(starts), key=lambda s: self._judge(self.partition(s)))
-        value = self._judge(self.partition(best))
-        improved = True
+        most = inf if max_trials is None else max_trials
+        values: dict[_Setting, float] = {}
+        for start in starts:
+            if len(self.judged) < most or not any(map(self._allowed, self.judged)):
+                values[start] = self._judge(self.partition(start))
+        improved, best = bool(values), min(values, key=values.__getitem__, default=starts[0])
+        value = values.get(best, inf)
         while improved:
             improved = False
             pairs = (second for first in self._steps(best) for second in self._steps(first))
             for step in chain(self._steps(best), pairs):
                 late = time.process_time() - cores > budget_seconds
                 late = late or time.monotonic() - began > PATIENCE * budget_seconds
-                if late or (max_trials is not None and len(self.judged) >= max_trials):
+                if late or len(self.judged) >= most:
                     break
                 found = self._judge(self.partition(step))
                 if found < value * (1 - 1e-4):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -72,6 +73,7 @@ class PlainForwardBackward:
     def __init__(self, timeout_seconds: float = 600.0):
         self._timeout = timeout_seconds
         self._executors: dict[tuple[int, ...], Executor] = {}
+        self._reduced: WeakSet[torch.nn.Module] = WeakSet()
 
     def __call__(self, **arguments: Any) -> list[Any]:
         """Run one iteration; returns the losses on the last pipeline rank.
@@ -116,7 +118,7 @@ class PlainForwardBackward:
         iteration = Iteration(
             stages, executor, plan, chunks, [MicrobatchInputs({}) for _ in range(num_microbatches)], last_forward_step,
             forward_only=call.forward_only, context_parallel_size=context,
-            collect_non_loss_data=call.collect_non_loss_data,
+            collect_non_loss_data=call.collect_non_loss_data, reduced=self._reduced,
         )  # fmt: skip
         iteration.run(weights_changed=call.weights_changed)
         if not call.forward_only:

@@ -117,6 +117,8 @@ class Run:
     """the iteration after which it ends, as if its time were over"""
     save: Path | None = None
     load: Path | None = None
+    from_iteration: int | None = None
+    """which to load; None: the last one"""
     export: Path | None = None
     """where to write what was trained, as a Hugging Face folder"""
     finetunes: bool = False
@@ -211,6 +213,7 @@ def configuration(folder: Path, run: Run) -> Any:
         tokenizer=bridge.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY),
         checkpoint=bridge.CheckpointConfig(
             save=run.save and str(run.save), save_interval=2 if run.save else None, load=run.load and str(run.load),
+            ckpt_step=run.from_iteration,
             pretrained_checkpoint=str(folder) if run.finetunes else None, hf_trust_remote_code=True,
             dist_ckpt_optim_fully_reshardable=run.sharded,
         ),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.bridge.equality import Case, provider_of
-from tests.bridge.loop import Run, save_text_model, trained
+from tests.bridge.loop import Run, configuration, save_text_model, trained
 from tests.bridge.tiny import TINY
 from tests.megatron.exchange_case import slow_cluster
 from tests.processes import Team, team
@@ -100,7 +100,7 @@ def exchanges(trace: Path) -> list[dict[str, Any] | None]:
 def test_replicas_that_exchange_train_as_one_rank(folder: Path, tmp_path: Path) -> None:
     """Two replicas of two stages, whose reductions and gathers overlap, from a Hugging Face folder, with an evaluation;
     ended after two of four iterations, while the third's microbatches are exchanged, and resumed, with a loader that
-    goes on at the sample after the last one trained on, under the partition that a file beside the checkpoint names."""
+    goes on at the sample after the last one trained on, under the checkpoint's partition."""
     how = Run(finetunes=True, evaluates=True, iterations=4, keeps_place=True)
     (expected,) = run(folder, how)
     slow = tmp_path / "slow.yaml"  # no host is too busy for an exchange
@@ -173,6 +173,31 @@ def test_dip_goes_on_from_a_checkpoint_without_it_and_the_other_way(
 
     run(folder, Run(save=tmp_path, pipeline=2, iterations=2, dip=dip))
     assert_same([run(folder, Run(load=tmp_path, iterations=4))[0]] * 2, onwards)
+
+
+def language_in(rank: int, world: int, folder: Path, how: Run, iterations: tuple[int, ...]) -> dict[str, Any]:
+    """By the checkpoint that a run from these iterations would load: layers of the language model in its chunks."""
+    from dip_megatron.megatron.adapters.bridge_checkpoints import find_bridge_checkpoint
+
+    found = {}
+    for iteration in iterations:
+        checkpoint = find_bridge_checkpoint(configuration(folder, replace(how, from_iteration=iteration)))
+        assert checkpoint is not None
+        part = checkpoint.partition and checkpoint.partition.module("language")
+        found[Path(checkpoint.path).name] = part and part.layers
+    return found
+
+
+def test_each_checkpoint_of_a_folder_says_under_which_chunks_it_was_written(folder: Path, tmp_path: Path) -> None:
+    """Runs that go on from one another and save to one folder, the last one without DIP: who goes back to an older
+    iteration has the partition of that one."""
+    run(folder, Run(save=tmp_path, pipeline=2, iterations=2, dip=GIVEN))
+    other = {**LAYERS, "language": {"layers": [[1, 2], [1, 0]]}}
+    onwards = Run(save=tmp_path, load=tmp_path, pipeline=2, iterations=4)
+    run(folder, replace(onwards, dip={**GIVEN, "modules": other}))
+    run(folder, replace(onwards, iterations=6))
+    (found,) = team(1).run(language_in, folder, onwards, (2, 4, 6))
+    assert found == {"iter_0000002": ((1, 1), (1, 1)), "iter_0000004": ((1, 2), (1, 0)), "iter_0000006": None}
 
 
 def test_dip_trains_a_text_model_in_the_virtual_stages_it_asks_for(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -23,12 +24,11 @@ def test_the_first_reductions_on_gpus_come_last(monkeypatch: Any, device: bool) 
     monkeypatch.setattr(gradients, "start_gradient_reduction", lambda chunk: started.append(chunks.index(chunk)))
     graph = random_graph(0)
     plan = make_plan(graph, greedy(graph), lower_bound=0.0)
+    reduced: WeakSet[torch.nn.Module] = WeakSet()
     seen = []
     for _ in range(2):
         config = SimpleNamespace(no_sync_func=object())
-        sync = gradients.GradientSynchronization(
-            chunks, config, [1, 0], gradients.reduction_start(plan, chunks)
-        )  # fmt: skip
+        sync = gradients.GradientSynchronization(plan, chunks, config, [1, 0], reduced)
         sync.begin(set())
         sync.chunk_done(1)
         seen.append(list(started))

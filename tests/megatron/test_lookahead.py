@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dip_megatron.compat.token_counts import TokenCounts
 from dip_megatron.megatron.lookahead import LookAhead, RawItems
 from dip_megatron.megatron.step import MegatronStep
 from dip_megatron.runtime.protocol import MicrobatchInputs
@@ -143,3 +144,24 @@ def test_tokens_count_in_the_iteration_that_trains_on_them() -> None:
     ahead.take(2)
     assert training.consume_seqlen_stats_in_iteration() == (8.0, 24.0)
     assert training.consume_seqlen_stats_in_iteration() == (None, None)
+
+
+def test_each_loop_counts_in_its_own_state() -> None:
+    """As Megatron-Bridge's scripts do; a process may run several of its loops, one after the other or in turns."""
+    states = [SimpleNamespace(_flops_seqlen_sum=0) for _ in range(2)]
+
+    def reading(state: Any, tokens: int) -> LookAhead:
+        def read() -> MicrobatchInputs:
+            state._flops_seqlen_sum += tokens
+            return MicrobatchInputs({})
+
+        return LookAhead(read, counts=TokenCounts(state))
+
+    loops = [reading(state, tokens) for state, tokens in zip(states, (10, 100), strict=True)]
+    for loop in loops:
+        loop.fill(3)
+    seen = [[state._flops_seqlen_sum for state in states]]
+    for i, count in ((0, 1), (1, 2), (0, 2)):
+        loops[i].take(count)
+        seen.append([state._flops_seqlen_sum for state in states])
+    assert seen == [[0, 0], [10, 0], [10, 200], [30, 200]]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...compat.token_counts import TokenCounts
 from .layout import GivenLayout
 
 if TYPE_CHECKING:  # hooks are installed while Megatron is being imported
@@ -27,7 +28,8 @@ class TrainingLoop:
     settings ask for; it must not apply it itself. ``weights_by_tokens``: losses and gradients of all replicas are added
     up and divided by their tokens, so that replicas may train on different numbers of microbatches. ``finalizes``: the
     loop gives schedules a function that reduces gradients over replicas. ``adapts``: the loop puts adapters into
-    the model once it is built. ``samples``: how it packs samples into microbatches, if it says so.
+    the model once it is built. ``samples``: how it packs samples into microbatches, if it says so. ``counts``: of
+    tokens, that its scripts keep.
     """
 
     parallel: Parallel
@@ -42,6 +44,7 @@ class TrainingLoop:
     finalizes: bool = False
     adapts: bool = False
     samples: SamplePacking | None = None
+    counts: TokenCounts = field(default_factory=TokenCounts)
 
     def another_follows(self) -> bool:
         """Whether the training iteration that is about to run is followed by another: data sets may hold no more than

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ...compat import token_counts
+from ...compat.token_counts import TokenCounts
 from ...describe.files import ConfigurationError
 from ...environment import load_settings
 from ..switched_off import switch_off
-from .bridge_checkpoints import find_bridge_checkpoint, record_beside
+from .bridge_checkpoints import find_bridge_checkpoint, state_of, warn_of_bound_state
 from .bridge_checks import check_bridge, check_release, parallel_of
 from .layout import GivenLayout, given_layout
 from .loader_state import LoaderState
@@ -52,10 +52,12 @@ class BridgeLoop(TrainingLoop):
             config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config),
             iteration=self._following, layout=layout,
             weights_by_tokens=bool(getattr(config.model, "calculate_per_token_loss", False)), finalizes=True,
-            adapts=config.peft is not None,
+            adapts=config.peft is not None, counts=TokenCounts(state),
         )  # fmt: skip
         self._state = state
         self.loader_state = LoaderState()
+        self.chunks: dict[str, Any] = {}
+        """What every checkpoint says of them."""
 
     def _following(self) -> int:
         """Bridge counts an iteration once it is done."""
@@ -75,9 +77,8 @@ class BridgeLoop(TrainingLoop):
         return find_bridge_checkpoint(self._state.cfg)
 
     def record(self, chunks: Chunks) -> str | None:
-        import torch.distributed as dist
-
-        return record_beside(self._state.cfg, chunks, dist.get_rank() == 0)
+        self.chunks = state_of(chunks)
+        return warn_of_bound_state(self._state.cfg)
 
     def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:
         """To Bridge's TensorBoard and Weights & Biases writers, which exist on the last rank of the job."""
@@ -133,6 +134,7 @@ class MegatronBridge:
                 Target("_create_model", self._create, "models of Bridge's providers"),
             ),
             "megatron.bridge.training.checkpointing": (
+                Target("generate_state_dict", self._state_dict, "the chunks in checkpoints"),
                 Target("maybe_save_dataloader_state", self._loader_state, "the state of data loaders in checkpoints"),
             ),
             "megatron.bridge.training.train": (Target("make_data_iterator_list", self._iterators, "the data"),),
@@ -168,7 +170,6 @@ class MegatronBridge:
         from ...families.called.known import BRIDGE_FAMILIES
 
         self._hooks.add_families(BRIDGE_FAMILIES)
-        token_counts.watch(state)
         self._loop = BridgeLoop(state, take_layout(state.cfg.model))
         return self._hooks.begin(self._loop, config)
 
@@ -183,7 +184,7 @@ class MegatronBridge:
             # Bridge goes on to end the process groups over which DIP's ranks talk.
             if self._session is not None:
                 self._hooks.end(self._session)
-                self._session = None
+                self._session = self._loop = None
             return original(*args, **kwargs)
 
         return finish_train
@@ -210,6 +211,21 @@ class MegatronBridge:
                 original(model, own, *rest, **kwargs)
 
         return update_model_config_funcs
+
+    def _state_dict(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
+            from ..checkpoints import share_step
+
+            state = original(*args, **kwargs)
+            if (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False):
+                return state
+            if self._hooks.session is not None:
+                share_step(state)
+            if self._loop is not None:
+                state.update(self._loop.chunks)
+            return state
+
+        return generate_state_dict
 
     def _loader_state(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def maybe_save_dataloader_state(model: Any, train_iterator: Any, *rest: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
     from ..hooks import Hooks
 
-_LOADER_STATE = "maybe_save_dataloader_state"
+_LOADER_STATE, _STATE = "maybe_save_dataloader_state", "generate_state_dict"
 _BUILDERS = "models that Megatron's builders build, as for pretrain_gpt.py"
 
 
@@ -95,7 +95,7 @@ class MegatronTraining:
             "initialize": (Target("validate_args", self._validated),),
             "training": (Target("get_model", self._get_model, "models of a script's provider"),),
             "checkpointing": (
-                Target("generate_state_dict", self._state_dict, "the optimizer's step in checkpoints"),
+                Target(_STATE, self._state_dict, "the optimizer's step in checkpoints"),
                 Target(_LOADER_STATE, self._loader_state),
             ),
             # From 0.19 on scripts may give a model's config instead of a provider.
@@ -115,9 +115,9 @@ class MegatronTraining:
         upstream = module.__name__ == f"megatron.training.{'models.' if name == 'dist_utils' else ''}{name}"
         if not (upstream or all(hasattr(module, sign) for sign in _SIGNS[name])):
             return ()
-        # Megatron-Bridge's, a copy in this respect, has an adapter that knows its loop.
+        # Megatron-Bridge's, a copy in these respects, has an adapter that knows its loop.
         own = module.__name__.startswith("megatron.bridge.")
-        return [t for t in self._targets[name] if not (own and t.attribute == _LOADER_STATE)]
+        return [t for t in self._targets[name] if not (own and t.attribute in (_LOADER_STATE, _STATE))]
 
     def _arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda parser: add_arguments(original(parser))
