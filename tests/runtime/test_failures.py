@@ -207,6 +207,19 @@ def test_watches_of_one_process_are_told_apart():
         assert store.add(f"dip/{number}/left", 0) == 2
 
 
+def test_the_first_rank_fails_when_all_others_have_heard_of_it():
+    """Who often is the host of the store: else they would hear no more than that it has gone."""
+    store, left = dist.HashStore(), queue.Queue[int]()
+    others = [Watchdog(store, Position(r), r, 3, interval_seconds=0.05, leave=left.put) for r in (1, 2)]
+    while not all(other._answers for other in others):
+        time.sleep(0.01)
+    host = Watchdog(store, Position(0), 0, 3, interval_seconds=60.0, grace_seconds=LONG, leave=left.put)
+    host.report(RuntimeError("out of memory"))
+    assert all("RuntimeError: out of memory" in str(other._cause) for other in others)
+    for watchdog in (host, *others):
+        watchdog.close()
+
+
 def test_an_error_that_nobody_has_caught_is_told_in_one_line(monkeypatch, capsys):
     """One that ended this rank outside of any plan, before it has trained."""
     store = dist.HashStore()
