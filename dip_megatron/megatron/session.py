@@ -152,8 +152,9 @@ class DipSession:
             self._graphs = ModelGraphs(model, cluster, held, costs, *limits)
             rank = parallel_state.get_pipeline_model_parallel_rank()
             patience, here = self._config.timeout_seconds, (dist.get_rank(), dist.get_world_size())
+            position = Position(rank, global_ranks=self._pipeline())
             # Groups are made by asking the store, whose host may be gone.
-            self._watchdog = Watchdog(shared_store(), Position(rank), *here, patience_seconds=patience)
+            self._watchdog = Watchdog(shared_store(), position, *here, patience_seconds=patience)
             self._closing.callback(self._watchdog.close)
             self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=loop.micro_batch_size)
             if self._file is not None:
@@ -276,8 +277,7 @@ class DipSession:
         assert self._watchdog is not None
         config, program = self._config, self._program
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        pipeline = self._pipeline()
-        rank = pipeline.index(dist.get_rank())
+        rank, pipeline = self._watchdog.position.rank, self._pipeline()
         clock = self._clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = self._executor(pipeline, rank, clock, exchange, device)

@@ -6,7 +6,7 @@ iteration lives in :class:`Position` and the executor's letters, and is gone at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -53,6 +53,8 @@ class Position:
     waiting_for: Message | None = None
     iteration: int = 0
     begun: bool = False
+    global_ranks: Sequence[int] = ()
+    """Of the pipeline's ranks, where there are several pipelines."""
 
     def __str__(self) -> str:
         if self.plan is None:
@@ -66,6 +68,7 @@ class Position:
             peer = self.waiting_for.channel
             other = peer.source if peer.target == self.rank else peer.target
             text += f", waiting for pipeline rank {other}"
+            text += f" (global rank {self.global_ranks[other]})" if self.global_ranks else ""
         return text
 
 

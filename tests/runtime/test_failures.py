@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from dip_megatron.core import Channel
 from dip_megatron.ports import held_port
 from dip_megatron.runtime.executor import Position
 from dip_megatron.runtime.watch import Watchdog
@@ -205,6 +206,14 @@ def test_watches_of_one_process_are_told_apart():
         for watchdog in watchdogs:
             watchdog.close()
         assert store.add(f"dip/{number}/left", 0) == 2
+
+
+def test_whom_a_rank_waits_for_is_named_among_all_pipelines():
+    position = Position(1, plan=SimpleNamespace(actions=[(), ("wait",)]), iteration=3)  # type: ignore[arg-type]
+    position.waiting_for = SimpleNamespace(channel=Channel(0, 1, False))  # type: ignore[assignment]
+    assert str(position) == "pipeline rank 1, iteration 3, action 1 of 1: wait, waiting for pipeline rank 0"
+    position.global_ranks = (4, 6)
+    assert str(position).endswith("waiting for pipeline rank 0 (global rank 4)")
 
 
 def test_the_first_rank_fails_when_all_others_have_heard_of_it():
