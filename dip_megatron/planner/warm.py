@@ -10,6 +10,7 @@ from ..core.joint import make_joint_plan, verify_joint
 from ..core.lower import make_plan
 from ..core.verify import verify
 from ..core.warm import smallest_graph
+from ..schedulers.dip import SearchOptions
 from ..schedulers.joint import search_joint
 from .balance import Work, assign
 from .resample import SampleWork, resample
@@ -28,7 +29,8 @@ def warm_up_joint_plans(search: bool) -> None:
     experts = ExpertLayers.every(graph.modules, [m.name for m in graph.modules])
     verify_joint(make_joint_plan([graph, graph], [schedule, schedule], experts, lower_bound=0.0))
     if search:
-        search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=100)
+        # However good what is found first: walks are loaded, too.
+        search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=100, options=SearchOptions(gap=-1.0))
 
 
 def warm_up_exchanges(samples: bool) -> None:
