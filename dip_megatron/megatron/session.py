@@ -37,7 +37,7 @@ from ..report.plans import PlanWriter
 from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
-from ..runtime.executor import Executor
+from ..runtime.executor import Executor, Position
 from ..runtime.protocol import StageProgram
 from ..runtime.trained import Names, names_in
 from ..runtime.transport_choice import choose_transport
@@ -91,6 +91,7 @@ class DipSession:
         self._coupled: CoupledReplicas | None = None
         self._experts: ExpertLayers | None = None
         self._step: DipForwardBackward | None = None
+        self._watchdog: Watchdog | None = None
         self._closing = contextlib.ExitStack()
         atexit.register(self.close)
 
@@ -150,6 +151,10 @@ class DipSession:
             limits = self._config.memory_limit, self._config.recompute, self._config.offload
             self._graphs = ModelGraphs(model, cluster, held, costs, *limits)
             rank = parallel_state.get_pipeline_model_parallel_rank()
+            patience, here = self._config.timeout_seconds, (dist.get_rank(), dist.get_world_size())
+            # Groups are made by asking the store, whose host may be gone.
+            self._watchdog = Watchdog(shared_store(), Position(rank), *here, patience_seconds=patience)
+            self._closing.callback(self._watchdog.close)
             self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=loop.micro_batch_size)
             if self._file is not None:
                 self._file.check(self._program.modules)
@@ -167,8 +172,7 @@ class DipSession:
 
     def _start_planner(self, program: StageProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
-        config = self._config
-        parallel = self._loop.parallel
+        config, parallel = self._config, self._loop.parallel
         ranks, places = coupled_ranks(parallel.joined) if parallel.coupled > 1 else (replica_ranks(), None)
         self._exchange = everyone = GlooExchange(ranks, config.timeout_seconds)
         if places is not None:
@@ -269,6 +273,7 @@ class DipSession:
     def _start(self) -> DipForwardBackward:
         assert self._program is not None, "run() is for chunks built here"
         assert self._exchange is not None
+        assert self._watchdog is not None
         config, program = self._config, self._program
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         pipeline = self._pipeline()
@@ -277,7 +282,8 @@ class DipSession:
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = self._executor(pipeline, rank, clock, exchange, device)
         delivery = PlanDelivery(self._exchange, self._service, config.recalibrate, self._coupled)
-        watchdog = Watchdog(shared_store(), executor.position, dist.get_rank(), patience_seconds=config.timeout_seconds)
+        self._watchdog.begin()
+        executor.position = self._watchdog.position
         recorder = None
         consumers = self._consumers(exchange)
         if config.trace_dir is not None:
@@ -285,7 +291,7 @@ class DipSession:
             consumers.append(recorder.record)
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / replica_folder()).record)
-        self._closing.callback(self._close, delivery, watchdog, recorder)
+        self._closing.callback(self._close, delivery, self._watchdog, recorder)
         chunks = list(self._own.values())
         for i in copied(program.modules):
             check_unchanged(chunks[i], self._built[i])
@@ -297,9 +303,10 @@ class DipSession:
                 self._budget(), self._another_follows, self._loop.about_to_read_ahead,
                 at_call_seconds=AT_CALL_SECONDS if self._entry.ahead and not self._reads_ahead() else 0.0,
             ), iteration=self._loop.iteration,
-            watchdog=watchdog,
+            watchdog=self._watchdog,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
-            tensor_parallel=self._tensor_parallel_exchange(), pipeline=exchange, peers=self._peers(),
+            tensor_parallel=self._among(parallel_state.get_tensor_model_parallel_group()), pipeline=exchange,
+            peers=self._among(parallel_state.get_data_parallel_group(with_context_parallel=True)),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
             built=self._built, counts=self._loop.counts,
         )  # fmt: skip
@@ -349,13 +356,8 @@ class DipSession:
     def _reads_ahead(self) -> bool:
         return self._config.read_ahead and self._loop.read_ahead
 
-    def _tensor_parallel_exchange(self) -> GlooExchange | None:
-        ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
-        return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
-
-    def _peers(self) -> GlooExchange | None:
-        """The ranks at this place of all replicas, where there are several."""
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    def _among(self, group: Any) -> GlooExchange | None:
+        """The ranks of a group of Megatron's, where there are several."""
         ranks = list(dist.get_process_group_ranks(group))
         return GlooExchange(ranks, self._config.timeout_seconds) if len(ranks) > 1 else None
 

@@ -54,13 +54,16 @@ class _Arrived:
 
 @dataclass
 class _Worker:
-    """``busy_with``: the requests it was given and has not answered, oldest first."""
+    """``busy_with``: the requests it was given and has not answered, oldest first. ``faults``: how many in a row had to
+    be replaced without having answered any; ``rests_until``: when the next one is started, if none is there."""
 
     process: subprocess.Popen[bytes]
     connection: Connection
     ready: bool = False
     busy_with: deque[int] = field(default_factory=deque)
     busy_since: float = 0.0
+    faults: int = 0
+    rests_until: float | None = None
 
 
 class PlannerService:
@@ -279,28 +282,51 @@ class PlannerService:
             )  # fmt: skip
         with ours:
             connection = Connection(os.dup(ours.fileno()))
-            connection.send_bytes(pickle.dumps(self._maker))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died, as will be noticed
+                connection.send_bytes(pickle.dumps(self._maker))
             # From here on no worker can hold up the trainer with half a message, or by never reading.
             for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", self._silent_seconds, 0))
         return _Worker(process, connection)
 
     def _replace(self, worker: _Worker, reason: str) -> None:
-        logger.warning("planner worker %s %s; starting another, no step is lost", worker.process.pid, reason)
+        """End it and start another; not at once where the one before it hadn't answered either, for whatever ends them
+        (a limit of memory) will end the next one, and each takes seconds of a core to load."""
+        worker.faults += 1
+        pause = min(2.0 ** (worker.faults - 1), _LONGEST_PAUSE) if worker.faults > 1 else 0.0
+        when = f" in {pause:.0f} s, as {worker.faults} in a row have answered nothing" if pause else ""
+        logger.warning("planner worker %s %s; starting another%s, no step is lost", worker.process.pid, reason, when)
         self.statistics.worker_deaths += 1
         worker.connection.close()
         if worker.process.poll() is None:
             worker.process.kill()
-        fresh = self._start()
-        worker.process, worker.connection, worker.ready = fresh.process, fresh.connection, False
+        worker.ready, worker.rests_until = False, time.monotonic() + pause
         for request in worker.busy_with:
             self._ring(request)
         worker.busy_with.clear()
+        if not pause:
+            self._restart(worker)
+
+    def _restart(self, worker: _Worker) -> None:
+        try:
+            fresh = self._start()
+        except OSError as error:  # no memory, no process or no file left for it
+            worker.rests_until = time.monotonic() + _LONGEST_PAUSE
+            logger.warning(
+                "no planner worker can be started (%s); the trainer plans by itself, and tries again in %.0f s",
+                error, _LONGEST_PAUSE,
+            )  # fmt: skip
+            return
+        worker.process, worker.connection, worker.rests_until = fresh.process, fresh.connection, None
 
     def _collect(self) -> None:
         """Take in what workers have sent; replace the broken ones."""
         now = time.monotonic()
         for worker in self._workers if not self._closed else ():
+            if worker.rests_until is not None:
+                if now >= worker.rests_until:
+                    self._restart(worker)
+                continue
             try:
                 while worker.connection.poll():
                     self._receive(worker, worker.connection.recv_bytes(_LARGEST_MESSAGE))
@@ -336,7 +362,7 @@ class PlannerService:
         self._ring(request)
         if final:
             worker.busy_with.remove(request)
-            worker.busy_since = time.monotonic()
+            worker.busy_since, worker.faults = time.monotonic(), 0
         if error is not None:
             logger.warning("planner worker failed on %s: %s", self._subject(request), error)
             self._improving.pop(request, None)
@@ -357,6 +383,7 @@ class PlannerService:
 _QUEUE = 2  # requests at a time: a worker that is late for one iteration may begin with the next as soon as it can
 _LONGER = 1 << 40  # numbers of the searches for batches that have come again start here
 _LARGEST_MESSAGE = 1 << 28
+_LONGEST_PAUSE = 60.0  # seconds in which no worker is started after several that were of no use
 _WORKER_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import sys
 import threading
 import time
@@ -55,6 +56,22 @@ def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> A
         return request.request, None, True, f"{type(error).__name__}: {error}", time.process_time() - began
 
 
+def leave_with(connection: Connection) -> None:
+    """End this process as soon as the other end has closed, whatever it is doing then: a trainer that was killed ends
+    nothing, and its worker may be loading, or search for long. Returns at once."""
+    poll = select.poll()
+    poll.register(connection.fileno(), _HANGS_UP)
+
+    def watch() -> None:
+        poll.poll()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="dip-trainer", daemon=True).start()
+
+
+_HANGS_UP = getattr(select, "POLLRDHUP", 0)  # beside POLLHUP, which is always told
+
+
 def _come_last() -> None:
     """The calling thread, and those it starts from now on, wait for whoever else wants a core; where threads have no
     priority of their own, the process does."""
@@ -65,4 +82,6 @@ def _come_last() -> None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), "last" in sys.argv[2:])
+    trainer = Connection(int(sys.argv[1]))
+    leave_with(trainer)
+    serve(trainer, "last" in sys.argv[2:])

@@ -52,10 +52,11 @@ class Position:
     index: int = 0
     waiting_for: Message | None = None
     iteration: int = 0
+    begun: bool = False
 
     def __str__(self) -> str:
         if self.plan is None:
-            return f"pipeline rank {self.rank} is between iterations"
+            return f"pipeline rank {self.rank} is {'between iterations' if self.begun else 'not training yet'}"
         actions = self.plan.actions[self.rank]
         if self.index >= len(actions):
             return f"pipeline rank {self.rank} has ended its plan of iteration {self.iteration}"
@@ -159,7 +160,7 @@ class Executor:
         actions = plan.actions[self._rank]
         self._latest_reading = LATEST_READING * len(actions)
         position = self.position
-        position.plan, position.iteration, position.index = plan, iteration, 0
+        position.plan, position.iteration, position.index, position.begun = plan, iteration, 0, True
         steps = self._steps(plan, runner)
         self._transport.open({a.message.channel for a in actions if isinstance(a, Communicate)})
         for index, (run, what) in enumerate(steps):

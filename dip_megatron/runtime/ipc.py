@@ -30,7 +30,7 @@ import torch
 from ..core import Channel, Payload
 from ..core.protocols import Exchange
 from .bells import Bell, receive_bells, send_bells
-from .sharing import CudaCopies, HostCopies, Mark, slot_size, slot_size_of
+from .sharing import CudaCopies, Handle, HostCopies, Mark, slot_size, slot_size_of
 from .transport import Tensors, Transfer, TransportError, ring_channels
 
 SLOTS = 4
@@ -203,7 +203,8 @@ class _Wire:
 
 class _Link(ABC):
     """One end of a channel. Numbers of slots travel by bell; with the lowest bit set, news of the slot are on the
-    socket: a length and a pickled tuple, from a process of this very run."""
+    socket: a length and a pickled tuple, from a process of this very run. Of the news one may be a file, whose
+    descriptor goes along with the length."""
 
     def __init__(self, wire: _Wire, copies: CudaCopies | HostCopies):
         self.channel = wire.channel
@@ -232,23 +233,32 @@ class _Link(ABC):
         self.taken(number >> 1, *(self._news() if number & 1 else ()))
         return True
 
-    def tell(self, slot: int, *news: bytes | None) -> None:
+    def tell(self, slot: int, *news: Handle | None) -> None:
         """Ring the number of a slot. Raises TransportError if there are news of it and the peer has gone."""
         known = all(part is None for part in news)
         if not known:
             data = pickle.dumps(news)
+            head = _LENGTH.pack(len(data))
+            files = [part for part in news if isinstance(part, int)]
             try:
-                self._wire.socket.sendall(_LENGTH.pack(len(data)) + data)
+                if files:
+                    socket.send_fds(self._wire.socket, [head], files)
+                    head = b""
+                self._wire.socket.sendall(head + data)
             except OSError as error:
                 raise TransportError(f"channel {self.channel}: the peer has gone ({error})") from error
+            finally:
+                for descriptor in files:
+                    os.close(descriptor)
         self._wire.rung.ring(slot << 1 | (not known))
 
-    def _news(self) -> tuple[bytes | None, ...]:
+    def _news(self) -> tuple[Handle | None, ...]:
         try:
-            news: tuple[bytes | None, ...] = pickle.loads(self._exactly(_LENGTH.unpack(self._exactly(_LENGTH.size))[0]))
-        except OSError as error:
+            head, files, _, _ = socket.recv_fds(self._wire.socket, _LENGTH.size, 1, socket.MSG_WAITALL)
+            news = pickle.loads(self._exactly(_LENGTH.unpack(head)[0]))
+        except (OSError, struct.error) as error:
             raise TransportError(f"channel {self.channel}: the peer has gone ({error})") from error
-        return news
+        return tuple(files.pop() if isinstance(part, int) else part for part in news)
 
     def _exactly(self, size: int) -> bytes:
         data = self._wire.socket.recv(size, socket.MSG_WAITALL)
@@ -257,7 +267,7 @@ class _Link(ABC):
         return data
 
     @abstractmethod
-    def taken(self, slot: int, *news: bytes | None) -> None:
+    def taken(self, slot: int, *news: Handle | None) -> None:
         """The number of a slot has arrived."""
 
 
@@ -323,7 +333,7 @@ class _Incoming(_Link):
         self._freed: dict[int, Any] = {}
 
     def taken(  # type: ignore[override]
-        self, slot: int, handle: bytes | None = None, ready_handle: bytes | None = None
+        self, slot: int, handle: Handle | None = None, ready_handle: bytes | None = None
     ) -> None:
         if handle is not None:
             self.copies.let_go(self._buffers, slot)

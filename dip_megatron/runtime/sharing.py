@@ -12,7 +12,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +22,9 @@ ALIGNMENT = 512
 """Every tensor starts at a multiple of this many bytes of its slot; more than any copy kernel asks for."""
 
 Layout = Sequence[tuple[torch.dtype, tuple[int, ...]]]
+Handle = bytes | int
+"""With which another process maps a buffer: bytes, or the descriptor of a file, which has to travel over a Unix socket
+and belongs to whoever has it: it is closed once it has been sent, and by :meth:`SharedCopies.open`."""
 
 
 class Mark(Protocol):
@@ -39,11 +41,11 @@ class SharedCopies(Protocol):
     Copies run in the order they are given, beside the computation; ``signal`` objects order them across processes.
     """
 
-    def allocate(self, size: int) -> tuple[torch.Tensor, bytes]:
+    def allocate(self, size: int) -> tuple[torch.Tensor, Handle]:
         """A shared buffer of ``size`` bytes (uint8), and the handle with which another process maps it."""
         ...
 
-    def open(self, handle: bytes) -> torch.Tensor:
+    def open(self, handle: Handle) -> torch.Tensor:
         """Map another process's buffer."""
         ...
 
@@ -121,43 +123,42 @@ class HostCopies:
 
     Bytes are moved without torch's help: between two stages, whose data fills all caches, the four calls that make a
     view and copy it take longer than the copy.
+
+    Buffers are files without a name: nothing of them is left when their processes are killed, whenever that is.
     """
 
     def __init__(self, folders: Sequence[str] = ("/dev/shm", tempfile.gettempdir())) -> None:
         """``folders``: where the buffers' files are, the first that has room."""
         self._folders = [folder for folder in folders if os.path.isdir(folder)]
-        self._files: list[str] = []
 
-    def allocate(self, size: int) -> tuple[torch.Tensor, bytes]:
-        path = self._reserve(size)
-        self._files.append(path)
-        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8), path.encode()
+    def allocate(self, size: int) -> tuple[torch.Tensor, Handle]:
+        descriptor = self._reserve(size)
+        return _mapped(descriptor, size), descriptor
 
-    def _reserve(self, size: int) -> str:
+    def _reserve(self, size: int) -> int:
         """A file whose bytes are really there: containers often give /dev/shm 64 MB, and writing to a mapped page that
         can't be had ends the process. Raises OSError if no folder has room."""
         for folder in self._folders:
             descriptor, path = tempfile.mkstemp(prefix="dip-", dir=folder)
+            os.unlink(path)
             try:
                 os.posix_fallocate(descriptor, 0, size)
-                return path
+                return descriptor
             except OSError as error:
-                os.unlink(path)
+                os.close(descriptor)
                 if folder == self._folders[-1]:
                     raise OSError(error.errno, f"{error.strerror}: no room for {size} bytes that ranks of "
                                   "one host share", folder) from error  # fmt: skip
-            finally:
-                os.close(descriptor)
         raise FileNotFoundError(
             "no folder for what ranks of one host share: /dev/shm and the temporary one are missing"
         )
 
-    def open(self, handle: bytes) -> torch.Tensor:
-        path = handle.decode()
-        buffer = torch.from_file(path, shared=True, size=os.path.getsize(path), dtype=torch.uint8)
-        with suppress(FileNotFoundError):
-            os.unlink(path)  # both ends have mapped it
-        return buffer
+    def open(self, handle: Handle) -> torch.Tensor:
+        assert isinstance(handle, int)
+        try:
+            return _mapped(handle, os.fstat(handle).st_size)
+        finally:
+            os.close(handle)
 
     def let_go(self, buffers: dict[int, torch.Tensor], slot: int) -> None:
         buffers.pop(slot, None)
@@ -200,11 +201,11 @@ class HostCopies:
         pass
 
     def close(self) -> None:
-        """Remove what no peer has mapped."""
-        for path in self._files:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        self._files = []
+        """Nothing is left to do."""
+
+
+def _mapped(descriptor: int, size: int) -> torch.Tensor:
+    return torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
 
 
 class _EventMark:
@@ -222,7 +223,7 @@ class CudaCopies:
         self._device = device
         self._stream = torch.cuda.Stream(device, priority=-1)
 
-    def allocate(self, size: int) -> tuple[torch.Tensor, bytes]:
+    def allocate(self, size: int) -> tuple[torch.Tensor, Handle]:
         from torch.multiprocessing.reductions import reduce_tensor
 
         # Freed by torch only when no other process maps it any more; written by the copy stream alone.
@@ -230,7 +231,8 @@ class CudaCopies:
             buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         return buffer, pickle.dumps(reduce_tensor(buffer))
 
-    def open(self, handle: bytes) -> torch.Tensor:
+    def open(self, handle: Handle) -> torch.Tensor:
+        assert isinstance(handle, bytes)
         rebuild, arguments = pickle.loads(handle)
         with torch.cuda.stream(self._stream):
             buffer: torch.Tensor = rebuild(*arguments)

@@ -309,17 +309,6 @@ def test_a_hanging_worker_is_noticed_though_nobody_needs_its_plan(service_of, mo
     assert service.statistics.worker_deaths == 1
 
 
-def test_a_killed_worker_is_replaced(service_of, caplog):
-    service = service_of()
-    wait_until_ready(service)
-    os.kill(service.processes[0].pid, signal.SIGKILL)
-    service.processes[0].wait()
-    service.submit(request(5))
-    assert service.take(5, 0.5).name == "greedy"
-    assert "starting another, no step is lost" in caplog.text
-    wait_until_planning_again(service)
-
-
 def test_a_worker_leaves_with_its_trainer(service_of):
     service = service_of()
     process = service.processes[0]

@@ -11,6 +11,7 @@ import threading
 import time
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -36,7 +37,7 @@ construct, run = DipForwardBackward.__init__, Executor._backward
 
 def watched(self, program, executor, *rest, **options):
     store = torch.distributed.distributed_c10d._get_default_store()
-    options["watchdog"] = Watchdog(store, executor.position, rank, interval_seconds=0.2, grace_seconds=5.0)
+    options["watchdog"] = Watchdog(store, executor.position, rank, world, interval_seconds=0.2, grace_seconds=5.0)
     construct(self, program, executor, *rest, **options)
 
 def faulty(self, *arguments):
@@ -95,15 +96,15 @@ class _Store:
         self.answers -= 1
         if self.answers < 0:
             self.cut.wait()
-        return self.left and keys == ["dip/left"]
+        return self.left and keys == ["dip/1/left"]
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         self.cut.wait()
         return desired.encode()
 
     def add(self, key: str, amount: int) -> int:
-        if key != "dip/alive":
-            return amount
+        if key != "dip/1/alive/5":
+            return 1
         self.added += amount
         return self.added
 
@@ -114,7 +115,7 @@ def test_a_rank_leaves_when_the_host_of_the_store_is_cut_off(failed_here, capsys
     store = _Store(answers=3)
     patience = 1e6 if failed_here else 0.2
     watchdog = Watchdog(
-        store, Position(2), 5, patience_seconds=patience, interval_seconds=0.05, grace_seconds=0.2, leave=left.put
+        store, Position(2), 5, 8, patience_seconds=patience, interval_seconds=0.05, grace_seconds=0.2, leave=left.put
     )
     if failed_here:
         watchdog.report(RuntimeError("no word from pipeline rank 1"))
@@ -133,41 +134,94 @@ def test_a_rank_leaves_when_the_host_of_the_store_is_cut_off(failed_here, capsys
 def test_a_store_that_answers_ends_nobody():
     left: queue.Queue[int] = queue.Queue()
     store = _Store(answers=10**6)
-    watchdog = Watchdog(store, Position(0), 0, patience_seconds=60.0, interval_seconds=0.01, leave=left.put)
+    watchdog = Watchdog(store, Position(0), 0, 1, patience_seconds=60.0, interval_seconds=0.01, leave=left.put)
     while store.answers > 10**6 - 50:
         time.sleep(0.01)
     watchdog.close()
     assert left.empty()
 
 
-@pytest.mark.parametrize("in_order", [False, True])
-def test_a_rank_leaves_when_its_own_host_is_cut_off(in_order, capsys):
-    """With the store: which answers, while no other rank looks at it any more, unless one has ended in order."""
-    left: queue.Queue[int] = queue.Queue()
-    store = _Store(answers=10**6)
-    store.added = 3  # others have looked before
-    store.left = in_order
-    watchdog = Watchdog(
-        store, Position(1), 0, patience_seconds=0.4, interval_seconds=0.02, grace_seconds=0.1, leave=left.put
-    )
-    if in_order:
-        while store.added < 100:
-            time.sleep(0.02)
+class _Cut:
+    """A store that doesn't answer one rank any more once that is cut off."""
+
+    def __init__(self, store: dist.Store):
+        self.cut, self.mended = threading.Event(), threading.Event()
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        if self.cut.is_set():
+            self.mended.wait()
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("case", ["stopped", "in order", "never began"])
+def test_a_rank_that_shows_no_sign_of_life_ends_all_others(case, capsys):
+    """Though they may wait for it in collectives that aren't ours; unless a rank has ended in order."""
+    store, left = dist.HashStore(), queue.Queue[int]()
+    seen = _Cut(store)
+    watchdogs = [
+        Watchdog(
+            seen if rank == 2 else store, Position(rank), rank, 4, patience_seconds=0.4, interval_seconds=0.02,
+            grace_seconds=0.1, leave=left.put,
+        )
+        for rank in range(4)
+    ]  # fmt: skip
+    for watchdog in watchdogs[: 2 if case == "never began" else 4]:
+        watchdog.begin()
+    if case != "never began":
+        while watchdogs[1]._signs < 3:
+            time.sleep(0.01)
+    if case == "in order":
+        watchdogs[0].close()
+        while not watchdogs[1]._left:
+            time.sleep(0.01)
+    seen.cut.set()
+    if case == "stopped":
+        assert [left.get(timeout=LONG) for _ in range(4)] == [1] * 4
+    else:
+        time.sleep(1.0)
+        watchdogs[1].close()
+        watchdogs[3].close()
+        assert left.qsize() <= 1  # rank 2, which hears nothing of the store
+    seen.mended.set()
+    for watchdog in watchdogs:
         watchdog.close()
-        assert left.empty()
-        return
-    assert left.get(timeout=LONG) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "global rank 2 stops" not in line]
+    if case == "stopped":
+        assert all(f"global rank {rank} stops where it stood: pipeline rank {rank}" in "".join(said) for rank in (0, 1))
+        assert all("no word from global rank 2 for 0 s: it is stopped, or its host" in line for line in said), said
+    else:
+        assert not said
+
+
+def test_watches_of_one_process_are_told_apart():
+    """As of a job that trains two models, one after the other: the second's ranks haven't left with the first."""
+    store = dist.HashStore()
+    for number in (1, 2):
+        watchdogs = [Watchdog(store, Position(r), r, 2, interval_seconds=0.01, leave=lambda _: None) for r in range(2)]
+        while store.add(f"dip/{number}/watching", 0) < 2 or not all(watchdog._answers for watchdog in watchdogs):
+            time.sleep(0.01)
+        assert not any(watchdog._left for watchdog in watchdogs)
+        for watchdog in watchdogs:
+            watchdog.close()
+        assert store.add(f"dip/{number}/left", 0) == 2
+
+
+def test_an_error_that_nobody_has_caught_is_told_in_one_line(monkeypatch, capsys):
+    """One that ended this rank outside of any plan, before it has trained."""
+    store = dist.HashStore()
+    watchdog = Watchdog(store, Position(1), 3, 4, interval_seconds=60.0, leave=lambda _: None)
+    monkeypatch.setattr(sys, "last_value", RuntimeError("connection closed by peer\nmore"), raising=False)
     watchdog.close()
-    said = capsys.readouterr().err
-    assert "global rank 0 stops where it stood: pipeline rank 1" in said
-    assert "no word from any other rank" in said
-    assert "this rank's host may be cut off" in said
+    said = "global rank 3: pipeline rank 1 is not training yet: RuntimeError: connection closed by peer"
+    assert capsys.readouterr().err == f"[dip] stopped at {said}\n"
+    assert store.get("dip/failure").decode() == said
 
 
 def test_a_rank_that_fails_because_of_another_names_the_first(capsys):
     store = dist.HashStore()
     for rank, cause in ((3, "out of memory"), (1, "the peer has gone")):
-        watchdog = Watchdog(store, Position(rank), rank, interval_seconds=60.0, leave=lambda _: None)
+        watchdog = Watchdog(store, Position(rank), rank, 4, interval_seconds=60.0, leave=lambda _: None)
         watchdog.report(RuntimeError(cause))
         watchdog.close()
     first, second = capsys.readouterr().err.split("stopped at global rank 1")
@@ -192,9 +246,9 @@ def test_a_store_may_go_with_a_host_that_has_ended_in_order(in_order, runs, monk
 
     position = Position(1)
     times = {"interval_seconds": 0.05, "grace_seconds": 0.1}
-    host = Watchdog(store, Position(0), 0, **times, leave=left.put)
-    other = Watchdog(Going(), position, 1, **times, patience_seconds=1e6, leave=left.put)
-    while store.add("dip/watching", 0) < 2:
+    host = Watchdog(store, Position(0), 0, 2, **times, leave=left.put)  # type: ignore[arg-type]
+    other = Watchdog(Going(), position, 1, 2, **times, patience_seconds=1e6, leave=left.put)  # type: ignore[arg-type]
+    while store.add("dip/1/watching", 0) < 2:
         time.sleep(0.01)
     uncaught = None if in_order else MemoryError("in the optimizer")
     monkeypatch.setattr(sys, "last_value", uncaught, raising=False)
@@ -209,5 +263,5 @@ def test_a_store_may_go_with_a_host_that_has_ended_in_order(in_order, runs, monk
         assert left.empty()
     else:
         assert left.get(timeout=LONG) == 1
-    assert in_order or b"is between iterations: MemoryError: in the optimizer" in store.get("dip/failure")
+    assert in_order or b"is not training yet: MemoryError: in the optimizer" in store.get("dip/failure")
     other.close()

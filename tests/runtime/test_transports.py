@@ -90,12 +90,18 @@ def test_shared_buffers_go_where_there_is_room(tmp_path, monkeypatch):
     copies = HostCopies((str(full), str(roomy)))
     buffer, handle = copies.allocate(5000)
     assert buffer.numel() == 5000
-    assert Path(handle.decode()).parent == roomy
-    assert Path(handle.decode()).stat().st_blocks * 512 >= 5000
+    assert isinstance(handle, int)
+    assert Path(os.readlink(f"/proc/self/fd/{handle}")).parent == roomy
+    assert os.fstat(handle).st_blocks * 512 >= 5000
     with pytest.raises(OSError, match="no room for 5000 bytes"):
         HostCopies((str(full),)).allocate(5000)
-    copies.close()
+    # Whoever is killed from here on leaves nothing behind, though nobody has mapped the buffer yet.
     assert not [*full.iterdir(), *roomy.iterdir()]
+    again = copies.open(handle)
+    buffer.fill_(7)
+    assert again.tolist() == [7] * 5000
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(handle)
 
 
 def test_no_nccl_in_torch():
