@@ -334,8 +334,7 @@ def _run_counted(chain: KeyChain | SequenceChain, evaluations: int) -> None:
 def warm_up() -> None:
     """Load or compile the kernels, so that the first search of a process is as fast as the others (seconds on the first
     use after installation, well under one later)."""
-    graph = tight_graph()
-    for schedule in ("dip", "dip-paper"):
-        options = SearchOptions(gap=-1.0)
-        found = search(graph, schedule=schedule, budget_seconds=600.0, evaluations=100, options=options).schedule
+    graph, options = tight_graph(), SearchOptions(gap=-1.0)
+    for schedule in ("dip", "dip-paper"):  # enough tries for all stages of a search
+        found = search(graph, schedule=schedule, budget_seconds=600.0, evaluations=1000, options=options).schedule
     refine_strategies(make_problem(graph), Schedule(found.orders, np.ones_like(found.strategy)))
