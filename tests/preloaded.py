@@ -72,7 +72,7 @@ del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 warm_up()
 warm_up_plans()
 warm_up_joint_plans(search=True)
-warm_up_exchanges()
+warm_up_exchanges(samples=True)
 gc.collect()
 gc.freeze()  # a collection in a rank would write to, and so copy, what is shared
 atexit.register(gc.unfreeze)  # else libraries complain of what was left when the server ends

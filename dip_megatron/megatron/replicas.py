@@ -336,5 +336,7 @@ def begin_exchanges(
         mode=mode, group=group, timeout_seconds=timeout_seconds, device=device, samples=samples,
     )  # fmt: skip
     # Else the first exchange would wait for them; after an installation they are compiled first.
-    threading.Thread(target=warm_up_exchanges, name="dip-warm-up-exchanges", daemon=True).start()
+    threading.Thread(
+        target=warm_up_exchanges, args=(samples is not None,), name="dip-warm-up-exchanges", daemon=True
+    ).start()
     return ExchangesAhead(exchange, at_call)

@@ -104,7 +104,8 @@ class PlannerService:
 
     def _warm_up(self) -> None:
         """Load, while the model is built, what this process plans with. What a search needs is loaded when a worker has
-        it: after an installation it is compiled first, which takes the better part of a minute of a core, once."""
+        it: after an installation it is compiled first, once, which takes the better part of a minute of a core, and
+        another one where replicas share experts."""
         if isinstance(self._maker, JointPlanMaker):
             warm_up_joint_plans(search=False)
         else:

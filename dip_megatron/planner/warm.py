@@ -10,8 +10,10 @@ from ..core.joint import make_joint_plan, verify_joint
 from ..core.lower import make_plan
 from ..core.verify import verify
 from ..core.warm import smallest_graph
+from ..schedulers.dip import SearchOptions
 from ..schedulers.joint import search_joint
 from .balance import Work, assign
+from .resample import SampleWork, resample
 
 
 def warm_up_plans() -> None:
@@ -27,13 +29,20 @@ def warm_up_joint_plans(search: bool) -> None:
     experts = ExpertLayers.every(graph.modules, [m.name for m in graph.modules])
     verify_joint(make_joint_plan([graph, graph], [schedule, schedule], experts, lower_bound=0.0))
     if search:
-        search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=100)
+        # However good what is found first: walks are loaded, too.
+        search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=100, options=SearchOptions(gap=-1.0))
 
 
-def warm_up_exchanges() -> None:
-    """The same for what decides which microbatches replicas exchange."""
+def warm_up_exchanges(samples: bool) -> None:
+    """The same for what decides which microbatches replicas exchange, and which ``samples`` of them."""
     seconds = np.array([[3.0], [1.0], [1.0], [1.0]])
-    assign(Work(seconds, np.zeros_like(seconds), np.array([0, 0, 1, 1]), 2), "free", 1.0)
+    replica = np.array([0, 0, 1, 1])
+    work = Work(seconds, np.zeros_like(seconds), replica, 2)
+    assign(work, "free", 1.0)
+    if samples:
+        ones = np.ones(4, dtype=np.int64)
+        held = SampleWork(seconds, np.zeros_like(seconds), ones, np.arange(4), np.zeros(4, dtype=np.bool_), ones)
+        resample(held, work, replica, 1.0)
 
 
 def _smallest() -> tuple[StageGraph, Schedule]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dip_megatron.planner import resample as module
 from dip_megatron.planner.balance import GOAL, Work, assign
 from dip_megatron.planner.quotes import Answer, Quote, SampleQuote, propose, settle
 from dip_megatron.planner.resample import SampleWork, resample
+from dip_megatron.planner.warm import warm_up_exchanges
 from tests.drawn import settings
 
 LENGTH = 30
@@ -27,6 +30,16 @@ def drawn(seed: int, replicas: int, each: int, ranks: int) -> tuple[SampleWork, 
     room = LENGTH - np.bincount(microbatch, tokens).astype(np.int64)
     work = Work(whole + 0.5, 1e6 * whole, np.repeat(np.arange(replicas), each), replicas)
     return SampleWork(seconds, 1e6 * seconds, tokens, microbatch, random.random(len(tokens)) < 0.1, room), work
+
+
+def test_its_kernel_is_loaded_before_samples_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the very types that an exchange calls it with: for others it would be compiled while training waits."""
+    called = []
+    monkeypatch.setattr(module, "_exchange", lambda *given: called.append([numba.typeof(value) for value in given]))
+    warm_up_exchanges(samples=True)
+    propose(quotes(*drawn(3, 2, 2, 2)))
+    assert len(called) == 2
+    assert called[0] == called[1]
 
 
 works = st.builds(drawn, st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 4), st.integers(1, 3))

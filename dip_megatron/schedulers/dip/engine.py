@@ -12,7 +12,7 @@ from ...core.bounds import lower_bound
 from ...core.graph import StageGraph
 from ...core.order import Schedule, check_complete
 from ...core.simulate.kernels import simulate_compiled
-from ...core.warm import smallest_graph
+from ...core.warm import tight_graph
 from .annealing import MAY, MAY_LEAN, MAY_REORDER, MAY_SPLIT, anneal
 from .feasibility import check_fits
 from .incumbent import Improved, Incumbent, in_threads, listed
@@ -334,6 +334,7 @@ def _run_counted(chain: KeyChain | SequenceChain, evaluations: int) -> None:
 def warm_up() -> None:
     """Load or compile the kernels, so that the first search of a process is as fast as the others (seconds on the first
     use after installation, well under one later)."""
-    graph = smallest_graph(1, memory_limit=1.0)
-    for schedule in ("dip", "dip-paper"):
-        search(graph, schedule=schedule, budget_seconds=600.0, evaluations=100, options=SearchOptions(gap=-1.0))
+    graph, options = tight_graph(), SearchOptions(gap=-1.0)
+    for schedule in ("dip", "dip-paper"):  # enough tries for all stages of a search
+        found = search(graph, schedule=schedule, budget_seconds=600.0, evaluations=1000, options=options).schedule
+    refine_strategies(make_problem(graph), Schedule(found.orders, np.ones_like(found.strategy)))
