@@ -118,6 +118,7 @@ def _measure_script(
 def _measure_layers(model: MultimodalModel, device: Any, repeats: int, progress: Callable[[str], None]) -> Costs:
     """Tables of the model's parts. Raises ValueError for a model that has no Megatron layers here."""
     from ..megatron.cpu import install_cpu_platform
+    from ..megatron.device import device_name
 
     install_cpu_platform()
     import torch
@@ -136,4 +137,4 @@ def _measure_layers(model: MultimodalModel, device: Any, repeats: int, progress:
             images=sorted({min(n, packing.max_images) for n in (1, 2, 4, 8, 16)}),
             tokens=(packing.max_tokens // 4, packing.max_tokens // 2, packing.max_tokens),
         )  # fmt: skip
-    return costs_of([samples], str(device))
+    return costs_of([samples], device_name())

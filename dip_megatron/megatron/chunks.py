@@ -22,7 +22,7 @@ from ..schedulers.entry import ScheduleEntry
 from .adapters.loop import TrainingLoop
 from .build import configured_partition, given_parts, placements
 from .checkpoints import Checkpoint
-from .device import cluster_here
+from .device import cluster_here, device_name
 from .mixed import configured_choice, tuned_choice
 
 # Seconds to search a partition for, before the model is built.
@@ -32,6 +32,20 @@ _PARTITION_SECONDS = 5.0
 def cluster_of(config: DipConfig, tell: Callable[[str], object]) -> Cluster:
     """The cluster whose published rates price what isn't measured: as configured, or by the device here."""
     return cluster_here(tell) if config.cluster == "auto" else load_cluster(config.cluster)
+
+
+def costs_of(config: DipConfig, tell: Callable[[str], object]) -> Costs | None:
+    """What was measured, if the configuration has a file of it. One of another device is taken, and ``tell`` is told:
+    partition and first plans go by it, and what memory a rank may use, which no measured time corrects."""
+    if config.costs is None:
+        return None
+    costs, here = Costs.load(config.costs), device_name()
+    if costs.device not in ("", here) and not costs.device.startswith("cuda"):  # older files name no GPU
+        tell(
+            f"{config.costs}: measured on {costs.device}, while ranks compute on {here}; the partition and the first "
+            "plans go by it all the same. `dip profile` measures here"
+        )
+    return costs
 
 
 def unlike_the_loop(model: MultimodalModel) -> str | None:

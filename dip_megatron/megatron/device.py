@@ -1,4 +1,4 @@
-"""Which cluster's published rates a run is planned with where its settings leave that to the device."""
+"""What a run is planned for: its device, and whose published rates count where settings leave that to the device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from ..describe.cost import Cluster, load_cluster
 from ..describe.files import shipped
 
 _OTHERWISE = "h100"
+
+
+def device_name() -> str:
+    """What ranks compute on here, as files of measured costs name it: the GPU's name, or ``cpu``."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).name)
 
 
 def cluster_here(tell: Callable[[str], object] = lambda _: None) -> Cluster:

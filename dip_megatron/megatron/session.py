@@ -18,7 +18,6 @@ from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..core.experts import ExpertLayers
-from ..describe.cost import Costs
 from ..describe.files import ConfigurationError
 from ..describe.model import Partition, Training, TrainingMismatchError
 from ..families.family import ModelFamily
@@ -47,7 +46,7 @@ from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, check_placement, record_blueprint
 from .call import as_list, check_call, check_functions
-from .chunks import ChunkChoice, cluster_of, unlike_the_loop
+from .chunks import ChunkChoice, cluster_of, costs_of, unlike_the_loop
 from .configs import check_configs
 from .copies import begin_alike, check_unchanged, copied
 from .coupling import coupled_exchanges, coupled_ranks, experts_of, meet_in_backwards
@@ -142,7 +141,7 @@ class DipSession:
             check_placement(model, self._config, family)
             check_entry(self._entry, model, family, loop.num_microbatches)
             cluster = cluster_of(self._config, _tell)
-            costs = None if self._config.costs is None else Costs.load(self._config.costs)
+            costs = costs_of(self._config, _tell)
             checkpoint = loop.checkpoint()
             choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
             held = choice.chunks(model, cluster, costs, family, checkpoint)
@@ -153,8 +152,9 @@ class DipSession:
             self._graphs = ModelGraphs(model, cluster, held, costs, *limits)
             rank = parallel_state.get_pipeline_model_parallel_rank()
             patience, here = self._config.timeout_seconds, (dist.get_rank(), dist.get_world_size())
+            position = Position(rank, global_ranks=self._pipeline())
             # Groups are made by asking the store, whose host may be gone.
-            self._watchdog = Watchdog(shared_store(), Position(rank), *here, patience_seconds=patience)
+            self._watchdog = Watchdog(shared_store(), position, *here, patience_seconds=patience)
             self._closing.callback(self._watchdog.close)
             self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=loop.micro_batch_size)
             if self._file is not None:
@@ -278,8 +278,7 @@ class DipSession:
         assert self._watchdog is not None
         config, program = self._config, self._program
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        pipeline = self._pipeline()
-        rank = pipeline.index(dist.get_rank())
+        rank, pipeline = self._watchdog.position.rank, self._pipeline()
         clock = self._clock(device)
         exchange = GlooExchange(pipeline, config.timeout_seconds)
         executor = self._executor(pipeline, rank, clock, exchange, device)

@@ -14,6 +14,7 @@ import torch
 
 from ..describe.cost import Cluster, Costs
 from ..describe.model import ModuleShape, MultimodalModel
+from ..megatron.device import device_name
 from .timing import measure
 
 Point = tuple[float, float]
@@ -50,9 +51,8 @@ def profile_operators(
             points["attention_backward"].append(backward)
     progress("memory")
     points["memory"] = [_copy(size, cluster, device, repeats) for size in (10**6, 10**7, 10**8)]
-    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     curves = tuple(sorted((operator, curve_of(line)) for operator, line in points.items()))
-    return Costs(efficiency=curves, device=name)  # type: ignore[arg-type]
+    return Costs(efficiency=curves, device=device_name())  # type: ignore[arg-type]
 
 
 def matmul_shapes(shape: ModuleShape, tp: int, tokens: Iterable[int]) -> set[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ import torch
 from ..describe.cost import Cluster, Costs
 from ..describe.workload import Microbatch
 from ..families.family import Layers
+from ..megatron.device import device_name
 from ..megatron.sampling import Reading
 from ..runtime.protocol import StageProgram
 from ..testing.synthetic import wrap
@@ -37,7 +38,7 @@ def profile_reading(
     run, halved = (ProgramRun(build, model, cluster, reading.forward_step, device, halved=h) for h in (False, True))
     chosen = [reading.inputs[i] for i in spread_out(sample.microbatches)]
     with busy_neighbours(neighbours, lambda: [run.measure(chosen, size) for size in (None, 1)]):
-        return profile_program(run, halved, model, chosen, str(device), repeats=repeats, progress=progress)
+        return profile_program(run, halved, model, chosen, device_name(), repeats=repeats, progress=progress)
 
 
 def spread_out(microbatches: Sequence[Microbatch], most: int = MOST) -> list[int]:

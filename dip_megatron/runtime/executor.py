@@ -6,7 +6,7 @@ iteration lives in :class:`Position` and the executor's letters, and is gone at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -53,19 +53,25 @@ class Position:
     waiting_for: Message | None = None
     iteration: int = 0
     begun: bool = False
+    reads: bool = False
+    """Whether it does what is left to the gaps: it reads the next iteration's microbatches."""
+    global_ranks: Sequence[int] = ()
+    """Of the pipeline's ranks, where there are several pipelines."""
 
     def __str__(self) -> str:
         if self.plan is None:
             return f"pipeline rank {self.rank} is {'between iterations' if self.begun else 'not training yet'}"
         actions = self.plan.actions[self.rank]
+        reads = ", reading the next iteration's microbatches" if self.reads else ""
         if self.index >= len(actions):
-            return f"pipeline rank {self.rank} has ended its plan of iteration {self.iteration}"
+            return f"pipeline rank {self.rank} has ended its plan of iteration {self.iteration}{reads}"
         text = f"pipeline rank {self.rank}, iteration {self.iteration}, action {self.index + 1} of {len(actions)}: "
-        text += str(actions[self.index])
+        text += str(actions[self.index]) + reads
         if self.waiting_for is not None:
             peer = self.waiting_for.channel
             other = peer.source if peer.target == self.rank else peer.target
             text += f", waiting for pipeline rank {other}"
+            text += f" (global rank {self.global_ranks[other]})" if self.global_ranks else ""
         return text
 
 
@@ -167,9 +173,10 @@ class Executor:
             position.index = index
             run(what)
         position.index = len(actions)
+        position.reads = True  # still so where that fails
         for _ in self._meanwhile:
             pass
-        position.plan = None
+        position.plan, position.reads = None, False
         self._letters = {}
 
     def _steps(self, plan: Plan, runner: StageRunner) -> list[tuple[Callable[[Any], None], Any]]:
@@ -250,12 +257,14 @@ class Executor:
 
     def _use_gap(self, transfer: Transfer) -> None:
         with self._clock.reading():
-            if not self._sees_arrivals:
+            self.position.reads = True
+            if self._sees_arrivals:
+                late = self.position.index >= self._latest_reading
+                while (late or not transfer.done()) and next(self._meanwhile, self) is not self:
+                    pass
+            else:
                 next(self._meanwhile, None)
-                return
-            late = self.position.index >= self._latest_reading
-            while (late or not transfer.done()) and next(self._meanwhile, self) is not self:
-                pass
+            self.position.reads = False
 
     def _wait(self, letter: _Letter, transfer: Transfer) -> Tensors:
         self.position.waiting_for = letter.message

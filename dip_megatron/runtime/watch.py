@@ -13,9 +13,9 @@ from typing import Any
 from .executor import Position
 
 _KEY = "dip/failure"
-_ALIVE, _WATCHING, _LEFT = "alive", "watching", "left"
+_ALIVE, _WATCHING, _LEFT, _KNOWING = "alive", "watching", "left", "knowing"
 """Of a watch, the same one of all ranks: how often a rank has shown to be alive; how many ranks look; how many have
-ended in order."""
+ended in order; how many have, or have failed or heard of a failure, and so need the store no more."""
 
 
 class Watchdog:
@@ -51,7 +51,8 @@ class Watchdog:
         self._rank = global_rank
         self._next = (global_rank + 1) % ranks
         self._number = 0  # of this watch; a process that has had several models has had as many
-        self._entering = threading.Lock()
+        self._knows = False
+        self._counting = threading.Lock()
         self._trains = False
         self._patience = patience_seconds
         self._interval = interval_seconds
@@ -109,15 +110,28 @@ class Watchdog:
             return
         with contextlib.suppress(Exception):  # the host of the store may have ended before
             self._enter()
-            left = self._store.add(self._key(_LEFT), 1)
+            self._store.add(self._key(_LEFT), 1)
+        self._until_all_know()
+
+    def _until_all_know(self) -> None:
+        """The first rank often is the host of the store: those that stay behind have to hear of its end."""
+        with contextlib.suppress(Exception):
+            self._know()
             until = time.monotonic() + 3 * self._interval
-            # The first rank often is the host of the store: those that stay behind have to hear of its end.
-            while self._rank == 0 and left < self._store.add(self._key(_WATCHING), 0) and time.monotonic() < until:
+            while self._rank == 0 and time.monotonic() < until:
+                if self._store.add(self._key(_KNOWING), 0) >= self._store.add(self._key(_WATCHING), 0):
+                    return
                 time.sleep(0.05)
-                left = self._store.add(self._key(_LEFT), 0)
+
+    def _know(self) -> None:
+        self._enter()
+        with self._counting:
+            known, self._knows = self._knows, True
+        if not known:
+            self._store.add(self._key(_KNOWING), 1)
 
     def _enter(self) -> None:
-        with self._entering:
+        with self._counting:
             if not self._number:
                 self._number = self._store.add(f"dip/watches/{self._rank}", 1)
                 self._store.add(self._key(_WATCHING), 1)
@@ -130,6 +144,7 @@ class Watchdog:
             first = self._store.compare_set(_KEY, "", text).decode()
             if first != text:  # whose end is all that was seen here
                 print(f"[dip] global rank {self._rank}: the first to stop was {first}", file=sys.stderr, flush=True)
+            self._until_all_know()
         except Exception as error:
             gone = f"the rank that hosts the store is gone ({type(error).__name__})"
             print(f"[dip] could not tell the other ranks: {gone}", file=sys.stderr, flush=True)
@@ -139,7 +154,10 @@ class Watchdog:
         while not self._stop.wait(self._interval):
             try:
                 self._enter()
-                cause = self._store.get(_KEY).decode() if self._store.check([_KEY]) else None
+                cause = None
+                if self._store.check([_KEY]):
+                    cause = self._store.get(_KEY).decode()
+                    self._know()
                 self._left = self._left or self._store.check([self._key(_LEFT)])
                 counted += self._interval
                 if self._trains and counted >= self._turn:

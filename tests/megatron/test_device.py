@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dip_megatron import load_cluster
+from dip_megatron.config import DipConfig
+from dip_megatron.describe.cost import Costs
+from dip_megatron.megatron.chunks import costs_of
 from dip_megatron.megatron.device import cluster_here
 
 
@@ -58,3 +62,25 @@ def test_less_memory_than_published_is_what_counts(gpu) -> None:
 def test_ranks_without_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cluster_here() == load_cluster("cpu")
+
+
+@pytest.mark.parametrize(
+    ("measured_on", "told"),
+    [
+        ("NVIDIA H200", None), ("", None), ("cuda:0", None),
+        ("cpu", "measured on cpu, while ranks compute on NVIDIA H200; the partition and the first plans go by it"),
+        ("NVIDIA H20", "measured on NVIDIA H20, while ranks compute on NVIDIA H200"),
+    ],
+)  # fmt: skip
+def test_costs_measured_elsewhere_are_told(gpu, tmp_path: Path, measured_on: str, told: str | None) -> None:
+    gpu("NVIDIA H200", 150.7)
+    path = tmp_path / "costs.json"
+    Costs(transfer_seconds=1.0, device=measured_on).save(path)
+    said: list[str] = []
+    assert costs_of(DipConfig(schedule="dynamic", costs=path), said.append) == Costs.load(path)
+    assert len(said) == (told is not None)
+    assert told is None or told in said[0]
+
+
+def test_without_a_file_of_costs_nothing_is_measured() -> None:
+    assert costs_of(DipConfig(schedule="dynamic"), pytest.fail) is None

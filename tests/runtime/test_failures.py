@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from dip_megatron.core import Channel
 from dip_megatron.ports import held_port
 from dip_megatron.runtime.executor import Position
 from dip_megatron.runtime.watch import Watchdog
@@ -205,6 +206,27 @@ def test_watches_of_one_process_are_told_apart():
         for watchdog in watchdogs:
             watchdog.close()
         assert store.add(f"dip/{number}/left", 0) == 2
+
+
+def test_whom_a_rank_waits_for_is_named_among_all_pipelines():
+    position = Position(1, plan=SimpleNamespace(actions=[(), ("wait",)]), iteration=3)  # type: ignore[arg-type]
+    position.waiting_for = SimpleNamespace(channel=Channel(0, 1, False))  # type: ignore[assignment]
+    assert str(position) == "pipeline rank 1, iteration 3, action 1 of 1: wait, waiting for pipeline rank 0"
+    position.global_ranks = (4, 6)
+    assert str(position).endswith("waiting for pipeline rank 0 (global rank 4)")
+
+
+def test_the_first_rank_fails_when_all_others_have_heard_of_it():
+    """Who often is the host of the store: else they would hear no more than that it has gone."""
+    store, left = dist.HashStore(), queue.Queue[int]()
+    others = [Watchdog(store, Position(r), r, 3, interval_seconds=0.05, leave=left.put) for r in (1, 2)]
+    while not all(other._answers for other in others):
+        time.sleep(0.01)
+    host = Watchdog(store, Position(0), 0, 3, interval_seconds=60.0, grace_seconds=LONG, leave=left.put)
+    host.report(RuntimeError("out of memory"))
+    assert all("RuntimeError: out of memory" in str(other._cause) for other in others)
+    for watchdog in (host, *others):
+        watchdog.close()
 
 
 def test_an_error_that_nobody_has_caught_is_told_in_one_line(monkeypatch, capsys):

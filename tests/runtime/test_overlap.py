@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -155,3 +156,23 @@ def test_a_chunks_reduction_starts_with_its_last_weight_gradient(layers):
             between = events[ready + 1 : started[k]]
             assert started[k] > ready
             assert all(kind == "reduce" for kind, _ in between)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_cannot_read_ahead_says_that_it_was_reading(ranks):
+    """In the gap before a message, or at the end of a plan without any."""
+    graph = random_graph(3, ranks=ranks)
+    nothing: dict[tuple[int, ...], Payload] = {
+        (s, t): () for s in range(graph.virtual_microbatches) for t in (s, *graph.next_virtual_microbatches[s])
+    }
+    plan = make_plan(graph, greedy(graph), lower_bound=0.0, payloads=nothing)
+
+    def broken() -> Iterator[None]:
+        raise OSError("shard-17.tar")
+        yield
+
+    executor = Executor(ranks - 1, HeldTransport(), Clock(torch.device("cpu")))
+    with pytest.raises(OSError, match="shard-17"):
+        executor.run(plan, Recorder(graph), 5, broken())  # type: ignore[arg-type]
+    assert str(executor.position).endswith(", reading the next iteration's microbatches")
+    assert "waiting for" not in str(executor.position)
