@@ -125,9 +125,7 @@ newest_environment() {
 
 # compile_kernels: of the checkout, for VENV; else each process that plans would compile them at the same time as others.
 compile_kernels() {
-    "$VENV/bin/python" -c "from dip_megatron.planner.warm import warm_up_exchanges, warm_up_joint_plans, warm_up_plans
-from dip_megatron.schedulers.dip import warm_up
-warm_up(), warm_up_plans(), warm_up_joint_plans(search=True), warm_up_exchanges(samples=True)"
+    "$VENV/bin/python" -c "from dip_megatron.planner.warm import warm_up_all; warm_up_all()"
 }
 
 # browser: installs Chromium for the tests of pages where that takes no question; without one they skip.

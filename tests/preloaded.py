@@ -28,8 +28,7 @@ import dip_megatron.families.known  # noqa: E402
 import dip_megatron.megatron.hooks  # noqa: E402
 import dip_megatron.megatron.session  # noqa: E402
 import dip_megatron.schedulers.entries  # noqa: E402, F401
-from dip_megatron.planner.warm import warm_up_exchanges, warm_up_joint_plans, warm_up_plans  # noqa: E402
-from dip_megatron.schedulers.dip import warm_up  # noqa: E402
+from dip_megatron.planner.warm import warm_up_all  # noqa: E402
 
 if importlib.util.find_spec("megatron.training") is not None:
     import megatron.training.checkpointing  # noqa: F401
@@ -69,10 +68,7 @@ filesystem_async._results_queue = queue.Queue()
 del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 
 # What ranks plan themselves: kernels loaded once.
-warm_up()
-warm_up_plans()
-warm_up_joint_plans(search=True)
-warm_up_exchanges(samples=True)
+warm_up_all()
 gc.collect()
 gc.freeze()  # a collection in a rank would write to, and so copy, what is shared
 atexit.register(gc.unfreeze)  # else libraries complain of what was left when the server ends

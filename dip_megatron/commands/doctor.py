@@ -15,9 +15,11 @@ from .common import json_option, print_json, progress_bar
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--recipe", metavar="RECIPE", help="Say whether this runs under DIP, and what stands in the way.")
+@click.option("--compile", "compiles", is_flag=True, help="Compile the planner's kernels first, and keep "
+              "them: a minute or two of a core after an installation.")  # fmt: skip
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 @json_option
-def doctor(recipe: str | None, flags: tuple[str, ...], as_json: bool) -> int:
+def doctor(recipe: str | None, compiles: bool, flags: tuple[str, ...], as_json: bool) -> int:
     """Look at this environment: versions, hooks, libraries, devices, cores, settings; or at a recipe in it.
 
     Without a recipe FLAGS are those of a run: each --dip- setting is shown with what has set it, a flag, the
@@ -30,6 +32,11 @@ def doctor(recipe: str | None, flags: tuple[str, ...], as_json: bool) -> int:
     Ends with 1 if something is broken, so that nothing can train under DIP or not as it is meant to; with 0 otherwise.
     """
     with progress_bar("looking", None, as_json) as advance:
+        if compiles:
+            from ..planner.warm import warm_up_all
+
+            advance("compiling kernels")
+            warm_up_all()
         checkers = [*CHECKS, settings_of(flags)] if recipe is None else [recipe_of(recipe, flags)]
         found = diagnose(checkers, lambda name: advance(f"looking at {name}"))
     if as_json:

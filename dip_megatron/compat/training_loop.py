@@ -20,6 +20,7 @@ TOPIC = Topic(
         Name("megatron.training.arguments:add_megatron_arguments", ("parser",)),
         Name("megatron.training.arguments:validate_args", ("args",)),
         Name("megatron.training.training:get_model", ("model_provider_func",)),
+        Name("megatron.training.training:save_grads", ("save_dir", "state_dict"), first="0.19"),
         Name("megatron.training.checkpointing:generate_state_dict"),
         Name("megatron.training.checkpointing:maybe_save_dataloader_state", ("train_iterator",)),
         Name("megatron.training.global_vars:get_tensorboard_writer", ()),

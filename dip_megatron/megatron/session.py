@@ -80,6 +80,7 @@ class DipSession:
         self._entry = self._schedule()
         self._families = families
         self._tell = tell
+        self.chunks: list[torch.nn.Module] = []  # this rank's, in their order
         self._own: dict[int, torch.nn.Module] = {}
         self._built: list[Names] = []
         self._running = False
@@ -163,6 +164,7 @@ class DipSession:
             begin_alike([chunks[i] for i in copied(self._program.modules)])
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
+            self.chunks = list(chunks)
             self._own = {id(chunk): chunk for chunk in chunks}
             self._built = [names_in(chunk) for chunk in chunks]
             self._start_planner(self._program, self._graphs, chunks)
@@ -233,7 +235,7 @@ class DipSession:
             raise ValueError(
                 "the schedule is called while it runs, from within an iteration of the same model; DIP can't nest them"
             )
-        check_call(arguments, list(self._own.values()), self._found, self._pipeline())
+        check_call(arguments, self.chunks, self._found, self._pipeline())
         if self._loop.finalizes and not arguments.get("forward_only", False):
             check_functions(arguments["model"])
         if self._step is None:
@@ -291,23 +293,20 @@ class DipSession:
             if config.trace_plans and rank == 0:
                 consumers.append(PlanWriter(config.trace_dir / replica_folder()).record)
         self._closing.callback(self._close, delivery, self._watchdog, recorder)
-        chunks = list(self._own.values())
         for i in copied(program.modules):
-            check_unchanged(chunks[i], self._built[i])
-        for chunk in chunks:  # what a loop has put into them since, adapters for one
+            check_unchanged(self.chunks[i], self._built[i])
+        for chunk in self.chunks:  # what a loop has put into them since, adapters for one
             deferred_linear.install(chunk, program.mode)
         return DipForwardBackward(
             program, executor, delivery, clock,
             policy=PlanningPolicy(
                 self._budget(), self._another_follows, self._loop.about_to_read_ahead,
                 at_call_seconds=AT_CALL_SECONDS if self._entry.ahead and not self._reads_ahead() else 0.0,
-            ), iteration=self._loop.iteration,
-            watchdog=self._watchdog,
+            ), iteration=self._loop.iteration, watchdog=self._watchdog, built=self._built, counts=self._loop.counts,
             on_iteration=lambda *iteration: [consume(*iteration) for consume in consumers],
             tensor_parallel=self._among(parallel_state.get_tensor_model_parallel_group()), pipeline=exchange,
             peers=self._among(parallel_state.get_data_parallel_group(with_context_parallel=True)),
             on_training=self._training_is, exchanges=self._exchanges(delivery, device),
-            built=self._built, counts=self._loop.counts,
         )  # fmt: skip
 
     def _clock(self, device: torch.device) -> Clock:

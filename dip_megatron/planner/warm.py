@@ -10,7 +10,7 @@ from ..core.joint import make_joint_plan, verify_joint
 from ..core.lower import make_plan
 from ..core.verify import verify
 from ..core.warm import smallest_graph
-from ..schedulers.dip import SearchOptions
+from ..schedulers.dip import SearchOptions, warm_up
 from ..schedulers.joint import search_joint
 from .balance import Work, assign
 from .resample import SampleWork, resample
@@ -43,6 +43,14 @@ def warm_up_exchanges(samples: bool) -> None:
         ones = np.ones(4, dtype=np.int64)
         held = SampleWork(seconds, np.zeros_like(seconds), ones, np.arange(4), np.zeros(4, dtype=np.bool_), ones)
         resample(held, work, replica, 1.0)
+
+
+def warm_up_all() -> None:
+    """The same for whatever plans and searches: after an installation, a minute or two of a core."""
+    warm_up_plans()
+    warm_up()
+    warm_up_joint_plans(search=True)
+    warm_up_exchanges(samples=True)
 
 
 def _smallest() -> tuple[StageGraph, Schedule]:

@@ -11,7 +11,8 @@ import pytest
 from dip_megatron.compat import linears
 from dip_megatron.compat.names import Name, Topic
 from dip_megatron.compat.releases import has_training_loop
-from dip_megatron.doctor import Check, Status, diagnose, libraries, machine, places
+from dip_megatron.core.simulate import compiled
+from dip_megatron.doctor import Check, Status, diagnose, kernels, libraries, machine, places
 from dip_megatron.doctor.checks import CHECKS
 from dip_megatron.doctor.settings import settings_of
 from tests.patience import LONG
@@ -28,11 +29,13 @@ main(["doctor", "--json"])
 """
 
 
-def run(*missing: str) -> tuple[int, dict[str, dict[str, str]]]:
-    """Exit status and checks by name, in a process that can't import ``missing``."""
+def run(*missing: str, **environment: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """Exit status and checks by name, in a process that can't import ``missing``, with an ``environment`` of its own
+    beside this one's."""
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(missing=missing)], capture_output=True, text=True, timeout=LONG
-    )
+        [sys.executable, "-c", WITHOUT.format(missing=missing)], capture_output=True, text=True, timeout=LONG,
+        env=os.environ | environment,
+    )  # fmt: skip
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)}
 
 
@@ -54,6 +57,36 @@ def test_without_torch_nothing_trains_and_the_rest_is_told() -> None:
     assert status == 1
     assert checks["torch"]["status"] == checks["Megatron-Core"]["status"] == "broken"
     assert checks["planning"]["status"] == checks["cores for planning"]["status"] == "ok"
+
+
+def test_compiled_kernels_that_are_not_there_yet_are_told_with_what_it_takes(tmp_path: Path) -> None:
+    seen = []
+    for _ in range(2):
+        check = run("torch", "megatron", NUMBA_CACHE_DIR=str(tmp_path))[1]["compiled kernels"]
+        assert check["status"] == "limited"
+        assert f"in {tmp_path}" in check["detail"]
+        assert check["way_out"] == "compile them now: dip doctor --compile"
+        seen.append((" s to compile" in check["detail"], " s of a core" in check["consequence"]))
+    assert seen == [(True, True), (False, False)]  # those that check plans are compiled once
+
+
+def test_a_folder_that_takes_no_compiled_kernels_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = str(tmp_path / "file" / "kernels")
+    check = run("torch", "megatron", NUMBA_CACHE_DIR=folder)[1]["compiled kernels"]
+    assert check["status"] == "limited"
+    assert f"NUMBA_CACHE_DIR={folder} can't be written to" in check["detail"]
+    assert "set NUMBA_CACHE_DIR" in check["way_out"]
+
+
+def test_kernels_that_can_be_kept_nowhere_cost_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that may write to none of its folders."""
+    monkeypatch.setattr(compiled, "kept_in", lambda _: None)
+    (check,) = diagnose([kernels.kernels])
+    assert check.status is Status.LIMITED
+    assert "no folder to keep them in can be written to" in check.detail
+    assert "at every start" in check.consequence
+    assert "NUMBA_CACHE_DIR" in check.way_out
 
 
 def test_what_has_no_consequence_is_fine_and_what_has_one_says_it() -> None:

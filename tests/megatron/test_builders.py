@@ -19,6 +19,28 @@ pytestmark = [
 SCRIPT = HERE / "pretrain_tiny_gpt.py"
 
 
+def dumped(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What all ranks of a run have dumped, by kind and name."""
+    found: dict[str, dict[str, torch.Tensor]] = {"params": {}, "wgrads": {}}
+    for kind, tensors in found.items():
+        for file in sorted((folder / kind / "iter_0000002").iterdir()):
+            chunks = torch.load(file)
+            assert list(chunks) == ["model_chunk0"]
+            tensors |= chunks["model_chunk0"]
+    return found
+
+
+def test_dumps_have_the_names_of_the_whole_model(tmp_path: Path) -> None:
+    """Of parameters and their gradients, of two chunks a rank: the same as on one rank without DIP."""
+    config = tmp_path / "dip.yaml"
+    config.write_text("modules:\n  language:\n    layers: [[1, 1], [1, 1]]\n")
+    dumps = ("--save-wgrads-interval", "2", "--save-params-interval", "2", "--save-interval", "100", "--save")
+    run_script("absent", SCRIPT, tmp_path / "one", *dumps, str(tmp_path / "one"), ranks=1, start=forked)
+    flags = ("--dip-schedule", "dynamic", "--dip-config", str(config), *dumps, str(tmp_path / "two"))
+    run_script("run", SCRIPT, tmp_path / "two", *flags, ranks=2, start=forked)
+    torch.testing.assert_close(dumped(tmp_path / "two"), dumped(tmp_path / "one"), rtol=1e-3, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_script("absent", SCRIPT, tmp_path_factory.mktemp("whole"), "--bf16", ranks=1, start=forked)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,28 @@ def inlined(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 def allocating(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Like :func:`compiled`, for what runs once an iteration and makes its own buffers."""
     return cast(Callable[Arguments, Result], _kept(function))
+
+
+def kernels_of(package: str) -> list[Any]:
+    """What the loaded modules of ``package`` keep between processes once it is compiled."""
+    loaded = [module for name, module in list(sys.modules.items()) if f"{name}.".startswith(f"{package}.")]
+    found = [(module, value) for module in loaded for value in vars(module).values() if isinstance(value, Dispatcher)]
+    own = [value for module, value in found if value.py_func.__module__ == module.__name__]
+    return [value for value in own if value.targetoptions.get("inline") != "always"]
+
+
+def kept_in(kernel: Any) -> Path | None:
+    """The folder that ``kernel`` is kept in; None if none can be written to."""
+    folder = kernel._cache.cache_path
+    return None if folder is None else Path(folder)
+
+
+def is_kept(kernel: Any) -> bool:
+    """Whether it is there, compiled for this machine from the sources as they are."""
+    if kept_in(kernel) is None:
+        return False
+    machine = kernel.targetctx.codegen().magic_tuple()
+    return any(machine in key for key in kernel._cache._cache_file._load_index())
 
 
 def _trailing_zeros(_: Any, word: Any) -> Any:

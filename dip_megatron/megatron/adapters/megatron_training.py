@@ -93,7 +93,10 @@ class MegatronTraining:
             ),
             # initialize.py imported it by name in releases before 0.17.
             "initialize": (Target("validate_args", self._validated),),
-            "training": (Target("get_model", self._get_model, "models of a script's provider"),),
+            "training": (
+                Target("get_model", self._get_model, "models of a script's provider"),
+                Target("save_grads", self._dump),  # from 0.19 on
+            ),
             "checkpointing": (
                 Target(_STATE, self._state_dict, "the optimizer's step in checkpoints"),
                 Target(_LOADER_STATE, self._loader_state),
@@ -198,6 +201,16 @@ class MegatronTraining:
             return original(train_iterator, *rest, **kwargs)
 
         return maybe_save_dataloader_state
+
+    def _dump(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def save_grads(save_dir: Any, state_dict: Any, *rest: Any, **kwargs: Any) -> Any:
+            from ..dumps import by_whole_names
+
+            if self._hooks.session is not None and self._hooks.session.chunks:
+                state_dict = by_whole_names(state_dict, self._hooks.session.chunks)
+            return original(save_dir, state_dict, *rest, **kwargs)
+
+        return save_grads
 
     def _state_dict(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
