@@ -1,5 +1,5 @@
-"""``python -m tests.megatron.stopping SCRIPT ARGUMENTS...``: a script under DIP, whose last rank is stopped in its third
-step of the optimizer."""
+"""``python -m tests.megatron.stopping SCRIPT ARGUMENTS...``: a script under DIP, whose last rank is stopped in its
+third step of the optimizer."""
 
 import os
 import runpy
