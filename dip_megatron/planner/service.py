@@ -98,7 +98,7 @@ class PlannerService:
         self._rings: dict[int, socket.socket] = {}
         # An evaluation submits its batch while the delivery's thread still waits for the next training batch's plan.
         self._lock = threading.RLock()
-        self._closed = False
+        self._closed = self._busy = False
         self._searches_here = False
         threading.Thread(target=self._warm_up, name="dip-warm-up", daemon=True).start()
 
@@ -130,8 +130,10 @@ class PlannerService:
         self._asked[request.request] = _Asked(request, time.monotonic())
         if request.budget_seconds <= 0 or self._improve_seconds > 0:
             return  # needed now: made in this process when it is taken, or known
-        if not self._send(request, _QUEUE) and any(worker.ready for worker in self._workers):
-            logger.info("all planner workers are busy; %s is planned in the trainer", request.subject)
+        busy = not self._send(request, _QUEUE) and any(worker.ready for worker in self._workers)
+        if busy and not self._busy:
+            logger.info("all planner workers are busy; from %s on the trainer plans by itself", request.subject)
+        self._busy = busy
 
     def _send(self, request: PlanRequest, most: int) -> bool:
         """Give it to the worker with the least to do, if one has less than ``most`` requests."""

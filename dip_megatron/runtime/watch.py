@@ -150,7 +150,7 @@ class Watchdog:
             print(f"[dip] could not tell the other ranks: {gone}", file=sys.stderr, flush=True)
 
     def _ask(self) -> None:
-        counted = 0.0
+        counted = self._turn  # the first sign of life comes at once
         while not self._stop.wait(self._interval):
             try:
                 self._enter()

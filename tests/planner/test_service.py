@@ -283,6 +283,18 @@ def test_a_late_worker_goes_on_with_the_next_iteration(service_of):
     assert service.statistics.latency_seconds > 0
 
 
+def test_that_workers_are_busy_is_told_once(service_of, caplog):
+    caplog.set_level("INFO")
+    service = service_of()
+    wait_until_ready(service)
+    with held(service.processes[0]):
+        for iteration in range(1, 7):
+            service.submit(request(iteration))
+            assert service.take(iteration, 0.0).name == "greedy"
+    assert caplog.text.count("all planner workers are busy") == 1
+    wait_until_planning_again(service)
+
+
 def test_a_hanging_worker_is_replaced(service_of, monkeypatch):
     service = service_of("hangs")
     wait_until_ready(service)

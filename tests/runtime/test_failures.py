@@ -195,6 +195,18 @@ def test_a_rank_that_shows_no_sign_of_life_ends_all_others(case, capsys):
         assert not said
 
 
+def test_the_first_sign_of_life_comes_at_once():
+    """However patient others are: a rank that hasn't shown any is taken for one that hasn't begun."""
+    store = dist.HashStore()
+    watchdog = Watchdog(store, Position(0), 0, 2, patience_seconds=1e6, interval_seconds=0.02, leave=lambda _: None)
+    watchdog.begin()
+    deadline = time.monotonic() + LONG
+    while not store.add("dip/1/alive/0", 0):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    watchdog.close()
+
+
 def test_watches_of_one_process_are_told_apart():
     """As of a job that trains two models, one after the other: the second's ranks haven't left with the first."""
     store = dist.HashStore()
