@@ -52,7 +52,7 @@ def test_workers_that_die_again_and_again_are_started_less_and_less_often(start,
         service.submit(request(1))
         assert service.take(1, 60.0).name == "greedy"
         until_it_has_died(service, died)
-        assert (service.processes[0].poll() is None) == (died == 1)
+        assert (service._workers[0].rests_until is None) == (died == 1)  # whether the next one was started at once
     assert "starting another in 2 s, as 2 in a row have answered nothing, no step is lost" in caplog.text
     wait_until_planning_again(service)
     service.submit(request(1))
