@@ -12,7 +12,7 @@ from ...core.graph import Floats, Ints, StageGraph
 from ...core.joint.kernels import joint_arrays, pad_joint_orders, replay_joint
 from ...core.order import Schedule
 from ...core.simulate.kernels import BACKWARD, FUSED, WEIGHT
-from ..dip.random import seeded
+from ..dip.random import seeded, uniform
 from .moves import improve_joint, keep_best
 from .packing import make_packing, packed
 from .room import make_room
@@ -24,6 +24,14 @@ PASSES, LEAST_GAIN = 8, 5e-4
 """Passes of :mod:`.packing` from the end and back, at most, and what each has to gain for another to follow."""
 COOL, COLD = 1e-5, 1e-6
 """Temperature over iteration time, at first and at last."""
+KICK_HEAT, KICK_CHANGES = (3e-3, 1.0), (5, 100)
+"""Of a kick: temperature over iteration time, and changes tried, each drawn evenly on a scale of powers."""
+NEAR = 2e-3
+"""From orders that take longer by more than this share once they are packed, no walk goes on."""
+LONGER = 2e-4
+"""Share by which orders may take longer than those before a kick, in the mean, at first; ever less later."""
+FAR = 5 * LONGER
+"""Share by which a walk may fall behind its best orders before it goes on from these."""
 
 
 def make_joint_problem(t: Together) -> JointProblem:
@@ -165,6 +173,10 @@ def _copy(s: JointSequences) -> JointSequences:
     return JointSequences(*copies)
 
 
+def _best_of(s: JointSequences) -> dict[str, Any]:
+    return {name: getattr(s, name) for name in ("best_orders", "best_lengths", "best_strategy")}
+
+
 class JointChain:
     """One annealing walk over all replicas' orders, stepped in slices. ``made``: orders that packing has made;
     it makes no more once it is ``late``."""
@@ -175,6 +187,7 @@ class JointChain:
     ) -> None:  # fmt: skip
         self.t, self.q, self.random = t, q, seeded(seed, 100 + stream)
         self.values, self.made, self.late = np.zeros(2), 0, late
+        self.before: tuple[float, JointSequences] | None = None
         self._start(schedules)
 
     @property
@@ -238,6 +251,38 @@ class JointChain:
         if time < self.values[1]:
             self.values[1] = time
             keep_best(s)
+
+    def kick(self) -> bool:
+        """Change the orders by more than moves may, and pack what comes of it: whether it is worth to go on from there,
+        with moves, until :meth:`settle`. If not, the orders are as they were."""
+        time, best = self.values
+        heat, changes = (low * (high / low) ** uniform(self.random) for low, high in (KICK_HEAT, KICK_CHANGES))
+        s = _copy(self.sequences)
+        improve_joint(self.q, s, self.random, np.array([time, -np.inf]), time * heat, int(changes))
+        begin_joint(self.q, s, self.random)
+        s, made = pack(self.q, s, self.late)
+        self.made += made
+        packed = begin_joint(self.q, s, self.random)
+        if packed > time * (1.0 + NEAR):
+            return False
+        self.before, self.sequences, self.values[0] = (time, self.sequences), s, packed
+        if packed < best:
+            self.values[1] = packed
+            keep_best(s)
+        return True
+
+    def settle(self, progress: float) -> None:
+        """Go on from what came of the last kick if it takes little longer than the orders before it, the less the
+        greater the ``progress`` (0 to 1); else from these, or, where they have fallen behind, from the best."""
+        assert self.before is not None
+        (time, s), self.before = self.before, None
+        now, best = self.values
+        if now > time * (1.0 - LONGER * (1.0 - progress) * np.log(1.0 - uniform(self.random))):
+            self.sequences, self.values[0] = s._replace(**_best_of(self.sequences)), time
+        if self.values[0] > best * (1.0 + FAR):
+            s = self.sequences
+            self.sequences = make_joint_sequences(self.q, s.best_orders, s.best_lengths, s.best_strategy)
+            self.values[0] = begin_joint(self.q, self.sequences, self.random)
 
     def schedules(self) -> list[Schedule]:
         """The best found, as schedules of the replicas."""

@@ -29,7 +29,7 @@ TRIAL = 48
 """List schedules tried on each pairing before one is chosen."""
 PAIRINGS = 3
 """On which skeletons are searched: which of them is the best is known once operations are packed, not before."""
-STARTS, WALKS = 8, 3
+STARTS, WALKS = 16, 3
 """Skeletons that are searched on these pairings, and walks from those that are fastest once packed."""
 PAIRING_SHARE, SKELETON_SHARE, FIRST_SHARE = 0.2, 0.12, 0.6
 """Of the budget, at most: choosing pairings, their skeletons, and first walks over all replicas' orders; the rest goes
@@ -41,8 +41,10 @@ LEAST_TRIES = 0.6
 PARTS = 8
 """Parts of a walk, after each of which walks that have fallen behind start over from the fastest."""
 SLICE_SECONDS = 0.02
-PACKING_REST = 10.0
-"""Times as long as it takes to pack a walk's orders it steps before they are packed again."""
+PACKING_REST, KICK_REST = 10.0, 2.0
+"""Times as long as it takes to pack a walk's orders, or to kick and pack them, it steps before that is done again."""
+SLICES, MOVES = 6, 3000
+"""Where schedules are counted: times that the orders of a first walk are packed, and moves after each kick."""
 
 Improved = Callable[[Sequence[Schedule], float], None]
 
@@ -251,12 +253,12 @@ class _Search:
         seconds = (self.until - best.elapsed()) * FIRST_SHARE * at_once / len(chains)
         for i in range(0, len(chains), at_once):
             ends = min(self.until, best.elapsed() + seconds)
-            self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(chains)), 1)
+            self._run(chains[i : i + at_once], ends, self.share(FIRST_SHARE, len(chains)), 1, kicks=False)
         chains = sorted(chains, key=_time)[: 1 if self.evaluations is not None else self.workers]
         for chain in chains:
             chain.adopt(chain)
         left = 0 if self.evaluations is None else max(0, self.evaluations - best.evaluations)
-        self._run(chains, self.until, left, PARTS)
+        self._run(chains, self.until, left, PARTS, kicks=True)
 
     def _late(self) -> bool:
         return self.best.elapsed() >= self.until
@@ -267,16 +269,20 @@ class _Search:
         first = {chain.time: chain for chain in reversed(chains)}
         return sorted(first.values(), key=_time)
 
-    def _run(self, chains: Sequence[JointChain], until: float, evaluations: int, parts: int) -> None:
-        """Step walks until then, or so many moves each, in parts."""
+    def _run(
+        self, chains: Sequence[JointChain], until: float, evaluations: int, parts: int, kicks: bool
+    ) -> None:  # fmt: skip
+        """Step walks until then, or so many moves each, in parts, with ``kicks`` or without."""
         best, began = self.best, self.best.elapsed()
         jobs: list[Callable[[], None]]
         for part in range(parts):
             ends = began + (until - began) * (part + 1) / parts
             if self.evaluations is None:
-                jobs = [partial(_run_timed, best, chain, began, ends, until, self.good_enough) for chain in chains]
+                times = began, ends, until, self.good_enough
+                jobs = [partial(_run_timed, best, chain, *times, kicks=kicks) for chain in chains]
             else:
-                jobs = [partial(_run_counted, chain, part / parts, 1 / parts, evaluations // parts) for chain in chains]
+                share = part / parts, 1 / parts, evaluations // parts
+                jobs = [partial(_run_counted, chain, *share, kicks=kicks) for chain in chains]
                 best.evaluations += evaluations // parts * len(chains)
             in_threads(jobs, self.workers)
             fastest = min(chains, key=_time)
@@ -294,28 +300,43 @@ def _time(chain: JointChain) -> float:
     return chain.time
 
 
-def _run_counted(chain: JointChain, progress: float, share: float, evaluations: int) -> None:
-    slices, made = 6, 0
-    for i in range(slices):
-        tries, before = evaluations * (i + 1) // slices - evaluations * i // slices, chain.made
-        chain.step(progress + share * i / slices, max(0, tries - made))
-        chain.pack()
-        made = chain.made - before
+def _run_counted(chain: JointChain, progress: float, share: float, evaluations: int, kicks: bool) -> None:
+    """``evaluations`` schedules: moves, packed now and then, or rounds of a kick and of moves from what comes of it."""
+    size, first, moves = MOVES if kicks else max(1, evaluations // SLICES), chain.made, 0
+    while (made := moves + chain.made - first) < evaluations:
+        now = progress + share * made / evaluations
+        if kicks and not chain.kick():
+            continue
+        tries = min(size, evaluations - made)
+        chain.step(now, tries)
+        moves += tries
+        if kicks:
+            chain.settle(now)
+        else:
+            chain.pack()
 
 
 def _run_timed(
-    best: _Best, chain: JointChain, began: float, ends: float, until: float, good_enough: float
+    best: _Best, chain: JointChain, began: float, ends: float, until: float, good_enough: float, kicks: bool
 ) -> None:  # fmt: skip
-    size, rested, packing = 16, best.elapsed(), SLICE_SECONDS
-    while (now := best.elapsed()) < ends and chain.time > good_enough:
-        chain.step((now - began) / (until - began), size)
-        best.evaluations += size
-        spent = best.elapsed() - now
-        size = max(1, min(int(size * min(2.0, SLICE_SECONDS / max(spent, 1e-6))), 10_000))
-        if (now := best.elapsed()) - rested > PACKING_REST * packing:
+    """The same until the time ``ends``: a walk steps several times as long as its last kick, or packing, took."""
+    size, took, now = 16, SLICE_SECONDS, best.elapsed()
+    while now < ends and chain.time > good_enough:
+        worth = not kicks or chain.kick()
+        if kicks:
+            took = best.elapsed() - now
+        rests = min(ends, best.elapsed() + (KICK_REST if kicks else PACKING_REST) * took)
+        while worth and (now := best.elapsed()) < rests and chain.time > good_enough:
+            chain.step((now - began) / (until - began), size)
+            best.evaluations += size
+            spent = best.elapsed() - now
+            size = max(1, min(int(size * min(2.0, SLICE_SECONDS / max(spent, 1e-6))), 10_000))
+        if kicks and worth:
+            chain.settle((now - began) / (until - began))
+        elif not kicks and (now := best.elapsed()) < ends:
             chain.pack()
-            rested = best.elapsed()
-            packing = rested - now
+            took = best.elapsed() - now
+        now = best.elapsed()
 
 
 def _fits(graphs: Sequence[StageGraph], schedules: Sequence[Schedule]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.core.joint import make_joint_plan, simulate_joint_compiled, verify_joint
 from dip_megatron.schedulers.dip.random import seeded
+from dip_megatron.schedulers.joint import chain as chains
 from dip_megatron.schedulers.joint import one_slot_at_a_time, pairings, together
 from dip_megatron.schedulers.joint.chain import JointChain, begin_joint, find_places, make_joint_problem
 from dip_megatron.schedulers.joint.packing import make_packing, packed
@@ -74,6 +77,32 @@ def test_packed_orders_may_run_and_take_what_the_walk_says(seed):
     found = simulate_joint_compiled(graphs, schedules, experts).iteration_time
     assert found == pytest.approx(chain.time, rel=1e-12)
     verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
+
+
+@settings(20, deadline=None)
+@given(seeds)
+def test_kicked_orders_may_run_and_the_best_stays(seed):
+    graphs, experts = coupled(seed)
+    t = together(graphs, experts, pairings(graphs, experts)[0])
+    chain = JointChain(t, make_joint_problem(t), one_slot_at_a_time(t), seed % 5, 0)
+    for progress in (0.0, 0.0, 0.5, 1.0, 1.0):
+        best, under_way = chain.time, float(chain.values[0])
+        # Hot walks from whatever a kick leaves: most end higher than they were on the way.
+        with patch.multiple(chains, NEAR=1.0, COOL=1e-2, COLD=1e-2):
+            worth = chain.kick()
+            if worth:
+                chain.step(progress, 50)
+                chain.settle(progress)
+        if worth:
+            assert chain.values[0] <= under_way or progress < 1.0
+        else:
+            assert chain.values[0] == under_way
+        assert chain.time <= min(best, chain.values[0])
+        assert begin_joint(chain.q, chain.sequences, seeded(0, 0)) == pytest.approx(chain.values[0], rel=1e-12)
+        schedules = chain.schedules()
+        found = simulate_joint_compiled(graphs, schedules, experts).iteration_time
+        assert found == pytest.approx(chain.time, rel=1e-12)
+        verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
 
 
 def test_packing_alone_makes_pipelines_of_one_slot_at_a_time():
