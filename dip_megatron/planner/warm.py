@@ -29,8 +29,8 @@ def warm_up_joint_plans(search: bool) -> None:
     experts = ExpertLayers.every(graph.modules, [m.name for m in graph.modules])
     verify_joint(make_joint_plan([graph, graph], [schedule, schedule], experts, lower_bound=0.0))
     if search:
-        # However good what is found first: walks are loaded, too.
-        search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=100, options=SearchOptions(gap=-1.0))
+        # However good what is found first, walks are loaded, too; the last one, which kicks, has the rest of so many.
+        search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=4000, options=SearchOptions(gap=-1.0))
 
 
 def warm_up_exchanges(samples: bool) -> None:
