@@ -185,9 +185,12 @@ def main() -> int:
     parser.add_argument("--baselines", default=",".join(BASELINES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    models = options.models.split(",")
+    if unknown := set(models) - set(RECIPES):
+        parser.error(f"no recipe of {', '.join(sorted(unknown))} here; there are {', '.join(RECIPES)}")
     warm_up()
     names = [n for n in options.baselines.split(",") if n]
-    data = [measure(m, options.microbatches, options.evaluations, names) for m in options.models.split(",")]
+    data = [measure(m, options.microbatches, options.evaluations, names) for m in models]
     for row in data:
         seconds, notes = row.seconds, row.notes
         print(f"\n{row.model} ({row.recipe}): {row.microbatches} microbatches a replica, groups of {row.coupled} "
