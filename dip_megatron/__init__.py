@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from .core import ModalityModule as ModalityModule
     from .core import Operation as Operation
+    from .core import OperationGraph as OperationGraph
     from .core import Payload as Payload
     from .core import Plan as Plan
     from .core import Schedule as Schedule
-    from .core import StageGraph as StageGraph
     from .core import TensorSpec as TensorSpec
     from .core import Unit as Unit
     from .core.files import PlanFileError as PlanFileError
@@ -75,8 +75,8 @@ if TYPE_CHECKING:
     from .megatron.cpu import install_cpu_platform as install_cpu_platform
     from .runtime.protocol import Inputs as Inputs
     from .runtime.protocol import MicrobatchInputs as MicrobatchInputs
+    from .runtime.protocol import ModelProgram as ModelProgram
     from .runtime.protocol import SamplePacking as SamplePacking
-    from .runtime.protocol import StageProgram as StageProgram
     from .runtime.protocol import Tensors as Tensors
     from .schedulers.common import BaselineError as BaselineError
     from .schedulers.entry import Found as Found

@@ -22,7 +22,7 @@ from .describe.partition import read_partition
 FOLDER = Path(__file__).parent / "configs" / "train"
 
 
-class Planned(BaseModel):
+class PlanningResult(BaseModel):
     """What the plans of the recipe's batches say: mean seconds an iteration and their lower bound; 1e9 bytes that each
     pipeline rank holds at its fullest, activations of the largest batch included; by name of the schedule, mean seconds
     without DIP, where that fits."""
@@ -46,7 +46,7 @@ class _File(BaseModel):
     microbatches: PositiveInt
     script: str
     lacks: list[str] = Field(default_factory=list)
-    planned: Planned | None = None
+    planned: PlanningResult | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Recipe:
     microbatches: int
     script: str
     lacks: tuple[str, ...]
-    planned: Planned
+    planned: PlanningResult
     partition: Partition
     config: DipConfig
     flags: tuple[str, ...]

@@ -125,7 +125,7 @@ def emulate(seconds_per_token: float) -> list[float]:
     """Let operations last as long as a device would take for their tokens. What is returned gets by how much each was
     late all the same: its computing took longer, or the host had no core for it when its time was over."""
     from dip_megatron.core import Kind
-    from dip_megatron.runtime.stages import ModelStages
+    from dip_megatron.runtime.chunk_runner import ChunkRunner
 
     late: list[float] = []
     shares = {Kind.F: 1.0, Kind.B: 1.0, Kind.W: 1.0, Kind.BW: 2.0}
@@ -143,7 +143,7 @@ def emulate(seconds_per_token: float) -> list[float]:
         return run
 
     for name in ("forward", "backward", "weight"):
-        setattr(ModelStages, name, lasting(getattr(ModelStages, name)))
+        setattr(ChunkRunner, name, lasting(getattr(ChunkRunner, name)))
     return late
 
 

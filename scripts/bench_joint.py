@@ -28,14 +28,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.core import ModalityModule, Schedule, StageGraph
+from dip_megatron.core import ModalityModule, OperationGraph, Schedule
 from dip_megatron.core.graph import Floats
 from dip_megatron.core.joint import ExpertLayers, make_joint_plan, verify_joint
 from dip_megatron.describe.cost import Cluster, cost_model, load_cluster, paper_cost_model, segmented_graph
 from dip_megatron.describe.model import MultimodalModel, load_model
 from dip_megatron.describe.workload import Microbatch, load_workload
-from dip_megatron.planner.alike import AlikeSlots, CoupledWork, assign_alike
 from dip_megatron.planner.balance import Work, assign, microbatch_work
+from dip_megatron.planner.coupled_balance import CoupledAssignment, CoupledWork, assign_coupled
 from dip_megatron.planner.partitioning import choose_partition, paper_partition
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers import BaselineError, find_schedule
@@ -83,12 +83,12 @@ def experts_of(case: Case, modules: Sequence[ModalityModule]) -> ExpertLayers:
     return ExpertLayers.of({WITH_EXPERTS: flags})
 
 
-def graphs_of(case: Case, batches: Sequence[Batch]) -> list[StageGraph]:
+def graphs_of(case: Case, batches: Sequence[Batch]) -> list[OperationGraph]:
     """One graph a replica."""
     return [segmented_graph(case.pricer, case.partition, b) for b in batches]
 
 
-def coupled_work(graphs: Sequence[StageGraph], experts: ExpertLayers, group: int) -> CoupledWork:
+def coupled_work(graphs: Sequence[OperationGraph], experts: ExpertLayers, group: int) -> CoupledWork:
     """What the microbatches of all replicas are worth."""
     count = 1 + max(unit.microbatch for unit in graphs[0].units)
     meeting: list[Floats] = []
@@ -120,15 +120,15 @@ def alone(case: Case, batches: Sequence[Batch], evaluations: int) -> float:
     return max(times)
 
 
-def exchanged(work: CoupledWork, flat: Batch) -> tuple[list[Batch], AlikeSlots, float]:
+def exchanged(work: CoupledWork, flat: Batch) -> tuple[list[Batch], CoupledAssignment, float]:
     """Batches after the exchange, and the seconds it took to work out."""
     start = time.process_time()
-    found = assign_alike(work)
+    found = assign_coupled(work)
     spent = time.process_time() - start
     return [[flat[m] for m in found.order(r)] for r in range(work.replicas)], found, spent
 
 
-def paired(graphs: Sequence[StageGraph]) -> Slots:
+def paired(graphs: Sequence[OperationGraph]) -> Slots:
     """Every replica's microbatches longest first."""
     return np.stack([dip_pairing(microbatch_work(g)[0]) for g in graphs])
 

@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.core import Plan, Schedule, StageGraph
+from dip_megatron.core import OperationGraph, Plan, Schedule
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
 from dip_megatron.core.simulate.kernels import pad_orders, replay
@@ -44,7 +44,7 @@ from dip_megatron.planner.facade import (
     make_planner,
     searched_partition,
 )  # fmt: skip
-from dip_megatron.planner.live import ModelGraphs
+from dip_megatron.planner.model_graphs import ModelGraphs
 from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import AT_CALL_SECONDS, PlannerService
@@ -85,8 +85,8 @@ class Case:
     setting: Setting
     ours: Partition
     paper: Partition
-    graphs: list[StageGraph] = field(default_factory=list)
-    paper_graphs: list[StageGraph] = field(default_factory=list)
+    graphs: list[OperationGraph] = field(default_factory=list)
+    paper_graphs: list[OperationGraph] = field(default_factory=list)
     best: list[SearchResult] = field(default_factory=list)
 
 

@@ -38,7 +38,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import OperationGraph
 from dip_megatron.core.graph import Floats
 from dip_megatron.describe.cost import CostModel, cost_model, segmented_graph
 from dip_megatron.describe.files import resolve
@@ -64,7 +64,7 @@ class Seconds:
         self._data = sqlite3.connect(":memory:" if file is None else file, timeout=60.0, isolation_level=None)
         self._data.execute("CREATE TABLE IF NOT EXISTS plans (batch TEXT PRIMARY KEY, seconds REAL)")
 
-    def of(self, graph: StageGraph, evaluations: int) -> float:
+    def of(self, graph: OperationGraph, evaluations: int) -> float:
         """Under the plan of a search that tries so many schedules."""
         key = _digest(graph, evaluations)
         known = self._data.execute("SELECT seconds FROM plans WHERE batch = ?", (key,)).fetchone()
@@ -75,7 +75,7 @@ class Seconds:
         return float(known[0])
 
 
-def _digest(graph: StageGraph, evaluations: int) -> str:
+def _digest(graph: OperationGraph, evaluations: int) -> str:
     """Of everything a search looks at."""
     whole = hashlib.sha256(str(evaluations).encode())
     for field in fields(graph):

@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dip_megatron.core import StageGraph, check_complete
+from dip_megatron.core import OperationGraph, check_complete
 from dip_megatron.core.bounds import lower_bound
 from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
 from dip_megatron.core.simulate.kernels import pad_orders, replay
@@ -112,7 +112,7 @@ def tight(count: int) -> Counter[str]:
     return outcome
 
 
-def executed_over_planned(graph: StageGraph, result: SearchResult, draws: int, share: float) -> list[float]:
+def executed_over_planned(graph: OperationGraph, result: SearchResult, draws: int, share: float) -> list[float]:
     """How much longer a plan takes where every operation takes up to ``share`` more or less, its order unchanged."""
     random = np.random.default_rng(0)
     found = []

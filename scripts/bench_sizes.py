@@ -26,7 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import MultimodalModel, Partition, load_model
 from dip_megatron.describe.workload import load_workload
-from dip_megatron.planner.facade import DoesNotFitError, Effort, Planned, Setting, make_planner, searched_partition
+from dip_megatron.planner.facade import (
+    DoesNotFitError,
+    Effort,
+    PlanningResult,
+    Setting,
+    make_planner,
+    searched_partition,
+)
 from dip_megatron.schedulers import BaselineError
 from dip_megatron.schedulers.dip import warm_up
 from scripts.paper.flops import model_flops
@@ -67,7 +74,7 @@ class Row:
         ]  # fmt: skip
 
 
-def planned(name: str, setting: Setting, effort: Effort, partition: Partition | None) -> list[Planned] | None:
+def planned(name: str, setting: Setting, effort: Effort, partition: Partition | None) -> list[PlanningResult] | None:
     """Plans of all batches; None where the schedule can't run them within memory."""
     try:
         planner = make_planner(name, setting, effort, partition)
@@ -77,7 +84,7 @@ def planned(name: str, setting: Setting, effort: Effort, partition: Partition | 
     return found if all(plan.fits for plan in found) else None
 
 
-def mean_seconds(plans: Sequence[Planned]) -> float:
+def mean_seconds(plans: Sequence[PlanningResult]) -> float:
     """Mean iteration time."""
     return float(np.mean([plan.iteration_time for plan in plans]))
 

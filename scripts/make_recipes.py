@@ -22,7 +22,7 @@ from dip_megatron.describe.model import load_model
 from dip_megatron.describe.partition import read_partition, write_partition
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import DoesNotFitError, Effort, Setting, make_planner, searched_partition
-from dip_megatron.recipes import FOLDER, Planned, dip_settings, load_recipe, megatron_flags, recipe_names
+from dip_megatron.recipes import FOLDER, PlanningResult, dip_settings, load_recipe, megatron_flags, recipe_names
 from dip_megatron.schedulers import BaselineError
 
 BATCHES = 2
@@ -122,7 +122,7 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _without(planned: Planned, name: str) -> str:
+def _without(planned: PlanningResult, name: str) -> str:
     if not planned.without_dip:
         return "-"
     return f"{planned.without_dip[name]:.2f}" if name in planned.without_dip else "doesn't fit"

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from hypothesis import strategies as st
 
-from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.core import ModalityModule, OperationGraph, Unit
 
 GIB = float(2**30)
 
 
-def smallest_need(graph: StageGraph) -> np.ndarray:
+def smallest_need(graph: OperationGraph) -> np.ndarray:
     """Bytes each rank needs at least beside its static bytes, ``[P]``, when units form trees (as all graphs here do).
 
     All stages that lead to a sink unit are held at once when its last forward starts; a stage without backward is held
@@ -38,7 +38,7 @@ def smallest_need(graph: StageGraph) -> np.ndarray:
     return need
 
 
-def with_memory(graph: StageGraph, factor: float) -> StageGraph:
+def with_memory(graph: OperationGraph, factor: float) -> OperationGraph:
     """The same graph with ``factor`` times the smallest need of every rank as its limit (inf: no limit)."""
     limit = np.full(graph.ranks, np.inf) if np.isinf(factor) else graph.static_bytes + np.ceil(
         factor * smallest_need(graph)
@@ -57,7 +57,7 @@ def random_graph(
     memory: float | None = None,
     integer: bool = False,
     frozen: bool | None = None,
-) -> StageGraph:
+) -> OperationGraph:
     """A drawn graph. ``memory`` is the limit over the smallest need (None: drawn, inf: no limit).
 
     Shapes: one module; encoder(s) into a backbone; a backbone into a generator with one or several units; a chain of
@@ -153,7 +153,7 @@ def random_graph(
     transfer = np.round(rng.uniform(0, 2.0, rows)) * 1e-3 if integer else rng.uniform(0, 5e-4, rows)
     if rng.random() < 0.3:
         transfer = np.zeros(rows)
-    graph = StageGraph(
+    graph = OperationGraph(
         ranks=ranks,
         modules=tuple(modules),
         units=tuple(units),
@@ -203,7 +203,7 @@ PAPER_MODELS = {
 def paper_graph(
     name: str, seed: int = 0, *, microbatches: int = 16, ranks: int | None = None, limited: bool = True,
     candidates: int = 3,
-) -> StageGraph:  # fmt: skip
+) -> OperationGraph:  # fmt: skip
     """A graph with the sizes of one of the paper's models and a drawn batch of packed, mixed data."""
     model = PAPER_MODELS[name]
     ranks = ranks or model.ranks
@@ -244,7 +244,7 @@ def paper_graph(
     activation = np.round(np.array(held)[None] * (1.0 - 0.92 * extra))
     deferred_activation = np.round(np.repeat(np.array(held)[None] * 0.5, candidates, axis=0))
     limit = np.full(ranks, 80 * GIB if limited else np.inf)
-    return StageGraph(
+    return OperationGraph(
         ranks=ranks,
         modules=tuple(modules),
         units=tuple(units),
@@ -260,6 +260,6 @@ def paper_graph(
     )
 
 
-def small_graphs(**fixed: object) -> st.SearchStrategy[StageGraph]:
+def small_graphs(**fixed: object) -> st.SearchStrategy[OperationGraph]:
     """Hypothesis strategy over :func:`random_graph`; keyword arguments fix what would be drawn."""
     return st.integers(0, 2**32 - 1).map(lambda seed: random_graph(seed, **fixed))  # type: ignore[arg-type]

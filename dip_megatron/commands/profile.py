@@ -123,7 +123,7 @@ def _measure_layers(model: MultimodalModel, device: Any, repeats: int, progress:
     install_cpu_platform()
     import torch
 
-    from ..profile.stages import costs_of, profile_llava
+    from ..profile.operations import costs_of, profile_llava
     from ..testing.alone import process_alone
     from ..testing.synthetic import llava_arguments
 

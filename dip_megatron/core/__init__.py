@@ -1,7 +1,7 @@
 """Stages, their dependencies, schedules and plans; the verifier and the files."""
 
 from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message, Reduce, parse_action
-from .graph import GraphError, StageGraph
+from .graph import GraphError, OperationGraph
 from .modules import ModalityModule, Unit
 from .operations import Kind, Operation
 from .order import Schedule, check_complete
@@ -18,13 +18,13 @@ __all__ = [
     "Message",
     "ModalityModule",
     "Operation",
+    "OperationGraph",
     "Payload",
     "Plan",
     "Predicted",
     "Reduce",
     "Schedule",
     "SearchStatistics",
-    "StageGraph",
     "TensorSpec",
     "Unit",
     "check_complete",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .graph import StageGraph
+from .graph import OperationGraph
 from .modules import ModalityModule, Unit
 from .operations import Kind
 from .order import Schedule, check_complete
@@ -34,7 +34,7 @@ class ActionCsvError(ValueError):
 class _Chain:
     """The virtual stages of a graph, numbered along the way of a microbatch."""
 
-    def __init__(self, graph: StageGraph):
+    def __init__(self, graph: OperationGraph):
         """Raises ActionCsvError if the graph is no chain of stages for whole microbatches."""
         self.graph = graph
         for before, module in zip((None, *graph.modules), graph.modules, strict=False):
@@ -80,7 +80,7 @@ class _Chain:
         return s, graph.ranks - 1 - place if graph.is_reversed[s] else place
 
 
-def format_actions(graph: StageGraph, schedule: Schedule) -> str:
+def format_actions(graph: OperationGraph, schedule: Schedule) -> str:
     """The CSV of a schedule. Raises ActionCsvError for what the format can't say."""
     chain, out = _Chain(graph), io.StringIO()
     without, ranks = np.nonzero(~graph.has_backward)
@@ -102,7 +102,7 @@ def format_actions(graph: StageGraph, schedule: Schedule) -> str:
     return out.getvalue()
 
 
-def parse_actions(text: str, graph: StageGraph) -> Schedule:
+def parse_actions(text: str, graph: OperationGraph) -> Schedule:
     """The order that a CSV says for a graph, every stage with its fastest memory strategy.
 
     Raises ActionCsvError ``rank R, action I (CELL): reason`` for what is not this graph's.
@@ -133,7 +133,7 @@ def parse_actions(text: str, graph: StageGraph) -> Schedule:
     return schedule
 
 
-def read_actions(path: str | Path) -> tuple[StageGraph, Schedule]:
+def read_actions(path: str | Path) -> tuple[OperationGraph, Schedule]:
     """A file's order on a graph of its own: stages of a second each in every direction, no memory limit.
 
     Raises ActionCsvError ``FILE: place: reason``, also for stages placed neither in a loop over the ranks nor in a V.
@@ -166,7 +166,7 @@ def _lines(text: str) -> Iterator[list[tuple[str, int, str, int]]]:
         yield line
 
 
-def _graph(lines: list[list[tuple[str, int, str, int]]]) -> StageGraph:
+def _graph(lines: list[list[tuple[str, int, str, int]]]) -> OperationGraph:
     cells = [cell for line in lines for cell in line]
     if not cells:
         raise ActionCsvError("there is no action")
@@ -185,7 +185,7 @@ def _graph(lines: list[list[tuple[str, int, str, int]]]) -> StageGraph:
         back.append(ranks > 1 and held[0] == ranks - 1)
     module = ModalityModule("model", ((1,) * ranks,) * segments, reversed=tuple(back) if any(back) else ())
     second = np.ones((1, microbatches * segments, ranks))
-    return StageGraph(
+    return OperationGraph(
         ranks=ranks, modules=(module,), units=tuple(Unit(m, "model", m) for m in range(microbatches)), forward=second,
         backward=second, weight=second, fused=2 * second, activation=second, deferred_activation=0 * second,
         transfer=np.zeros(microbatches * segments), static_bytes=np.zeros(ranks), memory_limit=np.full(ranks, np.inf),

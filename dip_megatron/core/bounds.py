@@ -16,7 +16,7 @@ Four bounds, each valid by itself; the largest is returned.
    preemptive scheduling by largest tail is optimal for that relaxation.
 
 2. *Filling the pipeline.* Before a rank's first operations of some kind arrive it runs others only, and loses time if
-   these are too few; without split backwards the same holds for the drain. See :mod:`.filling`.
+   these are too few; without split backwards the same holds for the drain. See :mod:`.fill_bounds`.
 
 3. *Memory.* Call lost, in an interval, the time of a rank that the least durations of what it runs there don't account
    for; losses in disjoint intervals add up, and a rank's time is at least its losses plus all its work. Before a rank's
@@ -44,8 +44,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .filling import idle_of_filling, idle_of_first_wave
-from .graph import Floats, Ints, StageGraph
+from .fill_bounds import idle_of_filling, idle_of_first_wave
+from .graph import Floats, Ints, OperationGraph
 from .lifetimes import held_memory
 from .simulate.compiled import compiled
 from .simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT, GraphArrays, graph_arrays
@@ -217,13 +217,13 @@ class Bounded(NamedTuple):
     tail: Floats
 
 
-def lower_bound(graph: StageGraph, *, split: bool = True) -> float:
+def lower_bound(graph: OperationGraph, *, split: bool = True) -> float:
     """Seconds below which no plan of ``graph`` can be, whatever its order and memory strategies; see the module for the
     proof. With ``split`` False, no plan without split backwards."""
     return bounded(graph, split=split).seconds
 
 
-def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
+def bounded(graph: OperationGraph, *, split: bool = True) -> Bounded:
     """See :class:`Bounded`."""
     g = graph_arrays(graph)
     virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
@@ -258,7 +258,7 @@ def bounded(graph: StageGraph, *, split: bool = True) -> Bounded:
 
 
 def _memory(
-    graph: StageGraph, g: GraphArrays, least: Sequence[Floats], whole: Floats, head: Floats, tail: Floats
+    graph: OperationGraph, g: GraphArrays, least: Sequence[Floats], whole: Floats, head: Floats, tail: Floats
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """Argument 3: time lost before the first backward and after the last forward, each ``[2, P]``: as losses that add
     up, and with charges for strategies, alone; and whether both add up ``[P]``."""

@@ -1,6 +1,6 @@
 """Actions as whole numbers: what plans are made of, sent as and checked as; objects are made of them where people look.
 
-With S virtual microbatches and E edges (:attr:`StageGraph.edges`): codes below 4S are operations, ``kind * S + s``.
+With S virtual microbatches and E edges (:attr:`OperationGraph.edges`): codes below 4S are operations, ``kind * S + s``.
 Then come the sends, receives, waits for sends and waits for receives of the 2E messages; message e is the output that
 travels along edge e, message E + e the gradient that travels back. Last come the starts of reductions, one for each
 chunk that a rank has: (module, segment), numbered as the modules list them.
@@ -15,7 +15,7 @@ from typing import overload
 import numpy as np
 
 from .actions import Action, Communicate, CommunicationKind, Compute, Message, Reduce
-from .graph import GraphError, Ints, StageGraph
+from .graph import GraphError, Ints, OperationGraph
 from .modules import chunks_of
 from .operations import Kind, Operation
 
@@ -27,12 +27,12 @@ COMMUNICATIONS = (
 )
 
 
-def first_reduction(graph: StageGraph) -> int:
+def first_reduction(graph: OperationGraph) -> int:
     """The codes of reductions begin here."""
     return 4 * graph.virtual_microbatches + 4 * 2 * len(graph.edges.source)
 
 
-def code_count(graph: StageGraph) -> int:
+def code_count(graph: OperationGraph) -> int:
     """Codes are below this."""
     return first_reduction(graph) + len(chunks_of(graph.modules))
 
@@ -40,7 +40,7 @@ def code_count(graph: StageGraph) -> int:
 class Decoder:
     """Turns the codes of one graph into actions, and back."""
 
-    def __init__(self, graph: StageGraph):
+    def __init__(self, graph: OperationGraph):
         self._graph = graph
         self._edges = len(graph.edges.source)
         self._reductions = first_reduction(graph)
@@ -109,7 +109,7 @@ class Decoder:
 class RankActions(Sequence[tuple[Action, ...]]):
     """The actions of all ranks, ``[rank][i]``, decoded when they are looked at."""
 
-    def __init__(self, graph: StageGraph, codes: tuple[Ints, ...]):
+    def __init__(self, graph: OperationGraph, codes: tuple[Ints, ...]):
         self._decoder = Decoder(graph)
         self._codes = codes
         self._decoded: dict[int, tuple[Action, ...]] = {}
@@ -138,7 +138,7 @@ class RankActions(Sequence[tuple[Action, ...]]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def encode(graph: StageGraph, actions: Sequence[Sequence[Action]]) -> tuple[Ints, ...]:
+def encode(graph: OperationGraph, actions: Sequence[Sequence[Action]]) -> tuple[Ints, ...]:
     """Codes of all ranks' actions. Raises GraphError ``rank R, action I: reason`` for what the graph doesn't have."""
     decoder = Decoder(graph)
     codes = []

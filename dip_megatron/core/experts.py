@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .graph import StageGraph
+from .graph import OperationGraph
 from .modules import ModalityModule
 from .strategies import exchanging_strategies, parse_strategy
 
@@ -68,7 +68,7 @@ class ExpertLayers:
                     f"expert layers of {name!r}: chunks of {shape} layers, not {known[name].layers}"
                 )
 
-    def meets(self, graph: StageGraph) -> NDArray[np.bool_]:
+    def meets(self, graph: OperationGraph) -> NDArray[np.bool_]:
         """``[S, P]``: whether the stage's chunk has a layer with experts."""
         out = np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.bool_)
         flags = {name: np.array([[any(c) for c in row] for row in rows]) for name, rows in self.modules}
@@ -78,7 +78,7 @@ class ExpertLayers:
                 out[first : first + len(flags[unit.module])] = flags[unit.module]
         return out
 
-    def repeats(self, graph: StageGraph) -> NDArray[np.int64]:
+    def repeats(self, graph: OperationGraph) -> NDArray[np.int64]:
         """``[C, S, P]``: which of the chunk's layers with experts run their collectives again in the backward, under
         each memory strategy: bit i of the number is layer i of the chunk."""
         out = np.zeros(graph.forward.shape, dtype=np.int64)

@@ -19,8 +19,8 @@ from .actions import Compute, parse_action
 from .codes import encode
 from .experts import Coupled, ExpertLayers, ExpertLayersError
 from .faults import reason
-from .format import VERSION, PlanRecord, StageBytes, StageTimes, UnitRecord, upgraded
-from .graph import Floats, GraphError, StageGraph
+from .format import VERSION, OperationBytes, OperationTimes, PlanRecord, UnitRecord, upgraded
+from .graph import Floats, GraphError, OperationGraph
 from .json_lines import load_line
 from .modules import ModalityModule, Unit
 from .operations import Operation
@@ -28,7 +28,7 @@ from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec
 from .versions import is_version
 
-Row = TypeVar("Row", StageTimes, StageBytes)
+Row = TypeVar("Row", OperationTimes, OperationBytes)
 
 
 class PlanFileError(ValueError):
@@ -167,7 +167,7 @@ def parse_plan(line: str) -> Plan:
         _length("overhead", record.overhead, record.ranks, "ranks")
     limit = [np.inf if b is None else b for b in record.memory_limit]
     try:
-        graph = StageGraph(
+        graph = OperationGraph(
             ranks=record.ranks,
             modules=modules,
             units=units,
@@ -281,7 +281,7 @@ def _rows(record: PlanRecord, place: str, rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _array(rows: Sequence[StageTimes | StageBytes], name: str) -> Floats:
+def _array(rows: Sequence[OperationTimes | OperationBytes], name: str) -> Floats:
     return np.array([[getattr(row, name) for row in rows]], dtype=np.float64)
 
 
@@ -292,7 +292,7 @@ def _action(place: str, text: str) -> Any:
         raise PlanFileError(f"{place}: {error}") from error
 
 
-def _virtual_microbatch_of(graph: StageGraph, rank: int, place: str, operation: Operation) -> int:
+def _virtual_microbatch_of(graph: OperationGraph, rank: int, place: str, operation: Operation) -> int:
     if operation.rank != rank:
         raise PlanFileError(f"{place}: {operation} is rank {operation.rank}'s, the list is rank {rank}'s")
     try:
@@ -301,7 +301,7 @@ def _virtual_microbatch_of(graph: StageGraph, rank: int, place: str, operation: 
         raise PlanFileError(f"{place}: {error}") from error
 
 
-def _schedule(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Schedule:
+def _schedule(graph: OperationGraph, actions: Sequence[Sequence[Any]]) -> Schedule:
     """The order of operations that the compute actions spell out."""
     orders = []
     for rank, line in enumerate(actions):
@@ -314,7 +314,7 @@ def _schedule(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> Schedule:
     return Schedule(tuple(orders), np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
 
 
-def _with_strategies(graph: StageGraph, actions: Sequence[Sequence[Any]]) -> StageGraph:
+def _with_strategies(graph: OperationGraph, actions: Sequence[Sequence[Any]]) -> OperationGraph:
     """The graph with the memory strategies that the actions name; one stage has one strategy."""
     names: dict[tuple[int, int], str] = {}
     for rank, line in enumerate(actions):

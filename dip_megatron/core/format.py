@@ -47,7 +47,7 @@ class UnitRecord(Strict):
     rank: Annotated[Count | None, Field(description="where a unit of a replicated module runs")] = None
 
 
-class StageTimes(Strict):
+class OperationTimes(Strict):
     """Seconds of the stages of one unit in one segment, one entry per rank."""
 
     module: Name
@@ -59,7 +59,7 @@ class StageTimes(Strict):
     BW: Annotated[list[Seconds], Field(description="both gradients at once")]
 
 
-class StageBytes(Strict):
+class OperationBytes(Strict):
     """Bytes of the stages of one unit in one segment, one entry per rank."""
 
     module: Name
@@ -130,8 +130,8 @@ class PlanRecord(Strict):
     ranks: Annotated[int, Field(ge=1)]
     modules: Annotated[list[ModuleRecord], Field(min_length=1)]
     units: Annotated[list[UnitRecord], Field(min_length=1)]
-    durations: Annotated[list[StageTimes], Field(description="by unit, then segment")]
-    activation_bytes: Annotated[list[StageBytes], Field(description="by unit, then segment")]
+    durations: Annotated[list[OperationTimes], Field(description="by unit, then segment")]
+    activation_bytes: Annotated[list[OperationBytes], Field(description="by unit, then segment")]
     transfer: Annotated[
         list[Seconds],
         Field(description="seconds of one transfer of a virtual microbatch's output, in the order of durations"),

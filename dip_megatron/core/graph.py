@@ -1,8 +1,8 @@
 """The stage graph: everything the planner knows about one iteration, and the one dependency rule.
 
 The stages of one unit in one segment form a *virtual microbatch* (Megatron's word for a model chunk's work on a
-microbatch), with one stage per pipeline rank. They are numbered unit by unit in the order of :attr:`StageGraph.units`,
-segment by segment. Arrays are indexed ``[strategy, virtual microbatch, rank]``.
+microbatch), with one stage per pipeline rank. They are numbered unit by unit in the order of
+:attr:`OperationGraph.units`, segment by segment. Arrays are indexed ``[strategy, virtual microbatch, rank]``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GraphError(ValueError):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StageGraph:
+class OperationGraph:
     """Stages of one iteration with durations (seconds), bytes and dependencies.
 
     With C memory strategies, S virtual microbatches and P ranks: ``forward``, ``backward`` (input gradient),
@@ -358,19 +358,19 @@ class StageGraph:
     def strategy_name(self, strategy: int, virtual_microbatch: int, rank: int) -> str:
         return self.strategies[virtual_microbatch][rank][strategy] if self.strategies else "none"
 
-    def repriced(self, **fields: Any) -> StageGraph:
+    def repriced(self, **fields: Any) -> OperationGraph:
         """The graph with other arrays per strategy, or names of strategies. What waits for what is the same, and not
         worked out again."""
         graph = replace(self, **fields)
         graph.__dict__.update({name: self.__dict__[name] for name in _STRUCTURE if name in self.__dict__})
         return graph
 
-    def changed(self, change: Callable[[Floats], Floats], **others: Any) -> StageGraph:
+    def changed(self, change: Callable[[Floats], Floats], **others: Any) -> OperationGraph:
         """The graph with ``change`` made to each array that has a value per strategy; ``others`` are replaced."""
         arrays: dict[str, Any] = {name: change(getattr(self, name)) for name in PER_STRATEGY}
         return replace(self, **arrays, **others)
 
-    def project(self, strategy: NDArray[np.int8]) -> StageGraph:
+    def project(self, strategy: NDArray[np.int8]) -> OperationGraph:
         """The graph with one strategy per stage (``strategy`` is ``[S, P]``), so that C = 1."""
         index = strategy[None].astype(np.int64)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .graph import Floats, Ints, StageGraph
+from .graph import Floats, Ints, OperationGraph
 from .operations import Kind
 from .simulate.compiled import compiled
 
@@ -40,7 +40,7 @@ class Messages(NamedTuple):
     after: Ints
 
 
-def messages_of(graph: StageGraph) -> Messages:
+def messages_of(graph: OperationGraph) -> Messages:
     """Lay out the messages of ``graph``."""
     edges = graph.edges
     back, forth = edges.target % graph.ranks, edges.source % graph.ranks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .graph import Floats, Ints, StageGraph
+from .graph import Floats, Ints, OperationGraph
 from .simulate.compiled import compiled
 from .simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT, GraphArrays
 
@@ -47,7 +47,7 @@ def _round_trips(
 
 
 def held_memory(
-    graph: StageGraph, g: GraphArrays, order: Ints, least: tuple[Floats, Floats], whole: Floats, head: Floats,
+    graph: OperationGraph, g: GraphArrays, order: Ints, least: tuple[Floats, Floats], whole: Floats, head: Floats,
     idle: Floats, proven: float, *, split: bool,
 ) -> Floats:  # fmt: skip
     """Seconds that each rank's plan takes at least, ``[P]``, 0 where memory has no limit.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .actions import Message
-from .graph import Ints, StageGraph
+from .graph import Ints, OperationGraph
 from .kernels import lower_codes, make_lowering, messages_of
 from .operations import Kind, Operation
 from .order import Schedule
@@ -21,7 +21,7 @@ from .simulate.kernels import pad_orders, simulate_compiled
 from .simulate.reference import Timeline
 
 
-def outgoing(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
+def outgoing(graph: OperationGraph, operation: Operation) -> tuple[Message, ...]:
     """Messages that an operation's end sets off, those between stages of one rank included."""
     s, p = graph.virtual_microbatch_of(operation), operation.rank
     source = graph.operation(_gradient_or_output(operation.kind), s, p)
@@ -29,7 +29,7 @@ def outgoing(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
     return tuple(Message(source, graph.operation(d.kind, d.virtual_microbatch, d.rank)) for d in readers)
 
 
-def incoming(graph: StageGraph, operation: Operation) -> tuple[Message, ...]:
+def incoming(graph: OperationGraph, operation: Operation) -> tuple[Message, ...]:
     """Messages an operation waits for, those between stages of one rank included."""
     if operation.kind == Kind.W:
         return ()
@@ -44,7 +44,7 @@ def _gradient_or_output(kind: Kind) -> Kind:
     return Kind.F if kind == Kind.F else Kind.B
 
 
-def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = None) -> tuple[Ints, ...]:
+def lower(graph: OperationGraph, schedule: Schedule, timeline: Timeline | None = None) -> tuple[Ints, ...]:
     """Action codes of every rank. ``timeline`` (simulated if not given) only decides how early receives are posted."""
     timeline = timeline or simulate_compiled(graph, schedule)
     g = messages_of(graph)
@@ -60,7 +60,7 @@ def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = Non
 
 
 def make_plan(
-    graph: StageGraph,
+    graph: OperationGraph,
     schedule: Schedule,
     *,
     lower_bound: float,

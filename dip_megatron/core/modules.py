@@ -63,7 +63,7 @@ def trained_before(modules: Sequence[ModalityModule]) -> dict[str, list[list[boo
 class Unit:
     """A sub-microbatch: the slice of one microbatch that one module processes at a time.
 
-    ``id`` is its position in :attr:`StageGraph.units`. ``first`` and ``count`` say which instances (images, clips,
+    ``id`` is its position in :attr:`OperationGraph.units`. ``first`` and ``count`` say which instances (images, clips,
     packed sequences) of the microbatch it holds. ``downstream`` are the ids of the downstream units that wait for it.
     ``rank`` is where a unit of a replicated module runs; None of any other, which passes over all ranks.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .graph import Ints, StageGraph
+from .graph import Ints, OperationGraph
 from .operations import Kind, Operation
 
 
@@ -19,18 +19,18 @@ class Schedule:
     orders: tuple[Ints, ...]
     strategy: NDArray[np.int8]
 
-    def operations(self, graph: StageGraph, rank: int) -> list[Operation]:
+    def operations(self, graph: OperationGraph, rank: int) -> list[Operation]:
         """The rank's operations, in order."""
         return [self.operation(graph, rank, i) for i in range(len(self.orders[rank]))]
 
-    def operation(self, graph: StageGraph, rank: int, index: int) -> Operation:
+    def operation(self, graph: OperationGraph, rank: int, index: int) -> Operation:
         """The operation that the rank executes at place ``index`` of its order."""
         kind, virtual_microbatch = divmod(int(self.orders[rank][index]), graph.virtual_microbatches)
         return graph.operation(Kind(kind), virtual_microbatch, rank)
 
     @staticmethod
     def from_operations(
-        graph: StageGraph, operations: list[list[Operation]], strategy: NDArray[np.int8] | None = None
+        graph: OperationGraph, operations: list[list[Operation]], strategy: NDArray[np.int8] | None = None
     ) -> Schedule:
         """Inverse of :meth:`operations`, all ranks at once; without ``strategy`` every stage uses candidate 0."""
         orders = tuple(
@@ -45,7 +45,7 @@ class Schedule:
         return Schedule(orders, strategy)
 
 
-def check_complete(graph: StageGraph, schedule: Schedule) -> str | None:
+def check_complete(graph: OperationGraph, schedule: Schedule) -> str | None:
     """None if every rank has each operation exactly once and W after its B after its F; else the first fault."""
     virtual_microbatches = graph.virtual_microbatches
     if len(schedule.orders) != graph.ranks:
@@ -87,7 +87,7 @@ def check_complete(graph: StageGraph, schedule: Schedule) -> str | None:
     return None
 
 
-def _complete(graph: StageGraph, rank: int, order: Ints) -> bool:
+def _complete(graph: OperationGraph, rank: int, order: Ints) -> bool:
     """Whether a rank's order has no fault, all stages at once: nearly all orders have none."""
     virtual_microbatches = graph.virtual_microbatches
     if len(order) and not (order.min() >= 0 and order.max() < 4 * virtual_microbatches):

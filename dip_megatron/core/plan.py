@@ -12,7 +12,7 @@ import numpy as np
 
 from .codes import RankActions
 from .experts import Coupled
-from .graph import Ints, StageGraph
+from .graph import Ints, OperationGraph
 from .order import Schedule
 
 
@@ -66,7 +66,7 @@ class Plan:
     replicas that share experts, and must not run without the others; what it predicts is the time of all together.
     """
 
-    graph: StageGraph
+    graph: OperationGraph
     schedule: Schedule
     codes: tuple[Ints, ...]
     predicted: Predicted

@@ -27,14 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codes import Decoder, first_reduction
-from .graph import Floats, Ints, StageGraph
+from .graph import Floats, Ints, OperationGraph
 from .modules import ModalityModule, chunks_of
 from .operations import Kind
 from .order import Schedule
 from .plan import Plan
 
 
-def chunk_numbers(graph: StageGraph) -> Ints:
+def chunk_numbers(graph: OperationGraph) -> Ints:
     """``[S]``: the number of each virtual microbatch's (module, segment)."""
     number = {chunk: n for n, chunk in enumerate(chunks_of(graph.modules))}
     return np.array(
@@ -62,7 +62,7 @@ def reduction_turns(modules: Sequence[ModalityModule]) -> Ints:
     return out
 
 
-def _gradients(graph: StageGraph, order: Ints, rank: int) -> tuple[NDArray[np.intp], Ints]:
+def _gradients(graph: OperationGraph, order: Ints, rank: int) -> tuple[NDArray[np.intp], Ints]:
     """Which operations of a rank's order leave weight gradients, and of which chunks."""
     kind, row = np.divmod(order, graph.virtual_microbatches)
     places = np.flatnonzero(((kind == int(Kind.W)) | (kind == int(Kind.BW))) & graph.has_weight[row, rank])
@@ -70,7 +70,7 @@ def _gradients(graph: StageGraph, order: Ints, rank: int) -> tuple[NDArray[np.in
 
 
 def place_reductions(
-    graphs: Sequence[StageGraph], schedules: Sequence[Schedule], ends: Sequence[Sequence[Floats]]
+    graphs: Sequence[OperationGraph], schedules: Sequence[Schedule], ends: Sequence[Sequence[Floats]]
 ) -> list[list[Ints]]:
     """``[replica][rank]``: for each reduction of the rank, in order, how many of its operations come before it.
     ``ends[replica][rank]``: when each operation ends, all replicas simulated together. Empty where nothing trains."""
@@ -92,7 +92,7 @@ def place_reductions(
     ]
 
 
-def with_reductions(graph: StageGraph, codes: Sequence[Ints], places: Sequence[Ints]) -> tuple[Ints, ...]:
+def with_reductions(graph: OperationGraph, codes: Sequence[Ints], places: Sequence[Ints]) -> tuple[Ints, ...]:
     """Lowered ``codes[rank]`` with the reductions at their ``places[rank]``: behind what the operation before sends,
     ahead of what the one after waits for."""
     sends, receives = 4 * graph.virtual_microbatches, 4 * graph.virtual_microbatches + 2 * len(graph.edges.source)

@@ -11,7 +11,7 @@ import numpy as np
 from . import kernels
 from .actions import Channel
 from .codes import Decoder, code_count
-from .graph import Ints, StageGraph
+from .graph import Ints, OperationGraph
 from .order import check_complete
 from .plan import Plan
 from .reductions import reduction_fault
@@ -53,7 +53,7 @@ def verify(plan: Plan) -> None:
                     raise PlanError(f"no payload for virtual microbatch {s} to {target}")
 
 
-def _padded(graph: StageGraph, lines: tuple[Ints, ...]) -> tuple[Ints, Ints]:
+def _padded(graph: OperationGraph, lines: tuple[Ints, ...]) -> tuple[Ints, Ints]:
     """All ranks' codes as one array, and their counts; every code is one of the graph's."""
     counts = np.array([len(line) for line in lines], dtype=np.int32)
     codes = np.zeros((len(lines), max(1, int(counts.max(initial=0)))), dtype=np.int32)

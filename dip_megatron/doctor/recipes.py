@@ -180,8 +180,8 @@ def _override(config: Any, override: str) -> None:
 
 def _provided(provider: Any) -> Check:
     """By what ``provide`` says it returns."""
-    from ..families.called.known import BRIDGE_FAMILIES
     from ..families.known import known_families
+    from ..families.multimodal.bridge_models import BRIDGE_FAMILIES
 
     name = type(provider).__name__
     try:

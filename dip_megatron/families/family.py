@@ -13,7 +13,7 @@ import torch
 
 from ..describe.cost import LayerRun
 from ..describe.model import MultimodalModel, Parallel
-from ..runtime.protocol import StageProgram
+from ..runtime.protocol import ModelProgram
 
 Layers = Mapping[str, tuple[tuple[int, ...], ...]]
 """Layers of each module, ``[segment][rank]``."""
@@ -31,7 +31,7 @@ class Blueprint:
 class MakeProgram(Protocol):
     """Makes the stage program of one rank. ``layers`` come from the partition."""
 
-    def __call__(self, blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> StageProgram: ...
+    def __call__(self, blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch_size: int) -> ModelProgram: ...
 
 
 class MakeMixedProgram(Protocol):
@@ -41,7 +41,7 @@ class MakeMixedProgram(Protocol):
     def __call__(
         self, blueprint: Blueprint, stages: Sequence[Sequence[LayerRun]], *, rank: int, ranks: int,
         reversed_segments: Sequence[bool], micro_batch_size: int,
-    ) -> StageProgram: ...  # fmt: skip
+    ) -> ModelProgram: ...  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def known_families() -> tuple[ModelFamily, ...]:
     """Families whose classes are looked for in every script."""
     own: tuple[ModelFamily, ...] = ()
     if mimo() is not None:
-        from .called.mimo import MIMO
+        from .multimodal.mimo import MIMO
 
         own = (MIMO,)
     return (

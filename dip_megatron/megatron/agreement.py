@@ -17,7 +17,7 @@ from ..core.protocols import Exchange
 from ..describe.model import Training, TrainingMismatchError
 from ..describe.model.training import Report, check_replicas
 from ..planner.delivery import PlanDelivery
-from ..runtime.protocol import RunnableStages
+from ..runtime.protocol import RunnableChunks
 from ..runtime.trained import Names, TrainedParameters, report
 
 TrainingConsumer = Callable[[Training, bool], object]
@@ -29,7 +29,7 @@ class TrainingAgreement:
 
     def __init__(
         self,
-        program: RunnableStages,
+        program: RunnableChunks,
         rank: int,
         delivery: PlanDelivery,
         *,

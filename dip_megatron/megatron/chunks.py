@@ -16,7 +16,7 @@ from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.facade import Setting, searched_partition
 from ..planner.from_file import PlanFile
-from ..planner.live import Chunks
+from ..planner.model_graphs import Chunks
 from ..planner.partitioning import Given, NoPartitionError
 from ..schedulers.entry import ScheduleEntry
 from .adapters.loop import TrainingLoop

@@ -21,13 +21,13 @@ from ..compat.token_counts import TokenCounts
 from ..core import Plan
 from ..core.protocols import Exchange
 from ..planner.delivery import DeliveredPlan, PlanDelivery
-from ..planner.quotes import ExchangeReport
+from ..planner.exchange_agreement import ExchangeReport
 from ..planner.recalibration import Measurement
 from ..planner.request import PlanRequest
 from ..report.iterations import IterationReport
 from ..runtime.clock import Clock, MeasuredSpan
 from ..runtime.executor import Executor
-from ..runtime.protocol import MicrobatchInputs, StageProgram
+from ..runtime.protocol import MicrobatchInputs, ModelProgram
 from ..runtime.trained import Names
 from ..runtime.watch import Watchdog
 from .agreement import TrainingAgreement, TrainingConsumer
@@ -69,7 +69,7 @@ class DipForwardBackward:
 
     def __init__(
         self,
-        program: StageProgram,
+        program: ModelProgram,
         executor: Executor,
         delivery: PlanDelivery,
         clock: Clock,

@@ -15,9 +15,9 @@ from megatron.core.utils import get_model_config
 
 from ..compat.token_counts import TokenCounts
 from ..core import Plan
+from ..runtime.chunk_runner import ChunkRunner, IterationState, OperationLookAhead
 from ..runtime.executor import Executor
-from ..runtime.protocol import MicrobatchInputs, RunnableStages
-from ..runtime.stages import IterationState, ModelStages, StageLookAhead
+from ..runtime.protocol import MicrobatchInputs, RunnableChunks
 from .copies import copied, sum_gradients
 from .gradients import GradientSynchronization
 from .parameters import ParameterSynchronization
@@ -29,7 +29,7 @@ class Iteration:
 
     def __init__(
         self,
-        program: RunnableStages,
+        program: RunnableChunks,
         executor: Executor,
         plan: Plan,
         chunks: list[torch.nn.Module],
@@ -73,9 +73,9 @@ class Iteration:
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
         order = list(reversed(range(len(chunks))))
         self._sync = GradientSynchronization(plan, chunks, config, order, WeakSet() if reduced is None else reduced)
-        self._stages = ModelStages(
+        self._stages = ChunkRunner(
             program, chunks, self._step, state, last_rank=self._loss_rank,
-            look_ahead=StageLookAhead.of(plan, rank), on_chunk_done=self._sync.chunk_done,
+            look_ahead=OperationLookAhead.of(plan, rank), on_chunk_done=self._sync.chunk_done,
             on_reduce=self._sync.reduce,
         )  # fmt: skip
 

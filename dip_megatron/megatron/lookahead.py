@@ -15,8 +15,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..compat.token_counts import Counted, TokenCounts
-from ..runtime.protocol import MicrobatchInputs, StageProgram
-from ..runtime.stages import ModelStandIn
+from ..runtime.chunk_runner import ModelStandIn
+from ..runtime.protocol import MicrobatchInputs, ModelProgram
 from .copies import copied
 
 
@@ -80,7 +80,7 @@ def capture_microbatch(
     forward_step_func: Callable[..., Any],
     data_iterator: Iterator[Any] | None,
     chunk: torch.nn.Module,
-    program: StageProgram,
+    program: ModelProgram,
     kind: type[ModelStandIn] = ModelStandIn,
 ) -> MicrobatchInputs:
     """Read one microbatch. Raises StopIteration when the data has ended, ValueError for what can't be segmented."""

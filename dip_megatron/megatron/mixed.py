@@ -7,7 +7,7 @@ from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, MultimodalModel, Partition
 from ..families.family import Blueprint, ModelFamily
 from ..planner.facade import Chunks, Effort, Setting, choose_chunks
-from ..runtime.protocol import StageProgram
+from ..runtime.protocol import ModelProgram
 from ..schedulers import BaselineError, ScheduleEntry, StaticChoice, given_choice
 
 _OTHERS = "use a schedule over segments (dynamic, static, optimus, ...) or --dip-schedule off"
@@ -62,7 +62,7 @@ def tuned_choice(entry: ScheduleEntry, setting: Setting) -> StaticChoice:
 
 def make_program(
     family: ModelFamily, blueprint: Blueprint, chunks: Chunks, *, rank: int, micro_batch_size: int
-) -> StageProgram:
+) -> ModelProgram:
     """One rank's program over the chunks that were chosen."""
     if isinstance(chunks, Partition):
         layers = {m.module: m.layers for m in chunks.modules}

@@ -20,9 +20,9 @@ from ..describe.cost import load_cluster
 from ..describe.model import even_partition
 from ..families.family import ModelFamily
 from ..planner.balance import microbatch_work
-from ..planner.live import ModelGraphs
-from ..runtime.protocol import MicrobatchInputs, StageProgram
-from ..runtime.stages import ModelStandIn
+from ..planner.model_graphs import ModelGraphs
+from ..runtime.chunk_runner import ModelStandIn
+from ..runtime.protocol import MicrobatchInputs, ModelProgram
 from ..schedulers.joint import dip_pairing
 from .adapters.loop import TrainingLoop
 from .build import record_blueprint
@@ -40,7 +40,7 @@ class Pairing:
         """``families`` are the models to look for."""
         self._loop, self._config, self._families = loop, config, families
         self._own: dict[int, torch.nn.Module] = {}
-        self._program: StageProgram | None = None
+        self._program: ModelProgram | None = None
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from ..families.called.known import BRIDGE_FAMILIES
 from ..families.family import ModelFamily
+from ..families.multimodal.bridge_models import BRIDGE_FAMILIES
 from .adapters.bridge_checks import check_bridge, parallel_of
 from .adapters.megatron_bridge import take_layout
 from .build import record_blueprint

@@ -2,8 +2,8 @@
 
 On each rank there is one exchange with its *peers*: the ranks at the same tensor- and pipeline-parallel place of all
 data-parallel replicas. The first rank of every replica quotes its microbatches; from the quotes everyone makes the same
-proposal (:mod:`dip_megatron.planner.quotes`), which is compared and told to the other ranks of the replica; then each
-rank sends what leaves to its peers, and takes what comes into the places that have become free.
+proposal (:mod:`dip_megatron.planner.exchange_agreement`), which is compared and told to the other ranks of the replica;
+then each rank sends what leaves to its peers, and takes what comes into the places that have become free.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from ..describe.model import Training
 from ..describe.workload import Microbatch
 from ..planner.balance import Mode, meeting_work, microbatch_work
 from ..planner.delivery import CoupledReplicas, PlanDelivery
-from ..planner.live import ModelGraphs
-from ..planner.quotes import (
+from ..planner.exchange_agreement import (
     TOO_DEAR,
     TOO_LATE,
     Answer,
@@ -44,9 +43,10 @@ from ..planner.quotes import (
     propose,
     settle,
 )
+from ..planner.model_graphs import ModelGraphs
 from ..planner.warm import warm_up_exchanges
 from ..runtime.groups import local_group
-from ..runtime.parcels import ParcelError, pack, parcel_bytes, tensors_of, unpack
+from ..runtime.serialization import SerializationError, pack, serialized_bytes, tensors_of, unpack
 from .exchange import GlooExchange
 from .ranks import replica_ranks
 from .samples import PackingError, Samples
@@ -118,7 +118,7 @@ class ReplicaExchange:
         self._price, self._mode, self._group_size, self._largest = price, mode, group, largest_bytes
         self._device, self._samples = device, samples
         accelerated = device is not None and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device, priority=-1) if accelerated else None  # see StageMode.offload
+        self._stream = torch.cuda.Stream(device, priority=-1) if accelerated else None  # see LayerContext.offload
         self._slowness = 1.0
         self._declined = 0
 
@@ -139,9 +139,9 @@ class ReplicaExchange:
         ``complete``: False where the data of this replica has ended, and it takes part so that no other one waits;
         ``left``: seconds until the iteration that runs meanwhile is expected to end.
 
-        Raises ReplicaExchangeError where a peer doesn't answer in time or answers something else, ParcelError where a
-        microbatch can't travel, PackingError where the loop packs samples otherwise than it says: then the run has to
-        stop.
+        Raises ReplicaExchangeError where a peer doesn't answer in time or answers something else, SerializationError
+        where a microbatch can't travel, PackingError where the loop packs samples otherwise than it
+        says: then the run has to stop.
         """
         began = time.perf_counter()
         try:
@@ -174,16 +174,16 @@ class ReplicaExchange:
             told = pickle.dumps(faults[0] if faults else self._settled(everyone, until))
         answer: Proposal | str = pickle.loads(self._replica.broadcast(told))
         if isinstance(answer, str):
-            raise ParcelError(answer)  # or a PackingError's message: either way the data can't be exchanged
+            raise SerializationError(answer)  # or a PackingError's message: either way the data can't be exchanged
         return answer
 
     def _quote(self, price: Price, loads: Any, microbatches: Sequence[Any]) -> Quote | str:
         """What can't travel is told to all, or they would wait for it."""
         try:
-            sizes = np.array([parcel_bytes(m) for m in microbatches], dtype=np.int64)
+            sizes = np.array([serialized_bytes(m) for m in microbatches], dtype=np.int64)
             with self._on_stream():  # it looks at numbers of samples: not behind all that the device was given to train
                 samples = None if self._samples is None else self._samples.quote(price, microbatches, loads[1])
-        except (ParcelError, PackingError) as error:
+        except (SerializationError, PackingError) as error:
             return str(error)
         seconds, held, *meeting = price(loads)
         return Quote(seconds, held, sizes, self._slowness, meeting[0] if meeting else None, samples)

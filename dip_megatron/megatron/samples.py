@@ -13,9 +13,9 @@ from ..core.graph import Floats
 from ..describe.files import ConfigurationError
 from ..describe.model import Training
 from ..describe.workload import Microbatch
-from ..planner.quotes import SampleQuote
-from ..runtime.parcels import parcel_bytes
+from ..planner.exchange_agreement import SampleQuote
 from ..runtime.protocol import MicrobatchInputs, SamplePacking
+from ..runtime.serialization import serialized_bytes
 from .adapters.loop import TrainingLoop
 
 NO_PACKING = (
@@ -51,7 +51,7 @@ class PackingError(ValueError):
 
 
 class Program(Protocol):
-    """What of a :class:`StageProgram` is needed here."""
+    """What of a :class:`ModelProgram` is needed here."""
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]: ...
 
@@ -92,8 +92,8 @@ class Samples:
         training: Training | None,
     ) -> SampleQuote:  # fmt: skip
         """What the samples of this replica's microbatches are worth: what they take with each less what they take
-        without it. ``price`` is that of the exchange. Raises ParcelError for what can't travel, PackingError for a
-        packing that contradicts itself."""
+        without it. ``price`` is that of the exchange. Raises SerializationError for what can't travel, PackingError for
+        a packing that contradicts itself."""
         split = [self.split(m) for m in microbatches]
         if not self._checked:
             self._check(split, microbatches)
@@ -110,7 +110,7 @@ class Samples:
         return SampleQuote(
             np.maximum(seconds[whole] - seconds[first:], 0.0), np.maximum(held[whole] - held[first:], 0.0),
             np.array([self._packing.tokens(sample) for sample in flat], dtype=np.int64),
-            np.array([parcel_bytes(sample) for sample in flat], dtype=np.int64),
+            np.array([serialized_bytes(sample) for sample in flat], dtype=np.int64),
             np.array([len(samples) for samples in split], dtype=np.int64), int(self._packing.length),
         )  # fmt: skip
 

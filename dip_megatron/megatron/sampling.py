@@ -14,7 +14,7 @@ from ..describe.files import ConfigurationError
 from ..describe.model import MultimodalModel
 from ..describe.workload import Microbatch
 from ..families.family import Blueprint, Layers, ModelFamily
-from ..runtime.protocol import MicrobatchInputs, StageProgram
+from ..runtime.protocol import MicrobatchInputs, ModelProgram
 from .adapters.layout import GivenLayout
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, record_blueprint
@@ -44,7 +44,7 @@ class Reading:
     sample: Sample
     inputs: list[MicrobatchInputs]
     forward_step: Callable[..., Any]
-    program: Callable[[Layers], StageProgram]
+    program: Callable[[Layers], ModelProgram]
 
 
 class SampleTaken(BaseException):
@@ -76,7 +76,7 @@ class SamplingSession:
         self._families = families
         self._wanted, self._described, self._progress, self._then = wanted, described, progress, then
         self._sample: Sample | None = None
-        self._program: StageProgram | None = None
+        self._program: ModelProgram | None = None
         self._own: torch.nn.Module | None = None
         self._made: tuple[ModelFamily, Blueprint] | None = None
 
@@ -140,7 +140,7 @@ class SamplingSession:
             self._then(Reading(self._sample, kept, step, self._whole))
         raise SampleTaken(self._sample)
 
-    def _whole(self, layers: Layers) -> StageProgram:
+    def _whole(self, layers: Layers) -> ModelProgram:
         """All of the model on one rank, cut as told."""
         assert self._made is not None
         family, blueprint = self._made

@@ -26,7 +26,7 @@ from ..planner.delivery import CoupledReplicas, PlanDelivery
 from ..planner.facade import live_maker
 from ..planner.from_file import FilePlanner, PlanFile
 from ..planner.joint import joint_maker
-from ..planner.live import ModelGraphs
+from ..planner.model_graphs import ModelGraphs
 from ..planner.request import PlanMaker, Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
@@ -37,7 +37,7 @@ from ..report.progress import RunProgress
 from ..report.recorder import RunRecorder
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor, Position
-from ..runtime.protocol import StageProgram
+from ..runtime.protocol import ModelProgram
 from ..runtime.trained import Names, names_in
 from ..runtime.transport_choice import choose_transport
 from ..runtime.watch import Watchdog
@@ -84,7 +84,7 @@ class DipSession:
         self._own: dict[int, torch.nn.Module] = {}
         self._built: list[Names] = []
         self._running = False
-        self._program: StageProgram | None = None
+        self._program: ModelProgram | None = None
         self._graphs: ModelGraphs | None = None
         self._exchange: GlooExchange | None = None
         self._service: Service | None = None
@@ -172,7 +172,7 @@ class DipSession:
 
         return build
 
-    def _start_planner(self, program: StageProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
+    def _start_planner(self, program: ModelProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
         config, parallel = self._config, self._loop.parallel
         ranks, places = coupled_ranks(parallel.joined) if parallel.coupled > 1 else (replica_ranks(), None)

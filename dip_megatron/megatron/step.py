@@ -15,14 +15,14 @@ import torch
 
 from ..compat.losses import calculate_loss, profiled
 from ..compat.token_counts import TokenCounts
+from ..runtime.chunk_runner import LossPart, ReplayIterator
 from ..runtime.deferred import WeightGradients
-from ..runtime.stages import LossPart, ReplayIterator
 from ..runtime.transport import Tensors
 from .rerun import counted_as
 
 
 class MegatronStep:
-    """One iteration's step functions (see :class:`runtime.stages.StepFunctions`)."""
+    """One iteration's step functions (see :class:`runtime.chunk_runner.StepFunctions`)."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core import StageGraph
+from ..core import OperationGraph
 from ..core.graph import Floats
 from ..core.simulate.compiled import allocating
 
@@ -87,25 +87,25 @@ class Assignment:
         return hashlib.sha256(self.replica.astype(np.int64).tobytes()).hexdigest()
 
 
-def microbatch_work(graph: StageGraph) -> tuple[Floats, Floats]:
+def microbatch_work(graph: OperationGraph) -> tuple[Floats, Floats]:
     """Seconds and bytes of activations ``[microbatches, ranks]`` of one replica's batch, from its stage graph: forwards
     and backwards of all units of a microbatch, each with the fastest strategy; frozen parts have no backward."""
     return _of_microbatches(graph, _seconds(graph)), _of_microbatches(graph, graph.activation[0])
 
 
-def meeting_work(graph: StageGraph, meets: NDArray[np.bool_]) -> Floats:
+def meeting_work(graph: OperationGraph, meets: NDArray[np.bool_]) -> Floats:
     """Seconds as :func:`microbatch_work` gives them, of the stages ``[S, P]`` alone that meet others' of replicas that
     share experts, without their weight gradients."""
     backward = np.where(graph.has_backward, graph.backward[0], 0.0)
     return _of_microbatches(graph, np.where(meets, graph.forward[0] + backward, 0.0))
 
 
-def _seconds(graph: StageGraph) -> Floats:
+def _seconds(graph: OperationGraph) -> Floats:
     backward = np.where(graph.has_weight, graph.fused[0], graph.backward[0])
     return np.asarray(graph.forward[0] + np.where(graph.has_backward, backward, 0.0))
 
 
-def _of_microbatches(graph: StageGraph, values: Floats) -> Floats:
+def _of_microbatches(graph: OperationGraph, values: Floats) -> Floats:
     """``values`` ``[S, P]`` added up by microbatch."""
     owner = np.array([graph.units[int(unit)].microbatch for unit in graph.unit_of])
     out = np.zeros((1 + int(owner.max()), graph.ranks))

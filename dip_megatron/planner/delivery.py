@@ -16,7 +16,7 @@ from ..core import Plan
 from ..core.joint import JointPlan
 from ..core.protocols import Exchange, ScatteringExchange
 from ..describe.cost import Corrections
-from .ahead import Ahead
+from .prefetch import Prefetch
 from .recalibration import Measurement, Recalibration
 from .request import PlannerStatistics, PlanRequest, Service, differences
 
@@ -89,7 +89,7 @@ class PlanDelivery:
         self._exchange = exchange
         self._service = service
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-delivery")
-        self._coming: dict[int, tuple[str, Future[bytes], Ahead | None]] = {}
+        self._coming: dict[int, tuple[str, Future[bytes], Prefetch | None]] = {}
         self._recalibration = Recalibration() if recalibrate else None
         self._measured: Measurement | None = None
         self._corrections: dict[int, Corrections] = {}
@@ -106,8 +106,8 @@ class PlanDelivery:
         """Begin to plan and to broadcast; every rank calls it with the same requests in the same order (only rank 0's
         loads, and what is ``shared`` there, matter). ``wait_seconds``: how long to wait for a worker's final plan;
         ``ahead``: for its first one, until :meth:`take` is called, from when on that will do if training ``hurries``
-        (see :class:`.ahead.Ahead`)."""
-        waits = Ahead(hurries) if ahead and self._service is not None else None
+        (see :class:`.prefetch.Prefetch`)."""
+        waits = Prefetch(hurries) if ahead and self._service is not None else None
         if self._coupled is not None:
             told, self._told = self._told, []
             ask = request, shared, told
@@ -218,7 +218,7 @@ class PlanDelivery:
         if self._service is not None:
             self._service.close()
 
-    def _deliver(self, request: int, wait_seconds: float, shared: Any, ahead: Ahead | None) -> bytes:
+    def _deliver(self, request: int, wait_seconds: float, shared: Any, ahead: Prefetch | None) -> bytes:
         if self._service is None:
             return self._exchange.broadcast(None)
         answer: Any
@@ -235,7 +235,7 @@ class PlanDelivery:
 
     def _deliver_together(
         self, ask: tuple[PlanRequest, Any, list[bytes]], wait_seconds: float, coupled: CoupledReplicas,
-        ahead: Ahead | None,
+        ahead: Prefetch | None,
     ) -> bytes:  # fmt: skip
         """In the thread, so that no replica waits for another in the middle of an iteration: bring together what the
         replicas ask, plan for all, and tell all of them."""
@@ -251,7 +251,7 @@ class PlanDelivery:
 
     def _parts(
         self, service: Service, everyone: Sequence[tuple[PlanRequest, Any, list[bytes]]], wait_seconds: float,
-        ahead: Ahead | None,
+        ahead: Prefetch | None,
     ) -> list[bytes]:  # fmt: skip
         """What each replica is to be told: its own of the plans that are made together for what they ask."""
         asked = [request for request, _, _ in everyone]

@@ -18,7 +18,7 @@ from ..schedulers.registry import find_schedule
 from ..schedulers.static import StaticChoice, given_choice, tune_static
 from .balance import Work, assign, microbatch_work
 from .facade import Setting, plan_batch, searched_partition
-from .planned import Planned
+from .planning_result import PlanningResult
 from .searchers import PATIENCE, THRIFTY_GAP
 
 UNCERTAIN = 0.2  # of an encoder's modelled price, either way; `dip profile` measures it instead
@@ -168,7 +168,7 @@ def _scaled(setting: Setting, factor: float) -> Setting:
     return replace(setting, costs=replace(costs, scales=costs.scales + scales))
 
 
-def _static_plans(setting: Setting, choice: StaticChoice, judged: Sequence[Iteration]) -> list[list[Planned]]:
+def _static_plans(setting: Setting, choice: StaticChoice, judged: Sequence[Iteration]) -> list[list[PlanningResult]]:
     entry = find_schedule(choice.name)
     graphs = setting.graphs(entry, choice)
     return [[plan_batch(entry, graphs, r, Effort(), choice.group) for r in iteration] for iteration in judged]
@@ -176,7 +176,7 @@ def _static_plans(setting: Setting, choice: StaticChoice, judged: Sequence[Itera
 
 def _dip_plans(
     setting: Setting, partition: Partition, judged: Sequence[Iteration], effort: Effort
-) -> list[list[Planned]]:
+) -> list[list[PlanningResult]]:
     entry = find_schedule("dip")
     graphs = setting.graphs(entry, partition)
     return [[plan_batch(entry, graphs, r, effort, None) for r in iteration] for iteration in judged]
@@ -193,7 +193,7 @@ def _exchanged(setting: Setting, partition: Partition, iteration: Iteration) -> 
     return [[m for m, owner in zip(everything, new, strict=True) if owner == r] for r in range(len(iteration))]
 
 
-def _outcome(name: str, plans: Sequence[Sequence[Planned]], layout: str, cores: int = 0) -> Outcome:
+def _outcome(name: str, plans: Sequence[Sequence[PlanningResult]], layout: str, cores: int = 0) -> Outcome:
     """``cores``: of a replica's ranks, which plans are made on, too; 0: on others."""
     flat = [p for line in plans for p in line]
     planning = float(np.mean([p.plan_seconds for p in flat])) / cores if cores else 0.0

@@ -1,8 +1,8 @@
 """The one way to plan: what a model, a cluster, batches and a budget are, in; a plan with its bound, out.
 
 The ``dip`` command, the scripts and training plan here: :func:`make_planner` for a workload's batches,
-:func:`live_maker` for the batches of a run. Both price a batch with :class:`.live.ModelGraphs` and put it in order with
-the same entry of the registry, so that equal inputs and a budget counted in evaluations give equal plans.
+:func:`live_maker` for the batches of a run. Both price a batch with :class:`.model_graphs.ModelGraphs` and put it in
+order with the same entry of the registry, so that equal inputs and a budget counted in evaluations give equal plans.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..schedulers.dip import DoesNotFitError
 from ..schedulers.entry import Effort, Found, Problem, ScheduleEntry
 from ..schedulers.registry import find_schedule
 from ..schedulers.static import StaticChoice, tune_static
-from .live import Chunks, ModelGraphs, pricer
-from .maker import LivePlanMaker, PayloadShapes, StageShapes
+from .maker import LivePlanMaker, OperationShapes, PayloadShapes
+from .model_graphs import Chunks, ModelGraphs, pricer
 from .partitioning import Given, Placements, choose_partition, paper_partition
-from .planned import Planned, describe
+from .planning_result import PlanningResult, describe
 from .searchers import searcher_of
 
 
@@ -72,7 +72,7 @@ class Setting:
         )  # fmt: skip
 
 
-Planner = Callable[[Sequence[Microbatch]], Planned]
+Planner = Callable[[Sequence[Microbatch]], PlanningResult]
 
 
 def make_planner(
@@ -98,7 +98,7 @@ def make_planner(
 
 def plan_batch(
     entry: ScheduleEntry, graphs: ModelGraphs, microbatches: Sequence[Microbatch], effort: Effort, group: int | None
-) -> Planned:
+) -> PlanningResult:
     """One batch under one schedule, on chunks that are chosen. Raises DoesNotFitError, and what the schedule raises."""
     start = time.perf_counter()
     graph = graphs.build(tuple(microbatches), forward_only=False)
@@ -152,7 +152,7 @@ def searched_partition(setting: Setting, seconds: float) -> Partition:
 
 
 def live_maker(
-    entry: ScheduleEntry, graphs: ModelGraphs, shapes: PayloadShapes | StageShapes, effort: Effort, *,
+    entry: ScheduleEntry, graphs: ModelGraphs, shapes: PayloadShapes | OperationShapes, effort: Effort, *,
     label: str | None = None,
 ) -> LivePlanMaker:  # fmt: skip
     """What plans the batches of a run under a schedule, on chunks that are chosen; picklable.
@@ -168,6 +168,16 @@ def live_maker(
 
 
 __all__ = [
-    "Chunks", "DoesNotFitError", "Effort", "Planned", "Planner", "Setting", "choose_chunks", "describe", "live_maker",
-    "make_planner", "plan_batch", "searched_partition",
+    "Chunks",
+    "DoesNotFitError",
+    "Effort",
+    "Planner",
+    "PlanningResult",
+    "Setting",
+    "choose_chunks",
+    "describe",
+    "live_maker",
+    "make_planner",
+    "plan_batch",
+    "searched_partition",
 ]  # fmt: skip

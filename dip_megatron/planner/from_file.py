@@ -14,8 +14,8 @@ from ..describe.cost import Corrections
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
-from .ahead import Ahead
-from .maker import PayloadShapes, StageShapes, payloads
+from .maker import OperationShapes, PayloadShapes, payloads
+from .prefetch import Prefetch
 from .request import PlannerStatistics, PlanRequest, Service
 
 
@@ -151,7 +151,7 @@ class FilePlanner:
 
     file: PlanFile
     model: MultimodalModel
-    shapes: PayloadShapes | StageShapes
+    shapes: PayloadShapes | OperationShapes
     otherwise: Service
     falls_back: bool = False
     _uses: list[int] = field(init=False)
@@ -181,7 +181,7 @@ class FilePlanner:
                 "--dip-schedule, too, to plan such batches under"
             )
 
-    def take(self, request: int, wait_seconds: float, ahead: Ahead | None = None) -> Plan:
+    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> Plan:
         """The plan found; see :class:`planner.service.PlannerService`."""
         found = self._found.pop(request, None)
         if found is None:
@@ -215,7 +215,7 @@ class FilePlanner:
 
 
 def fitted(
-    plan: Plan, model: MultimodalModel, loads: Sequence[Microbatch], shapes: PayloadShapes | StageShapes
+    plan: Plan, model: MultimodalModel, loads: Sequence[Microbatch], shapes: PayloadShapes | OperationShapes
 ) -> Plan | None:
     """The plan with this batch's payload shapes, if its units are a way to cut the batch; None if they are not, or if
     the plan has payload shapes of its own and they are others."""

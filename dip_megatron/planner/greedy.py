@@ -13,17 +13,17 @@ from math import inf
 
 import numpy as np
 
-from ..core import Kind, Schedule, StageGraph
+from ..core import Kind, OperationGraph, Schedule
 from ..schedulers.dip.feasibility import check_fits
 from ..schedulers.dip.problem import Problem, make_problem
 
 
-def leanest(graph: StageGraph) -> np.ndarray:
+def leanest(graph: OperationGraph) -> np.ndarray:
     """Per stage, the candidate that holds the fewest bytes, ``[S, P]`` int8."""
     return graph.activation.argmin(axis=0).astype(np.int8)
 
 
-def greedy(graph: StageGraph) -> Schedule:
+def greedy(graph: OperationGraph) -> Schedule:
     """List-schedule forwards and (unsplit) backwards in the order of microbatches.
 
     The rank that can start earliest goes next; where a forward and a backward can start at the same time, the kind that
@@ -88,7 +88,7 @@ class _Rank:
     """One rank's queues, clock and memory. Per sink (:class:`..schedulers.dip.problem.Problem`) ``need`` is what it
     will still take, ``give`` what its end gives back, both in the problem's counts."""
 
-    def __init__(self, graph: StageGraph, q: Problem, rank: int, unlimited: bool):
+    def __init__(self, graph: OperationGraph, q: Problem, rank: int, unlimited: bool):
         self._virtual_microbatches = graph.virtual_microbatches
         self._forward, self._backward = graph.forward[0, :, rank].tolist(), graph.backward[0, :, rank].tolist()
         self._fused = graph.fused[0, :, rank].tolist()

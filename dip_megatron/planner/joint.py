@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..core import Plan, Schedule, SearchStatistics, StageGraph
+from ..core import OperationGraph, Plan, Schedule, SearchStatistics
 from ..core.experts import ExpertLayers
 from ..core.joint import JointError, JointPlan, make_joint_plan, simulate_joint_compiled, verify_joint
 from ..core.simulate import simulate_compiled
@@ -21,8 +21,8 @@ from ..schedulers.joint import as_they_come, one_slot_at_a_time, pairings, searc
 from ..schedulers.joint.others import schedule_together
 from ..schedulers.registry import find_schedule
 from .greedy import greedy
-from .live import ModelGraphs
-from .maker import GraphBuilder, PayloadShapes, StageShapes, payloads, work_bound
+from .maker import GraphBuilder, OperationShapes, PayloadShapes, payloads, work_bound
+from .model_graphs import ModelGraphs
 from .request import AnyPlan, PlanRequest
 from .warm import warm_up_joint_plans
 
@@ -44,7 +44,7 @@ class JointPlanMaker:
     ``replicas`` hold, and makes plans that meet in the stages with ``experts``."""
 
     builder: GraphBuilder
-    shapes: PayloadShapes | StageShapes
+    shapes: PayloadShapes | OperationShapes
     experts: ExpertLayers
     entry: ScheduleEntry
     effort: Effort
@@ -63,10 +63,10 @@ class JointPlanMaker:
             return self.best(request, lambda _: None)
         return self._greedy(request, self._corrected(request, self._graphs(request)))
 
-    def _greedy(self, request: PlanRequest, graphs: Sequence[StageGraph]) -> JointPlan:
+    def _greedy(self, request: PlanRequest, graphs: Sequence[OperationGraph]) -> JointPlan:
         return self._plan(request, graphs, self._greedy_schedules(graphs), SearchStatistics(), "greedy")
 
-    def _greedy_schedules(self, graphs: Sequence[StageGraph]) -> list[Schedule]:
+    def _greedy_schedules(self, graphs: Sequence[OperationGraph]) -> list[Schedule]:
         t = together(graphs, self.experts, pairings(graphs, self.experts)[0])
         schedules = t.schedules(greedy(t.graph))
         return schedules if _fit(graphs, schedules) else one_slot_at_a_time(t)
@@ -107,15 +107,15 @@ class JointPlanMaker:
         made = self._plan(request, graphs, schedules, statistics, self.name, bound)
         return self._with_model_seconds(request, made, built, schedules)
 
-    def _graphs(self, request: PlanRequest) -> list[StageGraph]:
+    def _graphs(self, request: PlanRequest) -> list[OperationGraph]:
         return [self.builder.build(loads, request.forward_only, request.training) for loads in request.replicas]
 
     @staticmethod
-    def _corrected(request: PlanRequest, graphs: Sequence[StageGraph]) -> list[StageGraph]:
+    def _corrected(request: PlanRequest, graphs: Sequence[OperationGraph]) -> list[OperationGraph]:
         return [request.corrections.apply(graph) for graph in graphs]
 
     def _with_model_seconds(
-        self, request: PlanRequest, joint: JointPlan, built: Sequence[StageGraph], schedules: Sequence[Schedule]
+        self, request: PlanRequest, joint: JointPlan, built: Sequence[OperationGraph], schedules: Sequence[Schedule]
     ) -> JointPlan:
         """With what the cost model alone predicts, if measurements have corrected it."""
         if not request.corrections.lines:
@@ -128,7 +128,7 @@ class JointPlanMaker:
         )
 
     def _plan(
-        self, request: PlanRequest, graphs: Sequence[StageGraph], schedules: Sequence[Schedule],
+        self, request: PlanRequest, graphs: Sequence[OperationGraph], schedules: Sequence[Schedule],
         statistics: SearchStatistics, name: str, bound: float | None = None,
     ) -> JointPlan:  # fmt: skip
         shapes = [payloads(g, loads, self.shapes) for g, loads in zip(graphs, request.replicas, strict=True)]
@@ -138,13 +138,13 @@ class JointPlanMaker:
         )
 
 
-def _fit(graphs: Sequence[StageGraph], schedules: Sequence[Schedule]) -> bool:
+def _fit(graphs: Sequence[OperationGraph], schedules: Sequence[Schedule]) -> bool:
     peaks = [simulate_compiled(g, s).peak_bytes for g, s in zip(graphs, schedules, strict=True)]
     return all(bool(np.all(peak <= g.memory_limit)) for peak, g in zip(peaks, graphs, strict=True))
 
 
 def joint_maker(
-    entry: ScheduleEntry, graphs: ModelGraphs, shapes: PayloadShapes | StageShapes, effort: Effort,
+    entry: ScheduleEntry, graphs: ModelGraphs, shapes: PayloadShapes | OperationShapes, effort: Effort,
     experts: ExpertLayers, label: str,
 ) -> JointPlanMaker:  # fmt: skip
     """What plans the batches of a run whose replicas are coupled; ``label`` names the plans."""

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..core import Kind, Operation, Payload, Plan, Schedule, SearchStatistics, StageGraph, Unit
+from ..core import Kind, Operation, OperationGraph, Payload, Plan, Schedule, SearchStatistics, Unit
 from ..core.lower import make_plan
 from ..core.modules import trained_before
 from ..core.simulate import simulate_compiled
@@ -23,7 +23,9 @@ from .request import PlanRequest
 class GraphBuilder(Protocol):
     """Prices a batch; picklable."""
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+    def build(
+        self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None
+    ) -> OperationGraph:
         """The stage graph of one iteration. ``forward_only``: nothing trains. ``training``: what trains of the model as
         built, if it is known."""
         ...
@@ -38,10 +40,10 @@ class PayloadShapes(Protocol):
 
 
 @runtime_checkable
-class StageShapes(Protocol):
+class OperationShapes(Protocol):
     """The same, where the stages of one virtual microbatch send different things; picklable."""
 
-    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+    def operation_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """Shapes sent on by the forward of ``stage``, which is one of ``unit``."""
         ...
 
@@ -53,7 +55,7 @@ class Searcher(Protocol):
         """Load or compile what the search needs."""
         ...
 
-    def __call__(self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]) -> Found:
+    def __call__(self, graph: OperationGraph, budget_seconds: float, on_first: Callable[[Schedule], None]) -> Found:
         """Best schedule found; ``on_first`` takes the first valid one."""
         ...
 
@@ -64,7 +66,7 @@ class LivePlanMaker:
     what is needed at once is searched for, too, rather than made by the greedy."""
 
     builder: GraphBuilder
-    shapes: PayloadShapes | StageShapes
+    shapes: PayloadShapes | OperationShapes
     search: Searcher | None = None
     name: str = "dip"
     always_search: bool = False
@@ -104,15 +106,15 @@ class LivePlanMaker:
         plain = simulate_compiled(built.project(schedule.strategy), plan.schedule).iteration_time
         return replace(plan, predicted=replace(plan.predicted, uncorrected_time=plain))
 
-    def _graph(self, request: PlanRequest) -> StageGraph:
+    def _graph(self, request: PlanRequest) -> OperationGraph:
         return self.builder.build(request.loads, request.forward_only, request.training)
 
-    def _greedy(self, graph: StageGraph, request: PlanRequest, start: float) -> Plan:
+    def _greedy(self, graph: OperationGraph, request: PlanRequest, start: float) -> Plan:
         schedule = greedy(graph)
         return self._plan(graph, schedule, request, SearchStatistics(time.perf_counter() - start, 1, 0, 0), "greedy")
 
     def _plan(
-        self, graph: StageGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str,
+        self, graph: OperationGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str,
         bound: float | None = None,
     ) -> Plan:  # fmt: skip
         return make_plan(
@@ -122,7 +124,7 @@ class LivePlanMaker:
 
 
 def payloads(
-    graph: StageGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes | StageShapes
+    graph: OperationGraph, loads: tuple[Microbatch, ...], shapes: PayloadShapes | OperationShapes
 ) -> dict[tuple[int, ...], Payload]:
     """Shapes of every message: ``(s, s)`` within virtual microbatch s, ``(s, t)`` from s to t; with the sending rank
     where that matters (see :class:`Plan`). A tensor is differentiable where something trains before it."""
@@ -147,14 +149,14 @@ def payloads(
         return known[payload, alive]
 
     trains = graph.has_backward
-    if isinstance(shapes, StageShapes):
+    if isinstance(shapes, OperationShapes):
         for s in range(graph.virtual_microbatches):
             unit = graph.units[int(graph.unit_of[s])]
             load = loads[unit.microbatch]
             for r in range(graph.ranks):
                 if graph.is_idle[s, r]:
                     continue
-                payload = shapes.stage_payload(graph.operation(Kind.F, s, r), unit, load)
+                payload = shapes.operation_payload(graph.operation(Kind.F, s, r), unit, load)
                 sent = settled(payload, bool(trains[s, r]))
                 for target in graph.next_virtual_microbatches[s] if r == graph.exit_rank(s) else (s,):
                     out[s, target, r] = sent
@@ -173,7 +175,7 @@ def payloads(
     return out
 
 
-def work_bound(graph: StageGraph) -> float:
+def work_bound(graph: OperationGraph) -> float:
     """No iteration is shorter than the work of its busiest rank: seconds, with the fastest strategy of every stage."""
     backward = np.where(graph.has_weight, np.minimum(graph.fused, graph.backward + graph.weight), graph.backward)
     backward = np.where(graph.has_backward, backward, 0.0)

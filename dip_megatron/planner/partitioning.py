@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from ..core import StageGraph
+from ..core import OperationGraph
 from ..describe.cost import Cluster, CostModel, Costs, segmented_graph, unit_sizes
 from ..describe.cost.static import run_bytes
 from ..describe.model import ModulePartition, ModuleShape, MultimodalModel, Parallel, Partition, spread
@@ -20,7 +20,7 @@ from ..describe.partition.unit_size import UnitSize, efficient_unit_size, mean_i
 from ..describe.workload import GlobalBatch, Microbatch, make_units
 from ..schedulers.dip import DoesNotFitError, search
 
-Judge = Callable[[StageGraph], float]
+Judge = Callable[[OperationGraph], float]
 """Predicted iteration time (seconds) of a stage graph; inf if it doesn't fit in memory."""
 
 Item = TypeVar("Item")
@@ -58,7 +58,7 @@ PATIENCE = 4.0  # times the budget by the clock, where others need the cores
 def greedy_judge(evaluations: int = 32, seed: int = 0) -> Judge:
     """Judge by a search of so many schedules; the answer depends on nothing else."""
 
-    def judge(graph: StageGraph) -> float:
+    def judge(graph: OperationGraph) -> float:
         try:
             result = search(graph, budget_seconds=60, evaluations=evaluations, seed=seed, deterministic=True)
         except DoesNotFitError:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import Kind, Plan
-from ..core.graph import Floats, StageGraph
-from ..core.idle import Idle, idle_before
+from ..core.graph import Floats, OperationGraph
+from ..core.idle_causes import IdleCauses, idle_before
 from ..core.joint import JointPlan
 from ..core.protocols import Timed
 from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
@@ -106,7 +106,7 @@ class Recalibration:
             by_rank = zip(zip(*complete, strict=True), zip(*meets, strict=True), strict=True)
             self._take_in([_merged(operations, met) for operations, met in by_rank])
 
-    def _begin(self, graph: StageGraph) -> None:
+    def _begin(self, graph: OperationGraph) -> None:
         places = [(m.name, k) for m in graph.modules for k in range(m.segments)]
         if places != self._places or self._sums.shape[3] != graph.ranks:
             self._places, self._sums = places, np.zeros((6, len(KINDS), len(places), graph.ranks))
@@ -229,7 +229,7 @@ def _merged(replicas: Sequence[_Operations], meets: Sequence[np.ndarray]) -> _Op
     return _Operations(**joined, between=float(np.mean([x.between for x in replicas])))
 
 
-def _overhead(idle: Idle, durations: Floats) -> float:
+def _overhead(idle: IdleCauses, durations: Floats) -> float:
     """Seconds a rank needs between two operations where nothing has to be waited for: the mean, without hiccups, and an
     operation's share of what passes before the first one."""
     between = idle.between[1:][idle.waiting[1:] <= 0]

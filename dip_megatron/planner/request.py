@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 from ..describe.cost import Corrections
 from ..describe.model import Training
 from ..describe.workload import Microbatch
-from .ahead import Ahead
+from .prefetch import Prefetch
 
 AnyPlan: TypeAlias = Any
 """What answers a request: a replica's Plan or, from a maker for replicas that share experts, the JointPlan of all."""
@@ -108,7 +108,7 @@ class Service(Protocol):
         """Begin planning; returns at once."""
         ...
 
-    def take(self, request: int, wait_seconds: float, ahead: Ahead | None = None) -> AnyPlan:
+    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> AnyPlan:
         """The plan for a submitted request."""
         ...
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..config import DipConfig
-from ..core import Schedule, SearchStatistics, StageGraph
+from ..core import OperationGraph, Schedule, SearchStatistics
 from ..schedulers.dip import SearchOptions
 from ..schedulers.entry import Effort, Found, Problem, ScheduleEntry
 from ..schedulers.static import StaticChoice
-from .live import ModelGraphs
+from .model_graphs import ModelGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class EntrySearcher:
 
             warm_up()
 
-    def __call__(self, graph: StageGraph, budget_seconds: float, on_first: Callable[[Schedule], None]) -> Found:
+    def __call__(self, graph: OperationGraph, budget_seconds: float, on_first: Callable[[Schedule], None]) -> Found:
         """See :class:`planner.maker.Searcher`."""
         effort = replace(self.effort, budget_seconds=budget_seconds)
         found = self.entry.find(Problem(graph, effort, self.group, on_first))

@@ -23,9 +23,9 @@ from multiprocessing.connection import Connection, wait
 
 from ..core.verify import PlanError
 from ..describe.cost import Corrections
-from .ahead import Ahead
 from .joint import JointPlanMaker, verify_any
-from .known import KnownPlan, KnownPlans
+from .plan_cache import CachedPlan, PlanCache
+from .prefetch import Prefetch
 from .request import READY, AnyPlan, PlanMaker, PlannerStatistics, PlanRequest
 from .warm import warm_up_joint_plans, warm_up_plans
 
@@ -90,7 +90,7 @@ class PlannerService:
         self._last = last
         self._workers = [self._start() for _ in range(workers)]
         self._improve_seconds = improve_seconds
-        self._known = KnownPlans()
+        self._known = PlanCache()
         self._corrections: dict[int, Corrections] = {}
         self._improving: dict[int, PlanRequest] = {}
         self._asked: dict[int, _Asked] = {}
@@ -150,7 +150,7 @@ class PlannerService:
             return True
         return False
 
-    def take(self, request: int, wait_seconds: float, ahead: Ahead | None = None) -> AnyPlan:
+    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> AnyPlan:
         """The best plan for a submitted request, waiting at most ``wait_seconds`` for a worker's final one; for a first
         one, if the plan is asked for ``ahead``, until training needs it.
 
@@ -178,7 +178,7 @@ class PlannerService:
         return arrived.plan
 
     def _wait(
-        self, request: int, deadline: float, ahead: Ahead | None, ring: socket.socket, heard: socket.socket
+        self, request: int, deadline: float, ahead: Prefetch | None, ring: socket.socket, heard: socket.socket
     ) -> tuple[_Asked, _Arrived | None]:
         """What was asked, and what has arrived of it when this needn't or can't be waited for any longer. ``ring`` is
         for threads that meanwhile take in what is waited for, ``heard`` its other end."""
@@ -233,7 +233,7 @@ class PlannerService:
         """Those that the plan just taken was made with, if they aren't the request's; to be asked once."""
         return self._corrections.pop(request, None)
 
-    def _improve(self, request: PlanRequest, known: KnownPlan) -> None:
+    def _improve(self, request: PlanRequest, known: CachedPlan) -> None:
         """Have an idle worker search for a better plan of such batches, under a number that no request has."""
         with self._lock:
             if known.searched or any(self._known.same(request, r) for r in self._improving.values()):

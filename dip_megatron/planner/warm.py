@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core import Kind, Schedule, StageGraph
+from ..core import Kind, OperationGraph, Schedule
 from ..core.experts import ExpertLayers
 from ..core.joint import make_joint_plan, verify_joint
 from ..core.lower import make_plan
@@ -53,7 +53,7 @@ def warm_up_all() -> None:
     warm_up_exchanges(samples=True)
 
 
-def _smallest() -> tuple[StageGraph, Schedule]:
+def _smallest() -> tuple[OperationGraph, Schedule]:
     graph = smallest_graph(2)
     order = np.array([int(Kind.F), int(Kind.BW)], dtype=np.int32)
     return graph, Schedule((order, order.copy()), np.zeros((1, 2), dtype=np.int8))

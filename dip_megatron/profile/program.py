@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import Kind, Operation, Plan, Schedule, StageGraph, Unit
+from ..core import Kind, Operation, OperationGraph, Plan, Schedule, Unit
 from ..core.graph import Floats
 from ..core.lower import make_plan
 from ..describe.cost import Cluster, Costs, Table
@@ -27,18 +27,18 @@ from ..describe.model import ModulePartition, ModuleShape, MultimodalModel, Part
 from ..describe.workload import Microbatch
 from ..families.family import Layers
 from ..megatron.iteration import Iteration
-from ..planner.live import ModelGraphs
 from ..planner.maker import payloads
+from ..planner.model_graphs import ModelGraphs
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor
-from ..runtime.protocol import MicrobatchInputs, StageProgram
+from ..runtime.protocol import MicrobatchInputs, ModelProgram
 from ..runtime.transport import DistributedTransport
 
 UNIT_SIZES = (None, 2, 1)
 """Instances at a time that encoders are measured with."""
 _QUANTITIES = {Kind.F: "forward", Kind.B: "backward", Kind.W: "weight"}
 
-Build = Callable[[Layers], tuple[StageProgram, list[torch.nn.Module]]]
+Build = Callable[[Layers], tuple[ModelProgram, list[torch.nn.Module]]]
 """Makes a rank's program of all of the model, cut as told, and its chunks as the loop wraps them."""
 
 
@@ -100,7 +100,7 @@ class ProgramRun:
             for s in self._clock.spans()
         ]  # fmt: skip
 
-    def _graph(self, loads: tuple[Microbatch, ...], unit_size: int | None) -> StageGraph:
+    def _graph(self, loads: tuple[Microbatch, ...], unit_size: int | None) -> OperationGraph:
         modules = tuple(
             ModulePartition(m.name, self._layers[m.name], None if m.input == "text" else unit_size)
             for m in self._model.modules
@@ -108,7 +108,7 @@ class ProgramRun:
         graphs = ModelGraphs(self._model, self._cluster, Partition(modules), recompute=False, offload=False)
         return graphs.build(loads, False)
 
-    def _tokens(self, graph: StageGraph, loads: tuple[Microbatch, ...]) -> dict[int, float]:
+    def _tokens(self, graph: OperationGraph, loads: tuple[Microbatch, ...]) -> dict[int, float]:
         found: dict[int, float] = {}
         for m in self._model.modules:
             mine = [u for u in graph.units if u.module == m.name]
@@ -118,7 +118,7 @@ class ProgramRun:
             found |= {u.id: float(t) for u, t in zip(mine, sizes.tokens, strict=True)}
         return found
 
-    def _plan(self, graph: StageGraph, loads: tuple[Microbatch, ...]) -> Plan:
+    def _plan(self, graph: OperationGraph, loads: tuple[Microbatch, ...]) -> Plan:
         count = graph.virtual_microbatches
         stages: list[list[int]] = [[] for _ in loads]
         modules = [m.name for m in graph.modules]

@@ -11,7 +11,7 @@ from ..describe.workload import Microbatch
 from ..families.family import Layers
 from ..megatron.device import device_name
 from ..megatron.sampling import Reading
-from ..runtime.protocol import StageProgram
+from ..runtime.protocol import ModelProgram
 from ..testing.synthetic import wrap
 from .neighbours import busy_neighbours
 from .program import ProgramRun, profile_program
@@ -31,7 +31,7 @@ def profile_reading(
         raise ValueError(f"no microbatch to measure: {sample.trouble or 'the script read none'}")
     model = sample.model.with_parallel(pp=1, dp=1)
 
-    def build(layers: Layers) -> tuple[StageProgram, list[torch.nn.Module]]:
+    def build(layers: Layers) -> tuple[ModelProgram, list[torch.nn.Module]]:
         program = reading.program(layers)
         return program, wrap(program.build_chunks(), device)
 

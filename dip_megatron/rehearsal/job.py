@@ -12,12 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from ..core import Kind, Operation, Payload, StageGraph, TensorSpec, Unit
+from ..core import Kind, Operation, OperationGraph, Payload, TensorSpec, Unit
 from ..describe.cost import Costs
 from ..describe.files import ConfigurationError
 from ..describe.model import MultimodalModel, Partition
 from ..describe.workload import Microbatch
-from ..planner.live import ModelGraphs
+from ..planner.model_graphs import ModelGraphs
 
 FaultKind = Literal["planner dies", "planner is late", "rank dies"]
 CHECKPOINT = "checkpoint.json"
@@ -146,7 +146,7 @@ def write_prices(job: Job, graphs: ModelGraphs, folder: Path, progress: Callable
     """What the stages of every pipeline rank take, a file each. They are what the cost model says alone: plans are
     priced with corrections by what earlier iterations took, and a stage that slept for those would feed them."""
     ranks: list[Prices] = [{} for _ in range(job.stages)]
-    known: dict[Microbatch, StageGraph] = {}
+    known: dict[Microbatch, OperationGraph] = {}
     for number, microbatch in enumerate(job.microbatches):
         if microbatch not in known:
             known[microbatch] = graphs.build((microbatch,), False)

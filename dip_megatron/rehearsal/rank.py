@@ -39,7 +39,7 @@ from ..megatron.exchange import GlooExchange  # noqa: E402
 from ..megatron.forward_backward import IterationConsumer  # noqa: E402
 from ..megatron.hooks import Hooks  # noqa: E402
 from ..megatron.session import DipSession  # noqa: E402
-from ..planner.live import Chunks  # noqa: E402
+from ..planner.model_graphs import Chunks  # noqa: E402
 from ..planner.service import PlannerService  # noqa: E402
 from ..report.iterations import IterationReport  # noqa: E402
 from ..runtime.clock import Clock  # noqa: E402
@@ -47,7 +47,7 @@ from ..runtime.executor import Executor  # noqa: E402
 from ..runtime.groups import local_group  # noqa: E402
 from ..runtime.transport_choice import choose_transport  # noqa: E402
 from .job import CHECKPOINT, LATE_SECONDS, Job, Prices, read_prices  # noqa: E402
-from .stages import (  # noqa: E402
+from .operations import (  # noqa: E402
     Account,
     AccountingClock,
     Meeting,

@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from ..core import Plan
-from ..core.idle import idle_before
+from ..core.idle_causes import idle_before
 from ..core.simulate import simulate_compiled
 from .tables import seconds, table
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core import Schedule, StageGraph
+from ..core import OperationGraph, Schedule
 from ..core.graph import Floats
-from ..core.idle import idle_before
+from ..core.idle_causes import idle_before
 
 CAUSES = ("fill", "imbalance", "dependency", "communication", "straggling")
 
@@ -32,7 +32,7 @@ class IdleCauses:
 
 
 def idle_causes(
-    graph: StageGraph, schedule: Schedule, start: Sequence[Floats], end: Sequence[Floats], straggling: float = 0.0
+    graph: OperationGraph, schedule: Schedule, start: Sequence[Floats], end: Sequence[Floats], straggling: float = 0.0
 ) -> list[IdleCauses]:
     """One for each rank. ``start`` and ``end`` (seconds) as in :class:`Timeline`, planned or measured; ``straggling``:
     seconds from this replica's end to the slowest replica's."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..core.protocols import Timed
 from ..core.simulate import idle_share
 from ..planner.delivery import DeliveredPlan
-from ..planner.quotes import ExchangeReport
+from ..planner.exchange_agreement import ExchangeReport
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ..core import Plan
 from ..core.protocols import Exchange, Timed
 from ..core.simulate import idle_share
-from ..planner.quotes import ExchangeReport
+from ..planner.exchange_agreement import ExchangeReport
 from .iterations import IterationReport
 from .tables import seconds
 

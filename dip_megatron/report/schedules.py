@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..planner.planned import Planned
+from ..planner.planning_result import PlanningResult
 from ..planner.replicated import Outcome
 
 Entry = dict[str, Any]
@@ -17,7 +17,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-def entry(planned: Planned) -> Entry:
+def entry(planned: PlanningResult) -> Entry:
     """One schedule in one iteration: seconds, shares, and the bytes of the fullest rank."""
     return {
         "iteration_time": planned.iteration_time,
@@ -101,7 +101,7 @@ def replicas_table(entries: Mapping[str, Entry | None]) -> str:
     return text_table(header, rows)
 
 
-def plan_table(found: Sequence[Planned]) -> str:
+def plan_table(found: Sequence[PlanningResult]) -> str:
     """One line per iteration."""
     rows = [
         [

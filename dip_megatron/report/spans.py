@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core import Operation, Schedule, StageGraph
+from ..core import Operation, OperationGraph, Schedule
 from ..core.simulate import Timeline
 
 
@@ -19,7 +19,7 @@ class Span:
     end: float
 
 
-def spans_of(graph: StageGraph, schedule: Schedule, timeline: Timeline) -> list[Span]:
+def spans_of(graph: OperationGraph, schedule: Schedule, timeline: Timeline) -> list[Span]:
     """The operations of a simulated schedule, without what passes between them."""
     return [
         Span(rank, key, graph.units[key.unit].microbatch, float(start), float(end))

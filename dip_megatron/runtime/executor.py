@@ -1,7 +1,7 @@
 """The executor: runs one rank's actions, one after the other.
 
-It knows plans and messages, not models: a :class:`StageRunner` computes, a :class:`Transport` carries. All state of an
-iteration lives in :class:`Position` and the executor's letters, and is gone at its end.
+It knows plans and messages, not models: a :class:`OperationRunner` computes, a :class:`Transport` carries. All state of
+an iteration lives in :class:`Position` and the executor's letters, and is gone at its end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .clock import Clock
 from .transport import Tensors, Transfer, Transport
 
 
-class StageRunner(Protocol):
+class OperationRunner(Protocol):
     """Computes stages. ``inputs`` and ``gradients`` stand in the order of the stage's incoming messages."""
 
     def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
@@ -154,7 +154,9 @@ class Executor:
         self._meanwhile: Iterator[object] = iter(())
         self._latest_reading = 0.0
 
-    def run(self, plan: Plan, runner: StageRunner, iteration: int = 0, meanwhile: Iterator[None] | None = None) -> None:
+    def run(
+        self, plan: Plan, runner: OperationRunner, iteration: int = 0, meanwhile: Iterator[None] | None = None
+    ) -> None:
         """Execute the rank's actions in order. The plan must have passed :func:`schedule.verify.verify`.
 
         ``meanwhile`` is work for the gaps: one step of it is done before each wait for a message, the rest at the end.
@@ -179,7 +181,7 @@ class Executor:
         position.plan, position.reads = None, False
         self._letters = {}
 
-    def _steps(self, plan: Plan, runner: StageRunner) -> list[tuple[Callable[[Any], None], Any]]:
+    def _steps(self, plan: Plan, runner: OperationRunner) -> list[tuple[Callable[[Any], None], Any]]:
         """What to do for each action, and with what."""
 
         def letter(message: Message) -> _Letter:
@@ -207,7 +209,7 @@ class Executor:
         return steps
 
     # -- compute -------------------------------------------------------------------------------------------------
-    def _forward(self, runner: StageRunner, work: _Work) -> None:
+    def _forward(self, runner: OperationRunner, work: _Work) -> None:
         inputs = [letter.take() for letter in work.taken]
         started = self._clock.start()
         outputs = runner.forward(work.operation, work.unit, work.strategy, inputs)
@@ -215,7 +217,7 @@ class Executor:
         for letter in work.given:
             letter.put(outputs)
 
-    def _backward(self, runner: StageRunner, work: _Work) -> None:
+    def _backward(self, runner: OperationRunner, work: _Work) -> None:
         gradients = [letter.take() for letter in work.taken]
         started = self._clock.start()
         results = runner.backward(work.operation, work.unit, work.strategy, gradients)
@@ -223,13 +225,13 @@ class Executor:
         for letter, place in zip(work.given, work.places, strict=True):
             letter.put(results[place])
 
-    def _weight(self, runner: StageRunner, work: _Work) -> None:
+    def _weight(self, runner: OperationRunner, work: _Work) -> None:
         started = self._clock.start()
         runner.weight(work.operation, work.unit, work.strategy)
         self._clock.stop(work.operation, work.unit, started)
 
     @staticmethod
-    def _reduce(runner: StageRunner, action: Reduce) -> None:
+    def _reduce(runner: OperationRunner, action: Reduce) -> None:
         runner.reduce(action.module, action.segment)
 
     # -- communicate ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import torch
 
 from ..core import Channel, Payload
 from ..core.protocols import Exchange
-from .bells import Bell, receive_bells, send_bells
+from .shared_counters import SharedCounter, receive_counters, send_counters
 from .sharing import CudaCopies, Handle, HostCopies, Mark, slot_size, slot_size_of
 from .transport import Tensors, Transfer, TransportError, ring_channels
 
@@ -197,8 +197,8 @@ class _Wire:
 
     channel: Channel
     socket: socket.socket
-    heard: Bell
-    rung: Bell
+    heard: SharedCounter
+    rung: SharedCounter
 
 
 class _Link(ABC):
@@ -382,12 +382,12 @@ def _connect(
                     connection.settimeout(timeout_seconds)
                     connection.connect(paths[channel.target])
                     head = _HEADER.pack(channel.source, channel.target, channel.gradient)
-                    filled, freed = send_bells(connection, head, 2, slots)
+                    filled, freed = send_counters(connection, head, 2, slots)
                     wires[channel] = _Wire(channel, connection, freed, filled)
             for _ in range(len(mine) - len(wires)):
                 connection, _ = listener.accept()
                 connection.settimeout(timeout_seconds)
-                head, (filled, freed) = receive_bells(connection, _HEADER.size, 2, slots)
+                head, (filled, freed) = receive_counters(connection, _HEADER.size, 2, slots)
                 channel = Channel(*_HEADER.unpack(head))
                 wires[channel] = _Wire(channel, connection, filled, freed)
         except (OSError, struct.error) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..core import ModalityModule, Operation, Payload, Unit
-from .modes import StageMode
+from .layer_context import LayerContext
 
 if TYPE_CHECKING:  # a name for types alone: the runtime runs nothing of planning
     from ..describe.workload import Microbatch
@@ -79,15 +79,15 @@ class Shapes(Protocol):
         ...
 
 
-class StageShapes(Protocol):
+class OperationShapes(Protocol):
     """:class:`Shapes` of chunks whose stages of one virtual microbatch send different things: asked stage by stage."""
 
-    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+    def operation_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """What the forward of ``stage``, one of ``unit``, sends on."""
         ...
 
 
-class RunnableStages(Protocol):
+class RunnableChunks(Protocol):
     """A rank's chunks as the executor runs them. ``modules`` come in an order in which every module stands after its
     upstream ones. Chunks are in the order (module, segment); the loss belongs to the last segment of the last module.
     """
@@ -96,7 +96,7 @@ class RunnableStages(Protocol):
     def modules(self) -> tuple[ModalityModule, ...]: ...
 
     @property
-    def mode(self) -> StageMode:
+    def mode(self) -> LayerContext:
         """What the chunks' layers look up while a stage runs; set by the ``install`` functions of
         :mod:`.deferred_linear` and :mod:`.layer_memory`."""
         ...
@@ -124,12 +124,12 @@ class RunnableStages(Protocol):
         ...
 
 
-class StageProgram(RunnableStages, Protocol):
+class ModelProgram(RunnableChunks, Protocol):
     """A model cut into chunks: how to build them, what a batch holds, and how to run one stage. The loss belongs to the
     last rank, unless the program has a ``loss_rank`` that says otherwise."""
 
     @property
-    def shapes(self) -> Shapes | StageShapes: ...
+    def shapes(self) -> Shapes | OperationShapes: ...
 
     @property
     def supports_split(self) -> bool:

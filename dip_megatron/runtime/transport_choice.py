@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ..core.protocols import Exchange
-from .bells import AVAILABLE
 from .ipc import IpcTransport
+from .shared_counters import AVAILABLE
 from .staging import StagingTransport
 from .transport import DistributedTransport, Transport
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from ..core.graph import StageGraph
+from ..core.graph import OperationGraph
 from ..core.operations import Kind
 from ..core.order import Schedule
 from ..core.simulate import simulate_compiled
@@ -18,7 +18,7 @@ from .fit import Fitted, least_recompute_by_module
 from .optimus import backbone, backbone_order
 
 
-def encoders_first(graph: StageGraph) -> Schedule:
+def encoders_first(graph: OperationGraph) -> Schedule:
     """All forwards of the encoders, then Megatron's order of the module they feed, then all backwards of the encoders:
     what a training loop does that encodes a whole batch before its pipeline runs (Megatron-LM #4784; LoongForge, whose
     encoders are data-parallel over the pipeline's ranks where these are cut over them).
@@ -28,7 +28,7 @@ def encoders_first(graph: StageGraph) -> Schedule:
     return _around(graph, lead=len(graph.units), lag=len(graph.units))
 
 
-def nested_encoders(graph: StageGraph) -> Fitted:
+def nested_encoders(graph: OperationGraph) -> Fitted:
     """Encoders nested in the pipeline of the module they feed: on each rank a microbatch's encoder forward goes before
     the backbone's forward that is ``lead`` microbatches ahead of it, its backward behind the backbone's backward that
     is ``lag`` behind, so that encoders hold a number of microbatches that doesn't grow with the batch; the best of a
@@ -47,23 +47,23 @@ def nested_encoders(graph: StageGraph) -> Fitted:
     return best
 
 
-def _nestings(graph: StageGraph) -> Iterator[tuple[int, int]]:
+def _nestings(graph: OperationGraph) -> Iterator[tuple[int, int]]:
     count = 1 + max(u.microbatch for u in graph.units)
     for lead in sorted({min(n, count) for n in (1, graph.ranks, 2 * graph.ranks)}):
         for lag in sorted({min(n, count) for n in (0, graph.ranks - 1, 2 * graph.ranks)}):
             yield lead, lag
 
 
-def _worth(graph: StageGraph, fitted: Fitted) -> tuple[bool, float]:
+def _worth(graph: OperationGraph, fitted: Fitted) -> tuple[bool, float]:
     over = float(np.max(fitted.timeline.peak_bytes - graph.memory_limit))
     return not fitted.fits, fitted.timeline.iteration_time if fitted.fits else over
 
 
-def _given(order: Schedule) -> Callable[[StageGraph], Schedule]:
+def _given(order: Schedule) -> Callable[[OperationGraph], Schedule]:
     return lambda _: order
 
 
-def _ends(graph: StageGraph, order: Schedule) -> bool:
+def _ends(graph: OperationGraph, order: Schedule) -> bool:
     """Whether no rank waits for ever under this order."""
     try:
         simulate_compiled(graph, order)
@@ -84,7 +84,7 @@ class _Item:
     rank_out: tuple[int, ...]
 
 
-def _around(graph: StageGraph, lead: int, lag: int) -> Schedule:
+def _around(graph: OperationGraph, lead: int, lag: int) -> Schedule:
     """The backbone's own order, and in it the other modules: see :func:`nested_encoders`. What is several chunks away
     from the backbone goes as many times ``lead`` ahead of it, as many times ``lag`` behind."""
     turned = [m.name for m in graph.modules if any(m.reversed)]
@@ -122,7 +122,7 @@ def _around(graph: StageGraph, lead: int, lag: int) -> Schedule:
     return uniform(graph, orders)
 
 
-def _items(graph: StageGraph, name: str, place: dict[int, int]) -> list[_Item]:
+def _items(graph: OperationGraph, name: str, place: dict[int, int]) -> list[_Item]:
     """All virtual microbatches but those of the backbone ``name``."""
     after: dict[str, int] = {}  # chunks between a module's last one and the backbone
     for m in reversed(graph.modules):

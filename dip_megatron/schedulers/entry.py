@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..core.graph import StageGraph
+from ..core.graph import OperationGraph
 from ..core.order import Schedule
 from ..core.plan import SearchStatistics
 from ..describe.model import MultimodalModel
@@ -50,7 +50,7 @@ class Problem:
     ``on_first`` takes the first valid schedule of a search that goes on.
     """
 
-    graph: StageGraph
+    graph: OperationGraph
     effort: Effort = field(default_factory=Effort)
     group: int | None = None
     on_first: Callable[[Schedule], None] = _ignore
@@ -120,7 +120,7 @@ class LeastRecompute:
         """See :class:`ScheduleEntry`."""
         start = time.perf_counter()
 
-        def build(graph: StageGraph) -> Sequence[Schedule]:
+        def build(graph: OperationGraph) -> Sequence[Schedule]:
             return self.orders(Problem(graph, problem.effort, problem.group))
 
         fitted = least_recompute(problem.graph, build)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.graph import StageGraph
+from ..core.graph import OperationGraph
 from ..core.order import Schedule
 from ..core.simulate import Timeline, graph_arrays, simulate_compiled
 
@@ -25,7 +25,7 @@ class Fitted:
     fits: bool
 
 
-def least_recompute(graph: StageGraph, build: Callable[[StageGraph], Sequence[Schedule]]) -> Fitted:
+def least_recompute(graph: OperationGraph, build: Callable[[OperationGraph], Sequence[Schedule]]) -> Fitted:
     """Try the graph's memory strategies from the fastest to the leanest, one for all stages, as Megatron's recompute
     flags do; of the schedules that ``build`` offers for the first strategy that fits, the fastest.
 
@@ -49,7 +49,7 @@ def least_recompute(graph: StageGraph, build: Callable[[StageGraph], Sequence[Sc
     return best
 
 
-def least_recompute_by_module(graph: StageGraph, build: Callable[[StageGraph], Schedule]) -> Fitted:
+def least_recompute_by_module(graph: OperationGraph, build: Callable[[OperationGraph], Schedule]) -> Fitted:
     """One memory strategy for all stages of a module, as Megatron's separate settings for ViT and language model allow;
     the fastest choice that fits.
 
@@ -70,7 +70,7 @@ def least_recompute_by_module(graph: StageGraph, build: Callable[[StageGraph], S
     return best
 
 
-def _rank(fitted: Fitted, graph: StageGraph) -> tuple[bool, float]:
+def _rank(fitted: Fitted, graph: OperationGraph) -> tuple[bool, float]:
     """Those that fit come first, by time; the others by how far they are over the limit."""
     over = float(np.max(fitted.timeline.peak_bytes - graph.memory_limit))
     return (not fitted.fits, fitted.timeline.iteration_time if fitted.fits else over)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core.graph import Floats, StageGraph
+from ..core.graph import Floats, OperationGraph
 from .common import mixed_shape
 
 
-def mean_graph(graph: StageGraph) -> StageGraph:
+def mean_graph(graph: OperationGraph) -> OperationGraph:
     """The mixed graph with every microbatch replaced by the mean of all (durations, bytes and transfers alike)."""
     microbatches, segments = mixed_shape(graph)
 

@@ -7,13 +7,13 @@ kind to Megatron: upstream waits in several places where these plans don't.
 
 from __future__ import annotations
 
-from ..core.graph import StageGraph
+from ..core.graph import OperationGraph
 from ..core.operations import Kind
 from ..core.order import Schedule
 from .common import BaselineError, code, fused_backward, mixed_shape, uniform
 
 
-def one_forward_one_backward(graph: StageGraph) -> Schedule:
+def one_forward_one_backward(graph: OperationGraph) -> Schedule:
     """Megatron's non-interleaved 1F1B for a mixed graph with one segment.
 
     Rank r runs ``ranks - r - 1`` forwards to warm up, then one forward and one backward in turns, then the remaining
@@ -30,7 +30,7 @@ def one_forward_one_backward(graph: StageGraph) -> Schedule:
     return uniform(graph, orders)
 
 
-def interleaved(graph: StageGraph, group: int | None = None) -> Schedule:
+def interleaved(graph: OperationGraph, group: int | None = None) -> Schedule:
     """Megatron's interleaved 1F1B (virtual pipeline) for a mixed graph with V >= 2 segments.
 
     ``group`` is Megatron's ``--microbatch-group-size-per-virtual-pipeline-stage``; None takes :func:`legal_group`.
@@ -89,7 +89,7 @@ def legal_group(microbatches: int, ranks: int) -> int:
     )
 
 
-def _in_turns(graph: StageGraph, rank: int, warmup: int, table: list[tuple[int, int]], segments: int) -> list[int]:
+def _in_turns(graph: OperationGraph, rank: int, warmup: int, table: list[tuple[int, int]], segments: int) -> list[int]:
     """Warm up with ``warmup`` forwards of the table, then one forward and one backward in turns, then backwards."""
     forwards = [code(graph, Kind.F, graph.virtual_microbatch(m, chunk)) for m, chunk in table]
     backwards = [fused_backward(graph, graph.virtual_microbatch(m, segments - 1 - chunk), rank) for m, chunk in table]

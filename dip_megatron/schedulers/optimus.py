@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core.graph import StageGraph
+from ..core.graph import OperationGraph
 from ..core.operations import Kind
 from ..core.order import Schedule
 from ..core.simulate.reference import simulate
@@ -14,7 +14,7 @@ from .megatron import legal_group, warmup_count
 _FORWARD, _BACKWARD = int(Kind.F), int(Kind.BW)
 
 
-def optimus_coarse(graph: StageGraph) -> Schedule:
+def optimus_coarse(graph: OperationGraph) -> Schedule:
     """Optimus (Feng et al., 2024) with coarse bubble filling, as the paper's authors re-implemented it.
 
     The backbone (the module that the others feed) keeps Megatron's order of its own chunks: 1F1B or interleaved. The
@@ -26,7 +26,7 @@ def optimus_coarse(graph: StageGraph) -> Schedule:
     return min(optimus_leads(graph), key=lambda schedule: simulate(graph, schedule).iteration_time)
 
 
-def optimus_leads(graph: StageGraph) -> list[Schedule]:
+def optimus_leads(graph: OperationGraph) -> list[Schedule]:
     """The schedules among which :func:`optimus_coarse` picks, least memory first; for a caller with a memory limit."""
     turned = [m.name for m in graph.modules if any(m.reversed)]
     if turned:
@@ -34,12 +34,12 @@ def optimus_leads(graph: StageGraph) -> list[Schedule]:
     return [_fill_bubbles(graph, ahead) for ahead in _leads(graph)]
 
 
-def _leads(graph: StageGraph) -> list[int]:
+def _leads(graph: OperationGraph) -> list[int]:
     microbatches = 1 + max(u.microbatch for u in graph.units)
     return sorted({min(n, microbatches) for n in (1, graph.ranks // 2 + 1, graph.ranks, 2 * graph.ranks, microbatches)})
 
 
-def backbone(graph: StageGraph) -> str:
+def backbone(graph: OperationGraph) -> str:
     """The module that feeds no other (of several the one with the most work): its backward never waits for its own
     later forwards, so that Megatron's order of it can't hang."""
     feeding = {name for m in graph.modules for name in m.upstream}
@@ -51,7 +51,7 @@ def backbone(graph: StageGraph) -> str:
     return max(work, key=lambda name: work[name])
 
 
-def backbone_order(graph: StageGraph, name: str, rank: int) -> list[tuple[int, int]]:
+def backbone_order(graph: OperationGraph, name: str, rank: int) -> list[tuple[int, int]]:
     """Megatron's order of the backbone's own stages: (kind, virtual microbatch)."""
     units = sorted((u for u in graph.units if u.module == name), key=lambda u: (u.microbatch, u.id))
     segments, count, ranks = graph.module(name).segments, len(units), graph.ranks
@@ -73,7 +73,7 @@ def backbone_order(graph: StageGraph, name: str, rank: int) -> list[tuple[int, i
     return order + backward[len(forward) - warmup :]
 
 
-def _fill_bubbles(graph: StageGraph, ahead: int) -> Schedule:
+def _fill_bubbles(graph: OperationGraph, ahead: int) -> Schedule:
     """Timed list scheduling: the backbone in its fixed order, the other modules where it waits."""
     name = backbone(graph)
     ranks = graph.ranks
@@ -153,7 +153,7 @@ def _reached(line: list[tuple[int, int]], place: list[int], heads: set[int], cou
 
 
 def _arrival(
-    graph: StageGraph, end: dict[tuple[int, int, int], float], kind: int, virtual_microbatch: int, rank: int
+    graph: OperationGraph, end: dict[tuple[int, int, int], float], kind: int, virtual_microbatch: int, rank: int
 ) -> float:
     """When the inputs of an operation are there (seconds; inf if one has not been scheduled)."""
     ends = [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.graph import Ints, StageGraph
+from ..core.graph import Ints, OperationGraph
 from ..core.order import Schedule
 from ..core.simulate.compiled import compiled
 from ..core.simulate.kernels import BACKWARD, FORWARD, FUSED
@@ -15,7 +15,7 @@ from .common import uniform
 from .megatron import legal_group
 
 
-def segmented_static(graph: StageGraph) -> Schedule:
+def segmented_static(graph: OperationGraph) -> Schedule:
     """Megatron's interleaved order, carried over to modality-segmented chunks (the paper's "+ partitioner" step).
 
     Groups of microbatches as Megatron makes them; within a group chunk after chunk of the model, each for all its
@@ -32,13 +32,13 @@ def segmented_static(graph: StageGraph) -> Schedule:
     return uniform(graph, _replay(graph, rows_forward, rows_backward, warmups))
 
 
-def _chunks(graph: StageGraph) -> list[tuple[str, int]]:
+def _chunks(graph: OperationGraph) -> list[tuple[str, int]]:
     """(module, segment) in model order, those modules only that have units."""
     present = {u.module for u in graph.units}
     return [(m.name, k) for m in graph.modules if m.name in present for k in range(m.segments)]
 
 
-def _static_tables(graph: StageGraph) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _static_tables(graph: OperationGraph) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(chunk, virtual_microbatch) in forward and in backward order."""
     microbatches = sorted({u.microbatch for u in graph.units})
     size = legal_group(len(microbatches), graph.ranks) if len(microbatches) >= graph.ranks else len(microbatches)
@@ -56,7 +56,7 @@ def _static_tables(graph: StageGraph) -> tuple[list[tuple[int, int]], list[tuple
 
 
 def _replay(
-    graph: StageGraph, forwards: Sequence[int], backwards: Sequence[int], warmups: Sequence[int]
+    graph: OperationGraph, forwards: Sequence[int], backwards: Sequence[int], warmups: Sequence[int]
 ) -> list[list[int]]:
     """Warm-up, then forward and backward in turns, waiting for inputs; where all wait, one more forward goes first."""
     edges, count = graph.edges, len(forwards)

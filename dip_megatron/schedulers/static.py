@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.graph import Floats, StageGraph
+from ..core.graph import Floats, OperationGraph
 from ..core.simulate import simulate_compiled
 from ..describe.cost import CostModel, LayerRun, mixed_graph
 from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
@@ -77,14 +77,14 @@ class StaticChoice:
 
 def static_graph(
     pricer: CostModel, choice: StaticChoice, microbatches: Sequence[Microbatch], memory_limit: float | None = None
-) -> StageGraph:
+) -> OperationGraph:
     """The mixed graph of a batch on the choice's virtual stages, one unit per microbatch; ``memory_limit`` in bytes."""
     return mixed_graph(pricer, choice.stages, microbatches, memory_limit, reversed=choice.reversed)
 
 
 def static_plan(
     pricer: CostModel, choice: StaticChoice, microbatches: Sequence[Microbatch], memory_limit: float | None = None
-) -> tuple[StageGraph, Fitted]:
+) -> tuple[OperationGraph, Fitted]:
     """The choice applied to one batch, with the least uniform recompute that fits it (kind to the baseline: a static
     run must fix that too). Raises BaselineError where the schedule can't run the batch."""
     graph = static_graph(pricer, choice, microbatches, memory_limit)
@@ -170,7 +170,7 @@ def _check_chain(name: str, model: MultimodalModel, runs: Sequence[tuple[LayerRu
         raise ModelError(f"{name}: {order[flat[0]]} must end before the next module begins")
 
 
-def _fitted(graph: StageGraph, found: Found) -> Fitted:
+def _fitted(graph: OperationGraph, found: Found) -> Fitted:
     timeline = simulate_compiled(graph, found.schedule)
     fits = bool(np.all(timeline.peak_bytes <= graph.memory_limit))
     return Fitted(found.schedule, timeline, int(found.schedule.strategy.max(initial=0)), fits)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core.graph import StageGraph
+from ..core.graph import OperationGraph
 from ..core.operations import Kind
 from ..core.order import Schedule
 from ..core.simulate.reference import simulate
@@ -18,17 +18,17 @@ from .common import BaselineError, code, input_gradient, mixed_shape, uniform, w
 from .mean import mean_graph
 
 
-def zb_h1(graph: StageGraph) -> Schedule:
+def zb_h1(graph: OperationGraph) -> Schedule:
     """ZB-H1 for a mixed graph with one segment: 1F1B's memory, W delayed by ``rank`` microbatches."""
     return _fastest(graph, zb_h1_options(graph)[:2])
 
 
-def zb_v(graph: StageGraph) -> Schedule:
+def zb_v(graph: OperationGraph) -> Schedule:
     """ZB-V for a mixed graph with two segments, the second one reversed: 1F1B's memory, every rank has both ends."""
     return _fastest(graph, zb_v_options(graph)[:2])
 
 
-def zb_h1_options(graph: StageGraph) -> list[Schedule]:
+def zb_h1_options(graph: OperationGraph) -> list[Schedule]:
     """Hand-crafted, automatic, and automatic with every W at once, for a caller with a memory limit. Raises
     BaselineError if the graph has more than one module or segment."""
     _, segments = mixed_shape(graph)
@@ -37,7 +37,7 @@ def zb_h1_options(graph: StageGraph) -> list[Schedule]:
     return [handcrafted_h1(graph), automatic(graph, graph.ranks), handcrafted_h1(graph, delay=0)]
 
 
-def zb_v_options(graph: StageGraph) -> list[Schedule]:
+def zb_v_options(graph: OperationGraph) -> list[Schedule]:
     """As :func:`zb_h1_options`, for ZB-V. Raises BaselineError for any other graph than :func:`zb_v`'s."""
     _, segments = mixed_shape(graph)
     if segments != 2 or not graph.modules[0].runs_back(1) or graph.modules[0].runs_back(0):
@@ -48,7 +48,7 @@ def zb_v_options(graph: StageGraph) -> list[Schedule]:
     return [handcrafted_v(graph), automatic(graph, limit), automatic(graph, limit, eager=True)]
 
 
-def handcrafted_h1(graph: StageGraph, delay: int | None = None) -> Schedule:
+def handcrafted_h1(graph: OperationGraph, delay: int | None = None) -> Schedule:
     """The order of the paper's figure: warm-up as 1F1B; W of microbatch i after B of microbatch i + rank, or, with
     ``delay``, of microbatch i + delay if that comes earlier (0: no more memory than 1F1B on any rank)."""
     microbatches, _ = mixed_shape(graph)
@@ -69,7 +69,7 @@ def handcrafted_h1(graph: StageGraph, delay: int | None = None) -> Schedule:
     return uniform(graph, orders)
 
 
-def handcrafted_v(graph: StageGraph) -> Schedule:
+def handcrafted_v(graph: OperationGraph) -> Schedule:
     """The order of ZB-V's figure: chunk 0 down, chunk 1 back up, one F, B and W of each in the steady state."""
     microbatches, _ = mixed_shape(graph)
     ranks = graph.ranks
@@ -78,7 +78,7 @@ def handcrafted_v(graph: StageGraph) -> Schedule:
     return uniform(graph, [_v_order(graph, rank, padded, microbatches) for rank in range(ranks)])
 
 
-def _v_order(graph: StageGraph, rank: int, padded: int, microbatches: int) -> list[int]:
+def _v_order(graph: OperationGraph, rank: int, padded: int, microbatches: int) -> list[int]:
     ranks = graph.ranks
     pattern: list[tuple[Kind, int, int]] = []
     done = {(kind, chunk): 0 for kind in (Kind.F, Kind.B, Kind.W) for chunk in (0, 1)}
@@ -130,7 +130,7 @@ def _v_order(graph: StageGraph, rank: int, padded: int, microbatches: int) -> li
     return order
 
 
-def automatic(graph: StageGraph, limit: int, *, eager: bool = False) -> Schedule:
+def automatic(graph: OperationGraph, limit: int, *, eager: bool = False) -> Schedule:
     """A zero-bubble order by list scheduling on the mean durations of the batch.
 
     Each rank runs what can start first; of what could start together a B, else an F while fewer than ``limit`` stages
@@ -218,7 +218,7 @@ def automatic(graph: StageGraph, limit: int, *, eager: bool = False) -> Schedule
     return uniform(graph, order)
 
 
-def _fastest(graph: StageGraph, options: list[Schedule]) -> Schedule:
+def _fastest(graph: OperationGraph, options: list[Schedule]) -> Schedule:
     """The fastest on the mean durations; these are fixed before training, so the batch can't choose."""
     mean = mean_graph(graph)
     return min(options, key=lambda schedule: simulate(mean, schedule).iteration_time)

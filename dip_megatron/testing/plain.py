@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from ..core import ModalityModule, Operation, Payload, Plan, StageGraph, TensorSpec, Unit
+from ..core import ModalityModule, Operation, OperationGraph, Payload, Plan, TensorSpec, Unit
 from ..core.lower import make_plan
 from ..core.verify import verify
 from ..megatron.call import ScheduleCall
@@ -27,7 +27,7 @@ from ..megatron.exchange import GlooExchange
 from ..megatron.iteration import Iteration
 from ..runtime.clock import Clock
 from ..runtime.executor import Executor
-from ..runtime.modes import StageMode
+from ..runtime.layer_context import LayerContext
 from ..runtime.protocol import MicrobatchInputs, Tensors
 from ..runtime.transport_choice import choose_transport
 from ..schedulers import interleaved, one_forward_one_backward
@@ -35,13 +35,13 @@ from ..schedulers import interleaved, one_forward_one_backward
 _MODULE = "model"
 
 
-class PlainStages:
-    """A model that is nothing but its chunks; see :class:`dip_megatron.runtime.protocol.RunnableStages`."""
+class PlainChunks:
+    """A model that is nothing but its chunks; see :class:`dip_megatron.runtime.protocol.RunnableChunks`."""
 
     def __init__(self, segments: int, ranks: int, forward_step_func: Callable[..., Any], iterators: list[Any]):
         """``iterators[v]`` is chunk v's data iterator, or None."""
         self.modules = (ModalityModule(_MODULE, ((1,) * ranks,) * segments),)
-        self.mode = StageMode()
+        self.mode = LayerContext()
         self._forward_step_func = forward_step_func
         self._iterators = iterators
 
@@ -114,7 +114,7 @@ class PlainForwardBackward:
         def last_forward_step(_: Any, last: torch.nn.Module) -> Any:
             return call.forward_step_func(iterators[-1], last)
 
-        stages = PlainStages(len(chunks), len(pipeline), call.forward_step_func, iterators)
+        stages = PlainChunks(len(chunks), len(pipeline), call.forward_step_func, iterators)
         iteration = Iteration(
             stages, executor, plan, chunks, [MicrobatchInputs({}) for _ in range(num_microbatches)], last_forward_step,
             forward_only=call.forward_only, context_parallel_size=context,
@@ -168,7 +168,7 @@ def _plan(ranks: int, segments: int, microbatches: int, group: int, forward_only
     module = ModalityModule(_MODULE, ((1,) * ranks,) * segments, trainable=trainable)
     virtual_microbatches = microbatches * segments
     second = np.ones((1, virtual_microbatches, ranks))
-    graph = StageGraph(
+    graph = OperationGraph(
         ranks=ranks,
         modules=(module,),
         units=tuple(Unit(m, _MODULE, m) for m in range(microbatches)),

@@ -28,7 +28,7 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 
-from dip_megatron.core import Kind, ModalityModule, Operation, Plan, Schedule, StageGraph, Unit  # noqa: E402
+from dip_megatron.core import Kind, ModalityModule, Operation, OperationGraph, Plan, Schedule, Unit  # noqa: E402
 from dip_megatron.core.lower import make_plan  # noqa: E402
 from dip_megatron.core.simulate import simulate  # noqa: E402
 from dip_megatron.describe.model import (  # noqa: E402
@@ -49,7 +49,7 @@ from dip_megatron.planner.delivery import PlanDelivery  # noqa: E402
 from dip_megatron.planner.maker import payloads  # noqa: E402
 from dip_megatron.planner.request import PlanRequest  # noqa: E402
 from dip_megatron.planner.service import PlannerService  # noqa: E402
-from dip_megatron.profile.stages import StageSeconds, profile_stage  # noqa: E402
+from dip_megatron.profile.operations import OperationSeconds, profile_operation  # noqa: E402
 from dip_megatron.report.breakdown import gaps  # noqa: E402
 from dip_megatron.runtime.clock import Clock, MeasuredSpan  # noqa: E402
 from dip_megatron.runtime.executor import Executor  # noqa: E402
@@ -176,14 +176,14 @@ class Bench:
         return self._cleared(chunks, lambda: virtually(iterate))
 
     def dips(
-        self, segments: int, microbatches: int, order: Callable[[StageGraph], Schedule]
+        self, segments: int, microbatches: int, order: Callable[[OperationGraph], Schedule]
     ) -> tuple[Callable[[], list[Any]], GptProgram, list[torch.nn.Module], list[Any]]:
         """One iteration under DIP's, in ``order``; the program and its chunks; plans and spans, once it runs."""
         even = self.setting.layers // (segments * self.ranks)
         program = GptProgram(self._arguments(), {LANGUAGE: ((even,) * self.ranks,) * segments}, rank=self.rank)
         chunks = self._wrapped(program.build_chunks())
         loads = (Microbatch(self.setting.tokens, sequences=(self.setting.tokens,)),) * microbatches
-        graph = self.graph(program.modules[0], microbatches, self.measure_stages(program, chunks))
+        graph = self.graph(program.modules[0], microbatches, self.measure_operations(program, chunks))
         plan = make_plan(graph, order(graph), lower_bound=0.0, payloads=payloads(graph, loads, program.shapes))
         service = PlannerService(FixedPlan(plan), workers=0) if self.rank == 0 else None
         clock, reports = Clock(self.device), []
@@ -219,7 +219,7 @@ class Bench:
         return run
 
     # -- costs ---------------------------------------------------------------------------------------------------
-    def measure_stages(self, program: GptProgram, chunks: list[torch.nn.Module]) -> list[list[StageSeconds]]:
+    def measure_operations(self, program: GptProgram, chunks: list[torch.nn.Module]) -> list[list[OperationSeconds]]:
         """Seconds of each stage, ``[segment][rank]``, measured on all ranks at once, as they compute in training."""
         arguments = dict(program.bind(self.text["tokens"], self.text["position_ids"], None, labels=self.text["labels"]))
         last = program.modules[0].segments - 1
@@ -229,7 +229,7 @@ class Bench:
             payload = program.shapes.payload(unit, load, leaves_module=False) if k or self.rank else ()
             self.gather(None)
             mine.append(
-                profile_stage(
+                profile_operation(
                     program,
                     chunk,
                     Operation(Kind.F, LANGUAGE, k, 0, self.rank),
@@ -242,14 +242,14 @@ class Bench:
             )
         return [list(line) for line in zip(*self.gather(mine), strict=True)]
 
-    def graph(self, module: ModalityModule, count: int, stages: list[list[StageSeconds]]) -> StageGraph:
+    def graph(self, module: ModalityModule, count: int, stages: list[list[OperationSeconds]]) -> OperationGraph:
         """The stages of one iteration at these costs."""
 
         def seconds(name: str) -> np.ndarray:
             return np.array([[[getattr(s, name) for s in line] for line in stages] * count])
 
         rows, zeros = count * module.segments, np.zeros(self.ranks)
-        return StageGraph(
+        return OperationGraph(
             ranks=self.ranks,
             modules=(module,),
             units=tuple(Unit(i, module.name, i) for i in range(count)),
@@ -341,9 +341,9 @@ def split_case(bench: Bench) -> dict[str, Any]:
     theirs = bench.megatrons(1, setting.bubble_microbatches)
     ours, program, chunks, _ = bench.dips(1, setting.bubble_microbatches, zb_h1)
     difference = bench.check_equal(ours, theirs)
-    before = bench.measure_stages(program, chunks)
+    before = bench.measure_operations(program, chunks)
     pairs = bench.pairs(ours, theirs)
-    after = bench.measure_stages(program, chunks)
+    after = bench.measure_operations(program, chunks)
     predictions = []
     for stages in (before, after):
         graph = bench.graph(program.modules[0], setting.bubble_microbatches, stages)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dip_megatron.describe.model import Partition
-from dip_megatron.planner.facade import Effort, Planned, describe, make_planner, searched_partition
+from dip_megatron.planner.facade import Effort, PlanningResult, describe, make_planner, searched_partition
 from dip_megatron.planner.facade import Setting as Planning
 from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.schedulers import (
@@ -36,7 +36,7 @@ class Candidate:
     ``failure`` says why there is none."""
 
     name: str
-    planned: tuple[Planned, ...] = ()
+    planned: tuple[PlanningResult, ...] = ()
     choice: StaticChoice | None = None
     partition: Partition | None = None
     failure: str = ""
@@ -84,7 +84,7 @@ def _plan(name: str, planning: Planning, effort: Effort, partition_seconds: floa
     return Candidate(name, tuple(planner(batch) for batch in planning.microbatches), partition=partition)
 
 
-def _check_fits(planned: Sequence[Planned]) -> None:
+def _check_fits(planned: Sequence[PlanningResult]) -> None:
     over = [max(p.peak_bytes) for p in planned if not p.fits]
     if over:
         raise ValueError(f"does not fit even with everything recomputed: {max(over) / 1e9:.1f} GB on a rank")

@@ -34,7 +34,7 @@ from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
 from dip_megatron.megatron.iteration import Iteration  # noqa: E402
 from dip_megatron.planner.facade import Setting as Planning  # noqa: E402
 from dip_megatron.planner.maker import payloads  # noqa: E402
-from dip_megatron.profile.stages import costs_of, profile_llava  # noqa: E402
+from dip_megatron.profile.operations import costs_of, profile_llava  # noqa: E402
 from dip_megatron.profile.timing import measure  # noqa: E402
 from dip_megatron.report.spans import Span, spans_of  # noqa: E402
 from dip_megatron.report.trace import write_trace  # noqa: E402

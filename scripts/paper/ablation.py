@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import OperationGraph
 from dip_megatron.describe.cost import segmented_graph
 from dip_megatron.planner.facade import Setting
 from dip_megatron.schedulers import least_recompute_by_module, segmented_static
@@ -99,7 +99,7 @@ def _megatron(setting: Setting, budget: Budget) -> float:
     return mean_time(found)
 
 
-def _graphs(setting: Setting) -> list[StageGraph]:
+def _graphs(setting: Setting) -> list[OperationGraph]:
     partition = papers_partition(setting)
     return [segmented_graph(setting.pricer, partition, m, setting.memory_limit) for m in setting.microbatches]
 

@@ -11,7 +11,14 @@ import numpy as np
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import Partition, load_model
 from dip_megatron.describe.workload import load_workload
-from dip_megatron.planner.facade import DoesNotFitError, Effort, Planned, Setting, make_planner, searched_partition
+from dip_megatron.planner.facade import (
+    DoesNotFitError,
+    Effort,
+    PlanningResult,
+    Setting,
+    make_planner,
+    searched_partition,
+)
 from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.schedulers import BaselineError, find_schedule
 
@@ -87,7 +94,7 @@ def plan_all(
     *,
     seconds: float | None = None,
     given: Partition | None = None,
-) -> list[Planned] | None:
+) -> list[PlanningResult] | None:
     """Every batch of the setting planned under schedule ``name``; None if the schedule can't run them or does not fit.
 
     ``given``: the partition of all segmented schedules.
@@ -104,7 +111,7 @@ def plan_all(
     return found if all(p.fits for p in found) else None
 
 
-def mean_time(found: Sequence[Planned]) -> float:
+def mean_time(found: Sequence[PlanningResult]) -> float:
     """Mean simulated seconds an iteration."""
     return float(np.mean([p.iteration_time for p in found]))
 

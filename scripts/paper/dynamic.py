@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.planner.facade import Planned
+from dip_megatron.planner.facade import PlanningResult
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mean_time, plan_all, tuned_on
@@ -54,11 +54,11 @@ def run(budget: Budget, out: Path) -> Result:
     )  # fmt: skip
 
 
-def _median(plans: Sequence[Planned]) -> float:
+def _median(plans: Sequence[PlanningResult]) -> float:
     return float(np.median([p.plan_seconds for p in plans]))
 
 
-def _comparisons(found: Mapping[str, Sequence[Planned]], at: int) -> list[Comparison]:
+def _comparisons(found: Mapping[str, Sequence[PlanningResult]], at: int) -> list[Comparison]:
     """The named iteration; and what the same ratio is over the whole run, because one draw says little."""
     out = []
     for schedule, paper in ((WEAK, quoted.DYNAMIC_MEGATRON), ("nnscaler", quoted.DYNAMIC_OTHERS),

@@ -7,7 +7,7 @@ from math import inf
 
 import numpy as np
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import OperationGraph
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Solved:
         return self.time < inf
 
 
-def solve_orders(graph: StageGraph, tick: float, limit: float, workers: int = 2) -> Solved:
+def solve_orders(graph: OperationGraph, tick: float, limit: float, workers: int = 2) -> Solved:
     """The least iteration time over all orders of forwards and fused backwards, memory left out, by OR-tools' CP-SAT.
 
     ``graph`` has one memory strategy and durations in whole ``tick``s; ``limit`` is the solver's time in seconds.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.planner.facade import Planned
+from dip_megatron.planner.facade import PlanningResult
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mean_time, mix_of, plan_all
@@ -64,7 +64,7 @@ def run(budget: Budget, out: Path, settings: tuple[tuple[str, int, int], ...] = 
     )  # fmt: skip
 
 
-def mean_ideal(plans: Sequence[Planned]) -> float:
+def mean_ideal(plans: Sequence[PlanningResult]) -> float:
     """Mean seconds if no rank ever waited or recomputed and all had the same to do: what the kernels alone allow."""
     times = [(p.graph.forward + p.graph.fused).min(axis=0).sum() / p.graph.ranks for p in plans]
     return float(np.mean(times))

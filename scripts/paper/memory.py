@@ -8,7 +8,7 @@ import numpy as np
 
 from dip_megatron.core import Kind
 from dip_megatron.core.simulate import simulate_compiled
-from dip_megatron.planner.facade import Planned
+from dip_megatron.planner.facade import PlanningResult
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mean_time, mix_of, plan_all
@@ -52,7 +52,7 @@ def run(budget: Budget, out: Path) -> Result:
     )  # fmt: skip
 
 
-def timeline(planned: Planned, rank: int) -> list[tuple[float, float]]:
+def timeline(planned: PlanningResult, rank: int) -> list[tuple[float, float]]:
     """(seconds, bytes held from then on) of a rank, static bytes included; by the simulator's rules of memory."""
     graph, schedule = planned.graph, planned.schedule
     run_ = simulate_compiled(graph, schedule)
@@ -96,7 +96,7 @@ def fluctuation(line: list[tuple[float, float]]) -> float:
     return float(np.sqrt(np.average((some - mean) ** 2, weights=lengths)))
 
 
-def _comparisons(plans: dict[str, Planned], swings: dict[str, float]) -> list[Comparison]:
+def _comparisons(plans: dict[str, PlanningResult], swings: dict[str, float]) -> list[Comparison]:
     out = []
     if WEAK in plans and "dip-paper" in plans and swings[WEAK] > 0:
         out.append(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import OperationGraph
 from dip_megatron.describe.cost import segmented_graph
 from dip_megatron.schedulers.dip import SearchResult, search, warm_up
 
@@ -101,7 +101,7 @@ def _near_at(microbatches: int, budget: Budget) -> float:
 class _Scale:
     """One number of microbatches: our search and the solver on the same graph."""
 
-    def __init__(self, microbatches: int, graph: StageGraph, found: SearchResult, solved: Solved) -> None:
+    def __init__(self, microbatches: int, graph: OperationGraph, found: SearchResult, solved: Solved) -> None:
         self.microbatches, self.found, self.solved = microbatches, found.iteration_time, solved
         self.floor = max(found.lower_bound, solved.bound)
         self.operations = 2 * graph.virtual_microbatches * graph.ranks
@@ -122,7 +122,7 @@ def _scale(microbatches: int, budget: Budget) -> _Scale:
     return _Scale(microbatches, graph, found, replace(solved, seconds=time.perf_counter() - start))
 
 
-def in_ticks(graph: StageGraph) -> StageGraph:
+def in_ticks(graph: OperationGraph) -> OperationGraph:
     """The graph with durations rounded up to whole ticks, for both search and solver."""
 
     def rounded(array):  # type: ignore[no-untyped-def]

@@ -211,7 +211,7 @@ def _write(name: str) -> Callable[[Path], None]:
 
 def _of_bridge(name: str) -> Callable[[Path, int], Built]:
     def build(folder: Path, ranks: int) -> Built:
-        from dip_megatron.families.called.known import BRIDGE_FAMILIES
+        from dip_megatron.families.multimodal.bridge_models import BRIDGE_FAMILIES
         from tests.bridge import equality, tiny, tiny_model
 
         tiny_model.SEQUENCE = SEQUENCE

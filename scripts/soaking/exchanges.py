@@ -25,7 +25,7 @@ def disturb(every: int, fatal: str, exchanges: int) -> None:
     """Let exchanges of this rank suffer the next of :data:`MILD` every ``every`` times (0: never), and ``fatal`` (one
     of :data:`FATAL`, or nothing) once ``exchanges`` are done, on the last rank alone."""
     from dip_megatron.megatron import replicas
-    from dip_megatron.planner import quotes
+    from dip_megatron.planner import exchange_agreement
 
     rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
     done = itertools.count(1)
@@ -45,7 +45,7 @@ def disturb(every: int, fatal: str, exchanges: int) -> None:
     def settled(proposal: Any, answers: Any) -> Any:
         if fault == "differs":
             answers = [answers[0]._replace(digest="another"), *answers[1:]]
-        return quotes.settle(proposal, answers)
+        return exchange_agreement.settle(proposal, answers)
 
     def moved(self: Any, out: Any, microbatch: Any, into: Any) -> Any:
         if fault == "slow" and rank == 0:

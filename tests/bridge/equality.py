@@ -230,7 +230,7 @@ def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
         module, name = "mcore_known", "MCORE_BRIDGE_FAMILIES"
     if case.tiny in ROLL_TINY:
         module, name = "roll_known", "ROLL_FAMILIES"
-    families = getattr(importlib.import_module(f"dip_megatron.families.called.{module}"), name)
+    families = getattr(importlib.import_module(f"dip_megatron.families.multimodal.{module}"), name)
     family, blueprint = record_blueprint(families, provider.provide, pre_process=True, post_process=True)
     program: Any = family.program(blueprint, case.layers, rank=stage(case, rank), micro_batch_size=1)
     parallel = Parallel(case.tensor, world // case.ranks, sequence_parallel=case.sequence, cp=case.context)

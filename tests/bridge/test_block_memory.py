@@ -18,12 +18,12 @@ def gradients(rank: int, world: int, strategy: str) -> tuple[list[torch.Tensor],
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
     from dip_megatron.families.shared import block_memory
-    from dip_megatron.runtime.modes import StageMode
+    from dip_megatron.runtime.layer_context import LayerContext
 
     torch.manual_seed(5)
     config = Qwen2_5_VLVisionConfig(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=16)
     visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config)
-    mode = StageMode()
+    mode = LayerContext()
     block_memory.install(list(visual.blocks), mode)
     kept: dict[int, int] = {}
 

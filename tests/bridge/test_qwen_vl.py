@@ -30,7 +30,7 @@ def provider(**changes: Any) -> Any:
 
 
 def described(rank: int, world: int) -> Any:
-    from dip_megatron.families.called.qwen25_vl import Qwen25Vl
+    from dip_megatron.families.multimodal.qwen25_vl import Qwen25Vl
 
     return Qwen25Vl().describe(provider(), {}, Parallel(tp=2, pp=4, dp=2))
 
@@ -44,12 +44,12 @@ def test_the_published_7b_is_described_as_its_model_file() -> None:
 
 
 def refused(rank: int, world: int) -> list[str]:
-    from dip_megatron.families.called.program import CalledProgram
-    from dip_megatron.families.called.qwen25_vl import Qwen25Vl
+    from dip_megatron.families.multimodal.program import MultimodalProgram
+    from dip_megatron.families.multimodal.qwen25_vl import Qwen25Vl
     from dip_megatron.runtime.protocol import MicrobatchInputs
 
     def program_of(config: Any, layers: Any, rank: int) -> Any:
-        return CalledProgram(Qwen25Vl(), {"config": config}, layers, rank=rank)
+        return MultimodalProgram(Qwen25Vl(), {"config": config}, layers, rank=rank)
 
     layers = {"vision": ((16, 16),), "language": ((14, 14),)}
     program = program_of(provider(), layers, rank=0)

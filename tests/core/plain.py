@@ -12,16 +12,18 @@ from dip_megatron.core import (
     CommunicationKind,
     Compute,
     Message,
+    OperationGraph,
     Reduce,
     Schedule,
-    StageGraph,
 )
 from dip_megatron.core.lower import incoming, outgoing
 from dip_megatron.core.simulate import Timeline, simulate
 from dip_megatron.core.verify import PlanError
 
 
-def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = None) -> tuple[tuple[Action, ...], ...]:
+def lower(
+    graph: OperationGraph, schedule: Schedule, timeline: Timeline | None = None
+) -> tuple[tuple[Action, ...], ...]:
     """Actions of every rank. ``timeline`` (simulated if not given) only decides how early receives are posted."""
     timeline = timeline or simulate(graph, schedule)
     keys = [schedule.operations(graph, rank) for rank in range(graph.ranks)]
@@ -71,14 +73,14 @@ def lower(graph: StageGraph, schedule: Schedule, timeline: Timeline | None = Non
     return tuple(lowered)
 
 
-def check(graph: StageGraph, schedule: Schedule, actions: tuple[tuple[Action, ...], ...]) -> None:
+def check(graph: OperationGraph, schedule: Schedule, actions: tuple[tuple[Action, ...], ...]) -> None:
     """Raise PlanError where actions don't follow the schedule, don't match, or could hang."""
     for rank, line in enumerate(actions):
         check_rank(graph, schedule, rank, line)
     replay(graph, actions)
 
 
-def check_rank(graph: StageGraph, schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> None:
+def check_rank(graph: OperationGraph, schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> None:
     """The rank's actions are its order's operations, and each has begun and awaited just the messages it must."""
     computed = [a.operation for a in actions if isinstance(a, Compute)]
     if computed != schedule.operations(graph, rank):
@@ -134,7 +136,7 @@ def check_rank(graph: StageGraph, schedule: Schedule, rank: int, actions: tuple[
 _SENDING = (CommunicationKind.ISEND, CommunicationKind.WAIT_ISEND)
 
 
-def replay(graph: StageGraph, actions: tuple[tuple[Action, ...], ...]) -> None:
+def replay(graph: OperationGraph, actions: tuple[tuple[Action, ...], ...]) -> None:
     """Run the actions of all ranks under rendezvous semantics. Raises PlanError if they don't end or don't match."""
     sends: dict[Channel, list[Message]] = defaultdict(list)
     receives: dict[Channel, list[Message]] = defaultdict(list)

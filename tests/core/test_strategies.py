@@ -22,7 +22,7 @@ from dip_megatron.describe.cost import CostModel, load_cluster
 from dip_megatron.describe.cost.sizes import whole_sizes
 from dip_megatron.describe.model import even_partition, load_model
 from dip_megatron.describe.workload import Microbatch
-from dip_megatron.planner.live import ModelGraphs
+from dip_megatron.planner.model_graphs import ModelGraphs
 from tests.outside_strategy import OUTSIDE, price, registered
 
 MODEL = load_model("vlm-s").with_parallel(pp=2)

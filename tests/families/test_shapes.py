@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.core import ModalityModule, OperationGraph, Unit
 from dip_megatron.describe.workload import Clip, Microbatch
 from dip_megatron.families.shared.shapes import DIFFUSION, LANGUAGE, T2vShapes
 from dip_megatron.planner.maker import payloads
@@ -26,7 +26,7 @@ UNITS = (Unit(0, LANGUAGE, 0, downstream=(1,)), Unit(1, DIFFUSION, 0))
 def test_the_condition_of_a_frozen_encoder_gets_no_gradient(encoder, within, condition):
     """Nor on its way through the transformer, which trains and hands it on."""
     second = np.ones((1, 2, 2))
-    graph = StageGraph(
+    graph = OperationGraph(
         ranks=2,
         modules=(replace(ENCODER, trainable=encoder), TRANSFORMER),
         units=UNITS,

@@ -201,7 +201,7 @@ if "--sequence-parallel" in sys.argv:
     WrappedTorchNorm.__new__ = marked_norm  # type: ignore[method-assign]
     llava_model.HAVE_TE, llava_model.TEDotProductAttention = True, DotProductAttention
 if "uneven" in OPTIONS:
-    from dip_megatron.planner import balance, quotes
+    from dip_megatron.planner import balance, exchange_agreement
 
     def uneven(work: balance.Work, mode: balance.Mode = "free", goal: float = 1.0) -> balance.Assignment:
         after = work.replica.copy()
@@ -209,7 +209,7 @@ if "uneven" in OPTIONS:
         worth = work.cost(work.replica)
         return balance.Assignment(after, after != work.replica, 9.0 + worth, worth)
 
-    quotes.assign = uneven  # type: ignore[attr-defined]
+    exchange_agreement.assign = uneven  # type: ignore[attr-defined]
 if "node" in OPTIONS:
     host = os.uname()
     os.uname = lambda: os.uname_result((host.sysname, OPTIONS["node"], *host[2:]))  # type: ignore[assignment]

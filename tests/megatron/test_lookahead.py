@@ -14,8 +14,8 @@ import torch
 from dip_megatron.compat.token_counts import TokenCounts
 from dip_megatron.megatron.lookahead import LookAhead, RawItems
 from dip_megatron.megatron.step import MegatronStep
+from dip_megatron.runtime.chunk_runner import LossPart
 from dip_megatron.runtime.protocol import MicrobatchInputs
-from dip_megatron.runtime.stages import LossPart
 from tests.patience import LONG
 
 

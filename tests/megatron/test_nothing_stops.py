@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dip_megatron.megatron import copies
-from dip_megatron.runtime.modes import StageMode
+from dip_megatron.runtime.layer_context import LayerContext
 
 
 def test_no_timer_stops_the_device_within_an_iteration(monkeypatch: Any) -> None:
@@ -57,6 +57,6 @@ def test_offloaded_activations_wait_for_no_reduction(monkeypatch: Any) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **options: made.append(options) or object())  # type: ignore[func-returns-value]
-    mode = StageMode()
+    mode = LayerContext()
     assert mode.offload().stream is mode.offload().stream
     assert made == [{"priority": -1}]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Kind, StageGraph
+from dip_megatron.core import Kind, OperationGraph
 from dip_megatron.describe.cost import Corrections, Line
 from dip_megatron.planner.balance import Work, assign, microbatch_work
 from tests.drawn import settings
@@ -75,7 +75,7 @@ def test_many_replicas_end_together():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_work_is_what_the_stages_of_a_microbatch_take(seed):
-    graph: StageGraph = random_graph(seed, memory=np.inf)
+    graph: OperationGraph = random_graph(seed, memory=np.inf)
     seconds, held = microbatch_work(graph)
     backward = np.where(graph.has_weight, graph.fused[0], graph.backward[0])
     total = (graph.forward[0] + np.where(graph.has_backward, backward, 0.0)).sum(axis=0)

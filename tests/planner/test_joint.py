@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Kind, Plan, StageGraph
+from dip_megatron.core import Kind, OperationGraph, Plan
 from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.joint import JointPlan, make_joint_plan, simulate_joint, verify_joint
 from dip_megatron.core.verify import PlanError
@@ -32,8 +32,8 @@ from dip_megatron.describe.workload import Microbatch
 from dip_megatron.families.shared.shapes import GptShapes
 from dip_megatron.planner.delivery import CoupledReplicas, PlanDelivery, PlanMismatchError
 from dip_megatron.planner.joint import JointPlanMaker, joint_maker, verify_any
-from dip_megatron.planner.known import KnownPlans
-from dip_megatron.planner.live import ModelGraphs
+from dip_megatron.planner.model_graphs import ModelGraphs
+from dip_megatron.planner.plan_cache import PlanCache
 from dip_megatron.planner.recalibration import Measurement, Recalibration
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
@@ -174,7 +174,7 @@ def test_a_rank_with_another_plan_stops_all_replicas():
     assert len({str(answer) for answer in answers}) == 1
 
 
-def measured(joint: JointPlan, truth: Sequence[StageGraph]) -> list[list[Measurement]]:
+def measured(joint: JointPlan, truth: Sequence[OperationGraph]) -> list[list[Measurement]]:
     """What replicas measure whose stages take what ``truth`` says: one that is ready waits for the others inside of the
     operation in which they meet."""
     schedules = [plan.schedule for plan in joint.plans]
@@ -277,7 +277,7 @@ def test_what_was_measured_outlives_an_evaluation_before_the_next_iteration():
 
 
 def test_plans_are_kept_for_what_all_replicas_hold():
-    known = KnownPlans()
+    known = PlanCache()
     known.keep(request(), maker().quick(request()), searched=False)
     assert known.plan(request()) is not None
     assert known.plan(request((LOADS[0], LOADS[0]))) is None

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Kind, Plan, StageGraph
+from dip_megatron.core import Kind, OperationGraph, Plan
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import simulate
 from dip_megatron.describe.cost import Corrections, Line
@@ -35,7 +35,7 @@ class Ran:
     end: float
 
 
-def graph_of(seed: int) -> StageGraph:
+def graph_of(seed: int) -> OperationGraph:
     """Batches of one model: the modules are drawn from ``seed // 100``, the durations from ``seed``."""
     graph = random_graph(seed // 100, ranks=2, microbatches=4, candidates=1, frozen=False)
     scale = np.random.default_rng(seed).uniform(0.5, 2.0, (1, graph.virtual_microbatches, 1))
@@ -43,12 +43,12 @@ def graph_of(seed: int) -> StageGraph:
     return replace(graph, memory_limit=np.full(2, np.inf), **arrays)
 
 
-def plan_of(graph: StageGraph, corrections: Corrections) -> Plan:
+def plan_of(graph: OperationGraph, corrections: Corrections) -> Plan:
     corrected = corrections.apply(graph)
     return make_plan(corrected, greedy(corrected), lower_bound=0.0)
 
 
-def run(plan: Plan, truth: StageGraph, noise=lambda i: 1.0, overhead: float = 0.0) -> list[Measurement]:
+def run(plan: Plan, truth: OperationGraph, noise=lambda i: 1.0, overhead: float = 0.0) -> list[Measurement]:
     """Every operation in turn, for as long as ``truth`` says."""
     measurements = []
     for rank, order in enumerate(plan.schedule.orders):
@@ -62,19 +62,19 @@ def run(plan: Plan, truth: StageGraph, noise=lambda i: 1.0, overhead: float = 0.
     return measurements
 
 
-def over(a: StageGraph, b: StageGraph, kind: Kind) -> np.ndarray:
+def over(a: OperationGraph, b: OperationGraph, kind: Kind) -> np.ndarray:
     """A graph's durations over another's, of the stages that take any: modules on every rank have idle ones."""
     durations, others = seconds_of(a, kind), seconds_of(b, kind)
     assert not durations[others == 0].any()
     return durations[others > 0] / others[others > 0]
 
 
-def off(a: StageGraph, b: StageGraph, kinds=(Kind.F, Kind.BW)) -> float:
+def off(a: OperationGraph, b: OperationGraph, kinds=(Kind.F, Kind.BW)) -> float:
     """Largest relative difference of two graphs' durations; the greedy leaves backwards whole."""
     return max(float(np.max(np.abs(over(a, b, k) - 1.0))) for k in kinds)
 
 
-def lines(seed: int, graph: StageGraph, fixed: float) -> Corrections:
+def lines(seed: int, graph: OperationGraph, fixed: float) -> Corrections:
     draw = np.random.default_rng(seed)
     return Corrections(
         tuple(
@@ -111,7 +111,7 @@ def test_plans_come_to_say_what_is_measured(seed: int, fixed: float) -> None:
 def test_a_model_of_little_but_what_never_grows_is_corrected() -> None:
     """Prices that differ by a tenth for stages of which one takes four times as long as another."""
 
-    def priced(seed: int, price: Callable[[np.ndarray], np.ndarray]) -> StageGraph:
+    def priced(seed: int, price: Callable[[np.ndarray], np.ndarray]) -> OperationGraph:
         graph = graph_of(seed)
         sizes = np.random.default_rng(seed).uniform(0.5, 2.0, (1, graph.virtual_microbatches, 1))
         arrays: dict[str, Any] = {
@@ -136,7 +136,7 @@ def test_whatever_line_was_found_first_gives_way_to_a_better_one(first: Callable
     """Neither of two that can come of few measurements is kept for good: larger units that seem to take less, and a
     line so steep that it gives small units no time at all. What is drawn later are small units."""
 
-    def priced(seed: int, largest: float, price: Callable[[np.ndarray], np.ndarray]) -> StageGraph:
+    def priced(seed: int, largest: float, price: Callable[[np.ndarray], np.ndarray]) -> OperationGraph:
         graph = graph_of(seed)
         sizes = np.random.default_rng(seed).uniform(0.5, largest, (1, graph.virtual_microbatches, 1))
         arrays: dict[str, Any] = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.planner import resample as module
 from dip_megatron.planner.balance import GOAL, Work, assign
-from dip_megatron.planner.quotes import Answer, Quote, SampleQuote, propose, settle
+from dip_megatron.planner.exchange_agreement import Answer, Quote, SampleQuote, propose, settle
 from dip_megatron.planner.resample import SampleWork, resample
 from dip_megatron.planner.warm import warm_up_exchanges
 from tests.drawn import settings

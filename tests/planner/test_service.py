@@ -22,7 +22,7 @@ import pytest
 
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.workload import Microbatch
-from dip_megatron.planner.ahead import Ahead
+from dip_megatron.planner.prefetch import Prefetch
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.planner.worker import serve
@@ -222,11 +222,11 @@ def test_a_first_plan_is_waited_for_until_training_needs_it(service_of):
     service = service_of("slow")
     wait_until_ready(service)
     before = service.statistics.fallbacks
-    with Ahead(hurries=False) as ahead:
+    with Prefetch(hurries=False) as ahead:
         service.submit(request(1))
         assert service.take(1, 0.0, ahead).name == "worker"
     assert service.statistics.fallbacks == before
-    with Ahead(hurries=False) as ahead, held(service.processes[0]):
+    with Prefetch(hurries=False) as ahead, held(service.processes[0]):
         service.submit(request(1))
         ahead.need()
         assert service.take(1, 0.0, ahead).name == "greedy"
@@ -237,7 +237,7 @@ def test_a_first_plan_is_waited_for_until_training_needs_it(service_of):
 def test_a_first_plan_will_do_once_training_that_hurries_waits(service_of, hurries):
     service = service_of("late")
     wait_until_ready(service)
-    with Ahead(hurries) as ahead, ThreadPoolExecutor(1) as pool:
+    with Prefetch(hurries) as ahead, ThreadPoolExecutor(1) as pool:
         service.submit(request(1))
         taken = pool.submit(service.take, 1, 600.0 if hurries else 0.5, ahead)
         until(lambda: 1 in service._arrived or taken.done(), "a first plan comes")
@@ -314,7 +314,7 @@ def test_a_hanging_worker_is_noticed_though_nobody_needs_its_plan(service_of, mo
     service = service_of("hangs")
     wait_until_ready(service)
     monkeypatch.setattr(service, "_hang_seconds", 0.5)
-    with Ahead(hurries=False) as ahead:
+    with Prefetch(hurries=False) as ahead:
         service.submit(request(1))
         assert service.take(1, 0.0, ahead).name == "greedy"
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from dip_megatron.core import Kind, check_complete
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import even_partition, load_model
 from dip_megatron.describe.workload import Microbatch
-from dip_megatron.planner.live import ModelGraphs
+from dip_megatron.planner.model_graphs import ModelGraphs
 from dip_megatron.planner.searchers import live_effort, searcher_of
 from dip_megatron.schedulers import find_schedule
 from dip_megatron.schedulers.dip import SearchOptions

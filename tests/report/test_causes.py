@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from dip_megatron.core import Schedule, StageGraph
+from dip_megatron.core import OperationGraph, Schedule
 from dip_megatron.core.simulate import simulate
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.report.causes import idle_causes
@@ -16,7 +16,7 @@ from tests.graphs import random_graph, small_graphs
 
 
 @given(small_graphs(memory=np.inf))
-def test_causes_add_up_to_the_iteration(graph: StageGraph) -> None:
+def test_causes_add_up_to_the_iteration(graph: OperationGraph) -> None:
     schedule = greedy(graph)
     timeline = simulate(graph, schedule)
     for one in idle_causes(graph, schedule, timeline.start, timeline.end, straggling=0.5):
@@ -25,7 +25,7 @@ def test_causes_add_up_to_the_iteration(graph: StageGraph) -> None:
         assert one.straggling == 0.5
 
 
-def one_microbatch(transfer: float) -> tuple[StageGraph, Schedule]:
+def one_microbatch(transfer: float) -> tuple[OperationGraph, Schedule]:
     graph = random_graph(3, ranks=2, microbatches=1, candidates=1, memory=np.inf, max_units=1, max_segments=1)
     graph = graph.changed(lambda a: np.ones_like(a), transfer=np.full(graph.virtual_microbatches, transfer))
     return graph, greedy(graph)

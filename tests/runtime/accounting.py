@@ -170,13 +170,13 @@ def measure(rank: int, world: int, sizes: Sizes, strategies: list[str], device: 
 
 def _run_stages(program: Any, chunks: Any, microbatch: Any, step: Any, sizes: Sizes, strategy: str) -> Any:
     from dip_megatron.core import Kind, Operation, Unit
-    from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
+    from dip_megatron.runtime.chunk_runner import ChunkRunner, IterationState, OperationLookAhead
 
     units = {"vision": Unit(0, "vision", 0, 0, sizes.images, (1,)), "language": Unit(1, "language", 0)}
     keys = {(m, k): [Operation(kind, m, k, units[m].id, 0) for kind in (Kind.F, Kind.B, Kind.W)] for m, k in PLACES}
     state = IterationState([microbatch], False, remaining=dict.fromkeys(PLACES, 1))
-    look_ahead = StageLookAhead(frozenset((units[m].id, k) for m, k in PLACES))
-    stages = ModelStages(program, chunks, step, state, last_rank=0, look_ahead=look_ahead)
+    look_ahead = OperationLookAhead(frozenset((units[m].id, k) for m, k in PLACES))
+    stages = ChunkRunner(program, chunks, step, state, last_rank=0, look_ahead=look_ahead)
     activation, deferred_activation = {}, {}
 
     def received(payloads: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
@@ -272,10 +272,10 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     from dip_megatron.megatron.step import MegatronStep
     from dip_megatron.planner.greedy import greedy
     from dip_megatron.planner.maker import payloads
+    from dip_megatron.runtime.chunk_runner import ChunkRunner, IterationState, OperationLookAhead
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
     from dip_megatron.runtime.protocol import MicrobatchInputs
-    from dip_megatron.runtime.stages import IterationState, ModelStages, StageLookAhead
 
     layers = ((what.layers,) * world,) * what.segments
     kwargs = gpt_case.gpt_kwargs(gpt_case.GptCase(what.microbatches, layers), world)
@@ -304,8 +304,8 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
         collect_non_loss_data=False,
     )  # fmt: skip
     state = IterationState(inputs, False, remaining={("language", k): what.microbatches for k in range(what.segments)})
-    stages = ModelStages(
-        program, chunks, step, state, last_rank=world - 1, look_ahead=StageLookAhead.of(plan, rank)
+    stages = ChunkRunner(
+        program, chunks, step, state, last_rank=world - 1, look_ahead=OperationLookAhead.of(plan, rank)
     )  # fmt: skip
     executor = Executor(rank, transport(world, rank), Clock(torch.device("cpu")))
     most = 0

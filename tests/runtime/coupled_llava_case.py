@@ -74,7 +74,7 @@ def dips(rank: int, world: int, case: Case, seed: int, exchanges: bool = False) 
     from dip_megatron.megatron.coupling import coupled_ranks, experts_of
     from dip_megatron.megatron.replicas import begin_exchanges
     from dip_megatron.planner.joint import joint_maker
-    from dip_megatron.planner.live import ModelGraphs
+    from dip_megatron.planner.model_graphs import ModelGraphs
     from dip_megatron.schedulers.entry import Effort
     from dip_megatron.schedulers.registry import find_schedule
 

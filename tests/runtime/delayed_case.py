@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dip_megatron.core import Channel, Kind, Operation, Payload, Plan, StageGraph, TensorSpec, Unit
+from dip_megatron.core import Channel, Kind, Operation, OperationGraph, Payload, Plan, TensorSpec, Unit
 from dip_megatron.core.lower import incoming, make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.runtime.clock import Clock
@@ -63,7 +63,7 @@ def place(stage: Operation) -> tuple[str, int, int, int]:
 class PlainOrder:
     """The same numbers, worked out from the dependencies alone."""
 
-    def __init__(self, graph: StageGraph):
+    def __init__(self, graph: OperationGraph):
         self._graph = graph
         self._readers: dict[Operation, list[Operation]] = defaultdict(list)
         self.stages = [

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.core import ModalityModule, OperationGraph, Unit
 from dip_megatron.describe.model import Training
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.describe.workload.units import even_slices
 from dip_megatron.planner.delivery import PlanDelivery
-from dip_megatron.planner.live import without_training
 from dip_megatron.planner.maker import LivePlanMaker
+from dip_megatron.planner.model_graphs import without_training
 from dip_megatron.planner.service import PlannerService
 from tests.patience import APART
 from tests.processes import transport
@@ -41,7 +41,9 @@ class DrawnGraphs:
     unit_size: int
     seed: int = 0
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+    def build(
+        self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None
+    ) -> OperationGraph:
         units: list[Unit] = []
         for m, load in enumerate(loads):
             slices = even_slices(len(load.images), self.unit_size)
@@ -53,7 +55,7 @@ class DrawnGraphs:
         return without_training(graph) if forward_only else followed(graph, training)
 
 
-def followed(graph: StageGraph, training: Training | None) -> StageGraph:
+def followed(graph: OperationGraph, training: Training | None) -> OperationGraph:
     """The graph of the model as built."""
     return graph if training is None else training.on(graph)
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.core import ModalityModule, OperationGraph, Unit
 
 
-def drawn_graph(modules: tuple[ModalityModule, ...], units: Sequence[Unit], seed: int) -> StageGraph:
+def drawn_graph(modules: tuple[ModalityModule, ...], units: Sequence[Unit], seed: int) -> OperationGraph:
     """These modules' stages of these units; memory without a limit. Units of replicated modules run on drawn ranks."""
     ranks, segments = len(modules[0].layers[0]), {m.name: m.segments for m in modules}
     virtual_microbatches = sum(segments[u.module] for u in units)
@@ -22,7 +22,7 @@ def drawn_graph(modules: tuple[ModalityModule, ...], units: Sequence[Unit], seed
     for s, unit in enumerate(rows):
         if unit.rank is not None:
             draw[:, :, s, np.arange(ranks) != unit.rank] = 0.0
-    return StageGraph(
+    return OperationGraph(
         ranks=ranks,
         modules=modules,
         units=tuple(units),

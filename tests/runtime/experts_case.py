@@ -237,7 +237,7 @@ def dips_together(
     from dip_megatron.families.describe import describe_gpt
     from dip_megatron.megatron.coupling import coupled_ranks, experts_of
     from dip_megatron.planner.joint import joint_maker
-    from dip_megatron.planner.live import ModelGraphs
+    from dip_megatron.planner.model_graphs import ModelGraphs
     from dip_megatron.schedulers.entry import Effort
     from dip_megatron.schedulers.registry import find_schedule
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dip_megatron.core import Schedule, StageGraph
+from dip_megatron.core import OperationGraph, Schedule
 from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.joint import JointPlan, make_joint_plan
 from dip_megatron.core.strategies import exchanging_strategies, format_strategy, strategy_names
@@ -147,8 +147,8 @@ class DrawnSetMaker:
         return make_joint_plan(graphs, single, self.experts, lower_bound=0.0, name="drawn", payloads=shapes)
 
     def _with_strategies(
-        self, rng: np.random.Generator, graphs: tuple[StageGraph, ...], met: list[list[tuple[int, int, int]]]
-    ) -> tuple[StageGraph, ...]:
+        self, rng: np.random.Generator, graphs: tuple[OperationGraph, ...], met: list[list[tuple[int, int, int]]]
+    ) -> tuple[OperationGraph, ...]:
         again = exchanging_strategies()
         flags = dict(self.experts.modules)
 

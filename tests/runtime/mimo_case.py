@@ -70,9 +70,9 @@ def waves() -> type[torch.nn.Module]:
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.transformer_block import TransformerBlock
 
-    from dip_megatron.families.called.mimo_encoders import MimoEncoder, register_encoder
-    from dip_megatron.families.called.shapes import HiddenShape
     from dip_megatron.families.describe import layer_shape
+    from dip_megatron.families.multimodal.mimo_encoders import MimoEncoder, register_encoder
+    from dip_megatron.families.multimodal.shapes import HiddenShape
     from dip_megatron.families.shared.cut import CutPoints
 
     class Waves(torch.nn.Module):

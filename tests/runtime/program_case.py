@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from dip_megatron.core import Kind, ModalityModule, StageGraph
+from dip_megatron.core import Kind, ModalityModule, OperationGraph
 from dip_megatron.describe.model import MultimodalModel, Training
 from dip_megatron.describe.workload import Microbatch, make_units
 from dip_megatron.planner.delivery import PlanDelivery
-from dip_megatron.planner.live import without_training
+from dip_megatron.planner.model_graphs import without_training
 from dip_megatron.planner.service import PlannerService
 from tests.patience import APART
 from tests.processes import transport
@@ -115,7 +115,9 @@ class DrawnUnitGraphs:
     unit_size: dict[str, int | None]
     seed: int = 0
 
-    def build(self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None) -> StageGraph:
+    def build(
+        self, loads: tuple[Microbatch, ...], forward_only: bool, training: Training | None = None
+    ) -> OperationGraph:
         units = make_units(self.model, loads, self.unit_size)
         graph = drawn_graph(self.modules, units, self.seed)
         return without_training(graph) if forward_only else followed(graph, training)

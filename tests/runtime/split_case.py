@@ -210,12 +210,12 @@ def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
     from dip_megatron.megatron.gradients import GradientSynchronization
-    from dip_megatron.runtime.stages import ModelStages
+    from dip_megatron.runtime.chunk_runner import ChunkRunner
 
     events: list[tuple[str, int]] = []
     owner: dict[int, int] = {}
     begin, start = GradientSynchronization.begin, _ParamAndGradBucketGroup.start_grad_sync
-    progress = ModelStages._chunk_progress
+    progress = ChunkRunner._chunk_progress
 
     def begun(self: Any, *arguments: Any) -> None:
         for index, chunk in enumerate(self._chunks):
@@ -234,6 +234,6 @@ def reductions(rank: int, world: int, case: GptCase, drawn: Drawn) -> list[tuple
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GradientSynchronization, "begin", begun)
         patch.setattr(_ParamAndGradBucketGroup, "start_grad_sync", started)
-        patch.setattr(ModelStages, "_chunk_progress", progressed)
+        patch.setattr(ChunkRunner, "_chunk_progress", progressed)
         split_run(rank, world, case, drawn, Wrap(ddp=True, overlap=True))
     return events

@@ -7,7 +7,7 @@ import torch
 
 from dip_megatron.families.shared import deferred_linear, deferred_te
 from dip_megatron.runtime.deferred import WeightGradients
-from dip_megatron.runtime.modes import StageMode
+from dip_megatron.runtime.layer_context import LayerContext
 
 
 class Product(torch.autograd.Function):
@@ -55,7 +55,7 @@ class Linear(torch.nn.Module):
 @pytest.mark.parametrize("fused", [False, True])
 def test_units_in_any_order(fused):
     """Two units' backwards in two, W in the opposite order; a third unit's backward at once."""
-    linear, mode = Linear(fused), StageMode()
+    linear, mode = Linear(fused), LayerContext()
     deferred_te.install(linear, mode)
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
     hooks = []
@@ -142,7 +142,7 @@ class GroupedLinear(torch.nn.Module):
 @pytest.mark.parametrize("fused", [False, True])
 def test_weights_of_groups_in_any_order(fused, thawed):
     """As one weight's; also of weights that train only once their layers are prepared."""
-    linear, mode = GroupedLinear(fused), StageMode()
+    linear, mode = GroupedLinear(fused), LayerContext()
     linear.requires_grad_(not thawed)
     deferred_te.install(linear, mode)
     assert deferred_linear.undeferrable(linear) == []
@@ -193,7 +193,7 @@ class Told(Linear):
 @pytest.mark.parametrize("split", [False, True])
 def test_the_first_microbatch_does_not_undo_what_came_before(split):
     """Plans may run its backward after others'."""
-    linear, mode = Told(), StageMode()
+    linear, mode = Told(), LayerContext()
     deferred_te.install(linear, mode)
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     for p in linear.parameters():

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dip_megatron.families.shared import deferred_linear
 from dip_megatron.runtime.deferred import WeightGradients
-from dip_megatron.runtime.modes import StageMode
+from dip_megatron.runtime.layer_context import LayerContext
 
 
 class Encoder(torch.nn.Module):
@@ -38,7 +38,9 @@ def encoder(**options: Any) -> Encoder:
     return Encoder(**options).double()
 
 
-def gradients(model: Encoder, store: WeightGradients | None, mode: StageMode | None) -> dict[str, torch.Tensor | None]:
+def gradients(
+    model: Encoder, store: WeightGradients | None, mode: LayerContext | None
+) -> dict[str, torch.Tensor | None]:
     """After B alone, where there is a store."""
     x = torch.randn(4, 3, 10, generator=torch.Generator().manual_seed(2)).double()
     if mode is None:
@@ -52,7 +54,7 @@ def gradients(model: Encoder, store: WeightGradients | None, mode: StageMode | N
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_weights_wait_for_w(recomputed: bool) -> None:
     expected = gradients(encoder(recomputed=recomputed), None, None)
-    model, mode, store = encoder(recomputed=recomputed), StageMode(), WeightGradients()
+    model, mode, store = encoder(recomputed=recomputed), LayerContext(), WeightGradients()
     deferred_linear.install(model, mode)
     deferred_linear.install(model, mode)  # as after a loop has put adapters into it
     early = gradients(model, store, mode)
@@ -65,14 +67,14 @@ def test_weights_wait_for_w(recomputed: bool) -> None:
 
 
 def test_a_stage_that_is_not_split_is_as_without() -> None:
-    expected, model, mode = gradients(encoder(), None, None), encoder(), StageMode()
+    expected, model, mode = gradients(encoder(), None, None), encoder(), LayerContext()
     deferred_linear.install(model, mode)
     for name, grad in gradients(model, None, mode).items():
         torch.testing.assert_close(grad, expected[name], rtol=0, atol=0)
 
 
 def test_what_is_frozen_has_no_gradient() -> None:
-    model, mode, store = encoder(), StageMode(), WeightGradients()
+    model, mode, store = encoder(), LayerContext(), WeightGradients()
     model.up.requires_grad_(False)
     deferred_linear.install(model, mode)
     gradients(model, store, mode)
@@ -84,7 +86,7 @@ def test_what_is_frozen_has_no_gradient() -> None:
 def test_under_autocast_it_is_left_to_torch() -> None:
     """Which casts weights by itself."""
     torch.manual_seed(1)
-    model, mode, store = torch.nn.Linear(8, 4), StageMode(), WeightGradients()
+    model, mode, store = torch.nn.Linear(8, 4), LayerContext(), WeightGradients()
     deferred_linear.install(model, mode)
     with mode.stage(store), torch.autocast("cpu", torch.bfloat16):
         output = model(torch.randn(2, 8))
@@ -103,7 +105,7 @@ class Scaled(torch.nn.Linear):
 def test_what_can_wait_is_told_from_what_cannot() -> None:
     model = encoder()
     assert deferred_linear.undeferrable(model) == []
-    deferred_linear.install(model, StageMode())
+    deferred_linear.install(model, LayerContext())
     assert deferred_linear.undeferrable(model) == []
     model.add_module("scaled", Scaled(8, 8))
     model.register_parameter("table", torch.nn.Parameter(torch.zeros(3, 3)))

@@ -11,7 +11,7 @@ import torch
 from dip_megatron.compat.releases import version_numbers
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import known_strategies, strategy_names
-from dip_megatron.planner.quotes import ExchangeReport
+from dip_megatron.planner.exchange_agreement import ExchangeReport
 from tests.collectives import disagreement, reductions_before, stuck
 from tests.processes import Team
 from tests.runtime import coupled_llava_case, means_case

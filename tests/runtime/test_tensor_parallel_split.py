@@ -17,7 +17,7 @@ def both(rank, world, sequence_parallel, fused):
 
     from dip_megatron.families.shared import deferred_linear
     from dip_megatron.runtime.deferred import WeightGradients
-    from dip_megatron.runtime.modes import StageMode
+    from dip_megatron.runtime.layer_context import LayerContext
     from tests.runtime.split_case import FusedOnHost
 
     layers._grad_accum_fusion_available, layers.fused_weight_gradient_mlp_cuda = fused, FusedOnHost
@@ -32,7 +32,7 @@ def both(rank, world, sequence_parallel, fused):
     up = tensor_parallel.ColumnParallelLinear(32, 48, gather_output=False, **common)
     down = tensor_parallel.RowParallelLinear(48, 32, input_is_parallel=True, skip_bias_add=False, **common)
     model = torch.nn.Sequential(table, up, down)
-    mode = StageMode()
+    mode = LayerContext()
     deferred_linear.install(model, mode)
     assert deferred_linear.undeferrable(model) == []
     for p in model.parameters():
@@ -91,7 +91,7 @@ def held(rank, world):
 
     from dip_megatron.families.shared import deferred_linear
     from dip_megatron.runtime.deferred import AtOnce, WeightGradients
-    from dip_megatron.runtime.modes import StageMode
+    from dip_megatron.runtime.layer_context import LayerContext
     from dip_megatron.runtime.offload import OffloadedActivations
 
     settings = config(Case((0,)), 1, 1)
@@ -101,7 +101,7 @@ def held(rank, world):
     torch.manual_seed(1)
     up = tensor_parallel.ColumnParallelLinear(32, 48, gather_output=False, **common)
     down = tensor_parallel.RowParallelLinear(48, 32, input_is_parallel=True, skip_bias_add=False, **common)
-    model, mode = torch.nn.Sequential(up, down), StageMode()
+    model, mode = torch.nn.Sequential(up, down), LayerContext()
     deferred_linear.install(model, mode)
     hidden = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(rank))
     found = []
@@ -151,7 +151,7 @@ def transformer_engines(rank, world, mode_of_linear, hosted):
 
     from dip_megatron.families.shared import deferred_te
     from dip_megatron.runtime.deferred import WeightGradients
-    from dip_megatron.runtime.modes import StageMode
+    from dip_megatron.runtime.layer_context import LayerContext
     from dip_megatron.runtime.offload import OffloadedActivations
 
     linear = torch.nn.Linear(4, 3, bias=False)
@@ -159,7 +159,7 @@ def transformer_engines(rank, world, mode_of_linear, hosted):
     linear.fuse_wgrad_accumulation, linear.wgrad_store = False, None
     linear.sequence_parallel, linear.parallel_mode = True, mode_of_linear
     linear.tp_group = get_tensor_model_parallel_group()
-    mode, store = StageMode(), WeightGradients()
+    mode, store = LayerContext(), WeightGradients()
     deferred_te.install(linear, mode)
     whole = torch.Generator().manual_seed(3)  # both operands as all ranks have them once one has been gathered
     x, dy = torch.randn(6, 4, generator=whole), torch.randn(6, 3, generator=whole)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dip_megatron.core import Communicate, CommunicationKind, Kind, Plan, StageGraph
+from dip_megatron.core import Communicate, CommunicationKind, Kind, OperationGraph, Plan
 from dip_megatron.describe.model import Training
 from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.service import PlannerService
@@ -46,7 +46,7 @@ class Trained:
 class StubbornGraphs(DrawnGraphs):
     """Takes the encoder for frozen, whatever trains."""
 
-    def build(self, loads: Any, forward_only: bool, training: Training | None = None) -> StageGraph:
+    def build(self, loads: Any, forward_only: bool, training: Training | None = None) -> OperationGraph:
         graph = super().build(loads, forward_only)
         encoder = replace(graph.modules[0], trainable=tuple((False,) * graph.ranks for _ in graph.modules[0].layers))
         return replace(graph, modules=(encoder, *graph.modules[1:]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dip_megatron.core import ModalityModule, StageGraph, Unit
+from dip_megatron.core import ModalityModule, OperationGraph, Unit
 
 
 def mixed_graph(
@@ -19,7 +19,7 @@ def mixed_graph(
     held: float = 1.0,
     limit: float = np.inf,
     recompute: float = 0.0,
-) -> StageGraph:
+) -> OperationGraph:
     """Each stage takes ``times`` (F, B, W) divided by the segments, times ``scale`` of its microbatch. ``recompute``:
     add a second strategy that holds a tenth and lengthens B by that much."""
     virtual_microbatches = microbatches * segments
@@ -33,7 +33,7 @@ def mixed_graph(
         activation = np.concatenate([activation, activation / 10])
     layers = tuple((1,) * ranks for _ in range(segments))
     module = ModalityModule("model", layers, reversed=(False, True) if turned else ())
-    return StageGraph(
+    return OperationGraph(
         ranks=ranks,
         modules=(module,),
         units=tuple(Unit(i, "model", i) for i in range(microbatches)),

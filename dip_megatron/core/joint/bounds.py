@@ -33,12 +33,12 @@ from numpy.typing import NDArray
 
 from ..bounds import Bounded, bounded, lower_bound
 from ..experts import ExpertLayers
-from ..filling import fed_by_nothing, passing, upper_sets
-from ..graph import Floats, StageGraph
+from ..fill_bounds import fed_by_nothing, passing, upper_sets
+from ..graph import Floats, OperationGraph
 from ..reductions import chunk_numbers
 
 
-def joint_lower_bound(graphs: Sequence[StageGraph], experts: ExpertLayers, *, split: bool = True) -> float:
+def joint_lower_bound(graphs: Sequence[OperationGraph], experts: ExpertLayers, *, split: bool = True) -> float:
     """Seconds below which no joint plan of these graphs can be, whatever meets. ``split`` False: without split
     backwards. Raises ValueError if the replicas don't have the same number of stages in each chunk with experts."""
     alone = [bounded(graph, split=split) for graph in graphs]
@@ -76,7 +76,7 @@ def _events(
     return total
 
 
-def _filling(graphs: Sequence[StageGraph], alone: Sequence[Bounded], meets: Sequence[NDArray[np.bool_]]) -> Floats:
+def _filling(graphs: Sequence[OperationGraph], alone: Sequence[Bounded], meets: Sequence[NDArray[np.bool_]]) -> Floats:
     """Seconds ``[replica, rank]`` that each rank loses before it is filled: in the first wave, or for the best set of
     modules that has all that meets: what is left out takes just what is assumed then."""
     own = not any(bool(m[fed_by_nothing(graph)].any()) for graph, m in zip(graphs, meets, strict=True))
@@ -96,15 +96,15 @@ def _filling(graphs: Sequence[StageGraph], alone: Sequence[Bounded], meets: Sequ
 
 
 def paired_lower_bound(
-    graphs: Sequence[StageGraph], experts: ExpertLayers, rows: Sequence[NDArray[np.int64]], *, split: bool = True
+    graphs: Sequence[OperationGraph], experts: ExpertLayers, rows: Sequence[NDArray[np.int64]], *, split: bool = True
 ) -> float:
     """:func:`joint_lower_bound` where virtual microbatches ``rows[g][k]`` of the replicas meet, on every rank."""
     return max(lower_bound(graph, split=split) for graph in raised(graphs, experts, rows))
 
 
 def raised(
-    graphs: Sequence[StageGraph], experts: ExpertLayers, rows: Sequence[NDArray[np.int64]]
-) -> list[StageGraph]:  # fmt: skip
+    graphs: Sequence[OperationGraph], experts: ExpertLayers, rows: Sequence[NDArray[np.int64]]
+) -> list[OperationGraph]:  # fmt: skip
     """Each replica's graph with no stage that meets shorter than its event at least is."""
     meets = np.stack([experts.meets(graph)[r] for graph, r in zip(graphs, rows, strict=True)])
     least: dict[str, Floats] = {}

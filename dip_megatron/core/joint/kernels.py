@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..experts import ExpertLayers
-from ..graph import Floats, Ints, StageGraph
+from ..graph import Floats, Ints, OperationGraph
 from ..order import Schedule
 from ..reductions import chunk_numbers
 from ..simulate.compiled import compiled
@@ -46,7 +46,7 @@ class JointArrays(NamedTuple):
 
 
 def joint_arrays(
-    graphs: Sequence[StageGraph], strategies: Sequence[NDArray[np.int8]], experts: ExpertLayers
+    graphs: Sequence[OperationGraph], strategies: Sequence[NDArray[np.int8]], experts: ExpertLayers
 ) -> JointArrays:
     """Lay out ``graphs`` with ``strategies[g]`` ``[S, P]``."""
     ranks = graphs[0].ranks

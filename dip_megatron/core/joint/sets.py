@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from ..experts import Coupled, ExpertLayers
-from ..graph import StageGraph
+from ..graph import OperationGraph
 from ..lower import lower
 from ..order import Schedule
 from ..plan import Payload, Plan, Predicted, SearchStatistics
@@ -54,7 +54,7 @@ class JointPlan:
 
 
 def make_joint_plan(
-    graphs: Sequence[StageGraph],
+    graphs: Sequence[OperationGraph],
     schedules: Sequence[Schedule],
     experts: ExpertLayers,
     *,

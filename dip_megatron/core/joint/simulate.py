@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..experts import ExpertLayers
-from ..graph import Floats, StageGraph
+from ..graph import Floats, OperationGraph
 from ..operations import Kind, Operation
 from ..order import Schedule
 from ..simulate.kernels import graph_arrays, pad_orders, peak_memory
@@ -43,7 +43,7 @@ class JointTimeline:
 
 
 def simulate_joint(
-    graphs: Sequence[StageGraph], schedules: Sequence[Schedule], experts: ExpertLayers
+    graphs: Sequence[OperationGraph], schedules: Sequence[Schedule], experts: ExpertLayers
 ) -> JointTimeline:  # fmt: skip
     """The plain definition. On pipeline rank p the i-th operation that meets (F, B or BW of a stage with experts) of
     every replica is one event: it starts at the latest time at which a member could start, and takes the longest of
@@ -120,12 +120,16 @@ def _same(operations: Sequence[Operation]) -> None:
             raise JointError("order", f"replica 0 runs {first} where replica {g} runs {other}: they can't be one event")
 
 
-def _where(graphs: Sequence[StageGraph], schedules: Sequence[Schedule], stuck: Sequence[tuple[int, int, int]]) -> str:
+def _where(
+    graphs: Sequence[OperationGraph], schedules: Sequence[Schedule], stuck: Sequence[tuple[int, int, int]]
+) -> str:
     places = [f"replica {g}, rank {p} at {schedules[g].operation(graphs[g], p, i)}" for g, p, i in stuck[:8]]
     return "the plans can't end together: " + ", ".join(places) + (", ..." if len(stuck) > 8 else "")
 
 
-def _timeline(graph: StageGraph, schedule: Schedule, start: tuple[Floats, ...], end: tuple[Floats, ...]) -> Timeline:
+def _timeline(
+    graph: OperationGraph, schedule: Schedule, start: tuple[Floats, ...], end: tuple[Floats, ...]
+) -> Timeline:
     g = graph_arrays(graph)
     orders, lengths = pad_orders(schedule)
     strategy = np.ascontiguousarray(schedule.strategy.reshape(-1))
@@ -135,7 +139,7 @@ def _timeline(graph: StageGraph, schedule: Schedule, start: tuple[Floats, ...], 
 
 
 def simulate_joint_compiled(
-    graphs: Sequence[StageGraph], schedules: Sequence[Schedule], experts: ExpertLayers,
+    graphs: Sequence[OperationGraph], schedules: Sequence[Schedule], experts: ExpertLayers,
     arrays: JointArrays | None = None,
 ) -> JointTimeline:  # fmt: skip
     """:func:`simulate_joint`, compiled: the same numbers, bit for bit. ``arrays``: ``joint_arrays(graphs, schedules,

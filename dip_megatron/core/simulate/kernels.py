@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..graph import Floats, Ints, StageGraph
+from ..graph import Floats, Ints, OperationGraph
 from ..operations import Kind
 from ..order import Schedule
 from .compiled import compiled, inlined
@@ -42,7 +42,7 @@ class GraphArrays(NamedTuple):
     static_bytes: Floats
 
 
-def graph_arrays(graph: StageGraph) -> GraphArrays:
+def graph_arrays(graph: OperationGraph) -> GraphArrays:
     """Lay out ``graph`` for the kernels."""
     virtual_microbatches, ranks, edges = graph.virtual_microbatches, graph.ranks, graph.edges
     nodes = virtual_microbatches * ranks
@@ -209,7 +209,7 @@ def peak_memory(g: GraphArrays, p: int, order: Ints, length: int, strategy: NDAr
     return float(peak)
 
 
-def simulate_compiled(graph: StageGraph, schedule: Schedule, arrays: GraphArrays | None = None) -> Timeline:
+def simulate_compiled(graph: OperationGraph, schedule: Schedule, arrays: GraphArrays | None = None) -> Timeline:
     """:func:`.reference.simulate`, compiled. ``arrays`` is ``graph_arrays(graph)`` if the caller has it at hand.
 
     Raises DeadlockError when the orders can't end.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..graph import Floats, StageGraph
+from ..graph import Floats, OperationGraph
 from ..operations import Kind
 from ..order import Schedule
 
@@ -21,7 +21,7 @@ class MemoryLine:
 
 
 def memory_over_time(
-    graph: StageGraph, schedule: Schedule, start: Sequence[Floats], end: Sequence[Floats]
+    graph: OperationGraph, schedule: Schedule, start: Sequence[Floats], end: Sequence[Floats]
 ) -> tuple[MemoryLine, ...]:
     """One line for each rank, by the rule that :func:`simulate` states.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..graph import Floats, StageGraph
+from ..graph import Floats, OperationGraph
 from ..operations import Kind
 from ..order import Schedule
 
@@ -18,7 +18,7 @@ class DeadlockError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Timeline:
     """Start and end (seconds) of each operation, ``start[rank][i]`` belonging to ``schedule.orders[rank][i]``; peak
-    bytes per rank, static bytes included; ``iteration_time`` in seconds. ``overhead``: see :class:`StageGraph`; it
+    bytes per rank, static bytes included; ``iteration_time`` in seconds. ``overhead``: see :class:`OperationGraph`; it
     stands at the end of each operation."""
 
     start: tuple[Floats, ...]
@@ -48,7 +48,7 @@ def idle_share(busy: float, available: float) -> float:
     return min(1.0, max(0.0, 1.0 - busy / available)) if available > 0 else 0.0
 
 
-def simulate(graph: StageGraph, schedule: Schedule) -> Timeline:
+def simulate(graph: OperationGraph, schedule: Schedule) -> Timeline:
     """Run each rank's order as early as its inputs allow. Raises DeadlockError when the orders can't end.
 
     Memory, per rank: ``activation`` is taken at the start of F; it is given back at the end of BW, or at the end of B

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...core import Kind, StageGraph
+from ...core import Kind, OperationGraph
 from ...core.graph import Floats
 
 KINDS = (Kind.F, Kind.B, Kind.W, Kind.BW)
@@ -46,13 +46,13 @@ class Corrections:
     """Lines for stages that were measured; others keep the cost model's seconds. Empty: the cost model alone.
 
     ``overhead[rank]``: seconds between two operations, which are part of what the lines give (see
-    :class:`~dip_megatron.core.StageGraph`).
+    :class:`~dip_megatron.core.OperationGraph`).
     """
 
     lines: tuple[Line, ...] = ()
     overhead: tuple[float, ...] = ()
 
-    def apply(self, graph: StageGraph) -> StageGraph:
+    def apply(self, graph: OperationGraph) -> OperationGraph:
         """The graph with corrected durations. What takes no time (a chunk without layers, frozen weights) still takes
         none."""
         if not self.lines:
@@ -68,13 +68,13 @@ class Corrections:
         return graph.repriced(overhead=overhead, **{name: arrays[kind] for kind, name in _ARRAYS.items()})
 
 
-def seconds_of(graph: StageGraph, kind: Kind) -> Floats:
+def seconds_of(graph: OperationGraph, kind: Kind) -> Floats:
     """The graph's seconds of one kind of operation, ``[C, S, P]``."""
     seconds: Floats = getattr(graph, _ARRAYS[kind])
     return seconds
 
 
-def _virtual_microbatches(graph: StageGraph) -> dict[tuple[str, int], list[int]]:
+def _virtual_microbatches(graph: OperationGraph) -> dict[tuple[str, int], list[int]]:
     """Rows of each module's segments."""
     virtual_microbatches: dict[tuple[str, int], list[int]] = {}
     for unit in graph.units:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import ModalityModule, StageGraph, Unit
+from ...core import ModalityModule, OperationGraph, Unit
 from ...core.graph import Floats
 from ...core.modules import trained_before
 from ..model import ModuleShape, MultimodalModel, Partition, Training
@@ -45,7 +45,7 @@ def build_graph(
     *,
     costs: Costs | None = None,
     memory_limit: float | Sequence[float] | None = None,
-) -> StageGraph:
+) -> OperationGraph:
     """The stages of one iteration of modality-segmented chunks.
 
     ``memory_limit`` in bytes, for all ranks or each; None: the costs' own, or what the cluster's GPUs can use. Raises
@@ -60,7 +60,7 @@ def segmented_graph(
     microbatches: Sequence[Microbatch],
     memory_limit: float | Sequence[float] | None = None,
     training: Training | None = None,
-) -> StageGraph:
+) -> OperationGraph:
     """:func:`build_graph` with a cost model of one's own (other strategies, another number of candidates), and of a
     model that trains as ``training`` says (None: as it is described)."""
     model = pricer.model
@@ -122,7 +122,7 @@ def build_mixed_graph(
     reversed: Sequence[bool] = (),
     costs: Costs | None = None,
     memory_limit: float | Sequence[float] | None = None,
-) -> StageGraph:
+) -> OperationGraph:
     """One module ``model`` of V segments whose chunks mix modalities, one unit per microbatch: what a static pipeline
     does.
 
@@ -140,7 +140,7 @@ def mixed_graph(
     microbatches: Sequence[Microbatch],
     memory_limit: float | Sequence[float] | None = None,
     reversed: Sequence[bool] = (),
-) -> StageGraph:
+) -> OperationGraph:
     """:func:`build_mixed_graph` with a cost model of one's own."""
     model, ranks = pricer.model, pricer.model.parallel.pp
     if not stages or len(stages) % ranks:
@@ -334,7 +334,7 @@ def _graph(
     transfer: Floats,
     static: Sequence[float],
     memory_limit: float | Sequence[float] | None,
-) -> StageGraph:
+) -> OperationGraph:
     ranks = pricer.model.parallel.pp
     if pricer.costs.static_bytes:
         if len(pricer.costs.static_bytes) != ranks:
@@ -350,7 +350,7 @@ def _graph(
         """With what follows it, unless there is none."""
         return np.where(seconds > 0, seconds + between, 0.0) if between else seconds
 
-    return StageGraph(
+    return OperationGraph(
         ranks=ranks,
         modules=modules,
         units=units,

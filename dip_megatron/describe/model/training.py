@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...core import ModalityModule, StageGraph
+from ...core import ModalityModule, OperationGraph
 from .modules import EVERY_PART, ModuleShape, MultimodalModel, TrainablePart
 
 
@@ -94,12 +94,12 @@ class Training:
         flags = tuple(tuple(chunk.trains for chunk in line) for line in self.of_module(module))
         return () if all(map(all, flags)) else flags
 
-    def on(self, graph: StageGraph) -> StageGraph:
+    def on(self, graph: OperationGraph) -> OperationGraph:
         """``graph``, whose stages have backwards and weight gradients where the model's have."""
         modules = tuple(replace(m, trainable=self.trainable(m.name)) for m in graph.modules)
         return graph if modules == graph.modules else replace(graph, modules=modules)
 
-    def missing_in(self, graph: StageGraph) -> str | None:
+    def missing_in(self, graph: OperationGraph) -> str | None:
         """A chunk that trains and of which ``graph`` has no weight gradients, in words; None if there is none."""
         for m in graph.modules:
             for segment, rank, chunk in self._of(m.name):

@@ -108,13 +108,13 @@ class GptProgram(SegmentedProgram):
         return shared_ends(inputs)
 
     def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
-        """See StageProgram."""
+        """See ModelProgram."""
         complete_ends(inputs, shared)
 
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
-        """One stage; see StageProgram."""
+        """One stage; see ModelProgram."""
         return {"hidden": self._compute(chunk, inputs, microbatch.arguments)}
 
     def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:

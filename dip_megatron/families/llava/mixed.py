@@ -141,12 +141,12 @@ class MixedLlavaProgram(OnStages, LlavaProgram):
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
-        """One stage; see StageProgram."""
+        """One stage; see ModelProgram."""
         hidden = inputs[0]["hidden"] if inputs else None
         return {"hidden": self._compute(chunk, stage.segment, stage.rank, hidden, microbatch.arguments)}
 
     def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
-        """See StageProgram."""
+        """See ModelProgram."""
         hidden = inputs[0]["hidden"] if inputs else None
         return self._compute(chunk, self._stages.segments - 1, self.loss_rank, hidden, arguments)
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from ...compat.llava import UnpaddedLLaVA, forget_input, length_multiple, takes_attention
 from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Microbatch
-from ...runtime.protocol import MicrobatchInputs, Shapes, StageShapes, Tensors
+from ...runtime.protocol import MicrobatchInputs, OperationShapes, Shapes, Tensors
 from ..shared.layout import order_free, segment_config
 from ..shared.packing import complete_ends, packed_lengths, shared_ends
 from ..shared.sdpa import SdpaAttention, core_attention
@@ -171,7 +171,7 @@ class LlavaProgram(SegmentedProgram):
             )
 
     @property
-    def shapes(self) -> Shapes | StageShapes:
+    def shapes(self) -> Shapes | OperationShapes:
         """What travels between stages."""
         return self.sizes
 
@@ -273,13 +273,13 @@ class LlavaProgram(SegmentedProgram):
         return shared_ends(inputs)
 
     def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
-        """See StageProgram."""
+        """See ModelProgram."""
         complete_ends(inputs, shared)
 
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: list[Tensors], microbatch: MicrobatchInputs
     ) -> Tensors:
-        """One stage; see StageProgram."""
+        """One stage; see ModelProgram."""
         arguments = microbatch.arguments
         if stage.module == VISION:
             output = self._encode(chunk, unit, inputs, arguments)

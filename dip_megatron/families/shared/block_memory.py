@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ...runtime.modes import StageMode
+from ...runtime.layer_context import LayerContext
 from .layer_memory import offloaded
 
 _HALVES = {"selective": 0, "mlp": 1, "activation": 1}
 
 
-def install(blocks: Sequence[torch.nn.Module], mode: StageMode, halves: tuple[str, str] = ("attn", "mlp")) -> None:
+def install(blocks: Sequence[torch.nn.Module], mode: LayerContext, halves: tuple[str, str] = ("attn", "mlp")) -> None:
     """Let a chunk's blocks, in their order, follow ``mode.strategies``; ``halves`` names a block's attention and its
     MLP; of one that is no module of its own ("") all of the block is recomputed."""
     for index, block in enumerate(blocks):
@@ -29,7 +29,7 @@ def install(blocks: Sequence[torch.nn.Module], mode: StageMode, halves: tuple[st
 
 
 def _switched(
-    block: torch.nn.Module, index: int, mode: StageMode, halves: tuple[str, str]
+    block: torch.nn.Module, index: int, mode: LayerContext, halves: tuple[str, str]
 ) -> Callable[..., Any]:  # fmt: skip
     plain = block.forward
 

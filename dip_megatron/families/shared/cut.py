@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from ...runtime.modes import StageMode
+from ...runtime.layer_context import LayerContext
 from . import block_memory
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -147,7 +147,7 @@ class CutEncoder:
         """Whether it has nothing to do: no layers, and nothing before or after them."""
         return not (self.count or self.begins or self.ends)
 
-    def follow(self, mode: StageMode) -> None:
+    def follow(self, mode: LayerContext) -> None:
         """Let Hugging Face's layers follow the memory strategies of the stage that runs; Megatron's do already."""
         if self.own and not _is_megatrons(self.own[0]):
             block_memory.install(self.own, mode, self.points.halves)

@@ -3,7 +3,7 @@
 Nothing in Megatron is replaced. Each of its linears in a chunk gets a function of its own to multiply through, those of
 torch (Hugging Face's encoders are made of them), token tables and patch embeddings a ``forward``, the latter one that
 cuts the graph behind them. All do exactly what they did unless the stage that runs is split
-(:class:`runtime.modes.StageMode`).
+(:class:`runtime.layer_context.LayerContext`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ...compat.experts import Router
 from ...compat.linears import Multiplication
 from ...compat.transformer_engine import store_of
 from ...runtime.deferred import WeightGradients, accumulate, cut, own_part
-from ...runtime.modes import StageMode
+from ...runtime.layer_context import LayerContext
 from . import deferred_te
-from .deferred_te import StageStore
+from .deferred_te import OperationStore
 
 _FOLLOWS = "follows_a_stage_mode"
 _WITHOUT_INPUT_GRADIENT = (VocabParallelEmbedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -94,7 +94,7 @@ def _weight_gradient(
             accumulate(parameter, grad_output.t().matmul(input_))
 
 
-def _linear(module: torch.nn.Module, mode: StageMode) -> Callable[..., torch.Tensor]:
+def _linear(module: torch.nn.Module, mode: LayerContext) -> Callable[..., torch.Tensor]:
     megatrons = linears.multiplication(module)
 
     def forward(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
@@ -149,7 +149,7 @@ def _is_plain(module: torch.nn.Module) -> bool:
     return linear and "weight" in module._parameters and (own is None or hasattr(own, _FOLLOWS))
 
 
-def _plain(module: torch.nn.Linear, mode: StageMode) -> Callable[..., torch.Tensor]:
+def _plain(module: torch.nn.Linear, mode: LayerContext) -> Callable[..., torch.Tensor]:
     torchs = module.forward
 
     def forward(input: torch.Tensor) -> torch.Tensor:
@@ -164,7 +164,7 @@ def _plain(module: torch.nn.Linear, mode: StageMode) -> Callable[..., torch.Tens
     return forward
 
 
-def _without_input_gradient(module: torch.nn.Module, mode: StageMode) -> Callable[..., torch.Tensor]:
+def _without_input_gradient(module: torch.nn.Module, mode: LayerContext) -> Callable[..., torch.Tensor]:
     megatrons = module.forward
 
     def forward(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -177,7 +177,7 @@ def _without_input_gradient(module: torch.nn.Module, mode: StageMode) -> Callabl
     return forward
 
 
-def install(chunk: torch.nn.Module, mode: StageMode) -> None:
+def install(chunk: torch.nn.Module, mode: LayerContext) -> None:
     """Let the layers of a chunk follow ``mode.weight_gradients``, Transformer Engine's too; those that do already are
     left alone. Call it before the chunk is wrapped, and again where a loop has put layers (adapters) into it since."""
     deferred_te.install(chunk, mode)
@@ -205,7 +205,7 @@ def undeferrable(chunk: torch.nn.Module) -> list[str]:
     handled: set[int] = set()
     for module in chunk.modules():
         linear = isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and linears.understood(module)
-        linear = linear or isinstance(store_of(module), StageStore) or _is_plain(module)
+        linear = linear or isinstance(store_of(module), OperationStore) or _is_plain(module)
         if linear or isinstance(module, (*_WITHOUT_INPUT_GRADIENT, torch.nn.Embedding, Router)):
             handled |= {id(p) for p in module.parameters(recurse=False)}
     return [

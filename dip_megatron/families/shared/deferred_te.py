@@ -16,24 +16,24 @@ import torch
 
 from ...compat import transformer_engine as te
 from ...runtime.deferred import accumulate, own_part
-from ...runtime.modes import StageMode
+from ...runtime.layer_context import LayerContext
 from ...runtime.offload import OffloadedActivations
 
 _WATCHED = "dip_watches"
 
 
-class StageStore:
+class OperationStore:
     """Stands in for a linear's ``WeightGradStore``."""
 
-    def __init__(self, linear: torch.nn.Module, mode: StageMode, offloaded: OffloadedActivations | None = None):
+    def __init__(self, linear: torch.nn.Module, mode: LayerContext, offloaded: OffloadedActivations | None = None):
         """``offloaded``: where the layer leaves its activations, if inputs are to wait in host memory, too."""
         self._linear = linear
         self._mode = mode
         self._offloaded = offloaded
 
-    def hosting(self, offloaded: OffloadedActivations) -> StageStore:
+    def hosting(self, offloaded: OffloadedActivations) -> OperationStore:
         """For a forward of a layer whose inputs wait in host memory for W."""
-        return StageStore(self._linear, self._mode, offloaded)
+        return OperationStore(self._linear, self._mode, offloaded)
 
     def delay_wgrad_compute(self) -> bool:
         """Whether the weight gradient is to be put here: the stage that runs is split."""
@@ -79,13 +79,13 @@ class StageStore:
             accumulate(bias, results[1])
 
 
-class GroupedStore(StageStore):
+class GroupedStore(OperationStore):
     """Of a linear with a weight for each group of rows. What waits are lists: inputs and gradients of all groups'
     outputs, and where weight gradients go, which are main_grads with fused accumulation. Else it is memory that the
     backward has just allocated, and gives autograd as if it were gradients; here it is let go, and allocated again in
     W."""
 
-    def hosting(self, offloaded: OffloadedActivations) -> StageStore:
+    def hosting(self, offloaded: OffloadedActivations) -> OperationStore:
         """What waits stays on the device."""
         return self
 
@@ -120,20 +120,20 @@ class GroupedStore(StageStore):
                 accumulate(bias, gradient)
 
 
-def install(chunk: torch.nn.Module, mode: StageMode) -> None:
+def install(chunk: torch.nn.Module, mode: LayerContext) -> None:
     """Let Transformer Engine's linears of a chunk follow ``mode.weight_gradients``, but for those that do already, and
     add all gradients up, in whatever order they come."""
     for module in chunk.modules():
         te.always_accumulate(module)
-        if isinstance(te.store_of(module), StageStore):
+        if isinstance(te.store_of(module), OperationStore):
             continue
         if te.has_grouped_weights(module):
             te.replace_store(module, GroupedStore(module, mode))
         elif te.has_one_weight(module):
-            te.replace_store(module, StageStore(module, mode))
+            te.replace_store(module, OperationStore(module, mode))
 
 
-def _placeholder(parameter: torch.nn.Parameter, mode: StageMode) -> Callable[[torch.Tensor | None], None]:
+def _placeholder(parameter: torch.nn.Parameter, mode: LayerContext) -> Callable[[torch.Tensor | None], None]:
     """In B the gradient is missing, which DDP's hook refuses if reductions overlap: give it zeros to add."""
 
     def hook(gradient: torch.Tensor | None) -> None:
@@ -144,7 +144,7 @@ def _placeholder(parameter: torch.nn.Parameter, mode: StageMode) -> Callable[[to
     return hook
 
 
-def _zeros_for_what_waits(mode: StageMode) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
+def _zeros_for_what_waits(mode: LayerContext) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
     """In B a weight of several gets memory that only W would write to as its gradient: make it zeros to add."""
 
     def hook(gradient: torch.Tensor | None) -> torch.Tensor | None:

@@ -31,9 +31,9 @@ from ...compat.layer_specs import MultiTokenPrediction
 from ...compat.recompute import CORE_ATTENTION, CheckpointWithoutOutput
 from ...core.strategies import strategy
 from ...runtime.deferred import AtOnce
-from ...runtime.modes import StageMode
+from ...runtime.layer_context import LayerContext
 from ...runtime.offload import OffloadedActivations
-from .deferred_te import StageStore
+from .deferred_te import OperationStore
 
 
 def transformer_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
@@ -43,7 +43,7 @@ def transformer_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in chunk.modules() if isinstance(m, TransformerLayer) and id(m) not in with_head]
 
 
-def install(chunk: torch.nn.Module, mode: StageMode) -> None:
+def install(chunk: torch.nn.Module, mode: LayerContext) -> None:
     """Let the layers of a chunk follow ``mode.strategies``. Call it once, before the chunk is wrapped."""
     for index, layer in enumerate(transformer_layers(chunk)):
         layer.forward = _switched(layer, index, mode)
@@ -61,7 +61,7 @@ class LayerCall:
 
     layer: torch.nn.Module
     index: int
-    mode: StageMode
+    mode: LayerContext
     mlp: SwitchedMLP | SwitchedExperts
     attentions: tuple[Any, ...]
     forward: Callable[..., Any]
@@ -73,7 +73,7 @@ class LayerCall:
         return self.forward(*self.args, **self.kwargs)
 
 
-def _switched(layer: torch.nn.Module, index: int, mode: StageMode) -> Callable[..., Any]:
+def _switched(layer: torch.nn.Module, index: int, mode: LayerContext) -> Callable[..., Any]:
     megatrons = layer.forward
     experts = isinstance(layer.mlp, BaseMoELayer)
     mlp = SwitchedExperts(layer) if experts else SwitchedMLP(layer.config, layer.mlp)
@@ -159,7 +159,7 @@ def _inputs_hosted(call: LayerCall) -> Iterator[None]:
     if deferred is None or place is None:
         yield
         return
-    linears = [m for m in call.layer.modules() if isinstance(transformer_engine.store_of(m), StageStore)]
+    linears = [m for m in call.layer.modules() if isinstance(transformer_engine.store_of(m), OperationStore)]
     stores = [transformer_engine.store_of(m) for m in linears]
     mode.weight_gradients = deferred.hosting(place)
     for linear, store in zip(linears, stores, strict=True):
@@ -173,7 +173,12 @@ def _inputs_hosted(call: LayerCall) -> Iterator[None]:
 
 
 def offloaded(
-    layer: torch.nn.Module, index: int, mode: StageMode, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    layer: torch.nn.Module,
+    index: int,
+    mode: LayerContext,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: dict[str, Any],
 ) -> Any:
     """``forward(*args, **kwargs)`` of a chunk's layer, whose activations are left to the stage's place for them."""
     if mode.offloaded is None:

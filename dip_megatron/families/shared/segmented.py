@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from ...compat.layer_specs import spec_of_chunk
 from ...core import Unit
-from ...runtime.modes import StageMode
+from ...runtime.layer_context import LayerContext
 from ...runtime.protocol import MicrobatchInputs
 from . import deferred_linear, layer_memory
 
@@ -53,7 +53,7 @@ class SegmentedProgram:
         self.layers = dict(layers)
         self.rank = rank
         self.ranks = len(next(iter(self.layers.values()))[0])
-        self.mode = StageMode()
+        self.mode = LayerContext()
         self._whole: set[str] = set()
         self._supports_split = False
 

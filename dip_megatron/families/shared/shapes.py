@@ -71,7 +71,7 @@ class MixedLlavaShapes:
     shapes: LlavaShapes
     ends: tuple[tuple[StageEnd, ...], ...]
 
-    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+    def operation_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """What one stage sends on."""
         tokens = sum(load.sequences or (load.tokens,))
         end = self.ends[stage.segment][stage.rank]
@@ -143,6 +143,6 @@ class MixedT2vShapes:
     shapes: T2vShapes
     ends: tuple[tuple[T2vEnd, ...], ...]
 
-    def stage_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
+    def operation_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
         """What one stage sends on, for all clips of a microbatch."""
         return self.shapes.sent(self.ends[stage.segment][stage.rank], load.clips)

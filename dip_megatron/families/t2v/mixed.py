@@ -67,7 +67,7 @@ class MixedT2vProgram(OnStages, T2vProgram):
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
-        """One stage; see StageProgram."""
+        """One stage; see ModelProgram."""
         output: Tensors = self._all(chunk, inputs, microbatch.arguments["batch"])
         return output
 

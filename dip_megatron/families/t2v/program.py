@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ...core import ModalityModule, Operation, Unit
 from ...describe.workload import Clip, Microbatch
-from ...runtime.protocol import Inputs, MicrobatchInputs, Shapes, StageShapes, Tensors
+from ...runtime.protocol import Inputs, MicrobatchInputs, OperationShapes, Shapes, Tensors
 from ..shared.layout import segment_config
 from ..shared.parts import projector
 from ..shared.sdpa import SdpaAttention, core_attention
@@ -298,7 +298,7 @@ class T2vProgram(SegmentedProgram):
             dtype=dtype_name(diffusion),
             context_parallel_size=diffusion.context_parallel_size,
         )
-        self.shapes: Shapes | StageShapes = self.sizes
+        self.shapes: Shapes | OperationShapes = self.sizes
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """Chunks of the text encoder, then of the diffusion transformer."""
@@ -328,7 +328,7 @@ class T2vProgram(SegmentedProgram):
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
-        """One stage; see StageProgram."""
+        """One stage; see ModelProgram."""
         return self._compute(chunk, unit, inputs, microbatch.arguments["batch"])
 
     def final(self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> Any:

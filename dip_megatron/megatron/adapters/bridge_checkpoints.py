@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ...planner.live import Chunks
+    from ...planner.model_graphs import Chunks
     from ..checkpoints import Checkpoint
 
 _FREE = "checkpoint.dist_ckpt_optim_fully_reshardable"

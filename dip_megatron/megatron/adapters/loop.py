@@ -12,7 +12,7 @@ from .layout import GivenLayout
 
 if TYPE_CHECKING:  # hooks are installed while Megatron is being imported
     from ...describe.model import Parallel
-    from ...planner.live import Chunks
+    from ...planner.model_graphs import Chunks
     from ...runtime.protocol import SamplePacking
     from ..checkpoints import Checkpoint
 

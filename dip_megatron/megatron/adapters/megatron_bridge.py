@@ -23,7 +23,7 @@ from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
     from ...config import DipConfig
-    from ...planner.live import Chunks
+    from ...planner.model_graphs import Chunks
     from ..checkpoints import Checkpoint
     from ..hooks import Hooks
     from ..session import DipSession
@@ -167,14 +167,14 @@ class MegatronBridge:
         return setup
 
     def _begin(self, state: Any, config: DipConfig) -> DipSession:
-        from ...families.called.known import BRIDGE_FAMILIES
+        from ...families.multimodal.bridge_models import BRIDGE_FAMILIES
 
         self._hooks.add_families(BRIDGE_FAMILIES)
         self._loop = BridgeLoop(state, take_layout(state.cfg.model))
         return self._hooks.begin(self._loop, config)
 
     def _begin_pairing(self, state: Any, config: DipConfig) -> None:
-        from ...families.called.known import BRIDGE_FAMILIES
+        from ...families.multimodal.bridge_models import BRIDGE_FAMILIES
 
         self._hooks.add_families(BRIDGE_FAMILIES)
         self._hooks.pair(BridgeLoop(state, None), config)

@@ -19,7 +19,7 @@ from .loader_state import LoaderState
 from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
-    from ...planner.live import Chunks
+    from ...planner.model_graphs import Chunks
     from ..checkpoints import Checkpoint
     from ..hooks import Hooks
 

@@ -176,7 +176,7 @@ class MsSwift:
         return prepare_model
 
     def _loop(self, trainer: Any) -> SwiftLoop:
-        from ...families.called.mcore_known import MCORE_BRIDGE_FAMILIES
+        from ...families.multimodal.mcore_bridge_models import MCORE_BRIDGE_FAMILIES
 
         self._hooks.add_families(MCORE_BRIDGE_FAMILIES)
         if trainer.args.vit_gradient_checkpointing:

@@ -25,7 +25,7 @@ from .loop import Target
 
 if TYPE_CHECKING:
     from ...config import DipConfig
-    from ...planner.live import Chunks
+    from ...planner.model_graphs import Chunks
     from ..hooks import Hooks
     from .generic import GenericLoop
 
@@ -139,7 +139,7 @@ class Roll:
                 )
             from megatron.core import parallel_state
 
-            from ...families.called.roll_known import ROLL_FAMILIES
+            from ...families.multimodal.roll_models import ROLL_FAMILIES
             from ...families.shared.shapes import LANGUAGE
 
             self._hooks.add_families(ROLL_FAMILIES)

@@ -91,7 +91,7 @@ class Verl:
     def _loop(self, wrap_config: Any, provider: Any) -> GenericLoop:
         from megatron.core import parallel_state
 
-        from ...families.called.known import BRIDGE_FAMILIES
+        from ...families.multimodal.bridge_models import BRIDGE_FAMILIES
         from .generic import GenericLoop
 
         self._hooks.add_families(BRIDGE_FAMILIES)

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from ...core.bounds import lower_bound
-from ...core.graph import StageGraph
+from ...core.graph import OperationGraph
 from ...core.order import Schedule, check_complete
 from ...core.simulate.kernels import simulate_compiled
 from ...core.warm import tight_graph
@@ -192,7 +192,7 @@ def run_timed(
 
 
 def search(
-    graph: StageGraph,
+    graph: OperationGraph,
     *,
     schedule: str = "dip",
     budget_seconds: float,
@@ -251,7 +251,7 @@ def search(
     )
 
 
-def _check_warm_start(graph: StageGraph, schedule: Schedule) -> None:
+def _check_warm_start(graph: OperationGraph, schedule: Schedule) -> None:
     fault = check_complete(graph, schedule)
     if fault is not None:
         raise ValueError(f"the warm start is no schedule of this graph: {fault}")
@@ -261,8 +261,8 @@ def _check_warm_start(graph: StageGraph, schedule: Schedule) -> None:
 
 
 def _search_dip(
-    graph: StageGraph, q: Problem, incumbent: Incumbent, until: float, evaluations: int | None, workers: int, seed: int,
-    deterministic: bool, options: SearchOptions,
+    graph: OperationGraph, q: Problem, incumbent: Incumbent, until: float, evaluations: int | None, workers: int, seed:
+    int, deterministic: bool, options: SearchOptions,
 ) -> float:  # fmt: skip
     """Fill ``incumbent``; returns the lower bound."""
     starts = greedy(q, incumbent, options, until * PORTFOLIO_SHARE, evaluations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...core.graph import StageGraph
+from ...core.graph import OperationGraph
 from .problem import Problem
 
 
@@ -18,7 +18,7 @@ class DoesNotFitError(ValueError):
         self.missing = missing
 
 
-def check_fits(graph: StageGraph, q: Problem) -> None:
+def check_fits(graph: OperationGraph, q: Problem) -> None:
     """Raise DoesNotFitError if some group does not fit on some rank even alone and with the leanest strategies.
 
     Proof that nothing fits then: before the last stage of a sink's forward starts on a rank, every forward that leads

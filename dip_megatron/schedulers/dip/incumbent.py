@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.graph import StageGraph
+from ...core.graph import OperationGraph
 from ...core.order import Schedule
 from ...core.simulate.kernels import GraphArrays, simulate_compiled
 from .keys import Keys, copy_keys
@@ -26,7 +26,7 @@ class Incumbent:
     graph, if some were left out (see :func:`.strategies.restrict`)."""
 
     def __init__(
-        self, graph: StageGraph, arrays: GraphArrays, on_improved: Improved | None, origin: NDArray[np.int8] | None
+        self, graph: OperationGraph, arrays: GraphArrays, on_improved: Improved | None, origin: NDArray[np.int8] | None
     ) -> None:
         self.graph, self.arrays, self.on_improved, self.origin = graph, arrays, on_improved, origin
         self.start = time.perf_counter()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...core.graph import StageGraph
+from ...core.graph import OperationGraph
 from ...core.order import Schedule
 from ...core.simulate.kernels import GraphArrays, simulate_compiled
 from ...core.simulate.reference import DeadlockError
@@ -14,10 +14,10 @@ from ..common import BaselineError
 from ..megatron import interleaved, one_forward_one_backward
 from ..segmented import segmented_static
 
-Baseline = Callable[[StageGraph], Schedule]
+Baseline = Callable[[OperationGraph], Schedule]
 
 
-def megatron_orders(graph: StageGraph, arrays: GraphArrays) -> list[tuple[float, Schedule]]:
+def megatron_orders(graph: OperationGraph, arrays: GraphArrays) -> list[tuple[float, Schedule]]:
     """Iteration time and schedule of Megatron's orders, each with the fastest uniform strategy that fits; those that
     can't run on this batch or fit with no strategy are left out."""
     builders: list[Baseline] = [segmented_static]

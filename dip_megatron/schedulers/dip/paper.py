@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from ...core.graph import Ints, StageGraph
+from ...core.graph import Ints, OperationGraph
 from ...core.order import Schedule
 from ...core.simulate.kernels import peak_memory
 from .incumbent import Incumbent, in_threads, listed
@@ -30,7 +30,7 @@ PROGRAM_SHARE = 0.1  # of the budget between two rounds of integer programs
 
 
 def search_paper(
-    graph: StageGraph, q: Problem, incumbent: Incumbent, bound: float, until: float, most: int | None, workers: int,
+    graph: OperationGraph, q: Problem, incumbent: Incumbent, bound: float, until: float, most: int | None, workers: int,
     seed: int,
 ) -> None:  # fmt: skip
     """Search until ``until`` (seconds since the start) or ``most`` evaluations; the best goes to ``incumbent``. Workers
@@ -104,7 +104,7 @@ def program_memory(q: Problem, schedule: Schedule, seconds: float) -> Schedule |
     return Schedule(schedule.orders, strategy) if changed else None
 
 
-def _items(graph: StageGraph) -> Ints:
+def _items(graph: OperationGraph) -> Ints:
     """Number of the (microbatch, module) pair of each virtual microbatch, in natural order."""
     module = {m.name: i for i, m in enumerate(graph.modules)}
     pairs = [(graph.units[int(u)].microbatch, module[graph.units[int(u)].module]) for u in graph.unit_of]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.graph import Floats, Ints, StageGraph
+from ...core.graph import Floats, Ints, OperationGraph
 from ...core.simulate.kernels import BACKWARD, FORWARD, FUSED, GraphArrays, graph_arrays
 
 Longs = NDArray[np.int64]
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
     horizon: float
 
 
-def make_problem(graph: StageGraph) -> Problem:
+def make_problem(graph: OperationGraph) -> Problem:
     """Lay out ``graph`` for the list scheduler."""
     g = graph_arrays(graph)
     virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
@@ -128,7 +128,7 @@ def _work(g: GraphArrays) -> Floats:
     return total
 
 
-def _counted(graph: StageGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Longs]:
+def _counted(graph: OperationGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Longs]:
     """Bytes as integers. Whole bytes stay themselves; fractions are scaled by a power of two and rounded up, with a
     margin for the float sums of the simulator."""
     room = graph.memory_limit - graph.static_bytes
@@ -149,11 +149,11 @@ def _counted(graph: StageGraph, g: GraphArrays) -> tuple[float, Longs, Longs, Lo
     return float(per_count), activation, deferred_activation, capacity
 
 
-def _upstream_modules(graph: StageGraph) -> set[str]:
+def _upstream_modules(graph: OperationGraph) -> set[str]:
     return {name for m in graph.modules for name in m.upstream}
 
 
-def _units_upstream(graph: StageGraph) -> list[list[int]]:
+def _units_upstream(graph: OperationGraph) -> list[list[int]]:
     upstream_units: list[list[int]] = [[] for _ in graph.units]
     for u in graph.units:
         for v in u.downstream:
@@ -171,7 +171,7 @@ def _ancestors(upstream_units: list[list[int]], unit: int) -> set[int]:
     return seen
 
 
-def _groups(graph: StageGraph) -> tuple[list[int], list[list[int]]]:
+def _groups(graph: OperationGraph) -> tuple[list[int], list[list[int]]]:
     """Group of each unit, numbered by their first units; and each group's sinks, depth first from the lowest source,
     so that what several sinks share is held for as few of them as possible."""
     upstream_units = _units_upstream(graph)

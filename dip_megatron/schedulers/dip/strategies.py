@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.graph import Floats, StageGraph
+from ...core.graph import Floats, OperationGraph
 from ...core.strategies import allowed_strategies, names_in, strategy_names
 
 
-def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[StageGraph, NDArray[np.int8]]:
+def restrict(graph: OperationGraph, *, recompute: bool, offload: bool) -> tuple[OperationGraph, NDArray[np.int8]]:
     """``graph`` without the candidates that recompute or offload, and where each of its candidates stood before
     (``[C, S, P]``). A forbidden candidate is replaced by the last allowed one before it, or by the first
     allowed; of a graph without names all candidates but the first count as recomputing."""
@@ -32,7 +32,7 @@ def restrict(graph: StageGraph, *, recompute: bool, offload: bool) -> tuple[Stag
     return graph.changed(pick, strategies=names), origin
 
 
-def _allowed(graph: StageGraph, c: int, s: int, p: int, recompute: bool, offload: bool) -> bool:
+def _allowed(graph: OperationGraph, c: int, s: int, p: int, recompute: bool, offload: bool) -> bool:
     name = graph.strategy_name(c, s, p) if graph.strategies else ("none" if c == 0 else "full")
     left, known = allowed_strategies(recompute=recompute, offload=offload), strategy_names()
     return all(kind in left or (recompute and kind not in known) for kind in names_in(name))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.graph import Floats, Ints, StageGraph
+from ...core.graph import Floats, Ints, OperationGraph
 from ...core.joint.kernels import joint_arrays, pad_joint_orders, replay_joint
 from ...core.order import Schedule
 from ...core.simulate.kernels import BACKWARD, FUSED, WEIGHT
@@ -74,7 +74,7 @@ def make_joint_problem(t: Together) -> JointProblem:
     )  # fmt: skip
 
 
-def _most(graphs: Sequence[StageGraph]) -> Floats:
+def _most(graphs: Sequence[OperationGraph]) -> Floats:
     """Bytes that each rank of each replica holds if it holds everything."""
     held = [np.maximum(g.activation, g.deferred_activation).max(axis=0).sum(axis=0) for g in graphs]
     return np.asarray(np.concatenate(held), dtype=np.float64)

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from ...core.experts import ExpertLayers
-from ...core.graph import StageGraph
+from ...core.graph import OperationGraph
 from ...core.joint import JointPlan, make_joint_plan, simulate_joint_compiled
 from ...core.joint.bounds import joint_lower_bound
 from ...core.operations import Kind
@@ -64,7 +64,7 @@ class JointFound:
     history: tuple[tuple[float, float], ...]
 
     def plan(
-        self, graphs: Sequence[StageGraph], experts: ExpertLayers, *, seed: int = 0, workers: int = 1
+        self, graphs: Sequence[OperationGraph], experts: ExpertLayers, *, seed: int = 0, workers: int = 1
     ) -> JointPlan:
         """The plans of all replicas."""
         statistics = SearchStatistics(self.seconds, self.evaluations, workers, seed)
@@ -76,7 +76,7 @@ class JointFound:
 class _Best:
     """The best set of schedules so far."""
 
-    def __init__(self, graphs: Sequence[StageGraph], experts: ExpertLayers, on_improved: Improved | None) -> None:
+    def __init__(self, graphs: Sequence[OperationGraph], experts: ExpertLayers, on_improved: Improved | None) -> None:
         self.graphs, self.experts, self.on_improved = graphs, experts, on_improved
         self.start = time.perf_counter()
         self.time = np.inf
@@ -100,7 +100,7 @@ class _Best:
 
 
 def search_joint(
-    graphs: Sequence[StageGraph],
+    graphs: Sequence[OperationGraph],
     experts: ExpertLayers,
     *,
     budget_seconds: float,
@@ -339,7 +339,7 @@ def _run_timed(
         now = best.elapsed()
 
 
-def _fits(graphs: Sequence[StageGraph], schedules: Sequence[Schedule]) -> bool:
+def _fits(graphs: Sequence[OperationGraph], schedules: Sequence[Schedule]) -> bool:
     """Whether every replica stays within its memory."""
     peaks = [simulate_compiled(g, s).peak_bytes for g, s in zip(graphs, schedules, strict=True)]
     return all(bool(np.all(peak <= g.memory_limit)) for peak, g in zip(peaks, graphs, strict=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...core.experts import ExpertLayers
-from ...core.graph import StageGraph
+from ...core.graph import OperationGraph
 from ...core.joint import simulate_joint_compiled
 from ...core.order import Schedule
 from ...core.simulate import simulate_compiled
@@ -29,7 +29,7 @@ class CoupledSchedule:
 
 
 def schedule_together(
-    entry: ScheduleEntry, graphs: Sequence[StageGraph], experts: ExpertLayers, slots: Slots, *,
+    entry: ScheduleEntry, graphs: Sequence[OperationGraph], experts: ExpertLayers, slots: Slots, *,
     effort: Effort | None = None, group: int | None = None,
 ) -> CoupledSchedule:  # fmt: skip
     """A schedule that knows nothing of coupling, applied to replicas whose microbatches meet as ``slots`` says: put in

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from ...core.experts import ExpertLayers
-from ...core.graph import Floats, StageGraph
+from ...core.graph import Floats, OperationGraph
 
 Slots = NDArray[np.int64]
 """``[replicas, slots]``: the microbatch that each replica runs in each slot."""
@@ -31,7 +31,7 @@ def dip_pairing(seconds: Floats) -> NDArray[np.int64]:
     return np.argsort(-worth, kind="stable")
 
 
-def slot_work(graph: StageGraph, meets: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+def slot_work(graph: OperationGraph, meets: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Seconds ``[M]`` of each microbatch, summed over ranks, in the stages that meet and in all others; forwards and
     backwards with the fastest strategies."""
     backward = np.where(graph.has_weight, np.minimum(graph.fused, graph.backward + graph.weight), graph.backward)
@@ -43,7 +43,7 @@ def slot_work(graph: StageGraph, meets: NDArray[np.bool_]) -> tuple[Floats, Floa
     return out[0], out[1]
 
 
-def as_they_come(graphs: Sequence[StageGraph]) -> Slots:
+def as_they_come(graphs: Sequence[OperationGraph]) -> Slots:
     """Microbatch k of every replica in slot k. Raises ValueError unless all have as many."""
     counts = {1 + max(u.microbatch for u in graph.units) for graph in graphs}
     if len(counts) > 1:
@@ -82,7 +82,7 @@ def refined(meeting: Floats, own: Floats, slots: Slots, weight: float, kinds: Sl
     return slots[:, dip_pairing(meet.max(axis=0) + rest.max(axis=0))]
 
 
-def kinds_of(graphs: Sequence[StageGraph], experts: ExpertLayers) -> Slots:
+def kinds_of(graphs: Sequence[OperationGraph], experts: ExpertLayers) -> Slots:
     """Numbers ``[replicas, M]`` that are equal for microbatches that can meet: those with as many units of each module
     with experts."""
     with_experts = [name for name, rows in experts.modules if any(any(any(c) for c in row) for row in rows)]
@@ -97,7 +97,7 @@ def kinds_of(graphs: Sequence[StageGraph], experts: ExpertLayers) -> Slots:
     return np.asarray(found.reshape(counts.shape[:2]), dtype=np.int64)
 
 
-def pairings(graphs: Sequence[StageGraph], experts: ExpertLayers) -> list[Slots]:
+def pairings(graphs: Sequence[OperationGraph], experts: ExpertLayers) -> list[Slots]:
     """Pairings worth trying, without repetitions: by all work first, then with ever more weight on the work that meets,
     by that alone, and as the microbatches come; before them the best that refining any of these gave. Only those in
     which microbatches that can't meet don't, unless there are none."""

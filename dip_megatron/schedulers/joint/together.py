@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.experts import ExpertLayers, repeated
-from ...core.graph import PER_STRATEGY, Floats, StageGraph
+from ...core.graph import PER_STRATEGY, Floats, OperationGraph
 from ...core.joint import JointError
 from ...core.modules import Unit
 from ...core.order import Schedule
@@ -29,10 +29,10 @@ class Together:
     microbatch of replica g behind each of the graph's, -1 where it has none. ``choice[g]`` ``[C, S, P]``: the replica's
     memory strategy behind each of the graph's."""
 
-    graphs: tuple[StageGraph, ...]
+    graphs: tuple[OperationGraph, ...]
     experts: ExpertLayers
     slots: Slots
-    graph: StageGraph
+    graph: OperationGraph
     rows: tuple[Rows, ...]
     choice: NDArray[np.int8]
 
@@ -78,7 +78,7 @@ class Together:
         return out
 
 
-def together(graphs: Sequence[StageGraph], experts: ExpertLayers, slots: Slots) -> Together:
+def together(graphs: Sequence[OperationGraph], experts: ExpertLayers, slots: Slots) -> Together:
     """Put replicas together. Raises JointError where they differ in what must be alike: ranks, modules, how many units
     of modules with experts a pair of microbatches has, which backwards there are."""
     first = graphs[0]
@@ -120,7 +120,7 @@ def together(graphs: Sequence[StageGraph], experts: ExpertLayers, slots: Slots) 
     return _priced(tuple(graphs), experts, slots, tuple(units), tuple(rows))
 
 
-def _by_place(graph: StageGraph) -> dict[tuple[int, str], list[int]]:
+def _by_place(graph: OperationGraph) -> dict[tuple[int, str], list[int]]:
     """Units of each microbatch and module, in their order."""
     out: dict[tuple[int, str], list[int]] = {}
     for u in graph.units:
@@ -129,12 +129,16 @@ def _by_place(graph: StageGraph) -> dict[tuple[int, str], list[int]]:
 
 
 def _priced(
-    graphs: tuple[StageGraph, ...], experts: ExpertLayers, slots: Slots, units: tuple[Unit, ...], rows: tuple[Rows, ...]
+    graphs: tuple[OperationGraph, ...],
+    experts: ExpertLayers,
+    slots: Slots,
+    units: tuple[Unit, ...],
+    rows: tuple[Rows, ...],
 ) -> Together:
     first, total = graphs[0], len(rows[0])
     ranks = first.ranks
     blank: dict[str, Any] = dict.fromkeys(PER_STRATEGY, np.zeros((1, total, ranks)))
-    shape = StageGraph(
+    shape = OperationGraph(
         ranks=ranks, modules=first.modules, units=units, transfer=np.zeros(total), static_bytes=np.zeros(ranks),
         memory_limit=np.full(ranks, np.inf), overhead=first.overhead, **blank,
     )  # fmt: skip
@@ -167,7 +171,7 @@ def _taken(array: Floats, rows: Rows, choice: NDArray[np.int8]) -> Floats:
 
 
 def _choices(
-    graphs: tuple[StageGraph, ...], experts: ExpertLayers, shape: StageGraph, rows: tuple[Rows, ...]
+    graphs: tuple[OperationGraph, ...], experts: ExpertLayers, shape: OperationGraph, rows: tuple[Rows, ...]
 ) -> NDArray[np.int8]:
     """``[replica, C, S, P]``: strategies that may stand together. Where replicas meet, those that repeat the same
     collectives: per set of repeated layers each replica's fastest and each one's leanest; elsewhere the c-th ones."""

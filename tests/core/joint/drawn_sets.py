@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dip_megatron.core import ModalityModule, Plan, Schedule, StageGraph, Unit
+from dip_megatron.core import ModalityModule, OperationGraph, Plan, Schedule, Unit
 from dip_megatron.core.joint import ExpertLayers, JointPlan
 from dip_megatron.core.lower import lower
 from dip_megatron.core.operations import Kind
@@ -21,7 +21,7 @@ F, B, W, BW = (int(k) for k in Kind)
 class Drawn:
     """``schedules[g]`` run ``graphs[g]`` together; ``strategies`` are names ``[g][s][p]``."""
 
-    graphs: tuple[StageGraph, ...]
+    graphs: tuple[OperationGraph, ...]
     schedules: tuple[Schedule, ...]
     experts: ExpertLayers
 
@@ -41,7 +41,7 @@ def modules_of(rng: np.random.Generator, ranks: int) -> tuple[ModalityModule, ..
 
 def graph_of(
     rng: np.random.Generator, modules: tuple[ModalityModule, ...], ranks: int, microbatches: int
-) -> StageGraph:
+) -> OperationGraph:
     """One replica's batch."""
     units: list[Unit] = []
     for m in range(microbatches):
@@ -53,7 +53,7 @@ def graph_of(
     rows = sum(next(x for x in modules if x.name == u.module).segments for u in units)
     shape = (1, rows, ranks)
     forward, backward, weight = (rng.uniform(1.0, 9.0, shape) for _ in range(3))
-    graph = StageGraph(
+    graph = OperationGraph(
         ranks=ranks, modules=modules, units=tuple(units), forward=forward, backward=backward, weight=weight,
         fused=(backward + weight) * 0.97, activation=np.round(rng.uniform(1, 9, shape)),
         deferred_activation=np.round(rng.uniform(0, 3, shape)), transfer=rng.uniform(0, 1, rows),
@@ -101,7 +101,7 @@ def drawn_set(seed: int, replicas: int | None = None, ranks: int | None = None, 
 
 
 def run_at_random(
-    rng: np.random.Generator, graphs: tuple[StageGraph, ...], experts: ExpertLayers
+    rng: np.random.Generator, graphs: tuple[OperationGraph, ...], experts: ExpertLayers
 ) -> tuple[tuple[Schedule, ...], list[list[tuple[int, int, int]]]]:  # fmt: skip
     """Orders of a run that does one thing after the other, and the stages (replica, virtual microbatch, rank) that met
     in each forward."""

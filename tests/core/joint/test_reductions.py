@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Kind, ModalityModule, Plan, Reduce, StageGraph, Unit
+from dip_megatron.core import Kind, ModalityModule, OperationGraph, Plan, Reduce, Unit
 from dip_megatron.core.codes import first_reduction
 from dip_megatron.core.files import PlanFileError, format_plan, parse_plan
 from dip_megatron.core.joint import ExpertLayers, JointError, JointPlan, make_joint_plan, verify_joint
@@ -96,10 +96,10 @@ MODULES = (ModalityModule("text", ((1, 1),)), ModalityModule("image", ((1, 1),),
 """Texts alone: what makes images of them waits for no gradient."""
 
 
-def plan_of(rank0: list[tuple[int, int]], rank1: list[tuple[int, int]]) -> tuple[StageGraph, Schedule]:
+def plan_of(rank0: list[tuple[int, int]], rank1: list[tuple[int, int]]) -> tuple[OperationGraph, Schedule]:
     """Of two microbatches; each rank's (kind, microbatch)."""
     shape = (1, 2, 2)
-    graph = StageGraph(
+    graph = OperationGraph(
         ranks=2, modules=MODULES, units=tuple(Unit(m, "text", m) for m in range(2)), forward=np.ones(shape),
         backward=np.ones(shape), weight=np.ones(shape), fused=2 * np.ones(shape), activation=np.ones(shape),
         deferred_activation=np.zeros(shape), transfer=np.zeros(2), static_bytes=np.zeros(2),
@@ -109,7 +109,7 @@ def plan_of(rank0: list[tuple[int, int]], rank1: list[tuple[int, int]]) -> tuple
     return graph, Schedule(orders, np.zeros((2, 2), dtype=np.int8))
 
 
-def two(*replicas: tuple[StageGraph, Schedule]) -> JointPlan:
+def two(*replicas: tuple[OperationGraph, Schedule]) -> JointPlan:
     graphs, schedules = zip(*replicas, strict=True)
     return planned(Drawn(graphs, schedules, ExpertLayers.every(MODULES, ["text"])))
 

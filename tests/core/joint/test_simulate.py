@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Kind, ModalityModule, StageGraph, Unit
+from dip_megatron.core import Kind, ModalityModule, OperationGraph, Unit
 from dip_megatron.core.bounds import lower_bound
 from dip_megatron.core.joint import (
     ExpertLayers,
@@ -120,9 +120,9 @@ def test_the_bound_knows_that_the_first_event_waits_for_its_longest_member():
     modules = (ModalityModule("text", ((1, 1),)),)
     units = (Unit(0, "text", 0, 0, 1, ()),)
 
-    def replica(first: float, second: float) -> StageGraph:
+    def replica(first: float, second: float) -> OperationGraph:
         seconds = np.array([[[first, second]]])
-        return StageGraph(
+        return OperationGraph(
             ranks=2, modules=modules, units=units, forward=seconds, backward=seconds, weight=seconds,
             fused=2.0 * seconds, activation=np.ones((1, 1, 2)), deferred_activation=np.ones((1, 1, 2)),
             transfer=np.zeros(1), static_bytes=np.zeros(2), memory_limit=np.full(2, np.inf),

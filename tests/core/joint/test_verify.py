@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Kind, ModalityModule, Plan, StageGraph, Unit
+from dip_megatron.core import Kind, ModalityModule, OperationGraph, Plan, Unit
 from dip_megatron.core.joint import ExpertLayers, JointError, JointPlan, verify_joint
 from dip_megatron.core.order import Schedule
 from dip_megatron.core.verify import verify
@@ -84,7 +84,7 @@ def two_replicas(orders: list[list[list[tuple[int, int]]]], names: list[list[lis
         shape = (1, count, ranks)
         texts = names[g] if names else [["none"] * ranks] * count
         graphs.append(
-            StageGraph(
+            OperationGraph(
                 ranks=ranks, modules=modules, units=tuple(Unit(m, "text", m) for m in range(count)),
                 forward=np.ones(shape), backward=np.ones(shape), weight=np.ones(shape), fused=2 * np.ones(shape),
                 activation=np.ones(shape), deferred_activation=np.zeros(shape), transfer=np.zeros(count),
@@ -166,7 +166,7 @@ def test_a_cycle_of_plans_that_end_alone_is_caught_by_name():
         Unit(2, "vision", 1, 0, 1, (3,)), Unit(3, "text", 1),
     )  # fmt: skip
     shape = (1, 4, 2)
-    graph = StageGraph(
+    graph = OperationGraph(
         ranks=2, modules=modules, units=units, forward=np.ones(shape), backward=np.ones(shape), weight=np.ones(shape),
         fused=2 * np.ones(shape), activation=np.ones(shape), deferred_activation=np.zeros(shape),
         transfer=np.zeros(4), static_bytes=np.zeros(2), memory_limit=np.full(2, np.inf),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Schedule, StageGraph
+from dip_megatron.core import OperationGraph, Schedule
 from dip_megatron.core.simulate import DeadlockError, Timeline, simulate, simulate_compiled
 from dip_megatron.schedulers.dip.dispatch import dispatch
 from dip_megatron.schedulers.dip.incumbent import listed
@@ -18,7 +18,7 @@ from tests.drawn import settings
 from tests.graphs import random_graph, small_graphs
 
 
-def drawn_schedule(graph: StageGraph, seed: int) -> Schedule:
+def drawn_schedule(graph: OperationGraph, seed: int) -> Schedule:
     """A valid schedule with random priorities, strategies and choices of split or fused backwards."""
     random = np.random.default_rng(seed)
     q = make_problem(graph)
@@ -35,7 +35,7 @@ def drawn_schedule(graph: StageGraph, seed: int) -> Schedule:
 
 @settings(max_examples=150, deadline=None)
 @given(small_graphs(), st.integers(0, 2**32 - 1))
-def test_equals_the_reference_bit_for_bit(graph: StageGraph, seed: int) -> None:
+def test_equals_the_reference_bit_for_bit(graph: OperationGraph, seed: int) -> None:
     schedule = drawn_schedule(graph, seed)
     slow, fast = simulate(graph, schedule), simulate_compiled(graph, schedule)
     assert fast.iteration_time == slow.iteration_time
@@ -47,7 +47,7 @@ def test_equals_the_reference_bit_for_bit(graph: StageGraph, seed: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(small_graphs(), st.integers(0, 2**32 - 1))
-def test_deadlocks_like_the_reference(graph: StageGraph, seed: int) -> None:
+def test_deadlocks_like_the_reference(graph: OperationGraph, seed: int) -> None:
     schedule = drawn_schedule(graph, seed)
     random = np.random.default_rng(seed)
     shuffled = Schedule(tuple(random.permutation(o).astype(np.int32) for o in schedule.orders), schedule.strategy)
@@ -55,7 +55,7 @@ def test_deadlocks_like_the_reference(graph: StageGraph, seed: int) -> None:
 
 
 def outcome(
-    simulator: Callable[[StageGraph, Schedule], Timeline], graph: StageGraph, schedule: Schedule
+    simulator: Callable[[OperationGraph, Schedule], Timeline], graph: OperationGraph, schedule: Schedule
 ) -> float | str:
     """Iteration time, or the text of the deadlock."""
     try:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import OperationGraph
 from dip_megatron.core.simulate import memory_over_time, simulate
 from dip_megatron.planner.greedy import greedy
 from tests.graphs import small_graphs
 
 
 @given(small_graphs(memory=np.inf))
-def test_lines_have_the_peaks_of_the_simulation(graph: StageGraph) -> None:
+def test_lines_have_the_peaks_of_the_simulation(graph: OperationGraph) -> None:
     schedule = greedy(graph)
     timeline = simulate(graph, schedule)
     lines = memory_over_time(graph, schedule, timeline.start, timeline.end)

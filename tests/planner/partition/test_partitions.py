@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import OperationGraph
 from dip_megatron.describe.cost import CostModel, build_graph, load_cluster
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import (
@@ -174,7 +174,7 @@ def test_the_judge_decides() -> None:
     model = _tiny(VLM, 2)
     batches = [GlobalBatch((Microbatch(100, (169,) * 4),))]
 
-    def judge(graph: StageGraph) -> float:
+    def judge(graph: OperationGraph) -> float:
         return 1.0 / graph.virtual_microbatches
 
     chosen = choose_partition(model, H100, batches, judge=judge)
@@ -210,7 +210,7 @@ def test_what_counts_against_the_budget(first: float, later: float, cores: float
     batches = [GlobalBatch((Microbatch(100, (169,) * 4),))]
     now, trials = 0.0, 0
 
-    def judge(graph: StageGraph) -> float:
+    def judge(graph: OperationGraph) -> float:
         nonlocal now, trials
         now += later if trials else first
         trials += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from dip_megatron.core import StageGraph
+from dip_megatron.core import OperationGraph
 
 TICKS = 1000  # per second: durations must be whole milliseconds
 
@@ -22,7 +22,7 @@ class Optimum:
     feasible: bool
 
 
-def solve(graph: StageGraph, *, split: bool = True, seconds: float = 20.0, workers: int = 1) -> Optimum:
+def solve(graph: OperationGraph, *, split: bool = True, seconds: float = 20.0, workers: int = 1) -> Optimum:
     """Minimise the iteration time over all orders, strategies, and choices of split or fused backwards.
 
     Variables: start of F, of B (or BW) and of W for each stage; one strategy each. Constraints: one operation at a time

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Kind, Schedule, StageGraph, check_complete
+from dip_megatron.core import Kind, OperationGraph, Schedule, check_complete
 from dip_megatron.core.bounds import lower_bound
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import simulate
@@ -23,7 +23,7 @@ from tests.drawn import settings
 from tests.graphs import paper_graph, random_graph, small_graphs, with_memory
 
 
-def check(graph: StageGraph, result: SearchResult) -> None:
+def check(graph: OperationGraph, result: SearchResult) -> None:
     """The schedule is complete, ends, fits, takes what it says, and no less than the bound."""
     assert check_complete(graph, result.schedule) is None
     timeline = simulate(graph, result.schedule)
@@ -37,19 +37,19 @@ def check(graph: StageGraph, result: SearchResult) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(small_graphs(), st.sampled_from(["dip", "dip-paper"]), st.integers(0, 99))
-def test_every_plan_is_valid(graph: StageGraph, schedule: str, seed: int) -> None:
+def test_every_plan_is_valid(graph: OperationGraph, schedule: str, seed: int) -> None:
     check(graph, search(graph, schedule=schedule, budget_seconds=60, evaluations=60, seed=seed))
 
 
 @settings(max_examples=60, deadline=None)
 @given(small_graphs(microbatches=6, memory=1.0))
-def test_tight_memory_never_locks_up(graph: StageGraph) -> None:
+def test_tight_memory_never_locks_up(graph: OperationGraph) -> None:
     check(graph, search(graph, budget_seconds=60, evaluations=40))
 
 
 @settings(max_examples=40, deadline=None)
 @given(small_graphs(), st.integers(0, 99))
-def test_deterministic_whatever_the_workers(graph: StageGraph, seed: int) -> None:
+def test_deterministic_whatever_the_workers(graph: OperationGraph, seed: int) -> None:
     results = [
         search(graph, budget_seconds=0, evaluations=300, seed=seed, workers=w, deterministic=True) for w in (1, 2)
     ]
@@ -70,7 +70,7 @@ def test_repeats_with_the_same_seed(schedule: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(small_graphs(candidates=1, memory=float("inf")))
-def test_never_worse_than_megatrons_order(graph: StageGraph) -> None:
+def test_never_worse_than_megatrons_order(graph: OperationGraph) -> None:
     try:
         static = segmented_static(graph)
     except BaselineError:
@@ -81,7 +81,7 @@ def test_never_worse_than_megatrons_order(graph: StageGraph) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(small_graphs(memory=0.97))
-def test_says_what_is_missing(graph: StageGraph) -> None:
+def test_says_what_is_missing(graph: OperationGraph) -> None:
     """Just under the smallest need nothing fits; the error names the rank and the bytes; with these it fits."""
     with pytest.raises(DoesNotFitError, match=r"rank \d+ is short of .* GiB .*memory") as caught:
         search(graph, budget_seconds=60, evaluations=10)
@@ -97,7 +97,7 @@ def test_says_what_is_missing(graph: StageGraph) -> None:
     check(enlarged, search(enlarged, budget_seconds=60, evaluations=10))
 
 
-def missing(graph: StageGraph) -> DoesNotFitError | None:
+def missing(graph: OperationGraph) -> DoesNotFitError | None:
     """What a search of ``graph`` complains of."""
     try:
         search(graph, budget_seconds=60, evaluations=1)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core import Schedule, StageGraph
+from dip_megatron.core import OperationGraph, Schedule
 from dip_megatron.core.joint import ExpertLayers, JointError, make_joint_plan, simulate_joint_compiled, verify_joint
 from dip_megatron.core.joint.bounds import joint_lower_bound
 from dip_megatron.core.simulate import simulate_compiled
@@ -41,7 +41,7 @@ from tests.graphs import with_memory
 seeds = st.integers(0, 2**32 - 1)
 
 
-def coupled(seed: int, memory: float | None = None) -> tuple[list[StageGraph], ExpertLayers]:
+def coupled(seed: int, memory: float | None = None) -> tuple[list[OperationGraph], ExpertLayers]:
     """Replicas of one model with batches of their own, each stage kept, recomputed in part or as a whole."""
     rng = np.random.default_rng(seed)
     ranks, replicas, microbatches = int(rng.integers(1, 4)), int(rng.integers(2, 4)), int(rng.integers(1, 5))
@@ -169,7 +169,7 @@ def test_orders_that_hold_too_much_get_leaner_strategies(seed):
     verify_joint(make_joint_plan(graphs, found, experts, lower_bound=0.0))
 
 
-def fits_all(graphs: list[StageGraph], schedules: list[Schedule]) -> bool:
+def fits_all(graphs: list[OperationGraph], schedules: list[Schedule]) -> bool:
     peaks = [simulate_compiled(g, s).peak_bytes for g, s in zip(graphs, schedules, strict=True)]
     return all(np.all(peak <= g.memory_limit) for peak, g in zip(peaks, graphs, strict=True))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dip_megatron.core.joint import ExpertLayers, JointError
 from dip_megatron.schedulers.joint import as_they_come, pairings, search_joint
 from dip_megatron.schedulers.joint.pairing import OWN_WEIGHTS, kinds_of, longest_work, refined, slot_work
-from tests.core.test_filling import even_graph
+from tests.core.test_fill_bounds import even_graph
 from tests.drawn import settings
 from tests.schedulers.joint.test_joint import coupled
 
