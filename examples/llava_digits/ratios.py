@@ -15,6 +15,7 @@ import numpy as np
 from megatron.core.datasets.utils import Split
 from rich.console import Console
 
+from benchmarks.paper.flops import model_flops
 from dip_megatron.describe.model import (
     LanguageHead,
     ModuleShape,
@@ -29,7 +30,6 @@ from dip_megatron.describe.model import (
 )
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.report.tables import table
-from scripts.paper.flops import model_flops
 
 from .documents import PackedDigitDocuments, split_images
 from .quickstart import ARGUMENTS, ITERATIONS

@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from scripts.gpu import ranks
+from benchmarks.shared import ranks
 from tests.forked import Forked
 
 

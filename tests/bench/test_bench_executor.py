@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from scripts import bench_executor
+from benchmarks import executor as bench_executor
 from tests.bench.forked_ranks import run_script
 
 

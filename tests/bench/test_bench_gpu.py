@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import __main__ as bench_gpu
+from benchmarks.gpu import mps, setting
+from benchmarks.shared import ranks
 from dip_megatron.describe.workload import Microbatch
-from scripts import bench_gpu
-from scripts.gpu import mps, ranks, setting
 from tests.bench.forked_ranks import run_script
 
 SCHEDULES = "megatron-1f1b,megatron-interleaved,zb-v,dip-paper,dip"

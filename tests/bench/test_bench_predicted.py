@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from scripts.bench_predicted import beyond_plan, peak_of, static_bytes, table
-from scripts.predicted.models import BRIDGE, CASES, enlarged
+from benchmarks.predicted import beyond_plan, peak_of, static_bytes, table
+from benchmarks.shared.predicted_models import BRIDGE, CASES, enlarged
 
 
 def test_networks_grow_and_their_heads_do_not() -> None:

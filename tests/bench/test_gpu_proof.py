@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.gpu import loops, proof
-from scripts.gpu.proof import Piece
+from benchmarks.gpu import loops, proof
+from benchmarks.gpu.proof import Piece
 
 
 def piece(name: str, code: str, seconds: int = 200) -> Piece:

@@ -19,7 +19,7 @@ from dip_megatron.megatron.arguments import add_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-_PATH = re.compile(r"`((?:dip_megatron|scripts|tests|examples|configs|docs|patches)/[\w./-]*[\w/])`")
+_PATH = re.compile(r"`((?:dip_megatron|scripts|benchmarks|tests|examples|configs|docs|patches)/[\w./-]*[\w/])`")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,18 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.paper import cases, large_scale, main, throughput
+from benchmarks.paper.exact import solve_orders
+from benchmarks.paper.flops import model_flops
+from benchmarks.paper.memory import fluctuation, timeline
+from benchmarks.paper.record import Bar, Comparison, Result
+from benchmarks.paper.search_time import in_ticks
 from dip_megatron.core.simulate import simulate
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import describe
 from dip_megatron.schedulers import segmented_static
 from dip_megatron.schedulers.dip import search
-from scripts.paper import cases, large_scale, main, throughput
-from scripts.paper.exact import solve_orders
-from scripts.paper.flops import model_flops
-from scripts.paper.memory import fluctuation, timeline
-from scripts.paper.record import Bar, Comparison, Result
-from scripts.paper.search_time import in_ticks
 from tests.graphs import random_graph
 from tests.patience import LONG
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Published models at their sizes, simulated: plans over their bounds and over what teams do today, few microbatches.
 
     scripts/bench sizes [--models NAME,...] [--workloads NAME,...] [--microbatches N,...] [--schedules NAME,...]
@@ -21,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.paper.flops import model_flops
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import MultimodalModel, Partition, load_model
 from dip_megatron.describe.workload import load_workload
@@ -36,7 +34,6 @@ from dip_megatron.planner.facade import (
 )
 from dip_megatron.schedulers import BaselineError
 from dip_megatron.schedulers.dip import warm_up
-from scripts.paper.flops import model_flops
 
 MODELS = ("qwen2-5-vl-72b", "qwen3-vl-32b", "internvl3-5-38b", "qwen3-5-vl-27b")
 WORKLOADS = ("vlm-any-resolution", "vlm-video")

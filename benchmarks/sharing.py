@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What it gains that tensor-parallel ranks share out the images of an encoder that each holds whole. Simulated.
 
     scripts/bench sharing [--models qwen2-5-vl-72b,...] [--batches 2] [--evaluations 2000]
@@ -13,11 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dip_megatron.describe.cost import cost_model, load_cluster, segmented_graph
 from dip_megatron.describe.model import MultimodalModel, TensorParallel, load_model

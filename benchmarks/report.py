@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How long a browser takes to show the report of a large run, and how large the file is. Measured.
 
     scripts/bench report [--ranks 64] [--operations 1000] [--iterations 2000] [--keep FILE]
@@ -11,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import simulate_compiled

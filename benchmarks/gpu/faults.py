@@ -1,8 +1,8 @@
 """A rank that dies within an iteration, on ranks that share one GPU: all others say so and leave.
 
-    python -m scripts.gpu.faults [--ranks N] [--out FOLDER]
+    python -m benchmarks.gpu.faults [--ranks N] [--out FOLDER]
 
-Trains the tiny model of ``scripts.gpu.loops experts`` under DIP and kills its last rank (SIGKILL) as it reads a
+Trains the tiny model of ``benchmarks.gpu.loops experts`` under DIP and kills its last rank (SIGKILL) as it reads a
 microbatch of the fourth iteration. Exit code 0 if every other rank ended by itself within ``--patience`` seconds, with
 a status that isn't 0 and a line that tells of it. Without a GPU it runs on CPU processes.
 """
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import click
 
+from benchmarks.shared.ranks import has_gpu, start, surroundings
 from dip_megatron.ports import held_port
 
 from .loops import CASES, command_of
 from .mps import MpsError, divided_gpu
-from .ranks import has_gpu, start, surroundings
 
 ITERATION = 4
 

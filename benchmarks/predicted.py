@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """scripts/bench predicted: an iteration's time and memory as predicted from a profile of this machine, and as measured.
 
 Every family in small on two CPU ranks. Its parts are measured first, as ``dip profile SCRIPT`` does, on both cores at
@@ -23,7 +22,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BRIDGE = Path(os.environ.get("BRIDGE_PYTHON", ROOT / ".venv-bridge" / "bin" / "python"))
-sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
 # Of the host's memory nothing goes back to the kernel: to take it again costs an operation up to a fifth of its time,
@@ -64,6 +62,7 @@ def profiled(rank: int, world: int, name: str, folder: Path, repeats: int) -> tu
     _initialized(1)
     import torch
 
+    from benchmarks.shared.predicted_models import CASES, draw
     from dip_megatron.describe.cost import load_cluster
     from dip_megatron.describe.model import Parallel
     from dip_megatron.families.known import known_families
@@ -71,7 +70,6 @@ def profiled(rank: int, world: int, name: str, folder: Path, repeats: int) -> tu
     from dip_megatron.megatron.lookahead import RawItems, capture_microbatch
     from dip_megatron.profile.program import ProgramRun, profile_program
     from dip_megatron.testing.synthetic import wrap
-    from scripts.predicted.models import CASES, draw
 
     made = CASES[name].build(folder, 1)
     family, blueprint = record_blueprint(
@@ -108,9 +106,9 @@ def trained(
     from megatron.core.pipeline_parallel import schedules
 
     import dip_megatron
+    from benchmarks.shared.predicted_models import CASES, SEQUENCE, draw
     from dip_megatron.report.recorder import RunRecorder
     from dip_megatron.testing.synthetic import wrap
-    from scripts.predicted.models import CASES, SEQUENCE, draw
 
     made = CASES[name].build(folder, world)
     dip_megatron.install(made.families)
@@ -188,7 +186,7 @@ def peak_of(work: Callable[[], object]) -> int:
 # -- here -------------------------------------------------------------------------------------------------------------
 def measured_costs(name: str, folder: Path, repeats: int) -> tuple[Any, Any, list[Any]]:
     """Two processes measure at once; the costs are those of the first."""
-    from scripts.bench_predicted import profiled
+    from benchmarks.predicted import profiled
     from tests.processes import Team
 
     teams = [Team(1) for _ in range(RANKS)]
@@ -235,9 +233,9 @@ def predicted_off(costs: Any, model: Any, loads: Sequence[Any]) -> tuple[float, 
 
 def measured(name: str, schedules: Sequence[str], iterations: int, repeats: int) -> list[dict[str, Any]]:
     """A row for each schedule of a family."""
+    from benchmarks.predicted import trained
+    from benchmarks.shared.predicted_models import CASES
     from dip_megatron.core.files import read_plans
-    from scripts.bench_predicted import trained
-    from scripts.predicted.models import CASES
     from tests.processes import Team
 
     case, rows = CASES[name], []
@@ -357,7 +355,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write all numbers to this file, too.")
 def main(families: str | None, schedules: str, iterations: int, repeats: int, path: Path | None) -> None:
     """Predict iterations of every family from a profile of this machine, and measure them."""
-    from scripts.predicted.models import CASES
+    from benchmarks.shared.predicted_models import CASES
     from tests import forked
 
     here = Path(sys.prefix) == BRIDGE.parents[1] or os.environ.get("DIP_BENCH_BRIDGE") == "1"
@@ -377,8 +375,10 @@ def main(families: str | None, schedules: str, iterations: int, repeats: int, pa
     if theirs and BRIDGE.is_file():
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "bridge.json"
-            command = [str(BRIDGE), __file__, "--families", ",".join(theirs), "--schedules", schedules,
-                       "--iterations", str(iterations), "--repeats", str(repeats), "--json", str(out)]  # fmt: skip
+            command = [
+                str(BRIDGE), "-m", "benchmarks.predicted", "--families", ",".join(theirs), "--schedules", schedules,
+                "--iterations", str(iterations), "--repeats", str(repeats), "--json", str(out),
+            ]  # fmt: skip
             subprocess.run(command, check=True, env=os.environ | {"DIP_BENCH_BRIDGE": "1"})
             rows += json.loads(out.read_text())["rows"]
     elif theirs:

@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, from a bare machine: one command, in pieces that end in time and are kept.
 
-    python scripts/gpu/proof.py OUT [--wheels FOLDER] [--seconds 540] [--only NAMES] [--rehearse]
+    python benchmarks/gpu/proof.py OUT [--wheels FOLDER] [--seconds 540] [--only NAMES] [--rehearse]
 
 Each call goes on where the last one stopped: pieces that have ended well are not run again, one is begun only if its
 time is left, and what it found is in ``OUT/proof.json`` before the next begins. So a machine that is lent for minutes
@@ -41,7 +41,7 @@ class Piece:
 def _bench(folder: Path, rehearsal: bool, *more: str) -> list[str]:
     small = ["--size", "tiny", "--batches", "2", "--microbatches", "4", "--search", "0.2", "--partition-search", "1",
              "--memory-gb", "2", "--schedules", "megatron-interleaved,dip"]  # fmt: skip
-    return ["scripts/bench_gpu.py", "--out", str(folder), "--limit", "520", *(small if rehearsal else ()), *more]
+    return ["-m", "benchmarks.gpu", "--out", str(folder), "--limit", "520", *(small if rehearsal else ()), *more]
 
 
 def _again(folder: Path, rehearsal: bool) -> list[str]:
@@ -52,7 +52,7 @@ def _again(folder: Path, rehearsal: bool) -> list[str]:
 def _loop(case: str) -> Callable[[Path, bool], Sequence[str]]:
     def command(folder: Path, rehearsal: bool) -> list[str]:
         small = ["--size", "tiny", "--ranks", "2", "--iterations", "5", "--schedules", "dynamic"]
-        return ["-m", "scripts.gpu.loops", case, "--out", str(folder.parent), *(small if rehearsal else ())]
+        return ["-m", "benchmarks.gpu.loops", case, "--out", str(folder.parent), *(small if rehearsal else ())]
 
     return command
 
@@ -73,18 +73,18 @@ def _profile(folder: Path, rehearsal: bool) -> list[str]:
 
 def _bridge(folder: Path, rehearsal: bool) -> list[str]:
     small = ["--ranks", "2", "--iterations", "3"] if rehearsal else []
-    return ["-m", "scripts.gpu.bridge", "--out", str(folder), *small]
+    return ["-m", "benchmarks.gpu.bridge", "--out", str(folder), *small]
 
 
 def _transports(folder: Path, rehearsal: bool) -> list[str]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/runtime/test_transports.py"]
     few = "overwrites" if rehearsal else "ipc or staging or overwrites or slots or choice"
     shared = ["--percent", "12", "--card-gb", "10", "--limit", "160", "--out", str(folder)]
-    return ["-m", "scripts.gpu.ranks", *shared, "--", *pytest, "-k", few]
+    return ["-m", "benchmarks.shared.ranks", *shared, "--", *pytest, "-k", few]
 
 
 def _faults(folder: Path, rehearsal: bool) -> list[str]:
-    return ["-m", "scripts.gpu.faults", "--out", str(folder), *(["--ranks", "2"] if rehearsal else [])]
+    return ["-m", "benchmarks.gpu.faults", "--out", str(folder), *(["--ranks", "2"] if rehearsal else [])]
 
 
 def summary(folder: Path) -> Figures:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What coupling costs, and what joint plans, pairing and an exchange mend. Simulated.
 
     scripts/bench joint [--quick] [--models vlm-s,...] [--replicas 32] [--group 8] [--batches 1] [--deep]
@@ -26,8 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.replicas import COUNT, Case, Seconds
 from dip_megatron.core import ModalityModule, OperationGraph, Schedule
 from dip_megatron.core.graph import Floats
 from dip_megatron.core.joint import ExpertLayers, make_joint_plan, verify_joint
@@ -44,7 +42,6 @@ from dip_megatron.schedulers.entry import Effort
 from dip_megatron.schedulers.joint import JointFound, Slots, as_they_come, dip_pairing, search_joint
 from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
 from dip_megatron.schedulers.static import StaticChoice, static_graph, tune_static
-from scripts.bench_replicas import COUNT, Case, Seconds
 
 MODELS = ("vlm-s", "qwen2-5-vl-7b")
 BASELINES = ("megatron-1f1b", "megatron-interleaved", "zb-h1", "optimus", "nnscaler", "segmented-static", "dip-paper")

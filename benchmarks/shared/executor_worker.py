@@ -28,6 +28,7 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 
+from benchmarks.shared.ranks import run_as_rank  # noqa: E402
 from dip_megatron.core import Kind, ModalityModule, Operation, OperationGraph, Plan, Schedule, Unit  # noqa: E402
 from dip_megatron.core.lower import make_plan  # noqa: E402
 from dip_megatron.core.simulate import simulate  # noqa: E402
@@ -63,7 +64,6 @@ from dip_megatron.testing.synthetic import (  # noqa: E402
     gpt_forward_step,
     wrap,
 )
-from scripts.gpu.ranks import run_as_rank  # noqa: E402
 
 TIMEOUT = 300.0
 
@@ -367,7 +367,7 @@ CASES = {"interleaved": interleaved_case, "split": split_case}
 
 
 def main() -> None:
-    """``python -m scripts.executor.worker SETTING.json OUT.json CASE,...`` as one of the ranks."""
+    """``python -m benchmarks.shared.executor_worker SETTING.json OUT.json CASE,...`` as one of the ranks."""
     setting = Setting(**json.loads(Path(sys.argv[1]).read_text()))
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if torch.cuda.is_available():

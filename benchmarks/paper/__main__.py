@@ -1,4 +1,4 @@
-"""``python -m scripts.paper``."""
+"""``python -m benchmarks.paper``."""
 
 import sys
 

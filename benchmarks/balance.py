@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """scripts/bench balance: replicas that exchange microbatches while they train, on CPU ranks.
 
     scripts/bench balance [--replicas 2,4] [--iterations 15] [--token-seconds 0.003] [--json FILE]
@@ -26,9 +25,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 STAGES, MICROBATCHES = 2, 8
 PREDICTION, STALL = 0.05, 0.01
 
@@ -49,8 +45,8 @@ def main() -> None:
         mode, iterations, token_seconds, folder = options.worker
         work(mode, int(iterations), float(token_seconds), Path(folder))
         return
+    from benchmarks.shared.ranks import run_ranks
     from dip_megatron.report.schedules import text_table
-    from scripts.gpu.ranks import run_ranks
 
     rows, data = [], []
     for replicas in map(int, options.replicas.split(",")):
@@ -60,8 +56,8 @@ def main() -> None:
                 out = Path(folder) / mode
                 out.mkdir()
                 command = [
-                    sys.executable, __file__, "--worker", mode, str(options.iterations), str(options.token_seconds),
-                    str(out),
+                    sys.executable, "-m", "benchmarks.balance", "--worker", mode, str(options.iterations),
+                    str(options.token_seconds), str(out),
                 ]  # fmt: skip
                 if run_ranks(command, replicas * STAGES, out, options.limit):
                     sys.exit(1)

@@ -1,6 +1,6 @@
 """Megatron's own training loop under several schedules, on ranks that share one GPU.
 
-    python -m scripts.gpu.loops CASE [--schedules off,dynamic] [--size full|tiny] [--out FOLDER]
+    python -m benchmarks.gpu.loops CASE [--schedules off,dynamic] [--size full|tiny] [--out FOLDER]
 
 What ``scripts/bench gpu`` does for synthetic batches under the executor alone, with everything that a run has: data
 loader, read-ahead, planner, gradients, optimizer. Each schedule trains from the same weights on the same batches, in
@@ -24,10 +24,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.shared.ranks import has_gpu, run_ranks
 from dip_megatron.schedulers import find_schedule
 
 from .mps import MpsError, divided_gpu
-from .ranks import has_gpu, run_ranks
 
 WARM = 3
 """Iterations before times count: the first plans are made without measured costs, and kernels are loaded."""

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What public recipes of models with experts take as published, and under other schedules. Simulated.
 
     scripts/bench published [--models glm-4-5v,...] [--microbatches 64] [--evaluations 20000] [--json FILE]
@@ -23,19 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dip_megatron.describe.cost import cost_model, load_cluster
-from dip_megatron.describe.model import MultimodalModel, Parallel, load_model
-from dip_megatron.describe.workload import load_workload
-from dip_megatron.planner.partitioning import choose_partition
-from dip_megatron.report.schedules import text_table
-from dip_megatron.schedulers import BaselineError, find_schedule
-from dip_megatron.schedulers.dip import warm_up
-from dip_megatron.schedulers.joint import as_they_come
-from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
-from dip_megatron.schedulers.static import StaticChoice, given_choice, static_graph
-from scripts.bench_joint import (
+from benchmarks.joint import (
     WITH_EXPERTS,
     Baselines,
     Draw,
@@ -46,7 +33,17 @@ from scripts.bench_joint import (
     groups,
     joint,
 )
-from scripts.bench_replicas import Case, Seconds
+from benchmarks.replicas import Case, Seconds
+from dip_megatron.describe.cost import cost_model, load_cluster
+from dip_megatron.describe.model import MultimodalModel, Parallel, load_model
+from dip_megatron.describe.workload import load_workload
+from dip_megatron.planner.partitioning import choose_partition
+from dip_megatron.report.schedules import text_table
+from dip_megatron.schedulers import BaselineError, find_schedule
+from dip_megatron.schedulers.dip import warm_up
+from dip_megatron.schedulers.joint import as_they_come
+from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
+from dip_megatron.schedulers.static import StaticChoice, given_choice, static_graph
 
 MIX = "vlm-any-resolution"
 PUBLISHED, FIRST_STAGE = "as published", "encoder-first-stage"

@@ -1,6 +1,6 @@
 """Qwen2.5-VL through Megatron-Bridge's own loop on ranks that share one GPU, with DIP and without.
 
-    python -m scripts.gpu.bridge [--ranks 4] [--iterations 8] [--out FOLDER]
+    python -m benchmarks.gpu.bridge [--ranks 4] [--iterations 8] [--out FOLDER]
 
 A tiny model with Transformer Engine's own layers: what is looked at is whether it trains, and whether losses and
 gradient norms are the same. Without a GPU it runs on CPU processes with the tests' stand-in for Transformer Engine.
@@ -19,8 +19,9 @@ from typing import Any
 
 import click
 
+from benchmarks.shared.ranks import has_gpu, run_as_rank, run_ranks
+
 from .mps import MpsError, divided_gpu
-from .ranks import has_gpu, run_as_rank, run_ranks
 
 FAMILY = "qwen2-5-vl"
 
@@ -92,7 +93,15 @@ def main(ranks: int, iterations: int, percent: float, card_gb: float, limit: flo
                 shared = stack.enter_context(divided_gpu(percent, card_gb)) if gpu else {}
             except MpsError as error:
                 raise click.ClickException(str(error)) from error
-            command = [sys.executable, "-m", "scripts.gpu.bridge", "--iterations", str(iterations), "--out", str(out)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu.bridge",
+                "--iterations",
+                str(iterations),
+                "--out",
+                str(out),
+            ]
             if run_ranks([*command, "--rank-of", name], ranks, out, limit, shared):
                 raise click.ClickException(f"the training with DIP {name} failed; see {out}")
     record = differences(out, ranks)

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.gpu.mps import MpsError, divided_gpu
+from benchmarks.gpu.setting import SCHEDULES, Setting
+from benchmarks.shared.ranks import has_gpu, run_ranks
+from dip_megatron.runtime.transport_choice import TransportKind
 
-from dip_megatron.runtime.transport_choice import TransportKind  # noqa: E402
-from scripts.gpu.mps import MpsError, divided_gpu  # noqa: E402
-from scripts.gpu.ranks import has_gpu, run_ranks  # noqa: E402
-from scripts.gpu.setting import SCHEDULES, Setting  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @click.command()
@@ -76,7 +75,7 @@ def main(
             except MpsError as error:
                 raise click.ClickException(str(error)) from error
         warming = _warm_up()
-        command = [sys.executable, "-m", "scripts.gpu.worker", str(out / "setting.json")]
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", str(out / "setting.json")]
         status = run_ranks(command, setting.ranks, out, limit, {**shared, "DIP_BENCH_WARMING": str(warming.pid)})
         if warming.poll() is None:
             warming.kill()

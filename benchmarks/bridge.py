@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """scripts/bench bridge: Megatron-Bridge's own loop under DIP, against the same loop under its interleaved schedule.
 
 A uniform GPT in two virtual stages on two ranks, where DIP can gain nothing: what it costs in a real loop, with
@@ -22,7 +21,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BRIDGE = ROOT / ".venv-bridge" / "bin" / "python"
-sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
 import click  # noqa: E402
@@ -78,7 +76,7 @@ def save_model(folder: Path, hidden: int, layers: int) -> None:
 
 def measured(folder: Path, dip: bool, iterations: int, microbatches: int) -> tuple[float, list[float]]:
     """Median seconds of an iteration, and what both kinds must agree on."""
-    from scripts.bench_bridge import train  # by a name that ranks can import
+    from benchmarks.bridge import train  # by a name that ranks can import
     from tests.processes import Team
 
     team = Team(RANKS)  # Bridge initializes a process once

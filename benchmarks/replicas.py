@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How uneven data-parallel replicas are, and what an exchange of microbatches mends. Simulated.
 
     scripts/bench replicas [--quick] [--models vlm-s,...] [--replicas 2,8,32] [--draws independent,shards]
@@ -35,8 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dip_megatron.core import OperationGraph
 from dip_megatron.core.graph import Floats

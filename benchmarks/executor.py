@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """scripts/bench executor: DIP's executor against Megatron's own schedules, on two CPU processes or GPUs.
 
 On a uniform text-only GPT, where DIP can gain nothing: the same order of the same stages as Megatron's interleaved
@@ -20,12 +19,10 @@ from typing import Any
 
 import click
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.shared.ranks import run_ranks
+from dip_megatron.report.schedules import text_table
 
-from dip_megatron.report.schedules import text_table  # noqa: E402
-from scripts.gpu.ranks import run_ranks  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
 OVERHEAD, PREDICTION = 1.01, 0.05
 
 
@@ -60,7 +57,7 @@ def main(
         command = [
             sys.executable,
             "-m",
-            "scripts.executor.worker",
+            "benchmarks.shared.executor_worker",
             str(out / "setting.json"),
             str(out / "results.json"),
         ]
@@ -72,7 +69,7 @@ def main(
             results = json.loads((out / "results.json").read_text())
         if "hook" in cases.split(","):
             done = subprocess.run(
-                [sys.executable, "-m", "scripts.executor.hook"], capture_output=True, text=True, check=True,
+                [sys.executable, "-m", "benchmarks.shared.hook_call"], capture_output=True, text=True, check=True,
                 timeout=limit, env={**os.environ, "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
             results["hook"] = json.loads(done.stdout.splitlines()[-1])

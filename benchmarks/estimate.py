@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """scripts/bench estimate: what ``dip estimate`` foretells of the quickstart, against what the quickstart then gains.
 
 First ``dip profile`` measures the script's model on this machine, then the quickstart trains under Megatron's 1F1B and
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 os.environ["OMP_NUM_THREADS"] = "1"
 

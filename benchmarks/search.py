@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Tables on the schedule search: quality over time, distance to proven optima, tight memory, noise, kernel speed.
 
-    scripts/bench_search.py [gap] [optimum] [tight] [noise] [speed] [scale] [--seconds S] [--workers N] [--count N]
+    benchmarks/search.py [gap] [optimum] [tight] [noise] [speed] [scale] [--seconds S] [--workers N] [--count N]
 
 Without names all are run, which takes about a quarter of an hour on two cores. Graphs are those of ``tests/graphs.py``:
 the sizes of the paper's models with drawn batches, and small drawn instances.
@@ -15,12 +14,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dip_megatron.core import OperationGraph, check_complete
 from dip_megatron.core.bounds import lower_bound

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The planner against its bars: plan quality, baselines, latency, robustness, memory, kernels.
 
     scripts/bench planner [--quick] [--models vlm-s,...] [--skip PART,...] [--json FILE]
@@ -25,8 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.search import executed_over_planned, microseconds, optimum, tight
 from dip_megatron.core import OperationGraph, Plan, Schedule
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
@@ -51,7 +49,6 @@ from dip_megatron.planner.service import AT_CALL_SECONDS, PlannerService
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers import BaselineError, find_schedule, schedule_names
 from dip_megatron.schedulers.dip import SearchResult, search, warm_up
-from scripts.bench_search import executed_over_planned, microseconds, optimum, tight
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
 PARTS = ("quality", "baselines", "latency", "noise", "kernels", "scale", "tight", "optimum", "call")

@@ -1,4 +1,4 @@
-"""Starts ranks that share one GPU: ``python -m scripts.gpu.ranks [OPTIONS] -- COMMAND``, with MPS's environment."""
+"""Starts ranks; ``python -m benchmarks.shared.ranks [OPTIONS] -- COMMAND`` lets them share one GPU under MPS."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from typing import NoReturn, TextIO
 
 import click
 
+from benchmarks.gpu.mps import MpsError, divided_gpu
 from dip_megatron.ports import held_port
 
-from .mps import MpsError, divided_gpu
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(

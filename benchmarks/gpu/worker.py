@@ -22,6 +22,7 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
+from benchmarks.shared.ranks import run_as_rank  # noqa: E402
 from dip_megatron.core import Channel, Plan, TensorSpec  # noqa: E402
 from dip_megatron.core.lower import make_plan  # noqa: E402
 from dip_megatron.core.simulate import idle_share, simulate  # noqa: E402
@@ -50,7 +51,6 @@ from dip_megatron.testing.synthetic import (  # noqa: E402
     wrap,
 )
 
-from .ranks import run_as_rank  # noqa: E402
 from .report import print_table, summarize  # noqa: E402
 from .schedules import Candidate, effort_of, plan_all  # noqa: E402
 from .setting import Setting, batches_of, model_of, training_flops  # noqa: E402
@@ -319,7 +319,7 @@ def busy_of(plan: Plan) -> list[float]:
 
 
 def main() -> None:
-    """``python -m scripts.gpu.worker SETTING.json`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    """``python -m benchmarks.gpu.worker SETTING.json`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
     setting = Setting(**json.loads(Path(sys.argv[1]).read_text()))
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if torch.cuda.is_available():

@@ -1,0 +1,1 @@
+"""Benchmarks of the project: ``scripts/bench NAME`` runs ``benchmarks.NAME``."""

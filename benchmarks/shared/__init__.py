@@ -1,0 +1,1 @@
+"""What several benchmarks use: how ranks start, what they build and run, tables."""

@@ -1,1 +1,0 @@
-"""Ranks of scripts/bench executor."""
