@@ -239,7 +239,7 @@ def test_dip_trains_with_megatrons_losses(tmp_path):
     assert "can't defer weight gradients" not in log
 
 
-PAGES = EXAMPLE.parents[1] / "dip_megatron" / "families" / "called"
+PAGES = EXAMPLE.parents[1] / "dip_megatron" / "families" / "multimodal"
 
 
 def test_the_walkthrough_quotes_the_example():
