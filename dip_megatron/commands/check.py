@@ -9,11 +9,10 @@ import click
 
 from ..core import Plan
 from ..core.action_csv import ActionCsvError, read_actions
-from ..core.files import PlanFileError, read_plans
-from ..core.joint import JointPlan, simulate_joint, verify_joint
-from ..core.joint.files import sets_of
+from ..core.files import PlanFileError, plan_sets_of, read_plans
 from ..core.lower import make_plan
-from ..core.simulate import simulate
+from ..core.plan_set import PlanSet
+from ..core.simulate import simulate_set
 from ..core.simulate.reference import DeadlockError
 from ..core.verify import PlanError, verify
 from .common import fail, json_option, print_json, progress_bar
@@ -31,15 +30,11 @@ def check(ctx: click.Context, plans: Path, as_json: bool) -> None:
     count, fault = 0, None
     try:
         with progress_bar(f"verifying {plans}", None, as_json) as advance:
-            for together in sets_of(_plans(plans), plans):
-                first, count = count + 1, count + len(together)
+            for together in plan_sets_of(_plans(plans), plans):
+                first, count = count + 1, count + len(together.plans)
                 try:
-                    if together[0].coupled is None:
-                        verify(together[0])
-                        check_prediction(together[0])
-                    else:
-                        verify_joint(together)
-                        check_joint_prediction(together)
+                    verify(*together.plans)
+                    check_prediction(together)
                 except ValueError as error:
                     place = f"plan {count}" if first == count else f"plans {first} to {count}"
                     fault = f"{plans}: {place}: {' '.join(str(error).split())}"
@@ -69,16 +64,10 @@ def _plans(path: Path) -> Iterator[Plan]:
         raise ActionCsvError(f"{path}: {error}") from error
 
 
-def check_prediction(plan: Plan) -> None:
-    """Raise PlanError where what the plan predicts is not what simulating it gives."""
-    timeline = simulate(plan.graph, plan.schedule)
-    _compare(plan, timeline.iteration_time, timeline.bubble_ratio, timeline.peak_bytes.tolist())
-
-
-def check_joint_prediction(plans: Sequence[Plan]) -> None:
-    """The same of a set: each predicts the time of all together."""
-    joint = JointPlan(tuple(plans))
-    timeline = simulate_joint([p.graph for p in plans], [p.schedule for p in plans], joint.experts)
+def check_prediction(together: PlanSet) -> None:
+    """Raise PlanError where what the plans predict is not what simulating them together gives."""
+    plans = together.plans
+    timeline = simulate_set([p.graph for p in plans], [p.schedule for p in plans], together.experts)
     for replica, plan in enumerate(plans):
         peaks = timeline.replicas[replica].peak_bytes.tolist()
         _compare(plan, timeline.iteration_time, timeline.bubble_ratio(replica), peaks)

@@ -1,4 +1,4 @@
-"""A proven lower bound on the iteration time of every plan of a stage graph.
+"""A proven lower bound on the iteration time of every plan of an operation graph, and of graphs that run together.
 
 Notation: for each stage the least forward ``f``, the least input gradient ``b`` (or fused backward, if that is shorter)
 and the least whole backward ``t`` over all memory strategies, each minimum on its own; ``w = t - b``. Every plan spends
@@ -39,11 +39,12 @@ Four bounds, each valid by itself; the largest is returned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .coupled_bounds import Bounded, seconds_where_replicas_meet
+from .experts import NO_EXPERTS, ExpertLayers
 from .fill_bounds import idle_of_filling, idle_of_first_wave
 from .graph import Floats, Ints, OperationGraph
 from .lifetimes import held_memory
@@ -203,28 +204,25 @@ def _topological_order(outgoing: Ints, to: Ints, waiting: NDArray[np.int64], ord
                 last += 1
 
 
-class Bounded(NamedTuple):
-    """:func:`lower_bound` in ``seconds`` with what it is made of: the least forward, input gradient and rest of the
-    backward of every stage ``[S, P]``; the time ``[P]`` that each rank loses while it is ``filling``, what of it the
-    first ``wave`` takes, and the least ``tail`` that follows its last operation, all on top of its work."""
+def lower_bound(*graphs: OperationGraph, experts: ExpertLayers = NO_EXPERTS, split: bool = True) -> float:
+    """Seconds below which no plans of the replicas can be, whatever their orders and memory strategies, and whatever
+    meets; see the module for the proof, and :mod:`.coupled_bounds` for what meeting adds to it.
 
-    seconds: float
-    forward: Floats
-    backward: Floats
-    rest: Floats
-    filling: Floats
-    wave: Floats
-    tail: Floats
+    Args:
+        graphs: One graph a replica.
+        experts: The layers in which the replicas meet.
+        split: Whether plans may split backwards.
 
-
-def lower_bound(graph: OperationGraph, *, split: bool = True) -> float:
-    """Seconds below which no plan of ``graph`` can be, whatever its order and memory strategies; see the module for the
-    proof. With ``split`` False, no plan without split backwards."""
-    return bounded(graph, split=split).seconds
+    Raises:
+        ValueError: If replicas have different numbers of operations of a chunk with experts.
+    """
+    alone = [bounded(graph, split=split) for graph in graphs]
+    bound = max(x.seconds for x in alone)
+    return max(bound, seconds_where_replicas_meet(graphs, experts, alone)) if experts.modules else bound
 
 
 def bounded(graph: OperationGraph, *, split: bool = True) -> Bounded:
-    """See :class:`Bounded`."""
+    """The bound of one replica, see :class:`.coupled_bounds.Bounded`."""
     g = graph_arrays(graph)
     virtual_microbatches, ranks = g.virtual_microbatches, g.ranks
     f, b, w, whole = _relaxed(g, split)

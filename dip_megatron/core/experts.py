@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .graph import OperationGraph
-from .modules import ModalityModule
+from .graph import Ints, OperationGraph
+from .modules import ModalityModule, chunks_of
 from .strategies import exchanging_strategies, parse_strategy
 
 Flags = tuple[tuple[tuple[bool, ...], ...], ...]
@@ -78,6 +78,10 @@ class ExpertLayers:
                 out[first : first + len(flags[unit.module])] = flags[unit.module]
         return out
 
+    def chunks(self, graph: OperationGraph) -> Ints:
+        """``[S, P]``: the number of the operation's chunk where that has a layer with experts, -1 elsewhere."""
+        return np.where(self.meets(graph), chunk_numbers(graph)[:, None], -1).astype(np.int32)
+
     def repeats(self, graph: OperationGraph) -> NDArray[np.int64]:
         """``[C, S, P]``: which of the chunk's layers with experts run their collectives again in the backward, under
         each memory strategy: bit i of the number is layer i of the chunk."""
@@ -94,6 +98,18 @@ class ExpertLayers:
                     if text != "none":
                         out[c, s, rank] = repeated(chunk, text, self.repeating)
         return out
+
+
+NO_EXPERTS = ExpertLayers((), frozenset())
+"""Where replicas that share no experts meet: nowhere."""
+
+
+def chunk_numbers(graph: OperationGraph) -> Ints:
+    """``[S]``: the number of each virtual microbatch's (module, segment)."""
+    number = {chunk: n for n, chunk in enumerate(chunks_of(graph.modules))}
+    return np.array(
+        [number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)], dtype=np.int32
+    )
 
 
 @lru_cache(maxsize=1 << 16)

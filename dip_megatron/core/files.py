@@ -26,6 +26,7 @@ from .modules import ModalityModule, Unit
 from .operations import Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics, TensorSpec
+from .plan_set import PlanSet
 from .versions import is_version
 
 Row = TypeVar("Row", OperationTimes, OperationBytes)
@@ -62,6 +63,44 @@ def read_plans(path: str | Path) -> Iterator[Plan]:
         raise PlanFileError(f"{path}:1: file: not UTF-8 at byte {error.start}") from error
     if not found:
         raise PlanFileError(f"{path}:1: file: holds no plan")
+
+
+def read_plan_sets(path: str | Path) -> Iterator[PlanSet]:
+    """The plan sets of a file, as they are read: plans of coupled replicas stand on consecutive lines, replica by
+    replica; any other plan is a set by itself. Raises PlanFileError for a malformed line or an incomplete set."""
+    return plan_sets_of(read_plans(path), path)
+
+
+def plan_sets_of(plans: Iterable[Plan], path: str | Path) -> Iterator[PlanSet]:
+    """:func:`read_plan_sets` of the plans of the file ``path``."""
+    started: list[Plan] = []
+    for number, plan in enumerate(plans, start=1):
+        if plan.coupled is None:
+            _check_complete(started, path, number)
+            yield PlanSet((plan,))
+            continue
+        if plan.coupled.replica != len(started) or (
+            started and started[0].coupled is not None and plan.coupled.replicas != started[0].coupled.replicas
+        ):
+            raise PlanFileError(
+                f"{path}: plan {number}: coupled: replica {plan.coupled.replica} of {plan.coupled.replicas} stands "
+                f"where replica {len(started)} of its set belongs"
+            )
+        started.append(plan)
+        if len(started) == plan.coupled.replicas:
+            yield PlanSet(tuple(started))
+            started = []
+    _check_complete(started, path, None)
+
+
+def _check_complete(started: list[Plan], path: str | Path, number: int | None) -> None:
+    if not started or started[0].coupled is None:
+        return
+    where = "at its end" if number is None else f"before plan {number}"
+    raise PlanFileError(
+        f"{path}: coupled: {len(started)} plans of a set of {started[0].coupled.replicas} {where}; the others are "
+        "missing"
+    )
 
 
 def write_plans(path: str | Path, plans: Iterable[Plan]) -> None:

@@ -6,13 +6,16 @@ channel ``(source rank * P + target rank) * 2 + gradient``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .experts import ExpertLayers
 from .graph import Floats, Ints, OperationGraph
 from .operations import Kind
+from .reductions import reduction_turns
 from .simulate.compiled import compiled
 
 FORWARD, WEIGHT = int(Kind.F), int(Kind.W)
@@ -302,51 +305,129 @@ def check_codes(
     fault[0] = NO_FAULT
 
 
-@compiled
-def replay_codes(
-    g: Messages, codes: Ints, counts: Ints, place: Ints, sent: Ints, received: Ints, sent_count: Ints,
-    received_count: Ints, matched: NDArray[np.bool_], fault: Ints,
-) -> None:  # fmt: skip
-    """Run all ranks' actions under rendezvous semantics; ``fault`` as in :func:`check_codes`, with ``place`` ``[P]``
-    telling where each rank stands.
+class Rendezvous(NamedTuple):
+    """What :func:`replay_codes` works on: the messages of G replicas, as in :class:`Messages`, those of replica g from
+    ``first[g]`` on; ``source`` and ``target`` are ranks.
 
-    Work space: ``sent``, ``received`` ``[2PP, most messages of a channel]``, ``sent_count``, ``received_count``
-    ``[2PP]``, ``matched`` ``[2E]``, all zeros.
+    ``rows`` and ``edges`` ``[G]``; ``base`` ``[G + 1]``: each replica's first node. ``chunk`` ``[N]``: the number of
+    the node's chunk where replicas meet, else -1. ``turn`` ``[chunks, P]``: which of all reductions a chunk's on a rank
+    is. The rest is work space, zeros: ``sent`` and ``received`` ``[G * 2PP, most messages of a channel]``,
+    ``sent_count`` and ``received_count`` ``[G * 2PP]``, ``matched`` (all messages).
+    """
+
+    ranks: int
+    replicas: int
+    rows: Ints
+    edges: Ints
+    first: Ints
+    base: Ints
+    source: Ints
+    target: Ints
+    chunk: Ints
+    turn: Ints
+    sent: Ints
+    received: Ints
+    sent_count: Ints
+    received_count: Ints
+    matched: NDArray[np.bool_]
+
+
+def make_rendezvous(graphs: Sequence[OperationGraph], experts: ExpertLayers) -> Rendezvous:
+    """Lay out the messages of replicas. One replica by itself has no order of reductions to keep to."""
+    each, ranks = [messages_of(g) for g in graphs], graphs[0].ranks
+    source, target = (np.concatenate([getattr(m, name) for m in each]) for name in ("source", "target"))
+    most = 1 + max(int(np.bincount(m.source * ranks + m.target, minlength=1).max(initial=0)) for m in each)
+    channels = len(graphs) * 2 * ranks**2
+    turn = reduction_turns(graphs[0].modules)
+
+    def ints(*shape: int) -> Ints:
+        return np.zeros(shape, dtype=np.int32)
+
+    return Rendezvous(
+        ranks=ranks,
+        replicas=len(graphs),
+        rows=np.array([m.virtual_microbatches for m in each], dtype=np.int32),
+        edges=np.array([m.edges for m in each], dtype=np.int32),
+        first=np.cumsum([0, *(2 * m.edges for m in each)]).astype(np.int32),
+        base=np.cumsum([0, *(m.virtual_microbatches * ranks for m in each)]).astype(np.int32),
+        source=source,
+        target=target,
+        chunk=np.concatenate([experts.chunks(g).reshape(-1) for g in graphs]),
+        turn=turn if len(graphs) > 1 else np.zeros_like(turn),
+        sent=ints(channels, most),
+        received=ints(channels, most),
+        sent_count=ints(channels),
+        received_count=ints(channels),
+        matched=np.zeros(len(source), dtype=np.bool_),
+    )
+
+
+@compiled
+def replay_codes(x: Rendezvous, codes: Ints, counts: Ints, place: Ints, fault: Ints) -> None:
+    """Run the actions ``codes`` ``[G * P, .]`` of all replicas under rendezvous semantics: an operation that meets or a
+    reduction when all replicas stand at one, and a reduction after all those that have an earlier turn.
+
+    ``fault`` ``[4]`` as in :func:`check_codes`; ``place`` ``[G * P]``, zeros, says where each rank stands.
     """
     progressed = True
+    reduced = 0
     while progressed:
         progressed = False
-        for rank in range(g.ranks):
-            while place[rank] < counts[rank]:
-                code = codes[rank, place[rank]] - 4 * g.virtual_microbatches
-                if 0 <= code < 8 * g.edges:
-                    kind = code // (2 * g.edges)
-                    m = code - 2 * g.edges * kind
-                    if kind in (ISEND, IRECV):
-                        c = (g.source[m] * g.ranks + g.target[m]) * 2 + (1 if m >= g.edges else 0)
-                        if kind == ISEND:
-                            at = sent_count[c]
-                            sent[c, at] = m
-                            sent_count[c] += 1
-                        else:
-                            at = received_count[c]
-                            received[c, at] = m
-                            received_count[c] += 1
-                        if at < min(sent_count[c], received_count[c]):
-                            if sent[c, at] != received[c, at]:
-                                fault[0], fault[1], fault[2], fault[3] = MISMATCH, c, sent[c, at], received[c, at]
-                                return
-                            matched[m] = True
-                    elif not matched[m]:
+        for p in range(x.ranks):
+            waiting, turn = 0, -1
+            for g in range(x.replicas):
+                line = g * x.ranks + p
+                rows, edges = x.rows[g], x.edges[g]
+                while place[line] < counts[line]:
+                    code = codes[line, place[line]]
+                    if code >= 4 * rows + 8 * edges:
+                        turn = x.turn[code - 4 * rows - 8 * edges, p]
+                        waiting += 1
                         break
-                place[rank] += 1
+                    if code < 4 * rows:
+                        kind = code // rows
+                        if kind != WEIGHT and x.chunk[x.base[g] + (code - kind * rows) * x.ranks + p] >= 0:
+                            waiting += 1
+                            break
+                    else:
+                        kind = (code - 4 * rows) // (2 * edges)
+                        m = code - 4 * rows - 2 * edges * kind
+                        k = x.first[g] + m
+                        if kind in (ISEND, IRECV):
+                            c = ((g * x.ranks + x.source[k]) * x.ranks + x.target[k]) * 2 + (1 if m >= edges else 0)
+                            if kind == ISEND:
+                                at = x.sent_count[c]
+                                x.sent[c, at] = k
+                                x.sent_count[c] += 1
+                            else:
+                                at = x.received_count[c]
+                                x.received[c, at] = k
+                                x.received_count[c] += 1
+                            if at < min(x.sent_count[c], x.received_count[c]):
+                                if x.sent[c, at] != x.received[c, at]:
+                                    fault[0], fault[1], fault[2], fault[3] = (
+                                        MISMATCH,
+                                        c,
+                                        x.sent[c, at],
+                                        x.received[c, at],
+                                    )
+                                    return
+                                x.matched[k] = True
+                        elif not x.matched[k]:
+                            break
+                    place[line] += 1
+                    progressed = True
+            if waiting == x.replicas and turn <= reduced:
+                reduced += turn >= 0
+                for g in range(x.replicas):
+                    place[g * x.ranks + p] += 1
                 progressed = True
     fault[0] = NO_FAULT
-    for rank in range(g.ranks):
-        if place[rank] < counts[rank]:
+    for line in range(len(counts)):
+        if place[line] < counts[line]:
             fault[0] = DEADLOCK
             return
-    for c in range(len(sent_count)):
-        if sent_count[c] != received_count[c]:
-            fault[0], fault[1], fault[2], fault[3] = UNMATCHED, c, sent_count[c], received_count[c]
+    for c in range(len(x.sent_count)):
+        if x.sent_count[c] != x.received_count[c]:
+            fault[0], fault[1], fault[2], fault[3] = UNMATCHED, c, x.sent_count[c], x.received_count[c]
             return

@@ -7,17 +7,20 @@ than the operation that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from .actions import Message
+from .experts import NO_EXPERTS, Coupled, ExpertLayers
 from .graph import Ints, OperationGraph
 from .kernels import lower_codes, make_lowering, messages_of
 from .operations import Kind, Operation
 from .order import Schedule
 from .plan import Payload, Plan, Predicted, SearchStatistics
-from .simulate.kernels import pad_orders, simulate_compiled
+from .plan_set import PlanSet
+from .reductions import place_reductions, with_reductions
+from .simulate.kernels import pad_orders, simulate_compiled, simulate_set_compiled
 from .simulate.reference import Timeline
 
 
@@ -68,19 +71,61 @@ def make_plan(
     payloads: Mapping[tuple[int, ...], Payload] | None = None,
     search: SearchStatistics | None = None,
 ) -> Plan:
-    """Project the graph on the chosen strategies, simulate, lower. Raises DeadlockError if the orders can't end."""
-    projected = graph.project(schedule.strategy)
-    single = Schedule(schedule.orders, np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8))
-    timeline = simulate_compiled(projected, single)
-    predicted = Predicted(
-        timeline.iteration_time, lower_bound, timeline.bubble_ratio, tuple(float(b) for b in timeline.peak_bytes)
-    )
-    return Plan(
-        graph=projected,
-        schedule=single,
-        codes=lower(projected, single, timeline),
-        predicted=predicted,
-        name=name,
-        payloads=dict(payloads or {}),
-        search=search or SearchStatistics(),
-    )
+    """:func:`make_plan_set` of one replica."""
+    each = None if payloads is None else (payloads,)
+    made = make_plan_set((graph,), (schedule,), lower_bound=lower_bound, name=name, payloads=each, search=search)
+    return made.plans[0]
+
+
+def make_plan_set(
+    graphs: Sequence[OperationGraph],
+    schedules: Sequence[Schedule],
+    experts: ExpertLayers = NO_EXPERTS,
+    *,
+    lower_bound: float,
+    name: str = "dip",
+    payloads: Sequence[Mapping[tuple[int, ...], Payload]] | None = None,
+    search: SearchStatistics | None = None,
+) -> PlanSet:
+    """Project the graphs on the chosen strategies, simulate all together, lower one by one; several replicas get places
+    for the starts of their reductions.
+
+    Args:
+        graphs: One graph a replica.
+        schedules: One schedule a replica.
+        experts: The layers in which the replicas meet.
+        lower_bound: Seconds below which no plans of the graphs can be.
+        name: The schedule that made the plans.
+        payloads: What each replica's messages carry, as in :class:`Plan`.
+        search: How the schedules were found.
+
+    Raises:
+        DeadlockError: If the orders can't end.
+        CouplingError: If replicas don't meet in the same order.
+    """
+    count = len(graphs)
+    projected = [g.project(s.strategy) for g, s in zip(graphs, schedules, strict=True)]
+    single = [Schedule(s.orders, np.zeros_like(s.strategy)) for s in schedules]
+    timeline = simulate_set_compiled(projected, single, experts)
+    codes = [lower(*replica) for replica in zip(projected, single, timeline.replicas, strict=True)]
+    if count > 1:
+        places = place_reductions(projected, single, [line.end for line in timeline.replicas])
+        codes = [with_reductions(*replica) for replica in zip(projected, codes, places, strict=True)]
+    return PlanSet(
+        tuple(
+            Plan(
+                graph=projected[g],
+                schedule=single[g],
+                codes=codes[g],
+                predicted=Predicted(
+                    timeline.iteration_time, lower_bound, timeline.bubble_ratio(g),
+                    tuple(float(b) for b in timeline.replicas[g].peak_bytes),
+                ),
+                name=name,
+                payloads=dict(payloads[g]) if payloads else {},
+                search=search or SearchStatistics(),
+                coupled=Coupled(g, count, experts) if count > 1 else None,
+            )
+            for g in range(count)
+        )
+    )  # fmt: skip

@@ -8,7 +8,7 @@ don't begin a reduction whenever a backward has ended: their plans say where, an
 All reductions of a model, one a chunk and rank, have *one order*, that in which backwards naturally end, which depends
 on nothing but how the model is cut. A set of joint plans may run if it ends although each reduction keeps a rank from
 all that follows until every replica has come to it, and although none begins before all earlier ones of the order, on
-whatever rank these are (:mod:`.joint.verify`). Then any number of such sets, of groups of replicas that plan apart but
+whatever rank these are (:mod:`.verify`). Then any number of such sets, of groups of replicas that plan apart but
 reduce gradients together, end together. They share nothing but reductions. In a ring of things that wait for one
 another, a stretch from one reduction to the next lies within one set, which, with the order kept, leads from earlier
 reductions to later ones alone; so no ring comes back to where it began.
@@ -27,19 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codes import Decoder, first_reduction
+from .experts import chunk_numbers
 from .graph import Floats, Ints, OperationGraph
 from .modules import ModalityModule, chunks_of
 from .operations import Kind
 from .order import Schedule
 from .plan import Plan
-
-
-def chunk_numbers(graph: OperationGraph) -> Ints:
-    """``[S]``: the number of each virtual microbatch's (module, segment)."""
-    number = {chunk: n for n, chunk in enumerate(chunks_of(graph.modules))}
-    return np.array(
-        [number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)], dtype=np.int32
-    )
 
 
 def reduction_order(modules: Sequence[ModalityModule]) -> tuple[tuple[int, int], ...]:

@@ -1,30 +1,62 @@
-"""The strict verifier: a plan that could hang, lose a gradient or break its memory limit never runs.
+"""The strict verifier: plans that could hang, lose a gradient or break their memory limit never run.
 
 The replay uses rendezvous semantics, the strictest any transport has: a send ends only when its receive is posted, per
-channel, in order, as NCCL matches them (it ignores tags).
+channel, in order, as NCCL matches them (it ignores tags). Plans of coupled replicas must each pass by themselves; they
+must agree where they meet (:mod:`.coupled_checks`); and the union of all, with the operations of one event and the
+starts of one reduction made one, and each reduction after the one before it in their order, must have no cycle. Why
+that makes many such sets end together says :mod:`.reductions`. The last is decided by running all actions at once: an
+event, a reduction, a send or a wait that can take place never keeps another from it, so that one run is as good as all.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from . import kernels
 from .actions import Channel
 from .codes import Decoder, code_count
+from .coupled_checks import check_agreement, check_shapes, cycle, experts_of
+from .errors import CouplingError, PlanError
+from .experts import NO_EXPERTS, ExpertLayers
 from .graph import Ints, OperationGraph
 from .order import check_complete
 from .plan import Plan
 from .reductions import reduction_fault
 from .simulate.kernels import pad_orders, simulate_compiled
 
-
-class PlanError(ValueError):
-    """A plan that must not run; the message names the first fault and its place."""
+__all__ = ["PlanError", "verify", "verify_replica"]
 
 
-def verify(plan: Plan) -> None:
-    """Raise PlanError at the first fault: completeness, order, messages, reductions, deadlock, memory, payloads,
-    prediction."""
+def verify(*plans: Plan, experts: ExpertLayers | None = None) -> None:
+    """Raise at the first fault of the plans of one or several replicas: of completeness, order, messages, reductions,
+    memory, payloads or prediction, or a deadlock.
+
+    Args:
+        plans: One plan a replica, of all replicas of their set.
+        experts: The layers in which the replicas meet; by default those that the plans carry
+            (:class:`.experts.Coupled`), which must agree.
+
+    Raises:
+        PlanError: At the first fault; a CouplingError if it is one of several replicas'.
+    """
+    experts = experts_of(plans) if experts is None else experts
+    check_shapes(plans, experts)
+    for replica, plan in enumerate(plans):
+        try:
+            verify_replica(plan)
+        except PlanError as error:
+            if len(plans) == 1:
+                raise
+            raise CouplingError("plan", f"replica {replica}: {error}") from error
+    if len(plans) > 1:
+        check_agreement(plans, experts)
+        _replay(plans, experts)
+
+
+def verify_replica(plan: Plan) -> None:
+    """:func:`verify` without that a plan agrees with those of the other replicas of its set."""
     graph = plan.graph
     fault = check_complete(graph, plan.schedule)
     if fault:
@@ -36,7 +68,7 @@ def verify(plan: Plan) -> None:
     fault = reduction_fault(plan)
     if fault:
         raise PlanError(fault)
-    _replay(plan, codes, counts)
+    _replay((plan,), NO_EXPERTS)
     for rank, peak in enumerate(simulate_compiled(graph, plan.schedule).peak_bytes):
         limit = graph.memory_limit[rank]
         if peak > limit * (1 + 1e-9):
@@ -100,21 +132,23 @@ def _check_actions(plan: Plan, codes: Ints, counts: Ints) -> None:
     raise PlanError(f"{place}: {_FAULTS[what]}")
 
 
-def _replay(plan: Plan, codes: Ints, counts: Ints) -> None:
-    graph = plan.graph
-    g = kernels.messages_of(graph)
-    channels = 2 * graph.ranks**2
-    most = 1 + int(np.bincount((g.source * graph.ranks + g.target) * 2, minlength=1).max(initial=0))
-    place, fault = np.zeros(graph.ranks, dtype=np.int32), np.zeros(4, dtype=np.int32)
-    kernels.replay_codes(
-        g, codes, counts, place, np.zeros((channels, most), dtype=np.int32), np.zeros((channels, most), dtype=np.int32),
-        np.zeros(channels, dtype=np.int32), np.zeros(channels, dtype=np.int32),
-        np.zeros(2 * g.edges, dtype=np.bool_), fault,
-    )  # fmt: skip
+def _replay(plans: Sequence[Plan], experts: ExpertLayers) -> None:
+    """Run the actions of all replicas together. Those of several have been replayed one by one before."""
+    graph = plans[0].graph
+    x = kernels.make_rendezvous([p.graph for p in plans], experts)
+    lines = [line for p in plans for line in p.codes]
+    counts = np.array([len(line) for line in lines], dtype=np.int32)
+    codes = np.zeros((len(lines), max(1, int(counts.max(initial=0)))), dtype=np.int32)
+    for i, line in enumerate(lines):
+        codes[i, : len(line)] = line
+    place, fault = np.zeros(len(lines), dtype=np.int32), np.zeros(4, dtype=np.int32)
+    kernels.replay_codes(x, codes, counts, place, fault)
     what, where, first, second = fault.tolist()
     if what == kernels.NO_FAULT:
         return
     decoder = Decoder(graph)
+    if len(plans) > 1:
+        raise CouplingError("cycle", cycle(plans, experts, place))
     if what == kernels.DEADLOCK:
         stuck = [
             f"rank {r} at action {i} ({decoder.action(int(codes[r, i]), r)})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core import Plan
-from ..core.joint import JointPlan
+from ..core.plan_set import PlanSet
 from ..core.protocols import Exchange, ScatteringExchange
 from ..describe.cost import Corrections
 from .prefetch import Prefetch
@@ -98,7 +98,7 @@ class PlanDelivery:
         # replica has measured since they asked last; where plans are made, in the thread: plans not learnt from yet.
         self._known = Corrections()
         self._told: list[bytes] = []
-        self._made: dict[int, tuple[JointPlan, Corrections]] = {}
+        self._made: dict[int, tuple[PlanSet, Corrections]] = {}
 
     def request(
         self, request: PlanRequest, wait_seconds: float, shared: Any = None, ahead: bool = False, hurries: bool = False
@@ -265,7 +265,7 @@ class PlanDelivery:
             loads = tuple(request.loads for request in asked)
             service.submit(replace(asked[0], deadline=deadline, replicas=loads, corrections=used))
             with ahead or contextlib.nullcontext():
-                joint: JointPlan = service.take(number, wait_seconds, ahead)
+                joint: PlanSet = service.take(number, wait_seconds, ahead)
             used = service.corrections(number) or used
             if self._recalibration is not None and not asked[0].forward_only:
                 self._made[number] = joint, used

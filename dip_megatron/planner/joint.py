@@ -1,6 +1,6 @@
 """Planning for replicas that share experts: one planner makes the plans of all, which agree where they meet.
 
-See :mod:`dip_megatron.core.joint` for what such plans must keep to, and ``docs/experts.md``.
+See :mod:`dip_megatron.core.coupled_checks` for what such plans must keep to, and ``docs/experts.md``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..core import OperationGraph, Plan, Schedule, SearchStatistics
+from ..core.errors import CouplingError, PlanError
 from ..core.experts import ExpertLayers
-from ..core.joint import JointError, JointPlan, make_joint_plan, simulate_joint_compiled, verify_joint
-from ..core.simulate import simulate_compiled
-from ..core.verify import PlanError, verify
+from ..core.lower import make_plan_set
+from ..core.plan_set import PlanSet
+from ..core.simulate import simulate_compiled, simulate_set_compiled
+from ..core.verify import verify
 from ..schedulers.dip import warm_up
 from ..schedulers.entry import Effort, ScheduleEntry
 from ..schedulers.joint import as_they_come, one_slot_at_a_time, pairings, search_joint, together
@@ -29,12 +31,9 @@ from .warm import warm_up_joint_plans
 
 def verify_any(plan: AnyPlan) -> None:
     """Raises PlanError at the first fault of a plan, or of a set of plans."""
-    if isinstance(plan, Plan):
-        verify(plan)
-        return
     try:
-        verify_joint(plan)
-    except JointError as error:
+        verify(*([plan] if isinstance(plan, Plan) else plan.plans))
+    except CouplingError as error:
         raise PlanError(f"plans of coupled replicas ({error.condition}): {error}") from error
 
 
@@ -56,14 +55,14 @@ class JointPlanMaker:
         if self.entry.searches:
             warm_up()
 
-    def quick(self, request: PlanRequest) -> JointPlan:
+    def quick(self, request: PlanRequest) -> PlanSet:
         """The greedy order of the maxima, microbatches paired by work; one slot after the other if that doesn't fit.
         Where a search counts its schedules, it is searched for, too."""
         if self.effort.evaluations is not None and not request.forward_only:
             return self.best(request, lambda _: None)
         return self._greedy(request, self._corrected(request, self._graphs(request)))
 
-    def _greedy(self, request: PlanRequest, graphs: Sequence[OperationGraph]) -> JointPlan:
+    def _greedy(self, request: PlanRequest, graphs: Sequence[OperationGraph]) -> PlanSet:
         return self._plan(request, graphs, self._greedy_schedules(graphs), SearchStatistics(), "greedy")
 
     def _greedy_schedules(self, graphs: Sequence[OperationGraph]) -> list[Schedule]:
@@ -71,7 +70,7 @@ class JointPlanMaker:
         schedules = t.schedules(greedy(t.graph))
         return schedules if _fit(graphs, schedules) else one_slot_at_a_time(t)
 
-    def best(self, request: PlanRequest, give: Callable[[JointPlan], None]) -> JointPlan:
+    def best(self, request: PlanRequest, give: Callable[[PlanSet], None]) -> PlanSet:
         """Pairing and orders searched within the request's budget; the first set is given at once. Neither is slower
         than the greedy's, which a search that has hardly begun can be. Under any other schedule: its order of the
         maxima, run by all, microbatches as they come."""
@@ -86,7 +85,7 @@ class JointPlanMaker:
             made = self._plan(request, graphs, found.schedules, SearchStatistics(workers=1), self.name)
             return self._with_model_seconds(request, made, built, found.schedules)
         simple = self._greedy_schedules(graphs)
-        simple_seconds = simulate_joint_compiled(graphs, simple, self.experts).iteration_time
+        simple_seconds = simulate_set_compiled(graphs, simple, self.experts).iteration_time
         given = False
 
         def improved(schedules: Sequence[Schedule], seconds: float) -> None:
@@ -115,25 +114,23 @@ class JointPlanMaker:
         return [request.corrections.apply(graph) for graph in graphs]
 
     def _with_model_seconds(
-        self, request: PlanRequest, joint: JointPlan, built: Sequence[OperationGraph], schedules: Sequence[Schedule]
-    ) -> JointPlan:
+        self, request: PlanRequest, joint: PlanSet, built: Sequence[OperationGraph], schedules: Sequence[Schedule]
+    ) -> PlanSet:
         """With what the cost model alone predicts, if measurements have corrected it."""
         if not request.corrections.lines:
             return joint
         plain = [graph.project(s.strategy) for graph, s in zip(built, schedules, strict=True)]
         orders = [plan.schedule for plan in joint.plans]
-        seconds = simulate_joint_compiled(plain, orders, self.experts).iteration_time
-        return JointPlan(
-            tuple(replace(p, predicted=replace(p.predicted, uncorrected_time=seconds)) for p in joint.plans)
-        )
+        seconds = simulate_set_compiled(plain, orders, self.experts).iteration_time
+        return PlanSet(tuple(replace(p, predicted=replace(p.predicted, uncorrected_time=seconds)) for p in joint.plans))
 
     def _plan(
         self, request: PlanRequest, graphs: Sequence[OperationGraph], schedules: Sequence[Schedule],
         statistics: SearchStatistics, name: str, bound: float | None = None,
-    ) -> JointPlan:  # fmt: skip
+    ) -> PlanSet:  # fmt: skip
         shapes = [payloads(g, loads, self.shapes) for g, loads in zip(graphs, request.replicas, strict=True)]
         bound = max(map(work_bound, graphs)) if bound is None else bound
-        return make_joint_plan(
+        return make_plan_set(
             graphs, schedules, self.experts, lower_bound=bound, name=name, payloads=shapes, search=statistics
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..core import Kind, Plan
 from ..core.graph import Floats, OperationGraph
 from ..core.idle_causes import IdleCauses, idle_before
-from ..core.joint import JointPlan
+from ..core.plan_set import PlanSet
 from ..core.protocols import Timed
 from ..describe.cost.corrections import KINDS, Corrections, Line, seconds_of
 
@@ -76,7 +76,7 @@ class Recalibration:
 
     Replicas that share experts are measured together. What meets others, waits inside for the last of them to come and
     for the longest: the member that waits least is the last one, and its seconds are those of the longest (of
-    :func:`..core.joint.simulate_joint`'s event). So of operations that meet the least measured seconds of all replicas
+    :func:`..core.simulate.simulate_set`'s event). So of operations that meet the least measured seconds of all replicas
     are held against the most that the model has for any; no clocks of two hosts are compared.
     """
 
@@ -95,7 +95,7 @@ class Recalibration:
             self._take_in(ran)
 
     def observe_together(
-        self, joint: JointPlan, used: Corrections, measurements: Sequence[Sequence[Measurement]]
+        self, joint: PlanSet, used: Corrections, measurements: Sequence[Sequence[Measurement]]
     ) -> None:
         """The same of replicas that share experts; ``measurements[replica]``."""
         self._begin(joint.plans[0].graph)
@@ -200,7 +200,7 @@ class Recalibration:
         return ratio
 
 
-def _meeting(plan: Plan, joint: JointPlan) -> list[np.ndarray]:
+def _meeting(plan: Plan, joint: PlanSet) -> list[np.ndarray]:
     """By rank: which of its operations meet those of other replicas, ``[operations]``."""
     graph, found = plan.graph, []
     meets = joint.experts.meets(graph)

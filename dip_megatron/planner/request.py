@@ -14,7 +14,7 @@ from ..describe.workload import Microbatch
 from .prefetch import Prefetch
 
 AnyPlan: TypeAlias = Any
-"""What answers a request: a replica's Plan or, from a maker for replicas that share experts, the JointPlan of all."""
+"""What answers a request: a replica's Plan or, from a maker for replicas that share experts, the PlanSet of all."""
 
 READY = b"ready"
 """What a worker sends when it can plan."""

@@ -6,8 +6,7 @@ import numpy as np
 
 from ..core import Kind, OperationGraph, Schedule
 from ..core.experts import ExpertLayers
-from ..core.joint import make_joint_plan, verify_joint
-from ..core.lower import make_plan
+from ..core.lower import make_plan, make_plan_set
 from ..core.verify import verify
 from ..core.warm import smallest_graph
 from ..schedulers.dip import SearchOptions, warm_up
@@ -27,7 +26,7 @@ def warm_up_joint_plans(search: bool) -> None:
     """The same for plans of replicas that share experts, and for their search."""
     graph, schedule = _smallest()
     experts = ExpertLayers.every(graph.modules, [m.name for m in graph.modules])
-    verify_joint(make_joint_plan([graph, graph], [schedule, schedule], experts, lower_bound=0.0))
+    verify(*make_plan_set([graph, graph], [schedule, schedule], experts, lower_bound=0.0).plans)
     if search:
         # However good what is found first, walks are loaded, too; the last one, which kicks, has the rest of so many.
         search_joint([graph, graph], experts, budget_seconds=0.0, evaluations=4000, options=SearchOptions(gap=-1.0))

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import ModalityModule, OperationGraph, Unit, bounds
 from dip_megatron.core.bounds import bounded, lower_bound
-from dip_megatron.core.joint import ExpertLayers
-from dip_megatron.core.joint.bounds import joint_lower_bound
+from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.schedulers.dip import search
 from dip_megatron.schedulers.joint import search_joint
 from tests.drawn import settings
@@ -93,10 +92,10 @@ def test_no_joint_plan_is_below_the_joint_bound(seed: int) -> None:
 def test_the_wave_raises_both_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = [even_graph(g, ranks=8, units=[[1, 5, 5, 5, 5]] * 4) for g in range(2)]
     experts = ExpertLayers.every(graphs[0].modules, ["text"])
-    alone, joint = lower_bound(graphs[0]), joint_lower_bound(graphs, experts)
+    alone, joint = lower_bound(graphs[0]), lower_bound(*graphs, experts=experts)
     monkeypatch.setattr(bounds, "idle_of_first_wave", lambda graph, *_: np.zeros(graph.ranks))
     assert alone > 1.01 * lower_bound(graphs[0])
-    assert joint > 1.01 * joint_lower_bound(graphs, experts)
+    assert joint > 1.01 * lower_bound(*graphs, experts=experts)
 
 
 def test_nothing_is_said_of_segments_that_run_backwards() -> None:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, OperationGraph, Plan
 from dip_megatron.core.experts import ExpertLayers
-from dip_megatron.core.joint import JointPlan, make_joint_plan, simulate_joint, verify_joint
-from dip_megatron.core.verify import PlanError
+from dip_megatron.core.lower import make_plan_set
+from dip_megatron.core.plan_set import PlanSet
+from dip_megatron.core.simulate import simulate_set
+from dip_megatron.core.verify import PlanError, verify
 from dip_megatron.describe.cost import Corrections, Line, load_cluster
 from dip_megatron.describe.cost.corrections import KINDS, seconds_of
 from dip_megatron.describe.model import (
@@ -79,13 +81,13 @@ def test_every_plan_passes_the_joint_verifier(schedule, forward_only):
     plans = maker(schedule, evaluations=100, deterministic=True)
     asked = request(forward_only=forward_only)
     for joint in (plans.quick(asked), plans.best(asked, lambda _: None), maker(schedule).quick(asked)):
-        verify_joint(joint)
+        verify(*joint.plans)
         assert len({plan.predicted.iteration_time for plan in joint.plans}) == 1
         assert all(plan.payloads for plan in joint.plans)
 
 
 def test_searching_helps_and_its_first_plan_comes_early():
-    given: list[JointPlan] = []
+    given: list[PlanSet] = []
     plans = maker(evaluations=400, deterministic=True)
     best = plans.best(request(), given.append)
     assert len(given) == 1
@@ -98,7 +100,7 @@ def test_little_memory_is_kept_to_by_all_replicas():
     whole = maker().quick(request())
     limit = static + 0.55 * (max(max(p.predicted.peak_bytes) for p in whole.plans) - static)
     lean = maker(limit=limit).quick(request())
-    verify_joint(lean)
+    verify(*lean.plans)
     assert max(max(plan.predicted.peak_bytes) for plan in lean.plans) <= limit
 
 
@@ -108,9 +110,9 @@ def test_a_faulty_set_is_named():
     graphs = [maker().builder.build(loads, False) for loads in LOADS]
     slots = pairings(graphs, WITH_EXPERTS)[0]
     slow = one_slot_at_a_time(together(graphs, WITH_EXPERTS, slots))
-    other = make_joint_plan(graphs, slow, WITH_EXPERTS, lower_bound=0.0)
+    other = make_plan_set(graphs, slow, WITH_EXPERTS, lower_bound=0.0)
     with pytest.raises(PlanError, match=r"plans of coupled replicas \(order\)"):
-        verify_any(JointPlan((good.plans[0], other.plans[1])))
+        verify_any(PlanSet((good.plans[0], other.plans[1])))
 
 
 class Replicas:
@@ -155,7 +157,7 @@ def test_each_replica_gets_its_own_of_the_plans_that_were_made_together():
     digests = [answer.plan.digest() for answer in answers]
     assert digests[0] == digests[1] != digests[2] == digests[3]
     assert [answer.plan.coupled.replica for answer in answers] == [0, 0, 1, 1]
-    verify_joint(JointPlan((answers[0].plan, answers[2].plan)))
+    verify(answers[0].plan, answers[2].plan)
     assert [answer.shared for answer in answers] == [f"of replica {r}" for r in (0, 0, 1, 1)]
     assert answers[3].news == (bytes([2]), bytes([3]))
 
@@ -174,13 +176,13 @@ def test_a_rank_with_another_plan_stops_all_replicas():
     assert len({str(answer) for answer in answers}) == 1
 
 
-def measured(joint: JointPlan, truth: Sequence[OperationGraph]) -> list[list[Measurement]]:
+def measured(joint: PlanSet, truth: Sequence[OperationGraph]) -> list[list[Measurement]]:
     """What replicas measure whose stages take what ``truth`` says: one that is ready waits for the others inside of the
     operation in which they meet."""
     schedules = [plan.schedule for plan in joint.plans]
     found = []
     for graph, schedule, ran in zip(
-        truth, schedules, simulate_joint(truth, schedules, WITH_EXPERTS).replicas, strict=True
+        truth, schedules, simulate_set(truth, schedules, WITH_EXPERTS).replicas, strict=True
     ):
         rows, ended, theirs = graph.virtual_microbatches, {}, []
         for p, order in enumerate(schedule.orders):
@@ -218,7 +220,7 @@ def test_what_stages_took_with_their_waits_corrects_the_costs_of_all(seed: int) 
             truth.apply(plans.builder.build(theirs, False)).project(plan.schedule.strategy)
             for theirs, plan in zip(loads, joint.plans, strict=True)
         ]
-        took = simulate_joint(true, [plan.schedule for plan in joint.plans], WITH_EXPERTS).iteration_time
+        took = simulate_set(true, [plan.schedule for plan in joint.plans], WITH_EXPERTS).iteration_time
         off.append(abs(joint.iteration_time / took - 1.0))
         recalibration.observe_together(joint, asked.corrections, measured(joint, true))
     assert off[-1] < 1e-5

@@ -17,7 +17,8 @@ import torch
 
 from dip_megatron.core import OperationGraph, Schedule
 from dip_megatron.core.experts import ExpertLayers
-from dip_megatron.core.joint import JointPlan, make_joint_plan
+from dip_megatron.core.lower import make_plan_set
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.strategies import exchanging_strategies, format_strategy, strategy_names
 from dip_megatron.planner.maker import payloads
 from tests.core.joint.drawn_sets import run_at_random
@@ -130,10 +131,10 @@ class DrawnSetMaker:
     def warm_up(self) -> None:
         pass
 
-    def best(self, request: Any, give: Any) -> JointPlan:
+    def best(self, request: Any, give: Any) -> PlanSet:
         return self.quick(request)
 
-    def quick(self, request: Any) -> JointPlan:
+    def quick(self, request: Any) -> PlanSet:
         drawn = DrawnSet.of(self.seed)
         graphs = tuple(
             DrawnGraphs(self.modules, drawn.unit_size, self.seed).build(loads, request.forward_only, request.training)
@@ -144,7 +145,7 @@ class DrawnSetMaker:
         graphs = self._with_strategies(rng, graphs, met)
         single = [Schedule(s.orders, np.zeros_like(s.strategy)) for s in schedules]
         shapes = [payloads(g, loads, self.shapes) for g, loads in zip(graphs, request.replicas, strict=True)]
-        return make_joint_plan(graphs, single, self.experts, lower_bound=0.0, name="drawn", payloads=shapes)
+        return make_plan_set(graphs, single, self.experts, lower_bound=0.0, name="drawn", payloads=shapes)
 
     def _with_strategies(
         self, rng: np.random.Generator, graphs: tuple[OperationGraph, ...], met: list[list[tuple[int, int, int]]]

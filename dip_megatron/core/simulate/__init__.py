@@ -1,13 +1,14 @@
 """Time and memory of a schedule."""
 
-from .kernels import GraphArrays, graph_arrays, peak_memory, simulate_compiled
+from .kernels import GraphArrays, graph_arrays, peak_memory, simulate_compiled, simulate_set_compiled
 from .memory import MemoryLine, memory_over_time
-from .reference import DeadlockError, Timeline, idle_share, simulate
+from .reference import DeadlockError, SetTimeline, Timeline, idle_share, simulate, simulate_set
 
 __all__ = [
     "DeadlockError",
     "GraphArrays",
     "MemoryLine",
+    "SetTimeline",
     "Timeline",
     "graph_arrays",
     "idle_share",
@@ -15,4 +16,6 @@ __all__ = [
     "peak_memory",
     "simulate",
     "simulate_compiled",
+    "simulate_set",
+    "simulate_set_compiled",
 ]

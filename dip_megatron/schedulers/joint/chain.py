@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.graph import Floats, Ints, OperationGraph
-from ...core.joint.kernels import joint_arrays, pad_joint_orders, replay_joint
 from ...core.order import Schedule
-from ...core.simulate.kernels import BACKWARD, FUSED, WEIGHT
+from ...core.simulate.kernels import BACKWARD, FUSED, WEIGHT, GraphArrays, graph_arrays, pad_orders, replay
 from ..dip.random import seeded, uniform
 from .moves import improve_joint, keep_best
 from .packing import make_packing, packed
@@ -36,8 +35,7 @@ FAR = 5 * LONGER
 
 def make_joint_problem(t: Together) -> JointProblem:
     """Lay out replicas that were put together."""
-    zero = [np.zeros((g.virtual_microbatches, g.ranks), dtype=np.int8) for g in t.graphs]
-    x = joint_arrays(t.graphs, zero, t.experts)
+    x = graph_arrays(*t.graphs, experts=t.experts)
     ranks, rows = t.graph.ranks, t.graph.virtual_microbatches
     member = np.full((len(t.graphs), rows * ranks), -1, dtype=np.int32)
     place_of = np.zeros(x.nodes, dtype=np.int32)
@@ -66,7 +64,7 @@ def make_joint_problem(t: Together) -> JointProblem:
         for name in ("static_bytes", "memory_limit")
     )
     return JointProblem(
-        x=x, duration=duration, activation=activation, deferred_activation=deferred,
+        x=x._replace(duration=duration), duration=duration, activation=activation, deferred_activation=deferred,
         has_backward=np.concatenate([g.has_backward.reshape(-1) for g in t.graphs]),
         has_weight=np.concatenate([g.has_weight.reshape(-1) for g in t.graphs]),
         member=member, place_of=place_of, line=np.concatenate(lines).astype(np.int32), static=static, limit=limit,
@@ -78,6 +76,22 @@ def _most(graphs: Sequence[OperationGraph]) -> Floats:
     """Bytes that each rank of each replica holds if it holds everything."""
     held = [np.maximum(g.activation, g.deferred_activation).max(axis=0).sum(axis=0) for g in graphs]
     return np.asarray(np.concatenate(held), dtype=np.float64)
+
+
+def joint_codes(x: GraphArrays, schedules: Sequence[Schedule]) -> tuple[Ints, Ints]:
+    """The orders of all lines ``[G * P, longest]`` as codes ``kind * N + node``, and their lengths."""
+    orders, lengths = pad_orders(*schedules)
+    line = np.arange(len(lengths))[:, None]
+    kind, row = np.divmod(orders, (np.diff(x.base) // x.ranks)[line // x.ranks])
+    return (kind * x.nodes + x.base[line // x.ranks] + row * x.ranks + line % x.ranks).astype(np.int32), lengths
+
+
+def replica_codes(x: GraphArrays, orders: Ints) -> Ints:
+    """Codes of each replica, ``kind * S + s``, for codes ``kind * N + node``."""
+    replica = np.arange(len(orders))[:, None] // x.ranks
+    kind, node = np.divmod(orders, x.nodes)
+    rows = (np.diff(x.base) // x.ranks)[replica]
+    return np.asarray(kind * rows + (node - x.base[replica]) // x.ranks, dtype=np.int32)
 
 
 def split_events(q: JointProblem, orders: Ints, lengths: Ints) -> tuple[Ints, Ints]:
@@ -136,11 +150,10 @@ def find_places(q: JointProblem, s: JointSequences) -> list[NDArray[np.int64]]:
 def begin_joint(q: JointProblem, s: JointSequences, random: NDArray[np.uint64]) -> float:
     """Time the orders to start from, and find a longest path; their time."""
     x, lines = q.x, len(s.lengths)
-    duration = np.ascontiguousarray(q.duration[:, s.strategy.astype(np.int64), np.arange(x.nodes)])
     start, end = np.zeros(s.orders.shape), np.zeros(s.orders.shape)
-    time = replay_joint(
-        x._replace(duration=duration), s.orders, s.lengths, start, end, np.zeros(lines, dtype=np.int32),
-        np.zeros(lines), np.zeros(x.nodes), np.zeros(x.nodes),
+    time = replay(
+        x, replica_codes(x, s.orders), s.lengths, s.strategy, start, end, np.zeros(lines, dtype=np.int32),
+        np.zeros(x.nodes), np.zeros(x.nodes),
     )  # fmt: skip
     for line, numbers in enumerate(find_places(q, s)):
         s.start[numbers], s.end[numbers] = start[line, : len(numbers)], end[line, : len(numbers)]
@@ -205,7 +218,7 @@ class JointChain:
         """Go on from these schedules of the replicas, as they are or with the backwards of events split, whichever is
         faster once packed; with leaner strategies where they hold too much. Raises ValueError if the leanest do."""
         x = self.q.x
-        orders, lengths = pad_joint_orders(x, schedules)
+        orders, lengths = joint_codes(x, schedules)
         room = 3 * max(g.virtual_microbatches for g in self.t.graphs)
         wide = np.zeros((len(orders), max(room, orders.shape[1])), dtype=np.int32)
         wide[:, : orders.shape[1]] = orders

@@ -10,14 +10,15 @@ from functools import partial
 
 import numpy as np
 
+from ...core.bounds import lower_bound
 from ...core.experts import ExpertLayers
 from ...core.graph import OperationGraph
-from ...core.joint import JointPlan, make_joint_plan, simulate_joint_compiled
-from ...core.joint.bounds import joint_lower_bound
+from ...core.lower import make_plan_set
 from ...core.operations import Kind
 from ...core.order import Schedule
 from ...core.plan import SearchStatistics
-from ...core.simulate import simulate_compiled
+from ...core.plan_set import PlanSet
+from ...core.simulate import simulate_compiled, simulate_set_compiled
 from ..dip import DoesNotFitError, SearchOptions, search
 from ..dip.incumbent import in_threads
 from .chain import JointChain, make_joint_problem
@@ -65,10 +66,10 @@ class JointFound:
 
     def plan(
         self, graphs: Sequence[OperationGraph], experts: ExpertLayers, *, seed: int = 0, workers: int = 1
-    ) -> JointPlan:
+    ) -> PlanSet:
         """The plans of all replicas."""
         statistics = SearchStatistics(self.seconds, self.evaluations, workers, seed)
-        return make_joint_plan(
+        return make_plan_set(
             graphs, self.schedules, experts, lower_bound=min(self.lower_bound, self.iteration_time), search=statistics
         )
 
@@ -90,7 +91,7 @@ class _Best:
 
     def offer(self, t: Together, schedules: list[Schedule]) -> float:
         """Take a set if it is faster."""
-        found = simulate_joint_compiled(self.graphs, schedules, self.experts).iteration_time
+        found = simulate_set_compiled(self.graphs, schedules, self.experts).iteration_time
         if found < self.time:
             self.time, self.schedules, self.together = found, schedules, t
             self.history.append((self.elapsed(), found))
@@ -114,8 +115,9 @@ def search_joint(
     """The best plans of coupled replicas found within ``budget_seconds``, or, if given, ``evaluations`` schedules tried
     in all: the result then depends on ``seed`` and ``evaluations`` alone.
 
-    ``slots``: the pairing to use (None: searched). Every set given meets the conditions of :mod:`core.joint.verify` and
-    each replica's memory limit. Raises DoesNotFitError if nothing fits, JointError where the replicas can't be coupled.
+    ``slots``: the pairing to use (None: searched). Every set given meets the conditions of
+    :mod:`core.coupled_checks` and each replica's memory limit. Raises DoesNotFitError if nothing fits, CouplingError
+    where the replicas can't be coupled.
     """
     options = options or SearchOptions()
     best = _Best(graphs, experts, on_improved)
@@ -138,7 +140,7 @@ def search_joint(
             assert refused is not None
             raise refused
         best.offer(together(graphs, experts, candidates[0]), schedules)
-    bound = joint_lower_bound(graphs, experts, split=options.split_backward)
+    bound = lower_bound(*graphs, experts=experts, split=options.split_backward)
     good_enough = bound * (1.0 + options.gap)
     if best.time > good_enough:
         chosen = [t for _, t in sorted(ranked, key=lambda entry: entry[0])][:PAIRINGS]
@@ -167,7 +169,7 @@ def _skeleton(
         if fits:
             found.append((best.offer(t, schedules), schedules))
         else:
-            time = simulate_joint_compiled(best.graphs, schedules, best.experts).iteration_time
+            time = simulate_set_compiled(best.graphs, schedules, best.experts).iteration_time
             found.append((time, schedules))
 
     result = search(

@@ -9,9 +9,8 @@ import numpy as np
 
 from ...core.experts import ExpertLayers
 from ...core.graph import OperationGraph
-from ...core.joint import simulate_joint_compiled
 from ...core.order import Schedule
-from ...core.simulate import simulate_compiled
+from ...core.simulate import simulate_compiled, simulate_set_compiled
 from ..entry import Effort, Problem, ScheduleEntry
 from ..static import StaticChoice
 from .pairing import Slots
@@ -38,7 +37,7 @@ def schedule_together(
     t = together(graphs, experts, slots)
     found = entry.find(Problem(t.graph, effort or Effort(), group))
     schedules = t.schedules(found.schedule)
-    time = simulate_joint_compiled(graphs, schedules, experts).iteration_time
+    time = simulate_set_compiled(graphs, schedules, experts).iteration_time
     fits = all(
         bool(np.all(simulate_compiled(g, s).peak_bytes <= g.memory_limit))
         for g, s in zip(graphs, schedules, strict=True)

@@ -9,20 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.graph import Floats, Ints
-from ...core.joint.kernels import JointArrays
 from ...core.simulate.compiled import compiled
-from ...core.simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT
+from ...core.simulate.kernels import BACKWARD, FORWARD, FUSED, WEIGHT, GraphArrays
 from ..dip.random import below, uniform
 
 
 class JointProblem(NamedTuple):
-    """All replicas for the search; nodes and lines as in :mod:`core.joint.kernels`. ``duration`` ``[4, C, N]``,
-    ``activation``, ``deferred_activation`` ``[C, N]`` by the candidates of the graph put together; ``member``
-    ``[G, N']``: the node of each replica behind each of that graph's nodes (-1: none), ``place_of`` ``[N]`` the way
-    back, ``line`` ``[N]``. ``static`` and ``limit`` ``[G * P]`` bytes. ``bounded``: whether a line's memory can be too
-    small."""
+    """All replicas for the search; nodes and lines as in :class:`core.simulate.GraphArrays`.
 
-    x: JointArrays
+    ``duration`` ``[4, C, N]``, ``activation``, ``deferred_activation`` ``[C, N]`` by the candidates of the graph put
+    together; ``member`` ``[G, N']``: the node of each replica behind each of that graph's nodes (-1: none),
+    ``place_of`` ``[N]`` the way back, ``line`` ``[N]``. ``static`` and ``limit`` ``[G * P]`` bytes. ``bounded``:
+    whether a line's memory can be too small.
+    """
+
+    x: GraphArrays
     duration: Floats
     activation: Floats
     deferred_activation: Floats

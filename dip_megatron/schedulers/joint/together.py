@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.errors import CouplingError
 from ...core.experts import ExpertLayers, repeated
 from ...core.graph import PER_STRATEGY, Floats, OperationGraph
-from ...core.joint import JointError
 from ...core.modules import Unit
 from ...core.order import Schedule
 from .pairing import Slots
@@ -79,12 +79,14 @@ class Together:
 
 
 def together(graphs: Sequence[OperationGraph], experts: ExpertLayers, slots: Slots) -> Together:
-    """Put replicas together. Raises JointError where they differ in what must be alike: ranks, modules, how many units
-    of modules with experts a pair of microbatches has, which backwards there are."""
+    """Put replicas together. Raises CouplingError where they differ in what must be alike: ranks, modules, how many
+    units of modules with experts a pair of microbatches has, which backwards there are."""
     first = graphs[0]
     for g, graph in enumerate(graphs):
         if graph.ranks != first.ranks or graph.modules != first.modules:
-            raise JointError("size", f"replica {g} has other ranks or chunks than replica 0: they can't run together")
+            raise CouplingError(
+                "size", f"replica {g} has other ranks or chunks than replica 0: they can't run together"
+            )
     names = [m.name for m in first.modules]
     with_experts = {name for name, rows in experts.modules if any(any(any(c) for c in row) for row in rows)}
     mine = [_by_place(graph) for graph in graphs]
@@ -97,7 +99,9 @@ def together(graphs: Sequence[OperationGraph], experts: ExpertLayers, slots: Slo
         for i, name in enumerate(names):
             counts = [len(f[i]) for f in found]
             if name in with_experts and len(set(counts)) > 1:
-                raise JointError("size", f"slot {k}: replicas have {sorted(set(counts))} units of {name}, which meet")
+                raise CouplingError(
+                    "size", f"slot {k}: replicas have {sorted(set(counts))} units of {name}, which meet"
+                )
             for j in range(max(counts)):
                 number[name, j] = len(units)
                 units.append(Unit(len(units), name, k, j))
@@ -201,7 +205,7 @@ def _choices(
 def _alike(
     chunk: tuple[bool, ...], names: tuple[tuple[str, ...], ...], repeating: frozenset[str], most: int
 ) -> NDArray[np.int8]:
-    """``[replica, C]``: see :func:`_choices`. Raises JointError if nothing may stand together."""
+    """``[replica, C]``: see :func:`_choices`. Raises CouplingError if nothing may stand together."""
     sets: list[dict[int, list[int]]] = []
     for mine in names:
         by_set: dict[int, list[int]] = {}
@@ -210,7 +214,7 @@ def _alike(
         sets.append(by_set)
     common = [key for key in sets[0] if all(key in s for s in sets)]
     if not common:
-        raise JointError("recompute", "no memory strategies of the replicas repeat the same collectives of a chunk")
+        raise CouplingError("recompute", "no memory strategies of the replicas repeat the same collectives of a chunk")
     lines = [[s[key][0] for s in sets] for key in common]
     leanest = [[s[key][-1] for s in sets] for key in common]
     lines = [line for pair in zip(lines, leanest, strict=True) for line in pair]

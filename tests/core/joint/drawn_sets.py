@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dip_megatron.core import ModalityModule, OperationGraph, Plan, Schedule, Unit
-from dip_megatron.core.joint import ExpertLayers, JointPlan
+from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.lower import lower
 from dip_megatron.core.operations import Kind
 from dip_megatron.core.plan import Predicted
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.simulate import DeadlockError
 
 F, B, W, BW = (int(k) for k in Kind)
@@ -178,7 +179,7 @@ def run_at_random(
     return schedules, met
 
 
-def plans_of(drawn: Drawn) -> JointPlan | None:
+def plans_of(drawn: Drawn) -> PlanSet | None:
     """The set as plans; None if one of them can't end even alone."""
     plans = []
     for graph, schedule in zip(drawn.graphs, drawn.schedules, strict=True):
@@ -187,7 +188,7 @@ def plans_of(drawn: Drawn) -> JointPlan | None:
         except DeadlockError:
             return None
         plans.append(Plan(graph, schedule, codes, Predicted(1.0, 0.0, 0.0, (0.0,) * graph.ranks)))
-    return JointPlan.of(plans, drawn.experts)
+    return PlanSet.of(plans, drawn.experts)
 
 
 def with_order(drawn: Drawn, g: int, p: int, order: list[int]) -> Drawn:

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.commands.check import check
-from dip_megatron.core.files import PlanFileError, format_plan, parse_plan, read_plans, write_plans
-from dip_megatron.core.joint import Coupled, ExpertLayers, JointPlan, make_joint_plan
-from dip_megatron.core.joint.files import read_joint_plans, write_joint_plans
+from dip_megatron.core.experts import Coupled, ExpertLayers
+from dip_megatron.core.files import PlanFileError, format_plan, parse_plan, read_plan_sets, read_plans, write_plans
+from dip_megatron.core.lower import make_plan_set
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.planner.from_file import PlanFile
 from tests.core.joint.drawn_sets import BW, F, drawn_set
@@ -21,9 +22,9 @@ from tests.core.joint.test_verify import two_replicas
 from tests.drawn import settings
 
 
-def planned(seed: int) -> JointPlan:
+def planned(seed: int) -> PlanSet:
     drawn = drawn_set(seed)
-    return make_joint_plan(drawn.graphs, drawn.schedules, drawn.experts, lower_bound=0.0)
+    return make_plan_set(drawn.graphs, drawn.schedules, drawn.experts, lower_bound=0.0)
 
 
 @settings(30, deadline=None)
@@ -44,8 +45,8 @@ def test_a_plan_by_itself_says_nothing_of_sets():
 def test_sets_of_a_file(tmp_path):
     file = tmp_path / "sets.jsonl"
     sets = [planned(1), planned(2)]
-    write_joint_plans(file, sets)
-    assert [s.digest() for s in read_joint_plans(file)] == [s.digest() for s in sets]
+    write_plans(file, [plan for s in sets for plan in s.plans])
+    assert [s.digest() for s in read_plan_sets(file)] == [s.digest() for s in sets]
     result = CliRunner().invoke(check, [str(file)])
     count = sum(len(s.plans) for s in sets)
     assert (result.exit_code, result.output) == (0, f"{file}: {count} plans, no fault\n")
@@ -55,7 +56,7 @@ def test_check_names_the_pair_that_breaks_a_set(tmp_path):
     """Each plan is fine by itself."""
     file = tmp_path / "sets.jsonl"
     joint = two_replicas([[[(F, 0), (F, 1), (BW, 0), (BW, 1)]], [[(F, 0), (BW, 0), (F, 1), (BW, 1)]]])
-    write_joint_plans(file, [planned(4), joint])
+    write_plans(file, (*planned(4).plans, *joint.plans))
     result = CliRunner().invoke(check, [str(file)])
     first = 1 + len(planned(4).plans)
     assert result.exit_code == 1
@@ -94,7 +95,7 @@ def test_incomplete_sets_are_malformed(tmp_path, change, reason):
     lines = [format_plan(p) for p in planned(4).plans]
     file.write_text("\n".join(change(lines)) + "\n", encoding="utf-8")
     with pytest.raises(PlanFileError, match=reason):
-        list(read_joint_plans(file))
+        list(read_plan_sets(file))
     result = CliRunner().invoke(check, [str(file)])
     assert result.exit_code == 2
     assert reason in result.output

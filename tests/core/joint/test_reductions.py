@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, ModalityModule, OperationGraph, Plan, Reduce, Unit
 from dip_megatron.core.codes import first_reduction
+from dip_megatron.core.errors import CouplingError
+from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.files import PlanFileError, format_plan, parse_plan
-from dip_megatron.core.joint import ExpertLayers, JointError, JointPlan, make_joint_plan, verify_joint
+from dip_megatron.core.lower import make_plan_set
 from dip_megatron.core.order import Schedule
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.reductions import starts_reductions
-from dip_megatron.core.verify import PlanError, verify
+from dip_megatron.core.verify import PlanError, verify, verify_replica
 from tests.core.joint.drawn_sets import BW, B, Drawn, F, W, drawn_set
 from tests.core.joint.machine import Machine
 from tests.core.joint.test_verify import verdict
@@ -26,14 +29,14 @@ from tests.drawn import settings
 seeds = st.integers(0, 2**32 - 1)
 
 
-def planned(drawn: Drawn) -> JointPlan:
-    return make_joint_plan(drawn.graphs, drawn.schedules, drawn.experts, lower_bound=0.0)
+def planned(drawn: Drawn) -> PlanSet:
+    return make_plan_set(drawn.graphs, drawn.schedules, drawn.experts, lower_bound=0.0)
 
 
-def with_codes(joint: JointPlan, g: int, p: int, codes: list[int]) -> JointPlan:
+def with_codes(joint: PlanSet, g: int, p: int, codes: list[int]) -> PlanSet:
     plan = joint.plans[g]
     lines = tuple(np.array(codes, dtype=np.int32) if q == p else line for q, line in enumerate(plan.codes))
-    return JointPlan(tuple(replace(plan, codes=lines) if h == g else x for h, x in enumerate(joint.plans)))
+    return PlanSet(tuple(replace(plan, codes=lines) if h == g else x for h, x in enumerate(joint.plans)))
 
 
 # -- any group, beside any other ---------------------------------------------------------------------------------------
@@ -52,7 +55,7 @@ def test_groups_that_plan_apart_end_together(seed, other):
         assert both.run() == "ends"
 
 
-def shifted(joint: JointPlan, seed: int) -> JointPlan:
+def shifted(joint: PlanSet, seed: int) -> PlanSet:
     """Some reductions elsewhere: those of a rank from one on, or that one alone, on one replica anywhere, or on all
     before the same one of what they do together."""
     rng = np.random.default_rng(seed)
@@ -109,7 +112,7 @@ def plan_of(rank0: list[tuple[int, int]], rank1: list[tuple[int, int]]) -> tuple
     return graph, Schedule(orders, np.zeros((2, 2), dtype=np.int8))
 
 
-def two(*replicas: tuple[OperationGraph, Schedule]) -> JointPlan:
+def two(*replicas: tuple[OperationGraph, Schedule]) -> PlanSet:
     graphs, schedules = zip(*replicas, strict=True)
     return planned(Drawn(graphs, schedules, ExpertLayers.every(MODULES, ["text"])))
 
@@ -117,12 +120,12 @@ def two(*replicas: tuple[OperationGraph, Schedule]) -> JointPlan:
 TURNS = [(F, 0), (BW, 0), (F, 1), (BW, 1)]
 
 
-def lines(joint: JointPlan, g: int = 0) -> list[list[str]]:
+def lines(joint: PlanSet, g: int = 0) -> list[list[str]]:
     """Of replica ``g``, what its ranks do but for messages."""
     return [[str(a) for a in line if not hasattr(a, "message")] for line in joint.plans[g].actions]
 
 
-def moved(joint: JointPlan, text: str, before: str, replicas: tuple[int, ...] = (0, 1)) -> JointPlan:
+def moved(joint: PlanSet, text: str, before: str, replicas: tuple[int, ...] = (0, 1)) -> PlanSet:
     """With the reduction ``text`` before an action, or at the end."""
     for g in replicas:
         p = int(text[-1])
@@ -150,9 +153,9 @@ def named(line: list[tuple[int, int]]) -> list[tuple[str, int]]:
     return [(Kind(k).name, m) for k, m in line]
 
 
-def condition_of(joint: JointPlan) -> tuple[str, str]:
-    with pytest.raises(JointError) as caught:
-        verify_joint(joint)
+def condition_of(joint: PlanSet) -> tuple[str, str]:
+    with pytest.raises(CouplingError) as caught:
+        verify(*joint.plans)
     return caught.value.condition, str(caught.value)
 
 
@@ -181,7 +184,7 @@ def test_a_ring_of_groups_is_caught_in_the_set_that_closes_it():
     other = moved(whole, "reduce image.0@0", "BW:text.0#0@0")
     assert Machine(one.plans, one.experts).run() == Machine(other.plans, other.experts).run() == "ends"
     assert Machine((*one.plans, *other.plans), one.experts, size=2).run() == "hangs"
-    verify_joint(other)
+    verify(*other.plans)
     condition, message = condition_of(one)
     assert condition == "cycle"
     assert message == (
@@ -196,7 +199,7 @@ def test_what_one_plan_lacks_is_named():
 
     def fault(line: list[int], plan: Plan = whole) -> str:
         with pytest.raises(PlanError) as caught:
-            verify(replace(plan, codes=(np.array(line, dtype=np.int32), plan.codes[1])))
+            verify_replica(replace(plan, codes=(np.array(line, dtype=np.int32), plan.codes[1])))
         return str(caught.value)
 
     line = whole.codes[0].tolist()
@@ -208,10 +211,10 @@ def test_what_one_plan_lacks_is_named():
         "(reduce image.0@0): only plans of replicas that run together say where reductions start"
     )
     without = replace(whole, codes=tuple(line[line < first] for line in whole.codes))
-    verify(without)  # they start at the end
+    verify_replica(without)  # they start at the end
     assert whole.coupled is not None
-    with pytest.raises(JointError, match=r"replica 0 runs .* where replica 1") as caught:
-        verify_joint((whole, replace(without, coupled=replace(whole.coupled, replica=1))))
+    with pytest.raises(CouplingError, match=r"replica 0 runs .* where replica 1") as caught:
+        verify(whole, replace(without, coupled=replace(whole.coupled, replica=1)))
     assert caught.value.condition == "reduction"
 
 

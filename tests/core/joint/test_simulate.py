@@ -11,16 +11,11 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, ModalityModule, OperationGraph, Unit
 from dip_megatron.core.bounds import lower_bound
-from dip_megatron.core.joint import (
-    ExpertLayers,
-    JointError,
-    make_joint_plan,
-    simulate_joint,
-    simulate_joint_compiled,
-    verify_joint,
-)
-from dip_megatron.core.joint.bounds import joint_lower_bound, paired_lower_bound
-from dip_megatron.core.simulate import DeadlockError, simulate_compiled
+from dip_megatron.core.errors import CouplingError
+from dip_megatron.core.experts import ExpertLayers
+from dip_megatron.core.lower import make_plan_set
+from dip_megatron.core.simulate import DeadlockError, simulate_compiled, simulate_set, simulate_set_compiled
+from dip_megatron.core.verify import verify
 from tests.core.joint.drawn_sets import drawn_set, with_fault
 from tests.drawn import settings
 
@@ -30,7 +25,7 @@ seeds = st.integers(0, 2**32 - 1)
 def outcome(simulator, drawn):
     try:
         return simulator(drawn.graphs, drawn.schedules, drawn.experts)
-    except (DeadlockError, JointError) as error:
+    except (DeadlockError, CouplingError) as error:
         return str(error)
 
 
@@ -52,8 +47,8 @@ def assert_equal(one, other):
 @given(seeds)
 def test_compiled_equals_plain(seed):
     drawn = drawn_set(seed)
-    plain = simulate_joint(drawn.graphs, drawn.schedules, drawn.experts)
-    assert_equal(simulate_joint_compiled(drawn.graphs, drawn.schedules, drawn.experts), plain)
+    plain = simulate_set(drawn.graphs, drawn.schedules, drawn.experts)
+    assert_equal(simulate_set_compiled(drawn.graphs, drawn.schedules, drawn.experts), plain)
 
 
 @settings(60, deadline=None)
@@ -65,14 +60,14 @@ def test_compiled_equals_plain_where_plans_do_not_fit_together(seed, fault):
             simulate_compiled(graph, schedule)
     except DeadlockError:
         return  # not even alone
-    assert_equal(outcome(simulate_joint_compiled, drawn), outcome(simulate_joint, drawn))
+    assert_equal(outcome(simulate_set_compiled, drawn), outcome(simulate_set, drawn))
 
 
 @settings(60, deadline=None)
 @given(seeds)
 def test_events_start_together_and_last_as_long_as_the_longest(seed):
     drawn = drawn_set(seed)
-    line = simulate_joint_compiled(drawn.graphs, drawn.schedules, drawn.experts)
+    line = simulate_set_compiled(drawn.graphs, drawn.schedules, drawn.experts)
     for p in range(drawn.graphs[0].ranks):
         spans = []
         for graph, schedule, timeline in zip(drawn.graphs, drawn.schedules, line.replicas, strict=True):
@@ -98,7 +93,7 @@ def test_events_start_together_and_last_as_long_as_the_longest(seed):
 def test_without_experts_every_replica_runs_as_alone(seed):
     drawn = drawn_set(seed)
     nobody = ExpertLayers(())
-    joint = simulate_joint_compiled(drawn.graphs, drawn.schedules, nobody)
+    joint = simulate_set_compiled(drawn.graphs, drawn.schedules, nobody)
     for graph, schedule, timeline in zip(drawn.graphs, drawn.schedules, joint.replicas, strict=True):
         alone = simulate_compiled(graph, schedule)
         assert timeline.iteration_time == alone.iteration_time
@@ -110,8 +105,8 @@ def test_without_experts_every_replica_runs_as_alone(seed):
 @given(seeds)
 def test_no_set_is_faster_than_its_bound(seed):
     drawn = drawn_set(seed)
-    time = simulate_joint_compiled(drawn.graphs, drawn.schedules, drawn.experts).iteration_time
-    bound = joint_lower_bound(drawn.graphs, drawn.experts)
+    time = simulate_set_compiled(drawn.graphs, drawn.schedules, drawn.experts).iteration_time
+    bound = lower_bound(*drawn.graphs, experts=drawn.experts)
     assert bound <= time * (1 + 1e-9)
 
 
@@ -131,34 +126,30 @@ def test_the_bound_knows_that_the_first_event_waits_for_its_longest_member():
     graphs = [replica(1.0, 7.0), replica(5.0, 1.0)]
     experts = ExpertLayers.every(modules, ["text"])
     # The first rank's event takes 5 s, then the second has 7 s forward and 14 s of gradients.
-    assert joint_lower_bound(graphs, experts) == pytest.approx(5.0 + 7.0 + 14.0)
+    assert lower_bound(*graphs, experts=experts) == pytest.approx(5.0 + 7.0 + 14.0)
     assert max(lower_bound(graph) for graph in graphs) < 5.0 + 7.0 + 14.0
 
 
 @settings(40, deadline=None)
 @given(seeds)
-def test_the_bound_of_a_pairing_holds_for_plans_of_that_pairing(seed):
+def test_the_bound_holds_where_copies_of_one_replica_meet(seed):
     """Replicas that are copies of one another but for their seconds meet as they are numbered."""
     first = drawn_set(seed, replicas=2)
     rng = np.random.default_rng(seed)
     one = first.graphs[0]
     slower = {name: getattr(one, name) * rng.uniform(0.5, 2.0, one.forward.shape) for name in ("forward", "backward")}
     other = replace(one, **slower, fused=slower["backward"] + one.weight)
-    time = simulate_joint([one, other], [first.schedules[0]] * 2, first.experts).iteration_time
-    rows = [np.arange(one.virtual_microbatches)] * 2
-    free, paired = (
-        joint_lower_bound([one, other], first.experts), paired_lower_bound([one, other], first.experts, rows),
-    )  # fmt: skip
-    assert max(free, paired) <= time * (1 + 1e-9)
+    time = simulate_set([one, other], [first.schedules[0]] * 2, first.experts).iteration_time
+    assert lower_bound(one, other, experts=first.experts) <= time * (1 + 1e-9)
 
 
 @settings(40, deadline=None)
 @given(seeds)
 def test_plans_made_together_pass_and_predict_the_joint_time(seed):
     drawn = drawn_set(seed)
-    bound = joint_lower_bound(drawn.graphs, drawn.experts)
-    joint = make_joint_plan(drawn.graphs, drawn.schedules, drawn.experts, lower_bound=bound)
-    verify_joint(joint)
+    bound = lower_bound(*drawn.graphs, experts=drawn.experts)
+    joint = make_plan_set(drawn.graphs, drawn.schedules, drawn.experts, lower_bound=bound)
+    verify(*joint.plans)
     assert {p.predicted.iteration_time for p in joint.plans} == {joint.timeline.iteration_time}
     assert [p.coupled.replica for p in joint.plans if p.coupled] == list(range(len(joint.plans)))
 
@@ -167,7 +158,7 @@ def test_events_of_different_chunks_are_refused():
     drawn = drawn_set(3)
     other = replace(drawn, schedules=(drawn.schedules[0], *drawn.schedules[1:]))
     for fault in range(200):
-        found = outcome(simulate_joint, with_fault(other, fault))
+        found = outcome(simulate_set, with_fault(other, fault))
         if isinstance(found, str) and "can't be one event" in found:
             return
     pytest.fail("no drawn fault brought two chunks together")

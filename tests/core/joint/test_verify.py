@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, ModalityModule, OperationGraph, Plan, Unit
-from dip_megatron.core.joint import ExpertLayers, JointError, JointPlan, verify_joint
+from dip_megatron.core.errors import CouplingError
+from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.order import Schedule
-from dip_megatron.core.verify import verify
+from dip_megatron.core.plan_set import PlanSet
+from dip_megatron.core.verify import verify, verify_replica
 from tests.core.joint.drawn_sets import BW, B, Drawn, F, W, drawn_set, plans_of, with_fault, with_order
 from tests.core.joint.machine import Machine
 from tests.drawn import settings
@@ -20,11 +22,11 @@ from tests.drawn import settings
 seeds = st.integers(0, 2**32 - 1)
 
 
-def verdict(joint: JointPlan) -> str | None:
+def verdict(joint: PlanSet) -> str | None:
     """The condition that the joint verifier finds broken."""
     try:
-        verify_joint(joint)
-    except JointError as error:
+        verify(*joint.plans)
+    except CouplingError as error:
         return error.condition
     return None
 
@@ -41,7 +43,7 @@ def test_a_set_that_ran_passes(seed):
 @settings(200, deadline=None)
 @given(seeds, seeds)
 def test_the_verifier_says_what_a_run_would(seed, fault):
-    """10,000 drawn sets in a deep run. What one plan lacks by itself is :func:`verify`'s business."""
+    """10,000 drawn sets in a deep run. What one plan lacks by itself is :func:`verify_replica`'s business."""
     joint = plans_of(with_fault(drawn_set(seed), fault))
     if joint is None:
         return
@@ -54,7 +56,7 @@ def test_the_verifier_says_what_a_run_would(seed, fault):
 
 def faulty(plan: Plan) -> bool:
     try:
-        verify(plan)
+        verify_replica(plan)
     except ValueError:
         return True
     return False
@@ -73,7 +75,7 @@ def test_drawn_faults_are_of_every_kind():
 
 
 # -- the wrong cases by name: two replicas of two microbatches --------------------------------------------------------
-def two_replicas(orders: list[list[list[tuple[int, int]]]], names: list[list[list[str]]] | None = None) -> JointPlan:
+def two_replicas(orders: list[list[list[tuple[int, int]]]], names: list[list[list[str]]] | None = None) -> PlanSet:
     """Plans of a model of one module with a chunk a rank, or two where rows have (segment) pairs; ``orders[g][p]`` are
     (kind, microbatch)."""
     ranks = len(orders[0])
@@ -99,9 +101,9 @@ def two_replicas(orders: list[list[list[tuple[int, int]]]], names: list[list[lis
     return joint
 
 
-def message_of(joint: JointPlan) -> tuple[str, str]:
-    with pytest.raises(JointError) as caught:
-        verify_joint(joint)
+def message_of(joint: PlanSet) -> tuple[str, str]:
+    with pytest.raises(CouplingError) as caught:
+        verify(*joint.plans)
     assert Machine(joint.plans, joint.experts).run() != "ends"
     return caught.value.condition, str(caught.value)
 
@@ -125,7 +127,7 @@ def test_another_recompute_is_caught_by_name():
 @pytest.mark.parametrize("other", ["offload:1", "activation:1", "none"])
 def test_what_repeats_no_collective_is_free(other):
     line = [[(F, 0), (BW, 0)]]
-    verify_joint(two_replicas([line, line], [[["selective:1"]], [[other]]]))
+    verify(*two_replicas([line, line], [[["selective:1"]], [[other]]]).plans)
 
 
 def test_another_pairing_is_caught_by_name():
@@ -139,7 +141,7 @@ def test_another_pairing_is_caught_by_name():
 def test_which_microbatches_meet_and_what_is_split_is_free():
     one = [[(F, 0), (F, 1), (BW, 0), (BW, 1)]]
     other = [[(F, 1), (F, 0), (B, 1), (W, 1), (B, 0), (W, 0)]]
-    verify_joint(two_replicas([one, other]))
+    verify(*two_replicas([one, other]).plans)
 
 
 def test_a_backward_that_only_one_replica_has_is_caught():
@@ -206,13 +208,13 @@ def test_sets_that_do_not_fit_together_are_refused():
         ((joint.plans[0], replace(joint.plans[1], coupled=None)), "doesn't say which replicas it is coupled with"),
         ((joint.plans[0], two_replicas([line * 2, line * 2]).plans[1]), "experts in other layers"),
     ):
-        with pytest.raises(JointError, match=reason) as caught:
-            verify_joint(plans)
+        with pytest.raises(CouplingError, match=reason) as caught:
+            verify(*plans)
         assert caught.value.condition == "size"
-    with pytest.raises(JointError, match=r"2 pipeline ranks, replica 0 has 1"):
-        verify_joint((joint.plans[0], two_replicas([line * 2, line * 2]).plans[1]), joint.experts)
-    with pytest.raises(JointError, match="expert layers of 'audio': the model has text"):
-        verify_joint(joint, ExpertLayers.of({"audio": [[[True]]]}))
+    with pytest.raises(CouplingError, match=r"2 pipeline ranks, replica 0 has 1"):
+        verify(joint.plans[0], two_replicas([line * 2, line * 2]).plans[1], experts=joint.experts)
+    with pytest.raises(CouplingError, match="expert layers of 'audio': the model has text"):
+        verify(*joint.plans, experts=ExpertLayers.of({"audio": [[[True]]]}))
 
 
 def test_a_plan_that_fails_alone_is_named_with_its_replica():
@@ -222,8 +224,8 @@ def test_a_plan_that_fails_alone_is_named_with_its_replica():
     broken = with_order(broken, 1, 0, [0])
     plans = plans_of(broken)
     assert plans is not None
-    with pytest.raises(JointError, match=r"replica 1: rank 0: B:text.0#0@0 is missing") as caught:
-        verify_joint(plans)
+    with pytest.raises(CouplingError, match=r"replica 1: rank 0: B:text.0#0@0 is missing") as caught:
+        verify(*plans.plans)
     assert caught.value.condition == "plan"
 
 

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import OperationGraph, Schedule
-from dip_megatron.core.joint import ExpertLayers, JointError, make_joint_plan, simulate_joint_compiled, verify_joint
-from dip_megatron.core.joint.bounds import joint_lower_bound
-from dip_megatron.core.simulate import simulate_compiled
+from dip_megatron.core.bounds import lower_bound
+from dip_megatron.core.errors import CouplingError
+from dip_megatron.core.experts import ExpertLayers
+from dip_megatron.core.lower import make_plan_set
+from dip_megatron.core.simulate import simulate_compiled, simulate_set_compiled
+from dip_megatron.core.verify import verify
 from dip_megatron.schedulers.dip import DoesNotFitError, search
 from dip_megatron.schedulers.dip.random import seeded
 from dip_megatron.schedulers.joint import (
@@ -81,8 +84,8 @@ def test_found_sets_may_run(seed):
     )  # fmt: skip
     assert found.lower_bound <= found.iteration_time * (1 + 1e-9)
     for schedules in (given_sets[0], found.schedules):
-        joint = make_joint_plan(graphs, schedules, experts, lower_bound=0.0)
-        verify_joint(joint)
+        joint = make_plan_set(graphs, schedules, experts, lower_bound=0.0)
+        verify(*joint.plans)
     assert joint.iteration_time == pytest.approx(found.iteration_time, rel=1e-12)
     assert [t for _, t in found.history] == sorted((t for _, t in found.history), reverse=True)
     for slots in found.slots:
@@ -110,15 +113,13 @@ def test_the_walk_keeps_to_what_may_run(seed):
     except DoesNotFitError:
         start = one_slot_at_a_time(t)
     chain = JointChain(t, make_joint_problem(t), start, seed % 5, 0)
-    before = simulate_joint_compiled(graphs, start, experts).iteration_time
+    before = simulate_set_compiled(graphs, start, experts).iteration_time
     assert chain.time <= before * (1 + 1e-12)
     for i in range(6):
         chain.step(i / 6, 150)
         schedules = chain.schedules()
-        assert simulate_joint_compiled(graphs, schedules, experts).iteration_time == pytest.approx(
-            chain.time, rel=1e-12
-        )
-        verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
+        assert simulate_set_compiled(graphs, schedules, experts).iteration_time == pytest.approx(chain.time, rel=1e-12)
+        verify(*make_plan_set(graphs, schedules, experts, lower_bound=0.0).plans)
 
 
 def walk(seed: int) -> tuple[JointProblem, JointChain]:
@@ -166,7 +167,7 @@ def test_orders_that_hold_too_much_get_leaner_strategies(seed):
         assert not fits_all(graphs, lean)
         return
     assert fits_all(graphs, found)
-    verify_joint(make_joint_plan(graphs, found, experts, lower_bound=0.0))
+    verify(*make_plan_set(graphs, found, experts, lower_bound=0.0).plans)
 
 
 def fits_all(graphs: list[OperationGraph], schedules: list[Schedule]) -> bool:
@@ -199,8 +200,8 @@ def test_the_means_hold_no_more_than_the_maxima_and_no_less_than_a_replica(seed)
 def test_the_fallback_fits_where_each_microbatch_does(seed):
     graphs, experts = coupled(seed, memory=1.0)
     slots = as_they_come(graphs)
-    joint = make_joint_plan(graphs, one_slot_at_a_time(together(graphs, experts, slots)), experts, lower_bound=0.0)
-    verify_joint(joint)
+    joint = make_plan_set(graphs, one_slot_at_a_time(together(graphs, experts, slots)), experts, lower_bound=0.0)
+    verify(*joint.plans)
 
 
 @settings(20, deadline=None)
@@ -210,9 +211,9 @@ def test_put_together_is_the_most_of_all(seed):
     graphs, experts = coupled(seed, memory=np.inf)
     t = together(graphs, experts, pairings(graphs, experts)[-1])
     found = search(t.graph, budget_seconds=0.0, evaluations=5)
-    joint = simulate_joint_compiled(graphs, t.schedules(found.schedule), experts)
+    joint = simulate_set_compiled(graphs, t.schedules(found.schedule), experts)
     assert joint.iteration_time <= found.iteration_time * (1 + 1e-12)
-    assert joint_lower_bound(graphs, experts) <= joint.iteration_time * (1 + 1e-9)
+    assert lower_bound(*graphs, experts=experts) <= joint.iteration_time * (1 + 1e-9)
 
 
 def test_replicas_that_can_not_be_coupled_are_refused():
@@ -221,7 +222,7 @@ def test_replicas_that_can_not_be_coupled_are_refused():
     with pytest.raises(ValueError, match="equally many microbatches"):
         as_they_come([graphs[0], fewer])
     other = coupled(5)[0][0]
-    with pytest.raises(JointError, match="replica 1 has other ranks or chunks"):
+    with pytest.raises(CouplingError, match="replica 1 has other ranks or chunks"):
         together([graphs[0], other], experts, as_they_come([graphs[0]] * 2))
     short = [replace(g, memory_limit=g.static_bytes) for g in graphs]
     with pytest.raises(DoesNotFitError, match="no plan fits in memory"):
@@ -233,7 +234,9 @@ def test_strategies_that_repeat_other_collectives_never_meet():
     experts = ExpertLayers.every(graphs[0].modules, ["text"])
     kept = tuple(tuple(("none",) * 3 for _ in line) for line in graphs[0].strategies)
     whole = tuple(tuple((names[2],) * 3 for names in line) for line in graphs[1].strategies)
-    with pytest.raises(JointError, match="no memory strategies of the replicas repeat the same collectives") as caught:
+    with pytest.raises(
+        CouplingError, match="no memory strategies of the replicas repeat the same collectives"
+    ) as caught:
         together([replace(graphs[0], strategies=kept), replace(graphs[1], strategies=whole), *graphs[2:]], experts,
                  as_they_come(graphs))  # fmt: skip
     assert caught.value.condition == "recompute"

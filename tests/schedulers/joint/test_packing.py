@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core.joint import make_joint_plan, simulate_joint_compiled, verify_joint
+from dip_megatron.core.lower import make_plan_set
+from dip_megatron.core.simulate import simulate_set_compiled
+from dip_megatron.core.verify import verify
 from dip_megatron.schedulers.dip.random import seeded
 from dip_megatron.schedulers.joint import chain as chains
 from dip_megatron.schedulers.joint import one_slot_at_a_time, pairings, together
@@ -74,9 +76,9 @@ def test_packed_orders_may_run_and_take_what_the_walk_says(seed):
     chain.pack()
     assert chain.values[0] <= under_way
     schedules = chain.schedules()
-    found = simulate_joint_compiled(graphs, schedules, experts).iteration_time
+    found = simulate_set_compiled(graphs, schedules, experts).iteration_time
     assert found == pytest.approx(chain.time, rel=1e-12)
-    verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
+    verify(*make_plan_set(graphs, schedules, experts, lower_bound=0.0).plans)
 
 
 @settings(20, deadline=None)
@@ -100,9 +102,9 @@ def test_kicked_orders_may_run_and_the_best_stays(seed):
         assert chain.time <= min(best, chain.values[0])
         assert begin_joint(chain.q, chain.sequences, seeded(0, 0)) == pytest.approx(chain.values[0], rel=1e-12)
         schedules = chain.schedules()
-        found = simulate_joint_compiled(graphs, schedules, experts).iteration_time
+        found = simulate_set_compiled(graphs, schedules, experts).iteration_time
         assert found == pytest.approx(chain.time, rel=1e-12)
-        verify_joint(make_joint_plan(graphs, schedules, experts, lower_bound=0.0))
+        verify(*make_plan_set(graphs, schedules, experts, lower_bound=0.0).plans)
 
 
 def test_packing_alone_makes_pipelines_of_one_slot_at_a_time():
@@ -112,6 +114,6 @@ def test_packing_alone_makes_pipelines_of_one_slot_at_a_time():
         graphs, experts = coupled(seed, memory=np.inf)
         t = together(graphs, experts, pairings(graphs, experts)[0])
         start = one_slot_at_a_time(t)
-        before += simulate_joint_compiled(graphs, start, experts).iteration_time
+        before += simulate_set_compiled(graphs, start, experts).iteration_time
         after += JointChain(t, make_joint_problem(t), start, 0, 0).time
     assert after < 0.9 * before

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dip_megatron.core.joint import ExpertLayers, JointError
+from dip_megatron.core.errors import CouplingError
+from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.schedulers.joint import as_they_come, pairings, search_joint
 from dip_megatron.schedulers.joint.pairing import OWN_WEIGHTS, kinds_of, longest_work, refined, slot_work
 from tests.core.test_fill_bounds import even_graph
@@ -77,7 +78,7 @@ def test_only_what_can_meet_does(seed: int) -> None:
     found = search_joint(graphs, experts, budget_seconds=0.0, evaluations=100)
     assert found.lower_bound <= found.iteration_time * (1 + 1e-9)
     fewer = even_graph(seed, ranks=3, units=units[:3] + units[:1])
-    with pytest.raises(JointError, match="units of vision, which meet"):
+    with pytest.raises(CouplingError, match="units of vision, which meet"):
         search_joint([graphs[0], fewer], experts, budget_seconds=0.0, evaluations=100)
 
 

@@ -1,21 +1,17 @@
-"""The joint verifier: plans of coupled replicas that could hang together, or pair a backward with another's forward,
-never run.
+"""What plans of coupled replicas must agree in, so that they don't hang together and no backward is paired with another
+one's forward.
 
 Collectives of experts run over all coupled replicas at once, one after the other in the order in which each member
 comes to them. Plans run to their end, with the gradients of their own microbatches and beside any others that do, when
 
 1. on each pipeline rank all replicas have the same sequence of (chunk, forward or backward), over the operations that
-   meet (those of stages with experts, weight gradients left out) and the starts of reductions, and paired backwards
+   meet (those of chunks with experts, weight gradients left out) and the starts of reductions, and paired backwards
    repeat the collectives of the same layers;
 2. backwards of a chunk are paired as its forwards were: else token counts don't fit, or, where they are padded to a
    capacity, gradients are silently wrong;
-3. the union of all plans, with the operations of one event and the starts of one reduction made one, and each
-   reduction after the one before it in their order, has no cycle. Why that makes many such sets end together says
-   :mod:`..reductions`.
+3. the union of all plans has no cycle: see :mod:`.verify`.
 
-Which microbatches meet, what is split, and where weight gradients stand is free. The third is decided by running all
-actions at once: an event, a reduction, a send or a wait that can take place never keeps another from it, so that one
-run is as good as all.
+Which microbatches meet, what is split, and where weight gradients stand is free.
 """
 
 from __future__ import annotations
@@ -25,82 +21,59 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codes import Decoder, first_reduction
-from ..experts import ExpertLayers, ExpertLayersError
-from ..graph import Ints
-from ..kernels import messages_of
-from ..operations import Kind
-from ..plan import Plan
-from ..reductions import chunk_numbers, reduction_order, reduction_turns
-from ..strategies import StrategyError
-from ..verify import PlanError, verify
-from .kernels import JointMessages, replay_actions
-from .sets import JointPlan
-from .simulate import JointError
+from .codes import Decoder, first_reduction
+from .errors import CouplingError
+from .experts import NO_EXPERTS, ExpertLayers, ExpertLayersError
+from .graph import Ints
+from .operations import Kind
+from .plan import Plan
+from .reductions import reduction_order, reduction_turns
+from .strategies import StrategyError
 
 Place = tuple[int, int]
 """(replica, pipeline rank)"""
 
 
-def verify_joint(joint: JointPlan | Sequence[Plan], experts: ExpertLayers | None = None, *, alone: bool = True) -> None:
-    """Raise JointError at the first fault of a set of plans, ``plans[replica]``.
-
-    ``experts`` None: those that the plans carry (:class:`..experts.Coupled`), which must agree. Without ``alone`` the
-    plans have been through :func:`..verify.verify` one by one already.
-    """
-    plans = joint.plans if isinstance(joint, JointPlan) else tuple(joint)
-    experts = _carried(plans) if experts is None else experts
-    _check_shapes(plans, experts)
-    if alone:
-        for g, plan in enumerate(plans):
-            try:
-                verify(plan)
-            except PlanError as error:
-                raise JointError("plan", f"replica {g}: {error}") from error
-    chunks = [np.where(experts.meets(p.graph), chunk_numbers(p.graph)[:, None], -1) for p in plans]
-    repeats = [experts.repeats(p.graph)[0] for p in plans]
-    for rank in range(plans[0].graph.ranks):
-        lines = [_meeting(p, c, r, rank) for p, c, r in zip(plans, chunks, repeats, strict=True)]
-        for g in range(1, len(plans)):
-            _compare(plans, lines, g, rank)
-    _replay(plans, chunks)
-
-
-def _carried(plans: Sequence[Plan]) -> ExpertLayers:
-    """The expert layers that all plans of a set name, each plan at its place."""
+def experts_of(plans: Sequence[Plan]) -> ExpertLayers:
+    """The expert layers that all plans of a set name, each plan at its place. Raises CouplingError if they differ."""
     if not plans:
-        raise JointError("size", "a set of plans has none")
+        raise CouplingError("size", "a set of plans has none")
     first = plans[0].coupled
+    if len(plans) == 1 and first is None:
+        return NO_EXPERTS
     for g, plan in enumerate(plans):
         if first is None or plan.coupled is None:
-            raise JointError(
+            raise CouplingError(
                 "size", f"the plan of replica {g} doesn't say which replicas it is coupled with; plan again"
             )
         if (plan.coupled.replica, plan.coupled.replicas) != (g, len(plans)):
-            raise JointError(
+            raise CouplingError(
                 "size",
                 f"plan {g} of {len(plans)} says it is replica {plan.coupled.replica}'s of {plan.coupled.replicas}",
             )
         if plan.coupled.experts != first.experts:
-            raise JointError("size", f"replica {g} has experts in other layers than replica 0")
+            raise CouplingError("size", f"replica {g} has experts in other layers than replica 0")
     assert first is not None
     return first.experts
 
 
-def _check_shapes(plans: Sequence[Plan], experts: ExpertLayers) -> None:
+def check_shapes(plans: Sequence[Plan], experts: ExpertLayers) -> None:
+    """Raise CouplingError unless all replicas have the same ranks and chunks, and these the layers with ``experts``."""
     first = plans[0].graph
     shapes = [(m.name, m.layers, m.upstream, m.reversed) for m in first.modules]
     for g, plan in enumerate(plans):
         if plan.graph.ranks != first.ranks:
-            raise JointError("size", f"replica {g} has {plan.graph.ranks} pipeline ranks, replica 0 has {first.ranks}")
+            raise CouplingError(
+                "size", f"replica {g} has {plan.graph.ranks} pipeline ranks, replica 0 has {first.ranks}"
+            )
         if [(m.name, m.layers, m.upstream, m.reversed) for m in plan.graph.modules] != shapes:
-            raise JointError("size", f"replica {g} is cut into other chunks than replica 0")
+            raise CouplingError("size", f"replica {g} is cut into other chunks than replica 0")
     try:
         experts.check(first.modules)
         for plan in plans:
             experts.repeats(plan.graph)
     except (ExpertLayersError, StrategyError) as error:
-        raise JointError("size", str(error)) from error
+        raise CouplingError("size", str(error)) from error
 
 
 class _Line:
@@ -139,6 +112,16 @@ def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
     return out
 
 
+def check_agreement(plans: Sequence[Plan], experts: ExpertLayers) -> None:
+    """Raise CouplingError at the first event or reduction at which replicas differ."""
+    chunks = [experts.chunks(p.graph) for p in plans]
+    repeats = [experts.repeats(p.graph)[0] for p in plans]
+    for rank in range(plans[0].graph.ranks):
+        lines = [_meeting(p, c, r, rank) for p, c, r in zip(plans, chunks, repeats, strict=True)]
+        for g in range(1, len(plans)):
+            _compare(plans, lines, g, rank)
+
+
 def _compare(plans: Sequence[Plan], lines: Sequence[_Line], g: int, rank: int) -> None:
     """Raise at the first place where replicas 0 and ``g`` differ on a rank."""
     a, b = lines[0], lines[g]
@@ -159,7 +142,7 @@ def _compare(plans: Sequence[Plan], lines: Sequence[_Line], g: int, rank: int) -
     if i == count:
         if len(a.what) != len(b.what):
             longer = 0 if len(a.what) > count else g
-            raise JointError(
+            raise CouplingError(
                 "order" if lines[longer].what[count] >= 0 else "reduction",
                 f"{place}: replica {longer} runs {named(longer, count)} where replica {g - longer} has ended; its "
                 "members would wait for ever",
@@ -167,17 +150,19 @@ def _compare(plans: Sequence[Plan], lines: Sequence[_Line], g: int, rank: int) -
         return
     pair = f"replica 0 runs {named(0, i)} where replica {g} runs {named(g, i)}"
     if order == i and min(a.what[i], b.what[i]) < 0:
-        raise JointError("reduction", f"{place}: {pair}: ranks would come to their collectives in two orders and hang")
+        raise CouplingError(
+            "reduction", f"{place}: {pair}: ranks would come to their collectives in two orders and hang"
+        )
     if order == i:
-        raise JointError("order", f"{place}: {pair}: another chunk or direction; the group would hang")
+        raise CouplingError("order", f"{place}: {pair}: another chunk or direction; the group would hang")
     if recompute == i:
-        raise JointError(
+        raise CouplingError(
             "recompute",
             f"{place}: {pair}, but they recompute other layers with experts (strategies "
             f"{_strategy(plans[0], a.code[i], rank)!r} and {_strategy(plans[g], b.code[i], rank)!r}); the group would "
             "hang",
         )
-    raise JointError(
+    raise CouplingError(
         "pairing",
         f"{place}: {pair}: these backwards are paired although their forwards were not; gradients would be wrong",
     )
@@ -192,41 +177,10 @@ def _strategy(plan: Plan, code: np.int32, rank: int) -> str:
     return plan.graph.strategy_name(0, int(code) % plan.graph.virtual_microbatches, rank)
 
 
-def _replay(plans: Sequence[Plan], chunks: Sequence[Ints]) -> None:
+def cycle(plans: Sequence[Plan], experts: ExpertLayers, place: Ints) -> str:
+    """Who waits for whom, in words; ``place[replica * ranks + rank]``: at which action each stands."""
     ranks, count = plans[0].graph.ranks, len(plans)
-    each = [messages_of(p.graph) for p in plans]
-    m = JointMessages(
-        ranks=ranks,
-        replicas=count,
-        rows=np.array([x.virtual_microbatches for x in each], dtype=np.int32),
-        edges=np.array([x.edges for x in each], dtype=np.int32),
-        first=np.cumsum([0, *(2 * x.edges for x in each)]).astype(np.int32),
-        node=np.cumsum([0, *(x.virtual_microbatches * ranks for x in each)]).astype(np.int32),
-        source=np.concatenate([x.source for x in each]),
-        target=np.concatenate([x.target for x in each]),
-        turn=reduction_turns(plans[0].graph.modules),
-    )
-    lines = [line for p in plans for line in p.codes]
-    counts = np.array([len(line) for line in lines], dtype=np.int32)
-    codes = np.zeros((len(lines), max(1, int(counts.max(initial=0)))), dtype=np.int32)
-    for i, line in enumerate(lines):
-        codes[i, : len(line)] = line
-    channels = 2 * ranks * ranks
-    most = 1 + max(int(np.bincount(x.source * ranks + x.target, minlength=1).max(initial=0)) for x in each)
-    place = np.zeros(len(lines), dtype=np.int32)
-    done = replay_actions(
-        m, np.concatenate([c.reshape(-1) for c in chunks]).astype(np.int32), codes, counts, place,
-        np.zeros((count * channels, most), dtype=np.int32), np.zeros((count * channels, most), dtype=np.int32),
-        np.zeros(count * channels, dtype=np.int32), np.zeros(count * channels, dtype=np.int32),
-        np.zeros(len(m.source), dtype=np.bool_),
-    )  # fmt: skip
-    if not done:
-        raise JointError("cycle", _cycle(plans, chunks, place))
-
-
-def _cycle(plans: Sequence[Plan], chunks: Sequence[Ints], place: Ints) -> str:
-    """Who waits for whom, in words."""
-    ranks, count = plans[0].graph.ranks, len(plans)
+    chunks = [experts.chunks(p.graph) for p in plans]
     decoders = [Decoder(p.graph) for p in plans]
     turns = reduction_turns(plans[0].graph.modules)
 

@@ -1,6 +1,6 @@
-"""A proven lower bound on the time of every set of joint plans, and one for a given pairing.
+"""What meeting adds to the bounds of replicas that run together.
 
-Each replica's plan, run with others, takes at least as long as alone, so that the bound of :mod:`..bounds` of every
+Each replica's plan, run with others, takes at least as long as alone, so that the bound of :mod:`.bounds` of every
 replica holds. What meeting adds to it:
 
 *Work.* The k-th event of a chunk on a rank lasts at least the longest forward of its members; over all events of the
@@ -13,47 +13,60 @@ where all are sorted. To this comes all that the replica runs by itself there. P
 chunk and from rank to rank in this, as they are in what may run.
 
 *Filling.* A rank that must wait until the first operation of the last modules arrives, and has too little else to do
-before (argument 2 of :mod:`..bounds`), loses that time on top of its work: events only last longer than what is assumed
+before (argument 2 of :mod:`.bounds`), loses that time on top of its work: events only last longer than what is assumed
 there, if modules with experts are among those that fill. Where all that fills a rank meets there, the first one lasts
 as long as its longest member, which in each replica is at least the shortest that this one has: u(q) is the most of
 what the replicas have for it. The first wave passes through modules that nothing feeds; unless any of these meet it is
 each replica's own, and what follows it starts no earlier than it would alone.
-
-With a pairing given, each replica's graph gets the durations of its events and its bound is taken: critical path, heads
-and tails then know of the waits, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bounds import Bounded, bounded, lower_bound
-from ..experts import ExpertLayers
-from ..fill_bounds import fed_by_nothing, passing, upper_sets
-from ..graph import Floats, OperationGraph
-from ..reductions import chunk_numbers
+from .experts import ExpertLayers, chunk_numbers
+from .fill_bounds import fed_by_nothing, passing, upper_sets
+from .graph import Floats, Ints, OperationGraph
 
 
-def joint_lower_bound(graphs: Sequence[OperationGraph], experts: ExpertLayers, *, split: bool = True) -> float:
-    """Seconds below which no joint plan of these graphs can be, whatever meets. ``split`` False: without split
-    backwards. Raises ValueError if the replicas don't have the same number of stages in each chunk with experts."""
-    alone = [bounded(graph, split=split) for graph in graphs]
-    bound = max(x.seconds for x in alone)
+class Bounded(NamedTuple):
+    """A replica's bound in ``seconds`` with what it is made of: the least forward, input gradient and rest of the
+    backward of every operation ``[S, P]``; the time ``[P]`` that each rank loses while it is ``filling``, what of it
+    the first ``wave`` takes, and the least ``tail`` that follows its last operation, all on top of its work."""
+
+    seconds: float
+    forward: Floats
+    backward: Floats
+    rest: Floats
+    filling: Floats
+    wave: Floats
+    tail: Floats
+
+
+def seconds_where_replicas_meet(
+    graphs: Sequence[OperationGraph], experts: ExpertLayers, alone: Sequence[Bounded]
+) -> float:  # fmt: skip
+    """Seconds that the busiest rank of a replica takes at least; ``alone[replica]`` is its bound by itself.
+
+    Raises:
+        ValueError: If replicas have different numbers of operations of a chunk with experts.
+    """
     meets = [experts.meets(graph) for graph in graphs]
     shared = _events(alone, meets, [chunk_numbers(graph) for graph in graphs])
     filling = _filling(graphs, alone, meets)
+    bound = 0.0
     for g, x in enumerate(alone):
-        own = np.where(meets[g], 0.0, x.forward + x.backward + x.rest).sum(axis=0)
-        bound = max(bound, float((own + shared[g] + filling[g] + x.tail).max()) * (1.0 - 1e-12))
+        apart = np.where(meets[g], 0.0, x.forward + x.backward + x.rest).sum(axis=0)
+        bound = max(bound, float((apart + shared[g] + filling[g] + x.tail).max()) * (1.0 - 1e-12))
     return bound
 
 
 def _events(
-    alone: Sequence[Bounded], meets: Sequence[NDArray[np.bool_]], chunks: Sequence[NDArray[np.int32]]
+    alone: Sequence[Bounded], meets: Sequence[NDArray[np.bool_]], chunks: Sequence[Ints]
 ) -> Floats:  # fmt: skip
     """Least seconds ``[replica, rank]`` that a replica's rank spends in events and on the weight gradients of their
     stages."""
@@ -92,32 +105,4 @@ def _filling(graphs: Sequence[OperationGraph], alone: Sequence[Bounded], meets: 
             length = alone[g].forward.copy()
             length[inside] = np.where(common, np.maximum(length[inside], first), length[inside])
             out[g] = np.maximum(out[g], passing(length, inside, graph.transfer))
-    return out
-
-
-def paired_lower_bound(
-    graphs: Sequence[OperationGraph], experts: ExpertLayers, rows: Sequence[NDArray[np.int64]], *, split: bool = True
-) -> float:
-    """:func:`joint_lower_bound` where virtual microbatches ``rows[g][k]`` of the replicas meet, on every rank."""
-    return max(lower_bound(graph, split=split) for graph in raised(graphs, experts, rows))
-
-
-def raised(
-    graphs: Sequence[OperationGraph], experts: ExpertLayers, rows: Sequence[NDArray[np.int64]]
-) -> list[OperationGraph]:  # fmt: skip
-    """Each replica's graph with no stage that meets shorter than its event at least is."""
-    meets = np.stack([experts.meets(graph)[r] for graph, r in zip(graphs, rows, strict=True)])
-    least: dict[str, Floats] = {}
-    for name in ("forward", "backward"):
-        fastest = [getattr(graph, name) for graph in graphs]
-        if name == "backward":
-            fastest = [np.minimum(x, graph.fused) for x, graph in zip(fastest, graphs, strict=True)]
-        each = np.stack([x[:, r].min(axis=0) for x, r in zip(fastest, rows, strict=True)])
-        least[name] = np.where(meets, each, 0.0).max(axis=0)
-    out = []
-    for graph, r in zip(graphs, rows, strict=True):
-        arrays = {name: getattr(graph, name).copy() for name in ("forward", "backward", "fused")}
-        for name, source in (("forward", "forward"), ("backward", "backward"), ("fused", "backward")):
-            arrays[name][:, r] = np.maximum(arrays[name][:, r], least[source][None])
-        out.append(replace(graph, **arrays))
     return out

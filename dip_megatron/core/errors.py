@@ -1,0 +1,19 @@
+"""Why plans must not run."""
+
+
+class PlanError(ValueError):
+    """A plan that must not run; the message names the first fault and its place."""
+
+
+class CouplingError(PlanError):
+    """Replicas that may not run together.
+
+    Attributes:
+        condition: The rule that is broken: ``size`` (replicas, ranks or modules differ), ``plan`` (one plan by itself),
+            ``order``, ``recompute``, ``pairing``, ``reduction`` or ``cycle``. The message names the first pair of
+            operations.
+    """
+
+    def __init__(self, condition: str, message: str) -> None:
+        super().__init__(message)
+        self.condition = condition
