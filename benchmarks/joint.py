@@ -38,11 +38,12 @@ from dip_megatron.planner.balance import Work, assign, microbatch_work
 from dip_megatron.planner.coupled_balance import CoupledAssignment, CoupledWork, assign_coupled
 from dip_megatron.planner.partitioning import choose_partition, paper_partition
 from dip_megatron.report.schedules import text_table
-from dip_megatron.schedulers import BaselineError, find_schedule
-from dip_megatron.schedulers.dip import search, warm_up
+from dip_megatron.schedulers.common import BaselineError
+from dip_megatron.schedulers.dip.engine import search, warm_up
 from dip_megatron.schedulers.entry import Effort
 from dip_megatron.schedulers.joint import JointFound, Slots, as_they_come, dip_pairing, search_joint
 from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
+from dip_megatron.schedulers.registry import find_schedule
 from dip_megatron.schedulers.static import StaticChoice, static_graph, tune_static
 
 MODELS = ("vlm-s", "qwen2-5-vl-7b")

@@ -47,8 +47,10 @@ from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import AT_CALL_SECONDS, PlannerService
 from dip_megatron.report.schedules import text_table
-from dip_megatron.schedulers import BaselineError, find_schedule, schedule_names
-from dip_megatron.schedulers.dip import SearchResult, search, warm_up
+from dip_megatron.schedulers.common import BaselineError
+from dip_megatron.schedulers.dip.engine import search, warm_up
+from dip_megatron.schedulers.dip.options import SearchResult
+from dip_megatron.schedulers.registry import find_schedule, schedule_names
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
 PARTS = ("quality", "baselines", "latency", "noise", "kernels", "scale", "tight", "optimum", "call")

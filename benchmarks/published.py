@@ -39,10 +39,11 @@ from dip_megatron.describe.model import MultimodalModel, Parallel, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.partitioning import choose_partition
 from dip_megatron.report.schedules import text_table
-from dip_megatron.schedulers import BaselineError, find_schedule
-from dip_megatron.schedulers.dip import warm_up
+from dip_megatron.schedulers.common import BaselineError
+from dip_megatron.schedulers.dip.engine import warm_up
 from dip_megatron.schedulers.joint import as_they_come
 from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
+from dip_megatron.schedulers.registry import find_schedule
 from dip_megatron.schedulers.static import StaticChoice, given_choice, static_graph
 
 MIX = "vlm-any-resolution"

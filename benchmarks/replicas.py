@@ -45,7 +45,7 @@ from dip_megatron.planner.balance import Places, Work, assign, microbatch_work
 from dip_megatron.planner.replicated import PLANNED, Outcome, outcome, rearranged, work_of
 from dip_megatron.recipes import load_recipe
 from dip_megatron.report.schedules import text_table
-from dip_megatron.schedulers.dip import search, warm_up
+from dip_megatron.schedulers.dip.engine import search, warm_up
 
 MODELS = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l", "qwen2-5-vl-7b")
 RULES = ("swap", "free", "lengths", "fitted", "by module")

@@ -22,10 +22,12 @@ from dip_megatron.core import OperationGraph, check_complete
 from dip_megatron.core.bounds import lower_bound
 from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
 from dip_megatron.core.simulate.kernels import pad_orders, replay
-from dip_megatron.schedulers.dip import DoesNotFitError, SearchResult, search, warm_up
 from dip_megatron.schedulers.dip.annealing import MAY, anneal
+from dip_megatron.schedulers.dip.engine import search, warm_up
+from dip_megatron.schedulers.dip.feasibility import DoesNotFitError
 from dip_megatron.schedulers.dip.keys import copy_keys, make_keys
 from dip_megatron.schedulers.dip.memory import make_refill
+from dip_megatron.schedulers.dip.options import SearchResult
 from dip_megatron.schedulers.dip.problem import make_problem
 from dip_megatron.schedulers.dip.random import seeded
 from dip_megatron.schedulers.dip.work import make_work

@@ -20,7 +20,7 @@ from dip_megatron.describe.model import MultimodalModel, TensorParallel, load_mo
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.report.schedules import text_table
-from dip_megatron.schedulers.dip import search, warm_up
+from dip_megatron.schedulers.dip.engine import search, warm_up
 
 MODELS = ("qwen2-5-vl-7b", "qwen2-5-vl-32b", "qwen2-5-vl-72b", "gemma3-27b", "kimi-k2-5")
 MIX = "vlm-any-resolution"

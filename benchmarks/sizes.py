@@ -32,8 +32,8 @@ from dip_megatron.planner.facade import (
     make_planner,
     searched_partition,
 )
-from dip_megatron.schedulers import BaselineError
-from dip_megatron.schedulers.dip import warm_up
+from dip_megatron.schedulers.common import BaselineError
+from dip_megatron.schedulers.dip.engine import warm_up
 
 MODELS = ("qwen2-5-vl-72b", "qwen3-vl-32b", "internvl3-5-38b", "qwen3-5-vl-27b")
 WORKLOADS = ("vlm-any-resolution", "vlm-video")

@@ -36,7 +36,7 @@ from dip_megatron import cli
 from dip_megatron.config import DipConfig
 from dip_megatron.describe.files import resolve
 from dip_megatron.planner.warm import warm_up_plans
-from dip_megatron.schedulers.dip import warm_up
+from dip_megatron.schedulers.dip.engine import warm_up
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 60  # of computing: on a busy machine a minute of the clock is no fault of a verb

@@ -23,7 +23,7 @@ from dip_megatron.describe.partition import read_partition, write_partition
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import DoesNotFitError, Effort, Setting, make_planner, searched_partition
 from dip_megatron.recipes import FOLDER, PlanningResult, dip_settings, load_recipe, megatron_flags, recipe_names
-from dip_megatron.schedulers import BaselineError
+from dip_megatron.schedulers.common import BaselineError
 
 BATCHES = 2
 WITHOUT_DIP = ("encoder-first-stage", "megatron-interleaved")

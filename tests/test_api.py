@@ -43,6 +43,27 @@ def test_planning_names_load_neither_torch_nor_megatron() -> None:
     assert subprocess.run([sys.executable, "-c", check], timeout=LONG).returncode == 0
 
 
+_HELP = "import contextlib; from dip_megatron.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])"
+_FIND = "from dip_megatron import find_schedule, schedule_names; [find_schedule(name) for name in schedule_names()]"
+
+
+@pytest.mark.parametrize(
+    ("code", "allowed"),
+    [
+        ("import dip_megatron", set()),
+        (_HELP, set()),
+        ("from dip_megatron.schedulers.registry import check_name; check_name('dip')", set()),
+        (_FIND, {"numpy"}),
+    ],
+    ids=["package", "help", "name", "entries"],
+)  # fmt: skip
+def test_names_and_help_load_no_large_package(code: str, allowed: set[str]) -> None:
+    large = {"torch", "megatron", "scipy", "numba", "numpy", "pydantic", "yaml"} - allowed
+    check = f"{code}\nimport sys; print('loaded:', *set({sorted(large)}) & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=LONG)
+    assert done.stdout.splitlines()[-1:] == ["loaded:"], done.stderr
+
+
 def test_what_is_not_public_is_refused() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Executor'"):
         dip_megatron.Executor  # noqa: B018

@@ -85,7 +85,7 @@ def main(
 
 def _warm_up() -> subprocess.Popen[bytes]:
     """Compile the search's kernels beside the measuring; the planning rank then finds them in their cache."""
-    code = "from dip_megatron.schedulers.dip import warm_up; warm_up()"
+    code = "from dip_megatron.schedulers.dip.engine import warm_up; warm_up()"
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
 
 

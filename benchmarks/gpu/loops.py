@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shared.ranks import has_gpu, run_ranks
-from dip_megatron.schedulers import find_schedule
+from dip_megatron.schedulers.registry import find_schedule
 
 from .mps import MpsError, divided_gpu
 

@@ -9,15 +9,10 @@ from dip_megatron.describe.model import Partition
 from dip_megatron.planner.facade import Effort, PlanningResult, describe, make_planner, searched_partition
 from dip_megatron.planner.facade import Setting as Planning
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers import (
-    MixedChunks,
-    StaticChoice,
-    find_schedule,
-    register_schedule,
-    static_plan,
-    tune_static,
-)  # fmt: skip
-from dip_megatron.schedulers.dip import SearchOptions
+from dip_megatron.schedulers.dip.options import SearchOptions
+from dip_megatron.schedulers.entry import MixedChunks  # fmt: skip
+from dip_megatron.schedulers.registry import find_schedule, register_schedule  # fmt: skip
+from dip_megatron.schedulers.static import StaticChoice, static_plan, tune_static  # fmt: skip
 
 Log = Callable[[str], None]
 

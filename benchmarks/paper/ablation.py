@@ -11,8 +11,10 @@ import numpy as np
 from dip_megatron.core import OperationGraph
 from dip_megatron.describe.cost import segmented_graph
 from dip_megatron.planner.facade import Setting
-from dip_megatron.schedulers import least_recompute_by_module, segmented_static
-from dip_megatron.schedulers.dip import DoesNotFitError, search
+from dip_megatron.schedulers.dip.engine import search
+from dip_megatron.schedulers.dip.feasibility import DoesNotFitError
+from dip_megatron.schedulers.fit import least_recompute_by_module
+from dip_megatron.schedulers.segmented import segmented_static
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mean_time, mix_of, papers_partition, plan_all

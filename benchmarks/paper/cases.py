@@ -20,7 +20,8 @@ from dip_megatron.planner.facade import (
     searched_partition,
 )
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers import BaselineError, find_schedule
+from dip_megatron.schedulers.common import BaselineError
+from dip_megatron.schedulers.registry import find_schedule
 
 FIVE = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
 

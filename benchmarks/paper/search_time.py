@@ -10,7 +10,8 @@ import numpy as np
 
 from dip_megatron.core import OperationGraph
 from dip_megatron.describe.cost import segmented_graph
-from dip_megatron.schedulers.dip import SearchResult, search, warm_up
+from dip_megatron.schedulers.dip.engine import search, warm_up
+from dip_megatron.schedulers.dip.options import SearchResult
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mix_of, papers_partition

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from dip_megatron.planner.facade import Setting
-from dip_megatron.schedulers import BaselineError, StaticChoice, parameter_balanced, static_plan
+from dip_megatron.schedulers.common import BaselineError
+from dip_megatron.schedulers.static import StaticChoice, static_plan
+from dip_megatron.schedulers.static_partition import parameter_balanced
 
 from . import draw, quoted
 from .cases import FIVE, Budget, describe, load_case, mean_time, mix_of, our_partition, plan_all

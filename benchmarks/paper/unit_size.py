@@ -12,7 +12,7 @@ from dip_megatron.describe.cost import segmented_graph
 from dip_megatron.describe.model import Partition
 from dip_megatron.describe.partition.unit_size import mean_instance, module_seconds, times
 from dip_megatron.planner.facade import Setting
-from dip_megatron.schedulers.dip import search
+from dip_megatron.schedulers.dip.engine import search
 
 from . import draw, quoted
 from .cases import Budget, describe, load_case, mix_of, papers_partition

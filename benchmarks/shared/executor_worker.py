@@ -56,7 +56,8 @@ from dip_megatron.runtime.clock import Clock, MeasuredSpan  # noqa: E402
 from dip_megatron.runtime.executor import Executor  # noqa: E402
 from dip_megatron.runtime.protocol import MicrobatchInputs  # noqa: E402
 from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
-from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1  # noqa: E402
+from dip_megatron.schedulers.megatron import interleaved, one_forward_one_backward  # noqa: E402
+from dip_megatron.schedulers.zero_bubble import zb_h1  # noqa: E402
 from dip_megatron.testing.synthetic import (  # noqa: E402
     draw_text,
     draw_weights,

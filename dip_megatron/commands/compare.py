@@ -20,7 +20,8 @@ from ..report.schedules import (
     replicas_entry,
     replicas_table,
 )  # fmt: skip
-from ..schedulers import BaselineError, UnknownScheduleError, find_schedule, schedule_names
+from ..schedulers.common import BaselineError
+from ..schedulers.registry import UnknownScheduleError, find_schedule, schedule_names
 from .common import (
     OUT_FILE,
     fail,

@@ -12,7 +12,8 @@ from ..core.files import write_plans
 from ..core.verify import verify
 from ..planner.facade import Effort, make_planner
 from ..report.schedules import entry, plan_table
-from ..schedulers import LeastRecompute, find_schedule, schedule_names
+from ..schedulers.entry import LeastRecompute
+from ..schedulers.registry import find_schedule, schedule_names
 from .common import (
     OUT_FILE,
     fail,

@@ -42,7 +42,7 @@ def planning() -> Iterator[Check]:
     names = ("numba", "numpy", "scipy", "pydantic")
     for name in names:
         importlib.import_module(name)
-    importlib.import_module("dip_megatron.schedulers.dip")
+    importlib.import_module("dip_megatron.schedulers.dip.engine")
     yield Check("planning", Status.OK, ", ".join(f"{name} {version_of(name)}" for name in names))
 
 

@@ -8,7 +8,9 @@ from ..describe.model import ModelError, MultimodalModel, Partition
 from ..families.family import Blueprint, ModelFamily
 from ..planner.facade import Chunks, Effort, Setting, choose_chunks
 from ..runtime.protocol import ModelProgram
-from ..schedulers import BaselineError, ScheduleEntry, StaticChoice, given_choice
+from ..schedulers.common import BaselineError
+from ..schedulers.entry import ScheduleEntry
+from ..schedulers.static import StaticChoice, given_choice
 
 _OTHERS = "use a schedule over segments (dynamic, static, optimus, ...) or --dip-schedule off"
 

@@ -17,7 +17,7 @@ from ..core.simulate import simulate_compiled
 from ..describe.cost import Cluster, CostModel, Costs
 from ..describe.model import MultimodalModel, Partition
 from ..describe.workload import GlobalBatch, Microbatch
-from ..schedulers.dip import DoesNotFitError
+from ..schedulers.dip.feasibility import DoesNotFitError
 from ..schedulers.entry import Effort, Found, Problem, ScheduleEntry
 from ..schedulers.registry import find_schedule
 from ..schedulers.static import StaticChoice, tune_static

@@ -17,7 +17,7 @@ from ..core.lower import make_plan_set
 from ..core.plan_set import PlanSet
 from ..core.simulate import simulate_compiled, simulate_set_compiled
 from ..core.verify import verify
-from ..schedulers.dip import warm_up
+from ..schedulers.dip.engine import warm_up
 from ..schedulers.entry import Effort, ScheduleEntry
 from ..schedulers.joint import as_they_come, one_slot_at_a_time, pairings, search_joint, together
 from ..schedulers.joint.others import schedule_together

@@ -18,7 +18,8 @@ from ..describe.model import ModulePartition, ModuleShape, MultimodalModel, Para
 from ..describe.partition.layers import ModuleLoad, balance_layers, rank_loads
 from ..describe.partition.unit_size import UnitSize, efficient_unit_size, mean_instance, module_seconds, times
 from ..describe.workload import GlobalBatch, Microbatch, make_units
-from ..schedulers.dip import DoesNotFitError, search
+from ..schedulers.dip.engine import search
+from ..schedulers.dip.feasibility import DoesNotFitError
 
 Judge = Callable[[OperationGraph], float]
 """Predicted iteration time (seconds) of a stage graph; inf if it doesn't fit in memory."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ..config import DipConfig
 from ..core import OperationGraph, Schedule, SearchStatistics
-from ..schedulers.dip import SearchOptions
+from ..schedulers.dip.options import SearchOptions
 from ..schedulers.entry import Effort, Found, Problem, ScheduleEntry
 from ..schedulers.static import StaticChoice
 from .model_graphs import ModelGraphs
@@ -31,7 +31,7 @@ class EntrySearcher:
     def warm_up(self) -> None:
         """Compile the search's kernels, or load them from numba's cache."""
         if self.entry.searches:
-            from ..schedulers.dip import warm_up
+            from ..schedulers.dip.engine import warm_up
 
             warm_up()
 

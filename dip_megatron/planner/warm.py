@@ -9,7 +9,8 @@ from ..core.experts import ExpertLayers
 from ..core.lower import make_plan, make_plan_set
 from ..core.verify import verify
 from ..core.warm import smallest_graph
-from ..schedulers.dip import SearchOptions, warm_up
+from ..schedulers.dip.engine import warm_up
+from ..schedulers.dip.options import SearchOptions
 from ..schedulers.joint import search_joint
 from .balance import Work, assign
 from .resample import SampleWork, resample

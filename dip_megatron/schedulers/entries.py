@@ -1,22 +1,23 @@
-"""The schedules that come with the package, as entries of the registry."""
+"""The schedules that come with the package, as entries of the registry.
+
+An entry imports its algorithm when it is first used, so that names and refusals load no numba and no scipy.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..core.order import Schedule
 from ..core.plan import SearchStatistics
-from ..describe.model import MultimodalModel
 from .common import BaselineError
-from .encoders import encoders_first, nested_encoders
 from .entry import Found, LeastRecompute, MixedChunks, Problem, ScheduleEntry
-from .fit import least_recompute_by_module
 from .megatron import check_group, interleaved, legal_group, one_forward_one_backward
-from .optimus import optimus_leads
-from .segmented import segmented_static
-from .zero_bubble import zb_h1_options, zb_v_options
+
+if TYPE_CHECKING:
+    from ..describe.model import MultimodalModel
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class _Search:
     name: str
 
     def __call__(self, problem: Problem) -> Found:
-        from .dip import search
+        from .dip.engine import search
 
         effort, given = problem.effort, False
 
@@ -59,30 +60,44 @@ def _megatron(problem: Problem) -> Sequence[Schedule]:
 
 
 def _zb_h1(problem: Problem) -> Sequence[Schedule]:
+    from .zero_bubble import zb_h1_options
+
     return zb_h1_options(problem.graph)
 
 
 def _zb_v(problem: Problem) -> Sequence[Schedule]:
+    from .zero_bubble import zb_v_options
+
     return zb_v_options(problem.graph)
 
 
 def _optimus(problem: Problem) -> Sequence[Schedule]:
+    from .optimus import optimus_leads
+
     return optimus_leads(problem.graph)
 
 
 def _segmented_static(problem: Problem) -> Found:
+    from .fit import least_recompute_by_module
+    from .segmented import segmented_static
+
     start = time.perf_counter()
     fitted = least_recompute_by_module(problem.graph, segmented_static)
     return Found(fitted.schedule, SearchStatistics(time.perf_counter() - start, 1, 1, 0))
 
 
 def _encoders_first(problem: Problem) -> Found:
+    from .encoders import encoders_first
+    from .fit import least_recompute_by_module
+
     start = time.perf_counter()
     fitted = least_recompute_by_module(problem.graph, encoders_first)
     return Found(fitted.schedule, SearchStatistics(time.perf_counter() - start, 1, 1, 0))
 
 
 def _nested_encoders(problem: Problem) -> Found:
+    from .encoders import nested_encoders
+
     start = time.perf_counter()
     fitted = nested_encoders(problem.graph)
     return Found(fitted.schedule, SearchStatistics(time.perf_counter() - start, 1, 1, 0))

@@ -8,14 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..core.graph import OperationGraph
 from ..core.order import Schedule
 from ..core.plan import SearchStatistics
-from ..describe.model import MultimodalModel
 from .dip.options import SearchOptions
-from .fit import least_recompute
+
+if TYPE_CHECKING:
+    from ..describe.model import MultimodalModel
 
 
 def _ignore(_: Schedule) -> None:
@@ -118,6 +119,8 @@ class LeastRecompute:
 
     def __call__(self, problem: Problem) -> Found:
         """See :class:`ScheduleEntry`."""
+        from .fit import least_recompute
+
         start = time.perf_counter()
 
         def build(graph: OperationGraph) -> Sequence[Schedule]:

@@ -30,7 +30,7 @@ from ..runtime.executor import Executor
 from ..runtime.layer_context import LayerContext
 from ..runtime.protocol import MicrobatchInputs, Tensors
 from ..runtime.transport_choice import choose_transport
-from ..schedulers import interleaved, one_forward_one_backward
+from ..schedulers.megatron import interleaved, one_forward_one_backward
 
 _MODULE = "model"
 

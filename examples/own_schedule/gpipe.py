@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dip_megatron.core import Kind, Schedule
-from dip_megatron.schedulers import LeastRecompute, Problem, ScheduleEntry
 from dip_megatron.schedulers.common import code, fused_backward, uniform
+from dip_megatron.schedulers.entry import LeastRecompute, Problem, ScheduleEntry
 
 
 def all_forwards_first(problem: Problem) -> list[Schedule]:

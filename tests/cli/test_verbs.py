@@ -16,7 +16,7 @@ from dip_megatron.cli import VERBS, main
 from dip_megatron.core.files import format_plan, read_plans
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.partition import read_partition
-from dip_megatron.schedulers import schedule_names
+from dip_megatron.schedulers.registry import schedule_names
 
 SETTING = ["--model", "vlm-s", "--cluster", "h100", "--workload", "vlm-mix", "--iterations", "2", "--microbatches", "4"]
 QUICK = ["--budget", "0.05", "--workers", "1"]

@@ -15,7 +15,8 @@ from dip_megatron.core.action_csv import ActionCsvError, format_actions, parse_a
 from dip_megatron.core.files import read_plans
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
-from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1, zb_v
+from dip_megatron.schedulers.megatron import interleaved, one_forward_one_backward
+from dip_megatron.schedulers.zero_bubble import zb_h1, zb_v
 from tests.schedulers.mixed import mixed_graph
 
 ORDERS = {

@@ -16,7 +16,8 @@ from dip_megatron.core.files import PlanFileError, format_plan, parse_plan, read
 from dip_megatron.core.format import plan_json_schema
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
-from dip_megatron.schedulers import optimus_coarse, segmented_static
+from dip_megatron.schedulers.optimus import optimus_coarse
+from dip_megatron.schedulers.segmented import segmented_static
 from tests.drawn import settings
 
 from ..graphs import paper_graph, random_graph

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dip_megatron.core import ModalityModule, OperationGraph, Unit, bounds
 from dip_megatron.core.bounds import bounded, lower_bound
 from dip_megatron.core.experts import ExpertLayers
-from dip_megatron.schedulers.dip import search
+from dip_megatron.schedulers.dip.engine import search
 from dip_megatron.schedulers.joint import search_joint
 from tests.drawn import settings
 from tests.schedulers.dip.cpsat import solve

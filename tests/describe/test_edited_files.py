@@ -16,7 +16,7 @@ from dip_megatron.describe.files import ConfigurationError, resolve
 from dip_megatron.describe.model import ModelError, Packing, Parallel, load_model
 from dip_megatron.describe.workload import Sample, WorkloadError, load_workload, pack_documents
 from dip_megatron.planner.facade import DoesNotFitError
-from dip_megatron.schedulers.dip import search
+from dip_megatron.schedulers.dip.engine import search
 from scripts.edit_files import main
 from tests.core.test_files import plan_of
 

@@ -22,7 +22,7 @@ from dip_megatron.describe.workload import (
     write_workload,
 )
 from dip_megatron.planner.partitioning import choose_partition
-from dip_megatron.schedulers.dip import search
+from dip_megatron.schedulers.dip.engine import search
 
 MODEL = """
 name: lidar

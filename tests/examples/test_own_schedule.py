@@ -20,7 +20,8 @@ from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import Effort, Setting, make_planner
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers import UnknownScheduleError, find_schedule, register_schedule, registry
+from dip_megatron.schedulers import registry
+from dip_megatron.schedulers.registry import UnknownScheduleError, find_schedule, register_schedule
 from tests.megatron.training import run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import yaml
 
 from dip_megatron.core.files import format_plan, read_plans
 from dip_megatron.core.verify import verify
-from dip_megatron.schedulers import find_schedule, schedule_names
+from dip_megatron.schedulers.registry import find_schedule, schedule_names
 from examples.llava_digits.runs import RunFailed
 from tests.megatron.training import Log, run
 

@@ -18,8 +18,8 @@ from dip_megatron.core.simulate import simulate
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import describe
-from dip_megatron.schedulers import segmented_static
-from dip_megatron.schedulers.dip import search
+from dip_megatron.schedulers.dip.engine import search
+from dip_megatron.schedulers.segmented import segmented_static
 from tests.graphs import random_graph
 from tests.patience import LONG
 

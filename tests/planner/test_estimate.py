@@ -10,7 +10,7 @@ from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import ModelError, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.estimate import Estimate, estimate, todays_choice
-from dip_megatron.schedulers import Effort
+from dip_megatron.schedulers.entry import Effort
 
 MODEL = load_model("vlm-s").with_parallel(pp=4, dp=3)
 LANGUAGE = MODEL.modules[-1]

@@ -16,7 +16,7 @@ from dip_megatron.planner.facade import Effort, Setting, choose_chunks, live_mak
 from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.searchers import live_effort
-from dip_megatron.schedulers import find_schedule, schedule_names
+from dip_megatron.schedulers.registry import find_schedule, schedule_names
 
 MODEL = load_model("vlm-s").with_parallel(pp=2)
 BATCHES = load_workload("vlm-mix", MODEL, iterations=2, microbatches=4)

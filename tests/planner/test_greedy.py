@@ -14,7 +14,7 @@ from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
 from dip_megatron.planner.greedy import greedy
 from dip_megatron.planner.model_graphs import without_training
-from dip_megatron.schedulers.dip import DoesNotFitError
+from dip_megatron.schedulers.dip.feasibility import DoesNotFitError
 from tests.drawn import settings
 from tests.graphs import random_graph, smallest_need
 

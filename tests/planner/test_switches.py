@@ -14,8 +14,8 @@ from dip_megatron.describe.model import even_partition, load_model
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.model_graphs import ModelGraphs
 from dip_megatron.planner.searchers import live_effort, searcher_of
-from dip_megatron.schedulers import find_schedule
-from dip_megatron.schedulers.dip import SearchOptions
+from dip_megatron.schedulers.dip.options import SearchOptions
+from dip_megatron.schedulers.registry import find_schedule
 
 MODEL = load_model("vlm-s").with_parallel(pp=2)
 BATCH = tuple(Microbatch(4000, (169,) * n) for n in (8, 0, 12))

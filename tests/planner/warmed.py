@@ -8,7 +8,7 @@ import sys
 from numba.core.dispatcher import Dispatcher
 
 from dip_megatron.planner.warm import warm_up_joint_plans, warm_up_plans
-from dip_megatron.schedulers.dip import search, warm_up
+from dip_megatron.schedulers.dip.engine import search, warm_up
 from dip_megatron.schedulers.joint import search_joint
 from tests.graphs import random_graph, with_memory
 from tests.schedulers.joint.test_joint import coupled

@@ -18,7 +18,7 @@ from dip_megatron.describe.model import load_model
 from dip_megatron.describe.partition import read_partition
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.recipes import load_recipe, recipe_names
-from dip_megatron.schedulers.dip import search
+from dip_megatron.schedulers.dip.engine import search
 from scripts import make_recipes
 
 EXAMPLES = {"vision-audio-llm"}  # described for planning, without a recipe

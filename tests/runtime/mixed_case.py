@@ -18,7 +18,8 @@ from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.runtime.transport_choice import TransportKind
-from dip_megatron.schedulers import interleaved, one_forward_one_backward, zb_h1, zb_v
+from dip_megatron.schedulers.megatron import interleaved, one_forward_one_backward
+from dip_megatron.schedulers.zero_bubble import zb_h1, zb_v
 from tests.patience import APART
 from tests.runtime import gpt_case, llava_case, t2v_case
 from tests.runtime.dip_case import followed

@@ -14,7 +14,8 @@ from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import Effort, Setting, make_planner
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers import find_schedule, tune_static
+from dip_megatron.schedulers.registry import find_schedule
+from dip_megatron.schedulers.static import tune_static
 
 MODEL = load_model("vlm-s")
 H100 = load_cluster("h100")

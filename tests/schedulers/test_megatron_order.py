@@ -11,8 +11,15 @@ from dip_megatron.core import Kind, check_complete
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import simulate
 from dip_megatron.core.verify import verify
-from dip_megatron.schedulers import BaselineError, interleaved, legal_group, one_forward_one_backward
-from dip_megatron.schedulers.megatron import check_group, schedule_table, warmup_count
+from dip_megatron.schedulers.common import BaselineError
+from dip_megatron.schedulers.megatron import (
+    check_group,
+    interleaved,
+    legal_group,
+    one_forward_one_backward,
+    schedule_table,
+    warmup_count,
+)
 from tests.drawn import settings
 
 from .mixed import mixed_graph

@@ -16,16 +16,11 @@ from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import cost_model, load_cluster, segmented_graph
 from dip_megatron.describe.model import even_partition, load_model
 from dip_megatron.describe.workload import load_workload
-from dip_megatron.schedulers import (
-    BaselineError,
-    interleaved,
-    least_recompute,
-    least_recompute_by_module,
-    one_forward_one_backward,
-    optimus_coarse,
-    optimus_leads,
-    segmented_static,
-)  # fmt: skip
+from dip_megatron.schedulers.common import BaselineError  # fmt: skip
+from dip_megatron.schedulers.fit import least_recompute, least_recompute_by_module  # fmt: skip
+from dip_megatron.schedulers.megatron import interleaved, one_forward_one_backward  # fmt: skip
+from dip_megatron.schedulers.optimus import optimus_coarse, optimus_leads  # fmt: skip
+from dip_megatron.schedulers.segmented import segmented_static  # fmt: skip
 from tests.drawn import settings
 
 from ..graphs import paper_graph, random_graph

@@ -14,20 +14,20 @@ from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import cost_model, load_cluster
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import load_workload
-from dip_megatron.schedulers import (
-    BaselineError,
+from dip_megatron.schedulers.common import BaselineError  # fmt: skip
+from dip_megatron.schedulers.registry import find_schedule, schedule_names  # fmt: skip
+from dip_megatron.schedulers.static import static_plan, tune_static  # fmt: skip
+from dip_megatron.schedulers.static_partition import (
+    balance_ranks,
     chain,
-    find_schedule,
     item_parameters,
     item_seconds,
     latency_balanced,
     least_maximum,
     parameter_balanced,
-    schedule_names,
-    static_plan,
-    tune_static,
-)  # fmt: skip
-from dip_megatron.schedulers.static_partition import balance_ranks, stage_rank, stages_of
+    stage_rank,
+    stages_of,
+)
 from tests.drawn import settings
 
 MODEL = load_model("vlm-s")

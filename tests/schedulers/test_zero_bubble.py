@@ -11,8 +11,9 @@ from dip_megatron.core import Kind, check_complete
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import simulate
 from dip_megatron.core.verify import verify
-from dip_megatron.schedulers import BaselineError, one_forward_one_backward, zb_h1, zb_v
-from dip_megatron.schedulers.zero_bubble import automatic, handcrafted_h1, handcrafted_v
+from dip_megatron.schedulers.common import BaselineError
+from dip_megatron.schedulers.megatron import one_forward_one_backward
+from dip_megatron.schedulers.zero_bubble import automatic, handcrafted_h1, handcrafted_v, zb_h1, zb_v
 from tests.drawn import settings
 
 from .mixed import mixed_graph

@@ -19,8 +19,10 @@ from ...core.order import Schedule
 from ...core.plan import SearchStatistics
 from ...core.plan_set import PlanSet
 from ...core.simulate import simulate_compiled, simulate_set_compiled
-from ..dip import DoesNotFitError, SearchOptions, search
+from ..dip.engine import search
+from ..dip.feasibility import DoesNotFitError
 from ..dip.incumbent import in_threads
+from ..dip.options import SearchOptions
 from .chain import JointChain, make_joint_problem
 from .pairing import Slots, pairings
 from .sequences import JointProblem

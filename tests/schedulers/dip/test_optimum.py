@@ -8,7 +8,8 @@ import pytest
 from dip_megatron.core import bounds
 from dip_megatron.core.bounds import lower_bound
 from dip_megatron.core.simulate import simulate
-from dip_megatron.schedulers.dip import DoesNotFitError, search
+from dip_megatron.schedulers.dip.engine import search
+from dip_megatron.schedulers.dip.feasibility import DoesNotFitError
 from tests.graphs import random_graph, with_memory
 from tests.patience import LONG
 from tests.schedulers.dip.cpsat import solve

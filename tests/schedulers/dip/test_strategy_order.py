@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import check_complete
 from dip_megatron.core.simulate import simulate_compiled
-from dip_megatron.schedulers.dip import search
+from dip_megatron.schedulers.dip.engine import search
 from tests.drawn import settings
 
 from ...graphs import random_graph, with_memory

@@ -16,7 +16,8 @@ from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.lower import make_plan_set
 from dip_megatron.core.simulate import simulate_compiled, simulate_set_compiled
 from dip_megatron.core.verify import verify
-from dip_megatron.schedulers.dip import DoesNotFitError, search
+from dip_megatron.schedulers.dip.engine import search
+from dip_megatron.schedulers.dip.feasibility import DoesNotFitError
 from dip_megatron.schedulers.dip.random import seeded
 from dip_megatron.schedulers.joint import (
     as_they_come,
