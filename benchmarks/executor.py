@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from benchmarks.shared.ranks import run_ranks
+from benchmarks.shared.ranks import run_ranks, worker_command
 from dip_megatron.report.schedules import text_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,18 +53,12 @@ def main(
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        (out / "setting.json").write_text(json.dumps(setting))
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.shared.executor_worker",
-            str(out / "setting.json"),
-            str(out / "results.json"),
-        ]
         names = [name for name in cases.split(",") if name != "hook"]
+        given = {"setting": setting, "seed": seed, "own_gpu": True, "cases": names, "out": str(out / "results.json")}
+        (out / "setting.json").write_text(json.dumps(given))
         results: dict[str, Any] = {}
         if names:
-            if run_ranks([*command, ",".join(names)], 2, out, limit):
+            if run_ranks(worker_command("benchmarks.shared.executor_cases", out / "setting.json"), 2, out, limit):
                 sys.exit(1)
             results = json.loads((out / "results.json").read_text())
         if "hook" in cases.split(","):

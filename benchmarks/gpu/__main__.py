@@ -19,7 +19,7 @@ import click
 
 from benchmarks.gpu.mps import MpsError, divided_gpu
 from benchmarks.gpu.setting import SCHEDULES, Setting
-from benchmarks.shared.ranks import has_gpu, run_ranks
+from benchmarks.shared.ranks import has_gpu, run_ranks, worker_command
 from dip_megatron.runtime.transport_choice import TransportKind
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def main(
             except MpsError as error:
                 raise click.ClickException(str(error)) from error
         warming = _warm_up()
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", str(out / "setting.json")]
+        command = worker_command("benchmarks.gpu.train", out / "setting.json")
         status = run_ranks(command, setting.ranks, out, limit, {**shared, "DIP_BENCH_WARMING": str(warming.pid)})
         if warming.poll() is None:
             warming.kill()

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from dip_megatron.describe.model import (
-    LanguageHead,
-    ModuleShape,
-    MultimodalModel,
-    Packing,
-    Parallel,
-    PatchEmbedding,
-    Projector,
-    TokenEmbedding,
-    TransformerLayer,
-)
+from benchmarks.shared.models import language_model, llava
+from dip_megatron.describe.model import MultimodalModel, Packing, TransformerLayer
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.runtime.transport_choice import TransportKind
 
@@ -53,20 +44,16 @@ class Setting:
 def model_of(setting: Setting) -> MultimodalModel:
     """``full``: a ViT of 0.38 billion parameters and an LLM of 1.36 billion (676 patches of an image become 169 tokens,
     sequences of 2048); ``tiny``: the same kinds of layers, for a CPU."""
-    parallel = Parallel(pp=setting.ranks, sequence_parallel=False, distributed_optimizer=False)
     if setting.size == "tiny":
         vision, language, vocabulary, patch = TransformerLayer(64, 128, 4, 4), _causal(96, 192, 4), 256, 4
         layers, packing = (6, 6), Packing(max_tokens=128, max_images=8, image_tokens=9)
     else:
         vision, language, vocabulary, patch = TransformerLayer(1152, 4608, 16, 16), _causal(2048, 5632, 16), 32000, 14
         layers, packing = (24, 24), Packing(max_tokens=2048, max_images=12, image_tokens=169)
-    encoder = ModuleShape(
-        "vision", "images", layers[0], vision, PatchEmbedding(patch), Projector(language.hidden, language.hidden, 4)
+    decoder = language_model(layers[1], language, vocabulary, ("vision",))
+    return llava(
+        layers[0], vision, patch, language.hidden, decoder, setting.ranks, packing, name=f"llava-{setting.size}"
     )
-    decoder = ModuleShape(
-        "language", "text", layers[1], language, TokenEmbedding(vocabulary), LanguageHead(vocabulary), ("vision",)
-    )
-    return MultimodalModel(f"llava-{setting.size}", (encoder, decoder), parallel, packing)
 
 
 def _causal(hidden: int, ffn: int, heads: int) -> TransformerLayer:

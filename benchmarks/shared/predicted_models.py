@@ -11,17 +11,8 @@ from typing import Any
 
 import torch
 
-from dip_megatron.describe.model import (
-    LanguageHead,
-    ModuleShape,
-    MultimodalModel,
-    Packing,
-    Parallel,
-    PatchEmbedding,
-    Projector,
-    TokenEmbedding,
-    TransformerLayer,
-)
+from benchmarks.shared.models import gpt, language_model, llava
+from dip_megatron.describe.model import MultimodalModel, Packing, TransformerLayer
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.families.family import ModelFamily
 
@@ -69,26 +60,17 @@ def draw(parts: Sequence[torch.nn.Module]) -> None:
                 torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
 
-def _parallel(ranks: int) -> Parallel:
-    return Parallel(1, ranks, 1, False, False)
+def _layer(causal: bool, gated: bool = False) -> TransformerLayer:
+    return TransformerLayer(256, 1024, 4, 4, causal=causal, gated=gated)
 
 
 def _gpt_model(ranks: int, gated: bool = False) -> MultimodalModel:
-    layer = TransformerLayer(256, 1024, 4, 4, causal=True, gated=gated)
-    module = ModuleShape("language", "text", 8, layer, TokenEmbedding(1024), LanguageHead(1024))
-    return MultimodalModel("gpt", (module,), _parallel(ranks), Packing(max_tokens=SEQUENCE))
+    return gpt(language_model(8, _layer(True, gated), 1024), ranks, Packing(max_tokens=SEQUENCE))
 
 
 def _llava_model(ranks: int) -> MultimodalModel:
-    vision = ModuleShape(
-        "vision", "images", 8, TransformerLayer(256, 1024, 4, 4, causal=False), PatchEmbedding(8),
-        Projector(256, 1024, 4),
-    )  # fmt: skip
-    language = _gpt_model(ranks).modules[0]
-    return MultimodalModel(
-        "llava", (vision, replace(language, layers=4, upstream=("vision",))), _parallel(ranks),
-        Packing(max_tokens=SEQUENCE, image_tokens=36),
-    )  # fmt: skip
+    language = language_model(4, _layer(True), 1024, ("vision",))
+    return llava(8, _layer(False), 8, 1024, language, ranks, Packing(max_tokens=SEQUENCE, image_tokens=36))
 
 
 def _varying(config: Any) -> Any:

@@ -20,6 +20,12 @@ from dip_megatron.ports import held_port
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def worker_command(module: str, setting: Path) -> list[str]:
+    """The command of each rank of a benchmark whose ``module`` has a function ``work(worker, setting)``; see
+    :mod:`benchmarks.shared.worker`. ``setting`` is a JSON file with a ``seed``."""
+    return [sys.executable, "-m", "benchmarks.shared.worker", module, str(setting)]
+
+
 def run_ranks(
     command: Sequence[str], count: int, out: Path, limit: float, environment: dict[str, str] | None = None
 ) -> int:

@@ -1,72 +1,46 @@
-"""One rank of the benchmark: Megatron's schedules and DIP's executor in turns, on one process group and one batch."""
+"""What each rank of ``scripts/bench executor`` does: Megatron's schedules and DIP's executor in turns, on one batch."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import json
-import logging
-import os
-import pickle
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dip_megatron.megatron.cpu import install_cpu_platform
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import schedules
 
-install_cpu_platform()  # does nothing where CUDA is available
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.distributed import finalize_model_grads  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.pipeline_parallel import schedules  # noqa: E402
-
-from benchmarks.shared.ranks import run_as_rank  # noqa: E402
-from dip_megatron.core import Kind, ModalityModule, Operation, OperationGraph, Plan, Schedule, Unit  # noqa: E402
-from dip_megatron.core.lower import make_plan  # noqa: E402
-from dip_megatron.core.simulate import simulate  # noqa: E402
-from dip_megatron.describe.model import (  # noqa: E402
-    LanguageHead,
-    ModuleShape,
-    MultimodalModel,
-    Packing,
-    Parallel,
-    TokenEmbedding,
-    TransformerLayer,
-)
-from dip_megatron.describe.workload import Microbatch  # noqa: E402
-from dip_megatron.families.gpt.program import GptProgram  # noqa: E402
-from dip_megatron.families.shared.shapes import LANGUAGE  # noqa: E402
-from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
-from dip_megatron.megatron.forward_backward import DipForwardBackward  # noqa: E402
-from dip_megatron.planner.delivery import PlanDelivery  # noqa: E402
-from dip_megatron.planner.maker import payloads  # noqa: E402
-from dip_megatron.planner.request import PlanRequest  # noqa: E402
-from dip_megatron.planner.service import PlannerService  # noqa: E402
-from dip_megatron.profile.operations import OperationSeconds, profile_operation  # noqa: E402
-from dip_megatron.report.breakdown import gaps  # noqa: E402
-from dip_megatron.runtime.clock import Clock, MeasuredSpan  # noqa: E402
-from dip_megatron.runtime.executor import Executor  # noqa: E402
-from dip_megatron.runtime.protocol import MicrobatchInputs  # noqa: E402
-from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
-from dip_megatron.schedulers.megatron import interleaved, one_forward_one_backward  # noqa: E402
-from dip_megatron.schedulers.zero_bubble import zb_h1  # noqa: E402
-from dip_megatron.testing.synthetic import (  # noqa: E402
-    draw_text,
-    draw_weights,
-    gpt_arguments,
-    gpt_forward_step,
-    wrap,
-)
-
-TIMEOUT = 300.0
+from benchmarks.shared.models import gpt, language_model
+from benchmarks.shared.worker import TIMEOUT, Worker, squared_norm
+from dip_megatron.core import Kind, ModalityModule, Operation, OperationGraph, Plan, Schedule, Unit
+from dip_megatron.core.lower import make_plan
+from dip_megatron.core.simulate import simulate
+from dip_megatron.describe.model import MultimodalModel, Packing, TransformerLayer
+from dip_megatron.describe.workload import Microbatch
+from dip_megatron.families.gpt.program import GptProgram
+from dip_megatron.families.shared.shapes import LANGUAGE
+from dip_megatron.megatron.exchange import GlooExchange
+from dip_megatron.megatron.forward_backward import DipForwardBackward
+from dip_megatron.planner.delivery import PlanDelivery
+from dip_megatron.planner.maker import payloads
+from dip_megatron.planner.request import PlanRequest
+from dip_megatron.planner.service import PlannerService
+from dip_megatron.profile.operations import OperationSeconds, profile_operation
+from dip_megatron.report.breakdown import gaps
+from dip_megatron.runtime.clock import Clock, MeasuredSpan
+from dip_megatron.runtime.executor import Executor
+from dip_megatron.runtime.protocol import MicrobatchInputs
+from dip_megatron.schedulers.megatron import interleaved, one_forward_one_backward
+from dip_megatron.schedulers.zero_bubble import zb_h1
+from dip_megatron.testing.synthetic import draw_text, gpt_arguments, gpt_forward_step
 
 
 @dataclass(frozen=True)
@@ -88,11 +62,8 @@ class Setting:
         """A GPT of equal layers, whose vocabulary is small so that its ends weigh little."""
         layer = TransformerLayer(self.hidden, 4 * self.hidden, max(1, self.hidden // 64), max(1, self.hidden // 64),
                                  causal=True)  # fmt: skip
-        module = ModuleShape(
-            LANGUAGE, "text", self.layers, layer, TokenEmbedding(self.vocabulary), LanguageHead(self.vocabulary)
-        )
-        parallel = Parallel(1, self.ranks, 1, False, False)
-        return MultimodalModel("gpt", (module,), parallel, Packing(max_tokens=self.tokens))
+        language = language_model(self.layers, layer, self.vocabulary)
+        return gpt(language, self.ranks, Packing(max_tokens=self.tokens))
 
 
 @dataclass(frozen=True)
@@ -114,29 +85,19 @@ class FixedPlan:
 class Bench:
     """What one rank keeps over the whole benchmark."""
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
-        self.rank, self.ranks = dist.get_rank(), setting.ranks
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device(
-            "cpu"
-        )  # fmt: skip
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        everyone = list(range(self.ranks))
-        self.exchange = GlooExchange(everyone, TIMEOUT)
-        self.transport = choose_transport(everyone, self.rank, self.device, TIMEOUT, self.exchange)
+    def __init__(self, setting: Setting, worker: Worker):
+        self.setting, self.worker = setting, worker
+        self.rank, self.ranks = worker.rank, worker.ranks
+        self.transport = worker.transport()
         self.model = setting.model()
-        self.text = draw_text(setting.tokens, self._arguments(), self.device, setting.seed)
+        self.text = draw_text(setting.tokens, self._arguments(), worker.device, setting.seed)
 
     def _arguments(self) -> dict[str, Any]:
-        arguments = gpt_arguments(self.model, self.dtype)
+        arguments = gpt_arguments(self.model, self.worker.dtype)
         # Megatron's interleaved schedule on two ranks needs overlapped sends, and releases before 0.18 free what these
         # still need; so nobody frees outputs.
         arguments["config"].deallocate_pipeline_outputs = False
         return arguments
-
-    def gather(self, value: Any) -> list[Any]:
-        """Everyone's value, to all."""
-        return [pickle.loads(data) for data in self.exchange.gather(pickle.dumps(value))]
 
     # -- the two sides -------------------------------------------------------------------------------------------
     def megatrons(self, segments: int, microbatches: int) -> Callable[[], list[Any]]:
@@ -187,10 +148,10 @@ class Bench:
         graph = self.graph(program.modules[0], microbatches, self.measure_operations(program, chunks))
         plan = make_plan(graph, order(graph), lower_bound=0.0, payloads=payloads(graph, loads, program.shapes))
         service = PlannerService(FixedPlan(plan), workers=0) if self.rank == 0 else None
-        clock, reports = Clock(self.device), []
+        clock, reports = Clock(self.worker.device), []
         step = DipForwardBackward(
             program, Executor(self.rank, self.transport, clock),
-            PlanDelivery(GlooExchange(list(range(self.ranks)), TIMEOUT), service), clock,
+            PlanDelivery(GlooExchange(self.worker.everyone, TIMEOUT), service), clock,
             on_iteration=lambda report, plan, spans: reports.append((plan, spans)),
         )  # fmt: skip
         data = itertools.repeat(self.text)
@@ -203,8 +164,7 @@ class Bench:
         return self._cleared(chunks, iterate), program, chunks, reports
 
     def _wrapped(self, bare: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        draw_weights(bare, self.setting.seed)
-        chunks = wrap(bare, self.device)
+        chunks = self.worker.wrapped(bare, self.setting.seed)
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
         return chunks
@@ -228,7 +188,7 @@ class Bench:
         mine = []
         for k, chunk in enumerate(chunks):
             payload = program.shapes.payload(unit, load, leaves_module=False) if k or self.rank else ()
-            self.gather(None)
+            self.worker.gather(None)
             mine.append(
                 profile_operation(
                     program,
@@ -236,12 +196,12 @@ class Bench:
                     Operation(Kind.F, LANGUAGE, k, 0, self.rank),
                     MicrobatchInputs(arguments),
                     payload,
-                    self.device,
+                    self.worker.device,
                     final=k == last and self.rank == self.ranks - 1,
                     repeats=max(5, self.setting.rounds // 2),
                 )
             )
-        return [list(line) for line in zip(*self.gather(mine), strict=True)]
+        return [list(line) for line in zip(*self.worker.gather(mine), strict=True)]
 
     def graph(self, module: ModalityModule, count: int, stages: list[list[OperationSeconds]]) -> OperationGraph:
         """The stages of one iteration at these costs."""
@@ -272,25 +232,9 @@ class Bench:
         for turn in range(self.setting.rounds + 2):
             line = {}
             for side in ("ours", "theirs") if turn % 2 else ("theirs", "ours"):
-                line[side] = self.timed(ours if side == "ours" else theirs)
+                line[side] = self.worker.timed(ours if side == "ours" else theirs)
             found.append((line["ours"], line["theirs"]))
         return found[2:]
-
-    def timed(self, iterate: Callable[[], Any]) -> float:
-        gc.collect()
-        gc.disable()
-        self.synchronize()
-        begun = time.perf_counter()
-        iterate()
-        self.synchronize()
-        seconds = time.perf_counter() - begun
-        gc.enable()
-        return float(max(self.gather(seconds)))
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.exchange.gather(b"")
 
     def check_equal(self, ours: Any, theirs: Any) -> float:
         """Largest difference of losses and gradient norms, relative; both sides compute the same thing or the
@@ -298,9 +242,8 @@ class Bench:
         values = []
         for side in (ours, theirs):
             losses = [float(item["lm loss"][0]) for item in side()]
-            norm = sum(float(b.grad_data.double().square().sum()) for c in side.chunks for b in c.buffers)
-            values.append((sum(losses), norm))
-        gathered = self.gather(values)
+            values.append((sum(losses), squared_norm(side.chunks)))
+        gathered = self.worker.gather(values)
         sums = [[sum(rank[side][i] for rank in gathered) for i in (0, 1)] for side in (0, 1)]
         worst = max(abs(a - b) / abs(b) for a, b in zip(*sums, strict=True))
         if worst > 1e-4:
@@ -322,7 +265,7 @@ def interleaved_case(bench: Bench) -> dict[str, Any]:
         "theirs": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(a / b for a, b in pairs),
         "ratios": [a / b for a, b in pairs],
-        "busy": bench.gather(statistics.median(busy)),
+        "busy": bench.worker.gather(statistics.median(busy)),
         "gaps": gap_seconds(bench, measured),
         "difference": difference,
     }
@@ -331,7 +274,7 @@ def interleaved_case(bench: Bench) -> dict[str, Any]:
 def gap_seconds(bench: Bench, measured: list[tuple[Plan, list[MeasuredSpan]]]) -> list[float]:
     """Quartiles, over all iterations and ranks, of what passes between two operations of a rank if the data of the
     second is there when the first ends."""
-    everyone = bench.gather([spans for _, spans in measured])
+    everyone = bench.worker.gather([spans for _, spans in measured])
     found = [gap for i, (plan, _) in enumerate(measured) for gap in gaps(plan, [rank[i] for rank in everyone])]
     return statistics.quantiles(found, n=4)
 
@@ -367,25 +310,11 @@ def split_case(bench: Bench) -> dict[str, Any]:
 CASES = {"interleaved": interleaved_case, "split": split_case}
 
 
-def main() -> None:
-    """``python -m benchmarks.shared.executor_worker SETTING.json OUT.json CASE,...`` as one of the ranks."""
-    setting = Setting(**json.loads(Path(sys.argv[1]).read_text()))
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["RANK"]) % torch.cuda.device_count())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=setting.ranks)
-    tensor_parallel.model_parallel_cuda_manual_seed(setting.seed + 1)
-    bench = Bench(setting)
-    results = {}
-    for name in sys.argv[3].split(","):
+def work(worker: Worker, given: dict[str, Any]) -> None:
+    """Run the cases on one rank; the first rank keeps each result in the file ``out`` as soon as it is known."""
+    bench, results = Bench(Setting(**given["setting"]), worker), {}
+    for name in given["cases"]:
         results[name] = CASES[name](bench)
         gc.collect()
-        if bench.rank == 0:  # what has been measured is kept, whatever comes
-            Path(sys.argv[2]).write_text(json.dumps(results))
-    bench.synchronize()
-
-
-if __name__ == "__main__":
-    run_as_rank(main)
+        if worker.rank == 0:
+            Path(given["out"]).write_text(json.dumps(results))

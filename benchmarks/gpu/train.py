@@ -1,97 +1,56 @@
-"""One rank of the benchmark: measures its costs with the others, then runs every schedule's plans."""
+"""What each rank of ``scripts/bench gpu`` does: it measures costs with the others, then runs every schedule's plans."""
 
 from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import pickle
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from dip_megatron.megatron.cpu import install_cpu_platform
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-install_cpu_platform()  # does nothing where CUDA is available
+from benchmarks.shared.worker import Worker, squared_norm
+from dip_megatron.core import Channel, Plan, TensorSpec
+from dip_megatron.core.lower import make_plan
+from dip_megatron.core.simulate import idle_share, simulate
+from dip_megatron.core.verify import verify
+from dip_megatron.describe.cost import Costs, load_cluster
+from dip_megatron.describe.workload import GlobalBatch
+from dip_megatron.families.llava.mixed import MixedLlavaProgram
+from dip_megatron.families.llava.program import LlavaProgram
+from dip_megatron.megatron.iteration import Iteration
+from dip_megatron.planner.facade import Setting as Planning
+from dip_megatron.planner.maker import payloads
+from dip_megatron.profile.operations import costs_of, profile_llava
+from dip_megatron.profile.timing import measure
+from dip_megatron.report.spans import Span, spans_of
+from dip_megatron.report.trace import write_trace
+from dip_megatron.runtime.clock import Clock
+from dip_megatron.runtime.executor import Executor
+from dip_megatron.runtime.protocol import MicrobatchInputs
+from dip_megatron.testing.synthetic import draw_batch, forward_step, llava_arguments
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-
-from benchmarks.shared.ranks import run_as_rank  # noqa: E402
-from dip_megatron.core import Channel, Plan, TensorSpec  # noqa: E402
-from dip_megatron.core.lower import make_plan  # noqa: E402
-from dip_megatron.core.simulate import idle_share, simulate  # noqa: E402
-from dip_megatron.core.verify import verify  # noqa: E402
-from dip_megatron.describe.cost import Costs, load_cluster  # noqa: E402
-from dip_megatron.describe.workload import GlobalBatch  # noqa: E402
-from dip_megatron.families.llava.mixed import MixedLlavaProgram  # noqa: E402
-from dip_megatron.families.llava.program import LlavaProgram  # noqa: E402
-from dip_megatron.megatron.exchange import GlooExchange  # noqa: E402
-from dip_megatron.megatron.iteration import Iteration  # noqa: E402
-from dip_megatron.planner.facade import Setting as Planning  # noqa: E402
-from dip_megatron.planner.maker import payloads  # noqa: E402
-from dip_megatron.profile.operations import costs_of, profile_llava  # noqa: E402
-from dip_megatron.profile.timing import measure  # noqa: E402
-from dip_megatron.report.spans import Span, spans_of  # noqa: E402
-from dip_megatron.report.trace import write_trace  # noqa: E402
-from dip_megatron.runtime.clock import Clock  # noqa: E402
-from dip_megatron.runtime.executor import Executor  # noqa: E402
-from dip_megatron.runtime.protocol import MicrobatchInputs  # noqa: E402
-from dip_megatron.runtime.transport_choice import choose_transport  # noqa: E402
-from dip_megatron.testing.synthetic import (  # noqa: E402
-    draw_batch,
-    draw_weights,
-    forward_step,
-    llava_arguments,
-    wrap,
-)
-
-from .report import print_table, summarize  # noqa: E402
-from .schedules import Candidate, effort_of, plan_all  # noqa: E402
-from .setting import Setting, batches_of, model_of, training_flops  # noqa: E402
-
-TIMEOUT = 120.0
+from .report import print_table, summarize
+from .schedules import Candidate, effort_of, plan_all
+from .setting import Setting, batches_of, model_of, training_flops
 
 
 class Bench:
     """What one rank keeps over the whole benchmark."""
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
-        self.rank, self.ranks = dist.get_rank(), setting.ranks
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        self.dtype = torch.bfloat16 if cuda else torch.float32
-        self.everyone = list(range(self.ranks))
-        self.exchange = GlooExchange(self.everyone, 600.0)
+    def __init__(self, setting: Setting, worker: Worker):
+        self.setting, self.worker = setting, worker
+        self.rank, self.ranks, self.device = worker.rank, worker.ranks, worker.device
         self.model = model_of(setting)
-        self.arguments = llava_arguments(self.model, self.dtype)
+        self.arguments = llava_arguments(self.model, worker.dtype)
         self.batches = batches_of(setting, self.model)
-        self.transport = choose_transport(
-            self.everyone, self.rank, self.device, TIMEOUT, self.exchange, setting.transport
-        )
+        self.transport = worker.transport(setting.transport)
         self.clock = Clock(self.device)
-        self.start = time.monotonic()
-
-    def log(self, text: str) -> None:
-        """Say something, once."""
-        if self.rank == 0:
-            print(f"[{time.monotonic() - self.start:6.1f} s] {text}", flush=True)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Everyone's value, to all."""
-        return [pickle.loads(data) for data in self.exchange.gather(pickle.dumps(value))]
-
-    def synchronize(self) -> None:
-        """All ranks have done all they were given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.exchange.gather(b"")
 
     # -- costs ---------------------------------------------------------------------------------------------------
     def measure_costs(self) -> Costs:
@@ -99,28 +58,28 @@ class Bench:
         packing = self.model.packing
         images = sorted({max(1, packing.max_images * n // 12) for n in (1, 2, 4, 8, 12)})
         tokens = [packing.max_tokens * n // 4 for n in (2, 3, 4)]
-        self.synchronize()
+        self.worker.synchronize()
         samples = profile_llava(
             self.arguments, self.model.with_parallel(pp=1), self.device, images=images, tokens=tokens
         )
-        self.release()
+        self.worker.release()
         transfer = self.measure_transfer()
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return costs_of(self.gather(samples), f"{name}, {self.ranks} ranks", transfer_seconds=transfer)
+        return costs_of(self.worker.gather(samples), f"{name}, {self.ranks} ranks", transfer_seconds=transfer)
 
     def measure_transfer(self, laps: int = 20) -> float:
         """Seconds from rank to rank of one hidden state of the LLM, in a ring."""
         hidden = self.model.module("language").layer.hidden
         shape = (self.model.packing.max_tokens, 1, hidden)
-        payload = (TensorSpec("hidden", shape, str(self.dtype).removeprefix("torch.")),)
+        payload = (TensorSpec("hidden", shape, str(self.worker.dtype).removeprefix("torch.")),)
         before, after = (self.rank - 1) % self.ranks, (self.rank + 1) % self.ranks
         incoming, outgoing = Channel(before, self.rank, False), Channel(self.rank, after, False)
         self.transport.open([incoming, outgoing])
         seconds = []
         for _ in range(3):
-            self.synchronize()
+            self.worker.synchronize()
             begun = time.perf_counter()
-            tensors, sends = {"hidden": torch.ones(shape, dtype=self.dtype, device=self.device)}, []
+            tensors, sends = {"hidden": torch.ones(shape, dtype=self.worker.dtype, device=self.device)}, []
             for lap in range(laps):
                 if lap or self.rank:
                     tensors = self.transport.receive(incoming, payload).wait()
@@ -129,23 +88,22 @@ class Bench:
                 self.transport.receive(incoming, payload).wait()
             for send in sends:
                 send.wait()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            self.worker.wait_for_device()
             seconds.append((time.perf_counter() - begun) / (laps * self.ranks))
-        return max(self.gather(statistics.median(seconds)))
+        return max(self.worker.gather(statistics.median(seconds)))
 
     def measure_peak(self) -> float:
         """FLOPs a second of a large matmul, all ranks at once: the sum over them."""
         n = 4096 if self.device.type == "cuda" else 256
-        a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
-        self.synchronize()
+        a, b = (torch.randn(n, n, device=self.device, dtype=self.worker.dtype) for _ in range(2))
+        self.worker.synchronize()
 
         def multiply() -> None:
             for _ in range(10):
                 torch.mm(a, b)
 
         seconds = measure([multiply], self.device)[0]
-        return sum(self.gather(10 * 2.0 * n**3 / seconds))
+        return sum(self.worker.gather(10 * 2.0 * n**3 / seconds))
 
     # -- schedules -----------------------------------------------------------------------------------------------
     def candidates(self, costs: Costs) -> list[Candidate]:
@@ -158,9 +116,9 @@ class Bench:
             batches = tuple(GlobalBatch(batch) for batch in self.batches)
             planning = Planning(self.model, cluster, batches, costs, setting.memory_gb * 1e9)
             effort = effort_of(setting.search_seconds, setting.search_workers)
-            found = plan_all(setting.schedules, planning, effort, setting.partition_seconds, self.log)
+            found = plan_all(setting.schedules, planning, effort, setting.partition_seconds, self.worker.log)
             mine = pickle.dumps(found)
-        candidates: list[Candidate] = pickle.loads(self.exchange.broadcast(mine if self.rank == 0 else None))
+        candidates: list[Candidate] = pickle.loads(self.worker.exchange.broadcast(mine if self.rank == 0 else None))
         return candidates
 
     def run(self, candidate: Candidate) -> dict[str, Any]:
@@ -170,9 +128,8 @@ class Bench:
             return result | {"failure": candidate.failure}
         program = self._program(candidate)
         bare = program.build_chunks()
-        chunks = wrap(bare, self.device)
-        draw_weights(bare, self.setting.seed)
-        if not all(self.gather(program.supports_split)):
+        chunks = self.worker.wrapped(bare, self.setting.seed)
+        if not all(self.worker.gather(program.supports_split)):
             return result | {"failure": "some layers can't split their backward"}
         optimizer = self._optimizer(chunks) if self.setting.optimizer else None
         loss_rank = program.loss_rank if isinstance(program, MixedLlavaProgram) else self.ranks - 1
@@ -189,10 +146,10 @@ class Bench:
                     step_seconds = self._step(optimizer)
                     result["iterations"].append(measured | {"batch": number, "optimizer_seconds": step_seconds})
         times = [i["seconds"] for i in result["iterations"]]
-        self.log(f"{candidate.name}: {statistics.mean(times):.3f} s an iteration, loss "
+        self.worker.log(f"{candidate.name}: {statistics.mean(times):.3f} s an iteration, loss "
                  f"{result['iterations'][-1]['loss']:.4f}")  # fmt: skip
         del program, bare, chunks, optimizer
-        self.release()
+        self.worker.release()
         return result
 
     def _program(self, candidate: Candidate) -> LlavaProgram:
@@ -205,9 +162,9 @@ class Bench:
         return LlavaProgram(self.arguments, {m.module: m.layers for m in candidate.partition.modules}, rank=self.rank)
 
     def _optimizer(self, chunks: list[torch.nn.Module]) -> Any:
-        bf16 = self.dtype == torch.bfloat16
+        bf16 = self.worker.dtype == torch.bfloat16
         config = OptimizerConfig(
-            optimizer="adam", lr=1e-4, weight_decay=0.0, bf16=bf16, params_dtype=self.dtype, clip_grad=0.0,
+            optimizer="adam", lr=1e-4, weight_decay=0.0, bf16=bf16, params_dtype=self.worker.dtype, clip_grad=0.0,
             use_distributed_optimizer=False,
         )  # fmt: skip
         return get_megatron_optimizer(config, chunks)
@@ -218,9 +175,8 @@ class Bench:
         begun = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return max(self.gather(time.perf_counter() - begun))
+        self.worker.wait_for_device()
+        return max(self.worker.gather(time.perf_counter() - begun))
 
     def _iterate(
         self, program: LlavaProgram, chunks: list[torch.nn.Module], executor: Executor, plan: Plan, number: int,
@@ -238,15 +194,14 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         gc.disable()
-        self.synchronize()
+        self.worker.synchronize()
         begun = time.monotonic()
         self.clock.begin()
         iteration.run()
         tokens = float(sum(m.text_tokens for m in batch))
         for chunk in chunks:
             chunk.scale_gradients(1.0 / tokens)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self.worker.wait_for_device()
         ended = time.monotonic()
         gc.enable()
         return self._record(plan, number, begun, ended, iteration.losses, trace, chunks)
@@ -257,9 +212,8 @@ class Bench:
     ) -> dict[str, Any]:  # fmt: skip
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         sums = [loss["lm loss"].double().cpu() for loss in losses]
-        squares = sum(float(b.grad_data.double().square().sum()) for c in chunks for b in c.buffers)
-        mine = (begun, ended, self.clock.spans(), peak, [s.tolist() for s in sums], squares)
-        everyone = self.gather(mine)
+        mine = (begun, ended, self.clock.spans(), peak, [s.tolist() for s in sums], squared_norm(chunks))
+        everyone = self.worker.gather(mine)
         first = min(line[0] for line in everyone)
         seconds = max(line[1] for line in everyone) - first
         measured = [
@@ -279,7 +233,7 @@ class Bench:
             "lower_bound": plan.predicted.lower_bound,
             "bubble_measured": idle_share(busy, seconds * self.ranks),
             "bubble_predicted": plan.predicted.bubble_ratio,
-            "busy_seconds": [sum(s.end - s.start for s in measured if s.rank == r) for r in self.everyone],
+            "busy_seconds": [sum(s.end - s.start for s in measured if s.rank == r) for r in self.worker.everyone],
             "predicted_busy_seconds": busy_of(plan),
             "tokens": sum(m.tokens for m in batch),
             "flops": training_flops(self.model, batch),
@@ -289,13 +243,6 @@ class Bench:
             "peak_bytes": [line[3] for line in everyone],
             "predicted_peak_bytes": list(plan.predicted.peak_bytes),
         }
-
-    def release(self) -> None:
-        """Give freed memory back, so that the next model finds it in one piece."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
 
 
 def await_warm_up(seconds: float = 120.0) -> None:
@@ -318,41 +265,30 @@ def busy_of(plan: Plan) -> list[float]:
     return [float((e - s).sum()) for s, e in zip(timeline.start, timeline.end, strict=True)]
 
 
-def main() -> None:
-    """``python -m benchmarks.gpu.worker SETTING.json`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
-    setting = Setting(**json.loads(Path(sys.argv[1]).read_text()))
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(0)
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=setting.ranks)
-    tensor_parallel.model_parallel_cuda_manual_seed(setting.seed + 1)
-    bench = Bench(setting)
+def work(worker: Worker, given: dict[str, Any]) -> None:
+    """Run the whole benchmark on one rank; the first rank writes the results and prints the table."""
+    setting = Setting(**given)
+    bench = Bench(setting, worker)
     out = Path(setting.out)
     if setting.costs:
         costs = Costs.load(setting.costs)
     else:
-        bench.log("measuring the model's parts on all ranks at once")
+        worker.log("measuring the model's parts on all ranks at once")
         costs = bench.measure_costs()
-        if bench.rank == 0:
+        if worker.rank == 0:
             costs.save(out / "costs.json")
     peak = bench.measure_peak()
-    bench.log(
+    worker.log(
         f"a transfer takes {1e6 * (costs.transfer_seconds or 0):.0f} us; matmuls reach {peak / 1e12:.1f} TFLOP/s in all"
     )
     candidates = bench.candidates(costs)
     results = []
     for candidate in candidates:
         results.append(bench.run(candidate))
-        if bench.rank == 0:  # what has been measured is kept, whatever comes
+        if worker.rank == 0:  # what has been measured is kept, whatever comes
             lines = summarize(results, peak)
             record = {"setting": setting.record(), "device": costs.device, "peak_flops": peak, "summary": lines,
                       "results": results}  # fmt: skip
             (out / "results.json").write_text(json.dumps(record, indent=1))
-    if bench.rank == 0:
+    if worker.rank == 0:
         print_table(summarize(results, peak), f"{bench.model.name} on {costs.device}")
-    bench.synchronize()
-
-
-if __name__ == "__main__":
-    run_as_rank(main)
