@@ -90,12 +90,12 @@ CASES = {
         segments="modules: {{language: {{layers: [{language}]}}, diffusion: {{layers: [{diffusion}], unit_size: 4}}}}",
     ),
     "experts": Case(
-        "a mixture of experts", "scripts/upstream/pretrain_tiny_gpt.py",
+        "a mixture of experts", "tests/upstream/pretrain_tiny_gpt.py",
         "--num-layers 16 --hidden-size 1024 --num-attention-heads 16 --ffn-hidden-size 2816 --seq-length 2048 "
         "--max-position-embeddings 2048 --vocab-size 32000 --global-batch-size 16 --bf16",
         "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --seq-length 64 "
         "--max-position-embeddings 64 --vocab-size 127 --global-batch-size 4",
-        flags=_EXPERTS, launch="scripts/upstream/launch.py run",
+        flags=_EXPERTS, launch="tests/upstream/launch.py run",
     ),
 }  # fmt: skip
 

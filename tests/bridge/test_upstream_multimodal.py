@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from examples.llava_digits.runs import RunFailed
-from scripts.upstream.runs import HERE, run_script, script_flags
 from tests.bridge.conversations import write_conversations, write_tokenizer
 from tests.megatron.training import Log, read
 from tests.patience import LONG
+from tests.upstream.runs import HERE, run_script, script_flags
 
 CHECKOUT = os.environ.get("DIP_MEGATRON_CHECKOUT")
 pytestmark = [

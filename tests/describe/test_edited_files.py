@@ -17,8 +17,8 @@ from dip_megatron.describe.model import ModelError, Packing, Parallel, load_mode
 from dip_megatron.describe.workload import Sample, WorkloadError, load_workload, pack_documents
 from dip_megatron.planner.facade import DoesNotFitError
 from dip_megatron.schedulers.dip.engine import search
-from scripts.edit_files import main
 from tests.core.test_files import plan_of
+from tests.edited_files import main
 
 
 def test_some_edits_of_every_kind_of_file():

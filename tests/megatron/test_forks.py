@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from examples.llava_digits.runs import Run, Start, started
-from scripts.upstream.runs import HERE, run_script
 from tests.forked import forked
+from tests.upstream.runs import HERE, run_script
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),

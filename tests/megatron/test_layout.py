@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from dip_megatron.describe.model import load_model
 from dip_megatron.megatron.adapters.layout import given_layout, take_layout
 from dip_megatron.megatron.chunks import unlike_the_loop
-from scripts.upstream.runs import HERE, run_script
 from tests.forked import forked
+from tests.upstream.runs import HERE, run_script
 
 SCRIPT = HERE / "pretrain_tiny_gpt.py"
 

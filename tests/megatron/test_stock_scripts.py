@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples.llava_digits.runs import Run
-from scripts.upstream.runs import run_script
+from tests.upstream.runs import run_script
 
 CHECKOUT = os.environ.get("DIP_MEGATRON_CHECKOUT")
 pytestmark = [

@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from scripts.soaking.checks import faults, read_log
-from scripts.soaking.replicas import BATCH, samples_of, wrong
 from tests.forked import forked
+from tests.soak.checks import faults, read_log
+from tests.soak.replicas import BATCH, samples_of, wrong
 
 LINE = (
     " [2026-01-01 00:00:00.000000] iteration {i:8d}/     400 | consumed samples: 96 | elapsed time per iteration (ms): "
@@ -100,7 +100,7 @@ def test_what_was_trained_last_counts(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
 @pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
 def test_a_short_soak_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scripts.soaking.__main__ import soak
+    from tests.soak.__main__ import soak
 
     monkeypatch.setenv("SOAK_PATIENT", "1")
     for name in ("SOAK_DIARY", "SOAK_SAMPLES", "SOAK_EVERY"):

@@ -95,9 +95,9 @@ def begin_on_this_host() -> None:
 
 
 def adapt_example(script: str) -> None:
-    """What ``examples/multimodal/train.py`` needs; see :mod:`scripts.upstream.multimodal`."""
+    """What ``examples/multimodal/train.py`` needs; see :mod:`tests.upstream.multimodal`."""
     if Path(script).resolve().parent.name == "multimodal":
-        from scripts.upstream.multimodal import cut_down, mend
+        from tests.upstream.multimodal import cut_down, mend
 
         cut_down()
         mend()

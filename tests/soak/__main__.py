@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dip_megatron.report.tables import table
 from examples.llava_digits.runs import RANKS, SCRIPT, Run, RunFailed, Start, started, train, training_flags
-from scripts.soaking.checks import faults, growth, quarters, read_log
+from tests.soak.checks import faults, growth, quarters, read_log
 
 # Smaller than the quickstart, and learning so slowly that differences in the last bits stay there.
 TINY = shlex.split(
@@ -31,7 +31,7 @@ def soak(iterations: int, every: int, out: Path, console: Console, start: Start 
     flags = [*training_flags(iterations), *TINY]
     os.environ["SOAK_DIARY"] = str(out)
     os.environ["SOAK_SAMPLES"] = str(4 * iterations)
-    command = [sys.executable, "-m", "scripts.soaking.trainer", str(SCRIPT), *flags]
+    command = [sys.executable, "-m", "tests.soak.trainer", str(SCRIPT), *flags]
     logs, took = {}, {}
     for name, distance, more in (("undisturbed", 0, []), ("disturbed", every, ["--dip-schedule", "dynamic"])):
         os.environ["SOAK_EVERY"] = str(distance)

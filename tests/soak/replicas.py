@@ -26,10 +26,10 @@ from rich.console import Console
 
 from dip_megatron.report.tables import table
 from examples.llava_digits.runs import SCRIPT, RunFailed, train, training_flags
-from scripts.soaking.__main__ import TINY
-from scripts.soaking.checks import ABSOLUTE_NORM, RELATIVE_LOSS, read_log
-from scripts.soaking.exchanges import FATAL
 from tests.forked import forked
+from tests.soak.__main__ import TINY
+from tests.soak.checks import ABSOLUTE_NORM, RELATIVE_LOSS, read_log
+from tests.soak.exchanges import FATAL
 
 RANKS, BATCH = 4, 6
 TIMEOUT_SECONDS = 40.0
@@ -82,7 +82,7 @@ def run(
             "DIP_TRACE_DIR": str(here),
         }  # fmt: skip
         command = [
-            sys.executable, "-m", "scripts.soaking.trainer", str(SCRIPT), *training_flags(iterations), *TINY,
+            sys.executable, "-m", "tests.soak.trainer", str(SCRIPT), *training_flags(iterations), *TINY,
             "--global-batch-size", str(BATCH), "--save", str(folder / "saved"), "--load", str(folder / "saved"),
             "--save-interval", str(max(life // 8, 1)), "--exit-interval", str(life), *flags,
         ]  # fmt: skip

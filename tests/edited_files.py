@@ -1,7 +1,7 @@
 """Edit every file that a user can hand in at random, run the verb that reads it, and see that each is used or refused.
 
     scripts/deep_test                      # this and the deep properties
-    python -m scripts.edit_files --count 500 --seed 3
+    python -m tests.edited_files --count 500 --seed 3
 
 One to three edits a file: values become others of every kind and size, keys go, come or change, entries repeat, text is
 cut. A file has to be used (exit status 0), found faulty (1, by ``dip check``) or refused in one line (2). A traceback,
@@ -144,7 +144,7 @@ def outcomes() -> Iterator[Callable[[list[str]], str | None]]:
     """:func:`outcome`, forked from a process of one thread. A fork of the caller might wait for a lock that another of
     its threads held, and its memory would count all that is loaded here."""
     server = subprocess.Popen(
-        [sys.executable, "-c", "from scripts.edit_files import serve; serve()"], cwd=ROOT, stdin=subprocess.PIPE,
+        [sys.executable, "-c", "from tests.edited_files import serve; serve()"], cwd=ROOT, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )  # fmt: skip
     with server:

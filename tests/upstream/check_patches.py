@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from examples.llava_digits.runs import ROOT, RunFailed
-from scripts.upstream.runs import run_script
+from tests.upstream.runs import run_script
 
 PATCHES = ROOT / "patches"
 TARGET = Path("megatron") / "training" / "__init__.py"

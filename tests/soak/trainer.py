@@ -1,6 +1,6 @@
 """One rank of a soak: the example's training script, with drifting data, faulty planner workers and a diary.
 
-``python -m scripts.soaking.trainer SCRIPT ARGS...``; settings come in environment variables, since the arguments are
+``python -m tests.soak.trainer SCRIPT ARGS...``; settings come in environment variables, since the arguments are
 Megatron's: SOAK_DIARY (folder), SOAK_SAMPLES, SOAK_EVERY (requests between faults; 0: Megatron's own schedule), and
 SOAK_PATIENT (set: a batch waits until a worker is idle). With SOAK_FATAL and SOAK_EXCHANGES faults are those of
 exchanges between replicas, instead of the planner's.

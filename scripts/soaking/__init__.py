@@ -1,1 +1,0 @@
-"""The soak: long training with faults. ``scripts/soak`` runs it."""
