@@ -225,11 +225,11 @@ def build(rank: int, world: int, case: Case) -> tuple[Any, Any, list[Any], Any]:
     from dip_megatron.megatron.build import record_blueprint
 
     bridge, provider = provider_of(case, world)
-    module, name = "known", "BRIDGE_FAMILIES"
+    module, name = "bridge_models", "BRIDGE_FAMILIES"
     if case.tiny in MCORE_TINY:
-        module, name = "mcore_known", "MCORE_BRIDGE_FAMILIES"
+        module, name = "mcore_bridge_models", "MCORE_BRIDGE_FAMILIES"
     if case.tiny in ROLL_TINY:
-        module, name = "roll_known", "ROLL_FAMILIES"
+        module, name = "roll_models", "ROLL_FAMILIES"
     families = getattr(importlib.import_module(f"dip_megatron.families.multimodal.{module}"), name)
     family, blueprint = record_blueprint(families, provider.provide, pre_process=True, post_process=True)
     program: Any = family.program(blueprint, case.layers, rank=stage(case, rank), micro_batch_size=1)
