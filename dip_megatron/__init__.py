@@ -104,10 +104,10 @@ def install(families: Sequence[ModelFamily] = (), samples: SamplePacking | None 
     """
     from .megatron.hooks import Hooks
 
-    hooks = Hooks.installed()
-    hooks.add_families(families)
+    runs = Hooks.installed().runs
+    runs.add_families(families)
     if samples is not None:
-        hooks.pack_samples(samples)
+        runs.pack_samples(samples)
 
 
 def build_model(
@@ -132,7 +132,7 @@ def build_model(
     Raises ConfigurationError, in one line, for settings or a model that DIP can't take, RuntimeError before Megatron's
     parallel state is initialized.
     """
-    from .megatron.adapters.generic import build
+    from .megatron.any_loop import build
 
     return build(provider, micro_batch_size=micro_batch_size, num_microbatches=num_microbatches, **settings)
 

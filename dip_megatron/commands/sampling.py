@@ -67,8 +67,7 @@ def sampled(
     from ..megatron.hooks import Hooks
     from ..megatron.sampling import SampleTaken, SamplingSession
 
-    hooks = Hooks.installed()
-    hooks.make_session = lambda loop, config, families, tell: SamplingSession(
+    Hooks.installed().runs.make_session = lambda loop, config, families, tell: SamplingSession(
         loop, config, families, wanted=wanted(loop.num_microbatches, loop.parallel.dp), **session
     )  # fmt: skip
     said = io.StringIO()

@@ -15,7 +15,7 @@ from ..planner.warm import warm_up_plans  # noqa: E402
 from . import rank  # noqa: E402, F401
 
 logging.disable(logging.NOTSET)
-Hooks.installed().families()
+Hooks.installed().runs.families()
 warm_up_plans()
 gc.collect()
 gc.freeze()  # a collection in a rank would write to, and so copy, what is shared

@@ -176,10 +176,10 @@ def _leave_with_parent() -> None:
 
 def _train(job: Job, folder: Path, write: Any, began: float) -> None:
     replica = parallel_state.get_data_parallel_rank()
-    hooks = Hooks.installed()
-    if not any(f.model_class is RehearsedModel for f in hooks.families()):
-        hooks.add_families([family("vlm-mix")])
-    hooks.make_session = RehearsalSession
+    runs = Hooks.installed().runs
+    if not any(f.model_class is RehearsedModel for f in runs.families()):
+        runs.add_families([family("vlm-mix")])
+    runs.make_session = RehearsalSession
     iteration = 0
     loop = RehearsedLoop(
         folder, micro_batch_size=1, num_microbatches=job.each, read_ahead=True, log_interval=job.iterations,
@@ -189,7 +189,7 @@ def _train(job: Job, folder: Path, write: Any, began: float) -> None:
     settings = dict(job.settings)
     if loop.saved:
         del settings["modules"]  # the checkpoint has them
-    session = hooks.begin(loop, DipConfig(schedule="dynamic", **settings))
+    session = runs.begin(loop, DipConfig(schedule="dynamic", **settings))
     assert isinstance(session, RehearsalSession)
     session.scale, session.account = job.scale, Account()
     session.prices = read_prices(folder, parallel_state.get_pipeline_model_parallel_rank())
@@ -216,7 +216,7 @@ def _train(job: Job, folder: Path, write: Any, began: float) -> None:
         write(line)
     write(_held(session))
     dist.barrier()
-    hooks.end(session)
+    runs.end(session)
     dist.destroy_process_group()
 
 

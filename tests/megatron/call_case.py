@@ -171,7 +171,7 @@ def unfinished(rank: int, world: int) -> str:
     loop = Loop(world, dip=True)
     from dip_megatron.megatron.hooks import Hooks
 
-    session = Hooks.installed().session
+    session = Hooks.installed().runs.session
     assert session is not None
     session._loop.finalizes = True
     for chunk in loop.chunks:

@@ -91,9 +91,9 @@ def trains(rank: int, world: int, job: Job, balance: str, slow: str) -> Trained:
             found.lengths.append(sorted(gathered(lengths)))
             found.counts.append(len(lengths))
     if balance:
-        hooks = Hooks.installed()
-        assert hooks.session is not None
-        hooks.end(hooks.session)
+        runs = Hooks.installed().runs
+        assert runs.session is not None
+        runs.end(runs.session)
     states = (torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes())  # type: ignore[index, union-attr]  # noqa: NPY002
     return found._replace(random=hashlib.sha256(repr(states).encode()).hexdigest())
 

@@ -69,9 +69,9 @@ REPLACED = """
         from dip_megatron.megatron.hooks import Hooks
         def theirs(*arguments, **keywords): ...
         training.get_model = {replacement}
-        hooks = Hooks.installed()
-        hooks.make_session = lambda *_: None
-        hooks.begin(types.SimpleNamespace(samples=None), None)
+        runs = Hooks.installed().runs
+        runs.make_session = lambda *_: None
+        runs.begin(types.SimpleNamespace(samples=None), None)
 """
 
 

@@ -285,9 +285,9 @@ def own_loop(rank: int, world: int, ranks: Ranks, case: ExpertsCase) -> Any:
         forward_step_func=forward_step, data_iterator=iter(batches(case)), model=chunks,
         num_microbatches=case.microbatches, seq_length=LENGTH, micro_batch_size=1, forward_only=False,
     )  # fmt: skip
-    session = Hooks.installed().session
+    session = Hooks.installed().runs.session
     assert session is not None
-    Hooks.installed().end(session)
+    Hooks.installed().runs.end(session)
     return (*found(losses, chunks), session._loop.parallel.coupled)
 
 

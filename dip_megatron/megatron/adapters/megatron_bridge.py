@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...config import DipConfig
     from ...planner.model_graphs import Chunks
     from ..checkpoints import Checkpoint
-    from ..hooks import Hooks
+    from ..runs import Runs
     from ..session import DipSession
 
 _LAYOUT = {
@@ -118,8 +118,8 @@ def take_layout(model: Any) -> GivenLayout | None:
 class MegatronBridge:
     """See :class:`.loop.LoopAdapter`."""
 
-    def __init__(self, hooks: Hooks):
-        self._hooks = hooks
+    def __init__(self, runs: Runs):
+        self._runs = runs
         self._session: DipSession | None = None
         self._loop: BridgeLoop | None = None
         self._targets = {
@@ -149,13 +149,13 @@ class MegatronBridge:
 
     def _setup(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def setup(state: Any, *rest: Any, **kwargs: Any) -> Any:
-            self._session = self._loop = self._hooks.pairing = None
+            self._session = self._loop = self._runs.pairing = None
             try:
                 config = load_settings(getattr(state.cfg, "dip", None) or {}).config
                 if config.schedule != "off":
-                    check_release(self._hooks.tell)
+                    check_release(self._runs.tell)
                     for line in (*switch_off(state.cfg.model), *switch_off(state.cfg.straggler)):
-                        self._hooks.tell(line)
+                        self._runs.tell(line)
                     check_bridge(state.cfg, config.schedule)
                     self._session = self._begin(state, config)
                 elif config.pairs:
@@ -169,21 +169,21 @@ class MegatronBridge:
     def _begin(self, state: Any, config: DipConfig) -> DipSession:
         from ...families.multimodal.bridge_models import BRIDGE_FAMILIES
 
-        self._hooks.add_families(BRIDGE_FAMILIES)
+        self._runs.add_families(BRIDGE_FAMILIES)
         self._loop = BridgeLoop(state, take_layout(state.cfg.model))
-        return self._hooks.begin(self._loop, config)
+        return self._runs.begin(self._loop, config)
 
     def _begin_pairing(self, state: Any, config: DipConfig) -> None:
         from ...families.multimodal.bridge_models import BRIDGE_FAMILIES
 
-        self._hooks.add_families(BRIDGE_FAMILIES)
-        self._hooks.pair(BridgeLoop(state, None), config)
+        self._runs.add_families(BRIDGE_FAMILIES)
+        self._runs.pair(BridgeLoop(state, None), config)
 
     def _finish(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def finish_train(*args: Any, **kwargs: Any) -> Any:
             # Bridge goes on to end the process groups over which DIP's ranks talk.
             if self._session is not None:
-                self._hooks.end(self._session)
+                self._runs.end(self._session)
                 self._session = self._loop = None
             return original(*args, **kwargs)
 
@@ -191,8 +191,8 @@ class MegatronBridge:
 
     def _create(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def create_model(provider: Any, *rest: Any, **kwargs: Any) -> Any:
-            if self._session is None and self._hooks.pairing is not None:
-                noting = self._hooks.pairing.noting(provider.provide)
+            if self._session is None and self._runs.pairing is not None:
+                noting = self._runs.pairing.noting(provider.provide)
                 return original(SimpleNamespace(provide=noting), *rest, **kwargs)
             if self._session is None:
                 return original(provider, *rest, **kwargs)
@@ -219,7 +219,7 @@ class MegatronBridge:
             state = original(*args, **kwargs)
             if (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False):
                 return state
-            if self._hooks.session is not None:
+            if self._runs.session is not None:
                 share_step(state)
             if self._loop is not None:
                 state.update(self._loop.chunks)

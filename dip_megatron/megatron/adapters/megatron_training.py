@@ -21,7 +21,7 @@ from .loop import Target, TrainingLoop
 if TYPE_CHECKING:
     from ...planner.model_graphs import Chunks
     from ..checkpoints import Checkpoint
-    from ..hooks import Hooks
+    from ..runs import Runs
 
 _LOADER_STATE, _STATE = "maybe_save_dataloader_state", "generate_state_dict"
 _BUILDERS = "models that Megatron's builders build, as for pretrain_gpt.py"
@@ -83,8 +83,8 @@ class MegatronLoop(TrainingLoop):
 class MegatronTraining:
     """See :class:`.loop.LoopAdapter`."""
 
-    def __init__(self, hooks: Hooks):
-        self._hooks = hooks
+    def __init__(self, runs: Runs):
+        self._runs = runs
         self._loop: MegatronLoop | None = None
         self._targets = {
             "arguments": (
@@ -130,7 +130,7 @@ class MegatronTraining:
             try:
                 config = run_config(args)
                 for line in switch_off(args) if config.on else ():
-                    self._hooks.tell(line)
+                    self._runs.tell(line)
                 check_arguments(args)
                 result = original(args, *rest, **kwargs)
                 check_arguments(args)  # validation derives sizes that the check looks at
@@ -145,20 +145,20 @@ class MegatronTraining:
                 take_layout(args)
                 self._loop = MegatronLoop(args, package, layout)
                 try:
-                    self._hooks.begin(self._loop, config)
+                    self._runs.begin(self._loop, config)
                 except ConfigurationError as error:
                     sys.exit(f"dip: {error}")
             elif config.pairs:
-                self._hooks.pair(MegatronLoop(args, original.__module__.rpartition(".")[0], None), config)
+                self._runs.pair(MegatronLoop(args, original.__module__.rpartition(".")[0], None), config)
             return result
 
         return validate
 
     def _built_by(self, provider: Callable[..., Any]) -> Callable[..., Any] | None:
         """What builds a model instead of a script's ``provider``; None: that itself."""
-        if self._hooks.session is not None:
-            return self._hooks.session.segmented(provider)
-        return None if self._hooks.pairing is None else self._hooks.pairing.noting(provider)
+        if self._runs.session is not None:
+            return self._runs.session.segmented(provider)
+        return None if self._runs.pairing is None else self._runs.pairing.noting(provider)
 
     def _get_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_model(provider: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
@@ -189,7 +189,7 @@ class MegatronTraining:
     def _prepared(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def prepare(chunks: list[Any], config: Any, *rest: Any, **kwargs: Any) -> Any:
             # Wrappers for mixed precision must know how many chunks there are: the whole model's config doesn't.
-            own = config if self._hooks.session is None else chunks[0].config
+            own = config if self._runs.session is None else chunks[0].config
             return original(chunks, own, *rest, **kwargs)
 
         return prepare
@@ -206,8 +206,8 @@ class MegatronTraining:
         def save_grads(save_dir: Any, state_dict: Any, *rest: Any, **kwargs: Any) -> Any:
             from ..dumps import by_whole_names
 
-            if self._hooks.session is not None and self._hooks.session.chunks:
-                state_dict = by_whole_names(state_dict, self._hooks.session.chunks)
+            if self._runs.session is not None and self._runs.session.chunks:
+                state_dict = by_whole_names(state_dict, self._runs.session.chunks)
             return original(save_dir, state_dict, *rest, **kwargs)
 
         return save_grads
@@ -219,7 +219,7 @@ class MegatronTraining:
             state = original(*args, **kwargs)
             loading = (kwargs.get("optim_sd_kwargs") or {}).get("is_loading", False)
             by_place = getattr(args[0] if args else kwargs.get("args"), "ckpt_format", None) == "torch"
-            if self._hooks.session is not None and not loading and not by_place:
+            if self._runs.session is not None and not loading and not by_place:
                 share_step(state)
             return state
 

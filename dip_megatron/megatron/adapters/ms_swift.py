@@ -23,7 +23,7 @@ from .layout import GivenLayout
 from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
-    from ..hooks import Hooks
+    from ..runs import Runs
     from ..session import DipSession
 
 _BRIDGE = "mcore_bridge.bridge.gpt_bridge"
@@ -135,8 +135,8 @@ def _take_layout(args: Any) -> GivenLayout | None:
 class MsSwift:
     """See :class:`.loop.LoopAdapter`."""
 
-    def __init__(self, hooks: Hooks):
-        self._hooks = hooks
+    def __init__(self, runs: Runs):
+        self._runs = runs
         self._session: DipSession | None = None
         self._targets = {
             _TRAINER: (
@@ -163,12 +163,12 @@ class MsSwift:
             try:
                 config = load_settings({}).config
                 if config.on:
-                    check_release(self._hooks.tell)
+                    check_release(self._runs.tell)
                     for setting, reason, way_out in refusals(trainer):
                         raise ConfigurationError(
                             f"schedule {config.schedule} and {setting}: {reason}; {way_out}, or use schedule off"
                         )
-                    self._session = self._hooks.begin(self._loop(trainer), config)
+                    self._session = self._runs.begin(self._loop(trainer), config)
                 return original(trainer, *rest, **kwargs)
             except ConfigurationError as error:
                 sys.exit(f"dip: {error}")
@@ -178,12 +178,12 @@ class MsSwift:
     def _loop(self, trainer: Any) -> SwiftLoop:
         from ...families.multimodal.mcore_bridge_models import MCORE_BRIDGE_FAMILIES
 
-        self._hooks.add_families(MCORE_BRIDGE_FAMILIES)
+        self._runs.add_families(MCORE_BRIDGE_FAMILIES)
         if trainer.args.vit_gradient_checkpointing:
             trainer.args.vit_gradient_checkpointing = False
-            self._hooks.tell("vit_gradient_checkpointing isn't followed: plans say what is recomputed")
+            self._runs.tell("vit_gradient_checkpointing isn't followed: plans say what is recomputed")
         for line in switch_off(trainer.args):
-            self._hooks.tell(line)
+            self._runs.tell(line)
         return SwiftLoop(trainer, _take_layout(trainer.args))
 
     def _get_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,7 +216,7 @@ class MsSwift:
             finally:
                 # ms-swift goes on to end the process groups over which DIP's ranks talk.
                 if self._session is not None:
-                    self._hooks.end(self._session)
+                    self._runs.end(self._session)
                     self._session = None
 
         return finalize_training

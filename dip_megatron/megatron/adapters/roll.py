@@ -26,7 +26,7 @@ from .loop import Target
 if TYPE_CHECKING:
     from ...config import DipConfig
     from ...planner.model_graphs import Chunks
-    from ..hooks import Hooks
+    from ..runs import Runs
     from .generic import GenericLoop
 
 _STRATEGY = "roll.distributed.strategy.megatron_strategy"
@@ -87,8 +87,8 @@ def take_layout(config: Any) -> GivenLayout | None:
 class Roll:
     """See :class:`.loop.LoopAdapter`."""
 
-    def __init__(self, hooks: Hooks):
-        self._hooks = hooks
+    def __init__(self, runs: Runs):
+        self._runs = runs
         self._waiting: tuple[Any, DipConfig] | None = None
         self._targets = {
             _STRATEGY: (
@@ -142,11 +142,11 @@ class Roll:
             from ...families.multimodal.roll_models import ROLL_FAMILIES
             from ...families.shared.shapes import LANGUAGE
 
-            self._hooks.add_families(ROLL_FAMILIES)
+            self._runs.add_families(ROLL_FAMILIES)
             for line in switch_off(config):
-                self._hooks.tell(line)
+                self._runs.tell(line)
             loop, held = self._loop(strategy, config)
-            chunks = self._hooks.begin(loop, settings).segmented(partial(cls, config))(*args, **kwargs)
+            chunks = self._runs.begin(loop, settings).segmented(partial(cls, config))(*args, **kwargs)
             mark(config, chunks, held[LANGUAGE], parallel_state.get_pipeline_model_parallel_rank())
             # What the strategy sets on its model's config, schedules look for on the first chunk's.
             models.models, models.config = list(chunks), chunks[0].config

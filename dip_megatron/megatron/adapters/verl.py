@@ -18,7 +18,7 @@ from .loop import Target
 from .megatron_bridge import take_layout
 
 if TYPE_CHECKING:
-    from ..hooks import Hooks
+    from ..runs import Runs
     from .generic import GenericLoop
 
 _MODULE = "verl.utils.megatron_utils"
@@ -52,8 +52,8 @@ def refusals(wrap_config: Any, provider: Any, peft_cls: Any) -> list[tuple[str, 
 class Verl:
     """See :class:`.loop.LoopAdapter`."""
 
-    def __init__(self, hooks: Hooks):
-        self._hooks = hooks
+    def __init__(self, runs: Runs):
+        self._runs = runs
 
     def wanted(self, module: str) -> bool:
         return module == _MODULE
@@ -74,7 +74,7 @@ class Verl:
                     raise ConfigurationError(
                         f"schedule {config.schedule} and {setting}: {reason}; {way_out}, or use schedule off"
                     )
-                session = self._hooks.begin(self._loop(wrap_config, provider), config)
+                session = self._runs.begin(self._loop(wrap_config, provider), config)
                 # Of the provider, Bridge asks for no more where it creates a model, and takes a list of chunks, too.
                 provider.provide = session.segmented(provider.provide)
                 try:
@@ -94,7 +94,7 @@ class Verl:
         from ...families.multimodal.bridge_models import BRIDGE_FAMILIES
         from .generic import GenericLoop
 
-        self._hooks.add_families(BRIDGE_FAMILIES)
+        self._runs.add_families(BRIDGE_FAMILIES)
         layout = take_layout(provider)
         parallel_state.set_virtual_pipeline_model_parallel_world_size(None)  # verl has told it of virtual stages
         return GenericLoop(
