@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from hypothesis import strategies as st
 
-from dip_megatron.core import ModalityModule, OperationGraph, Unit
+from dip_megatron.core import ModalityModule, Operation, OperationGraph, Unit
 
 GIB = float(2**30)
 
@@ -36,6 +36,12 @@ def smallest_need(graph: OperationGraph) -> np.ndarray:
         rows = [s for s in range(graph.virtual_microbatches) if int(graph.unit_of[s]) in seen]
         need = np.maximum(need, np.where(graph.has_backward, lean, 0.0)[rows].sum(axis=0))
     return need
+
+
+def predecessors(graph: OperationGraph, operation: Operation) -> tuple[Operation, ...]:
+    """The operations whose outputs ``operation`` reads."""
+    inputs = graph.inputs(operation.kind, graph.virtual_microbatch_of(operation), operation.rank)
+    return tuple(graph.operation(d.kind, d.virtual_microbatch, d.rank) for d in inputs)
 
 
 def with_memory(graph: OperationGraph, factor: float) -> OperationGraph:

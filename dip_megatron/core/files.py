@@ -65,14 +65,14 @@ def read_plans(path: str | Path) -> Iterator[Plan]:
         raise PlanFileError(f"{path}:1: file: holds no plan")
 
 
-def read_plan_sets(path: str | Path) -> Iterator[PlanSet]:
-    """The plan sets of a file, as they are read: plans of coupled replicas stand on consecutive lines, replica by
-    replica; any other plan is a set by itself. Raises PlanFileError for a malformed line or an incomplete set."""
-    return plan_sets_of(read_plans(path), path)
-
-
 def plan_sets_of(plans: Iterable[Plan], path: str | Path) -> Iterator[PlanSet]:
-    """:func:`read_plan_sets` of the plans of the file ``path``."""
+    """The plan sets that the plans of the file ``path`` make up, as the plans are read.
+
+    Plans of coupled replicas stand on consecutive lines, replica by replica; any other plan is a set of its own.
+
+    Raises:
+        PlanFileError: a line is malformed, or a set incomplete.
+    """
     started: list[Plan] = []
     for number, plan in enumerate(plans, start=1):
         if plan.coupled is None:

@@ -342,13 +342,6 @@ class OperationGraph:
         readers = (d._replace(kind=Kind.B) for d in self._forwards_before(node))
         return tuple(d for d in readers if self.has_backward[d.virtual_microbatch, d.rank])
 
-    def predecessors(self, operation: Operation) -> tuple[Operation, ...]:
-        """:meth:`inputs` of an operation, as operations."""
-        s = self.virtual_microbatch_of(operation)
-        return tuple(
-            self.operation(d.kind, d.virtual_microbatch, d.rank) for d in self.inputs(operation.kind, s, operation.rank)
-        )
-
     # -- views ---------------------------------------------------------------------------------------------------
     @property
     def candidates(self) -> int:

@@ -28,22 +28,6 @@ class Schedule:
         kind, virtual_microbatch = divmod(int(self.orders[rank][index]), graph.virtual_microbatches)
         return graph.operation(Kind(kind), virtual_microbatch, rank)
 
-    @staticmethod
-    def from_operations(
-        graph: OperationGraph, operations: list[list[Operation]], strategy: NDArray[np.int8] | None = None
-    ) -> Schedule:
-        """Inverse of :meth:`operations`, all ranks at once; without ``strategy`` every stage uses candidate 0."""
-        orders = tuple(
-            np.array(
-                [int(k.kind) * graph.virtual_microbatches + graph.virtual_microbatch_of(k) for k in line],
-                dtype=np.int32,
-            )
-            for line in operations
-        )
-        if strategy is None:
-            strategy = np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8)
-        return Schedule(orders, strategy)
-
 
 def check_complete(graph: OperationGraph, schedule: Schedule) -> str | None:
     """None if every rank has each operation exactly once and W after its B after its F; else the first fault."""

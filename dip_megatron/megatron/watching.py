@@ -26,10 +26,6 @@ class ModuleWatch(importlib.abc.MetaPathFinder):
         """Watch from now on."""
         sys.meta_path.insert(0, self)
 
-    def uninstall(self) -> None:
-        """Watch no more."""
-        sys.meta_path.remove(self)
-
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:

@@ -24,7 +24,7 @@ ALIGNMENT = 512
 Layout = Sequence[tuple[torch.dtype, tuple[int, ...]]]
 Handle = bytes | int
 """With which another process maps a buffer: bytes, or the descriptor of a file, which has to travel over a Unix socket
-and belongs to whoever has it: it is closed once it has been sent, and by :meth:`SharedCopies.open`."""
+and belongs to whoever has it: it is closed once it has been sent, and by :meth:`HostCopies.open`."""
 
 
 class Mark(Protocol):
@@ -32,56 +32,6 @@ class Mark(Protocol):
 
     def done(self) -> bool:
         """Whether everything before it has ended."""
-        ...
-
-
-class SharedCopies(Protocol):
-    """Allocates and maps shared buffers, and copies between them and ordinary tensors.
-
-    Copies run in the order they are given, beside the computation; ``signal`` objects order them across processes.
-    """
-
-    def allocate(self, size: int) -> tuple[torch.Tensor, Handle]:
-        """A shared buffer of ``size`` bytes (uint8), and the handle with which another process maps it."""
-        ...
-
-    def open(self, handle: Handle) -> torch.Tensor:
-        """Map another process's buffer."""
-        ...
-
-    def let_go(self, buffers: dict[int, torch.Tensor], slot: int) -> None:
-        """Take one of the buffers mapped by ``open`` out of ``buffers``, if it is there, once the copies from it that
-        were given have ended: then its maker may free it."""
-        ...
-
-    def new_signal(self) -> tuple[Any, bytes]:
-        """Something that ``raise_signal`` sets in this process and ``await_signal`` waits for in another."""
-        ...
-
-    def open_signal(self, handle: bytes) -> Any: ...
-
-    def raise_signal(self, signal: Any) -> None:
-        """The signal stands for all copies given so far."""
-        ...
-
-    def await_signal(self, signal: Any) -> None:
-        """Later copies wait for the signal as it was last raised; the host does not."""
-        ...
-
-    def computed(self) -> Mark:
-        """What the computation has been given so far."""
-        ...
-
-    def store(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor], computed: Mark) -> Mark:
-        """Copy ``tensors`` into ``buffer`` once ``computed`` is done. They may be freed as soon as this returns."""
-        ...
-
-    def load(self, payload: Payload, buffer: torch.Tensor) -> tuple[dict[str, torch.Tensor], Mark]:
-        """Copy tensors of ``payload``'s shapes out of ``buffer`` into new ones."""
-        ...
-
-    def hand_over(self, tensors: Mapping[str, torch.Tensor], mark: Mark) -> None:
-        """The computation waits for ``mark`` and may then use ``tensors``; the host does not wait."""
         ...
 
 
@@ -132,6 +82,7 @@ class HostCopies:
         self._folders = [folder for folder in folders if os.path.isdir(folder)]
 
     def allocate(self, size: int) -> tuple[torch.Tensor, Handle]:
+        """Return a shared buffer of ``size`` bytes (uint8), and the handle with which another process maps it."""
         descriptor = self._reserve(size)
         return _mapped(descriptor, size), descriptor
 
@@ -154,6 +105,7 @@ class HostCopies:
         )
 
     def open(self, handle: Handle) -> torch.Tensor:
+        """Map another process's buffer."""
         assert isinstance(handle, int)
         try:
             return _mapped(handle, os.fstat(handle).st_size)
@@ -161,24 +113,29 @@ class HostCopies:
             os.close(handle)
 
     def let_go(self, buffers: dict[int, torch.Tensor], slot: int) -> None:
+        """Take the buffer ``slot`` out of ``buffers``, if it is there, once the copies from it have ended: then the
+        process that allocated it may free it."""
         buffers.pop(slot, None)
 
     def new_signal(self) -> tuple[Any, bytes]:
+        """Return a signal that this process raises, and the handle with which another process opens it."""
         return None, b""
 
     def open_signal(self, handle: bytes) -> Any:
         return None
 
     def raise_signal(self, signal: Any) -> None:
-        pass
+        """Let the signal stand for all copies given so far."""
 
     def await_signal(self, signal: Any) -> None:
-        pass
+        """Make later copies wait for the signal as it was last raised; the host does not wait."""
 
     def computed(self) -> Mark:
+        """Return a mark of the work that the computation has been given so far."""
         return _DONE
 
     def store(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor], computed: Mark) -> Mark:
+        """Copy ``tensors`` into ``buffer`` once ``computed`` is done. They may be freed as soon as this returns."""
         place = buffer.data_ptr()
         for tensor in tensors.values():
             # A negative or conjugate view has other bytes than its numbers.
@@ -189,6 +146,7 @@ class HostCopies:
         return _DONE
 
     def load(self, payload: Payload, buffer: torch.Tensor) -> tuple[dict[str, torch.Tensor], Mark]:
+        """Copy tensors of the shapes of ``payload`` out of ``buffer`` into new ones."""
         place, found = buffer.data_ptr(), {}
         for spec in payload:
             tensor = found[spec.name] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
@@ -198,7 +156,7 @@ class HostCopies:
         return found, _DONE
 
     def hand_over(self, tensors: Mapping[str, torch.Tensor], mark: Mark) -> None:
-        pass
+        """Make the computation wait for ``mark``, after which it may use ``tensors``; the host does not wait."""
 
     def close(self) -> None:
         """Nothing is left to do."""
@@ -217,7 +175,10 @@ class _EventMark:
 
 
 class CudaCopies:
-    """Buffers on one GPU, exported by CUDA IPC; copies on a stream of their own, before the computation's kernels."""
+    """Buffers on one GPU, exported by CUDA IPC; copies on a stream of their own, before the computation's kernels.
+
+    Its methods are those of :class:`HostCopies`; signals are interprocess events, recorded on the stream of the copies.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dip_megatron.core.files import format_plan, read_plan_sets
+from dip_megatron.core.files import format_plan, plan_sets_of, read_plans
 from dip_megatron.core.verify import verify
 
 FILES = Path(__file__).parent / "plans_0_1"
@@ -19,7 +19,7 @@ FILES = Path(__file__).parent / "plans_0_1"
 )
 def test_files_of_version_0_1_still_load(name, digest):
     path = FILES / f"{name}.jsonl"
-    (together,) = read_plan_sets(path)
+    (together,) = plan_sets_of(read_plans(path), path)
     verify(*together.plans)
     assert together.timeline.iteration_time == together.iteration_time
     assert (together.digest() if name == "coupled" else together.plans[0].digest()) == digest

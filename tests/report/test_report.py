@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +39,9 @@ def test_spans_of_a_simulation_hold_every_operation_once(seed: int) -> None:
     keys = [graph.operation(Kind.F, s, 0) for s in range(graph.virtual_microbatches)]
     keys += [graph.operation(Kind.BW if graph.has_weight[s, 0] else Kind.B, s, 0)
              for s in reversed(range(graph.virtual_microbatches)) if graph.has_backward[s, 0]]  # fmt: skip
-    schedule = Schedule.from_operations(graph, [keys])
+    codes = [int(k.kind) * graph.virtual_microbatches + graph.virtual_microbatch_of(k) for k in keys]
+    strategy = np.zeros((graph.virtual_microbatches, 1), dtype=np.int8)
+    schedule = Schedule((np.array(codes, dtype=np.int32),), strategy)
     timeline = simulate(graph, schedule)
     spans = spans_of(graph, schedule, timeline)
     assert [s.operation for s in spans] == keys

@@ -29,7 +29,7 @@ from dip_megatron.runtime.clock import Clock
 from dip_megatron.runtime.executor import Executor
 from dip_megatron.runtime.transport import Tensors, TransportError, ring_channels
 from tests.core.simulate.test_kernels import drawn_schedule
-from tests.graphs import random_graph
+from tests.graphs import predecessors, random_graph
 from tests.patience import APART
 
 PRIME = 2**31 - 1
@@ -70,20 +70,20 @@ class PlainOrder:
             graph.operation(Kind.F, s, p) for s in range(graph.virtual_microbatches) for p in range(graph.ranks)
         ]
         for stage in self.stages:
-            for source in graph.predecessors(stage):
+            for source in predecessors(graph, stage):
                 self._readers[source].append(stage)
         self.forward = cache(self._forward)
         self.backward = cache(self._backward)
 
     def _forward(self, stage: Operation) -> int:
-        return output(stage, [self.forward(source) for source in self._graph.predecessors(stage)])
+        return output(stage, [self.forward(source) for source in predecessors(self._graph, stage)])
 
     def _backward(self, stage: Operation) -> int:
         gradients = []
-        for key in self._graph.predecessors(replace(stage, kind=Kind.B)):
+        for key in predecessors(self._graph, replace(stage, kind=Kind.B)):
             if key.kind == Kind.B:
                 reader = replace(key, kind=Kind.F)
-                number = self._graph.predecessors(reader).index(stage)
+                number = predecessors(self._graph, reader).index(stage)
                 gradients.append(share(self.backward(reader), number))
         return gradient(stage, self.forward(stage), gradients)
 

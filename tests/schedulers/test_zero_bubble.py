@@ -15,6 +15,7 @@ from dip_megatron.schedulers.common import BaselineError
 from dip_megatron.schedulers.megatron import one_forward_one_backward
 from dip_megatron.schedulers.zero_bubble import automatic, handcrafted_h1, handcrafted_v, zb_h1, zb_v
 from tests.drawn import settings
+from tests.graphs import predecessors
 
 from .mixed import mixed_graph
 
@@ -120,7 +121,7 @@ def test_graphs_of_the_wrong_shape_are_refused():
 def test_reversed_segment_starts_where_the_first_one_ends():
     graph = mixed_graph(3, 1, 2, turned=True, transfer=0.5)
     turn = graph.operation(Kind.F, 1, 2)
-    assert graph.predecessors(turn) == (graph.operation(Kind.F, 0, 2),)
+    assert predecessors(graph, turn) == (graph.operation(Kind.F, 0, 2),)
     # Down over two transfers, none at the turn, and up again; the same way back, with a W at the turn and at the end.
     one_way = 6 * 0.5 + 4 * 0.5
     assert simulate(graph, handcrafted_v(graph)).iteration_time == pytest.approx(2 * one_way + 2 * 0.5)

@@ -83,11 +83,6 @@ class TransformerLayer:
         return mixer + self._beside + self.hidden * self.experts.count + self._mlp(self.experts.shared_ffn)
 
     @property
-    def parameters_beside_experts(self) -> int:
-        """Parameters of one layer with experts, these left out: router and shared experts are counted."""
-        return self.parameters_of(LayerKind(experts=True))
-
-    @property
     def expert_parameters(self) -> int:
         """Parameters of all experts of one layer."""
         return 0 if self.experts is None else self.experts.count * self._mlp(self.experts.ffn)

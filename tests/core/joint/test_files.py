@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.commands.check import check
 from dip_megatron.core.experts import Coupled, ExpertLayers
-from dip_megatron.core.files import PlanFileError, format_plan, parse_plan, read_plan_sets, read_plans, write_plans
+from dip_megatron.core.files import PlanFileError, format_plan, parse_plan, plan_sets_of, read_plans, write_plans
 from dip_megatron.core.lower import make_plan_set
 from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.describe.files import ConfigurationError
@@ -46,7 +46,7 @@ def test_sets_of_a_file(tmp_path):
     file = tmp_path / "sets.jsonl"
     sets = [planned(1), planned(2)]
     write_plans(file, [plan for s in sets for plan in s.plans])
-    assert [s.digest() for s in read_plan_sets(file)] == [s.digest() for s in sets]
+    assert [s.digest() for s in plan_sets_of(read_plans(file), file)] == [s.digest() for s in sets]
     result = CliRunner().invoke(check, [str(file)])
     count = sum(len(s.plans) for s in sets)
     assert (result.exit_code, result.output) == (0, f"{file}: {count} plans, no fault\n")
@@ -95,7 +95,7 @@ def test_incomplete_sets_are_malformed(tmp_path, change, reason):
     lines = [format_plan(p) for p in planned(4).plans]
     file.write_text("\n".join(change(lines)) + "\n", encoding="utf-8")
     with pytest.raises(PlanFileError, match=reason):
-        list(read_plan_sets(file))
+        list(plan_sets_of(read_plans(file), file))
     result = CliRunner().invoke(check, [str(file)])
     assert result.exit_code == 2
     assert reason in result.output
