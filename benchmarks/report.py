@@ -20,7 +20,7 @@ import numpy as np
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import simulate_compiled
 from dip_megatron.planner.delivery import DeliveredPlan
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.planner.request import PlannerStatistics
 from dip_megatron.report.html import write_report
 from dip_megatron.report.iterations import IterationReport

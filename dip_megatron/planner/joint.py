@@ -22,7 +22,7 @@ from ..schedulers.entry import Effort, ScheduleEntry
 from ..schedulers.joint import as_they_come, one_slot_at_a_time, pairings, search_joint, together
 from ..schedulers.joint.others import schedule_together
 from ..schedulers.registry import find_schedule
-from .greedy import greedy
+from ..schedulers.greedy import greedy
 from .maker import GraphBuilder, OperationShapes, PayloadShapes, payloads, work_bound
 from .model_graphs import ModelGraphs
 from .request import AnyPlan, PlanRequest

@@ -16,7 +16,7 @@ from ..core.simulate import simulate_compiled
 from ..describe.model import Training
 from ..describe.workload import Microbatch
 from ..schedulers.entry import Found
-from .greedy import greedy
+from ..schedulers.greedy import greedy
 from .request import PlanRequest
 
 

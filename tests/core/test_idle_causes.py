@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dip_megatron.core import OperationGraph, Schedule
 from dip_megatron.core.idle_causes import idle_before
 from dip_megatron.core.simulate import simulate
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from tests.graphs import random_graph
 
 TIMES = ("forward", "backward", "weight", "fused")

@@ -11,7 +11,7 @@ import torch
 
 from dip_megatron.core.lower import make_plan
 from dip_megatron.megatron import gradients
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from tests.graphs import random_graph
 
 

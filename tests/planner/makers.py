@@ -14,7 +14,7 @@ import numpy as np
 
 from dip_megatron.core import Plan, SearchStatistics
 from dip_megatron.core.lower import make_plan
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from tests.graphs import random_graph
 
 

@@ -19,7 +19,7 @@ from dip_megatron.describe.cost import Corrections, Line
 from dip_megatron.describe.cost.corrections import KINDS, seconds_of
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.delivery import PlanDelivery
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.planner.recalibration import Measurement, Recalibration
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService

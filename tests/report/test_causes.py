@@ -10,7 +10,7 @@ from hypothesis import given
 
 from dip_megatron.core import OperationGraph, Schedule
 from dip_megatron.core.simulate import simulate
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.report.causes import idle_causes
 from tests.graphs import random_graph, small_graphs
 

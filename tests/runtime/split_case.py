@@ -13,7 +13,7 @@ from dip_megatron.core import Kind, Schedule
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.strategies import format_strategy, strategy_names
 from dip_megatron.planner.delivery import PlanDelivery
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.service import PlannerService
 from tests.patience import APART

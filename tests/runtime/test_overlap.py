@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import Compute, Kind, Payload
 from dip_megatron.core.lower import incoming, make_plan, outgoing
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.runtime.clock import Clock
 from dip_megatron.runtime.executor import Executor
 from tests.drawn import settings

@@ -8,7 +8,7 @@ from hypothesis import given
 
 from dip_megatron.core import OperationGraph
 from dip_megatron.core.simulate import memory_over_time, simulate
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from tests.graphs import small_graphs
 
 

@@ -16,7 +16,7 @@ from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import build_graph, load_cluster
 from dip_megatron.describe.model import ModulePartition, Partition, load_model
 from dip_megatron.describe.workload import load_workload
-from dip_megatron.planner.greedy import greedy
+from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.schedulers.common import BaselineError
 from dip_megatron.schedulers.dip.engine import search
 from dip_megatron.schedulers.dip.feasibility import DoesNotFitError

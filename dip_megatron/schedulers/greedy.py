@@ -1,7 +1,7 @@
 """The paper's dual-queue greedy (section 4.2) in plain Python: what is left when no planner worker answers.
 
 It needs neither a process nor compiled kernels, takes milliseconds to tens of milliseconds, and always ends: admission
-of forwards follows the banker's rule of :mod:`..schedulers.dip.admission`, so that the work at the head of the line can
+of forwards follows the banker's rule of :mod:`.dip.admission`, so that the work at the head of the line can
 always finish.
 """
 
@@ -14,8 +14,8 @@ from math import inf
 import numpy as np
 
 from ..core import Kind, OperationGraph, Schedule
-from ..schedulers.dip.feasibility import check_fits
-from ..schedulers.dip.problem import Problem, make_problem
+from .dip.feasibility import check_fits
+from .dip.problem import Problem, make_problem
 
 
 def leanest(graph: OperationGraph) -> np.ndarray:
