@@ -225,8 +225,8 @@ def at_the_call(names: Sequence[str], batches: int) -> list[Bar]:
         ) -> tuple[float, float, Plan]:
             start, number = time.perf_counter(), next(numbers)
             deadline = time.monotonic() + 0.8 * AT_CALL_SECONDS
-            service.submit(PlanRequest(number, tuple(loads), AT_CALL_SECONDS, deadline=deadline))  # type: ignore[arg-type]
-            data = pickle.dumps(service.take(number, 0.0))
+            service.submit(PlanRequest(number, (tuple(loads),), AT_CALL_SECONDS, deadline=deadline))  # type: ignore[arg-type]
+            data = pickle.dumps(service.take(number, 0.0).plans[0])
             made = time.perf_counter() - start
             plan = pickle.loads(data)
             plan.digest()
@@ -243,7 +243,7 @@ def at_the_call(names: Sequence[str], batches: int) -> list[Bar]:
             over.append(plan.predicted.iteration_time / plan.predicted.lower_bound)
             seconds[2].append(planned(loads)[1])
             start = time.perf_counter()
-            pickle.dumps(maker.quick(PlanRequest(0, tuple(loads), 0.0)))
+            pickle.dumps(maker.quick(PlanRequest(0, (tuple(loads),), 0.0)))
             seconds[3].append(time.perf_counter() - start)
         service.close()
         medians = np.median(np.array(seconds), axis=1)

@@ -34,6 +34,7 @@ from benchmarks.joint import (
     joint,
 )
 from benchmarks.replicas import Case, Seconds
+from dip_megatron.core.simulate import fit_in_memory
 from dip_megatron.describe.cost import cost_model, load_cluster
 from dip_megatron.describe.model import MultimodalModel, Parallel, load_model
 from dip_megatron.describe.workload import load_workload
@@ -123,7 +124,7 @@ def as_published(case: Case, choice: StaticChoice, draw: Draw, size: int) -> tup
         graphs = [static_graph(case.pricer, choice, b) for b in batches]
         found = schedule_together(find_schedule(FIRST_STAGE), graphs, experts, as_they_come(graphs))
         times.append(found.iteration_time)
-        fits = fits and found.fits
+        fits = fits and fit_in_memory(graphs, found.schedules)
     return max(times), fits
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import simulate_compiled
 from dip_megatron.planner.delivery import DeliveredPlan
-from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.planner.request import PlannerStatistics
 from dip_megatron.report.html import write_report
 from dip_megatron.report.iterations import IterationReport
 from dip_megatron.report.observed import observed
 from dip_megatron.report.recorder import RunRecorder
 from dip_megatron.runtime.clock import MeasuredSpan
+from dip_megatron.schedulers.greedy import greedy
 from tests.browser import DRAWN, opened
 from tests.graphs import paper_graph
 

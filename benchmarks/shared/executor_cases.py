@@ -22,6 +22,7 @@ from benchmarks.shared.models import gpt, language_model
 from benchmarks.shared.worker import TIMEOUT, Worker, squared_norm
 from dip_megatron.core import Kind, ModalityModule, Operation, OperationGraph, Plan, Schedule, Unit
 from dip_megatron.core.lower import make_plan
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.simulate import simulate
 from dip_megatron.describe.model import MultimodalModel, Packing, TransformerLayer
 from dip_megatron.describe.workload import Microbatch
@@ -75,11 +76,11 @@ class FixedPlan:
     def warm_up(self) -> None:
         """Nothing to compile."""
 
-    def quick(self, request: PlanRequest) -> Plan:
-        return self.plan
+    def quick(self, request: PlanRequest) -> PlanSet:
+        return PlanSet((self.plan,))
 
-    def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
-        return self.plan
+    def best(self, request: PlanRequest, give: Callable[[PlanSet], None]) -> PlanSet:
+        return PlanSet((self.plan,))
 
 
 class Bench:

@@ -291,7 +291,7 @@ class DipForwardBackward:
         shared = tuple(self._program.shared(m) for m in microbatches) if here else ()
         training = None if forward_only else self._agreement.training
         request = PlanRequest(
-            self._requests, loads, budget, forward_only, iteration=iteration, training=training
+            self._requests, (loads,), budget, forward_only, iteration=iteration, training=training
         )  # fmt: skip
         self._delivery.request(request, wait, shared, ahead, hurries=self._policy.budget_seconds is None)
         return self._requests

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from ..compat.experts import configs_of_experts
 from ..compat.process_groups import shared_store
 from ..config import DipConfig
-from ..core.experts import ExpertLayers
+from ..core.experts import NO_EXPERTS, ExpertLayers
 from ..describe.files import ConfigurationError
 from ..describe.model import Partition, Training, TrainingMismatchError
 from ..families.family import ModelFamily
@@ -25,9 +25,8 @@ from ..families.shared import deferred_linear
 from ..planner.delivery import CoupledReplicas, PlanDelivery
 from ..planner.facade import live_maker
 from ..planner.from_file import FilePlanner, PlanFile
-from ..planner.joint import joint_maker
 from ..planner.model_graphs import ModelGraphs
-from ..planner.request import PlanMaker, Service
+from ..planner.request import Service
 from ..planner.searchers import live_effort
 from ..planner.service import AT_CALL_SECONDS, IMPROVE_SECONDS, PlannerService
 from ..report.about import about_run
@@ -191,10 +190,7 @@ class DipSession:
             cores = self._loop.computes_on_cores()
             effort = live_effort(config, planners_here, thrifty=cores)
             label = config.schedule if (asked := config.schedule != "off") else self._entry.name
-            if experts is None:
-                maker: PlanMaker = live_maker(self._entry, graphs, program.shapes, effort, label=label)
-            else:
-                maker = joint_maker(self._entry, graphs, program.shapes, effort, experts, label)
+            maker = live_maker(self._entry, graphs, program.shapes, effort, label=label, experts=experts or NO_EXPERTS)
             # One worker process, whose threads search together: only one iteration is planned ahead.
             workers = min(config.planner_workers, 1) if asked and self._entry.ahead else 0
             improve = IMPROVE_SECONDS if config.search_budget is None else config.search_budget

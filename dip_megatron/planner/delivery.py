@@ -9,7 +9,7 @@ import struct
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core import Plan
@@ -54,24 +54,34 @@ class CoupledReplicas:
 
 
 @dataclass(frozen=True)
+class _Ask:
+    """What a replica asks for: a ``request``, with what its rank 0 has ``shared`` with its ranks and what these have
+    measured since it asked last (``told``)."""
+
+    request: PlanRequest
+    shared: Any
+    told: list[bytes]
+
+
+@dataclass(frozen=True)
 class _Answer:
     """What the ranks of a replica are sent: see :class:`DeliveredPlan`. ``digests``: of the plans of all replicas that
-    share experts, with the ``corrections`` of the costs these were made with."""
+    share experts, its own among them, with the ``corrections`` of the costs these were made with."""
 
     plan: Plan
     statistics: PlannerStatistics
     shared: Any
-    digests: tuple[str, ...] = ()
-    corrections: Corrections = field(default_factory=Corrections)
+    digests: tuple[str, ...]
+    corrections: Corrections
 
 
 class PlanDelivery:
-    """Delivers the same plan to every rank of a replica. Its rank 0 owns the planner service, and learns from what all
-    ranks measured.
+    """Delivers the same plan to every rank of a replica.
 
-    Of replicas that share experts the first one's rank 0 plans for all. The first ranks bring together what their
-    replicas ask for and have measured, get their own of the plans that were made together, and tell their replica: no
-    rank takes in another replica's plan, and no collective joins all ranks, of which there may be hundreds.
+    The first replica's rank 0 has the planner service: it plans for all replicas that share experts (for its own, where
+    none are shared), and learns from what all their ranks measured. The first ranks bring together what their replicas
+    ask for and have measured, get their own of the plans that were made together, and tell their replica: no rank takes
+    in another replica's plan, and no collective joins all ranks, of which there may be hundreds.
     """
 
     def __init__(
@@ -85,17 +95,16 @@ class PlanDelivery:
             raise ValueError("exactly rank 0 of the exchange, of the first of coupled replicas, has a planner service")
         if coupled is not None and (exchange.rank == 0) != (coupled.firsts is not None):
             raise ValueError("exactly rank 0 of each coupled replica is in the exchange among the first ranks")
-        self._coupled = coupled
+        self._coupled = coupled or CoupledReplicas(1, 0, _Alone() if exchange.rank == 0 else None)
+        self._firsts = self._coupled.firsts
         self._exchange = exchange
         self._service = service
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dip-plan-delivery")
         self._coming: dict[int, tuple[str, Future[bytes], Prefetch | None]] = {}
         self._recalibration = Recalibration() if recalibrate else None
         self._measured: Measurement | None = None
-        self._corrections: dict[int, Corrections] = {}
-        self._running: tuple[int, Plan, Corrections] | None = None
-        # Of coupled replicas. On all ranks: with what the last plan taken was made; on the first ranks: what their
-        # replica has measured since they asked last; where plans are made, in the thread: plans not learnt from yet.
+        # On all ranks: with what the last plan taken was made; on the first ranks: what their replica has measured
+        # since they asked last; where plans are made, in the thread: plans not learnt from yet.
         self._known = Corrections()
         self._told: list[bytes] = []
         self._made: dict[int, tuple[PlanSet, Corrections]] = {}
@@ -108,28 +117,13 @@ class PlanDelivery:
         ``ahead``: for its first one, until :meth:`take` is called, from when on that will do if training ``hurries``
         (see :class:`.prefetch.Prefetch`)."""
         waits = Prefetch(hurries) if ahead and self._service is not None else None
-        if self._coupled is not None:
-            told, self._told = self._told, []
-            ask = request, shared, told
-            job = self._thread.submit(self._deliver_together, ask, wait_seconds, self._coupled, waits)
-            self._coming[request.request] = request.subject, job, waits
-            return
-        if self._service is not None:
-            # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
-            request = replace(request, deadline=time.monotonic() + 0.8 * wait_seconds)
-            if self._recalibration is not None:
-                request = replace(request, corrections=self._recalibration.corrections())
-                self._corrections[request.request] = request.corrections
-            self._service.submit(request)
-        delivery = self._thread.submit(self._deliver, request.request, wait_seconds, shared, waits)
+        told, self._told = self._told, []
+        delivery = self._thread.submit(self._deliver, _Ask(request, shared, told), wait_seconds, waits)
         self._coming[request.request] = request.subject, delivery, waits
 
     def corrections(self) -> Corrections:
-        """Those that a plan asked for now would be made with; on rank 0. Of coupled replicas, on all of their ranks:
-        those of the last plan taken."""
-        if self._coupled is not None:
-            return self._known
-        return Corrections() if self._recalibration is None else self._recalibration.corrections()
+        """Those of the costs that the last plan taken was made with; on all ranks of all replicas."""
+        return self._known
 
     @property
     def plans_here(self) -> bool:
@@ -170,26 +164,23 @@ class PlanDelivery:
         rest = [data[_HEAD.size :] for data in everyone]
         told = [data[n:] for data, n in zip(rest, lengths, strict=True) if len(data) > n]
         self._measured, self._known = None, answer.corrections
-        if self._coupled is not None:
-            self._told += told if self._coupled.firsts is not None else []
-        else:
-            self._learn([Measurement.unpack(data) for data in told])
-            self._running = (request, answer.plan, self._corrections.pop(request, Corrections()))
+        if self._firsts is not None:
+            self._told += told
         heard = tuple(data[:n] for data, n in zip(rest, lengths, strict=True))
         return DeliveredPlan(request, answer.plan, stall, answer.statistics, answer.shared, heard)
 
     def _agreed(self, request: int, answer: _Answer) -> bytes:
         """Hash of what this rank holds of what all must hold: its plan, and the digests of those made with it."""
-        digests = list(answer.digests) or [""]
-        digests[0 if self._coupled is None else self._coupled.replica] = answer.plan.digest()
+        digests = list(answer.digests)
+        digests[self._coupled.replica] = answer.plan.digest()
         return hashlib.sha256(" ".join([str(request), *digests]).encode()).digest()
 
     def _check(self, subject: str, hashes: Sequence[bytes]) -> None:
         """Raises PlanMismatchError, on all ranks alike, where not all ``hashes`` of the replica's ranks, and those of
         coupled replicas, are the same."""
         replicas = [hashes]
-        if self._coupled is not None:
-            firsts, size = self._coupled.firsts, len(hashes[0])
+        if self._coupled.count > 1:
+            firsts, size = self._firsts, len(hashes[0])
             data = None if firsts is None else b"".join(firsts.gather(b"".join(hashes)))
             data = self._exchange.broadcast(data)
             flat = [data[i : i + size] for i in range(0, len(data), size)]
@@ -197,17 +188,11 @@ class PlanDelivery:
         for replica, theirs in enumerate(replicas):
             odd = [rank for rank, h in enumerate(theirs) if h != replicas[0][0]]
             if odd:
-                where = "the replica" if self._coupled is None else f"replica {replica} of those that share experts"
+                where = "the replica" if len(replicas) == 1 else f"replica {replica} of those that share experts"
                 raise PlanMismatchError(
                     f"{subject}: ranks {odd} of {where} hold another plan than rank 0; stopping all before "
                     "the first action. Restart from the last checkpoint; if it comes again, check these hosts' memory"
                 )
-
-    def _learn(self, measurements: list[Measurement]) -> None:
-        if self._recalibration is None or self._service is None or self._running is None or not measurements:
-            return
-        request, plan, used = self._running
-        self._recalibration.observe(plan, used, [m for m in measurements if m.request == request])
 
     def close(self) -> None:
         """End the thread and the planner's workers."""
@@ -218,66 +203,49 @@ class PlanDelivery:
         if self._service is not None:
             self._service.close()
 
-    def _deliver(self, request: int, wait_seconds: float, shared: Any, ahead: Prefetch | None) -> bytes:
-        if self._service is None:
-            return self._exchange.broadcast(None)
-        answer: Any
-        try:
-            with ahead or contextlib.nullcontext():
-                plan = self._service.take(request, wait_seconds, ahead)
-            made_with = self._service.corrections(request)
-            if made_with is not None and request in self._corrections:
-                self._corrections[request] = made_with
-            answer = _Answer(plan, replace(self._service.statistics), shared)
-        except Exception as error:  # all ranks must learn of it, or they would wait for the broadcast
-            answer = f"{type(error).__name__}: {error}"
-        return self._exchange.broadcast(pickle.dumps(answer))
-
-    def _deliver_together(
-        self, ask: tuple[PlanRequest, Any, list[bytes]], wait_seconds: float, coupled: CoupledReplicas,
-        ahead: Prefetch | None,
-    ) -> bytes:  # fmt: skip
-        """In the thread, so that no replica waits for another in the middle of an iteration: bring together what the
-        replicas ask, plan for all, and tell all of them."""
-        if coupled.firsts is None:
+    def _deliver(self, ask: _Ask, wait_seconds: float, ahead: Prefetch | None) -> bytes:
+        """Bring together what the replicas ask, plan for all, and tell all of them; in the thread, so that no replica
+        waits for another in the middle of an iteration."""
+        if self._firsts is None:
             return self._exchange.broadcast(None)
         try:
-            everyone = [pickle.loads(data) for data in coupled.firsts.gather(pickle.dumps(ask))]
-            parts = None if self._service is None else self._parts(self._service, everyone, wait_seconds, ahead)
-            data = coupled.firsts.scatter(parts)
+            asks = [pickle.loads(data) for data in self._firsts.gather(pickle.dumps(ask))]
+            answers = None if self._service is None else self._answers(self._service, asks, wait_seconds, ahead)
+            data = self._firsts.scatter(answers)
         except Exception as error:  # the other ranks of the replica must learn of it
             data = pickle.dumps(f"{type(error).__name__}: {error}")
         return self._exchange.broadcast(data)
 
-    def _parts(
-        self, service: Service, everyone: Sequence[tuple[PlanRequest, Any, list[bytes]]], wait_seconds: float,
-        ahead: Prefetch | None,
-    ) -> list[bytes]:  # fmt: skip
-        """What each replica is to be told: its own of the plans that are made together for what they ask."""
-        asked = [request for request, _, _ in everyone]
+    def _answers(
+        self, service: Service, asks: Sequence[_Ask], wait_seconds: float, ahead: Prefetch | None
+    ) -> list[bytes]:
+        """An answer for each replica, pickled: its own of the plans that are made together."""
+        asked = [ask.request for ask in asks]
         number = asked[0].request
         try:
             fault = differences(asked)
             if fault:
-                return [pickle.dumps(fault)] * len(everyone)
-            used = self._learn_together([told for _, _, told in everyone])
+                return [pickle.dumps(fault)] * len(asks)
+            used = self._learn([ask.told for ask in asks])
+            # A worker that begins late searches for less, and leaves a fifth of the wait to what follows the search.
             deadline = time.monotonic() + 0.8 * wait_seconds
-            loads = tuple(request.loads for request in asked)
-            service.submit(replace(asked[0], deadline=deadline, replicas=loads, corrections=used))
+            replicas = tuple(request.loads for request in asked)
+            service.submit(replace(asked[0], replicas=replicas, deadline=deadline, corrections=used))
             with ahead or contextlib.nullcontext():
-                joint: PlanSet = service.take(number, wait_seconds, ahead)
-            used = service.corrections(number) or used
+                plans = service.take(number, wait_seconds, ahead)
+            made_with = service.corrections(number)
+            used = used if made_with is None else made_with
             if self._recalibration is not None and not asked[0].forward_only:
-                self._made[number] = joint, used
-            digests, statistics = tuple(plan.digest() for plan in joint.plans), replace(service.statistics)
+                self._made = {**dict(list(self._made.items())[-_UNMEASURED:]), number: (plans, used)}
+            digests, statistics = tuple(plan.digest() for plan in plans.plans), replace(service.statistics)
             return [
-                pickle.dumps(_Answer(plan, statistics, shared, digests, used))
-                for plan, (_, shared, _) in zip(joint.plans, everyone, strict=True)
+                pickle.dumps(_Answer(plan, statistics, ask.shared, digests, used))
+                for plan, ask in zip(plans.plans, asks, strict=True)
             ]
         except Exception as error:  # all ranks must learn of it, or they would wait
-            return [pickle.dumps(f"{type(error).__name__}: {error}")] * len(everyone)
+            return [pickle.dumps(f"{type(error).__name__}: {error}")] * len(asks)
 
-    def _learn_together(self, told: Sequence[Sequence[bytes]]) -> Corrections:
+    def _learn(self, told: Sequence[Sequence[bytes]]) -> Corrections:
         """From what the ranks of each replica have measured of one iteration; what is known then."""
         if self._recalibration is None:
             return Corrections()
@@ -286,6 +254,26 @@ class PlanDelivery:
             made = self._made.pop(number, None)
             if made is not None:
                 of = [[m for m in theirs if m.request == number] for theirs in replicas]
-                self._recalibration.observe_together(*made, of)
+                self._recalibration.observe(*made, of)
             self._made = {later: made for later, made in self._made.items() if later > number}
         return self._recalibration.corrections()
+
+
+_UNMEASURED = 3  # sets of plans that are kept for what is measured of them, beside the newest one
+
+
+class _Alone:
+    """The exchange among the first ranks of all replicas where there is one."""
+
+    rank = 0
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        assert data is not None
+        return data
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def scatter(self, parts: Sequence[bytes] | None) -> bytes:
+        assert parts is not None
+        return parts[0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ..core.experts import NO_EXPERTS, ExpertLayers
 from ..core.simulate import simulate_compiled
 from ..describe.cost import Cluster, CostModel, Costs
 from ..describe.model import MultimodalModel, Partition
@@ -153,17 +154,18 @@ def searched_partition(setting: Setting, seconds: float) -> Partition:
 
 def live_maker(
     entry: ScheduleEntry, graphs: ModelGraphs, shapes: PayloadShapes | OperationShapes, effort: Effort, *,
-    label: str | None = None,
+    label: str | None = None, experts: ExpertLayers = NO_EXPERTS,
 ) -> LivePlanMaker:  # fmt: skip
     """What plans the batches of a run under a schedule, on chunks that are chosen; picklable.
 
     With ``effort.evaluations`` every plan is the search's, however long it takes; without them a batch that is needed
-    at once gets the greedy's. ``label`` names the plans instead of the schedule.
+    at once gets the greedy's. ``label`` names the plans instead of the schedule; ``experts`` are the layers in which
+    coupled replicas meet.
     """
     searcher = searcher_of(entry, graphs, effort)
     return LivePlanMaker(
         replace(graphs, paper_costs=entry.paper_costs), shapes, searcher, label or entry.name,
-        always_search=not entry.searches or effort.evaluations is not None,
+        always_search=not entry.searches or effort.evaluations is not None, experts=experts,
     )  # fmt: skip
 
 

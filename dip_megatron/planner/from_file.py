@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core import Kind, ModalityModule, Plan, Unit
 from ..core.files import PlanFileError, read_plans
+from ..core.plan_set import PlanSet
 from ..core.strategies import StrategyError, parse_strategy
 from ..core.verify import PlanError, verify
 from ..describe.cost import Corrections
@@ -181,16 +182,15 @@ class FilePlanner:
                 "--dip-schedule, too, to plan such batches under"
             )
 
-    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> Plan:
-        """The plan found; see :class:`planner.service.PlannerService`."""
+    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> PlanSet:
+        """The plan found, as a set of one; see :class:`planner.service.PlannerService`."""
         found = self._found.pop(request, None)
         if found is None:
-            plan: Plan = self.otherwise.take(request, wait_seconds, ahead)
-            return plan
+            return self.otherwise.take(request, wait_seconds, ahead)
         if isinstance(found, NoPlanError):
             raise found
         self.statistics.plans += 1
-        return found
+        return PlanSet((found,))
 
     def corrections(self, request: int) -> Corrections | None:
         """See :class:`planner.service.PlannerService`; those of a plan of the file are not known."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..core import Kind, Operation, OperationGraph, Payload, Plan, Schedule, SearchStatistics, Unit
-from ..core.lower import make_plan
+from ..core import Kind, Operation, OperationGraph, Payload, Schedule, SearchStatistics, Unit
+from ..core.experts import NO_EXPERTS, ExpertLayers
+from ..core.lower import make_plan_set
 from ..core.modules import trained_before
-from ..core.simulate import simulate_compiled
+from ..core.plan_set import PlanSet
+from ..core.simulate import fit_in_memory, simulate_set_compiled
 from ..describe.model import Training
 from ..describe.workload import Microbatch
-from ..schedulers.entry import Found
-from ..schedulers.greedy import greedy
+from ..schedulers.entry import FoundSet
+from ..schedulers.greedy import greedy_set
 from .request import PlanRequest
 
 
@@ -49,77 +51,103 @@ class OperationShapes(Protocol):
 
 
 class Searcher(Protocol):
-    """Finds a schedule within a budget; picklable."""
+    """Finds schedules within a budget; picklable."""
 
-    def warm_up(self) -> None:
-        """Load or compile what the search needs."""
+    def warm_up(self, *, coupled: bool) -> None:
+        """Load or compile what the search needs; ``coupled``: that of replicas that share experts, too."""
         ...
 
-    def __call__(self, graph: OperationGraph, budget_seconds: float, on_first: Callable[[Schedule], None]) -> Found:
-        """Best schedule found; ``on_first`` takes the first valid one."""
+    def __call__(
+        self, graphs: Sequence[OperationGraph], experts: ExpertLayers, budget_seconds: float,
+        on_first: Callable[[Sequence[Schedule]], None],
+    ) -> FoundSet:  # fmt: skip
+        """Find the best schedules, one a replica.
+
+        Args:
+            graphs: One graph a replica.
+            experts: The layers in which several replicas meet.
+            budget_seconds: Seconds to search.
+            on_first: Takes the first valid schedules.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LivePlanMaker:
-    """Plan maker of a training run; picklable. ``search`` None: the greedy order is all there is. ``always_search``:
-    what is needed at once is searched for, too, rather than made by the greedy."""
+    """Plan maker of a training run; picklable.
+
+    Attributes:
+        builder: Prices the microbatches of a replica.
+        shapes: What travels between operations.
+        search: Finds schedules; None leaves the greedy order.
+        name: The name of its plans.
+        always_search: Whether plans that are needed at once are searched for, too, rather than made by the greedy.
+        experts: The layers in which coupled replicas meet.
+    """
 
     builder: GraphBuilder
     shapes: PayloadShapes | OperationShapes
     search: Searcher | None = None
     name: str = "dip"
     always_search: bool = False
+    experts: ExpertLayers = NO_EXPERTS
 
     def warm_up(self) -> None:
         """See :class:`planner.request.PlanMaker`."""
         if self.search is not None:
-            self.search.warm_up()
+            self.search.warm_up(coupled=self.experts != NO_EXPERTS)
 
-    def quick(self, request: PlanRequest) -> Plan:
-        """By default the dual-queue greedy, which needs neither a search nor a worker."""
+    def quick(self, request: PlanRequest) -> PlanSet:
+        """By default the dual-queue greedy's plans, which need neither a search nor a worker."""
         if self.always_search and not request.forward_only:
             return self.best(request, lambda _: None)
         start = time.perf_counter()
-        return self._greedy(request.corrections.apply(self._graph(request)), request, start)
+        return self._greedy(self._corrected(request, self._graphs(request)), request, start)
 
-    def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
-        """Search within the request's budget; the first valid schedule is given at once. What fits in no way under
+    def best(self, request: PlanRequest, give: Callable[[PlanSet], None]) -> PlanSet:
+        """Search within the request's budget; the first valid schedules are given at once. What fits in no way under
         this schedule is ordered by the greedy, which admits no microbatch that doesn't fit."""
         start = time.perf_counter()
-        built = self._graph(request)
-        graph = request.corrections.apply(built)
+        built = self._graphs(request)
+        graphs = self._corrected(request, built)
         if self.search is None:
-            return self._greedy(graph, request, start)
+            return self._greedy(graphs, request, start)
 
-        def first(schedule: Schedule) -> None:
-            give(self._plan(graph, schedule, request, SearchStatistics(workers=1), self.name))
+        def first(schedules: Sequence[Schedule]) -> None:
+            give(self._plans(graphs, schedules, request, SearchStatistics(workers=1), self.name))
 
-        found = self.search(graph, request.seconds_left(), first)
-        schedule = found.schedule
-        if not np.all(simulate_compiled(graph, schedule).peak_bytes <= graph.memory_limit):
-            return self._greedy(graph, request, start)
+        found = self.search(graphs, self.experts, request.seconds_left(), first)
+        if not fit_in_memory(graphs, found.schedules):
+            return self._greedy(graphs, request, start)
         statistics = found.statistics or SearchStatistics()
-        plan = self._plan(graph, schedule, request, statistics, self.name, found.lower_bound)
-        if graph is built:
-            return plan
-        plain = simulate_compiled(built.project(schedule.strategy), plan.schedule).iteration_time
-        return replace(plan, predicted=replace(plan.predicted, uncorrected_time=plain))
+        plans = self._plans(graphs, found.schedules, request, statistics, self.name, found.lower_bound)
+        if not request.corrections.lines:
+            return plans
+        plain = [graph.project(s.strategy) for graph, s in zip(built, found.schedules, strict=True)]
+        orders = [plan.schedule for plan in plans.plans]
+        seconds = simulate_set_compiled(plain, orders, self.experts).iteration_time
+        return PlanSet(tuple(replace(p, predicted=replace(p.predicted, uncorrected_time=seconds)) for p in plans.plans))
 
-    def _graph(self, request: PlanRequest) -> OperationGraph:
-        return self.builder.build(request.loads, request.forward_only, request.training)
+    def _graphs(self, request: PlanRequest) -> list[OperationGraph]:
+        return [self.builder.build(loads, request.forward_only, request.training) for loads in request.replicas]
 
-    def _greedy(self, graph: OperationGraph, request: PlanRequest, start: float) -> Plan:
-        schedule = greedy(graph)
-        return self._plan(graph, schedule, request, SearchStatistics(time.perf_counter() - start, 1, 0, 0), "greedy")
+    @staticmethod
+    def _corrected(request: PlanRequest, graphs: Sequence[OperationGraph]) -> list[OperationGraph]:
+        return [request.corrections.apply(graph) for graph in graphs]
 
-    def _plan(
-        self, graph: OperationGraph, schedule: Schedule, request: PlanRequest, statistics: SearchStatistics, name: str,
-        bound: float | None = None,
-    ) -> Plan:  # fmt: skip
-        return make_plan(
-            graph, schedule, lower_bound=work_bound(graph) if bound is None else bound, name=name,
-            payloads=payloads(graph, request.loads, self.shapes), search=statistics,
+    def _greedy(self, graphs: Sequence[OperationGraph], request: PlanRequest, start: float) -> PlanSet:
+        schedules = greedy_set(graphs, self.experts)
+        statistics = SearchStatistics(time.perf_counter() - start, 1, 0, 0)
+        return self._plans(graphs, schedules, request, statistics, "greedy")
+
+    def _plans(
+        self, graphs: Sequence[OperationGraph], schedules: Sequence[Schedule], request: PlanRequest,
+        statistics: SearchStatistics, name: str, bound: float | None = None,
+    ) -> PlanSet:  # fmt: skip
+        return make_plan_set(
+            graphs, schedules, self.experts, lower_bound=max(map(work_bound, graphs)) if bound is None else bound,
+            name=name, search=statistics,
+            payloads=[payloads(g, loads, self.shapes) for g, loads in zip(graphs, request.replicas, strict=True)],
         )  # fmt: skip
 
 

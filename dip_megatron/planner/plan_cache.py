@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from ..core.plan_set import PlanSet
 from ..describe.cost import Corrections
-from .request import AnyPlan, PlanRequest
+from .request import PlanRequest
 
 
 @dataclass(frozen=True)
 class CachedPlan:
-    """``corrections`` of the costs it was made with; ``searched``: for long, because the batch has come again."""
+    """``plans`` with the ``corrections`` of the costs they were made with; ``searched``: for long, because the batch
+    has come again."""
 
-    plan: AnyPlan
+    plans: PlanSet
     corrections: Corrections
     searched: bool
 
@@ -38,12 +40,12 @@ class PlanCache:
         """Whether a plan of one is a plan of the other."""
         return _signature(one) == _signature(other)
 
-    def keep(self, request: PlanRequest, plan: AnyPlan, searched: bool) -> None:
-        """Use ``plan`` for such batches from now on."""
-        self._plans[_signature(request)] = CachedPlan(plan, request.corrections, searched)
+    def keep(self, request: PlanRequest, plans: PlanSet, searched: bool) -> None:
+        """Use ``plans`` for such batches from now on."""
+        self._plans[_signature(request)] = CachedPlan(plans, request.corrections, searched)
         if len(self._plans) > self._most:
             self._plans.popitem(last=False)
 
 
 def _signature(request: PlanRequest) -> object:
-    return request.forward_only, request.loads, request.training, request.replicas
+    return request.forward_only, request.training, request.replicas

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import Kind, Plan
+from ..core.experts import ExpertLayers
 from ..core.graph import Floats, OperationGraph
 from ..core.idle_causes import IdleCauses, idle_before
 from ..core.plan_set import PlanSet
@@ -86,23 +87,20 @@ class Recalibration:
         self._sums = np.zeros((6, 0, 0, 0))  # weight, x, y, xx, xy, yy; [sum, kind, place, rank]
         self._between = np.zeros((2, 0))  # weight, seconds; [sum, rank]
 
-    def observe(self, plan: Plan, used: Corrections, measurements: Sequence[Measurement]) -> None:
-        """Take in an iteration: its plan, the corrections the plan was made with, and what each rank measured (ranks
-        that run the same stages, tensor-parallel ones, count as one)."""
-        self._begin(plan.graph)
-        ran = self._ran(plan, used, measurements)
-        if ran is not None:
-            self._take_in(ran)
+    def observe(self, plans: PlanSet, used: Corrections, measurements: Sequence[Sequence[Measurement]]) -> None:
+        """Take in an iteration.
 
-    def observe_together(
-        self, joint: PlanSet, used: Corrections, measurements: Sequence[Sequence[Measurement]]
-    ) -> None:
-        """The same of replicas that share experts; ``measurements[replica]``."""
-        self._begin(joint.plans[0].graph)
-        ran = [self._ran(plan, used, theirs) for plan, theirs in zip(joint.plans, measurements, strict=True)]
+        Args:
+            plans: The plans that ran.
+            used: The corrections that they were made with.
+            measurements: ``[replica]``, what its ranks measured; ranks of one pipeline rank (tensor-parallel ones)
+                count as one. Nothing is learnt where a pipeline rank has measured nothing, or something else.
+        """
+        self._begin(plans.plans[0].graph)
+        ran = [self._ran(plan, used, theirs) for plan, theirs in zip(plans.plans, measurements, strict=True)]
         complete = [operations for operations in ran if operations is not None]
         if len(complete) == len(ran):
-            meets = [_meeting(plan, joint) for plan in joint.plans]
+            meets = [_meeting(plan, plans.experts) for plan in plans.plans]
             by_rank = zip(zip(*complete, strict=True), zip(*meets, strict=True), strict=True)
             self._take_in([_merged(operations, met) for operations, met in by_rank])
 
@@ -200,10 +198,10 @@ class Recalibration:
         return ratio
 
 
-def _meeting(plan: Plan, joint: PlanSet) -> list[np.ndarray]:
+def _meeting(plan: Plan, experts: ExpertLayers) -> list[np.ndarray]:
     """By rank: which of its operations meet those of other replicas, ``[operations]``."""
     graph, found = plan.graph, []
-    meets = joint.experts.meets(graph)
+    meets = experts.meets(graph)
     for rank, order in enumerate(plan.schedule.orders):
         kind, virtual_microbatch = order // graph.virtual_microbatches, order % graph.virtual_microbatches
         found.append((kind != int(Kind.W)) & meets[virtual_microbatch, rank])

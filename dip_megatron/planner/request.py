@@ -6,15 +6,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
+from ..core.plan_set import PlanSet
 from ..describe.cost import Corrections
 from ..describe.model import Training
 from ..describe.workload import Microbatch
 from .prefetch import Prefetch
-
-AnyPlan: TypeAlias = Any
-"""What answers a request: a replica's Plan or, from a maker for replicas that share experts, the PlanSet of all."""
 
 READY = b"ready"
 """What a worker sends when it can plan."""
@@ -24,23 +22,32 @@ READY = b"ready"
 class PlanRequest:
     """An iteration or an evaluation to plan, by what its microbatches hold.
 
-    ``request`` numbers the requests, those of evaluations too. ``budget_seconds`` is for the search alone;
-    ``corrections`` are what earlier iterations taught about the cost model's seconds. The search ends at ``deadline``
-    (seconds of this host's monotonic clock) if that comes first. ``iteration`` is the training loop's number, for
-    people: of the iteration to plan, or of the one before the evaluation. ``training`` is what trains of the model as
-    built; None where that isn't known (as described) or doesn't matter (an evaluation). ``replicas``: the loads of all
-    replicas that share experts, where they do and one planner plans for all.
+    Attributes:
+        request: The number of the request; evaluations have numbers, too.
+        replicas: The microbatches of each replica that is planned: one, or all of those that share experts.
+        budget_seconds: Seconds for the search alone.
+        forward_only: Whether this is an evaluation.
+        corrections: What earlier iterations taught about the cost model's seconds.
+        deadline: When the search ends at the latest, in seconds of this host's monotonic clock.
+        iteration: The training loop's number, for messages: of the iteration to plan, or of the one before the
+            evaluation.
+        training: What trains of the model as built; None where that isn't known (then it is as described) or doesn't
+            matter (an evaluation).
     """
 
     request: int
-    loads: tuple[Microbatch, ...]
+    replicas: tuple[tuple[Microbatch, ...], ...]
     budget_seconds: float
     forward_only: bool = False
     corrections: Corrections = field(default_factory=Corrections)
     deadline: float = math.inf
     iteration: int = 0
     training: Training | None = None
-    replicas: tuple[tuple[Microbatch, ...], ...] = ()
+
+    @property
+    def loads(self) -> tuple[Microbatch, ...]:
+        """The microbatches of the first replica, which is the only one where replicas share no experts."""
+        return self.replicas[0]
 
     @property
     def subject(self) -> str:
@@ -74,12 +81,12 @@ class PlanMaker(Protocol):
         """Load or compile what planning needs, before the first request."""
         ...
 
-    def quick(self, request: PlanRequest) -> AnyPlan:
-        """A good plan within milliseconds, in this process, without compiled code."""
+    def quick(self, request: PlanRequest) -> PlanSet:
+        """Good plans within milliseconds, in this process, without compiled code."""
         ...
 
-    def best(self, request: PlanRequest, give: Callable[[Any], None]) -> AnyPlan:
-        """The best plan found within the request's budget; ``give`` takes a first valid plan early."""
+    def best(self, request: PlanRequest, give: Callable[[PlanSet], None]) -> PlanSet:
+        """The best plans found within the request's budget; ``give`` takes first valid plans early."""
         ...
 
 
@@ -108,8 +115,8 @@ class Service(Protocol):
         """Begin planning; returns at once."""
         ...
 
-    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> AnyPlan:
-        """The plan for a submitted request."""
+    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> PlanSet:
+        """The plans for a submitted request."""
         ...
 
     def corrections(self, request: int) -> Corrections | None:

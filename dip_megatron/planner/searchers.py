@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..config import DipConfig
 from ..core import OperationGraph, Schedule, SearchStatistics
+from ..core.experts import ExpertLayers
 from ..schedulers.dip.options import SearchOptions
-from ..schedulers.entry import Effort, Found, Problem, ScheduleEntry
+from ..schedulers.entry import Effort, FoundSet, Problem, ScheduleEntry, SetProblem
+from ..schedulers.joint.others import find_set
 from ..schedulers.static import StaticChoice
 from .model_graphs import ModelGraphs
+from .warm import warm_up_joint_search
 
 logger = logging.getLogger(__name__)
 
@@ -22,23 +25,34 @@ PATIENCE = 4000  # schedules without a better one, milliseconds for small models
 
 @dataclass(frozen=True)
 class EntrySearcher:
-    """Puts a batch in order under one entry; picklable. ``group``: see :class:`schedulers.entry.Problem`."""
+    """Puts the microbatches of one replica, or of coupled ones, in order under one entry; picklable. ``group``: see
+    :class:`schedulers.entry.Problem`."""
 
     entry: ScheduleEntry
     effort: Effort
     group: int | None = None
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, coupled: bool) -> None:
         """Compile the search's kernels, or load them from numba's cache."""
         if self.entry.searches:
             from ..schedulers.dip.engine import warm_up
 
             warm_up()
+            if coupled:
+                warm_up_joint_search()
 
-    def __call__(self, graph: OperationGraph, budget_seconds: float, on_first: Callable[[Schedule], None]) -> Found:
+    def __call__(
+        self, graphs: Sequence[OperationGraph], experts: ExpertLayers, budget_seconds: float,
+        on_first: Callable[[Sequence[Schedule]], None],
+    ) -> FoundSet:  # fmt: skip
         """See :class:`planner.maker.Searcher`."""
         effort = replace(self.effort, budget_seconds=budget_seconds)
-        found = self.entry.find(Problem(graph, effort, self.group, on_first))
+        if len(graphs) > 1:
+            found = find_set(self.entry, SetProblem(tuple(graphs), experts, effort, self.group, on_first))
+        else:
+            problem = Problem(graphs[0], effort, self.group, lambda schedule: on_first([schedule]))
+            one = self.entry.find(problem)
+            found = FoundSet((one.schedule,), one.statistics, one.lower_bound)
         return found if found.statistics is not None else replace(found, statistics=SearchStatistics())
 
 

@@ -21,13 +21,13 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
-from ..core.verify import PlanError
+from ..core.plan_set import PlanSet
+from ..core.verify import PlanError, verify
 from ..describe.cost import Corrections
-from .joint import JointPlanMaker, verify_any
 from .plan_cache import CachedPlan, PlanCache
 from .prefetch import Prefetch
-from .request import READY, AnyPlan, PlanMaker, PlannerStatistics, PlanRequest
-from .warm import warm_up_joint_plans, warm_up_plans
+from .request import READY, PlanMaker, PlannerStatistics, PlanRequest
+from .warm import warm_up_plans
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class _Asked:
 
 @dataclass
 class _Arrived:
-    plan: AnyPlan
+    plans: PlanSet
     final: bool
     at: float
     core_seconds: float
@@ -96,7 +96,7 @@ class PlannerService:
         self._asked: dict[int, _Asked] = {}
         self._arrived: dict[int, _Arrived] = {}
         self._rings: dict[int, socket.socket] = {}
-        # An evaluation submits its batch while the delivery's thread still waits for the next training batch's plan.
+        # The thread that warms up, and whoever asks whether a worker is ready, look after workers while another waits.
         self._lock = threading.RLock()
         self._closed = self._busy = False
         self._searches_here = False
@@ -106,10 +106,7 @@ class PlannerService:
         """Load, while the model is built, what this process plans with. What a search needs is loaded when a worker has
         it: after an installation it is compiled first, once, which takes the better part of a minute of a core, and
         another one where replicas share experts."""
-        if isinstance(self._maker, JointPlanMaker):
-            warm_up_joint_plans(search=False)
-        else:
-            warm_up_plans()
+        warm_up_plans()
         if self._improve_seconds <= 0:
             return
         while self._workers and not any(worker.ready for worker in self._workers):
@@ -150,9 +147,9 @@ class PlannerService:
             return True
         return False
 
-    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> AnyPlan:
-        """The best plan for a submitted request, waiting at most ``wait_seconds`` for a worker's final one; for a first
-        one, if the plan is asked for ``ahead``, until training needs it.
+    def take(self, request: int, wait_seconds: float, ahead: Prefetch | None = None) -> PlanSet:
+        """The best plans for a submitted request, waiting at most ``wait_seconds`` for a worker's final ones; for first
+        ones, if they are asked for ``ahead``, until training needs them.
 
         Raises what the maker raises when even the quick plan can't be made (nothing fits in memory).
         """
@@ -165,17 +162,17 @@ class PlannerService:
             known = self._known.plan(asked.request)
             core_seconds = time.thread_time()
             if known is None:
-                plan = self._made_here(asked.request)
+                plans = self._made_here(asked.request)
             else:
-                plan = known.plan
+                plans = known.plans
                 self._corrections[request] = known.corrections
                 self._improve(asked.request, known)
             statistics.latency_seconds = time.monotonic() - asked.at
             statistics.core_seconds = time.thread_time() - core_seconds
-            return plan
+            return plans
         statistics.late += not arrived.final
         statistics.latency_seconds, statistics.core_seconds = arrived.at - asked.at, arrived.core_seconds
-        return arrived.plan
+        return arrived.plans
 
     def _wait(
         self, request: int, deadline: float, ahead: Prefetch | None, ring: socket.socket, heard: socket.socket
@@ -213,21 +210,21 @@ class PlannerService:
         if ring is not None:
             ring.send(b"!")
 
-    def _made_here(self, request: PlanRequest) -> AnyPlan:
+    def _made_here(self, request: PlanRequest) -> PlanSet:
         """Searched for within its budget where batches are planned at the call, else the quick plan."""
         if self._searches_here and request.budget_seconds > 0:
             try:
-                plan = self._maker.best(request, lambda _: None)
-                verify_any(plan)
-                self._known.keep(request, plan, searched=False)
-                return plan
+                plans = self._maker.best(request, lambda _: None)
+                verify(*plans.plans)
+                self._known.keep(request, plans, searched=False)
+                return plans
             except Exception as error:  # as of a worker's: the quick plan may be possible all the same
                 logger.warning("planning %s failed: %s: %s", request.subject, type(error).__name__, error)
         # What is needed at once (a first batch, an evaluation) is no worker's business and no failure of one.
         self.statistics.fallbacks += request.budget_seconds > 0
-        plan = self._maker.quick(request)
-        verify_any(plan)
-        return plan
+        plans = self._maker.quick(request)
+        verify(*plans.plans)
+        return plans
 
     def corrections(self, request: int) -> Corrections | None:
         """Those that the plan just taken was made with, if they aren't the request's; to be asked once."""
@@ -360,7 +357,7 @@ class PlannerService:
         if message == READY:
             worker.ready = True
             return
-        request, plan, final, error, core_seconds = pickle.loads(message)
+        request, plans, final, error, core_seconds = pickle.loads(message)
         self._ring(request)
         if final:
             worker.busy_with.remove(request)
@@ -372,14 +369,14 @@ class PlannerService:
         if request not in self._asked and request not in self._improving:
             return
         try:
-            verify_any(plan)
+            verify(*plans.plans)
         except PlanError as fault:
-            logger.warning("planner worker made an invalid plan for %s (%s); not used", self._subject(request), fault)
+            logger.warning("planner worker made invalid plans for %s (%s); not used", self._subject(request), fault)
             return
         if request in self._asked:
-            self._arrived[request] = _Arrived(plan, final, time.monotonic(), core_seconds)
+            self._arrived[request] = _Arrived(plans, final, time.monotonic(), core_seconds)
         elif final:
-            self._known.keep(self._improving.pop(request), plan, searched=True)
+            self._known.keep(self._improving.pop(request), plans, searched=True)
 
 
 _QUEUE = 2  # requests at a time: a worker that is late for one iteration may begin with the next as soon as it can

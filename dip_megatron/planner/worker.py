@@ -12,11 +12,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
-from .request import READY, AnyPlan, PlanMaker, PlanRequest
+from ..core.plan_set import PlanSet
+from .request import READY, PlanMaker, PlanRequest
 from .warm import warm_up_plans
 
-Answer = tuple[int, AnyPlan | None, bool, str | None, float]
-"""(request, plan, whether it is the final one, error, seconds of a core it took so far)"""
+Answer = tuple[int, PlanSet | None, bool, str | None, float]
+"""(request, plans, whether they are the final ones, error, seconds of a core it took so far)"""
 
 
 def serve(connection: Connection, last: bool = False) -> None:
@@ -43,13 +44,13 @@ def serve(connection: Connection, last: bool = False) -> None:
 def _answer(connection: Connection, maker: PlanMaker, request: PlanRequest) -> Answer:
     began = time.process_time()
 
-    def give(plan: AnyPlan) -> None:
-        connection.send_bytes(pickle.dumps((request.request, plan, False, None, time.process_time() - began)))
+    def give(plans: PlanSet) -> None:
+        connection.send_bytes(pickle.dumps((request.request, plans, False, None, time.process_time() - began)))
         _come_last()
 
     try:
-        plan = maker.best(request, give)
-        return request.request, plan, True, None, time.process_time() - began
+        plans = maker.best(request, give)
+        return request.request, plans, True, None, time.process_time() - began
     except OSError:
         raise
     except Exception as error:  # told to the trainer, which plans by itself

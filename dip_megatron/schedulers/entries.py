@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..core.order import Schedule
 from ..core.plan import SearchStatistics
 from .common import BaselineError
-from .entry import Found, LeastRecompute, MixedChunks, Problem, ScheduleEntry
+from .entry import Found, FoundSet, LeastRecompute, MixedChunks, Problem, ScheduleEntry, SetProblem
 from .megatron import check_group, interleaved, legal_group, one_forward_one_backward
 
 if TYPE_CHECKING:
@@ -44,6 +44,35 @@ class _Search:
         )  # fmt: skip
         statistics = SearchStatistics(found.seconds, found.evaluations, found.workers, found.seed)
         return Found(found.schedule, statistics, found.lower_bound)
+
+
+def _dip_set(problem: SetProblem) -> FoundSet:
+    """Pairing and orders of coupled replicas, searched together; never slower than the greedy's, which a search that
+    has hardly begun can be."""
+    from ..core.simulate import simulate_set_compiled
+    from .greedy import greedy_set
+    from .joint import search_joint
+
+    effort = problem.effort
+    simple = greedy_set(problem.graphs, problem.experts)
+    simple_seconds = simulate_set_compiled(problem.graphs, simple, problem.experts).iteration_time
+    given = False
+
+    def improved(schedules: Sequence[Schedule], seconds: float) -> None:
+        nonlocal given
+        if not given:
+            given = True
+            problem.on_first(schedules if seconds <= simple_seconds else simple)
+
+    found = search_joint(
+        problem.graphs, problem.experts, budget_seconds=effort.budget_seconds, seed=effort.seed,
+        evaluations=effort.evaluations, workers=effort.workers, options=effort.options, on_improved=improved,
+    )  # fmt: skip
+    return FoundSet(
+        found.schedules if found.iteration_time <= simple_seconds else tuple(simple),
+        SearchStatistics(found.seconds, found.evaluations, effort.workers, effort.seed),
+        min(found.lower_bound, found.iteration_time, simple_seconds),
+    )
 
 
 def _megatron(problem: Problem) -> Sequence[Schedule]:
@@ -148,7 +177,7 @@ def _interleaves(model: MultimodalModel, microbatches: int) -> str | None:
 
 DIP = ScheduleEntry(
     "dip", "a plan for each batch: order, split backwards and memory strategies searched", _Search("dip"),
-    partition="searched", searches=True,
+    partition="searched", searches=True, find_set=_dip_set,
 )  # fmt: skip
 DIP_PAPER = ScheduleEntry(
     "dip-paper", "the DIP paper's own search in three phases", _Search("dip-paper"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from ..core.experts import ExpertLayers
 from ..core.graph import OperationGraph
 from ..core.order import Schedule
 from ..core.plan import SearchStatistics
@@ -66,6 +67,38 @@ class Found:
     lower_bound: float | None = None
 
 
+def _ignore_set(_: Sequence[Schedule]) -> None:
+    """Nobody waits for first schedules."""
+
+
+@dataclass(frozen=True, eq=False)
+class SetProblem:
+    """One batch of coupled replicas to put in order: a :class:`Problem` with a graph for each replica.
+
+    Attributes:
+        graphs: One priced graph a replica, two at least.
+        experts: The layers in which the replicas meet.
+        effort: What may be spent.
+        group: Megatron's microbatch group size that was chosen with the chunks; None leaves it to the schedule.
+        on_first: Takes the first valid schedules of a search that goes on.
+    """
+
+    graphs: tuple[OperationGraph, ...]
+    experts: ExpertLayers
+    effort: Effort = field(default_factory=Effort)
+    group: int | None = None
+    on_first: Callable[[Sequence[Schedule]], None] = _ignore_set
+
+
+@dataclass(frozen=True, eq=False)
+class FoundSet:
+    """``schedules[replica]`` of a :class:`SetProblem`. ``lower_bound``: seconds, if the search has proven any."""
+
+    schedules: tuple[Schedule, ...]
+    statistics: SearchStatistics | None = None
+    lower_bound: float | None = None
+
+
 @dataclass(frozen=True)
 class MixedChunks:
     """How chunks that mix modalities are chosen before training: layers of all modules one after the other, cut into
@@ -96,7 +129,8 @@ class ScheduleEntry:
     why a model can't be trained with so many microbatches an iteration under this schedule, None if it can.
     ``paper_costs``: planned with the memory strategies that the DIP paper describes. ``ahead``: takes long enough to be
     planned in a worker while the iteration before runs; ``find`` must then be importable there. ``searches``: spends
-    the budget it is given.
+    the budget it is given. ``find_set`` puts the batches of coupled replicas in order together; None: all of them run
+    what ``find`` gives for the most work in every place.
     """
 
     name: str
@@ -108,6 +142,7 @@ class ScheduleEntry:
     paper_costs: bool = False
     ahead: bool = True
     searches: bool = False
+    find_set: Callable[[SetProblem], FoundSet] | None = None
 
 
 @dataclass(frozen=True)

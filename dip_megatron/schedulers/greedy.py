@@ -1,19 +1,22 @@
 """The paper's dual-queue greedy (section 4.2) in plain Python: what is left when no planner worker answers.
 
 It needs neither a process nor compiled kernels, takes milliseconds to tens of milliseconds, and always ends: admission
-of forwards follows the banker's rule of :mod:`.dip.admission`, so that the work at the head of the line can
-always finish.
+of forwards follows the banker's rule of :mod:`.dip.admission`, so that the work at the head of the line can always
+finish.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
 
 import numpy as np
 
 from ..core import Kind, OperationGraph, Schedule
+from ..core.experts import ExpertLayers
+from ..core.simulate import fit_in_memory
 from .dip.feasibility import check_fits
 from .dip.problem import Problem, make_problem
 
@@ -82,6 +85,32 @@ def greedy(graph: OperationGraph) -> Schedule:
                 known(False, target[after[i]], end + transfer[after[i]])
         remaining -= 1
     return Schedule(tuple(np.array(line.order, dtype=np.int32) for line in lines), strategy)
+
+
+def greedy_set(graphs: Sequence[OperationGraph], experts: ExpertLayers) -> list[Schedule]:
+    """:func:`greedy` for one or several replicas.
+
+    Several are put in the greedy's order of the most work in every place, with their microbatches paired by work; where
+    that doesn't fit into memory, they run one slot after the other.
+
+    Args:
+        graphs: One graph a replica.
+        experts: The layers in which several replicas meet.
+
+    Raises:
+        DoesNotFitError: If nothing fits.
+    """
+    if len(graphs) == 1:
+        return [greedy(graphs[0])]
+    from .joint import (  # loads a search, which one replica's greedy can do without
+        one_slot_at_a_time,
+        pairings,
+        together,
+    )
+
+    t = together(graphs, experts, pairings(graphs, experts)[0])
+    schedules = t.schedules(greedy(t.graph))
+    return schedules if fit_in_memory(graphs, schedules) else one_slot_at_a_time(t)
 
 
 class _Rank:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dip_megatron.core import Plan, SearchStatistics
+from dip_megatron.core import SearchStatistics
 from dip_megatron.core.lower import make_plan
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.schedulers.greedy import greedy
 from tests.graphs import random_graph
 
@@ -35,6 +36,12 @@ GARBAGE = {
 """What a worker may send that is no plan, by name."""
 
 
+def name_of(plans: PlanSet) -> str:
+    """The name of the only plan of a set."""
+    (plan,) = plans.plans
+    return plan.name
+
+
 def priority() -> int:
     """Of the calling thread: 0 usual, 19 lowest."""
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
@@ -49,10 +56,10 @@ class Maker:
     def warm_up(self) -> None:
         pass
 
-    def quick(self, request) -> Plan:
+    def quick(self, request) -> PlanSet:
         return self._plan(request, "greedy", 0)
 
-    def best(self, request, give) -> Plan:
+    def best(self, request, give) -> PlanSet:
         if request.request == 1:
             if self.fault == "dies":
                 os._exit(3)
@@ -66,8 +73,8 @@ class Maker:
             if self.fault == "raises":
                 raise RuntimeError("no luck")
             if self.fault == "invalid":
-                plan = self._plan(request, "worker", 1)
-                return replace(plan, codes=plan.codes[::-1])
+                (plan,) = self._plan(request, "worker", 1).plans
+                return PlanSet((replace(plan, codes=plan.codes[::-1]),))
             if self.fault == "late":
                 give(self._plan(request, "first", 1))
                 time.sleep(600)
@@ -77,7 +84,8 @@ class Maker:
                 return self._plan(request, f"{before}, then {priority()}", 1)
         return self._plan(request, "worker", 1)
 
-    def _plan(self, request, name: str, workers: int) -> Plan:
+    def _plan(self, request, name: str, workers: int) -> PlanSet:
         graph = random_graph(request.request, ranks=2, microbatches=3, candidates=1)
         graph = replace(graph, memory_limit=np.full(2, np.inf))
-        return make_plan(graph, greedy(graph), lower_bound=0.0, name=name, search=SearchStatistics(0.0, 1, workers, 0))
+        search = SearchStatistics(0.0, 1, workers, 0)
+        return PlanSet((make_plan(graph, greedy(graph), lower_bound=0.0, name=name, search=search),))

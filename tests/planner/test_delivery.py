@@ -57,7 +57,7 @@ def deliver_all(shared: Shared, ranks: int, maker: Maker):
     def one(rank: int):
         service = PlannerService(maker, 0) if rank == 0 else None
         delivery = PlanDelivery(ThreadExchange(shared, rank), service)
-        delivery.request(PlanRequest(7, (Microbatch(8),), 0.0), 0.0)
+        delivery.request(PlanRequest(7, ((Microbatch(8),),), 0.0), 0.0)
         try:
             return delivery.take(7).plan.digest()
         except Exception as error:
@@ -107,8 +107,8 @@ def test_an_evaluation_does_not_wait_for_ever_behind_a_plan_that_training_does_n
     while not service.ready():
         time.sleep(0.1)
     delivery = PlanDelivery(ThreadExchange(Shared(1), 0), service)
-    delivery.request(PlanRequest(1, (Microbatch(8),), 0.1), 0.1, ahead=True)
-    delivery.request(PlanRequest(2, (Microbatch(8),), 0.0, forward_only=True), 0.0)
+    delivery.request(PlanRequest(1, ((Microbatch(8),),), 0.1), 0.1, ahead=True)
+    delivery.request(PlanRequest(2, ((Microbatch(8),),), 0.0, forward_only=True), 0.0)
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(delivery.take, 2)
         try:

@@ -42,10 +42,11 @@ def test_training_and_the_command_make_the_same_plan(name):
     for batch in BATCHES:
         theirs = planner(batch.microbatches)
         wanted = replace(theirs.plan(), payloads={})
-        for ours in (
-            maker.quick(PlanRequest(1, batch.microbatches, 0.0)),
-            maker.best(PlanRequest(1, batch.microbatches, 600.0), lambda _: None),
+        for made in (
+            maker.quick(PlanRequest(1, (batch.microbatches,), 0.0)),
+            maker.best(PlanRequest(1, (batch.microbatches,), 600.0), lambda _: None),
         ):
+            (ours,) = made.plans
             verify(ours)
             assert ours.name == name
             assert replace(ours, payloads={}).digest() == wanted.digest()
@@ -57,6 +58,6 @@ def test_an_evaluation_needs_no_search():
     entry = find_schedule("megatron-interleaved")
     graphs = SETTING.graphs(entry, choose_chunks(entry, SETTING, Effort()))
     maker = live_maker(entry, graphs, NoShapes(), Effort())
-    plan = maker.quick(PlanRequest(1, BATCHES[0].microbatches[:1], 0.0, forward_only=True))
+    (plan,) = maker.quick(PlanRequest(1, (BATCHES[0].microbatches[:1],), 0.0, forward_only=True)).plans
     verify(plan)  # Megatron's order could not run one microbatch
     assert plan.name == "greedy"

@@ -10,6 +10,7 @@ import pytest
 
 from dip_megatron.core import TensorSpec
 from dip_megatron.core.files import format_plan, write_plans
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.files import ConfigurationError
@@ -39,7 +40,7 @@ class Otherwise:
 
     def __init__(self):
         self.statistics, self.asked = PlannerStatistics(), []
-        self.plans = {1: planned(BATCHES[0]), 2: planned(BATCHES[0], "segmented-static")}
+        self.plans = {1: PlanSet((planned(BATCHES[0]),)), 2: PlanSet((planned(BATCHES[0], "segmented-static"),))}
 
     def submit(self, request):
         self.asked.append(request.request)
@@ -69,8 +70,8 @@ def test_each_batch_gets_its_plan(tmp_path):
     plans = [planned(batch) for batch in BATCHES]
     planner = planner_of(tmp_path, plans)
     for request, i in ((1, 1), (2, 0), (3, 1)):
-        planner.submit(PlanRequest(request, BATCHES[i], 0.0))
-        plan = planner.take(request, 0.0)
+        planner.submit(PlanRequest(request, (BATCHES[i],), 0.0))
+        (plan,) = planner.take(request, 0.0).plans
         verify(plan)
         assert replace(plan, payloads={}).digest() == plans[i].digest()
         assert plan.payloads
@@ -84,8 +85,9 @@ def test_plans_for_one_batch_come_in_their_order(tmp_path):
     planner = planner_of(tmp_path, [one, other])
     taken = []
     for request in range(3):
-        planner.submit(PlanRequest(request, BATCHES[0], 0.0))
-        taken.append(replace(planner.take(request, 0.0), payloads={}).digest())
+        planner.submit(PlanRequest(request, (BATCHES[0],), 0.0))
+        (plan,) = planner.take(request, 0.0).plans
+        taken.append(replace(plan, payloads={}).digest())
     assert taken == [one.digest(), other.digest(), one.digest()]
 
 
@@ -107,14 +109,14 @@ def test_a_batch_without_a_plan(tmp_path):
     batch = (Microbatch(100, (169,)), Microbatch(90))
     otherwise = Otherwise()
     planner = planner_of(tmp_path, [planned(BATCHES[0])], otherwise)
-    planner.submit(PlanRequest(1, batch, 0.0))
+    planner.submit(PlanRequest(1, (batch,), 0.0))
     with pytest.raises(NoPlanError, match=r"none of the 1 plans of .* is for a batch of 2 microbatches: tokens 269 90, "
                                           r"vision instances 1 0; give a --dip-schedule, too"):  # fmt: skip
         planner.take(1, 0.0)
-    planner.submit(PlanRequest(2, BATCHES[0], 0.0, forward_only=True))
+    planner.submit(PlanRequest(2, (BATCHES[0],), 0.0, forward_only=True))
     assert planner.take(2, 0.0) is otherwise.plans[2]
     falls = planner_of(tmp_path, [planned(BATCHES[0])], otherwise, falls_back=True)
-    falls.submit(PlanRequest(1, batch, 0.0))
+    falls.submit(PlanRequest(1, (batch,), 0.0))
     assert falls.take(1, 0.0) is otherwise.plans[1]
 
 
@@ -129,9 +131,9 @@ def test_plans_train_what_the_model_trains(tmp_path):
             )
         )
 
-    planner.submit(PlanRequest(1, BATCHES[0], 0.0, training=training(None)))
-    verify(planner.take(1, 0.0))
-    planner.submit(PlanRequest(2, BATCHES[0], 0.0, training=training("vision")))
+    planner.submit(PlanRequest(1, (BATCHES[0],), 0.0, training=training(None)))
+    verify(*planner.take(1, 0.0).plans)
+    planner.submit(PlanRequest(2, (BATCHES[0],), 0.0, training=training("vision")))
     with pytest.raises(NoPlanError, match="with the chunks that train in the model as built"):
         planner.take(2, 0.0)
 

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, OperationGraph, Plan
+from dip_megatron.core.errors import CouplingError
 from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.lower import make_plan_set
 from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.simulate import simulate_set
-from dip_megatron.core.verify import PlanError, verify
+from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import Corrections, Line, load_cluster
 from dip_megatron.describe.cost.corrections import KINDS, seconds_of
 from dip_megatron.describe.model import (
@@ -33,7 +34,8 @@ from dip_megatron.describe.model import (
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.families.shared.shapes import GptShapes
 from dip_megatron.planner.delivery import CoupledReplicas, PlanDelivery, PlanMismatchError
-from dip_megatron.planner.joint import JointPlanMaker, joint_maker, verify_any
+from dip_megatron.planner.facade import live_maker
+from dip_megatron.planner.maker import LivePlanMaker
 from dip_megatron.planner.model_graphs import ModelGraphs
 from dip_megatron.planner.plan_cache import PlanCache
 from dip_megatron.planner.recalibration import Measurement, Recalibration
@@ -63,16 +65,16 @@ WITH_EXPERTS = ExpertLayers.of({"language": [[[True] * n for n in row] for row i
 LOADS = tuple(tuple(Microbatch(n, sequences=(n,)) for n in lengths) for lengths in ((512, 64, 256), (96, 480, 300)))
 
 
-def maker(schedule: str = "dynamic", limit: float | None = None, **effort) -> JointPlanMaker:
+def maker(schedule: str = "dynamic", limit: float | None = None, **effort) -> LivePlanMaker:
     graphs = ModelGraphs(
         MODEL, load_cluster("cpu"), Partition((ModulePartition("language", LAYERS, None),)), memory_limit=limit
     )
     shapes = GptShapes(64, 1, 1, "float32")
-    return joint_maker(find_schedule(schedule), graphs, shapes, Effort(**effort), WITH_EXPERTS, schedule)
+    return live_maker(find_schedule(schedule), graphs, shapes, Effort(**effort), label=schedule, experts=WITH_EXPERTS)
 
 
 def request(loads=LOADS, **more) -> PlanRequest:
-    return PlanRequest(7, loads[0], 0.0, replicas=loads, **more)
+    return PlanRequest(7, loads, 0.0, **more)
 
 
 @pytest.mark.parametrize("schedule", ["dynamic", "static"])
@@ -106,13 +108,14 @@ def test_little_memory_is_kept_to_by_all_replicas():
 
 def test_a_faulty_set_is_named():
     good = maker().quick(request())
-    verify_any(good)
+    verify(*good.plans)
     graphs = [maker().builder.build(loads, False) for loads in LOADS]
     slots = pairings(graphs, WITH_EXPERTS)[0]
     slow = one_slot_at_a_time(together(graphs, WITH_EXPERTS, slots))
     other = make_plan_set(graphs, slow, WITH_EXPERTS, lower_bound=0.0)
-    with pytest.raises(PlanError, match=r"plans of coupled replicas \(order\)"):
-        verify_any(PlanSet((good.plans[0], other.plans[1])))
+    with pytest.raises(CouplingError) as raised:
+        verify(good.plans[0], other.plans[1])
+    assert raised.value.condition == "order"
 
 
 class Replicas:
@@ -146,7 +149,7 @@ class Replicas:
 def deliver(loads, corrupt=None):
     def take(delivery: PlanDelivery, replica: int, stage: int):
         mine = loads[replica] if stage == 0 else ()
-        delivery.request(PlanRequest(7, mine, 0.0), 0.0, shared=f"of replica {replica}")
+        delivery.request(PlanRequest(7, (mine,), 0.0), 0.0, shared=f"of replica {replica}")
         return delivery.take(7, news=bytes([2 * replica + stage]))
 
     return Replicas(corrupt).run(take)
@@ -222,7 +225,7 @@ def test_what_stages_took_with_their_waits_corrects_the_costs_of_all(seed: int) 
         ]
         took = simulate_set(true, [plan.schedule for plan in joint.plans], WITH_EXPERTS).iteration_time
         off.append(abs(joint.iteration_time / took - 1.0))
-        recalibration.observe_together(joint, asked.corrections, measured(joint, true))
+        recalibration.observe(joint, asked.corrections, measured(joint, true))
     assert off[-1] < 1e-5
     assert off[0] > 0.01
 
@@ -244,7 +247,7 @@ def test_all_replicas_plan_with_what_all_have_measured():
     def train(delivery: PlanDelivery, replica: int, stage: int) -> list[tuple[Plan, Corrections]]:
         found = []
         for number in range(4):
-            delivery.request(PlanRequest(number, LOADS[0] if stage == 0 else (), 0.0), 0.0)
+            delivery.request(PlanRequest(number, (LOADS[0] if stage == 0 else (),), 0.0), 0.0)
             plan = delivery.take(number).plan
             delivery.measured(Measurement.of(number, stage, three_times(plan, stage)))
             found.append((plan, delivery.corrections()))
@@ -265,12 +268,12 @@ def test_what_was_measured_outlives_an_evaluation_before_the_next_iteration():
 
     def train(delivery: PlanDelivery, replica: int, stage: int) -> Corrections:
         loads = LOADS[replica] if stage == 0 else ()
-        delivery.request(PlanRequest(0, loads, 0.0), 0.0)
+        delivery.request(PlanRequest(0, (loads,), 0.0), 0.0)
         for number in range(4):
             plan = delivery.take(number).plan
-            delivery.request(PlanRequest(number + 1, loads, 0.0), 0.0)
+            delivery.request(PlanRequest(number + 1, (loads,), 0.0), 0.0)
             delivery.measured(Measurement.of(number, stage, three_times(plan, stage)))
-            delivery.request(PlanRequest(100 + number, loads, 0.0, forward_only=True), 0.0)
+            delivery.request(PlanRequest(100 + number, (loads,), 0.0, forward_only=True), 0.0)
             delivery.take(100 + number)
         delivery.take(4)
         return delivery.corrections()

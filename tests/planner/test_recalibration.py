@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import Kind, OperationGraph, Plan
 from dip_megatron.core.lower import make_plan
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.simulate import simulate
 from dip_megatron.describe.cost import Corrections, Line
 from dip_megatron.describe.cost.corrections import KINDS, seconds_of
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.planner.delivery import PlanDelivery
-from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.planner.recalibration import Measurement, Recalibration
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
+from dip_megatron.schedulers.greedy import greedy
 from tests.drawn import settings
 from tests.graphs import random_graph
 from tests.planner.makers import Maker
@@ -96,7 +97,7 @@ def test_plans_come_to_say_what_is_measured(seed: int, fixed: float) -> None:
         graph = graph_of(100 * seed + i % 100)
         corrections = recalibration.corrections()
         plan = plan_of(graph, corrections)
-        recalibration.observe(plan, corrections, run(plan, truth.apply(graph)))
+        recalibration.observe(PlanSet((plan,)), corrections, [run(plan, truth.apply(graph))])
     graph = graph_of(100 * seed + 99)
     corrected, true = recalibration.corrections().apply(graph), truth.apply(graph)
     assert off(corrected, true) < (1e-3 if fixed == 0.0 else 0.2)
@@ -125,9 +126,8 @@ def test_a_model_of_little_but_what_never_grows_is_corrected() -> None:
     recalibration = Recalibration()
     for seed in range(100, 108):
         corrections = recalibration.corrections()
-        recalibration.observe(plan_of(model(seed), corrections), corrections, run(
-            plan_of(model(seed), corrections), truth(seed)
-        ))  # fmt: skip
+        plan = plan_of(model(seed), corrections)
+        recalibration.observe(PlanSet((plan,)), corrections, [run(plan, truth(seed))])
     assert off(recalibration.corrections().apply(model(110)), truth(110)) < 0.02
 
 
@@ -154,7 +154,7 @@ def test_whatever_line_was_found_first_gives_way_to_a_better_one(first: Callable
         model = priced(100 + i, largest, lambda sizes: 1e-3 * sizes)
         corrections = recalibration.corrections()
         plan = plan_of(model, corrections)
-        recalibration.observe(plan, corrections, run(plan, priced(100 + i, largest, truth)))
+        recalibration.observe(PlanSet((plan,)), corrections, [run(plan, priced(100 + i, largest, truth))])
     model = priced(150, 0.7, lambda sizes: 1e-3 * sizes)
     assert off(recalibration.corrections().apply(model), priced(150, 0.7, twice)) < 0.1
 
@@ -165,7 +165,7 @@ def test_hiccups_are_not_believed() -> None:
     for iteration in range(10):
         slow = 3 if iteration == 9 else -1
         hiccup = lambda i, slow=slow: 50.0 if i == slow else 1.0  # noqa: E731
-        recalibration.observe(plan, Corrections(), run(plan, graph_of(1), hiccup))
+        recalibration.observe(PlanSet((plan,)), Corrections(), [run(plan, graph_of(1), hiccup)])
     # One fresh iteration weighs about a fifth: believed, it would have made its stage ten times as slow.
     assert 0.0 < off(recalibration.corrections().apply(graph_of(1)), graph_of(1)) < 0.8
 
@@ -174,7 +174,8 @@ def test_drift_is_followed() -> None:
     recalibration = Recalibration()
     plan = plan_of(graph_of(1), Corrections())
     for factor in (1.0,) * 20 + (3.0,) * 15:
-        recalibration.observe(plan, Corrections(), run(plan, graph_of(1), lambda i, factor=factor: factor))
+        slow = run(plan, graph_of(1), lambda i, factor=factor: factor)
+        recalibration.observe(PlanSet((plan,)), Corrections(), [slow])
     ratio = seconds_of(recalibration.corrections().apply(graph_of(1)), Kind.F) / seconds_of(graph_of(1), Kind.F)
     assert ratio == pytest.approx(3.0, rel=0.1)
 
@@ -183,7 +184,7 @@ def test_overhead_between_operations_counts() -> None:
     recalibration = Recalibration()
     plan = plan_of(graph_of(1), Corrections())
     for _ in range(3):
-        recalibration.observe(plan, Corrections(), run(plan, graph_of(1), overhead=1e-3))
+        recalibration.observe(PlanSet((plan,)), Corrections(), [run(plan, graph_of(1), overhead=1e-3)])
     corrections = recalibration.corrections()
     added = corrections.apply(graph_of(1)).forward.mean() - graph_of(1).forward.mean()
     assert added == pytest.approx(1e-3, rel=0.2)
@@ -195,7 +196,7 @@ def test_what_passes_before_the_first_operation_is_shared_out() -> None:
     plan = plan_of(graph_of(1), Corrections())
     late = [replace(m, seconds=m.seconds + 6e-3) for m in run(plan, graph_of(1), overhead=1e-3)]
     for _ in range(3):
-        recalibration.observe(plan, Corrections(), late)
+        recalibration.observe(PlanSet((plan,)), Corrections(), [late])
     expected = 1e-3 + 6e-3 / len(plan.schedule.orders[0])
     assert recalibration.corrections().overhead[0] == pytest.approx(expected, rel=0.05)
 
@@ -206,7 +207,7 @@ def test_bubbles_are_planned_as_they_are_measured() -> None:
     recalibration = Recalibration()
     first = plan_of(truth, Corrections())
     for _ in range(3):
-        recalibration.observe(first, Corrections(), run(first, truth, overhead=seconds))
+        recalibration.observe(PlanSet((first,)), Corrections(), [run(first, truth, overhead=seconds)])
     corrections = recalibration.corrections()
     plan = plan_of(truth, corrections)
     ends = np.zeros((truth.virtual_microbatches, 2, len(KINDS)))
@@ -233,10 +234,10 @@ def test_what_takes_no_time_still_takes_none() -> None:
 def test_nothing_is_learned_from_the_first_iteration_or_from_ranks_that_do_not_fit() -> None:
     recalibration = Recalibration()
     plan = plan_of(graph_of(1), Corrections())
-    recalibration.observe(plan, Corrections(), run(plan, graph_of(1)))
+    recalibration.observe(PlanSet((plan,)), Corrections(), [run(plan, graph_of(1))])
     assert recalibration.corrections() == Corrections()
     short = [replace(m, seconds=m.seconds[:-1]) for m in run(plan, graph_of(1))]
-    recalibration.observe(plan, Corrections(), short)
+    recalibration.observe(PlanSet((plan,)), Corrections(), [short])
     assert recalibration.corrections() == Corrections()
 
 
@@ -244,7 +245,7 @@ def test_nothing_is_learned_from_the_first_iteration_or_from_ranks_that_do_not_f
 class Asking(Maker):
     """Puts what it was asked into the plan's name."""
 
-    def quick(self, request: PlanRequest) -> Plan:
+    def quick(self, request: PlanRequest) -> PlanSet:
         return self._plan(request, str(len(request.corrections.lines)), 0)
 
 
@@ -258,7 +259,7 @@ def test_measurements_travel_with_the_next_plan(recalibrate: bool) -> None:
         )
         names = []
         for iteration in range(4):
-            delivery.request(PlanRequest(iteration, (Microbatch(8),), 0.0), 0.0)
+            delivery.request(PlanRequest(iteration, ((Microbatch(8),),), 0.0), 0.0)
             delivered = delivery.take(iteration)
             names.append(delivered.plan.name)
             operations = len(delivered.plan.schedule.orders[rank])

@@ -26,11 +26,11 @@ from dip_megatron.planner.prefetch import Prefetch
 from dip_megatron.planner.request import PlanRequest
 from dip_megatron.planner.service import PlannerService
 from dip_megatron.planner.worker import serve
-from tests.planner.makers import GARBAGE, Maker, priority
+from tests.planner.makers import GARBAGE, Maker, name_of, priority
 
 
 def request(iteration: int, budget: float = 0.1) -> PlanRequest:
-    return PlanRequest(iteration, (Microbatch(8),), budget)
+    return PlanRequest(iteration, ((Microbatch(8),),), budget)
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -51,7 +51,7 @@ def wait_until_planning_again(service: PlannerService) -> None:
     """What befell its worker is over."""
     wait_until_ready(service)
     service.submit(request(2))
-    assert service.take(2, 60.0).name == "worker"
+    assert name_of(service.take(2, 60.0)) == "worker"
 
 
 @contextmanager
@@ -85,8 +85,8 @@ def test_plans_of_workers_arrive(service_of):
     for iteration in range(20_000, 20_005):
         service.submit(request(iteration))
         plan = service.take(iteration, 60.0)
-        assert plan.name == "worker"
-        verify(plan)
+        assert name_of(plan) == "worker"
+        verify(*plan.plans)
     assert service.statistics.fallbacks == before
 
 
@@ -96,8 +96,8 @@ def wait_until_searching(service: PlannerService) -> None:
 
     def searched() -> bool:
         number = next(numbers)
-        service.submit(PlanRequest(number, (Microbatch(number),), 0.1))  # no two batches are the same
-        return service.take(number, 0.0).name == "worker"
+        service.submit(PlanRequest(number, ((Microbatch(number),),), 0.1))  # no two batches are the same
+        return name_of(service.take(number, 0.0)) == "worker"
 
     until(searched, "a batch is searched for")
 
@@ -108,7 +108,7 @@ def test_a_batch_that_comes_again_has_a_plan_at_once_and_soon_a_searched_one(ser
     fallbacks = service.statistics.fallbacks
     service.submit(request(20_000))
     known = service.take(20_000, 0.0)
-    assert known.name == "worker"
+    assert name_of(known) == "worker"
     again, numbers = known, itertools.count(20_001)
 
     def improved() -> bool:
@@ -121,18 +121,18 @@ def test_a_batch_that_comes_again_has_a_plan_at_once_and_soon_a_searched_one(ser
     until(improved, "a longer search ends")
     # The worker's, of the request that came second: of another graph here, so that it is known again.
     assert again.digest() == Maker().best(request((1 << 40) + 20_001), lambda _: None).digest()
-    service.submit(PlanRequest(10_300, (Microbatch(9),), 0.1))
+    service.submit(PlanRequest(10_300, ((Microbatch(9),),), 0.1))
     assert service.take(10_300, 0.0).digest() not in (known.digest(), again.digest())
-    service.submit(PlanRequest(10_301, (Microbatch(8),), 0.0, forward_only=True))
-    assert service.take(10_301, 0.0).name == "greedy"
+    service.submit(PlanRequest(10_301, ((Microbatch(8),),), 0.0, forward_only=True))
+    assert name_of(service.take(10_301, 0.0)) == "greedy"
     assert service.statistics.fallbacks == fallbacks
 
 
 def test_what_cannot_be_searched_for_at_the_call_has_the_quick_plan(service_of, caplog):
     service = service_of("raises", improve_seconds=0.1)
     wait_until_searching(service)
-    service.submit(PlanRequest(1, (Microbatch(7),), 0.1))
-    assert service.take(1, 0.0).name == "greedy"
+    service.submit(PlanRequest(1, ((Microbatch(7),),), 0.1))
+    assert name_of(service.take(1, 0.0)) == "greedy"
     assert "planning iteration 0 failed: RuntimeError: no luck" in caplog.text
 
 
@@ -157,7 +157,7 @@ def test_one_thread_submits_while_another_takes(service_of):
             assert begun.wait(60.0)
             for iteration in range(10_000_000, 10_000_010):
                 service.submit(request(iteration))
-                assert service.take(iteration, 60.0).name == "worker"
+                assert name_of(service.take(iteration, 60.0)) == "worker"
         finally:
             done.set()
         evaluations.result()
@@ -184,7 +184,7 @@ def test_what_another_thread_takes_in_wakes_the_one_that_waits(service_of, monke
     with held(worker) as let_go:  # so that it can't have answered before anyone waits
         service.submit(request(1))
         monkeypatch.setattr("dip_megatron.planner.service.wait", wait_meanwhile)
-        assert service.take(1, 60.0).name == ("greedy" if fault else "worker")
+        assert name_of(service.take(1, 60.0)) == ("greedy" if fault else "worker")
     assert [len(found) for found in woken] == [1]
     assert (service.processes[0] is worker) == (fault != "dies")
 
@@ -198,7 +198,7 @@ def first_plan_is_there(service: PlannerService) -> bool:
 def test_without_workers_the_trainer_plans(service_of):
     service = PlannerService(Maker(), 0)
     service.submit(request(0))
-    assert service.take(0, 5.0).name == "greedy"
+    assert name_of(service.take(0, 5.0)) == "greedy"
     assert service.statistics.fallbacks == 1
 
 
@@ -212,8 +212,8 @@ def test_a_faulty_worker_costs_no_iteration(service_of, fault, expected):
     if fault == "late":
         until(partial(first_plan_is_there, service), "a first plan comes")
     plan = service.take(1, 0.2 if fault == "late" else 60.0)
-    assert plan.name == expected
-    verify(plan)
+    assert name_of(plan) == expected
+    verify(*plan.plans)
     if fault != "late":
         wait_until_planning_again(service)
 
@@ -224,12 +224,12 @@ def test_a_first_plan_is_waited_for_until_training_needs_it(service_of):
     before = service.statistics.fallbacks
     with Prefetch(hurries=False) as ahead:
         service.submit(request(1))
-        assert service.take(1, 0.0, ahead).name == "worker"
+        assert name_of(service.take(1, 0.0, ahead)) == "worker"
     assert service.statistics.fallbacks == before
     with Prefetch(hurries=False) as ahead, held(service.processes[0]):
         service.submit(request(1))
         ahead.need()
-        assert service.take(1, 0.0, ahead).name == "greedy"
+        assert name_of(service.take(1, 0.0, ahead)) == "greedy"
     assert service.statistics.fallbacks == before + 1
 
 
@@ -243,7 +243,7 @@ def test_a_first_plan_will_do_once_training_that_hurries_waits(service_of, hurri
         until(lambda: 1 in service._arrived or taken.done(), "a first plan comes")
         assert not (hurries and taken.done())
         ahead.need()
-        assert taken.result(60.0).name == "first"
+        assert name_of(taken.result(60.0)) == "first"
     assert service.statistics.late == 1
 
 
@@ -254,7 +254,7 @@ def test_workers_come_last_once_a_plan_is_there(service_of, last):
     wait_until_ready(service)
     for _ in range(2):
         service.submit(request(1))
-        assert service.take(1, 60.0).name == f"{19 if last else priority()}, then 19"
+        assert name_of(service.take(1, 60.0)) == f"{19 if last else priority()}, then 19"
 
 
 @pytest.mark.parametrize("fault", GARBAGE)
@@ -263,7 +263,7 @@ def test_a_babbling_worker_is_replaced(service_of, fault, caplog):
     wait_until_ready(service)
     babbling = service.processes[0].pid
     service.submit(request(1))
-    assert service.take(1, 60.0).name == "greedy"
+    assert name_of(service.take(1, 60.0)) == "greedy"
     assert service.processes[0].pid != babbling
     assert service.statistics.worker_deaths == 1
     assert "starting another, no step is lost" in caplog.text
@@ -275,9 +275,9 @@ def test_a_late_worker_goes_on_with_the_next_iteration(service_of):
     before = service.statistics.fallbacks
     with held(service.processes[0]):
         service.submit(request(1))
-        assert service.take(1, 0.0).name == "greedy"
+        assert name_of(service.take(1, 0.0)) == "greedy"
     service.submit(request(2))
-    assert service.take(2, 60.0).name == "worker"
+    assert name_of(service.take(2, 60.0)) == "worker"
     assert service.statistics.fallbacks == before + 1
     assert service.statistics.worker_deaths == 0
     assert service.statistics.latency_seconds > 0
@@ -290,7 +290,7 @@ def test_that_workers_are_busy_is_told_once(service_of, caplog):
     with held(service.processes[0]):
         for iteration in range(1, 7):
             service.submit(request(iteration))
-            assert service.take(iteration, 0.0).name == "greedy"
+            assert name_of(service.take(iteration, 0.0)) == "greedy"
     assert caplog.text.count("all planner workers are busy") == 1
     wait_until_planning_again(service)
 
@@ -302,7 +302,7 @@ def test_a_hanging_worker_is_replaced(service_of, monkeypatch):
     hung = service.processes[0].pid
     time.sleep(1.0)
     monkeypatch.setattr(service, "_hang_seconds", 0.5)
-    assert service.take(1, 1.0).name == "greedy"
+    assert name_of(service.take(1, 1.0)) == "greedy"
     monkeypatch.undo()  # the next one is slow, at most
     assert service.processes[0].pid != hung
     wait_until_planning_again(service)
@@ -316,7 +316,7 @@ def test_a_hanging_worker_is_noticed_though_nobody_needs_its_plan(service_of, mo
     monkeypatch.setattr(service, "_hang_seconds", 0.5)
     with Prefetch(hurries=False) as ahead:
         service.submit(request(1))
-        assert service.take(1, 0.0, ahead).name == "greedy"
+        assert name_of(service.take(1, 0.0, ahead)) == "greedy"
     monkeypatch.undo()
     assert service.statistics.worker_deaths == 1
 

@@ -9,6 +9,7 @@ import pytest
 
 from dip_megatron.config import DipConfig
 from dip_megatron.core import Kind, check_complete
+from dip_megatron.core.experts import NO_EXPERTS
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import even_partition, load_model
 from dip_megatron.describe.workload import Microbatch
@@ -39,7 +40,7 @@ def graph_of(config: DipConfig):
 
 def kinds_of(config: DipConfig, graph):
     searcher = searcher_of(find_schedule(config.schedule), graphs_of(config), live_effort(config))
-    schedule = searcher(graph, 0.3, lambda _: None).schedule
+    (schedule,) = searcher([graph], NO_EXPERTS, 0.3, lambda _: None).schedules
     names = {
         part.split(":")[0]
         for s in range(graph.virtual_microbatches)
@@ -74,7 +75,7 @@ def test_a_thrifty_search_ends_when_nothing_better_comes():
     on = DipConfig(schedule="dynamic")
     graph = replace(graph_of(on), memory_limit=np.full(2, np.inf))
     searcher = searcher_of(find_schedule(on.schedule), graphs_of(on), live_effort(on, thrifty=True))
-    found = searcher(graph, 3600.0, lambda _: None)
-    assert check_complete(graph, found.schedule) is None
+    found = searcher([graph], NO_EXPERTS, 3600.0, lambda _: None)
+    assert check_complete(graph, found.schedules[0]) is None
     assert found.statistics is not None
     assert found.statistics.evaluations < 200_000

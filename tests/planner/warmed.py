@@ -7,7 +7,7 @@ import sys
 
 from numba.core.dispatcher import Dispatcher
 
-from dip_megatron.planner.warm import warm_up_joint_plans, warm_up_plans
+from dip_megatron.planner.warm import warm_up_joint_search, warm_up_plans
 from dip_megatron.schedulers.dip.engine import search, warm_up
 from dip_megatron.schedulers.joint import search_joint
 from tests.graphs import random_graph, with_memory
@@ -36,7 +36,7 @@ def main() -> None:
         for schedule in ("dip", "dip-paper"):
             search(graph, schedule=schedule, budget_seconds=600.0, evaluations=400)
     tell(before)
-    warm_up_joint_plans(search=True)
+    warm_up_joint_search()
     before = loaded()
     for seed in range(6):
         graphs, experts = coupled(seed, 2.0)

@@ -10,8 +10,8 @@ from hypothesis import given
 
 from dip_megatron.core import OperationGraph, Schedule
 from dip_megatron.core.simulate import simulate
-from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.report.causes import idle_causes
+from dip_megatron.schedulers.greedy import greedy
 from tests.graphs import random_graph, small_graphs
 
 

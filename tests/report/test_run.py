@@ -31,7 +31,7 @@ class Request:
 
 def delivered(request: int) -> DeliveredPlan:
     statistics = PlannerStatistics(plans=request, fallbacks=2, worker_deaths=1, late=3, latency_seconds=0.25)
-    return DeliveredPlan(request, Maker().quick(Request(request)), 0.5, statistics)  # type: ignore[arg-type]
+    return DeliveredPlan(request, Maker().quick(Request(request)).plans[0], 0.5, statistics)
 
 
 def spans_of_rank(plan: Plan, rank: int, slower: float = 2.0) -> list[MeasuredSpan]:

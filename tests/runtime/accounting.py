@@ -270,12 +270,12 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     from dip_megatron.families.describe import describe_gpt
     from dip_megatron.families.gpt.program import GptProgram
     from dip_megatron.megatron.step import MegatronStep
-    from dip_megatron.schedulers.greedy import greedy
     from dip_megatron.planner.maker import payloads
     from dip_megatron.runtime.chunk_runner import ChunkRunner, IterationState, OperationLookAhead
     from dip_megatron.runtime.clock import Clock
     from dip_megatron.runtime.executor import Executor
     from dip_megatron.runtime.protocol import MicrobatchInputs
+    from dip_megatron.schedulers.greedy import greedy
 
     layers = ((what.layers,) * world,) * what.segments
     kwargs = gpt_case.gpt_kwargs(gpt_case.GptCase(what.microbatches, layers), world)

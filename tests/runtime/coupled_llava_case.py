@@ -73,7 +73,7 @@ def dips(rank: int, world: int, case: Case, seed: int, exchanges: bool = False) 
     from dip_megatron.families.shared.weights import draw_by_name
     from dip_megatron.megatron.coupling import coupled_ranks, experts_of
     from dip_megatron.megatron.replicas import begin_exchanges
-    from dip_megatron.planner.joint import joint_maker
+    from dip_megatron.planner.facade import live_maker
     from dip_megatron.planner.model_graphs import ModelGraphs
     from dip_megatron.schedulers.entry import Effort
     from dip_megatron.schedulers.registry import find_schedule
@@ -98,7 +98,7 @@ def dips(rank: int, world: int, case: Case, seed: int, exchanges: bool = False) 
     def make(exchange: Any) -> Any:
         shared.append(experts_of(chunks, program.modules, exchange, coupled))
         effort = Effort(evaluations=200, seed=seed, deterministic=True)
-        return joint_maker(find_schedule("dynamic"), graphs, program.shapes, effort, shared[0], "joint")
+        return live_maker(find_schedule("dynamic"), graphs, program.shapes, effort, label="joint", experts=shared[0])
 
     def begin(delivery: Any, together: Any) -> Any:
         if not exchanges:

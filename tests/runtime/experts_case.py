@@ -231,12 +231,13 @@ def dips_together(
 ) -> Any:  # fmt: skip
     """Of ours where replicas share experts: under plans that a counted search makes for all of them, or another
     ``schedule``, with ``room`` for such a share of what the microbatches of a replica keep in all."""
+
     from dip_megatron.describe.cost import load_cluster
     from dip_megatron.describe.model import ModulePartition, Parallel, Partition
     from dip_megatron.describe.workload import Microbatch
     from dip_megatron.families.describe import describe_gpt
     from dip_megatron.megatron.coupling import coupled_ranks, experts_of
-    from dip_megatron.planner.joint import joint_maker
+    from dip_megatron.planner.facade import live_maker
     from dip_megatron.planner.model_graphs import ModelGraphs
     from dip_megatron.schedulers.entry import Effort
     from dip_megatron.schedulers.registry import find_schedule
@@ -257,7 +258,7 @@ def dips_together(
             limit = held.static_bytes.max() + room * held.activation[0].sum(axis=0).max()
             graphs = replace(graphs, memory_limit=float(limit))
         effort = Effort(evaluations=200, seed=seed, deterministic=True)
-        return joint_maker(find_schedule(schedule), graphs, program.shapes, effort, experts, "drawn")
+        return live_maker(find_schedule(schedule), graphs, program.shapes, effort, label="drawn", experts=experts)
 
     return ran(case, program, chunks, group, make, coupled)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from dip_megatron.core import ModalityModule, Plan, Unit
+from dip_megatron.core import ModalityModule, Unit
 from dip_megatron.core.lower import make_plan
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import LayerRun
 from dip_megatron.planner.delivery import PlanDelivery
@@ -63,16 +64,16 @@ class FixedOrder:
     def warm_up(self) -> None:
         pass
 
-    def best(self, request: PlanRequest, give: Any) -> Plan:
+    def best(self, request: PlanRequest, give: Any) -> PlanSet:
         return self.quick(request)
 
-    def quick(self, request: PlanRequest) -> Plan:
+    def quick(self, request: PlanRequest) -> PlanSet:
         units = [Unit(i, self.module.name, i) for i in range(len(request.loads))]
         graph = followed(drawn_graph((self.module,), units, 3), request.training)
         carried = payloads(graph, request.loads, self.shapes)
         plan = make_plan(graph, ORDERS[self.order](graph), lower_bound=0.0, name=self.order, payloads=carried)
         verify(plan)
-        return plan
+        return PlanSet((plan,))
 
 
 def program_of(rank: int, world: int, case: Any, cuts: Cuts, order: str) -> tuple[Any, Any, Any, list[Any]]:

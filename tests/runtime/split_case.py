@@ -11,11 +11,12 @@ import torch
 
 from dip_megatron.core import Kind, Schedule
 from dip_megatron.core.lower import make_plan
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.strategies import format_strategy, strategy_names
 from dip_megatron.planner.delivery import PlanDelivery
-from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.service import PlannerService
+from dip_megatron.schedulers.greedy import greedy
 from tests.patience import APART
 from tests.processes import transport
 from tests.runtime import gpt_case, llava_case
@@ -67,10 +68,10 @@ class DrawnMaker:
         graph = replace(graph, strategies=names)
         schedule = greedy(graph)
         orders = split_orders(schedule, graph.virtual_microbatches, self.drawn.split, draw)
-        return make_plan(
+        return PlanSet((make_plan(
             graph, Schedule(orders, schedule.strategy), lower_bound=0.0, name="drawn",
             payloads=payloads(graph, request.loads, self.shapes),
-        )  # fmt: skip
+        ),))  # fmt: skip
 
 
 def split_orders(

@@ -36,7 +36,7 @@ def take_three(rank: int, world: int) -> list[str]:
     delivery = PlanDelivery(Failing(list(range(world)), APART), PlannerService(Maker(), 0) if rank == 0 else None)
     outcomes = []
     for iteration in range(3):
-        delivery.request(PlanRequest(iteration, (Microbatch(8),), 0.0), 0.0)
+        delivery.request(PlanRequest(iteration, ((Microbatch(8),),), 0.0), 0.0)
         try:
             outcomes.append(delivery.take(iteration).plan.digest())
         except PlanMismatchError as error:

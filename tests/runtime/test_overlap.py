@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from dip_megatron.core import Compute, Kind, Payload
 from dip_megatron.core.lower import incoming, make_plan, outgoing
-from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.runtime.clock import Clock
 from dip_megatron.runtime.executor import Executor
+from dip_megatron.schedulers.greedy import greedy
 from tests.drawn import settings
 from tests.graphs import random_graph
 from tests.patience import LONG

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from dip_megatron.core import Kind
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
-from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.planner.model_graphs import without_training
 from dip_megatron.schedulers.dip.feasibility import DoesNotFitError
+from dip_megatron.schedulers.greedy import greedy
 from tests.drawn import settings
 from tests.graphs import random_graph, smallest_need
 

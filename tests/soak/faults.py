@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dip_megatron.core import Plan
+from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.planner.request import PlanMaker, PlanRequest
 from dip_megatron.planner.service import PlannerService
 
@@ -29,10 +29,10 @@ class FaultyMaker:
     def warm_up(self) -> None:
         self.maker.warm_up()
 
-    def quick(self, request: PlanRequest) -> Plan:
+    def quick(self, request: PlanRequest) -> PlanSet:
         return self.maker.quick(request)
 
-    def best(self, request: PlanRequest, give: Callable[[Plan], None]) -> Plan:
+    def best(self, request: PlanRequest, give: Callable[[PlanSet], None]) -> PlanSet:
         number, rest = divmod(request.request, self.every)
         fault = FAULTS[number % len(FAULTS)] if rest == self.every - 1 else None
         if fault == "dies":

@@ -356,3 +356,14 @@ def simulate_set_compiled(
 def simulate_compiled(graph: OperationGraph, schedule: Schedule, arrays: GraphArrays | None = None) -> Timeline:
     """:func:`simulate_set_compiled` of one replica."""
     return simulate_set_compiled((graph,), (schedule,), arrays=arrays).replicas[0]
+
+
+def fit_in_memory(graphs: Sequence[OperationGraph], schedules: Sequence[Schedule]) -> bool:
+    """Whether every rank of every replica stays within its memory.
+
+    Args:
+        graphs: One graph a replica.
+        schedules: One schedule a replica.
+    """
+    peaks = [simulate_compiled(g, s).peak_bytes for g, s in zip(graphs, schedules, strict=True)]
+    return all(bool(np.all(peak <= g.memory_limit)) for peak, g in zip(peaks, graphs, strict=True))

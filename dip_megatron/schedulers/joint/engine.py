@@ -18,7 +18,7 @@ from ...core.operations import Kind
 from ...core.order import Schedule
 from ...core.plan import SearchStatistics
 from ...core.plan_set import PlanSet
-from ...core.simulate import simulate_compiled, simulate_set_compiled
+from ...core.simulate import fit_in_memory, simulate_set_compiled
 from ..dip.engine import search
 from ..dip.feasibility import DoesNotFitError
 from ..dip.incumbent import in_threads
@@ -138,7 +138,7 @@ def search_joint(
             refused = refused or error
     if not ranked:
         schedules = one_slot_at_a_time(together(graphs, experts, candidates[0]))
-        if not _fits(graphs, schedules):
+        if not fit_in_memory(graphs, schedules):
             assert refused is not None
             raise refused
         best.offer(together(graphs, experts, candidates[0]), schedules)
@@ -341,12 +341,6 @@ def _run_timed(
             chain.pack()
             took = best.elapsed() - now
         now = best.elapsed()
-
-
-def _fits(graphs: Sequence[OperationGraph], schedules: Sequence[Schedule]) -> bool:
-    """Whether every replica stays within its memory."""
-    peaks = [simulate_compiled(g, s).peak_bytes for g, s in zip(graphs, schedules, strict=True)]
-    return all(bool(np.all(peak <= g.memory_limit)) for peak, g in zip(peaks, graphs, strict=True))
 
 
 def one_slot_at_a_time(t: Together) -> list[Schedule]:

@@ -5,26 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ...core.experts import ExpertLayers
 from ...core.graph import OperationGraph
 from ...core.order import Schedule
-from ...core.simulate import simulate_compiled, simulate_set_compiled
-from ..entry import Effort, Problem, ScheduleEntry
+from ...core.plan import SearchStatistics
+from ...core.simulate import simulate_set_compiled
+from ..entry import Effort, FoundSet, Problem, ScheduleEntry, SetProblem
 from ..static import StaticChoice
-from .pairing import Slots
+from .pairing import Slots, as_they_come
 from .together import together
 
 
 @dataclass(frozen=True, eq=False)
 class CoupledSchedule:
-    """``schedules[g]`` of coupled replicas, which take ``iteration_time`` seconds together; ``fits``: every rank of
-    every replica stays within its memory."""
+    """``schedules[g]`` of coupled replicas, which take ``iteration_time`` seconds together."""
 
     schedules: tuple[Schedule, ...]
     iteration_time: float
-    fits: bool
+
+
+def find_set(entry: ScheduleEntry, problem: SetProblem) -> FoundSet:
+    """Put coupled replicas in order under any schedule: as it does itself where it can, else by its order of the
+    maxima, with microbatches paired as they come. Raises what the schedule and :func:`.together.together` raise."""
+    if entry.find_set is not None:
+        return entry.find_set(problem)
+    slots = as_they_come(problem.graphs)
+    found = schedule_together(entry, problem.graphs, problem.experts, slots, effort=problem.effort, group=problem.group)
+    return FoundSet(found.schedules, SearchStatistics(workers=1))
 
 
 def schedule_together(
@@ -38,11 +45,7 @@ def schedule_together(
     found = entry.find(Problem(t.graph, effort or Effort(), group))
     schedules = t.schedules(found.schedule)
     time = simulate_set_compiled(graphs, schedules, experts).iteration_time
-    fits = all(
-        bool(np.all(simulate_compiled(g, s).peak_bytes <= g.memory_limit))
-        for g, s in zip(graphs, schedules, strict=True)
-    )
-    return CoupledSchedule(tuple(schedules), time, fits)
+    return CoupledSchedule(tuple(schedules), time)
 
 
 def mixed_experts(choice: StaticChoice, modules: Sequence[str]) -> ExpertLayers:

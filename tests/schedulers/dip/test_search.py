@@ -16,11 +16,11 @@ from dip_megatron.core.verify import verify
 from dip_megatron.describe.cost import build_graph, load_cluster
 from dip_megatron.describe.model import ModulePartition, Partition, load_model
 from dip_megatron.describe.workload import load_workload
-from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.schedulers.common import BaselineError
 from dip_megatron.schedulers.dip.engine import search
 from dip_megatron.schedulers.dip.feasibility import DoesNotFitError
 from dip_megatron.schedulers.dip.options import SearchOptions, SearchResult
+from dip_megatron.schedulers.greedy import greedy
 from dip_megatron.schedulers.segmented import segmented_static
 from tests.drawn import settings
 from tests.graphs import paper_graph, random_graph, small_graphs, with_memory
