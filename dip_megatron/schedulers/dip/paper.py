@@ -66,7 +66,7 @@ def search_paper(
                 incumbent.offer(found)
                 if most is not None or incumbent.elapsed() - programmed[0] > PROGRAM_SHARE * until:
                     programmed[0] = incumbent.elapsed()
-                    better = program_memory(q, found, until - incumbent.elapsed() if most is None else 1.0)
+                    better = program_memory(q, found, until - incumbent.elapsed() if most is None else None)
                     if better is not None:
                         time = min(time, incumbent.offer(better))
             with incumbent.lock:
@@ -74,21 +74,21 @@ def search_paper(
 
     in_threads([partial(work, i) for i in range(workers)], workers)
     if incumbent.schedule is not None and (most is not None or incumbent.elapsed() - programmed[0] > 0.0):
-        better = program_memory(q, incumbent.schedule, max(0.01, reserve) if most is None else 1.0)
+        better = program_memory(q, incumbent.schedule, max(0.01, reserve) if most is None else None)
         if better is not None:
             incumbent.offer(better)
 
 
-def program_memory(q: Problem, schedule: Schedule, seconds: float) -> Schedule | None:
+def program_memory(q: Problem, schedule: Schedule, seconds: float | None) -> Schedule | None:
     """``schedule`` with the strategies of the integer programs, rank by rank; None if they change nothing.
 
-    ``seconds``: stop when so much time is spent.
+    ``seconds``: stop when so much time is spent; None: after a number of nodes (see :func:`.memory.solve_memory`).
     """
-    if q.graph.candidates == 1 or not q.bounded.any() or seconds <= 0:
+    if q.graph.candidates == 1 or not q.bounded.any() or (seconds is not None and seconds <= 0):
         return None
     strategy = schedule.strategy.copy()
     changed = False
-    each = max(0.01, min(1.0, seconds / q.graph.ranks))
+    each = None if seconds is None else max(0.01, min(1.0, seconds / q.graph.ranks))
     for p in range(q.graph.ranks):
         if not q.bounded[p]:
             continue
