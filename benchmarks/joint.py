@@ -31,11 +31,12 @@ from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.graph import Floats
 from dip_megatron.core.lower import make_plan_set
 from dip_megatron.core.verify import verify
-from dip_megatron.describe.cost import Cluster, cost_model, load_cluster, paper_cost_model, segmented_graph
+from dip_megatron.describe.cost import Cluster, cost_model, load_cluster, segmented_graph
 from dip_megatron.describe.model import MultimodalModel, load_model
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.planner.balance import Work, assign, microbatch_work
 from dip_megatron.planner.coupled_balance import CoupledAssignment, CoupledWork, assign_coupled
+from dip_megatron.planner.model_graphs import pricer as price_model
 from dip_megatron.planner.partitioning import choose_partition, paper_partition
 from dip_megatron.report.schedules import text_table
 from dip_megatron.schedulers.common import BaselineError
@@ -185,7 +186,7 @@ class Baselines:
             else:
                 pricer = self.case.pricer
                 if entry.paper_costs:
-                    pricer = paper_cost_model(self.case.model, load_cluster("h100"))
+                    pricer = price_model(self.case.model, load_cluster("h100"), None, True, True, paper=True)
                 graphs, where, group = [segmented_graph(pricer, self.case.partition, b) for b in batches], experts, None
             slots = paired(graphs) if draw.paired else as_they_come(graphs)
             times.append(schedule_together(entry, graphs, where, slots, effort=effort, group=group).iteration_time)

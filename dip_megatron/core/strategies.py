@@ -128,6 +128,9 @@ def _offload_without_activation(x: LayerFacts) -> Price:
     return np.maximum(x.forward, copy) + traffic, backward, np.zeros_like(x.activation)
 
 
+PAPERS_STRATEGIES = ("none", "selective", "mlp", "full", "offload")
+"""Names of the entries among which the DIP paper's own search chooses."""
+
 _RUNNERS = "dip_megatron.families.shared.layer_memory"
 _known: dict[str, LayerStrategy] = {
     strategy.name: strategy
@@ -213,9 +216,15 @@ def strategy_names() -> tuple[str, ...]:
     return tuple(_known)
 
 
-def allowed_strategies(*, recompute: bool, offload: bool) -> tuple[str, ...]:
-    """Names of the entries that the switches leave."""
-    return tuple(s.name for s in _known.values() if (recompute or not s.recomputes) and (offload or not s.offloads))
+def allowed_strategies(*, recompute: bool, offload: bool, paper: bool = False) -> tuple[str, ...]:
+    """Names of the entries that the switches leave; with ``paper``, of those that the DIP paper describes only."""
+    return tuple(
+        s.name
+        for s in _known.values()
+        if (recompute or not s.recomputes)
+        and (offload or not s.offloads)
+        and (not paper or s.name in PAPERS_STRATEGIES)
+    )
 
 
 def exchanging_strategies() -> frozenset[str]:

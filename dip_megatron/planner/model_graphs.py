@@ -51,9 +51,7 @@ def pricer(
     model: MultimodalModel, cluster: Cluster, costs: Costs | None, recompute: bool, offload: bool, paper: bool = False
 ) -> CostModel:
     """The cost model for these arguments; equal ones share one, and with it its caches, for all iterations."""
-    strategies = allowed_strategies(recompute=recompute, offload=offload)
-    if paper:
-        strategies = tuple(name for name in strategies if name != "activation")
+    strategies = allowed_strategies(recompute=recompute, offload=offload, paper=paper)
     return _pricer(model, cluster, costs, strategies, known_strategies(), not paper)
 
 

@@ -3,7 +3,7 @@
 from .calibration import Costs, Scale, Table
 from .chunks import Chunk, ChunkCost, CostModel, LayerRun
 from .corrections import Corrections, Line
-from .graph import build_graph, build_mixed_graph, cost_model, mixed_graph, paper_cost_model, segmented_graph
+from .graph import build_graph, build_mixed_graph, cost_model, mixed_graph, segmented_graph
 from .hardware import Cluster, load_cluster
 from .operators import Operators
 from .parts import LayerCost, PartCost
@@ -31,7 +31,6 @@ __all__ = [
     "cost_model",
     "load_cluster",
     "mixed_graph",
-    "paper_cost_model",
     "segmented_graph",
     "unit_sizes",
     "whole_sizes",

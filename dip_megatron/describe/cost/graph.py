@@ -21,7 +21,6 @@ from .parts import LayerCost
 from .sizes import unit_sizes
 from .strategies import Counts
 
-_PAPERS_STRATEGIES = ("none", "selective", "mlp", "full", "offload")
 _FIELDS = ("forward", "backward", "weight", "activation", "deferred_activation", "fused")
 
 
@@ -29,12 +28,6 @@ _FIELDS = ("forward", "backward", "weight", "activation", "deferred_activation",
 def cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = None) -> CostModel:
     """The cost model for these arguments; equal ones share one, and with it the caches."""
     return CostModel(model, cluster, costs)
-
-
-@lru_cache(maxsize=8)
-def paper_cost_model(model: MultimodalModel, cluster: Cluster, costs: Costs | None = None) -> CostModel:
-    """The same with the memory strategies and the choice of candidates that the paper describes."""
-    return CostModel(model, cluster, costs, strategies=_PAPERS_STRATEGIES, corners=False)
 
 
 def build_graph(

@@ -17,7 +17,7 @@ from ...describe.cost import LayerRun
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import order_free, segment_config
 from ..shared.mixed import OnStages, Stages, refuse_tied
-from ..shared.segmented import ModelPart, unwrapped
+from ..shared.segmented import ModelPart
 from ..shared.shapes import LANGUAGE, VISION, MixedLlavaShapes, StageEnd
 from .program import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
 
@@ -165,8 +165,3 @@ class MixedLlavaProgram(OnStages, LlavaProgram):
                 device = hidden.device if hidden is not None else arguments["input_ids"].device
                 nothing = torch.empty(shape, dtype=getattr(torch, self.sizes.dtype), device=device)
         return chunk(images if run is not None else None, hidden, nothing=nothing, arguments=arguments)
-
-
-def mixed_chunk(chunk: torch.nn.Module) -> MixedChunk:
-    """The stage inside Megatron's wrappers."""
-    return unwrapped(chunk, MixedChunk)
