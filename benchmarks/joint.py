@@ -31,8 +31,8 @@ from dip_megatron.core.experts import ExpertLayers
 from dip_megatron.core.graph import Floats
 from dip_megatron.core.lower import make_plan_set
 from dip_megatron.core.verify import verify
-from dip_megatron.describe.cost import Cluster, cost_model, load_cluster, segmented_graph
-from dip_megatron.describe.model import MultimodalModel, load_model
+from dip_megatron.describe.cost import Cluster, cost_model, load_cluster, priced_graph
+from dip_megatron.describe.model import MultimodalModel, Partition, load_model
 from dip_megatron.describe.workload import Microbatch, load_workload
 from dip_megatron.planner.balance import Work, assign, microbatch_work
 from dip_megatron.planner.coupled_balance import CoupledAssignment, CoupledWork, assign_coupled
@@ -45,7 +45,7 @@ from dip_megatron.schedulers.entry import Effort
 from dip_megatron.schedulers.joint import JointFound, Slots, as_they_come, dip_pairing, search_joint
 from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
 from dip_megatron.schedulers.registry import find_schedule
-from dip_megatron.schedulers.static import StaticChoice, static_graph, tune_static
+from dip_megatron.schedulers.static import tune_static
 
 MODELS = ("vlm-s", "qwen2-5-vl-7b")
 BASELINES = ("megatron-1f1b", "megatron-interleaved", "zb-h1", "optimus", "nnscaler", "segmented-static", "dip-paper")
@@ -86,7 +86,7 @@ def experts_of(case: Case, modules: Sequence[ModalityModule]) -> ExpertLayers:
 
 def graphs_of(case: Case, batches: Sequence[Batch]) -> list[OperationGraph]:
     """One graph a replica."""
-    return [segmented_graph(case.pricer, case.partition, b) for b in batches]
+    return [priced_graph(case.pricer, case.partition, b) for b in batches]
 
 
 def coupled_work(graphs: Sequence[OperationGraph], experts: ExpertLayers, group: int) -> CoupledWork:
@@ -115,7 +115,7 @@ def alone(case: Case, batches: Sequence[Batch], evaluations: int) -> float:
     times = []
     for r in np.argsort(-even.after, kind="stable")[:ALONE]:
         mine = [flat[m] for m in np.flatnonzero(even.replica == r)]
-        graph = segmented_graph(case.pricer, case.partition, mine)
+        graph = priced_graph(case.pricer, case.partition, mine)
         found = search(graph, budget_seconds=1e6, evaluations=evaluations, deterministic=True)
         times.append(found.iteration_time)
     return max(times)
@@ -159,7 +159,7 @@ class Baselines:
 
     case: Case
     names: Sequence[str]
-    choices: dict[str, StaticChoice]
+    choices: dict[str, Partition]
 
     @staticmethod
     def of(case: Case, names: Sequence[str]) -> Baselines:
@@ -181,13 +181,13 @@ class Baselines:
         choice = self.choices.get(name)
         for batches in groups(draw.batches, size):
             if choice is not None:
-                graphs = [static_graph(self.case.pricer, choice, b) for b in batches]
+                graphs = [priced_graph(self.case.pricer, choice, b) for b in batches]
                 where, group = mixed_experts(choice, [WITH_EXPERTS]), choice.group
             else:
                 pricer = self.case.pricer
                 if entry.paper_costs:
                     pricer = price_model(self.case.model, load_cluster("h100"), None, True, True, paper=True)
-                graphs, where, group = [segmented_graph(pricer, self.case.partition, b) for b in batches], experts, None
+                graphs, where, group = [priced_graph(pricer, self.case.partition, b) for b in batches], experts, None
             slots = paired(graphs) if draw.paired else as_they_come(graphs)
             times.append(schedule_together(entry, graphs, where, slots, effort=effort, group=group).iteration_time)
         return max(times)
@@ -269,7 +269,7 @@ def first_plan(ranks: int, replicas: int) -> list[float]:
     for _ in range(3):  # the last one in a warm process
         first: list[Sequence[Schedule]] = []
         start = time.perf_counter()
-        graphs = [segmented_graph(cost_model(model, cluster), partition, b) for b in batches]
+        graphs = [priced_graph(cost_model(model, cluster), partition, b) for b in batches]
         experts = ExpertLayers.every(graphs[0].modules, [WITH_EXPERTS])
         marks = [time.perf_counter() - start]
         with contextlib.suppress(_FirstFound):

@@ -30,7 +30,7 @@ from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import graph_arrays, simulate, simulate_compiled
 from dip_megatron.core.simulate.kernels import pad_orders, replay
 from dip_megatron.core.verify import verify
-from dip_megatron.describe.cost import load_cluster, segmented_graph
+from dip_megatron.describe.cost import load_cluster, priced_graph
 from dip_megatron.describe.model import Partition, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.families.shared.shapes import LlavaShapes
@@ -98,8 +98,8 @@ def make_case(name: str, batches: int, microbatches: int, partition_seconds: flo
     paper = paper_partition(model, setting.cluster, setting.known)
     case = Case(name, setting, searched_partition(setting, partition_seconds) if partition_seconds else paper, paper)
     for microbatch_list in setting.microbatches:
-        case.graphs.append(segmented_graph(setting.pricer, case.ours, microbatch_list))
-        case.paper_graphs.append(segmented_graph(setting.paper_pricer, case.paper, microbatch_list))
+        case.graphs.append(priced_graph(setting.pricer, case.ours, microbatch_list))
+        case.paper_graphs.append(priced_graph(setting.paper_pricer, case.paper, microbatch_list))
     return case
 
 
@@ -261,7 +261,7 @@ class _FirstFound(Exception):
 def first_plan(case: Case, microbatches: Sequence[object]) -> list[float]:
     """Seconds until each step of the first plan is done."""
     start = time.perf_counter()
-    graph = segmented_graph(case.setting.pricer, case.ours, microbatches)  # type: ignore[arg-type]
+    graph = priced_graph(case.setting.pricer, case.ours, microbatches)  # type: ignore[arg-type]
     marks = [time.perf_counter() - start]
     first: list[Schedule] = []
 

@@ -226,7 +226,7 @@ def predicted_off(costs: Any, model: Any, loads: Sequence[Any]) -> tuple[float, 
 
     choice = todays_choice(model, len(loads))
     setting = Setting(model, load_cluster("cpu"), (), costs, recompute=False, offload=False)
-    entry = find_schedule(choice.name)
+    entry = find_schedule(choice.schedule)
     planned = plan_batch(entry, setting.graphs(entry, choice), loads, Effort(), choice.group)
     return planned.iteration_time, list(planned.peak_bytes), planned.graph.static_bytes.tolist()
 

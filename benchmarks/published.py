@@ -35,8 +35,8 @@ from benchmarks.joint import (
 )
 from benchmarks.replicas import Case, Seconds
 from dip_megatron.core.simulate import fit_in_memory
-from dip_megatron.describe.cost import cost_model, load_cluster
-from dip_megatron.describe.model import MultimodalModel, Parallel, load_model
+from dip_megatron.describe.cost import cost_model, load_cluster, priced_graph
+from dip_megatron.describe.model import MultimodalModel, Parallel, Partition, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.partitioning import choose_partition
 from dip_megatron.report.schedules import text_table
@@ -45,7 +45,7 @@ from dip_megatron.schedulers.dip.engine import warm_up
 from dip_megatron.schedulers.joint import as_they_come
 from dip_megatron.schedulers.joint.others import mixed_experts, schedule_together
 from dip_megatron.schedulers.registry import find_schedule
-from dip_megatron.schedulers.static import StaticChoice, given_choice, static_graph
+from dip_megatron.schedulers.static import given_choice
 
 MIX = "vlm-any-resolution"
 PUBLISHED, FIRST_STAGE = "as published", "encoder-first-stage"
@@ -109,7 +109,7 @@ def published_model(name: str, recipe: Recipe) -> MultimodalModel:
     return replace(model, parallel=recipe.parallel, packing=replace(model.packing, max_tokens=recipe.tokens))
 
 
-def published_choice(model: MultimodalModel, recipe: Recipe) -> StaticChoice:
+def published_choice(model: MultimodalModel, recipe: Recipe) -> Partition:
     """The chunks of a recipe: encoders whole on the first stage."""
     chunks, ranks = len(recipe.layers), recipe.parallel.pp
     layers = {m.name: tuple(tuple(m.layers * (k == r == 0) for r in range(ranks)) for k in range(chunks))
@@ -117,11 +117,11 @@ def published_choice(model: MultimodalModel, recipe: Recipe) -> StaticChoice:
     return given_choice(FIRST_STAGE, model, layers | {WITH_EXPERTS: recipe.layers})
 
 
-def as_published(case: Case, choice: StaticChoice, draw: Draw, size: int) -> tuple[float, bool]:
+def as_published(case: Case, choice: Partition, draw: Draw, size: int) -> tuple[float, bool]:
     """(the slowest group's seconds, whether it fits) under Megatron's own order."""
     times, fits, experts = [], True, mixed_experts(choice, [WITH_EXPERTS])
     for batches in groups(draw.batches, size):
-        graphs = [static_graph(case.pricer, choice, b) for b in batches]
+        graphs = [priced_graph(case.pricer, choice, b) for b in batches]
         found = schedule_together(find_schedule(FIRST_STAGE), graphs, experts, as_they_come(graphs))
         times.append(found.iteration_time)
         fits = fits and fit_in_memory(graphs, found.schedules)

@@ -37,7 +37,7 @@ import yaml
 
 from dip_megatron.core import OperationGraph
 from dip_megatron.core.graph import Floats
-from dip_megatron.describe.cost import CostModel, cost_model, segmented_graph
+from dip_megatron.describe.cost import CostModel, cost_model, priced_graph
 from dip_megatron.describe.files import resolve
 from dip_megatron.describe.model import MultimodalModel, Partition
 from dip_megatron.describe.workload import Clip, Microbatch, load_workload
@@ -103,7 +103,7 @@ class Case:
     def seconds(self, microbatches: Sequence[Microbatch], longer: bool = False) -> float:
         """What a replica takes under a plan for these; searched ``longer``: as long as a run does."""
         evaluations = self.known.longer if longer else self.known.evaluations
-        return self.known.of(segmented_graph(self.pricer, self.partition, microbatches), evaluations)
+        return self.known.of(priced_graph(self.pricer, self.partition, microbatches), evaluations)
 
     def independent(self, replicas: int, seed: int) -> list[tuple[Microbatch, ...]]:
         """A batch for each replica, all from the whole mix."""
@@ -199,7 +199,7 @@ def outcome_of(case: Case, batches: Sequence[Sequence[Microbatch]], cost: Floats
 
 def price_of(case: Case) -> Callable[[Sequence[Microbatch]], tuple[Floats, Floats]]:
     """What microbatches of one replica are worth, as :func:`work_of` asks for it."""
-    return lambda batch: microbatch_work(segmented_graph(case.pricer, case.partition, batch))
+    return lambda batch: microbatch_work(priced_graph(case.pricer, case.partition, batch))
 
 
 def by_work(case: Case, draw: str, replicas: int, count: int) -> list[str]:

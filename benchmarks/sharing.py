@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dip_megatron.describe.cost import cost_model, load_cluster, segmented_graph
+from dip_megatron.describe.cost import cost_model, load_cluster, priced_graph
 from dip_megatron.describe.model import MultimodalModel, TensorParallel, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.partitioning import paper_partition
@@ -38,7 +38,7 @@ def seconds(model: MultimodalModel, batches: int, microbatches: int, evaluations
     partition = paper_partition(model, cluster, load_workload(MIX, model, 1, microbatches, 1))
     times = []
     for batch in load_workload(MIX, model, batches, microbatches, 3):
-        graph = segmented_graph(cost_model(model, cluster), partition, batch.microbatches)
+        graph = priced_graph(cost_model(model, cluster), partition, batch.microbatches)
         times.append(search(graph, budget_seconds=1e6, evaluations=evaluations, deterministic=True).iteration_time)
     return float(np.mean(times))
 

@@ -12,7 +12,7 @@ from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.schedulers.dip.options import SearchOptions
 from dip_megatron.schedulers.entry import MixedChunks  # fmt: skip
 from dip_megatron.schedulers.registry import find_schedule, register_schedule  # fmt: skip
-from dip_megatron.schedulers.static import StaticChoice, static_plan, tune_static  # fmt: skip
+from dip_megatron.schedulers.static import static_plan, tune_static  # fmt: skip
 
 Log = Callable[[str], None]
 
@@ -32,7 +32,7 @@ class Candidate:
 
     name: str
     planned: tuple[PlanningResult, ...] = ()
-    choice: StaticChoice | None = None
+    choice: Partition | None = None
     partition: Partition | None = None
     failure: str = ""
 

@@ -154,9 +154,9 @@ class Bench:
 
     def _program(self, candidate: Candidate) -> LlavaProgram:
         if candidate.choice is not None:
-            back = (False, True) if candidate.choice.turned else ()
+            (part,) = candidate.choice.modules
             return MixedLlavaProgram(
-                self.arguments, candidate.choice.stages, rank=self.rank, ranks=self.ranks, reversed_segments=back
+                self.arguments, part.stages, rank=self.rank, ranks=self.ranks, reversed_segments=part.reversed
             )
         assert candidate.partition is not None
         return LlavaProgram(self.arguments, {m.module: m.layers for m in candidate.partition.modules}, rank=self.rank)

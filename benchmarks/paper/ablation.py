@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dip_megatron.core import OperationGraph
-from dip_megatron.describe.cost import segmented_graph
+from dip_megatron.describe.cost import priced_graph
 from dip_megatron.planner.facade import Setting
 from dip_megatron.schedulers.dip.engine import search
 from dip_megatron.schedulers.dip.feasibility import DoesNotFitError
@@ -103,7 +103,7 @@ def _megatron(setting: Setting, budget: Budget) -> float:
 
 def _graphs(setting: Setting) -> list[OperationGraph]:
     partition = papers_partition(setting)
-    return [segmented_graph(setting.pricer, partition, m, setting.memory_limit) for m in setting.microbatches]
+    return [priced_graph(setting.pricer, partition, m, setting.memory_limit) for m in setting.microbatches]
 
 
 def _without_limit(setting: Setting, budget: Budget) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dip_megatron.core import OperationGraph
-from dip_megatron.describe.cost import segmented_graph
+from dip_megatron.describe.cost import priced_graph
 from dip_megatron.schedulers.dip.engine import search, warm_up
 from dip_megatron.schedulers.dip.options import SearchResult
 
@@ -29,7 +29,7 @@ def run(budget: Budget, out: Path) -> Result:
     warm_up()
     setting = load_case(MODEL, CLUSTER, 1, budget.microbatches)
     partition = papers_partition(setting)
-    graph = segmented_graph(setting.pricer, partition, setting.microbatches[0], setting.memory_limit)
+    graph = priced_graph(setting.pricer, partition, setting.microbatches[0], setting.memory_limit)
     progress = {s: search(graph, schedule=s, budget_seconds=budget.progress, workers=budget.workers)
                 for s in ("dip", "dip-paper")}  # fmt: skip
     near = {s: seconds_to_near(r) for s, r in progress.items()}
@@ -95,7 +95,7 @@ def seconds_to_near(result: SearchResult) -> float:
 
 def _near_at(microbatches: int, budget: Budget) -> float:
     setting = load_case(SMALL, CLUSTER, 1, microbatches)
-    graph = segmented_graph(setting.pricer, papers_partition(setting), setting.microbatches[0], setting.memory_limit)
+    graph = priced_graph(setting.pricer, papers_partition(setting), setting.microbatches[0], setting.memory_limit)
     return seconds_to_near(search(graph, budget_seconds=budget.progress, workers=budget.workers))
 
 
@@ -115,7 +115,7 @@ class _Scale:
 
 def _scale(microbatches: int, budget: Budget) -> _Scale:
     setting = load_case(SMALL, CLUSTER, 1, microbatches)
-    graph = segmented_graph(setting.pricer, papers_partition(setting), setting.microbatches[0], 1e15)
+    graph = priced_graph(setting.pricer, papers_partition(setting), setting.microbatches[0], 1e15)
     graph = in_ticks(graph.project(np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.int8)))
     found = search(graph, schedule="dip-paper", budget_seconds=budget.search, workers=budget.workers)
     start = time.perf_counter()

@@ -9,7 +9,7 @@ import numpy as np
 
 from dip_megatron.planner.facade import Setting
 from dip_megatron.schedulers.common import BaselineError
-from dip_megatron.schedulers.static import StaticChoice, static_plan
+from dip_megatron.schedulers.static import static_choice, static_plan
 from dip_megatron.schedulers.static_partition import parameter_balanced
 
 from . import draw, quoted
@@ -123,7 +123,7 @@ def by_segments(setting: Setting) -> dict[int, float]:
     its baseline has, ours has the best of batches before."""
     out = {}
     for count in VIRTUAL:
-        choice = StaticChoice(WEAK, parameter_balanced(setting.model, count), count)
+        choice = static_choice(WEAK, parameter_balanced(setting.model, count), setting.model.parallel.pp)
         try:
             plans = [static_plan(setting.pricer, choice, m, setting.memory_limit)[1] for m in setting.microbatches]
         except BaselineError:

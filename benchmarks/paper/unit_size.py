@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dip_megatron.describe.cost import segmented_graph
+from dip_megatron.describe.cost import priced_graph
 from dip_megatron.describe.model import Partition
 from dip_megatron.describe.partition.unit_size import mean_instance, module_seconds, times
 from dip_megatron.planner.facade import Setting
@@ -31,7 +31,7 @@ def run(budget: Budget, out: Path) -> Result:
         for schedule, by_size in found.items():
             seconds = []
             for microbatches in setting.microbatches:
-                graph = segmented_graph(setting.pricer, Partition(modules), microbatches, setting.memory_limit)
+                graph = priced_graph(setting.pricer, Partition(modules), microbatches, setting.memory_limit)
                 result = search(graph, schedule=schedule, budget_seconds=budget.search, workers=budget.workers)
                 seconds.append(result.iteration_time)
             by_size[size] = float(np.mean(seconds))

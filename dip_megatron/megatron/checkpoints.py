@@ -14,10 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ..compat.checkpointing import fully_reshardable, read_head
-from ..describe.cost import LayerRun
 from ..describe.files import ConfigurationError
-from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
-from ..schedulers.static import StaticChoice
+from ..describe.model import LayerRun, ModelError, ModulePartition, MultimodalModel, Partition
+from ..schedulers.static import static_choice
 
 _RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 
@@ -36,15 +35,15 @@ class Checkpoint:
     resumes: bool
     bound: bool
     by_place: bool = False
-    stages: StaticChoice | None = None
+    stages: Partition | None = None
 
-    def stages_for(self, schedule: str, model: MultimodalModel) -> StaticChoice | None:
+    def stages_for(self, schedule: str, model: MultimodalModel) -> Partition | None:
         """The mixed chunks to go on with under the same schedule; None if there are none, or not for this many
         ranks."""
         stages = self.stages
-        if stages is None or not self.resumes or stages.name != schedule:
+        if stages is None or not self.resumes or stages.schedule != schedule:
             return None
-        return stages if len(stages.stages) == stages.segments * model.parallel.pp else None
+        return stages if stages.ranks == model.parallel.pp else None
 
     def partition_for(self, model: MultimodalModel) -> Partition | None:
         """The partition to go on with; None if there is none, or it doesn't cut ``model`` over this many ranks."""
@@ -56,7 +55,7 @@ class Checkpoint:
             return None
         return self.partition
 
-    def compare(self, chunks: Partition | StaticChoice) -> str | None:
+    def compare(self, chunks: Partition) -> str | None:
         """What the chosen chunks mean for loading, in a sentence; None if there is nothing to say.
 
         Raises ConfigurationError if weights or the optimizer's state can't be loaded into other chunks.
@@ -126,10 +125,10 @@ def find_checkpoint(args: Any, checkpointing: Any) -> Checkpoint | None:
     )
 
 
-def record(args: Any, chunks: Partition | StaticChoice) -> None:
+def record(args: Any, chunks: Partition) -> None:
     """Have every checkpoint of the run carry its chunks, as plain data: Megatron saves ``args``."""
     args.dip_partition = args.dip_stages = None
-    if isinstance(chunks, Partition):
+    if not chunks.mixed:
         args.dip_partition = {
             m.module: {
                 "layers": [list(line) for line in m.layers],
@@ -139,9 +138,10 @@ def record(args: Any, chunks: Partition | StaticChoice) -> None:
             for m in chunks.modules
         }
         return
+    (part,) = chunks.modules
     args.dip_stages = {
-        "name": chunks.name, "segments": chunks.segments, "turned": chunks.turned, "group": chunks.group,
-        "stages": [[asdict(run) for run in stage] for stage in chunks.stages],
+        "name": chunks.schedule, "segments": part.segments, "turned": bool(part.reversed), "group": chunks.group,
+        "stages": [[asdict(run) for run in stage] for stage in part.stages],
     }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def _step(optimizer: Any) -> tuple[bool, Any] | None:
     return (True, steps[0]) if steps else None
 
 
-def recorded(saved: Any) -> tuple[Partition | None, StaticChoice | None]:
+def recorded(saved: Any) -> tuple[Partition | None, Partition | None]:
     """What :func:`record` has put into ``saved``: the partition, or the mixed chunks, or neither."""
     return _recorded(getattr(saved, "dip_partition", None)), _recorded_stages(getattr(saved, "dip_stages", None))
 
@@ -219,22 +219,21 @@ def _recorded(entry: Mapping[str, Any] | None) -> Partition | None:
     )
 
 
-def _recorded_stages(entry: Mapping[str, Any] | None) -> StaticChoice | None:
+def _recorded_stages(entry: Mapping[str, Any] | None) -> Partition | None:
     if not entry:
         return None
     stages = tuple(tuple(LayerRun(**run) for run in stage) for stage in entry["stages"])
-    return StaticChoice(entry["name"], stages, entry["segments"], entry["turned"], entry["group"])
+    ranks = len(stages) // entry["segments"]
+    return static_choice(entry["name"], stages, ranks, turned=entry["turned"], group=entry["group"])
 
 
-def _layers(chunks: Partition | StaticChoice) -> object:
+def _layers(chunks: Partition) -> object:
     """Equal where the chunks are."""
-    if isinstance(chunks, Partition):
-        return {m.module: m.layers for m in chunks.modules}
-    return chunks.stages, chunks.turned
+    return {m.module: (m.layers, m.runs, m.reversed) for m in chunks.modules}
 
 
-def _in_words(chunks: Partition | StaticChoice) -> str:
-    if isinstance(chunks, StaticChoice):
+def _in_words(chunks: Partition) -> str:
+    if chunks.mixed:
         return chunks.explain()
     partition = chunks
     return ", ".join(f"{m.module} layers {[list(line) for line in m.layers]}" for m in partition.modules)

@@ -16,7 +16,6 @@ from ..describe.workload import load_workload
 from ..families.family import ModelFamily
 from ..planner.facade import Setting, searched_partition
 from ..planner.from_file import PlanFile
-from ..planner.model_graphs import Chunks
 from ..planner.partitioning import Given, NoPartitionError
 from ..schedulers.entry import ScheduleEntry
 from .adapters.loop import TrainingLoop
@@ -79,7 +78,7 @@ class ChunkChoice:
     def chunks(
         self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, family: ModelFamily,
         checkpoint: Checkpoint | None,
-    ) -> Chunks:  # fmt: skip
+    ) -> Partition:  # fmt: skip
         """As configured, or those of the plan file, or of the checkpoint to go on from, or chosen for the schedule.
         The same on all ranks, which all have to ask.
 
@@ -87,7 +86,7 @@ class ChunkChoice:
         """
         mixed = self.entry.mixed is not None
         settled = {} if mixed else given_parts(model, self.config)
-        given: Chunks | None
+        given: Partition | None
         if mixed:
             given = configured_choice(self.entry, model, self.config)
         else:
@@ -105,7 +104,7 @@ class ChunkChoice:
             given = self._layout(model)
         if given is None and checkpoint is not None:
             given = checkpoint.stages_for(self.entry.name, model) if mixed else checkpoint.partition_for(model)
-            if isinstance(given, Partition):
+            if given is not None and not mixed:
                 kept = all(_agree(settled, part) for part in given.modules)
                 parts = tuple(settled.get(part.module, Given()).within(part) for part in given.modules)
                 given = replace(given, modules=parts) if kept else None
@@ -113,7 +112,7 @@ class ChunkChoice:
                 self.tell(f"going on with the checkpoint's partition:\n{given.explain()}")
         if given is None:
             given = self._chosen(model, cluster, costs, family)
-        return given if isinstance(given, Partition) else given.partition(model) or given
+        return given.by_module(model) or given
 
     def _layout(self, model: MultimodalModel) -> Partition | None:
         """The layout that the loop's own settings give, where it says all of the partition: a model of one module."""
@@ -131,7 +130,7 @@ class ChunkChoice:
         self.tell(f"{model.modules[0].name}: layers {layout.layers}, as {layout} say")
         return partition
 
-    def _chosen(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, family: ModelFamily) -> Chunks:
+    def _chosen(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, family: ModelFamily) -> Partition:
         """On one rank, because a search may be timed."""
         found: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -142,8 +141,8 @@ class ChunkChoice:
         dist.broadcast_object_list(found, 0)
         if isinstance(found[0], Exception):
             raise found[0]
-        chunks: Chunks = found[0]
-        if isinstance(chunks, Partition):
+        chunks: Partition = found[0]
+        if not chunks.mixed:
             for m in chunks.modules:
                 place = "on every rank" if m.replicated else f"layers {m.layers}"
                 self.tell(f"{m.module}: {place}, sub-microbatches of {m.unit_size or 'all'}")
@@ -151,7 +150,7 @@ class ChunkChoice:
             self.tell(chunks.explain())
         return chunks
 
-    def _search(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, family: ModelFamily) -> Chunks:
+    def _search(self, model: MultimodalModel, cluster: Cluster, costs: Costs | None, family: ModelFamily) -> Partition:
         """Chunks are built before the first batch is read, so they are judged by a published mix, packed to the model's
         sequence length."""
         config = self.config

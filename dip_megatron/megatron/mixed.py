@@ -6,11 +6,11 @@ from ..config import DipConfig
 from ..describe.files import ConfigurationError
 from ..describe.model import ModelError, MultimodalModel, Partition
 from ..families.family import Blueprint, ModelFamily
-from ..planner.facade import Chunks, Effort, Setting, choose_chunks
+from ..planner.facade import Effort, Setting, choose_chunks
 from ..runtime.protocol import ModelProgram
 from ..schedulers.common import BaselineError
 from ..schedulers.entry import ScheduleEntry
-from ..schedulers.static import StaticChoice, given_choice
+from ..schedulers.static import given_choice
 
 _OTHERS = "use a schedule over segments (dynamic, static, optimus, ...) or --dip-schedule off"
 
@@ -28,7 +28,7 @@ def check_entry(entry: ScheduleEntry, model: MultimodalModel, family: ModelFamil
         raise ConfigurationError(f"--dip-schedule {entry.name}: {reason}; {_OTHERS}")
 
 
-def configured_choice(entry: ScheduleEntry, model: MultimodalModel, config: DipConfig) -> StaticChoice | None:
+def configured_choice(entry: ScheduleEntry, model: MultimodalModel, config: DipConfig) -> Partition | None:
     """The stages that the configuration gives, as layers of every module; None if it gives no layers.
 
     Raises ConfigurationError for what doesn't fit the model or the schedule.
@@ -52,25 +52,25 @@ def configured_choice(entry: ScheduleEntry, model: MultimodalModel, config: DipC
         raise ConfigurationError(f"--dip-config: {error}") from error
 
 
-def tuned_choice(entry: ScheduleEntry, setting: Setting) -> StaticChoice:
+def tuned_choice(entry: ScheduleEntry, setting: Setting) -> Partition:
     """The best stages on the setting's batches. Raises ConfigurationError if the schedule can't run them."""
     try:
         chosen = choose_chunks(entry, setting, Effort())
     except BaselineError as error:
         raise ConfigurationError(f"--dip-schedule {entry.name}: {error}; {_OTHERS}") from error
-    assert isinstance(chosen, StaticChoice)
     return chosen
 
 
 def make_program(
-    family: ModelFamily, blueprint: Blueprint, chunks: Chunks, *, rank: int, micro_batch_size: int
+    family: ModelFamily, blueprint: Blueprint, chunks: Partition, *, rank: int, micro_batch_size: int
 ) -> ModelProgram:
     """One rank's program over the chunks that were chosen."""
-    if isinstance(chunks, Partition):
+    if not chunks.mixed:
         layers = {m.module: m.layers for m in chunks.modules}
         return family.program(blueprint, layers, rank=rank, micro_batch_size=micro_batch_size)
     assert family.mixed_program is not None, "check_entry comes first"
+    (part,) = chunks.modules
     return family.mixed_program(
-        blueprint, chunks.stages, rank=rank, ranks=len(chunks.stages) // chunks.segments,
-        reversed_segments=chunks.reversed, micro_batch_size=micro_batch_size,
+        blueprint, part.stages, rank=rank, ranks=chunks.ranks, reversed_segments=part.reversed,
+        micro_batch_size=micro_batch_size,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from ..compat.process_groups import shared_store
 from ..config import DipConfig
 from ..core.experts import NO_EXPERTS, ExpertLayers
 from ..describe.files import ConfigurationError
-from ..describe.model import Partition, Training, TrainingMismatchError
+from ..describe.model import Training, TrainingMismatchError
 from ..families.family import ModelFamily
 from ..families.shared import deferred_linear
 from ..planner.delivery import CoupledReplicas, PlanDelivery
@@ -361,7 +361,7 @@ class DipSession:
             _tell("what trains has changed; plans follow it from this iteration on")
             return
         assert self._graphs is not None
-        if not isinstance(self._graphs.chunks, Partition):
+        if self._graphs.chunks.mixed:
             return  # mixed chunks are no parts of one module: plans take what trains from the model alone
         try:
             sentences = training.against(self._graphs.model)

@@ -15,7 +15,7 @@ from ..describe.workload import GlobalBatch, Microbatch
 from ..schedulers.common import BaselineError
 from ..schedulers.entry import Effort
 from ..schedulers.registry import find_schedule
-from ..schedulers.static import StaticChoice, given_choice, tune_static
+from ..schedulers.static import given_choice, tune_static
 from .balance import Work, assign, microbatch_work
 from .facade import Setting, plan_batch, searched_partition
 from .planning_result import PlanningResult
@@ -75,7 +75,7 @@ class Estimate:
 
 def todays_choice(
     model: MultimodalModel, microbatches: int, layers: tuple[tuple[int, ...], ...] | None = None
-) -> StaticChoice:
+) -> Partition:
     """Megatron's own layout of a model: every encoder whole on the first stage, the last module's layers spread evenly
     over all, or as ``layers`` (``[virtual stage][rank]``) say. Raises ModelError where Megatron couldn't do that."""
     ranks, last = model.parallel.pp, model.modules[-1]
@@ -96,7 +96,7 @@ def todays_choice(
 
 def estimate(
     model: MultimodalModel, cluster: Cluster, costs: Costs | None, known: Iteration, judged: Sequence[Iteration],
-    today: StaticChoice | str, effort: Effort, *, unseen: Iteration | None = None,
+    today: Partition | str, effort: Effort, *, unseen: Iteration | None = None,
     memory_limit: float | None = None, partition_seconds: float = 5.0, rest: float = 0.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Estimate:  # fmt: skip
@@ -119,11 +119,11 @@ def estimate(
     outcomes: dict[str, Outcome] = {}
     refused: dict[str, str] = {}
 
-    def static(key: str, choose: Callable[[], StaticChoice]) -> None:
+    def static(key: str, choose: Callable[[], Partition]) -> None:
         progress(key)
         try:
             choice = choose()
-            outcomes[key] = _outcome(choice.name, _static_plans(setting, choice, judged), choice.explain())
+            outcomes[key] = _outcome(choice.schedule, _static_plans(setting, choice, judged), choice.explain())
         except (BaselineError, ModelError) as error:
             refused[key] = str(error)
 
@@ -168,8 +168,8 @@ def _scaled(setting: Setting, factor: float) -> Setting:
     return replace(setting, costs=replace(costs, scales=costs.scales + scales))
 
 
-def _static_plans(setting: Setting, choice: StaticChoice, judged: Sequence[Iteration]) -> list[list[PlanningResult]]:
-    entry = find_schedule(choice.name)
+def _static_plans(setting: Setting, choice: Partition, judged: Sequence[Iteration]) -> list[list[PlanningResult]]:
+    entry = find_schedule(choice.schedule)
     graphs = setting.graphs(entry, choice)
     return [[plan_batch(entry, graphs, r, Effort(), choice.group) for r in iteration] for iteration in judged]
 

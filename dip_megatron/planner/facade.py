@@ -21,9 +21,9 @@ from ..describe.workload import GlobalBatch, Microbatch
 from ..schedulers.dip.feasibility import DoesNotFitError
 from ..schedulers.entry import Effort, Found, Problem, ScheduleEntry
 from ..schedulers.registry import find_schedule
-from ..schedulers.static import StaticChoice, tune_static
+from ..schedulers.static import tune_static
 from .maker import LivePlanMaker, OperationShapes, PayloadShapes
-from .model_graphs import Chunks, ModelGraphs, pricer
+from .model_graphs import ModelGraphs, pricer
 from .partitioning import Given, Placements, choose_partition, paper_partition
 from .planning_result import PlanningResult, describe
 from .searchers import searcher_of
@@ -65,7 +65,7 @@ class Setting:
     def microbatches(self) -> list[Sequence[Microbatch]]:
         return [batch.microbatches for batch in self.batches]
 
-    def graphs(self, entry: ScheduleEntry, chunks: Chunks) -> ModelGraphs:
+    def graphs(self, entry: ScheduleEntry, chunks: Partition) -> ModelGraphs:
         """What prices a batch for a schedule."""
         return ModelGraphs(
             self.model, self.cluster, chunks, self.costs, self.memory_limit, self.recompute, self.offload,
@@ -92,9 +92,8 @@ def make_planner(
         entry, setting, effort, given, searched=searched, partition_seconds=partition_seconds, progress=progress
     )
     graphs = setting.graphs(entry, chunks)
-    group = chunks.group if isinstance(chunks, StaticChoice) else None
     entry = entry if find is None else replace(entry, find=find)
-    return lambda microbatches: plan_batch(entry, graphs, microbatches, effort, group)
+    return lambda microbatches: plan_batch(entry, graphs, microbatches, effort, chunks.group)
 
 
 def plan_batch(
@@ -112,7 +111,7 @@ def plan_batch(
 def choose_chunks(
     entry: ScheduleEntry, setting: Setting, effort: Effort, given: Partition | None = None, *,
     searched: Partition | None = None, partition_seconds: float = 20.0, progress: Callable[[], None] = lambda: None,
-) -> Chunks:  # fmt: skip
+) -> Partition:  # fmt: skip
     """The chunks that a schedule keeps through training, chosen on the batches that are known before.
 
     A schedule over mixed chunks tunes its own stages. One over segments takes ``given``; without it ``dip`` takes
@@ -170,7 +169,6 @@ def live_maker(
 
 
 __all__ = [
-    "Chunks",
     "DoesNotFitError",
     "Effort",
     "Planner",

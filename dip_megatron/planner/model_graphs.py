@@ -7,13 +7,9 @@ from functools import lru_cache
 
 from ..core import OperationGraph
 from ..core.strategies import LayerStrategy, allowed_strategies, known_strategies, register
-from ..describe.cost import Cluster, CostModel, Costs, segmented_graph
+from ..describe.cost import Cluster, CostModel, Costs, priced_graph
 from ..describe.model import MultimodalModel, Partition, Training
 from ..describe.workload import Microbatch
-from ..schedulers.static import StaticChoice, static_graph
-
-Chunks = Partition | StaticChoice
-"""What ranks hold: chunks of one module each, cut by a partition, or stages that mix modules."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,7 @@ class ModelGraphs:
 
     model: MultimodalModel
     cluster: Cluster
-    chunks: Chunks
+    chunks: Partition
     costs: Costs | None = None
     memory_limit: float | None = None
     recompute: bool = True
@@ -39,11 +35,7 @@ class ModelGraphs:
         for strategy in self.strategies:
             register(strategy)  # this may be another process
         costs = pricer(self.model, self.cluster, self.costs, self.recompute, self.offload, self.paper_costs)
-        if isinstance(self.chunks, StaticChoice):
-            graph = static_graph(costs, self.chunks, loads, self.memory_limit)
-            graph = graph if training is None else training.on(graph)
-        else:
-            graph = segmented_graph(costs, self.chunks, loads, self.memory_limit, training)
+        graph = priced_graph(costs, self.chunks, loads, self.memory_limit, training)
         return without_training(graph) if forward_only else graph
 
 

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from ..core import OperationGraph
-from ..describe.cost import Cluster, CostModel, Costs, segmented_graph, unit_sizes
+from ..describe.cost import Cluster, CostModel, Costs, priced_graph, unit_sizes
 from ..describe.cost.static import run_bytes
 from ..describe.model import ModulePartition, ModuleShape, MultimodalModel, Parallel, Partition, spread
 from ..describe.partition.layers import ModuleLoad, balance_layers, rank_loads
@@ -287,7 +287,7 @@ class _Search:
     def _seconds(self, partition: Partition, judge: Judge) -> float:
         total = 0.0
         for batch in self.batches:
-            graph = segmented_graph(self.pricer, partition, batch.microbatches, self.memory_limit)
+            graph = priced_graph(self.pricer, partition, batch.microbatches, self.memory_limit)
             total += judge(graph) + copies_seconds(self.pricer, partition)
             if total == inf:
                 break

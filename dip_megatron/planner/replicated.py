@@ -13,7 +13,6 @@ from ..describe.model import Partition
 from ..describe.workload import Microbatch
 from ..schedulers.entry import Effort
 from ..schedulers.registry import find_schedule
-from ..schedulers.static import StaticChoice
 from .balance import Places, Work, assign, lines, microbatch_work
 from .facade import Setting, choose_chunks, plan_batch
 
@@ -92,10 +91,9 @@ def replicated(
     entry = find_schedule(schedule)
     chunks = choose_chunks(entry, setting, effort, given, searched=searched)
     graphs = setting.graphs(entry, chunks)
-    group = chunks.group if isinstance(chunks, StaticChoice) else None
 
     def seconds(batch: Batch) -> float:
-        return plan_batch(entry, graphs, batch, effort, group).iteration_time
+        return plan_batch(entry, graphs, batch, effort, chunks.group).iteration_time
 
     found = []
     for first in range(0, len(setting.batches), replicas):

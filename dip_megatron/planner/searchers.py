@@ -13,7 +13,6 @@ from ..core.experts import ExpertLayers
 from ..schedulers.dip.options import SearchOptions
 from ..schedulers.entry import Effort, FoundSet, Problem, ScheduleEntry, SetProblem
 from ..schedulers.joint.others import find_set
-from ..schedulers.static import StaticChoice
 from .model_graphs import ModelGraphs
 from .warm import warm_up_joint_search
 
@@ -58,8 +57,7 @@ class EntrySearcher:
 
 def searcher_of(entry: ScheduleEntry, graphs: ModelGraphs, effort: Effort) -> EntrySearcher:
     """The searcher of an entry on the chunks that ``graphs`` price."""
-    group = graphs.chunks.group if isinstance(graphs.chunks, StaticChoice) else None
-    return EntrySearcher(entry, effort, group)
+    return EntrySearcher(entry, effort, graphs.chunks.group)
 
 
 def live_effort(config: DipConfig, planners_here: int = 1, thrifty: bool = False) -> Effort:

@@ -39,7 +39,6 @@ from ..megatron.exchange import GlooExchange  # noqa: E402
 from ..megatron.forward_backward import IterationConsumer  # noqa: E402
 from ..megatron.hooks import Hooks  # noqa: E402
 from ..megatron.session import DipSession  # noqa: E402
-from ..planner.model_graphs import Chunks  # noqa: E402
 from ..planner.service import PlannerService  # noqa: E402
 from ..report.iterations import IterationReport  # noqa: E402
 from ..runtime.clock import Clock  # noqa: E402
@@ -125,7 +124,7 @@ class RehearsedLoop(GenericLoop):
         """Stages sleep, as if devices computed them."""
         return False
 
-    def record(self, chunks: Chunks) -> str | None:
+    def record(self, chunks: Partition) -> str | None:
         """As Megatron's loop has it in its arguments."""
         record(self._args, chunks)
         return None

@@ -8,14 +8,13 @@ sees their mean alone, as the paper has it. On every batch each still recomputes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ..core.graph import Floats, OperationGraph
 from ..core.simulate import simulate_compiled
-from ..describe.cost import CostModel, LayerRun, mixed_graph
-from ..describe.model import ModelError, ModulePartition, MultimodalModel, Partition
+from ..describe.cost import CostModel, priced_graph
+from ..describe.model import LayerRun, ModelError, ModulePartition, MultimodalModel, Partition
 from ..describe.workload import Microbatch
 from .common import BaselineError
 from .entry import Found, MixedChunks, Problem
@@ -35,60 +34,21 @@ from .static_partition import (
 MEMORY_WEIGHTS = (0.0, 0.3, 1.0, 3.0)
 
 
-@dataclass(frozen=True)
-class StaticChoice:
-    """What a static schedule (``name``) fixed: its virtual stages, how many of them a rank has, whether they are placed
-    in a V, and Megatron's microbatch group size (None: :func:`legal_group`)."""
-
-    name: str
-    stages: Stages
-    segments: int
-    turned: bool = False
-    group: int | None = None
-
-    @property
-    def reversed(self) -> tuple[bool, ...]:
-        """Whether each segment runs from the last rank to the first; empty: none does."""
-        return (False, True) if self.turned else ()
-
-    def layers(self, module: str) -> tuple[tuple[int, ...], ...]:
-        """A module's layers, ``[segment][rank]``."""
-        ranks = len(self.stages) // self.segments
-        counts = [sum(run.layers for run in stage if run.module == module) for stage in self.stages]
-        rows = [tuple(counts[k * ranks : (k + 1) * ranks]) for k in range(self.segments)]
-        return tuple(row[::-1] if self.turned and k == 1 else row for k, row in enumerate(rows))
-
-    def partition(self, model: MultimodalModel) -> Partition | None:
-        """The same chunks as a partition, where there is nothing to mix: a model of one module, stages not in a V."""
-        if len(model.modules) > 1 or self.turned:
-            return None
-        name = model.modules[0].name
-        return Partition((ModulePartition(name, self.layers(name)),))
-
-    def explain(self) -> str:
-        """The stages in words, on one line."""
-
-        def words(run: LayerRun) -> str:
-            return f"{'stem ' * run.stem}{run.layers} {run.module}{' head' * run.head}"
-
-        stages = " | ".join(" + ".join(map(words, stage)) for stage in self.stages)
-        return f"{self.segments} stage{'s' * (self.segments > 1)} a rank: {stages}"
-
-
-def static_graph(
-    pricer: CostModel, choice: StaticChoice, microbatches: Sequence[Microbatch], memory_limit: float | None = None
-) -> OperationGraph:
-    """The mixed graph of a batch on the choice's virtual stages, one unit per microbatch; ``memory_limit`` in bytes."""
-    return mixed_graph(pricer, choice.stages, microbatches, memory_limit, reversed=choice.reversed)
+def static_choice(
+    name: str, stages: Stages, ranks: int, *, turned: bool = False, group: int | None = None
+) -> Partition:
+    """The chunks that a static schedule (``name``) fixes: its virtual stages, whether they are placed in a V, and
+    Megatron's microbatch group size (None: :func:`legal_group`)."""
+    return Partition((ModulePartition.of_stages(stages, ranks, turned=turned),), schedule=name, group=group)
 
 
 def static_plan(
-    pricer: CostModel, choice: StaticChoice, microbatches: Sequence[Microbatch], memory_limit: float | None = None
+    pricer: CostModel, choice: Partition, microbatches: Sequence[Microbatch], memory_limit: float | None = None
 ) -> tuple[OperationGraph, Fitted]:
     """The choice applied to one batch, with the least uniform recompute that fits it (kind to the baseline: a static
     run must fix that too). Raises BaselineError where the schedule can't run the batch."""
-    graph = static_graph(pricer, choice, microbatches, memory_limit)
-    found = find_schedule(choice.name).find(Problem(graph, group=choice.group))
+    graph = priced_graph(pricer, choice, microbatches, memory_limit)
+    found = find_schedule(choice.schedule).find(Problem(graph, group=choice.group))
     return graph, _fitted(graph, found)
 
 
@@ -98,7 +58,7 @@ def tune_static(
     batches: Sequence[Sequence[Microbatch]],
     memory_limit: float | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> StaticChoice:
+) -> Partition:
     """The best choice of a schedule over mixed chunks (an entry's name) for these batches: the least mean iteration
     time of those that fit all of them.
 
@@ -109,7 +69,7 @@ def tune_static(
     if rules is None:
         raise BaselineError(f"{name} runs over chunks of one modality each: a partition says which")
     seconds = item_seconds(pricer, [m for batch in batches for m in batch])
-    best: tuple[tuple[bool, float], StaticChoice] | None = None
+    best: tuple[tuple[bool, float], Partition] | None = None
     reason: BaselineError | None = None
     for family in _families(name, rules, pricer, seconds, min(len(batch) for batch in batches)):
         for memory_weight in MEMORY_WEIGHTS:
@@ -131,7 +91,7 @@ def tune_static(
     return best[1]
 
 
-def given_choice(name: str, model: MultimodalModel, layers: dict[str, tuple[tuple[int, ...], ...]]) -> StaticChoice:
+def given_choice(name: str, model: MultimodalModel, layers: dict[str, tuple[tuple[int, ...], ...]]) -> Partition:
     """The choice of a schedule over mixed chunks whose layers are given, ``[segment][rank]`` of each module.
 
     A module's stem stands with its first layers, its head with its last ones. Raises ModelError for layers that are
@@ -156,7 +116,7 @@ def given_choice(name: str, model: MultimodalModel, layers: dict[str, tuple[tupl
         for v in held:
             runs[v] += (LayerRun(shape.name, counts[v], stem=v == held[0], head=v == held[-1]),)
     _check_chain(name, model, runs)
-    return StaticChoice(name, tuple(runs), segments, rules.turned)
+    return static_choice(name, tuple(runs), ranks, turned=rules.turned)
 
 
 def _check_chain(name: str, model: MultimodalModel, runs: Sequence[tuple[LayerRun, ...]]) -> None:
@@ -178,16 +138,16 @@ def _fitted(graph: OperationGraph, found: Found) -> Fitted:
 
 def _worth(
     pricer: CostModel,
-    choice: StaticChoice,
+    choice: Partition,
     rules: MixedChunks,
     batches: Sequence[Sequence[Microbatch]],
     memory_limit: float | None,
 ) -> tuple[bool, float, int]:
     """(does not fit, mean seconds or greatest excess bytes, most recompute) over the batches."""
     times, excess, level = [], 0.0, 0
-    entry = find_schedule(choice.name)
+    entry = find_schedule(choice.schedule)
     for microbatches in batches:
-        graph = static_graph(pricer, choice, microbatches, memory_limit)
+        graph = priced_graph(pricer, choice, microbatches, memory_limit)
         graph = mean_graph(graph) if rules.on_mean else graph
         fitted = _fitted(graph, entry.find(Problem(graph, group=choice.group)))
         times.append(fitted.timeline.iteration_time)
@@ -199,7 +159,7 @@ def _worth(
 
 def _families(
     name: str, rules: MixedChunks, pricer: CostModel, seconds: Floats, microbatches: int
-) -> Iterator[Callable[[float], Iterator[StaticChoice]]]:
+) -> Iterator[Callable[[float], Iterator[Partition]]]:
     """Per number of segments, the choices to try at a given weight of memory."""
     model = pricer.model
     ranks, turned = model.parallel.pp, rules.turned
@@ -207,7 +167,7 @@ def _families(
         if segments * ranks > len(seconds) or (segments > 1 and not turned and (ranks < 2 or microbatches < ranks)):
             continue
 
-        def family(memory_weight: float, segments: int = segments) -> Iterator[StaticChoice]:
+        def family(memory_weight: float, segments: int = segments) -> Iterator[Partition]:
             if rules.encoders == "whole":
                 partitions: tuple[Stages, ...] = encoders_whole(seconds, model, segments, memory_weight)
             elif rules.encoders == "apart":
@@ -218,7 +178,7 @@ def _families(
                 partitions = latency_balanced(seconds, model, segments, turned=turned, memory_weight=memory_weight)
             for stages in partitions:
                 for group in _groups(rules, segments, microbatches, ranks):
-                    yield StaticChoice(name, stages, segments, turned, group)
+                    yield static_choice(name, stages, ranks, turned=turned, group=group)
 
         yield family
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.graph import Floats
-from ..describe.cost import CostModel, LayerRun
-from ..describe.model import MultimodalModel
+from ..describe.cost import CostModel
+from ..describe.model import LayerRun, MultimodalModel
 from ..describe.workload import Microbatch
 
 Stages = tuple[tuple[LayerRun, ...], ...]

@@ -10,7 +10,7 @@ import pytest
 from dip_megatron.core.files import read_plans, write_plans
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
-from dip_megatron.describe.cost import CostModel, load_cluster, segmented_graph
+from dip_megatron.describe.cost import CostModel, load_cluster, priced_graph
 from dip_megatron.describe.cost.sizes import unit_sizes
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.workload import (
@@ -111,7 +111,7 @@ def test_plans_are_made_written_and_read(tmp_path: Path, model, batches):
     partition = choose_partition(model, cluster, batches, budget_seconds=np.inf, max_trials=3)
     plans = []
     for batch in batches:
-        graph = segmented_graph(CostModel(model, cluster), partition, batch.microbatches)
+        graph = priced_graph(CostModel(model, cluster), partition, batch.microbatches)
         found = search(graph, budget_seconds=60, evaluations=40, deterministic=True)
         plans.append(make_plan(graph, found.schedule, lower_bound=found.lower_bound))
         verify(plans[-1])

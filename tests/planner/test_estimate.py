@@ -45,14 +45,14 @@ def test_every_way_is_over_its_bound_and_dip_is_ahead(found: Estimate) -> None:
 
 def test_today_is_as_megatron_lays_a_model_out() -> None:
     even = todays_choice(MODEL, 8)
-    assert even.name == "megatron-1f1b"
-    assert even.layers("vision") == ((MODEL.modules[0].layers, 0, 0, 0),)
-    assert even.layers(LANGUAGE.name) == ((LANGUAGE.layers // 4,) * 4,)
+    assert even.schedule == "megatron-1f1b"
+    assert even.modules[0].layers_of("vision") == ((MODEL.modules[0].layers, 0, 0, 0),)
+    assert even.modules[0].layers_of(LANGUAGE.name) == ((LANGUAGE.layers // 4,) * 4,)
     layers = ((0, 6, 6, 5), (4, 4, 4, 3))
     assert sum(map(sum, layers)) == LANGUAGE.layers
     given = todays_choice(MODEL, 8, layers)
-    assert given.name == "megatron-interleaved"
-    assert given.layers(LANGUAGE.name) == layers
+    assert given.schedule == "megatron-interleaved"
+    assert given.modules[0].layers_of(LANGUAGE.name) == layers
 
 
 def test_a_layout_that_megatron_has_not_is_told() -> None:

@@ -12,7 +12,7 @@ from dip_megatron import recipes
 from dip_megatron.config import DipConfig
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.verify import verify
-from dip_megatron.describe.cost import cost_model, segmented_graph
+from dip_megatron.describe.cost import cost_model, priced_graph
 from dip_megatron.describe.files import ConfigurationError, shipped
 from dip_megatron.describe.model import load_model
 from dip_megatron.describe.partition import read_partition
@@ -47,7 +47,7 @@ def test_a_name_that_no_training_file_has_is_refused_with_those_there_are():
 def test_a_plan_on_the_recipes_partition_fits(name):
     recipe = load_recipe(name)
     batch = load_workload(recipe.workload, recipe.model, 1, recipe.microbatches, 1)[0]
-    graph = segmented_graph(cost_model(recipe.model, recipe.cluster), recipe.partition, batch.microbatches)
+    graph = priced_graph(cost_model(recipe.model, recipe.cluster), recipe.partition, batch.microbatches)
     found = search(graph, budget_seconds=60.0, evaluations=2, deterministic=True)
     plan = make_plan(graph, found.schedule, lower_bound=found.lower_bound)
     verify(plan)

@@ -265,7 +265,7 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     initialize(world)
     from dip_megatron.core import Schedule
     from dip_megatron.core.lower import make_plan
-    from dip_megatron.describe.cost import CostModel, load_cluster, segmented_graph
+    from dip_megatron.describe.cost import CostModel, load_cluster, priced_graph
     from dip_megatron.describe.model import ModulePartition, Parallel, Partition
     from dip_megatron.families.describe import describe_gpt
     from dip_megatron.families.gpt.program import GptProgram
@@ -293,7 +293,7 @@ def peak(rank: int, world: int, what: Iteration) -> tuple[float, int]:
     loads = tuple(program.load(m) for m in inputs)
 
     pricer = CostModel(describe_gpt(kwargs, Parallel(1, world, 1, False, False)), load_cluster("cpu"))
-    graph = segmented_graph(pricer, Partition((ModulePartition("language", layers),)), loads)
+    graph = priced_graph(pricer, Partition((ModulePartition("language", layers),)), loads)
     draw = np.random.default_rng(what.seed)
     choice = draw.integers(0, graph.forward.shape[0], (graph.virtual_microbatches, graph.ranks)).astype(np.int8)
     orders = split_orders(greedy(graph), graph.virtual_microbatches, 0.7, draw)

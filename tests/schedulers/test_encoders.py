@@ -77,13 +77,13 @@ def test_encoders_stand_whole_on_the_first_stage_or_on_ranks_of_their_own():
     setting = Setting(MODEL, H100, load_workload("vlm-mix", MODEL, 1, 8))
     batch = [setting.batches[0].microbatches]
     whole = tune_static("encoder-first-stage", setting.pricer, batch, 300e9)
-    assert sum(run.layers for run in whole.stages[0] if run.module == "vision") == 63
-    assert any(run.module == "language" and run.stem for run in whole.stages[0])
-    language = [sum(r.layers for r in stage if r.module == "language") for stage in whole.stages]
+    assert sum(run.layers for run in whole.modules[0].stages[0] if run.module == "vision") == 63
+    assert any(run.module == "language" and run.stem for run in whole.modules[0].stages[0])
+    language = [sum(r.layers for r in stage if r.module == "language") for stage in whole.modules[0].stages]
     assert language[0] < np.mean(language)  # balanced behind it
     apart = tune_static("disttrain", setting.pricer, batch, 300e9)
-    assert all(len({run.module for run in stage}) == 1 for stage in apart.stages)
-    assert (apart.stages[0][0].module, apart.stages[-1][0].module) == ("vision", "language")
+    assert all(len({run.module for run in stage}) == 1 for stage in apart.modules[0].stages)
+    assert (apart.modules[0].stages[0][0].module, apart.modules[0].stages[-1][0].module) == ("vision", "language")
 
 
 @pytest.mark.parametrize(("name", "why"), [("encoder-first-stage", "has no encoder"), ("disttrain", "has no encoder")])

@@ -13,7 +13,7 @@ from dip_megatron.core import Kind, check_complete
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.simulate import simulate
 from dip_megatron.core.verify import verify
-from dip_megatron.describe.cost import cost_model, load_cluster, segmented_graph
+from dip_megatron.describe.cost import cost_model, load_cluster, priced_graph
 from dip_megatron.describe.model import even_partition, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.schedulers.common import BaselineError  # fmt: skip
@@ -46,9 +46,7 @@ def test_static_orders_end_and_verify(seed):
 def test_many_segments_around_an_interleaved_backbone_end(segments):
     model = load_model("t2v-s")
     (batch,) = load_workload("t2v-mix", model, iterations=1, microbatches=16)
-    graph = segmented_graph(
-        cost_model(model, load_cluster("h100")), even_partition(model, segments), batch.microbatches
-    )
+    graph = priced_graph(cost_model(model, load_cluster("h100")), even_partition(model, segments), batch.microbatches)
     for schedule in [*optimus_leads(graph), segmented_static(graph)]:
         verify(make_plan(graph, schedule, lower_bound=0.0))
 

@@ -1,9 +1,10 @@
 """What stages cost: seconds and bytes from an operator model, calibrated by measurements where there are any."""
 
+from ..model import LayerRun
 from .calibration import Costs, Scale, Table
-from .chunks import Chunk, ChunkCost, CostModel, LayerRun
+from .chunks import ChunkCost, CostModel
 from .corrections import Corrections, Line
-from .graph import build_graph, build_mixed_graph, cost_model, mixed_graph, segmented_graph
+from .graph import build_graph, cost_model, priced_graph
 from .hardware import Cluster, load_cluster
 from .operators import Operators
 from .parts import LayerCost, PartCost
@@ -11,7 +12,6 @@ from .sizes import Sizes, unit_sizes, whole_sizes
 from .static import StaticBytes
 
 __all__ = [
-    "Chunk",
     "ChunkCost",
     "Cluster",
     "Corrections",
@@ -27,11 +27,9 @@ __all__ = [
     "StaticBytes",
     "Table",
     "build_graph",
-    "build_mixed_graph",
     "cost_model",
     "load_cluster",
-    "mixed_graph",
-    "segmented_graph",
+    "priced_graph",
     "unit_sizes",
     "whole_sizes",
 ]

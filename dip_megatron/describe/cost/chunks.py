@@ -11,7 +11,7 @@ import numpy as np
 
 from ...core.graph import Floats
 from ...core.strategies import LayerStrategy, format_strategy, known_strategies
-from ..model import ChunkTraining, LanguageHead, LayerKind, ModuleShape, MultimodalModel, Parallel
+from ..model import Chunk, ChunkTraining, LanguageHead, LayerKind, LayerRun, ModuleShape, MultimodalModel, Parallel
 from ..model.modules import TrainablePart
 from ..workload import Microbatch
 from .calibration import Costs, Part
@@ -27,24 +27,6 @@ _HIDDEN = 1.05  # times as long W may take for what it brings back from host mem
 _TRAINABLE: dict[Part, TrainablePart] = {"stem": "stem", "layer": "layers", "head": "head", "stage": "layers"}
 
 
-@dataclass(frozen=True)
-class LayerRun:
-    """Consecutive layers of one module on one chunk: ``layers`` of them from number ``first``, after the module's stem
-    and before its head where these are set."""
-
-    module: str
-    layers: int
-    first: int = 0
-    stem: bool = False
-    head: bool = False
-
-    @property
-    def numbers(self) -> range:
-        """Of its layers, from 0 in the module."""
-        return range(self.first, self.first + self.layers)
-
-
-Chunk = tuple[LayerRun, ...]
 Kind = tuple[str, LayerKind]
 """A module and what a layer of it is."""
 _USUAL = LayerKind()
@@ -200,17 +182,20 @@ class CostModel:
         return self._settle(shape, "stage", PartCost.nothing(len(sizes)), sizes)
 
     # -- chunks --------------------------------------------------------------------------------------------------
-    def chunk_cost(self, chunk: Chunk, sizes: Mapping[str, Sizes]) -> ChunkCost:
-        """Cost of a chunk for U units; ``sizes`` gives, per module of the chunk, what each unit holds for it."""
-        layers: dict[Kind, LayerCost] = {}
-        return self._chunk(chunk, sizes, layers)
-
     def mixed_sizes(self, microbatches: Sequence[Microbatch]) -> dict[str, Sizes]:
         """Sizes of whole microbatches for every module."""
         return {m.name: whole_sizes(m, microbatches) for m in self.model.modules}
 
-    def _chunk(self, chunk: Chunk, sizes: Mapping[str, Sizes], layers: dict[Kind, LayerCost]) -> ChunkCost:
+    def chunk_cost(
+        self, chunk: Chunk, sizes: Mapping[str, Sizes], layers: dict[Kind, LayerCost] | None = None
+    ) -> ChunkCost:
+        """Cost of a chunk for U units; ``sizes`` gives, per module of the chunk, what each unit holds for it;
+        ``layers`` keeps the costs of layers for other chunks of the same units."""
+        layers = {} if layers is None else layers
         units = len(next(iter(sizes.values())))
+        if not chunk:
+            zero = np.zeros((1, units))
+            return ChunkCost(zero, zero, zero, zero, zero, zero, (("none",),) * units)
         kinds = self._kinds(chunk)
         for kind in kinds:
             if kind not in layers:

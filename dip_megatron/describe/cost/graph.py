@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from ...core import ModalityModule, OperationGraph, Unit
 from ...core.graph import Floats
 from ...core.modules import trained_before
-from ..model import ModuleShape, MultimodalModel, Partition, Training
-from ..workload import Microbatch, WorkloadError, make_units, place_units
+from ..model import Chunk, LayerRun, ModulePartition, ModuleShape, MultimodalModel, Partition, Training
+from ..workload import Microbatch, WorkloadError, partition_units, place_units
 from .calibration import Costs
-from .chunks import Chunk, ChunkCost, CostModel, Kind, LayerRun
+from .chunks import ChunkCost, CostModel, Kind
 from .hardware import Cluster
 from .parts import LayerCost
-from .sizes import unit_sizes
+from .sizes import Sizes, unit_sizes
 from .strategies import Counts
 
 _FIELDS = ("forward", "backward", "weight", "activation", "deferred_activation", "fused")
@@ -39,15 +39,15 @@ def build_graph(
     costs: Costs | None = None,
     memory_limit: float | Sequence[float] | None = None,
 ) -> OperationGraph:
-    """The stages of one iteration of modality-segmented chunks.
+    """The stages of one iteration on the chunks of a partition.
 
     ``memory_limit`` in bytes, for all ranks or each; None: the costs' own, or what the cluster's GPUs can use. Raises
     ModelError if the partition doesn't fit the model, WorkloadError if a module meets a microbatch it can't process.
     """
-    return segmented_graph(cost_model(model, cluster, costs), partition, microbatches, memory_limit)
+    return priced_graph(cost_model(model, cluster, costs), partition, microbatches, memory_limit)
 
 
-def segmented_graph(
+def priced_graph(
     pricer: CostModel,
     partition: Partition,
     microbatches: Sequence[Microbatch],
@@ -55,187 +55,127 @@ def segmented_graph(
     training: Training | None = None,
 ) -> OperationGraph:
     """:func:`build_graph` with a cost model of one's own (other strategies, another number of candidates), and of a
-    model that trains as ``training`` says (None: as it is described)."""
+    model that trains as ``training`` says (None: as it is described). Chunks that mix modules are priced as described
+    also where ``training`` is known, which then says only what has a backward."""
     model = pricer.model
     partition.check(model)
     if not microbatches:
         raise WorkloadError("microbatches: an iteration needs at least one")
     ranks = model.parallel.pp
-    units = make_units(model, microbatches, {m.module: m.unit_size for m in partition.modules})
-    modules = tuple(_module(partition, shape, training) for shape in model.modules)
+    units = partition_units(model, microbatches, partition)
+    modules = tuple(_module(part, model, training) for part in partition.modules)
     reached = trained_before(modules)
     first_virtual_microbatch = np.cumsum([0] + [partition.module(u.module).segments for u in units])
     virtual_microbatches = int(first_virtual_microbatch[-1])
-    chunks = {m.name: _chunks(partition, m) for m in model.modules}
     costs: list[tuple[Counts, int, ChunkCost]] = []
     transfer = np.zeros(virtual_microbatches)
-    sizes = {}
+    sizes: dict[str, Sizes] = {}
     built: dict[LayerRun, ModuleShape] = {}
-    for shape in model.modules:
-        mine = [u for u in units if u.module == shape.name]
-        where = [(u.microbatch, u.first, u.count) for u in mine]
-        whole = unit_sizes(shape, microbatches, where)
-        ranks_share = shape.sharing(model.parallel)
-        sizes[shape.name] = whole if ranks_share == 1 else unit_sizes(shape, microbatches, where, ranks_share)
+    for part in partition.modules:
+        mine = [u for u in units if u.module == part.module]
+        whole, here = _sizes(part, model, microbatches, mine)
+        sizes |= here
         if not mine:
             continue
-        here = {shape.name: sizes[shape.name]}
         first = first_virtual_microbatch[[u.id for u in mine]]
         layers: dict[CostModel, dict[Kind, LayerCost]] = {}
         priced: dict[tuple[CostModel, Chunk], ChunkCost] = {}
-        trained = None if training is None else training.of_module(shape.name)
-        message = pricer.message_bytes(shape, sizes[shape.name])
-        if partition.module(shape.name).replicated:  # what leaves it is all that travels
-            message = pricer.tap_bytes(shape, whole.outputs)
-        for k, line in enumerate(chunks[shape.name]):
-            transfer[first + k] = _transfer(pricer, shape, line, message, whole.outputs, mine, microbatches)
-            for rank, run in enumerate(line):
+        trained = None if training is None or part.mixed else training.of_module(part.module)
+        for k, seconds in enumerate(_transfers(pricer, part, here, whole, mine, microbatches)):
+            transfer[first + k] = seconds
+        for k, line in enumerate(part.chunks):
+            for rank, chunk in enumerate(line):
                 own = pricer
                 if trained is not None:
-                    built[run] = trained[k][rank].of_shape(shape)
-                    own = pricer.as_built(shape.name, trained[k][rank], reached[shape.name][k][rank])
-                # Chunks of equal layers cost the same, wherever they stand, unless kinds of layers alternate.
-                same = (own, (run if shape.taps or len(set(shape.kinds)) > 1 else replace(run, first=0),))
+                    built[chunk[0]] = trained[k][rank].of_shape(model.module(part.module))
+                    own = pricer.as_built(part.module, trained[k][rank], reached[part.module][k][rank])
+                same = own, tuple(_anywhere(model, run) for run in chunk)
                 if same not in priced:
-                    priced[same] = own._chunk(same[1], here, layers.setdefault(own, {}))
+                    priced[same] = own.chunk_cost(same[1], here, layers.setdefault(own, {}))
                 costs.append((first + k, rank, priced[same]))
     arrays, names = _fill(virtual_microbatches, ranks, costs)
     units = _placed(partition, units, arrays, first_virtual_microbatch)
-    ranked = [[(line[rank],) for m in model.modules for line in chunks[m.name]] for rank in range(ranks)]
+    ranked = [[line[rank] for part in partition.modules for line in part.chunks] for rank in range(ranks)]
     static = [s.total for s in pricer.static(ranked, sizes, built)]
     return _graph(pricer, modules, units, arrays, names, transfer, static, memory_limit)
 
 
-def build_mixed_graph(
-    model: MultimodalModel,
-    cluster: Cluster,
-    stages: Sequence[Sequence[LayerRun]],
-    microbatches: Sequence[Microbatch],
-    *,
-    reversed: Sequence[bool] = (),
-    costs: Costs | None = None,
-    memory_limit: float | Sequence[float] | None = None,
-) -> OperationGraph:
-    """One module ``model`` of V segments whose chunks mix modalities, one unit per microbatch: what a static pipeline
-    does.
-
-    ``stages`` lists the layers of the V * P virtual stages in the order in which a microbatch passes them; ``first`` of
-    the runs is filled in from there. Segment k holds stages k * P .. k * P + P - 1, on ranks 0 .. P - 1, or P - 1 .. 0
-    where ``reversed[k]``. All layers must be given, each stem on its module's first run and each head on its last;
-    ValueError says what is missing.
-    """
-    return mixed_graph(cost_model(model, cluster, costs), stages, microbatches, memory_limit, reversed)
+def _anywhere(model: MultimodalModel, run: LayerRun) -> LayerRun:
+    """A run that costs the same: equal layers do wherever they stand, unless kinds of layers alternate."""
+    shape = model.module(run.module)
+    return run if shape.taps or len(set(shape.kinds)) > 1 else replace(run, first=0)
 
 
-def mixed_graph(
+def _members(part: ModulePartition, model: MultimodalModel) -> list[ModuleShape]:
+    """The model's modules that a module of the graph is made of."""
+    return list(model.modules) if part.mixed else [model.module(part.module)]
+
+
+def _sizes(
+    part: ModulePartition, model: MultimodalModel, microbatches: Sequence[Microbatch], units: Sequence[Unit]
+) -> tuple[dict[str, Sizes], dict[str, Sizes]]:
+    """Sizes of the units for each module that is part of them: of all their instances, and of the ones that a rank of
+    a stage has. Where modules are mixed, a unit is a microbatch and no rank shares its instances."""
+    whole, here = {}, {}
+    for shape in _members(part, model):
+        where = [
+            (u.microbatch, 0, microbatches[u.microbatch].instances(shape)) if part.mixed
+            else (u.microbatch, u.first, u.count)
+            for u in units
+        ]  # fmt: skip
+        whole[shape.name] = here[shape.name] = unit_sizes(shape, microbatches, where)
+        shared = 1 if part.mixed else shape.sharing(model.parallel)
+        if shared > 1:
+            here[shape.name] = unit_sizes(shape, microbatches, where, shared)
+    return whole, here
+
+
+def _transfers(
     pricer: CostModel,
-    stages: Sequence[Sequence[LayerRun]],
+    part: ModulePartition,
+    here: Mapping[str, Sizes],
+    whole: Mapping[str, Sizes],
+    units: Sequence[Unit],
     microbatches: Sequence[Microbatch],
-    memory_limit: float | Sequence[float] | None = None,
-    reversed: Sequence[bool] = (),
-) -> OperationGraph:
-    """:func:`build_mixed_graph` with a cost model of one's own."""
-    model, ranks = pricer.model, pricer.model.parallel.pp
-    if not stages or len(stages) % ranks:
-        raise ValueError(f"stages: {len(stages)} virtual stages, expected a multiple of the {ranks} ranks")
-    if not microbatches:
-        raise WorkloadError("microbatches: an iteration needs at least one")
-    segments, count = len(stages) // ranks, len(microbatches)
-    chunks = _numbered(model, stages)
-    sizes = pricer.mixed_sizes(microbatches)
-    back = tuple(reversed) or (False,) * segments
-    holder = [(v // ranks, ranks - 1 - v % ranks if back[v // ranks] else v % ranks) for v in range(len(stages))]
-    layers_of, trains = [[0] * ranks for _ in range(segments)], [[True] * ranks for _ in range(segments)]
-    ranked: list[list[Chunk]] = [[] for _ in range(ranks)]
-    transfer = np.zeros(count * segments)
-    first = np.arange(count) * segments
-    priced: dict[Kind, LayerCost] = {}
-    costs: list[tuple[Counts, int, ChunkCost]] = []
-    message = np.zeros(count)
-    for chunk, (k, rank) in zip(chunks, holder, strict=True):
-        costs.append((first + k, rank, pricer._chunk(chunk, sizes, priced) if chunk else _empty(count)))
-        layers_of[k][rank] = sum(run.layers for run in chunk)
-        trains[k][rank] = any(_trains(model.module(run.module), run) for run in chunk)
-        ranked[rank].append(chunk)
-        if chunk:  # a stage without layers passes on what it got
-            last = model.module(chunk[-1].module)
-            message = pricer.message_bytes(last, sizes[last.name])
-        # A virtual microbatch has one transfer time: the mean over its stages keeps the sum along a microbatch's way.
-        transfer[first + k] += pricer.transfer_seconds(message) / ranks
-    module = ModalityModule(
-        "model",
-        tuple(map(tuple, layers_of)),
-        (),
-        () if all(map(all, trains)) else tuple(map(tuple, trains)),
-        back if any(back) else (),
-    )
-    units = tuple(Unit(i, "model", i) for i in range(count))
-    arrays, names = _fill(len(transfer), ranks, costs)
-    static = [s.total for s in pricer.static(ranked, sizes)]
-    return _graph(pricer, (module,), units, arrays, names, transfer, static, memory_limit)
+) -> Iterator[Floats]:
+    """Seconds from rank to rank of one segment after the other, ``[U]``: what each chunk's last layers hand on, and
+    what taps have made so far and later layers need. A virtual microbatch has one transfer time, the mean over its
+    stages, which keeps the sum along a microbatch's way."""
+    message = np.zeros(len(units))
+    ranks = len(part.layers[0])
+    for k in range(part.segments):
+        messages = []
+        for chunk in part.stages[k * ranks : (k + 1) * ranks]:
+            if chunk:  # a stage without layers passes on what it got
+                message = _message(pricer, part, chunk[-1], here, whole, units, microbatches)
+            messages.append(message)
+        seconds = [pricer.transfer_seconds(m) for m in messages]
+        alike = all(np.array_equal(m, messages[0]) for m in messages)
+        yield seconds[0] if alike else np.sum(seconds, axis=0) / ranks
 
 
-def _transfer(
+def _message(
     pricer: CostModel,
-    shape: ModuleShape,
-    line: Sequence[LayerRun],
-    message: Floats,
-    embedded: Floats,
+    part: ModulePartition,
+    run: LayerRun,
+    here: Mapping[str, Sizes],
+    whole: Mapping[str, Sizes],
     units: Sequence[Unit],
     microbatches: Sequence[Microbatch],
 ) -> Floats:
-    """Seconds from rank to rank of one segment, ``[U]``: its messages, and what taps have made so far and later layers
-    need, of ``embedded`` tokens where they are its own. A virtual microbatch has one transfer time, the mean over its
-    stages."""
-    sources = [(shape, embedded, 1)] if shape.taps else []
-    for u in (pricer.model.module(name) for name in shape.upstream):
-        if u.taps and shape.input == "text":
-            outputs = np.array([sum(microbatches[unit.microbatch].encoded.get(u.input, ())) for unit in units])
-            sources.append((u, outputs.astype(np.float64), 0))
-    if not sources:
-        return pricer.transfer_seconds(message)
-    total = np.zeros_like(message)
-    for run in line:
-        bytes_ = message
-        for source, outputs, encodes in sources:
-            done = run.first + run.layers
-            count = source.tapped(0, done) if encodes else len(source.taps[done:])
-            bytes_ = bytes_ + count * pricer.tap_bytes(source, outputs)
-        total += pricer.transfer_seconds(bytes_)
-    return total / len(line)
-
-
-def _empty(units: int) -> ChunkCost:
-    zero = np.zeros((1, units))
-    return ChunkCost(zero, zero, zero, zero, zero, zero, (("none",),) * units)
-
-
-def _numbered(model: MultimodalModel, stages: Sequence[Sequence[LayerRun]]) -> list[Chunk]:
-    """The stages with ``first`` filled in. Raises ValueError if they are not exactly the model, each module in
-    order."""
-    done = {m.name: 0 for m in model.modules}
-    stems, heads = dict.fromkeys(done, 0), dict.fromkeys(done, 0)
-    chunks = []
-    for v, stage in enumerate(stages):
-        line = []
-        for run in stage:
-            shape = model.module(run.module)
-            if run.stem and done[run.module]:
-                raise ValueError(f"stages[{v}]: the stem of {run.module} must come before its layers")
-            line.append(replace(run, first=done[run.module]))
-            done[run.module] += run.layers
-            stems[run.module] += run.stem
-            heads[run.module] += run.head
-            if run.head and done[run.module] != shape.layers:
-                raise ValueError(f"stages[{v}]: the head of {run.module} must come after its layers")
-        chunks.append(tuple(line))
-    for m in model.modules:
-        if done[m.name] != m.layers or stems[m.name] != 1 or heads[m.name] != 1:
-            raise ValueError(
-                f"stages: {m.name} has {done[m.name]} of {m.layers} layers, "
-                f"{stems[m.name]} stems and {heads[m.name]} heads; expected all layers and one of each"
-            )
-    return chunks
+    """Bytes that a chunk which ends with ``run`` hands on, ``[U]``."""
+    shape = pricer.model.module(run.module)
+    outputs = whole[run.module].outputs
+    # What leaves a module that stands whole is all of it that travels.
+    size = pricer.tap_bytes(shape, outputs) if part.replicated else pricer.message_bytes(shape, here[run.module])
+    done = run.numbers.stop
+    if shape.taps:
+        size = size + shape.tapped(0, done) * pricer.tap_bytes(shape, outputs)
+    for source in (pricer.model.module(name) for name in shape.upstream):
+        if source.taps and shape.input == "text":
+            encoded = np.array([sum(microbatches[u.microbatch].encoded.get(source.input, ())) for u in units])
+            size = size + len(source.taps[done:]) * pricer.tap_bytes(source, encoded.astype(np.float64))
+    return size
 
 
 def _placed(
@@ -261,20 +201,6 @@ def _placed(
     return tuple(placed)
 
 
-def _chunks(partition: Partition, shape: ModuleShape) -> list[list[LayerRun]]:
-    part = partition.module(shape.name)
-    if part.replicated:
-        return [[LayerRun(shape.name, n, stem=True, head=True) for n in part.layers[0]]]
-    last = (part.segments - 1, len(part.layers[0]) - 1)
-    return [
-        [
-            LayerRun(shape.name, n, part.first_layer[k][r], stem=(k, r) == (0, 0), head=(k, r) == last)
-            for r, n in enumerate(counts)
-        ]
-        for k, counts in enumerate(part.layers)
-    ]
-
-
 def _trains(shape: ModuleShape, run: LayerRun) -> bool:
     """Whether the run has weight gradients."""
     return (
@@ -284,17 +210,19 @@ def _trains(shape: ModuleShape, run: LayerRun) -> bool:
     )
 
 
-def _module(partition: Partition, shape: ModuleShape, training: Training | None) -> ModalityModule:
-    part = partition.module(shape.name)
-    layers, whole = part.layers, part.replicated
+def _module(part: ModulePartition, model: MultimodalModel, training: Training | None) -> ModalityModule:
+    shapes = _members(part, model)
+    names = [shape.name for shape in shapes]
+    upstream = tuple(dict.fromkeys(name for shape in shapes for name in shape.upstream if name not in names))
     if training is not None:
-        return ModalityModule(
-            shape.name, layers, shape.upstream, training.trainable(shape.name), replicated=whole
-        )  # fmt: skip
-    runs = _chunks(partition, shape)
-    trainable = tuple(tuple(_trains(shape, run) for run in segment) for segment in runs)
-    trains = () if all(map(all, trainable)) else trainable
-    return ModalityModule(shape.name, layers, shape.upstream, trains, replicated=whole)
+        trains = training.trainable(part.module)
+    else:
+        trains = tuple(
+            tuple(any(_trains(model.module(run.module), run) for run in chunk) for chunk in line)
+            for line in part.chunks
+        )
+        trains = () if all(map(all, trains)) else trains
+    return ModalityModule(part.module, part.layers, upstream, trains, part.reversed, part.replicated)
 
 
 def _fill(

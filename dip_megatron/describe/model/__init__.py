@@ -26,13 +26,14 @@ from .modules import (
     TransformerLayer,
 )
 from .parallel import Parallel
-from .partition import ModulePartition, Partition, even_partition, spread
+from .partition import Chunk, LayerRun, ModulePartition, Partition, even_partition, spread
 from .schema import load_model
 from .training import ChunkTraining, PartTraining, Training, TrainingMismatchError
 
 __all__ = [
     "EVERY_PART",
     "AudioEmbedding",
+    "Chunk",
     "ChunkTraining",
     "ContextParallel",
     "Experts",
@@ -43,6 +44,7 @@ __all__ = [
     "LatentEmbedding",
     "LatentHead",
     "LayerKind",
+    "LayerRun",
     "ModelError",
     "ModulePartition",
     "ModuleShape",

@@ -6,7 +6,7 @@ from .mixes import image_bounds, load_workload
 from .packing import Sample, pack_clips, pack_documents
 from .replicas import place_units
 from .shares import shares
-from .units import even_slices, make_units
+from .units import even_slices, make_units, partition_units
 
 __all__ = [
     "Clip",
@@ -22,6 +22,7 @@ __all__ = [
     "pack_clips",
     "pack_documents",
     "parse_batch",
+    "partition_units",
     "place_units",
     "read_workload",
     "shares",

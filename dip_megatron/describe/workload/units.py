@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...core import Unit
-from ..model import MultimodalModel
+from ..model import MultimodalModel, Partition
 from .batch import Microbatch
 
 
@@ -51,6 +51,16 @@ def make_units(
             )
             units[unit.id] = Unit(unit.id, unit.module, unit.microbatch, unit.first, unit.count, downstream)
     return tuple(units)
+
+
+def partition_units(
+    model: MultimodalModel, microbatches: Sequence[Microbatch], partition: Partition
+) -> tuple[Unit, ...]:  # fmt: skip
+    """:func:`make_units` as a partition sizes them; whole microbatches where its chunks mix modules."""
+    if not partition.mixed:
+        return make_units(model, microbatches, {m.module: m.unit_size for m in partition.modules})
+    (part,) = partition.modules
+    return tuple(Unit(number, part.module, number) for number in range(len(microbatches)))
 
 
 def _overlap(a: Unit, b: Unit) -> bool:

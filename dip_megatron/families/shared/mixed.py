@@ -70,7 +70,7 @@ class Stages:
 
     @property
     def module(self) -> ModalityModule:
-        """All of it, as a plan's graph has it (see ``cost.mixed_graph``)."""
+        """All of it, as a plan's graph has it (see ``cost.priced_graph``)."""
         return ModalityModule(MODEL, self.layers(), reversed=self.reversed if any(self.reversed) else ())
 
     @property

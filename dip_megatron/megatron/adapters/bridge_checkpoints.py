@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ...planner.model_graphs import Chunks
+    from ...describe.model import Partition
     from ..checkpoints import Checkpoint
 
 _FREE = "checkpoint.dist_ckpt_optim_fully_reshardable"
@@ -35,7 +35,7 @@ def find_bridge_checkpoint(config: Any) -> Checkpoint | None:
     )
 
 
-def state_of(chunks: Chunks) -> dict[str, Any]:
+def state_of(chunks: Partition) -> dict[str, Any]:
     """What :func:`find_bridge_checkpoint` finds again, as plain data for the state of every checkpoint."""
     from ..checkpoints import record
 

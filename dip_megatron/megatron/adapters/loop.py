@@ -11,8 +11,7 @@ from ...compat.token_counts import TokenCounts
 from .layout import GivenLayout
 
 if TYPE_CHECKING:  # hooks are installed while Megatron is being imported
-    from ...describe.model import Parallel
-    from ...planner.model_graphs import Chunks
+    from ...describe.model import Parallel, Partition
     from ...runtime.protocol import SamplePacking
     from ..checkpoints import Checkpoint
 
@@ -65,7 +64,7 @@ class TrainingLoop:
         """What the run is going to load, called on all ranks before the model is built. Raises ConfigurationError."""
         return None
 
-    def record(self, chunks: Chunks) -> str | None:
+    def record(self, chunks: Partition) -> str | None:
         """Have checkpoints carry what the ranks hold; a sentence if there is something to say of them."""
         return None
 

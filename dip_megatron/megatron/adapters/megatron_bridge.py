@@ -23,7 +23,7 @@ from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
     from ...config import DipConfig
-    from ...planner.model_graphs import Chunks
+    from ...describe.model import Partition
     from ..checkpoints import Checkpoint
     from ..runs import Runs
     from ..session import DipSession
@@ -76,7 +76,7 @@ class BridgeLoop(TrainingLoop):
     def checkpoint(self) -> Checkpoint | None:
         return find_bridge_checkpoint(self._state.cfg)
 
-    def record(self, chunks: Chunks) -> str | None:
+    def record(self, chunks: Partition) -> str | None:
         self.chunks = state_of(chunks)
         return warn_of_bound_state(self._state.cfg)
 

@@ -19,7 +19,7 @@ from .loader_state import LoaderState
 from .loop import Target, TrainingLoop
 
 if TYPE_CHECKING:
-    from ...planner.model_graphs import Chunks
+    from ...describe.model import Partition
     from ..checkpoints import Checkpoint
     from ..runs import Runs
 
@@ -63,7 +63,7 @@ class MegatronLoop(TrainingLoop):
 
         return find_checkpoint(self._args, importlib.import_module(f"{self._package}.checkpointing"))
 
-    def record(self, chunks: Chunks) -> str | None:
+    def record(self, chunks: Partition) -> str | None:
         from ..checkpoints import record, warn_of_bound_state
 
         record(self._args, chunks)

@@ -25,7 +25,7 @@ from .loop import Target
 
 if TYPE_CHECKING:
     from ...config import DipConfig
-    from ...planner.model_graphs import Chunks
+    from ...describe.model import Partition
     from ..runs import Runs
     from .generic import GenericLoop
 
@@ -156,14 +156,13 @@ class Roll:
 
     def _loop(self, strategy: Any, config: Any) -> tuple[GenericLoop, dict[str, tuple[tuple[int, ...], ...]]]:
         """The run, and what will be known of layers once its chunks are chosen."""
-        from ...describe.model import Partition
         from .generic import GenericLoop
 
         held: dict[str, tuple[tuple[int, ...], ...]] = {}
 
         class RollLoop(GenericLoop):
-            def record(self, chunks: Chunks) -> str | None:
-                assert isinstance(chunks, Partition), "its families build no others"
+            def record(self, chunks: Partition) -> str | None:
+                assert not chunks.mixed, "its families build no others"
                 held.update({part.module: part.layers for part in chunks.modules})
                 return None
 

@@ -10,8 +10,8 @@ from ...core.graph import OperationGraph
 from ...core.order import Schedule
 from ...core.plan import SearchStatistics
 from ...core.simulate import simulate_set_compiled
+from ...describe.model import Partition
 from ..entry import Effort, FoundSet, Problem, ScheduleEntry, SetProblem
-from ..static import StaticChoice
 from .pairing import Slots, as_they_come
 from .together import together
 
@@ -48,9 +48,12 @@ def schedule_together(
     return CoupledSchedule(tuple(schedules), time)
 
 
-def mixed_experts(choice: StaticChoice, modules: Sequence[str]) -> ExpertLayers:
-    """The expert layers of the mixed chunks of a choice, whose ``modules`` have experts in all layers."""
-    ranks = len(choice.stages) // choice.segments
-    flags = [tuple(run.module in modules for run in stage for _ in range(run.layers)) for stage in choice.stages]
-    rows = [flags[k * ranks : (k + 1) * ranks] for k in range(choice.segments)]
-    return ExpertLayers.of({"model": [row[::-1] if choice.turned and k == 1 else row for k, row in enumerate(rows)]})
+def mixed_experts(choice: Partition, modules: Sequence[str]) -> ExpertLayers:
+    """The expert layers of the chunks of a partition, whose ``modules`` have experts in all layers."""
+    return ExpertLayers.of({
+        part.module: [
+            [tuple(run.module in modules for run in chunk for _ in range(run.layers)) for chunk in line]
+            for line in part.chunks
+        ]
+        for part in choice.modules
+    })  # fmt: skip

@@ -13,11 +13,17 @@ from dip_megatron.describe.cost import (
     Costs,
     LayerRun,
     build_graph,
-    build_mixed_graph,
     load_cluster,
-    segmented_graph,
+    priced_graph,
 )
-from dip_megatron.describe.model import ModelError, MultimodalModel, Partition, even_partition, load_model
+from dip_megatron.describe.model import (
+    ModelError,
+    ModulePartition,
+    MultimodalModel,
+    Partition,
+    even_partition,
+    load_model,
+)
 from dip_megatron.describe.workload import Clip, Microbatch, WorkloadError, load_workload
 from tests.drawn import settings
 
@@ -131,9 +137,13 @@ def _mixed() -> list[list[LayerRun]]:
     ]
 
 
+def _staged(stages: list[list[LayerRun]], turned: bool = False) -> Partition:
+    return Partition((ModulePartition.of_stages(stages, 4, turned=turned),))
+
+
 def test_mixed_stages_hold_the_same_work() -> None:
     whole = build_graph(VLM, H100, _cut(VLM, {}, {}), BATCH)
-    mixed = build_mixed_graph(VLM, H100, _mixed(), BATCH)
+    mixed = build_graph(VLM, H100, _staged(_mixed()), BATCH)
     assert mixed.forward.shape[1:] == (len(BATCH), 4)
     for name in ("forward", "fused", "activation", "deferred_activation"):
         assert getattr(mixed, name)[0].sum() == pytest.approx(getattr(whole, name)[0].sum())
@@ -146,8 +156,8 @@ def test_mixed_stages_hold_the_same_work() -> None:
 def test_reversed_segments_turn_ranks_round() -> None:
     fifth = LayerRun("language", 5)
     stages = [*_mixed()[:3], [fifth], [fifth], [replace(fifth, head=True)], [], []]
-    straight = build_mixed_graph(VLM, H100, stages, BATCH)
-    turned = build_mixed_graph(VLM, H100, stages, BATCH, reversed=(False, True))
+    straight = build_graph(VLM, H100, _staged(stages), BATCH)
+    turned = build_graph(VLM, H100, _staged(stages, turned=True), BATCH)
     rows = np.arange(1, straight.virtual_microbatches, 2)
     assert turned.forward[0][rows] == pytest.approx(straight.forward[0][rows][:, ::-1])
     assert turned.module("model").layers[1] == straight.module("model").layers[1][::-1]
@@ -165,7 +175,7 @@ def test_reversed_segments_turn_ranks_round() -> None:
 )
 def test_incomplete_stages_are_refused(change, reason: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=reason):
-        build_mixed_graph(VLM, H100, change(_mixed()), BATCH)
+        build_graph(VLM, H100, _staged(change(_mixed())), BATCH)
 
 
 def test_costs_override_the_fixed_numbers() -> None:
@@ -204,11 +214,11 @@ def test_equal_batches_give_equal_graphs_whatever_came_before() -> None:
     """Caches must not leak: a graph depends on its own arguments only."""
     partition = _cut(T2V, {"diffusion": 2}, {"diffusion": 1})
     batches = load_workload("t2v-mix", T2V, 3, 6, seed=2)
-    fresh = segmented_graph(CostModel(T2V, H100), partition, batches[2].microbatches)
+    fresh = priced_graph(CostModel(T2V, H100), partition, batches[2].microbatches)
     used = CostModel(T2V, H100)
     for b in batches[:2]:
-        segmented_graph(used, partition, b.microbatches)
-    again = segmented_graph(used, partition, batches[2].microbatches)
+        priced_graph(used, partition, b.microbatches)
+    again = priced_graph(used, partition, batches[2].microbatches)
     assert np.array_equal(fresh.forward, again.forward)
     assert fresh.strategies == again.strategies
 

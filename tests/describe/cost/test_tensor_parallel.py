@@ -13,11 +13,18 @@ from dip_megatron.describe.cost import (
     CostModel,
     LayerRun,
     build_graph,
-    build_mixed_graph,
     unit_sizes,
     whole_sizes,
 )
-from dip_megatron.describe.model import ModelError, MultimodalModel, TensorParallel, even_partition, load_model
+from dip_megatron.describe.model import (
+    ModelError,
+    ModulePartition,
+    MultimodalModel,
+    Partition,
+    TensorParallel,
+    even_partition,
+    load_model,
+)
 from dip_megatron.describe.workload import Microbatch
 
 IDEAL = Cluster("ideal", 1e15, 80e9, 1e30, 1e30, 1e30, 1e30, 8, 0, 0, 0, 0, 2, True, ())
@@ -105,7 +112,7 @@ def test_chunks_of_several_modalities_run_as_megatrons_do():
     graphs = []
     for how in ("whole", "shared"):
         model = vlm(how).with_parallel(pp=2)
-        graphs.append(build_mixed_graph(model, IDEAL, runs, BATCH))
+        graphs.append(build_graph(model, IDEAL, Partition((ModulePartition.of_stages(runs, 2),)), BATCH))
     assert np.array_equal(graphs[0].forward, graphs[1].forward)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dip_megatron.core import ModalityModule
-from dip_megatron.describe.cost import CostModel, load_cluster, segmented_graph
+from dip_megatron.describe.cost import CostModel, load_cluster, priced_graph
 from dip_megatron.describe.model import (
     EVERY_PART,
     ChunkTraining,
@@ -63,8 +63,8 @@ FROZEN = [{}, {"vision": ()}, {"vision": ("head",)}, {"language": ()}, {"vision"
 def test_a_model_as_described_is_priced_as_described(parts: dict) -> None:
     """Whether a graph is told what trains by a description or by the model, every number of it is the same."""
     model = trained(**parts)
-    described = segmented_graph(CostModel(model, CLUSTER), PARTITION, BATCH)
-    followed = segmented_graph(CostModel(MODEL, CLUSTER), PARTITION, BATCH, training=built(model, PARTITION))
+    described = priced_graph(CostModel(model, CLUSTER), PARTITION, BATCH)
+    followed = priced_graph(CostModel(MODEL, CLUSTER), PARTITION, BATCH, training=built(model, PARTITION))
     assert followed.modules == described.modules
     assert followed.strategies == described.strategies
     for name in (
@@ -82,8 +82,8 @@ def test_a_model_as_described_is_priced_as_described(parts: dict) -> None:
 
 def test_adapters_cost_little() -> None:
     """A frozen base with a hundredth of its parameters beside it: backwards as before, W and state of a hundredth."""
-    whole = segmented_graph(CostModel(MODEL, CLUSTER), PARTITION, BATCH)
-    adapters = segmented_graph(
+    whole = priced_graph(CostModel(MODEL, CLUSTER), PARTITION, BATCH)
+    adapters = priced_graph(
         CostModel(MODEL, CLUSTER), PARTITION, BATCH, training=built(trained(), PARTITION, share=0.01)
     )
     np.testing.assert_array_equal(adapters.backward, whole.backward)
