@@ -21,18 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.paper.flops import model_flops
+from benchmarks.shared.plans import mean_seconds, plan_batches
 from dip_megatron.describe.cost import load_cluster
-from dip_megatron.describe.model import MultimodalModel, Partition, load_model
+from dip_megatron.describe.model import MultimodalModel, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import (
-    DoesNotFitError,
     Effort,
-    PlanningResult,
     Setting,
-    make_planner,
     searched_partition,
 )
-from dip_megatron.schedulers.common import BaselineError
 from dip_megatron.schedulers.dip.engine import warm_up
 
 MODELS = ("qwen2-5-vl-72b", "qwen3-vl-32b", "internvl3-5-38b", "qwen3-5-vl-27b")
@@ -71,21 +68,6 @@ class Row:
         ]  # fmt: skip
 
 
-def planned(name: str, setting: Setting, effort: Effort, partition: Partition | None) -> list[PlanningResult] | None:
-    """Plans of all batches; None where the schedule can't run them within memory."""
-    try:
-        planner = make_planner(name, setting, effort, partition)
-        found = [planner(batch.microbatches) for batch in setting.batches]
-    except (BaselineError, DoesNotFitError):
-        return None
-    return found if all(plan.fits for plan in found) else None
-
-
-def mean_seconds(plans: Sequence[PlanningResult]) -> float:
-    """Mean iteration time."""
-    return float(np.mean([plan.iteration_time for plan in plans]))
-
-
 def flops(setting: Setting) -> float:
     """Mean FLOPs of a batch."""
     return float(np.mean([model_flops(setting.model, batch.microbatches) for batch in setting.batches]))
@@ -108,7 +90,7 @@ def text_rates(setting: Setting, effort: Effort, partition_seconds: float) -> tu
     partition = searched_partition(text, partition_seconds)
     rates = []
     for name in TEXT:
-        plans = planned(name, text, effort, partition)
+        plans = plan_batches(name, text, effort, partition)
         rates.append(0.0 if plans is None else count * each / mean_seconds(plans))
     return rates[0], max(rates[1:])
 
@@ -122,12 +104,12 @@ def row(
     drawn, earlier = (load_workload(workload, model, batches, microbatches, seed) for seed in (0, 1))
     setting = Setting(model, load_cluster(cluster), drawn, earlier=earlier)
     partition = searched_partition(setting, partition_seconds)
-    plans = planned("dip", setting, effort, partition)
+    plans = plan_batches("dip", setting, effort, partition)
     assert plans is not None, f"{name}: no plan fits"
     seconds = mean_seconds(plans)
     others = {}
     for other in schedules:
-        found = planned(other, setting, effort, None if other == "dip-paper" else partition)
+        found = plan_batches(other, setting, effort, None if other == "dip-paper" else partition)
         others[other] = None if found is None else mean_seconds(found) / seconds
     over = float(np.mean([plan.iteration_time / plan.lower_bound for plan in plans]))
     work = [float((p.graph.forward + p.graph.fused).min(axis=0).sum()) / p.graph.ranks for p in plans]

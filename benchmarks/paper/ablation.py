@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared.plans import mean_seconds
 from dip_megatron.core import OperationGraph
 from dip_megatron.describe.cost import priced_graph
 from dip_megatron.planner.facade import Setting
@@ -17,7 +18,7 @@ from dip_megatron.schedulers.fit import least_recompute_by_module
 from dip_megatron.schedulers.segmented import segmented_static
 
 from . import draw, quoted
-from .cases import Budget, describe, load_case, mean_time, mix_of, papers_partition, plan_all
+from .cases import Budget, describe, load_case, mix_of, papers_partition, plan_all
 from .record import Bar, Comparison, Result, Table
 from .throughput import WEAK
 
@@ -39,7 +40,9 @@ def run(budget: Budget, out: Path) -> Result:
          f"{first / ours[row]:.3f}"]
         for row in ROWS
     ]  # fmt: skip
-    rows.append(["dip (ours beyond the paper)", "-", "-", f"{mean_time(dip):.3f}", f"{first / mean_time(dip):.3f}"])
+    rows.append(
+        ["dip (ours beyond the paper)", "-", "-", f"{mean_seconds(dip):.3f}", f"{first / mean_seconds(dip):.3f}"]
+    )
     return Result(
         title="Ablation of VLM-S",
         setting=f"Simulated. {describe(setting, mix_of(MODEL))} Paper's partition rules. Before '+ memory' every stage "
@@ -53,7 +56,7 @@ def run(budget: Budget, out: Path) -> Result:
                    ["+ reordering with the best uniform strategy instead of the leanest", f"{uniform:.3f}"]]),
         ],
         data={
-            "simulated": {"seconds": ours | {"dip": mean_time(dip)}, "no_limit_seconds": free,
+            "simulated": {"seconds": ours | {"dip": mean_seconds(dip)}, "no_limit_seconds": free,
                           "best_uniform_seconds": uniform, "leanest": natural},
             "quoted": {"seconds": quoted.ABLATION},
         },
@@ -98,7 +101,7 @@ def _megatron(setting: Setting, budget: Budget) -> float:
     found = plan_all(WEAK, setting, budget)
     if found is None:
         raise ValueError(f"{WEAK} does not fit {setting.model.name} on {setting.cluster.name}")
-    return mean_time(found)
+    return mean_seconds(found)
 
 
 def _graphs(setting: Setting) -> list[OperationGraph]:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
-
+from benchmarks.shared.plans import plan_batches
 from dip_megatron.describe.cost import load_cluster
 from dip_megatron.describe.model import Partition, load_model
 from dip_megatron.describe.workload import load_workload
 from dip_megatron.planner.facade import (
-    DoesNotFitError,
     Effort,
     PlanningResult,
     Setting,
-    make_planner,
     searched_partition,
 )
 from dip_megatron.planner.partitioning import paper_partition
-from dip_megatron.schedulers.common import BaselineError
 from dip_megatron.schedulers.registry import find_schedule
 
 FIVE = ("vlm-s", "vlm-m", "vlm-l", "t2v-s", "t2v-l")
@@ -104,17 +99,7 @@ def plan_all(
     entry = find_schedule(name)
     if given is None and entry.mixed is None and entry.partition != "paper":
         searched = our_partition(setting, budget.partition)
-    try:
-        planner = make_planner(name, setting, budget.effort(seconds), given, searched=searched)
-        found = [planner(batch.microbatches) for batch in setting.batches]
-    except (BaselineError, DoesNotFitError):
-        return None
-    return found if all(p.fits for p in found) else None
-
-
-def mean_time(found: Sequence[PlanningResult]) -> float:
-    """Mean simulated seconds an iteration."""
-    return float(np.mean([p.iteration_time for p in found]))
+    return plan_batches(name, setting, budget.effort(seconds), given, searched)
 
 
 def describe(setting: Setting, workload: str) -> str:

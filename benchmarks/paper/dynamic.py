@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared.plans import mean_seconds
 from dip_megatron.planner.facade import PlanningResult
 
 from . import draw, quoted
-from .cases import Budget, describe, load_case, mean_time, plan_all, tuned_on
+from .cases import Budget, describe, load_case, plan_all, tuned_on
 from .record import Comparison, Result, Table
 from .throughput import WEAK
 
@@ -32,7 +33,7 @@ def run(budget: Budget, out: Path) -> Result:
         [str(i + 1), f"{min(images[i])}..{max(images[i])}", *(f"{p[i].iteration_time:.3f}" for p in found.values())]
         for i in range(len(setting.batches))
     ]
-    rows.append(["mean", "", *(f"{mean_time(p):.3f}" for p in found.values())])
+    rows.append(["mean", "", *(f"{mean_seconds(p):.3f}" for p in found.values())])
     at = min(NAMED_ITERATION, len(setting.batches)) - 1
     return Result(
         title="Dynamic run of VLM-S",

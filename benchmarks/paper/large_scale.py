@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared.plans import mean_seconds
 from dip_megatron.planner.facade import PlanningResult
 
 from . import draw, quoted
-from .cases import Budget, describe, load_case, mean_time, mix_of, plan_all
+from .cases import Budget, describe, load_case, mix_of, plan_all
 from .flops import utilisation
 from .record import Comparison, Result, Table
 from .throughput import WEAK
@@ -37,7 +38,7 @@ def run(budget: Budget, out: Path, settings: tuple[tuple[str, int, int], ...] = 
             if plans is None:
                 missing.append(f"{label}: {schedule} does not fit")
                 continue
-            seconds[label][schedule] = mean_time(plans)
+            seconds[label][schedule] = mean_seconds(plans)
             mfu[label][schedule] = float(np.mean([
                 utilisation(setting.model, batch, plan.iteration_time, setting.cluster.flops)
                 for batch, plan in zip(setting.microbatches, plans, strict=True)

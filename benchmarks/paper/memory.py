@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared.plans import mean_seconds
 from dip_megatron.core import Kind
 from dip_megatron.core.simulate import simulate_compiled
 from dip_megatron.planner.facade import PlanningResult
 
 from . import draw, quoted
-from .cases import Budget, describe, load_case, mean_time, mix_of, plan_all
+from .cases import Budget, describe, load_case, mix_of, plan_all
 from .record import Comparison, Result, Table
 from .throughput import WEAK
 
@@ -114,7 +115,7 @@ def _comparisons(plans: dict[str, PlanningResult], swings: dict[str, float]) -> 
         out.append(
             Comparison(
                 "throughput, dip-paper over Optimus, same memory limit", 1 + quoted.MEMORY_GAIN,
-                mean_time([plans["optimus"]]) / mean_time([plans["dip-paper"]]),
+                mean_seconds([plans["optimus"]]) / mean_seconds([plans["dip-paper"]]),
                 f"peaks {plans['optimus'].peak_bytes[RANK] / 1e9:.0f} and "
                 f"{plans['dip-paper'].peak_bytes[RANK] / 1e9:.0f} GB; Optimus has one uniform strategy, which costs it "
                 f"{plans['optimus'].recompute_fraction:.0%} of compute time, dip-paper's "

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared.plans import mean_seconds
 from dip_megatron.planner.facade import Setting
 from dip_megatron.schedulers.common import BaselineError
 from dip_megatron.schedulers.static import static_choice, static_plan
 from dip_megatron.schedulers.static_partition import parameter_balanced
 
 from . import draw, quoted
-from .cases import FIVE, Budget, describe, load_case, mean_time, mix_of, our_partition, plan_all
+from .cases import FIVE, Budget, describe, load_case, mix_of, our_partition, plan_all
 from .record import Bar, Comparison, Result, Table
 
 WEAK = "megatron-parameter-balanced"
@@ -93,7 +94,7 @@ def _times(
 ) -> dict[str, float]:
     setting = load_case(name, cluster, budget.batches, budget.microbatches)
     found = {schedule: plan_all(schedule, setting, budget) for schedule in schedules}
-    return {schedule: mean_time(plans) for schedule, plans in found.items() if plans is not None}
+    return {schedule: mean_seconds(plans) for schedule, plans in found.items() if plans is not None}
 
 
 def least_work(name: str, budget: Budget) -> float:
@@ -115,7 +116,7 @@ def _large_clips(budget: Budget) -> dict[str, float]:
     own = our_partition(load_case("t2v-s", CLUSTER, budget.batches, budget.microbatches), budget.partition)
     whole = replace(own, modules=tuple(replace(m, unit_size=None) for m in own.modules))
     found = {schedule: plan_all(schedule, setting, budget, given=whole) for schedule in ("dip", "dip-paper", WEAK)}
-    return {schedule: mean_time(plans) for schedule, plans in found.items() if plans is not None}
+    return {schedule: mean_seconds(plans) for schedule, plans in found.items() if plans is not None}
 
 
 def by_segments(setting: Setting) -> dict[int, float]:

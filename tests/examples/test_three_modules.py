@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
 from dip_megatron.describe.model import Parallel
 from examples.llava_digits.runs import train
-from tests.drawn import settings
+from tests.drawn import settings_of_ranks
 from tests.examples.three_modules_case import (
     LONG,
     SHORT,
@@ -34,9 +34,9 @@ from tests.examples.three_modules_case import (
 )
 from tests.forked import forked
 from tests.processes import ProcessFailure, team
+from tests.runtime.equal import assert_gradients_equal, assert_losses_equal, merged
 from tests.runtime.llava_case import initialize
 from tests.runtime.split_case import Drawn
-from tests.runtime.test_equality import TOLERANCE, merged
 
 MIXED = (
     Held((SMALL, TALL, WIDE), (LONG, SHORT)),
@@ -55,20 +55,10 @@ def check(case: ThreeModuleCase, world: int, drawn: Drawn):
     answers = team(world).run(dip_run, case, drawn)
     losses, grads = merged([a[:2] for a in answers])
     assert len(losses[0]) == len(case.held)
-    assert_equal(team(1).run(reference, case)[0], losses[0], grads)
+    their_losses, their_grads = team(1).run(reference, case)[0]
+    assert_losses_equal(their_losses, losses[0])
+    assert_gradients_equal(their_grads, grads)
     return [a[2] for a in answers]
-
-
-def assert_equal(theirs, losses, grads):
-    """``theirs``: losses and gradients."""
-    their_losses, their_grads = theirs
-    assert len(losses) == len(their_losses)
-    for a, b in zip(losses, their_losses, strict=True):
-        torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-6, atol=1e-6)
-    assert set(grads) == set(their_grads)
-    for name, grad in their_grads.items():
-        error = ((grads[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)).item()
-        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
 
 
 def held(images: int, clips: int):
@@ -80,10 +70,7 @@ def held(images: int, clips: int):
     )
 
 
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-)  # fmt: skip
+@settings_of_ranks(8)
 @given(
     microbatches=st.lists(held(5, 3), min_size=1, max_size=4).map(tuple),
     sizes=st.tuples(st.sampled_from([None, 1, 2]), st.sampled_from([None, 1, 2])),
@@ -127,8 +114,7 @@ def test_a_frozen_encoder_trains_its_projector_alone():
 def test_evaluation():
     case = ThreeModuleCase(MIXED)
     losses = team(2).run(dip_run, case, Drawn(), True)[-1][0][0]
-    for ours, theirs in zip(losses, team(1).run(reference, case)[0][0], strict=True):
-        torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-6, atol=1e-6)
+    assert_losses_equal(team(1).run(reference, case)[0][0], losses)
 
 
 def described(rank, world):

@@ -14,7 +14,6 @@ of the last one's.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import os
@@ -186,19 +185,10 @@ if "--sequence-parallel" in sys.argv:
     # to sum the norms' gradients over tensor-parallel ranks.
     from megatron.core.models.multimodal import llava_model
     from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    local_norm = WrappedTorchNorm.__new__
+    from tests.sequence_shards import allow_local_norms
 
-    def marked_norm(cls: Any, config: Any, *arguments: Any, **keywords: Any) -> Any:
-        local = copy.copy(config)
-        local.sequence_parallel = False
-        norm = local_norm(cls, local, *arguments, **keywords)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = marked_norm  # type: ignore[method-assign]
+    allow_local_norms()
     llava_model.HAVE_TE, llava_model.TEDotProductAttention = True, DotProductAttention
 if "uneven" in OPTIONS:
     from dip_megatron.planner import balance, exchange_agreement

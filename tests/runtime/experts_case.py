@@ -3,7 +3,6 @@ batches. Single precision: Megatron's CPU path keeps routing probabilities in it
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass, field, replace
 from itertools import cycle
@@ -18,6 +17,7 @@ from tests.runtime.gpt_case import batches as gpt_batches
 from tests.runtime.llava_case import VOCABULARY
 from tests.runtime.planned_run import planned_run
 from tests.runtime.split_case import Drawn, DrawnMaker
+from tests.sequence_shards import allow_local_norms
 
 EXPERTS = 4
 
@@ -62,7 +62,7 @@ def initialize(world: int, ranks: Ranks) -> None:
             context_parallel_size=ranks.cp, expert_model_parallel_size=ranks.ep, expert_tensor_parallel_size=ranks.etp,
             get_embedding_ranks=lambda group: [group[0], group[-1]] if len(group) > 1 else group,
         )  # fmt: skip
-        _norms_of_sequence_shards()
+        allow_local_norms()
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     _forget_metrics()
 
@@ -77,23 +77,6 @@ def _forget_metrics() -> None:
         get_moe_layer_wise_logging_tracker().clear()
         return
     destroy_moe_metrics_tracker()
-
-
-def _norms_of_sequence_shards() -> None:
-    """Without Transformer Engine Megatron's norm refuses sequence parallelism; on a shard it computes the same."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    megatrons = WrappedTorchNorm.__new__
-
-    def on_a_shard(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-        local = copy.copy(config)
-        local.sequence_parallel = False
-        norm = megatrons(cls, local, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = on_a_shard  # type: ignore[method-assign]
 
 
 def gpt_kwargs(case: ExpertsCase, ranks: Ranks) -> dict[str, Any]:

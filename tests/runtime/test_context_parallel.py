@@ -11,11 +11,11 @@ from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
 from tests.processes import Team, team
 from tests.runtime import context_case, experts_case, llava_case, t2v_case, test_experts
+from tests.runtime.equal import assert_gradients_equal
 from tests.runtime.experts_case import ExpertsCase, Ranks
 from tests.runtime.llava_case import Case
 from tests.runtime.split_case import Drawn
 from tests.runtime.t2v_case import LONG, SHORT, TALL, WIDE, T2vCase
-from tests.runtime.test_equality import TOLERANCE
 
 DRAWN = Drawn(3, 0.6, strategy_names())
 
@@ -43,9 +43,8 @@ def assert_equal(theirs, answers):
         torch.testing.assert_close(b, a[name], rtol=1e-6, atol=1e-6)
     seen: dict[str, int] = {}
     for _, grads, *_ in answers:
-        for name, grad in grads.items():
-            error = (grad - their_grads[name]).abs().max() / their_grads[name].abs().max().clamp(min=1e-6)
-            assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+        assert_gradients_equal({name: their_grads[name] for name in grads}, grads)
+        for name in grads:
             seen[name] = seen.get(name, 0) + 1
     assert seen == dict.fromkeys(their_grads, 2)  # on both ranks of its stage
     assert Kind.W in {kind for answer in answers for kind in answer[2]}

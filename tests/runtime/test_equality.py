@@ -5,8 +5,6 @@ The reference is Megatron's real code: its PP1 run, and its 1F1B with the ViT on
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given
@@ -15,32 +13,16 @@ from hypothesis import strategies as st
 from tests.drawn import settings
 from tests.processes import team
 from tests.runtime.dip_case import dip_run
+from tests.runtime.equal import assert_gradients_equal, assert_losses_equal, merged
 from tests.runtime.llava_case import Case, batch, llava_kwargs, reference
-
-TOLERANCE = 3e-6
-"""Largest difference of a gradient, relative to the largest entry of the same parameter's gradient, in float32."""
-
-
-def merged(answers):
-    """Losses (of the last rank) and gradients of all ranks, summed where ranks share a parameter."""
-    grads: dict[str, Any] = {}
-    for _, own in answers:
-        for name, grad in own.items():
-            grads[name] = grads.get(name, 0) + grad
-    return answers[-1][0], grads
 
 
 def assert_equal(case, theirs, ours, iteration=0):
     (their_losses, their_grads), (our_losses, our_grads) = theirs, ours
     our_losses = our_losses[iteration]
-    assert len(their_losses) == len(our_losses) == len(case.images)
-    for a, b in zip(their_losses, our_losses, strict=True):
-        torch.testing.assert_close(b["lm loss"], a["lm loss"], rtol=1e-6, atol=1e-6)
-    assert set(our_grads) == set(their_grads)
-    for name, grad in their_grads.items():
-        scale = grad.abs().max().clamp(min=1e-6)
-        error = ((our_grads[name] - grad).abs().max() / scale).item()
-        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+    assert len(our_losses) == len(case.images)
+    assert_losses_equal(their_losses, our_losses, "lm loss")
+    assert_gradients_equal(their_grads, our_grads)
 
 
 def check(case: Case, world: int, seed: int = 0) -> None:

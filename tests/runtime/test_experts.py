@@ -15,10 +15,10 @@ from dip_megatron.planner.exchange_agreement import ExchangeReport
 from tests.collectives import disagreement, reductions_before, stuck
 from tests.processes import Team
 from tests.runtime import coupled_llava_case, means_case
+from tests.runtime.equal import assert_gradients_equal, assert_losses_equal
 from tests.runtime.experts_case import ExpertsCase, Ranks, dips, dips_together, megatrons, own_loop
 from tests.runtime.llava_case import Case
 from tests.runtime.split_case import Drawn
-from tests.runtime.test_equality import TOLERANCE
 
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 1e-3}
 SHARED = {
@@ -49,14 +49,9 @@ def merged(answers):
 
 def assert_equal(theirs, ours):
     (their_losses, their_grads, their_counts), (our_losses, our_grads, our_counts) = theirs, ours
-    assert len(their_losses) == len(our_losses) > 0
-    for a, b in zip(their_losses, our_losses, strict=True):
-        torch.testing.assert_close(b["lm loss"], a["lm loss"], rtol=1e-6, atol=1e-6)
-    assert set(our_grads) == set(their_grads)
-    for name, grad in their_grads.items():
-        assert grad.abs().max() > 0, name
-        error = ((our_grads[name] - grad).abs().max() / grad.abs().max()).item()
-        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+    assert_losses_equal(their_losses, our_losses, "lm loss")
+    assert not [name for name, grad in their_grads.items() if not grad.abs().max() > 0]
+    assert_gradients_equal(their_grads, our_grads, floor=0.0)
     assert our_counts == their_counts
 
 

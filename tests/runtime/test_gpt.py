@@ -14,9 +14,9 @@ from dip_megatron.core.strategies import strategy_names
 from dip_megatron.runtime.protocol import MicrobatchInputs
 from tests.drawn import settings
 from tests.processes import team
+from tests.runtime.equal import assert_gradients_equal, assert_losses_equal
 from tests.runtime.gpt_case import GptCase, gpt_kwargs, megatrons
 from tests.runtime.split_case import Drawn, Wrap, split_run
-from tests.runtime.test_equality import TOLERANCE
 
 DDP = Wrap(ddp=True)
 
@@ -36,15 +36,10 @@ def merged(answers, case):
 
 def assert_equal(theirs, ours, count):
     (their_losses, their_grads), (our_losses, our_grads) = theirs, ours
-    assert len(their_losses) == len(our_losses) == count
-    for a, b in zip(their_losses, our_losses, strict=True):
-        torch.testing.assert_close(b["lm loss"], a["lm loss"], rtol=1e-6, atol=1e-6)
-    assert set(our_grads) == set(their_grads)
-    for name, grad in their_grads.items():
-        assert grad.abs().max() > 0 or "linear_qkv.bias" in name
-        scale = grad.abs().max().clamp(min=1e-6)
-        error = ((our_grads[name] - grad).abs().max() / scale).item()
-        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+    assert len(our_losses) == count
+    assert_losses_equal(their_losses, our_losses, "lm loss")
+    assert all(grad.abs().max() > 0 or "linear_qkv.bias" in name for name, grad in their_grads.items())
+    assert_gradients_equal(their_grads, our_grads)
 
 
 def reference(case, world=1, virtual=False):

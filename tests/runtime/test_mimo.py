@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.compat.mimo import mimo
@@ -18,14 +18,14 @@ from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
 from dip_megatron.describe.model import Parallel
 from examples.llava_digits.runs import train
-from tests.drawn import settings
+from tests.drawn import settings_of_ranks
 from tests.forked import forked
 from tests.processes import ProcessFailure, team
 from tests.runtime import mimo_case
+from tests.runtime.equal import assert_gradients_equal, assert_losses_equal
 from tests.runtime.llava_case import initialize
 from tests.runtime.mimo_case import Held, MimoCase, batches, blueprint, dip_run, mimo_config, model_of, reference
 from tests.runtime.split_case import Drawn
-from tests.runtime.test_equality import TOLERANCE
 
 pytestmark = pytest.mark.skipif(mimo() is None, reason="stages of MIMO models came with megatron-core 0.19")
 MIXED = (Held(2, 1), Held(0, 2, frames=6), Held(3), Held(text=17), Held(1, 3, frames=2, samples=2))
@@ -42,19 +42,12 @@ def check(case: MimoCase, world: int, drawn: Drawn) -> list[Any]:
     grads = {name: grad for rank in answers for name, grad in rank[1].items()}  # copies have the same
     theirs, their_grads = team(1).run(reference, case)[0]
     assert len(losses[0]) == len(case.held)
-    for a, b in zip(losses[0], theirs, strict=True):
-        torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-6, atol=1e-6)
-    assert set(grads) == set(their_grads)
-    for name, grad in their_grads.items():
-        error = ((grads[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)).item()
-        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+    assert_losses_equal(theirs, losses[0])
+    assert_gradients_equal(their_grads, grads)
     return [a[2] for a in answers]
 
 
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-)  # fmt: skip
+@settings_of_ranks(8)
 @given(
     held=st.lists(
         st.builds(

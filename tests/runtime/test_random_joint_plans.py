@@ -12,8 +12,8 @@ from dip_megatron.core.strategies import strategy_names
 from tests.collectives import disagreement, reductions_before, stuck
 from tests.drawn import DEEP, FACTOR
 from tests.processes import Team, team
+from tests.runtime.equal import TOLERANCE
 from tests.runtime.joint_sets_case import BLOCK, CUTS, megatrons, run_sets
-from tests.runtime.test_equality import TOLERANCE
 
 COUNT = 22 * FACTOR
 

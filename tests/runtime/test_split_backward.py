@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, Phase, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core.strategies import strategy_names
-from tests.drawn import settings
+from tests.drawn import settings_of_ranks
 from tests.processes import team
+from tests.runtime.equal import merged
 from tests.runtime.llava_case import Case, reference
 from tests.runtime.split_case import Drawn, Wrap, split_run
-from tests.runtime.test_equality import assert_equal, merged
+from tests.runtime.test_equality import assert_equal
 
 
 def check(case, world, drawn, wrap=None):
@@ -21,10 +22,7 @@ def check(case, world, drawn, wrap=None):
     return [a[2] for a in answers]
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-)  # fmt: skip
+@settings_of_ranks(12)
 @given(
     images=st.lists(st.sampled_from([0, 1, 2, 5]), min_size=2, max_size=4).map(tuple),
     segments=st.booleans(),

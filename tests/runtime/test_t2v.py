@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
 from dip_megatron.describe.model import LatentEmbedding, Parallel
-from tests.drawn import settings
+from tests.drawn import settings_of_ranks
 from tests.processes import ProcessFailure, Team, team
+from tests.runtime.equal import assert_gradients_equal, assert_losses_equal, merged
 from tests.runtime.split_case import Drawn
 from tests.runtime.t2v_case import LONG, LOSSES, SHORT, TALL, WIDE, T2vCase, dip_run, reference
-from tests.runtime.test_equality import TOLERANCE, merged
 
 MIXED = ((SHORT, LONG, WIDE), (TALL,), (WIDE, SHORT, TALL, LONG, SHORT))
 
@@ -31,19 +31,12 @@ def check(case: T2vCase, world: int, drawn: Drawn | None = None):
 
 def assert_equal(case, theirs, losses, grads):
     their_losses, their_grads, _ = theirs
-    assert len(losses) == len(their_losses) == len(case.clips)
-    for a, b in zip(losses, their_losses, strict=True):
-        torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-6, atol=1e-6)
-    assert set(grads) == set(their_grads)
-    for name, grad in their_grads.items():
-        error = ((grads[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)).item()
-        assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+    assert len(losses) == len(case.clips)
+    assert_losses_equal(their_losses, losses)
+    assert_gradients_equal(their_grads, grads)
 
 
-@settings(
-    max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-)  # fmt: skip
+@settings_of_ranks(10)
 @given(
     clips=st.lists(
         st.lists(st.sampled_from([SHORT, LONG, WIDE, TALL]), min_size=1, max_size=5).map(tuple), min_size=1, max_size=3
@@ -107,8 +100,7 @@ def test_tensor_parallel_ranks_equal_one():
 def test_evaluation():
     case = T2vCase(MIXED)
     losses = team(2).run(dip_run, case, Drawn(), True)[-1][0][0]
-    for ours, theirs in zip(losses, team(1).run(reference, case)[0][0], strict=True):
-        torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=1e-6, atol=1e-6)
+    assert_losses_equal(team(1).run(reference, case)[0][0], losses)
 
 
 def described(rank, world):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, Phase, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dip_megatron.core import Kind
 from dip_megatron.core.strategies import strategy_names
-from tests.drawn import settings
+from tests.drawn import settings_of_ranks
 from tests.processes import ProcessFailure, team
+from tests.runtime.equal import assert_gradients_equal, merged
 from tests.runtime.gpt_case import GptCase
 from tests.runtime.llava_case import Case
 from tests.runtime.split_case import Drawn
-from tests.runtime.test_equality import TOLERANCE, merged
 from tests.runtime.trained_case import ALL, Trained, dip_run, reference
 
 IMAGES = Case((2, 0, 3), vision=((1, 1), (1, 1)), language=((1, 1), (1, 1)))
@@ -30,10 +30,7 @@ def check(trained: Trained, world: int = 2, drawn: Drawn = SPLIT):
         assert len(losses) == len(their_losses)
         for ours, other in zip(losses, their_losses, strict=True):
             assert float(ours["lm loss"][0]) == pytest.approx(float(other["lm loss"][0]), rel=1e-6)
-        assert set(grads) == set(their_grads)
-        for name, grad in their_grads.items():
-            error = ((grads[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-6)).item()
-            assert error < TOLERANCE, f"iteration {i}, {name}: relative error {error:.2e}"
+        assert_gradients_equal(their_grads, grads, where=f"iteration {i}, ")
     return answers
 
 
@@ -77,10 +74,7 @@ def test_layers_of_one_chunk_alone_train():
     assert [last.count(kind) for kind in (Kind.F, Kind.B, Kind.W)] == [6, 3, 0]
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-)  # fmt: skip
+@settings_of_ranks(12)
 @given(
     coin=st.integers(0, 1000),
     case=st.sampled_from([IMAGES, Case((0, 2), ((0, 1),), ((1, 2),)), GptCase(3, ((1, 2), (1, 0)), tied=False)]),
