@@ -155,9 +155,7 @@ class Bench:
     def _program(self, candidate: Candidate) -> LlavaProgram:
         if candidate.choice is not None:
             (part,) = candidate.choice.modules
-            return MixedLlavaProgram(
-                self.arguments, part.stages, rank=self.rank, ranks=self.ranks, reversed_segments=part.reversed
-            )
+            return MixedLlavaProgram(self.arguments, part, rank=self.rank)
         assert candidate.partition is not None
         return LlavaProgram(self.arguments, {m.module: m.layers for m in candidate.partition.modules}, rank=self.rank)
 

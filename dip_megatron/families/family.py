@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from ..describe.cost import LayerRun
-from ..describe.model import MultimodalModel, Parallel
+from ..describe.model import ModulePartition, MultimodalModel, Parallel
 from ..runtime.protocol import ModelProgram
 
 Layers = Mapping[str, tuple[tuple[int, ...], ...]]
@@ -35,13 +34,11 @@ class MakeProgram(Protocol):
 
 
 class MakeMixedProgram(Protocol):
-    """Makes the stage program of one rank's stages that mix modules; ``stages`` in the order in which a microbatch
-    passes them, segment k from the last rank to the first where ``reversed_segments[k]``."""
+    """Makes the stage program of one rank's ``stages`` that mix modules."""
 
     def __call__(
-        self, blueprint: Blueprint, stages: Sequence[Sequence[LayerRun]], *, rank: int, ranks: int,
-        reversed_segments: Sequence[bool], micro_batch_size: int,
-    ) -> ModelProgram: ...  # fmt: skip
+        self, blueprint: Blueprint, stages: ModulePartition, *, rank: int, micro_batch_size: int
+    ) -> ModelProgram: ...
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 
 from ..compat.mimo import mimo
-from ..describe.cost import LayerRun
-from ..describe.model import MultimodalModel, Parallel
+from ..describe.model import ModulePartition, MultimodalModel, Parallel
 from .describe import describe_gpt, describe_llava, describe_t2v
 from .family import Blueprint, Layers, ModelFamily
 from .gpt.mixed import MixedGptProgram
@@ -46,11 +43,10 @@ def _llava_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_bat
 
 
 def _mixed_llava(
-    blueprint: Blueprint, stages: Sequence[Sequence[LayerRun]], *, rank: int, ranks: int,
-    reversed_segments: Sequence[bool], micro_batch_size: int,
+    blueprint: Blueprint, stages: ModulePartition, *, rank: int, micro_batch_size: int
 ) -> MixedLlavaProgram:  # fmt: skip
     return MixedLlavaProgram(
-        blueprint.kwargs, stages, rank=rank, ranks=ranks, reversed_segments=reversed_segments,
+        blueprint.kwargs, stages, rank=rank,
         micro_batch_size=micro_batch_size, freeze=blueprint.calls.get("freeze"),
     )  # fmt: skip
 
@@ -64,11 +60,10 @@ def _gpt_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch
 
 
 def _mixed_gpt(
-    blueprint: Blueprint, stages: Sequence[Sequence[LayerRun]], *, rank: int, ranks: int,
-    reversed_segments: Sequence[bool], micro_batch_size: int,
+    blueprint: Blueprint, stages: ModulePartition, *, rank: int, micro_batch_size: int
 ) -> MixedGptProgram:  # fmt: skip
     return MixedGptProgram(
-        blueprint.kwargs, stages, rank=rank, ranks=ranks, reversed_segments=reversed_segments,
+        blueprint.kwargs, stages, rank=rank,
         micro_batch_size=micro_batch_size,
     )  # fmt: skip
 
@@ -83,12 +78,11 @@ def _t2v_program(blueprint: Blueprint, layers: Layers, *, rank: int, micro_batch
 
 
 def _mixed_t2v(
-    blueprint: Blueprint, stages: Sequence[Sequence[LayerRun]], *, rank: int, ranks: int,
-    reversed_segments: Sequence[bool], micro_batch_size: int,
+    blueprint: Blueprint, stages: ModulePartition, *, rank: int, micro_batch_size: int
 ) -> MixedT2vProgram:  # fmt: skip
     _one_pack(micro_batch_size)
     return MixedT2vProgram(
-        blueprint.kwargs, stages, rank=rank, ranks=ranks, reversed_segments=reversed_segments,
+        blueprint.kwargs, stages, rank=rank,
         freeze=blueprint.calls.get("freeze"),
     )  # fmt: skip
 

@@ -70,7 +70,4 @@ def make_program(
         return family.program(blueprint, layers, rank=rank, micro_batch_size=micro_batch_size)
     assert family.mixed_program is not None, "check_entry comes first"
     (part,) = chunks.modules
-    return family.mixed_program(
-        blueprint, part.stages, rank=rank, ranks=chunks.ranks, reversed_segments=part.reversed,
-        micro_batch_size=micro_batch_size,
-    )  # fmt: skip
+    return family.mixed_program(blueprint, part, rank=rank, micro_batch_size=micro_batch_size)

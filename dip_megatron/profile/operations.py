@@ -18,10 +18,10 @@ from ..core import Kind, Operation, Payload, Unit
 from ..core.strategies import known_strategies, offloads
 from ..describe.cost import Costs, LayerRun, Table
 from ..describe.cost.calibration import QUANTITIES, STRATEGY_QUANTITIES
-from ..describe.model import MultimodalModel
+from ..describe.model import ModulePartition, MultimodalModel
+from ..describe.model.partition import MODEL
 from ..describe.workload import Microbatch
 from ..families.llava.mixed import MixedLlavaProgram
-from ..families.shared.mixed import MODEL
 from ..families.shared.shapes import LANGUAGE, VISION
 from ..runtime.deferred import Slot, WeightGradients, start
 from ..runtime.offload import OffloadedActivations
@@ -73,7 +73,7 @@ def profile_llava(
         [LayerRun(module, layers if part == "layer" else 0, stem=part == "stem", head=part == "head")]
         for module, part in PARTS
     ]
-    program = MixedLlavaProgram(kwargs, stages, rank=0, ranks=1)
+    program = MixedLlavaProgram(kwargs, ModulePartition.of_stages(stages, 1), rank=0)
     bare = program.build_chunks()
     chunks = wrap(bare, device)
     draw_weights(bare, 0)

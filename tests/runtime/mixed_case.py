@@ -13,7 +13,7 @@ from dip_megatron.core import ModalityModule, Unit
 from dip_megatron.core.lower import make_plan
 from dip_megatron.core.plan_set import PlanSet
 from dip_megatron.core.verify import verify
-from dip_megatron.describe.cost import LayerRun
+from dip_megatron.describe.model import LayerRun, ModulePartition
 from dip_megatron.planner.delivery import PlanDelivery
 from dip_megatron.planner.maker import payloads
 from dip_megatron.planner.request import PlanRequest
@@ -82,18 +82,18 @@ def program_of(rank: int, world: int, case: Any, cuts: Cuts, order: str) -> tupl
     from dip_megatron.families.llava.mixed import MixedLlavaProgram
     from dip_megatron.families.t2v.mixed import MixedT2vProgram
 
-    placed: dict[str, Any] = {
-        "rank": rank, "ranks": world, "reversed_segments": (False, True) if order == "zb-v" else ()
-    }  # fmt: skip
+    def staged(*names: str) -> ModulePartition:
+        return ModulePartition.of_stages(stages_of(names, cuts), world, turned=order == "zb-v")
+
     if isinstance(case, GptCase):
-        kwargs, stages = gpt_case.gpt_kwargs(case, world), stages_of(("language",), cuts)
-        gpt = MixedGptProgram(kwargs, stages, micro_batch_size=case.micro_batch_size, **placed)
+        kwargs, stages = gpt_case.gpt_kwargs(case, world), staged("language")
+        gpt = MixedGptProgram(kwargs, stages, micro_batch_size=case.micro_batch_size, rank=rank)
         return gpt, gpt_case.seed_chunks, gpt_case.forward_step, gpt_case.batches(case)
     if isinstance(case, T2vCase):
-        kwargs, stages = t2v_case.arguments(case, world), stages_of(("language", "diffusion"), cuts)
-        t2v = MixedT2vProgram(kwargs, stages, freeze=t2v_case.freeze_arguments(case), **placed)
+        kwargs, stages = t2v_case.arguments(case, world), staged("language", "diffusion")
+        t2v = MixedT2vProgram(kwargs, stages, freeze=t2v_case.freeze_arguments(case), rank=rank)
         return t2v, seed_models, partial(t2v_case.forward_step, case.loss), t2v_case.batches(case)
-    llava = MixedLlavaProgram(llava_case.llava_kwargs(case, world), stages_of(("vision", "language"), cuts), **placed)
+    llava = MixedLlavaProgram(llava_case.llava_kwargs(case, world), staged("vision", "language"), rank=rank)
     return llava, llava_case.seed_parameters, llava_case.forward_step, llava_case.batches(case)
 
 

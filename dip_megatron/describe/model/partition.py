@@ -118,9 +118,12 @@ class ModulePartition:
     @property
     def stages(self) -> tuple[Chunk, ...]:
         """The chunks in the order in which a microbatch passes them."""
-        back = self.reversed or (False,) * self.segments
-        lines = (line[::-1] if flip else line for line, flip in zip(self.chunks, back, strict=True))
+        lines = (line[::-1] if self.runs_back(k) else line for k, line in enumerate(self.chunks))
         return tuple(chunk for line in lines for chunk in line)
+
+    def runs_back(self, segment: int) -> bool:
+        """Whether a segment runs from the last rank to the first."""
+        return self.reversed[segment] if self.reversed else False
 
     def layers_of(self, module: str) -> tuple[tuple[int, ...], ...]:
         """Layers of one of the model's modules on each chunk, ``[segment][rank]``."""

@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from ...describe.cost import LayerRun
+from ...describe.model import ModulePartition
 from ...runtime.protocol import Tensors
 from ..shared.layout import segment_config
-from ..shared.mixed import OnStages, Stages, refuse_tied
+from ..shared.mixed import OnStages, refuse_tied
 from ..shared.shapes import LANGUAGE
 from .program import GptProgram
 
 
 class MixedGptProgram(OnStages, GptProgram):
-    """Stage program of a GPT in V segments of P stages, one unit per microbatch; see :class:`Stages`."""
+    """Stage program of a GPT in V segments of P stages, one unit per microbatch; see :class:`OnStages`."""
 
     def __init__(
         self,
         kwargs: Mapping[str, Any],
-        stages: Sequence[Sequence[LayerRun]],
+        stages: ModulePartition,
         *,
         rank: int,
-        ranks: int,
-        reversed_segments: Sequence[bool] = (),
         micro_batch_size: int = 1,
     ):
         """Raises ValueError for models and stages that can't be."""
         refuse_tied(bool(kwargs.get("share_embeddings_and_output_weights")))
-        self._stages = Stages(stages, ranks, reversed_segments)
+        self.set_stages(stages)
         super().__init__(
-            kwargs, {LANGUAGE: self._stages.layers(LANGUAGE)}, rank=rank, micro_batch_size=micro_batch_size
+            kwargs, {LANGUAGE: stages.layers_of(LANGUAGE)}, rank=rank, micro_batch_size=micro_batch_size
         )  # fmt: skip
-        self.modules = (self._stages.module,)
+        self.modules = (self.graph_module,)
 
     def build_chunks(self) -> list[torch.nn.Module]:
         """This rank's stages, segment by segment."""
         config = segment_config(self.kwargs["config"], self.layers[LANGUAGE], self.rank)
-        config.pipeline_model_parallel_layout = self._stages.layout(LANGUAGE, self.rank)
+        config.pipeline_model_parallel_layout = self.layout(LANGUAGE, self.rank)
         chunks = []
-        for segment in range(self._stages.segments):
-            (run,) = self._stages.at(segment, self.rank)
+        for segment in range(self.stages.segments):
+            (run,) = self.stages.chunks[segment][self.rank]
             placed = {"pre_process": run.stem, "post_process": run.head, "vp_stage": segment}
             chunks.append(GPTModel(**(self.kwargs | {"config": config}), **placed))
         return self.finish(chunks, config)

@@ -7,16 +7,16 @@ stage); with it their orders run through the same executor as DIP's plans, on th
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...core import Operation, Unit
-from ...describe.cost import LayerRun
+from ...describe.model import LayerRun, ModulePartition
 from ...runtime.protocol import MicrobatchInputs, Tensors
 from ..shared.layout import order_free, segment_config
-from ..shared.mixed import OnStages, Stages, refuse_tied
+from ..shared.mixed import OnStages, refuse_tied
 from ..shared.segmented import ModelPart
 from ..shared.shapes import LANGUAGE, VISION, MixedLlavaShapes, StageEnd
 from .program import LanguageChunk, LlavaProgram, VisionChunk, _forget_input, _only_forward
@@ -79,33 +79,32 @@ class MixedChunk(ModelPart):
 
 
 class MixedLlavaProgram(OnStages, LlavaProgram):
-    """Stage program of a LLaVA in V segments of P mixed stages, one unit per microbatch; see :class:`Stages`."""
+    """Stage program of a LLaVA in V segments of P mixed stages, one unit per microbatch; see :class:`OnStages`."""
 
     def __init__(
         self,
         kwargs: Mapping[str, Any],
-        stages: Sequence[Sequence[LayerRun]],
+        stages: ModulePartition,
         *,
         rank: int,
-        ranks: int,
-        reversed_segments: Sequence[bool] = (),
         micro_batch_size: int = 1,
         freeze: Mapping[str, bool] | None = None,
     ):
         """Raises ValueError for models and stages that can't be."""
         refuse_tied(bool(kwargs.get("share_embeddings_and_output_weights")))
-        self._stages = Stages(stages, ranks, reversed_segments)
+        self.set_stages(stages)
         super().__init__(
-            kwargs, {name: self._stages.layers(name) for name in (VISION, LANGUAGE)}, rank=rank,
+            kwargs, {name: stages.layers_of(name) for name in (VISION, LANGUAGE)}, rank=rank,
             micro_batch_size=micro_batch_size, freeze=freeze,
         )  # fmt: skip
-        self.modules = (self._stages.module,)  # type: ignore[assignment]
+        self.modules = (self.graph_module,)  # type: ignore[assignment]
 
     @property
     def shapes(self) -> MixedLlavaShapes:
         """What travels between stages."""
         ends = tuple(
-            tuple(self._end(self._stages.at(k, r)[-1]) for r in range(self.ranks)) for k in range(self._stages.segments)
+            tuple(self._end(self.stages.chunks[k][r][-1]) for r in range(self.ranks))
+            for k in range(self.stages.segments)
         )
         return MixedLlavaShapes(self.sizes, ends)
 
@@ -118,16 +117,16 @@ class MixedLlavaProgram(OnStages, LlavaProgram):
     def build_chunks(self) -> list[torch.nn.Module]:
         """This rank's stages, segment by segment."""
         chunks: list[MixedChunk] = []
-        for segment in range(self._stages.segments):
+        for segment in range(self.stages.segments):
             arguments = dict(self.kwargs)
             for name in (VISION, LANGUAGE):
                 key = f"{name}_transformer_config"
                 arguments[key] = segment_config(arguments[key], self.layers[name], self.rank)
-                arguments[key].pipeline_model_parallel_layout = self._stages.layout(name, self.rank)
+                arguments[key].pipeline_model_parallel_layout = self.layout(name, self.rank)
             arguments["vision_projection_config"] = order_free(arguments["vision_projection_config"])
             parts: dict[str, Any] = {VISION: None, LANGUAGE: None}
             for module, kind in ((VISION, VisionChunk), (LANGUAGE, LanguageChunk)):
-                run = self._stages.run(segment, self.rank, module)
+                run = self.run_of(segment, self.rank, module)
                 if run is not None:
                     with self._takes_attention():
                         parts[module] = kind(run.stem, run.head, vp_stage=segment, **arguments)
@@ -148,14 +147,14 @@ class MixedLlavaProgram(OnStages, LlavaProgram):
     def final(self, chunk: torch.nn.Module, inputs: list[Tensors], arguments: Mapping[str, Any]) -> Any:
         """See ModelProgram."""
         hidden = inputs[0]["hidden"] if inputs else None
-        return self._compute(chunk, self._stages.segments - 1, self.loss_rank, hidden, arguments)
+        return self._compute(chunk, self.stages.segments - 1, self.loss_rank, hidden, arguments)
 
     def _compute(
         self, chunk: torch.nn.Module, segment: int, rank: int, hidden: torch.Tensor | None,
         arguments: Mapping[str, Any],
     ) -> Any:  # fmt: skip
         images, nothing = arguments["images"], None
-        run = self._stages.run(segment, rank, VISION)
+        run = self.run_of(segment, rank, VISION)
         if run is not None:
             if hidden is not None:
                 # Only their number matters now; ranks after the first may have been given no pixels at all.

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...core import ModalityModule
-from ...describe.cost import LayerRun
+from ...describe.model import LayerRun, ModulePartition
 from .layout import SegmentLayout
 
-MODEL = "model"
 Layers = tuple[tuple[int, ...], ...]
 
 
@@ -34,60 +33,35 @@ class StageLayout(SegmentLayout):
         return sum(map(sum, self.layers[:segment])) + sum(before)
 
 
-class Stages:
-    """The V * P virtual stages of a model, in the order in which a microbatch passes them; segment k runs from the last
-    rank to the first where ``reversed_segments[k]``."""
+class OnStages:
+    """A program over chunks that may hold layers of several modules, which it sets before it is asked."""
 
-    def __init__(self, stages: Sequence[Sequence[LayerRun]], ranks: int, reversed_segments: Sequence[bool] = ()):
-        """Raises ValueError for stages that can't be."""
-        if not stages or len(stages) % ranks or any(not stage for stage in stages):
-            raise ValueError(f"{len(stages)} stages on {ranks} ranks: must be a multiple, and none empty")
-        self.ranks, self.segments = ranks, len(stages) // ranks
-        self.reversed = tuple(reversed_segments) or (False,) * self.segments
-        self._stages = tuple(tuple(stage) for stage in stages)
+    stages: ModulePartition
 
-    def at(self, segment: int, rank: int) -> tuple[LayerRun, ...]:
-        """The layers of a rank's stage."""
-        place = self.ranks - 1 - rank if self.reversed[segment] else rank
-        return self._stages[segment * self.ranks + place]
+    def set_stages(self, stages: ModulePartition) -> None:
+        """Raises ValueError for a chunk without layers, which no program can build."""
+        if any(not chunk for chunk in stages.stages):
+            raise ValueError(f"{len(stages.stages)} stages on {len(stages.layers[0])} ranks: none may be empty")
+        self.stages = stages
 
-    def run(self, segment: int, rank: int, module: str) -> LayerRun | None:
-        """Those of one module; None if it has none there."""
-        return next((run for run in self.at(segment, rank) if run.module == module), None)
+    @property
+    def loss_rank(self) -> int:
+        """The rank that holds the last stage."""
+        return 0 if self.stages.runs_back(self.stages.segments - 1) else len(self.stages.layers[0]) - 1
 
-    def layers(self, module: str | None = None) -> Layers:
-        """Numbers of layers ``[segment][rank]``: of a module, or of all."""
-        return tuple(
-            tuple(
-                sum(run.layers for run in self.at(k, r) if module in (None, run.module)) for r in range(self.ranks)
-            )
-            for k in range(self.segments)
-        )  # fmt: skip
+    def run_of(self, segment: int, rank: int, module: str) -> LayerRun | None:
+        """The layers of one module on a rank's stage; None if it has none there."""
+        return next((run for run in self.stages.chunks[segment][rank] if run.module == module), None)
 
     def layout(self, module: str, rank: int) -> StageLayout:
         """Where a module's layers are, for Megatron."""
-        return StageLayout(self.layers(module), rank, self.reversed)
+        back = tuple(map(self.stages.runs_back, range(self.stages.segments)))
+        return StageLayout(self.stages.layers_of(module), rank, back)
 
     @property
-    def module(self) -> ModalityModule:
-        """All of it, as a plan's graph has it (see ``cost.priced_graph``)."""
-        return ModalityModule(MODEL, self.layers(), reversed=self.reversed if any(self.reversed) else ())
-
-    @property
-    def loss_rank(self) -> int:
-        """The rank that holds the last stage."""
-        return 0 if self.reversed[-1] else self.ranks - 1
-
-
-class OnStages:
-    """A program over :class:`Stages`, which it sets before it is asked."""
-
-    _stages: Stages
-
-    @property
-    def loss_rank(self) -> int:
-        """The rank that holds the last stage."""
-        return self._stages.loss_rank
+    def graph_module(self) -> ModalityModule:
+        """All of the stages, as a plan's graph has them."""
+        return ModalityModule(self.stages.module, self.stages.layers, reversed=self.stages.reversed)
 
 
 def refuse_tied(tied: bool) -> None:

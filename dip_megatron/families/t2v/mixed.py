@@ -6,41 +6,40 @@ This is how such a model would be pipelined without DIP; Megatron's own orders a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...core import Operation, Unit
-from ...describe.cost import LayerRun
+from ...describe.model import LayerRun, ModulePartition
 from ...runtime.protocol import Inputs, MicrobatchInputs, Tensors
 from ..shared.layout import segment_config
-from ..shared.mixed import OnStages, Stages
+from ..shared.mixed import OnStages
 from ..shared.shapes import DIFFUSION, LANGUAGE, MixedT2vShapes, T2vEnd
 from .program import Part, T2vProgram, VideoBatch
 
 
 class MixedT2vProgram(OnStages, T2vProgram):
     """Stage program of a :class:`.program.TextToVideoModel` in V segments of P mixed stages, one unit per microbatch;
-    see :class:`Stages`."""
+    see :class:`OnStages`."""
 
     def __init__(
         self,
         kwargs: Mapping[str, Any],
-        stages: Sequence[Sequence[LayerRun]],
+        stages: ModulePartition,
         *,
         rank: int,
-        ranks: int,
-        reversed_segments: Sequence[bool] = (),
         freeze: Mapping[str, bool] | None = None,
     ):
         """Raises ValueError for models and stages that can't be."""
-        self._stages = Stages(stages, ranks, reversed_segments)
-        layers = {name: self._stages.layers(name) for name in (LANGUAGE, DIFFUSION)}
+        self.set_stages(stages)
+        layers = {name: stages.layers_of(name) for name in (LANGUAGE, DIFFUSION)}
         super().__init__(kwargs, layers, rank=rank, freeze=freeze)
-        self.modules = (self._stages.module,)  # type: ignore[assignment]
+        self.modules = (self.graph_module,)  # type: ignore[assignment]
         ends = tuple(
-            tuple(self._end(self._stages.at(k, r)[-1]) for r in range(ranks)) for k in range(self._stages.segments)
+            tuple(self._end(self.stages.chunks[k][r][-1]) for r in range(self.ranks))
+            for k in range(self.stages.segments)
         )
         self.shapes = MixedT2vShapes(self.sizes, ends)
 
@@ -55,10 +54,10 @@ class MixedT2vProgram(OnStages, T2vProgram):
         kwargs = dict(self.kwargs)
         for module, name in ((LANGUAGE, "text_config"), (DIFFUSION, "diffusion_config")):
             kwargs[name] = segment_config(kwargs[name], self.layers[module], self.rank)
-            kwargs[name].pipeline_model_parallel_layout = self._stages.layout(module, self.rank)
+            kwargs[name].pipeline_model_parallel_layout = self.layout(module, self.rank)
         chunks = []
-        for segment in range(self._stages.segments):
-            ends = {run.module: (run.stem, run.head) for run in self._stages.at(segment, self.rank)}
+        for segment in range(self.stages.segments):
+            ends = {run.module: (run.stem, run.head) for run in self.stages.chunks[segment][self.rank]}
             chunk = Part(kwargs, ends, vp_stage=segment)
             chunk.freeze(**self.freeze)
             chunks.append(chunk)
