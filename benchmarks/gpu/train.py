@@ -23,6 +23,7 @@ from dip_megatron.describe.cost import Costs, load_cluster
 from dip_megatron.describe.workload import GlobalBatch
 from dip_megatron.families.llava.mixed import MixedLlavaProgram
 from dip_megatron.families.llava.program import LlavaProgram
+from dip_megatron.megatron.call import ScheduleCall
 from dip_megatron.megatron.iteration import Iteration
 from dip_megatron.planner.facade import Setting as Planning
 from dip_megatron.planner.maker import payloads
@@ -132,7 +133,6 @@ class Bench:
         if not all(self.worker.gather(program.supports_split)):
             return result | {"failure": "some layers can't split their backward"}
         optimizer = self._optimizer(chunks) if self.setting.optimizer else None
-        loss_rank = program.loss_rank if isinstance(program, MixedLlavaProgram) else self.ranks - 1
         executor = Executor(self.rank, self.transport, self.clock)
         for turn in range(1 + self.setting.rounds):
             for number, (batch, planned) in enumerate(zip(self.batches, candidate.planned, strict=True)):
@@ -141,7 +141,7 @@ class Bench:
                                  name=candidate.name, payloads=shapes)  # fmt: skip
                 verify(plan)
                 last = turn == self.setting.rounds and number == len(self.batches) - 1
-                measured = self._iterate(program, chunks, executor, plan, number, loss_rank, trace=last)
+                measured = self._iterate(program, chunks, executor, plan, number, trace=last)
                 if turn:
                     step_seconds = self._step(optimizer)
                     result["iterations"].append(measured | {"batch": number, "optimizer_seconds": step_seconds})
@@ -178,7 +178,7 @@ class Bench:
 
     def _iterate(
         self, program: LlavaProgram, chunks: list[torch.nn.Module], executor: Executor, plan: Plan, number: int,
-        loss_rank: int, trace: bool,
+        trace: bool,
     ) -> dict[str, Any]:  # fmt: skip
         setting, batch = self.setting, self.batches[number]
         inputs = []
@@ -188,7 +188,10 @@ class Bench:
             inputs.append(MicrobatchInputs(program.bind(*ordered, drawn["loss_mask"]), [drawn]))
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        iteration = Iteration(program, executor, plan, chunks, inputs, forward_step, loss_rank=loss_rank)
+        call = ScheduleCall(
+            forward_step_func=forward_step, data_iterator=None, model=chunks, num_microbatches=len(inputs)
+        )
+        iteration = Iteration(program, executor, plan, call, inputs)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         gc.disable()

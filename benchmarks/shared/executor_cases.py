@@ -28,6 +28,7 @@ from dip_megatron.describe.model import MultimodalModel, Packing, TransformerLay
 from dip_megatron.describe.workload import Microbatch
 from dip_megatron.families.gpt.program import GptProgram
 from dip_megatron.families.shared.shapes import LANGUAGE
+from dip_megatron.megatron.call import ScheduleCall
 from dip_megatron.megatron.exchange import GlooExchange
 from dip_megatron.megatron.forward_backward import DipForwardBackward
 from dip_megatron.planner.delivery import PlanDelivery
@@ -159,7 +160,9 @@ class Bench:
 
         def iterate() -> list[Any]:
             return step(
-                forward_step_func=gpt_forward_step, data_iterator=data, model=chunks, num_microbatches=microbatches
+                ScheduleCall(
+                    forward_step_func=gpt_forward_step, data_iterator=data, model=chunks, num_microbatches=microbatches
+                )
             )
 
         return self._cleared(chunks, iterate), program, chunks, reports

@@ -1,7 +1,7 @@
 """The forward-backward function that Megatron's train loop gets instead of its own schedule.
 
 Per iteration: take the microbatches read ahead and their plan (made meanwhile, equal on all ranks), run the plan and in
-its gaps read and submit the next iteration's, finalize gradients. Keyword arguments are those of Megatron's schedules.
+its gaps read and submit the next iteration's, finalize gradients.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class PlanningPolicy:
 
 
 class DipForwardBackward:
-    """Callable with the interface of Megatron's ``forward_backward_*`` functions; state of all iterations."""
+    """Runs the calls of Megatron's schedule; state of all iterations."""
 
     def __init__(
         self,
@@ -118,12 +118,11 @@ class DipForwardBackward:
         self._reduced: WeakSet[torch.nn.Module] = WeakSet()
         self._ended: float | None = None  # the last operation of the iteration before, if that trained
 
-    def __call__(self, **arguments: Any) -> list[Any]:
-        """Run one iteration, with the keyword arguments of Megatron's schedules (:class:`.call.ScheduleCall`); returns
-        the losses on the last pipeline rank, as they do. What only they need of the arguments (see
-        :func:`.call.check_call`) is not looked at here."""
+    def __call__(self, call: ScheduleCall) -> list[Any]:
+        """Run one iteration; returns the losses on the last pipeline rank, as Megatron's schedules do. What only they
+        need of the call (see :func:`.call.check_call`) is not looked at here."""
         try:
-            return self._iterate(ScheduleCall(**arguments))
+            return self._iterate(call)
         except StopIteration:
             raise
         except Exception as error:
@@ -140,7 +139,7 @@ class DipForwardBackward:
     # -- one iteration -------------------------------------------------------------------------------------------
     def _iterate(self, call: ScheduleCall) -> list[Any]:
         chunks, forward_only, num_microbatches = call.chunks, call.forward_only, call.num_microbatches
-        iterator = call.data_iterator[0] if isinstance(call.data_iterator, list) else call.data_iterator
+        iterator = call.iterator
         config = get_model_config(chunks[0])
         if config.timers is not None:
             if torch.cuda.is_available():
@@ -166,13 +165,11 @@ class DipForwardBackward:
         self._clock.begin()
         outside = None if self._ended is None else time.perf_counter() - self._ended
         iteration = Iteration(
-            self._program, self._executor, delivered.plan, chunks, microbatches, call.forward_step_func,
-            forward_only=forward_only, collect_non_loss_data=call.collect_non_loss_data,
-            context_parallel_size=parallel_state.get_context_parallel_world_size(),
-            loss_rank=getattr(self._program, "loss_rank", None), averaged_over=num_microbatches,
-            counts=self._counts, reduced=self._reduced,
+            self._program, self._executor, delivered.plan, call, microbatches,
+            context_parallel_size=parallel_state.get_context_parallel_world_size(), counts=self._counts,
+            reduced=self._reduced,
         )  # fmt: skip
-        iteration.run(number, following, weights_changed=call.weights_changed)
+        iteration.run(number, following)
         if self._pipeline is not None:
             iteration.hand_over(self._pipeline.gather)
         spans = self._clock.spans()
@@ -181,7 +178,7 @@ class DipForwardBackward:
         if not forward_only:
             self._durations.add(seconds)
             self._delivery.measured(Measurement.of(delivered.request, self._executor.position.rank, spans))
-            iteration.finalize(call.pg_collection, call.force_all_reduce)
+            iteration.finalize()
         if config.timers is not None:
             config.timers("forward-backward").stop()
         if self._on_iteration is not None and not forward_only:

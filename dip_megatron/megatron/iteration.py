@@ -18,6 +18,7 @@ from ..core import Plan
 from ..runtime.chunk_runner import ChunkRunner, IterationState, OperationLookAhead
 from ..runtime.executor import Executor
 from ..runtime.protocol import MicrobatchInputs, RunnableChunks
+from .call import ScheduleCall
 from .copies import copied, sum_gradients
 from .gradients import GradientSynchronization
 from .parameters import ParameterSynchronization
@@ -32,31 +33,26 @@ class Iteration:
         program: RunnableChunks,
         executor: Executor,
         plan: Plan,
-        chunks: list[torch.nn.Module],
+        call: ScheduleCall,
         microbatches: list[MicrobatchInputs],
-        forward_step_func: Callable[..., Any],
         *,
-        forward_only: bool = False,
         context_parallel_size: int = 1,
-        collect_non_loss_data: bool = False,
-        loss_rank: int | None = None,
-        averaged_over: int | None = None,
         counts: TokenCounts | None = None,
         reduced: WeakSet[torch.nn.Module] | None = None,
     ):
-        """``plan`` has passed the verifier and is of these ``microbatches``; ``chunks`` are wrapped, in the program's
-        order. ``loss_rank`` is the pipeline rank of the stage with the loss (None: the last); ``averaged_over``: how
-        many microbatches a replica has in the mean (None: as many as here); ``counts``: the loop's of tokens (None:
-        Megatron's); ``reduced``: the chunks whose gradients have been reduced before, to be kept from one iteration to
-        the next (None: no chunk's have)."""
+        """``plan`` has passed the verifier and is of these ``microbatches``, of which a replica may have more or fewer
+        than the ``call`` has in the mean; the call's chunks are wrapped, in the program's order. ``counts``: the loop's
+        of tokens (None: Megatron's); ``reduced``: the chunks whose gradients have been reduced before, to be kept from
+        one iteration to the next (None: no chunk's have)."""
+        chunks, forward_only = call.chunks, call.forward_only
         config = get_model_config(chunks[0])
         graph, rank = plan.graph, executor.position.rank
         self._program, self._executor, self._plan, self._chunks = program, executor, plan, chunks
-        self._config, self._forward_only = config, forward_only
+        self._config, self._call = config, call
         self._step = MegatronStep(
-            config, forward_step_func, num_microbatches=len(microbatches),
-            averaged_over=averaged_over, counts=counts,
-            context_parallel_size=context_parallel_size, collect_non_loss_data=collect_non_loss_data,
+            config, call.forward_step_func, num_microbatches=len(microbatches), averaged_over=call.num_microbatches,
+            counts=counts, context_parallel_size=context_parallel_size,
+            collect_non_loss_data=call.collect_non_loss_data,
         )  # fmt: skip
         places = [(m.name, k) for m in program.modules for k in range(m.segments)]
         remaining = dict.fromkeys(places, 0)
@@ -67,7 +63,7 @@ class Iteration:
                         graph.units[int(graph.unit_of[virtual_microbatch])].module, graph.segment(virtual_microbatch)
                     ] += 1
         self._copies = [chunks[i] for i in copied(program.modules)]
-        self._loss_rank = graph.ranks - 1 if loss_rank is None else loss_rank
+        self._loss_rank: int = getattr(program, "loss_rank", graph.ranks - 1)
         self._handed: list[Any] | None = None
         self._idle = {i for i, place in enumerate(places) if not remaining[place]}
         state = IterationState(microbatches, forward_only, remaining={p: n for p, n in remaining.items() if n})
@@ -99,14 +95,14 @@ class Iteration:
             device = next(p for chunk in self._chunks for p in chunk.parameters()).device
             self._handed, self._step.total_num_tokens = _moved(pickle.loads(found), device)
 
-    def run(self, number: int = 0, meanwhile: Iterator[None] | None = None, *, weights_changed: bool = True) -> None:
-        """Execute the plan. ``number`` is the loop's, for messages; ``meanwhile`` see :meth:`Executor.run`; with
-        ``weights_changed`` layers forget what they keep of their weights (low-precision copies)."""
-        if weights_changed:
+    def run(self, number: int = 0, meanwhile: Iterator[None] | None = None) -> None:
+        """Execute the plan. ``number`` is the loop's, for messages; ``meanwhile`` see :meth:`Executor.run`. Where
+        weights may have changed layers forget what they keep of them (low-precision copies)."""
+        if self._call.weights_changed:
             for chunk in self._chunks:
                 if hasattr(chunk, "set_is_first_microbatch"):
                     chunk.set_is_first_microbatch()
-        if self._forward_only:
+        if self._call.forward_only:
             with torch.no_grad():
                 self._executor.run(self._plan, self._stages, number)
             return
@@ -117,17 +113,17 @@ class Iteration:
         self._sync.end()
         parameters.end()
 
-    def finalize(self, pg_collection: Any = None, force_all_reduce: bool | None = False) -> None:
+    def finalize(self) -> None:
         """Megatron's end of an iteration: gradients reduced over replicas, shared embeddings added up, losses scaled by
         tokens; nothing where the chunks' config has no function for it. Then those of modules that stand on every rank
         are summed."""
         if self._config.finalize_model_grads_func is not None:
-            self._finalize(pg_collection, force_all_reduce)
+            self._finalize()
         if self._copies:
             sum_gradients(self._copies)
 
-    def _finalize(self, pg_collection: Any, force_all_reduce: bool | None) -> None:
-        config, chunks = self._config, self._chunks
+    def _finalize(self) -> None:
+        config, chunks, call = self._config, self._chunks, self._call
         tokens = self._step.total_num_tokens
         if tokens is None:
             parameter = next(p for chunk in chunks for p in chunk.parameters())  # a chunk may have no layers
@@ -138,8 +134,8 @@ class Iteration:
             language = len(chunks) - self._program.modules[-1].segments
             ordered = [chunks[language], *chunks[:language], *chunks[language + 1 :]]
         config.finalize_model_grads_func(
-            ordered, tokens if config.calculate_per_token_loss else None, pg_collection=pg_collection,
-            **({"force_all_reduce": True} if force_all_reduce else {}),
+            ordered, tokens if config.calculate_per_token_loss else None, pg_collection=call.pg_collection,
+            **({"force_all_reduce": True} if call.force_all_reduce else {}),
         )  # fmt: skip
 
 

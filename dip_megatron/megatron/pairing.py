@@ -26,7 +26,7 @@ from ..runtime.protocol import MicrobatchInputs, ModelProgram
 from ..schedulers.joint import dip_pairing
 from .adapters.loop import TrainingLoop
 from .build import record_blueprint
-from .call import as_list
+from .call import ScheduleCall, as_list
 from .device import cluster_here
 from .exchange import GlooExchange
 from .lookahead import capture_microbatch
@@ -78,25 +78,23 @@ class Pairing:
             chunk = getattr(chunk, "module", None)  # within Megatron's wrappers
         return chunk
 
-    def ordered(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of a schedule, with iterators that give the same microbatches longest first. All ranks of
-        the replica call it together. Evaluations stay as they are."""
-        if arguments.get("forward_only") or arguments["num_microbatches"] < 2:
-            return arguments
-        assert self._program is not None
-        given, step = arguments["data_iterator"], arguments["forward_step_func"]
-        chunks = as_list(arguments["model"])
-        each = given if isinstance(given, list) else [given] * len(chunks)
+    def ordered(self, call: ScheduleCall) -> Any:
+        """Data iterators for the call of a schedule, which give its microbatches longest first. All ranks of the
+        replica call it together. Evaluations keep theirs."""
+        given = call.data_iterator
+        if call.forward_only or call.num_microbatches < 2:
+            return given
+        each = given if isinstance(given, list) else [given] * len(call.chunks)
         read = [
-            [self._capture(step, iterator, chunk) for _ in range(arguments["num_microbatches"])]
-            for iterator, chunk in zip(each, chunks, strict=True)
+            [self._capture(call.forward_step_func, iterator, chunk) for _ in range(call.num_microbatches)]
+            for iterator, chunk in zip(each, call.chunks, strict=True)
         ]
         order = self._agreed(read[0])
         paired = [
             None if iterator is None else _replayed([line[m] for m in order])
             for iterator, line in zip(each, read, strict=True)
         ]
-        return arguments | {"data_iterator": paired if isinstance(given, list) else paired[0]}
+        return paired if isinstance(given, list) else paired[0]
 
     def _capture(self, step: Callable[..., Any], iterator: Any, chunk: torch.nn.Module) -> MicrobatchInputs:
         assert self._program is not None

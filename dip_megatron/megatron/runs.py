@@ -102,15 +102,19 @@ class Runs:
 
         @functools.wraps(schedule)
         def forward_backward(*args: Any, **kwargs: Any) -> Any:
-            owner = next((session for session in self._sessions if session.owns(kwargs.get("model"))), None)
+            from .call import ScheduleCall
+
+            model = kwargs.get("model")
+            owner = next((session for session in self._sessions if session.owns(model)), None)
             for session in self._sessions:
                 if session is not owner:
                     session.check_other_call(kwargs.get("data_iterator"))
             if owner is not None:
-                return owner.run(**kwargs)
+                return owner.run(ScheduleCall.parse(kwargs))
             if self.pairing is not None:
-                owned = self.pairing.owns(kwargs.get("model"))
-                return schedule(*args, **(self.pairing.ordered(kwargs) if owned else kwargs))
+                if self.pairing.owns(model):
+                    kwargs["data_iterator"] = self.pairing.ordered(ScheduleCall.parse(kwargs))
+                return schedule(*args, **kwargs)
             self.tell(
                 "a model that DIP didn't build runs under Megatron's own schedule; to have DIP schedule it, build it "
                 "with dip_megatron.build_model (docs/any-loop.md)"

@@ -18,6 +18,7 @@ from ..runtime.protocol import MicrobatchInputs, ModelProgram
 from .adapters.layout import GivenLayout
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, record_blueprint
+from .call import ScheduleCall
 from .experts import joined_by_balance
 from .lookahead import RawItems, capture_microbatch
 
@@ -117,17 +118,15 @@ class SamplingSession:
             chunk = getattr(chunk, "module", None)
         return chunk is not None
 
-    def run(self, **arguments: Any) -> Any:
+    def run(self, call: ScheduleCall) -> Any:
         """Read, and leave the script. Raises SampleTaken."""
         assert self._sample is not None
         assert self._program is not None
-        iterator, model = arguments["data_iterator"], arguments["model"]
-        chunk = model[0] if isinstance(model, list) else model
-        items = RawItems(iterator[0] if isinstance(iterator, list) else iterator)
-        step, kept = arguments["forward_step_func"], []
+        assert call.iterator is not None, "the first rank reads data"
+        items, step, kept = RawItems(call.iterator), call.forward_step_func, []
         try:
             while len(self._sample.microbatches) < self._wanted:
-                inputs = capture_microbatch(step, items, chunk, self._program)
+                inputs = capture_microbatch(step, items, call.chunks[0], self._program)
                 self._sample.microbatches.append(self._program.load(inputs))
                 if self._then is not None:
                     kept.append(inputs)

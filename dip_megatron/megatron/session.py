@@ -44,7 +44,7 @@ from ..schedulers.entry import ScheduleEntry
 from ..schedulers.registry import UnknownScheduleError, find_schedule
 from .adapters.loop import TrainingLoop
 from .build import ChunkList, check_placement, record_blueprint
-from .call import as_list, check_call, check_functions
+from .call import ScheduleCall, as_list, check_call, check_functions
 from .chunks import ChunkChoice, cluster_of, costs_of, unlike_the_loop
 from .configs import check_configs
 from .copies import begin_alike, check_unchanged, copied
@@ -222,8 +222,8 @@ class DipSession:
                 "each its own iterator"
             )
 
-    def run(self, **arguments: Any) -> list[Any]:
-        """Run an iteration: what Megatron's schedules do, with their keyword arguments.
+    def run(self, call: ScheduleCall) -> list[Any]:
+        """Run an iteration, as Megatron's schedules do.
 
         Raises ValueError, before any step, for a call that DIP can't follow.
         """
@@ -231,14 +231,14 @@ class DipSession:
             raise ValueError(
                 "the schedule is called while it runs, from within an iteration of the same model; DIP can't nest them"
             )
-        check_call(arguments, self.chunks, self._found, self._pipeline())
-        if self._loop.finalizes and not arguments.get("forward_only", False):
-            check_functions(arguments["model"])
+        check_call(call, self.chunks, self._found, self._pipeline())
+        if self._loop.finalizes and not call.forward_only:
+            check_functions(call)
         if self._step is None:
             self._step = self._start()
         self._running = True
         try:
-            return self._step(**arguments)
+            return self._step(call)
         finally:
             self._running = False
 

@@ -26,6 +26,7 @@ from ..describe.cost.sizes import unit_sizes
 from ..describe.model import ModulePartition, ModuleShape, MultimodalModel, Partition
 from ..describe.workload import Microbatch
 from ..families.family import Layers
+from ..megatron.call import ScheduleCall
 from ..megatron.iteration import Iteration
 from ..planner.maker import payloads
 from ..planner.model_graphs import ModelGraphs
@@ -85,9 +86,10 @@ class ProgramRun:
         plan = self._plan(graph, loads)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
-        iteration = Iteration(
-            self.program, self._executor, plan, self.chunks, list(inputs), self._forward_step, loss_rank=0
-        )  # fmt: skip
+        call = ScheduleCall(
+            forward_step_func=self._forward_step, data_iterator=None, model=self.chunks, num_microbatches=len(inputs)
+        )
+        iteration = Iteration(self.program, self._executor, plan, call, list(inputs))
         self._clock.begin()
         with self._clock.counting() if count_bytes else nullcontext():
             iteration.run(1)

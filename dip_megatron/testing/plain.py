@@ -9,6 +9,7 @@ against this function (``scripts/upstream_tests``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -81,7 +82,7 @@ class PlainForwardBackward:
         Raises RuntimeError where Megatron's interleaved schedule does (a last group of microbatches smaller than the
         pipeline), ValueError for what has no fixed shapes or no pipeline.
         """
-        call = ScheduleCall(**arguments)
+        call = ScheduleCall.parse(arguments)
         assert call.seq_length is not None
         assert call.micro_batch_size is not None
         chunks, data, num_microbatches = call.chunks, call.data_iterator, call.num_microbatches
@@ -116,13 +117,13 @@ class PlainForwardBackward:
 
         stages = PlainChunks(len(chunks), len(pipeline), call.forward_step_func, iterators)
         iteration = Iteration(
-            stages, executor, plan, chunks, [MicrobatchInputs({}) for _ in range(num_microbatches)], last_forward_step,
-            forward_only=call.forward_only, context_parallel_size=context,
-            collect_non_loss_data=call.collect_non_loss_data, reduced=self._reduced,
+            stages, executor, plan, replace(call, forward_step_func=last_forward_step),
+            [MicrobatchInputs({}) for _ in range(num_microbatches)], context_parallel_size=context,
+            reduced=self._reduced,
         )  # fmt: skip
-        iteration.run(weights_changed=call.weights_changed)
+        iteration.run()
         if not call.forward_only:
-            iteration.finalize(call.pg_collection, call.force_all_reduce)
+            iteration.finalize()
         return iteration.losses
 
     def _executor(self, pipeline: list[int]) -> Executor:

@@ -252,6 +252,7 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     from dip_megatron.describe.cost import load_cluster
     from dip_megatron.describe.cost.graph import build_graph
     from dip_megatron.describe.model import ModulePartition, Partition
+    from dip_megatron.megatron.call import ScheduleCall
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.planner.delivery import PlanDelivery
@@ -289,10 +290,10 @@ def dips(rank: int, world: int, case: Case, logits: bool = False) -> Any:
     data = batches(case, 0 if copied else place)
     if logits:
         data = [arguments | {"labels": None, "targets": None} for arguments in data]
-    found = step(
+    found = step(ScheduleCall(
         forward_step_func=partial(forward_step, by_token=case.by_token), data_iterator=iter(data), model=chunks,
         num_microbatches=len(data), forward_only=logits,
-    )  # fmt: skip
+    ))  # fmt: skip
     delivery.close()
     if logits:
         return [one["logits"] for one in found]

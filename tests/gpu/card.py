@@ -82,6 +82,7 @@ def planned(kwargs: dict[str, Any], data: list[Any], device: str, dtype: torch.d
     """The same under a plan, and how many W it had."""
     from dip_megatron.core import Kind
     from dip_megatron.families.gpt.program import GptProgram
+    from dip_megatron.megatron.call import ScheduleCall
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.planner.delivery import PlanDelivery
@@ -105,10 +106,10 @@ def planned(kwargs: dict[str, Any], data: list[Any], device: str, dtype: torch.d
         program, Executor(0, transport(1, 0), clock), delivery, clock,
         on_iteration=lambda report, plan, spans: seen.extend(s.operation.kind for s in spans),
     )  # fmt: skip
-    losses = step(
+    losses = step(ScheduleCall(
         forward_step_func=gpt_case.forward_step, data_iterator=iter(data), model=chunks, num_microbatches=len(data),
         forward_only=False,
-    )  # fmt: skip
+    ))  # fmt: skip
     delivery.close()
     return losses, gradients(chunks), seen.count(Kind.W)
 

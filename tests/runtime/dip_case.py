@@ -68,6 +68,7 @@ def dip_run(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 
 
 def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations: int = 1) -> Any:
     from dip_megatron.families.llava.program import LlavaProgram
+    from dip_megatron.megatron.call import ScheduleCall
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.runtime.clock import Clock
@@ -96,8 +97,8 @@ def run_initialized(rank: int, world: int, case: Case, seed: int = 0, iterations
         for chunk in chunks:
             chunk.zero_grad(set_to_none=True)
         losses.append(
-            step(forward_step_func=read, data_iterator=data, model=chunks,
-                 num_microbatches=len(case.images), forward_only=False)
+            step(ScheduleCall(forward_step_func=read, data_iterator=data, model=chunks,
+                 num_microbatches=len(case.images), forward_only=False))
         )  # fmt: skip
     delivery.close()
     return losses, gradients(chunks)

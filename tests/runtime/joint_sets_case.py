@@ -225,12 +225,14 @@ class Trainer:
     def train(self, seed: int, microbatches: list[Any]) -> Any:
         """Losses, gradients and counts of the set of that seed on these microbatches."""
         self._maker.seed = seed
+        from dip_megatron.megatron.call import ScheduleCall
+
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
-        losses = self._step(
+        losses = self._step(ScheduleCall(
             forward_step_func=llava_case.forward_step, data_iterator=iter(microbatches), model=self._chunks,
             num_microbatches=len(microbatches), forward_only=False,
-        )  # fmt: skip
+        ))  # fmt: skip
         losses, gradients, counts = found(losses, self._chunks)
         self.trains |= {name for name, _ in gradients}
         return losses, gradients, counts

@@ -100,6 +100,7 @@ def program_of(rank: int, world: int, case: Any, cuts: Cuts, order: str) -> tupl
 def mixed_run(rank: int, world: int, case: Any, cuts: Cuts, order: str, transport: TransportKind = "gloo") -> Any:
     """Losses (where they arise) and gradients, named as the reference names them."""
     initialize(world)
+    from dip_megatron.megatron.call import ScheduleCall
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.runtime.clock import Clock
@@ -121,9 +122,9 @@ def mixed_run(rank: int, world: int, case: Any, cuts: Cuts, order: str, transpor
     service = PlannerService(FixedOrder(program.modules[0], order, program.shapes), workers=0) if rank == 0 else None
     delivery = PlanDelivery(exchange, service)
     step = DipForwardBackward(program, Executor(rank, carrier, clock), delivery, clock, pipeline=pipeline)
-    losses = step(
+    losses = step(ScheduleCall(
         forward_step_func=forward_step, data_iterator=iter(items), model=chunks, num_microbatches=len(items)
-    )  # fmt: skip
+    ))  # fmt: skip
     delivery.close()
     torch.distributed.barrier()
     if isinstance(carrier, IpcTransport):

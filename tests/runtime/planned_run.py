@@ -22,6 +22,7 @@ def planned_run(
     makes them, ``begin_exchanges(delivery, coupled)`` an exchange of microbatches between replicas."""
     from megatron.core import parallel_state
 
+    from dip_megatron.megatron.call import ScheduleCall
     from dip_megatron.megatron.coupling import coupled_exchanges
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
@@ -56,9 +57,9 @@ def planned_run(
         exchanges=begin_exchanges(delivery, together),
     )  # fmt: skip
     with recorded() as collectives:
-        losses = step(
+        losses = step(ScheduleCall(
             forward_step_func=forward_step, data_iterator=iter(batches), model=chunks,
             num_microbatches=len(batches), forward_only=forward_only,
-        )  # fmt: skip
+        ))  # fmt: skip
     delivery.close()
     return losses, seen, collectives

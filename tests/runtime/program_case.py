@@ -137,6 +137,7 @@ def drawn_run(
 ) -> Any:
     """Losses of one iteration of ``program`` under a drawn plan, gradients on this rank, and the kinds of operations
     that it ran, by module. ``model`` is the planner's view, ``trains`` see :func:`choose`."""
+    from dip_megatron.megatron.call import ScheduleCall
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.runtime.clock import Clock
@@ -158,9 +159,9 @@ def drawn_run(
         program, Executor(rank, transport(world, rank), clock), delivery, clock,
         on_iteration=lambda report, plan, spans: ran.extend((s.operation.module, s.operation.kind) for s in spans),
     )  # fmt: skip
-    losses = step(
+    losses = step(ScheduleCall(
         forward_step_func=forward_step, data_iterator=iter(batches), model=chunks, num_microbatches=len(batches),
         forward_only=forward_only,
-    )  # fmt: skip
+    ))  # fmt: skip
     delivery.close()
     return [losses], gradients(chunks), ran

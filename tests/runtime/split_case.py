@@ -115,6 +115,7 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
     from megatron.core import tensor_parallel
     from megatron.core.tensor_parallel import layers
 
+    from dip_megatron.megatron.call import ScheduleCall
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.runtime.clock import Clock
@@ -146,10 +147,10 @@ def split_run(rank: int, world: int, case: Case | GptCase, drawn: Drawn, wrap: W
         program, Executor(rank, transport(world, rank), clock), delivery, clock,
         on_iteration=lambda report, plan, spans: seen.extend(s.operation.kind for s in spans),
     )  # fmt: skip
-    losses = step(
+    losses = step(ScheduleCall(
         forward_step_func=of.forward_step, data_iterator=iter(data), model=chunks,
         num_microbatches=len(data), forward_only=False,
-    )  # fmt: skip
+    ))  # fmt: skip
     delivery.close()
     if wrap.fused:
         layers._grad_accum_fusion_available = False

@@ -139,6 +139,7 @@ def dip_run(rank: int, world: int, trained: Trained, drawn: Drawn) -> list[Any]:
     initialize(world)
     from dip_megatron.families.gpt.program import GptProgram
     from dip_megatron.families.llava.program import LlavaProgram
+    from dip_megatron.megatron.call import ScheduleCall
     from dip_megatron.megatron.exchange import GlooExchange
     from dip_megatron.megatron.forward_backward import DipForwardBackward
     from dip_megatron.runtime.clock import Clock
@@ -186,10 +187,10 @@ def dip_run(rank: int, world: int, trained: Trained, drawn: Drawn) -> list[Any]:
         choose(chunks, expression)
         for chunk in chunks:
             chunk.zero_grad_buffer() if trained.ddp else chunk.zero_grad(set_to_none=True)
-        losses = step(
+        losses = step(ScheduleCall(
             forward_step_func=of.forward_step, data_iterator=iterator, model=chunks, num_microbatches=len(data),
             forward_only=False,
-        )  # fmt: skip
+        ))  # fmt: skip
         out.append((losses, gradients(chunks), tuple(ran), tuple(sent), program.supports_split))
         ran.clear()
         sent.clear()

@@ -78,11 +78,12 @@ def record_samples(folder: Path) -> None:
     lines = (folder / f"samples.rank{os.environ['RANK']}.jsonl").open("a", buffering=1)
 
     class Recorded(Iteration):
-        def __init__(self, program: Any, executor: Any, plan: Any, chunks: Any, microbatches: Any, *rest: Any,
-                     **keywords: Any):  # fmt: skip
-            super().__init__(program, executor, plan, chunks, microbatches, *rest, **keywords)
+        def __init__(
+            self, program: Any, executor: Any, plan: Any, call: Any, microbatches: Any, **keywords: Any
+        ) -> None:
+            super().__init__(program, executor, plan, call, microbatches, **keywords)
             self._held = [int(item["index"]) for m in microbatches for item in m.items or ()]
-            self._trains = not keywords.get("forward_only")
+            self._trains = not call.forward_only
 
         def run(self, number: int = 0, *rest: Any, **keywords: Any) -> None:
             super().run(number, *rest, **keywords)
