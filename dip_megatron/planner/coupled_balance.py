@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from ..core.graph import Floats
-from .balance import Places
+from .balance import Assignment, Places
 
 CLASSES = 4
 """Classes of a block, at least."""
@@ -59,20 +59,11 @@ class CoupledWork:
 
 
 @dataclass(frozen=True, eq=False)
-class CoupledAssignment:
+class CoupledAssignment(Assignment):
     """``replica`` and ``slot`` ``[M]``: who trains each microbatch, and in which slot. ``before`` and ``after``:
     seconds ``[groups]`` that each group is expected to take."""
 
-    replica: Places
     slot: Places
-    moved: NDArray[np.bool_]
-    before: Floats
-    after: Floats
-
-    @property
-    def gain(self) -> float:
-        """The job's time before over its time after."""
-        return float(self.before.max() / self.after.max()) if self.after.size and self.after.max() > 0 else 1.0
 
     def digest(self) -> str:
         """Equal for equal assignments; what replicas compare before they move anything."""
@@ -115,7 +106,7 @@ def assign_coupled(work: CoupledWork) -> CoupledAssignment:
         replica, slot = work.replica.astype(np.int64), start
     else:
         replica = _at_home(work, replica)
-    return CoupledAssignment(replica, slot, replica != work.replica, before, group_cost(work, replica, slot))
+    return CoupledAssignment(replica, replica != work.replica, before, group_cost(work, replica, slot), slot)
 
 
 def _classes(work: CoupledWork, block: int) -> tuple[Places, Places]:

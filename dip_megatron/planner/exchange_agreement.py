@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..core.graph import Floats
 from .balance import GOAL, Assignment, Mode, Places, Work, assign, lines
-from .coupled_balance import CoupledAssignment, CoupledWork, assign_coupled
+from .coupled_balance import CoupledWork, assign_coupled
 from .resample import Resampling, SampleWork, resample
 
 LEAST_GAIN = 0.005
@@ -119,7 +119,7 @@ class Proposal:
     replica has. ``gain_seconds``: what the job's iteration is expected to gain; ``nominal_seconds``: what moving takes
     where it has not been measured, ``slowness`` times as long where it has."""
 
-    assignment: Assignment | CoupledAssignment | None
+    assignment: Assignment | None
     counts: tuple[int, ...]
     before: float = 1.0
     after: float = 1.0
@@ -208,7 +208,7 @@ def propose(
     counts = tuple(len(quote.seconds) for quote in given)
     sizes = np.concatenate([quote.sizes for quote in given])
     owner = np.repeat(np.arange(len(given)), counts)
-    found: Assignment | CoupledAssignment
+    found: Assignment
     again: tuple[SampleMoves, Resampling] | None = None
     if group > 1:
         if len(set(counts)) > 1:
