@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from examples.llava_digits.runs import RunFailed
 from tests.bridge.energon_digits import write_documents
+from tests.marks import on_cpu_ranks
 from tests.megatron import training
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks")
+pytestmark = on_cpu_ranks
 SCRIPT = Path(__file__).with_name("energon_digits.py")
 ITERATIONS, SAVED, KILLED = 6, 2, 4
 CONFIG = "modules: {vision: {layers: [[1, 1]]}, language: {layers: [[1, 0], [1, 2]]}}\n"

@@ -25,11 +25,12 @@ from tests.bridge.test_families import assert_equal, partitions
 from tests.bridge.tiny import TINY
 from tests.bridge.tiny_mcore import MCORE_TINY
 from tests.drawn import DEEP
+from tests.marks import on_cpu_ranks
 
 MISSING = [name for name in ("mcore_bridge", "swift", "modelscope") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs ms-swift and mcore-bridge: no {', '.join(MISSING)}"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    on_cpu_ranks,
     pytest.mark.timeout(1800),  # the first test waits for all of the runs
 ]
 LAYERS = "{vision: {layers: [[1, 1], [2, 0]], unit_size: 1}, language: {layers: [[1, 1], [1, 1]]}}"

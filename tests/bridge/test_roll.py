@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from examples.llava_digits.runs import train
 from tests.bridge.tiny_roll import ROLL_TINY
 from tests.forked import forked
+from tests.marks import on_cpu_ranks
 
 pytestmark = [
     pytest.mark.skipif(
         "DIP_ROLL_CHECKOUT" not in os.environ,
         reason="set DIP_ROLL_CHECKOUT to a working tree of ROLL, DIP_ROLL_PACKAGES to a folder with what it imports",
     ),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    on_cpu_ranks,
     pytest.mark.slow,
 ]
 DIP = {

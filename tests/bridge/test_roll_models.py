@@ -19,11 +19,12 @@ from tests.bridge import equality, test_families
 from tests.bridge.equality import Case, together
 from tests.bridge.tiny_model import Tiny
 from tests.bridge.tiny_roll import ROLL_TINY
+from tests.marks import on_cpu_ranks
 from tests.processes import Team
 
 pytestmark = [
     pytest.mark.skipif("DIP_ROLL_CHECKOUT" not in os.environ, reason="set DIP_ROLL_CHECKOUT to a working tree of ROLL"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    on_cpu_ranks,
     pytest.mark.slow,
 ]
 assert_equal = partial(test_families.assert_equal, output="output_layer.weight")

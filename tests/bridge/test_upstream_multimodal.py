@@ -11,10 +11,10 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.llava_digits.runs import RunFailed
 from tests.bridge.conversations import write_conversations, write_tokenizer
+from tests.marks import on_cpu_ranks
 from tests.megatron.training import Log, read
 from tests.patience import LONG
 from tests.upstream.runs import HERE, run_script, script_flags
@@ -23,7 +23,7 @@ CHECKOUT = os.environ.get("DIP_MEGATRON_CHECKOUT")
 pytestmark = [
     pytest.mark.skipif(CHECKOUT is None, reason="set DIP_MEGATRON_CHECKOUT to a Megatron-LM working tree"),
     pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="the example needs torchvision"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    on_cpu_ranks,
     pytest.mark.slow,
     pytest.mark.timeout(900),  # each run imports all of the example's packages anew
 ]

@@ -15,6 +15,7 @@ import torch
 from examples.llava_digits.runs import train
 from tests.bridge.tiny import TINY
 from tests.forked import forked
+from tests.marks import on_cpu_ranks
 
 CHECKOUT = os.environ.get("DIP_VERL_CHECKOUT")
 pytestmark = [
@@ -23,7 +24,7 @@ pytestmark = [
         reason="set DIP_VERL_CHECKOUT to a working tree of verl, DIP_VERL_PACKAGES to a folder with what it imports "
         "(docs/with-verl.md)",
     ),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    on_cpu_ranks,
     pytest.mark.slow,
 ]
 DIP = {

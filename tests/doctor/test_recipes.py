@@ -11,13 +11,12 @@ from click.testing import CliRunner
 
 from dip_megatron.commands.doctor import doctor
 from dip_megatron.megatron.cpu import install_cpu_platform
+from tests.marks import needs_megatron_training
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "examples" / "llava_digits" / "pretrain_llava_digits.py"
 TINY = (ROOT / "examples" / "llava_digits" / "tiny.args").read_text().split()
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training's flags"
-)
+pytestmark = needs_megatron_training
 
 
 def asked(*arguments: str) -> tuple[int, list[dict[str, str]]]:

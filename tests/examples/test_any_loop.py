@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
 
 from dip_megatron.describe.files import resolve
 from examples.llava_digits.runs import RunFailed, train
 from tests.forked import forked
+from tests.marks import on_cpu_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
+pytestmark = on_cpu_ranks
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "any_loop" / "train.py"
 PACKED = SCRIPT.with_name("packed.py")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from dip_megatron.core.files import read_plans
 from dip_megatron.core.verify import verify
@@ -22,6 +20,7 @@ from dip_megatron.planner.facade import Effort, Setting, make_planner
 from dip_megatron.planner.partitioning import paper_partition
 from dip_megatron.schedulers import registry
 from dip_megatron.schedulers.registry import UnknownScheduleError, find_schedule, register_schedule
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.megatron.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,10 +90,8 @@ def test_a_script_may_register_it(gpipe):
         find_schedule("gpip")
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() or importlib.util.find_spec("megatron.training") is None,
-    reason="needs megatron.training, and is laid out for CPU ranks",
-)
+@on_cpu_ranks
+@needs_megatron_training
 def test_it_trains_with_megatrons_gradients(tmp_path):
     site = installed(tmp_path / "site")
     trace = tmp_path / "trace"

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.llava_digits.runs import SCRIPT, Run, RunFailed, train, training_flags
 from tests.forked import forked
+from tests.marks import needs_megatron_training, on_cpu_ranks
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
-]
+pytestmark = [on_cpu_ranks, needs_megatron_training]
 
 MEGATRON = ("--decoder-first-pipeline-num-layers", "2")
 

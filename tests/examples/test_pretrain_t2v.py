@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.utils import Split
@@ -33,18 +31,13 @@ from scripts.t2v.digits import (
 )  # fmt: skip
 from tests.drawn import settings
 from tests.forked import forked
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.patience import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "pretrain_t2v.py"
 CONFIG = ROOT / "configs" / "train" / "t2v_tiny_cpu.yaml"
 DIP = ("-m", "dip_megatron.cli", "run")
-
-needs_training = pytest.mark.skipif(
-    torch.cuda.is_available() or importlib.util.find_spec("megatron.training") is None,
-    reason="needs megatron.training, and is laid out for CPU ranks",
-)
-
 
 SMALL_RUN = (
     "--train-iters", "4", "--lr-warmup-iters", "1", "--log-interval", "1", "--eval-iters", "1", "--sample-steps", "2",
@@ -72,7 +65,8 @@ def megatrons(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(pretrain(tmp_path_factory.mktemp("megatron"), 1, (), "--pipeline-model-parallel-size", "1"))
 
 
-@needs_training
+@on_cpu_ranks
+@needs_megatron_training
 def test_the_documented_command_trains_with_megatrons_losses(megatrons, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
     command = [*DIP, str(SCRIPT), "--dip-config", str(CONFIG), *SMALL_RUN]
@@ -89,13 +83,15 @@ def test_the_documented_command_trains_with_megatrons_losses(megatrons, tmp_path
     assert losses(run.stdout) == pytest.approx(megatrons, rel=1e-5)
 
 
-@needs_training
+@on_cpu_ranks
+@needs_megatron_training
 @pytest.mark.parametrize("schedule", ["megatron-1f1b", "megatron-interleaved", "zb-v"])
 def test_static_schedules_over_both_modules_train_with_megatrons_losses(schedule, megatrons, tmp_path):
     assert losses(pretrain(tmp_path, 2, DIP, "--dip-schedule", schedule)) == pytest.approx(megatrons, rel=1e-5)
 
 
-@needs_training
+@on_cpu_ranks
+@needs_megatron_training
 def test_a_frozen_text_encoder_changes_no_losses(tmp_path):
     frozen = ("--freeze-text-encoder",)
     ours = losses(pretrain(tmp_path / "dip", 2, DIP, "--dip-config", str(CONFIG), *frozen))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dip_megatron.ports import held_port
 from examples.llava_digits.runs import SCRIPT, Process, Run, RunFailed, end, environment, train, training_flags
 from tests.forked import Forked, forked
 from tests.hosts.network import Host, Links, hosts, missing
+from tests.marks import needs_megatron_training, on_cpu_ranks
 
 WHY_NOT = missing()
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
+    on_cpu_ranks,
+    needs_megatron_training,
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
 ]
 

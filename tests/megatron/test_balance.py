@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dip_megatron.config import DipConfig
 from dip_megatron.describe.files import ConfigurationError
 from dip_megatron.describe.model import Parallel
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.megatron.exchange_case import slow_cluster
 from tests.megatron.replica_case import Crates
 from tests.megatron.training import Log, run, trained
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
-]
+pytestmark = [on_cpu_ranks, needs_megatron_training]
 ITERATIONS, BATCH = 5, 8
 FLAGS = ("--global-batch-size", str(BATCH), "--use-distributed-optimizer")
 OVERLAP = "--overlap-grad-reduce"

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.marks import on_cpu_ranks
 from tests.megatron.call_case import MICROBATCHES, calls, nested, refusals, replaced_afterwards, unfinished
 from tests.processes import ProcessFailure, Team
 
 RANKS = 2
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
+pytestmark = on_cpu_ranks
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.drawn import settings
+from tests.marks import on_cpu_ranks
 from tests.megatron.exchange_case import ITERATIONS, MICROBATCHES, Job, slow_cluster, trains
 from tests.processes import Team
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
+pytestmark = on_cpu_ranks
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["DP 4 x PP 1", "DP 2 x PP 2"])

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.llava_digits.runs import Run, RunFailed
 from tests.forked import forked
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.upstream.runs import HERE, run_script
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
-]
+pytestmark = [on_cpu_ranks, needs_megatron_training]
 SCRIPT = HERE / "pretrain_tiny_gpt.py"
 EXPERTS = (
     "--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall",

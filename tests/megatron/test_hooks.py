@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 
 from tests.forked import alone
+from tests.marks import needs_megatron_training
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="started on the CPU platform"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
+    needs_megatron_training,
 ]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -18,6 +16,7 @@ from dip_megatron.describe.model import load_model
 from dip_megatron.megatron.adapters.layout import given_layout, take_layout
 from dip_megatron.megatron.chunks import unlike_the_loop
 from tests.forked import forked
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.upstream.runs import HERE, run_script
 
 SCRIPT = HERE / "pretrain_tiny_gpt.py"
@@ -73,8 +72,8 @@ def test_a_layout_is_read_as_megatron_reads_it() -> None:
     assert given_layout(args) is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks")
-@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+@on_cpu_ranks
+@needs_megatron_training
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

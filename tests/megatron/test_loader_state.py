@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.llava_digits.runs import RunFailed
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.megatron.training import run
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
-]
+pytestmark = [on_cpu_ranks, needs_megatron_training]
 TWO_SEGMENTS = "modules: {vision: {layers: [[1, 1]]}, language: {layers: [[1, 0], [1, 2]]}}\n"
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 
 from dip_megatron.environment import asks, load_settings
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.megatron.training import run
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks")
+pytestmark = on_cpu_ranks
 ITERATIONS = 3
 
 
@@ -26,7 +25,7 @@ def test_flag_environment_and_file_ask_for_it(tmp_path: Path) -> None:
     assert not load_settings({"pairing": True, "schedule": "dynamic"}, {}).config.pairs
 
 
-@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+@needs_megatron_training
 def test_two_replicas_give_the_longest_first(tmp_path: Path) -> None:
     """1F1B on two stages, ViT on the first; every replica has four microbatches an iteration, of equal sequences: what
     has more images takes longer."""

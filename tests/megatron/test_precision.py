@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.megatron.training import run
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
-]
+pytestmark = [on_cpu_ranks, needs_megatron_training]
 
 
 def test_fp16_with_a_loss_scale_that_is_searched_for(tmp_path: Path) -> None:

@@ -3,25 +3,21 @@ wrote it; what can't run says why in one line before anything is built."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from dip_megatron.core.files import format_plan, read_plans
 from dip_megatron.core.verify import verify
 from dip_megatron.schedulers.registry import find_schedule, schedule_names
 from examples.llava_digits.runs import RunFailed
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.megatron.training import Log, run
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
-]
+pytestmark = [on_cpu_ranks, needs_megatron_training]
 ITERATIONS = 2
 CUT = {"cut": True}
 

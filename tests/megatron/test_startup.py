@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.forked import alone, done
+from tests.marks import needs_megatron_training
 from tests.patience import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def test_the_start_up_file_hooks_what_loads_and_costs_nothing_unasked() -> None:
     assert "'megatron.core" not in started
 
 
-@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+@needs_megatron_training
 def test_started_up_all_of_megatrons_training_is_hooked_as_it_loads() -> None:
     line = (ROOT / "dip_megatron_startup.pth").read_text(encoding="utf-8")
     text = said(

@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.llava_digits.runs import Run
+from tests.marks import on_cpu_ranks
 from tests.upstream.runs import run_script
 
 CHECKOUT = os.environ.get("DIP_MEGATRON_CHECKOUT")
 pytestmark = [
     pytest.mark.skipif(CHECKOUT is None, reason="set DIP_MEGATRON_CHECKOUT to a Megatron-LM working tree"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the runs below are laid out for CPU ranks"),
+    on_cpu_ranks,
     pytest.mark.slow,
 ]
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from examples.llava_digits.runs import SCRIPT, RunFailed, train, training_flags
 from tests.forked import Forked, forked
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.patience import LONG
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the run below is laid out for CPU ranks"),
-    pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training"),
-]
+pytestmark = [on_cpu_ranks, needs_megatron_training]
 RANKS, LITTLE = 4, 25
 SMALL = ("--global-batch-size", "4", "--eval-iters", "1", "--vision-num-layers", "2")
 

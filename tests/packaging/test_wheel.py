@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -15,8 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.patience import LONG
 
 ROOT = Path(__file__).parents[2]
@@ -133,8 +132,8 @@ def test_the_doctor_finds_itself_where_it_is_installed(installed: Path, empty: P
     assert "broken" not in {check["status"] for check in checks.values()}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
-@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+@on_cpu_ranks
+@needs_megatron_training
 def test_a_model_trains(installed: Path, empty: Path) -> None:
     example = empty / "digits"
     shutil.copytree(ROOT / "examples" / "llava_digits", example, ignore=shutil.ignore_patterns("__pycache__"))
@@ -166,8 +165,8 @@ def test_what_is_installed_starts_with_python_and_only_where_it_is_asked_for(int
         assert str(Path(interpreter).parents[1]) in printed
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
-@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+@on_cpu_ranks
+@needs_megatron_training
 def test_an_unedited_script_trains_under_dip_by_the_environment_alone(interpreter: str, empty: Path) -> None:
     """As ``torchrun SCRIPT`` would on a GPU; here something must let Megatron begin on the CPU."""
     example = empty / "digits"

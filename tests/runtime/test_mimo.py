@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from dip_megatron.describe.model import Parallel
 from examples.llava_digits.runs import train
 from tests.drawn import settings_of_ranks
 from tests.forked import forked
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.processes import ProcessFailure, team
 from tests.runtime import mimo_case
 from tests.runtime.equal import assert_gradients_equal, assert_losses_equal
@@ -178,10 +178,8 @@ def test_what_cannot_be_is_refused(what, message):
         team(1).run(refused, what)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() or importlib.util.find_spec("megatron.training") is None,
-    reason="needs megatron.training, and is laid out for CPU ranks",
-)
+@on_cpu_ranks
+@needs_megatron_training
 def test_dip_trains_with_megatrons_losses(tmp_path):
     """A pretrain script under Megatron's loop: two ranks through ``dip run``, one without a pipeline, and one that goes
     on from where the two stopped."""

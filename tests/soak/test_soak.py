@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from tests.forked import forked
+from tests.marks import needs_megatron_training, on_cpu_ranks
 from tests.soak.checks import faults, read_log
 from tests.soak.replicas import BATCH, samples_of, wrong
 
@@ -97,8 +96,8 @@ def test_what_was_trained_last_counts(tmp_path: Path) -> None:
     assert samples_of(tmp_path) == {1: [0, 5], 2: [6, 1]}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="laid out for CPU ranks")
-@pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="needs megatron.training")
+@on_cpu_ranks
+@needs_megatron_training
 def test_a_short_soak_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.soak.__main__ import soak
 
