@@ -177,9 +177,9 @@ class Partition:
     def by_module(self, model: MultimodalModel) -> Partition | None:
         """The same chunks as a partition by modules, where there is nothing to mix: a model of one module, none of
         whose segments is reversed. None for any other."""
-        part = self.modules[0]
         if not self.mixed:
             return self
+        part = self.modules[0]
         if len(model.modules) > 1 or part.reversed:
             return None
         return Partition((ModulePartition(model.modules[0].name, part.layers),))
