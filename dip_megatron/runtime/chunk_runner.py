@@ -1,4 +1,5 @@
-"""Runs stages of a model's chunks with autograd, using Megatron's own step functions where it has them."""
+"""Runs the operations of a plan on a model's chunks with autograd, inside Megatron's own step functions where it has
+them."""
 
 from __future__ import annotations
 
@@ -23,44 +24,50 @@ from .transport import Tensors
 
 @dataclass(frozen=True)
 class LossPart:
-    """A unit of the last module: its first instance in the microbatch, and its share of the microbatch's mean loss."""
+    """The part of a microbatch's loss that one unit of the last module computes.
+
+    Attributes:
+        first: Index of the unit's first instance in its microbatch.
+        share: The unit's share of the microbatch's mean loss, between 0 and 1.
+    """
 
     first: int = 0
     share: float = 1.0
 
 
 class StepFunctions(Protocol):
-    """Megatron's parts of a step; see :mod:`dip_megatron.megatron.step`."""
+    """Megatron's code around forward, loss, backward and weight gradients; see :mod:`dip_megatron.megatron.step`."""
 
     def forward(self, chunk: torch.nn.Module, compute: Callable[[], Tensors]) -> Tensors:
-        """Run a stage that is not the last one, with Megatron's timers, autocast and loss scales around it."""
+        """Run a forward that computes no loss, with Megatron's timers, autocast and loss scaling around ``compute``."""
         ...
 
     def loss(
         self, chunk: torch.nn.Module, model: Any, items: list[Any] | None, microbatch: int, part: LossPart
     ) -> torch.Tensor:
-        """Run the script's forward_step with ``model`` on a microbatch's raw items; the scaled loss of one part."""
+        """Run the script's ``forward_step`` with ``model`` on a microbatch's raw items; return the scaled loss of
+        ``part``."""
         ...
 
     def backward(self, outputs: list[torch.Tensor], gradients: list[torch.Tensor] | None) -> None:
-        """Autograd's backward from ``outputs``; ``gradients`` is None for the loss."""
+        """Run autograd's backward from ``outputs``; ``gradients`` is None when the output is the loss."""
         ...
 
     def weight(self, gradients: WeightGradients) -> None:
-        """Compute the weight gradients that a stage's B left."""
+        """Compute the weight gradients that a B operation deferred."""
         ...
 
 
 class ModelStandIn:
-    """What a script's forward_step sees as its model: it calls it once, and may read attributes of the real chunk, or
-    of what its wrappers hold."""
+    """The model that a script's ``forward_step`` receives. It can be called once, and gives access to the attributes of
+    the real chunk and of the modules inside its wrappers."""
 
     vp_stage = 0
-    """As in a pipeline without virtual stages, which is what a loop's settings say under DIP: the place of its stage
-    alone says what of a batch a rank needs."""
+    """Always 0, as in a pipeline without virtual stages. Under DIP a loop's settings declare no virtual stages either,
+    so that the pipeline rank alone determines which parts of a batch a rank needs."""
 
     pg_collection: Any
-    """Megatron's groups, where it shall see others than the chunk's."""
+    """Megatron's process groups, set only where the script must see other groups than the chunk's."""
 
     def __init__(self, chunk: torch.nn.Module, call: Callable[..., Any]):
         self._chunk = chunk
@@ -78,8 +85,15 @@ class ModelStandIn:
 
 @dataclass
 class _Saved:
-    """What a stage's backward needs. ``outputs`` are entrances to its graph and where their gradients go; of the stage
-    with the loss, the loss itself."""
+    """What a backward needs from its forward.
+
+    Attributes:
+        inputs: For each input payload, the slot of each tensor that receives a gradient.
+        outputs: For each output tensor, an entrance to its autograd graph and the slot for its gradient.
+        weights: Deferred weight gradients; None if the backward isn't split.
+        offloaded: Activations in host memory; None if nothing is offloaded.
+        loss: The loss, if the forward computed it; it then has no outputs.
+    """
 
     inputs: list[dict[str, Slot]]
     outputs: dict[str, tuple[torch.Tensor, Slot]]
@@ -90,8 +104,15 @@ class _Saved:
 
 @dataclass
 class IterationState:
-    """One iteration's microbatches and saved activations. Stages are named (unit, segment); ``left`` are the weight
-    gradients of those between their B and their W, ``remaining`` counts the weight gradients of each chunk."""
+    """The microbatches and saved activations of one iteration. Dictionaries are keyed by (unit, segment).
+
+    Attributes:
+        microbatches: The iteration's microbatches.
+        forward_only: Whether this is an evaluation, which runs no backward.
+        saved: What each pending backward needs.
+        left: Weight gradients between their B and their W.
+        remaining: How many weight gradients each chunk (module, segment) still has to compute.
+    """
 
     microbatches: list[MicrobatchInputs]
     forward_only: bool
@@ -102,13 +123,16 @@ class IterationState:
 
 @dataclass(frozen=True)
 class OperationLookAhead:
-    """What a rank's stages (unit, segment) must know of the plan beforehand.
+    """Facts about a rank's plan that must be known before its operations run. Keys are (unit, segment) unless noted.
 
-    ``split`` have their backward in two, ``forward_only`` have none (nothing before them trains). ``offloaded_next`` is
-    the backward or W with something in host memory, if it is one, that follows right after each operation. ``sources``
-    are the units
-    whose payloads a stage gets, where they aren't its own; ``constant`` the names of those of their tensors that get no
-    gradient, for each payload. ``parts`` are the units that share a microbatch with another of the last module.
+    Attributes:
+        split: Those whose backward is split into B and W.
+        offloaded_next: For an operation, the (unit, segment) of the operation right after it, if that one is a backward
+            or a W that needs activations from host memory.
+        forward_only: Those without a backward, because nothing before them trains.
+        sources: The units whose payloads a forward receives.
+        constant: For each received payload, the names of the tensors that get no gradient.
+        parts: Ids of the units that share their microbatch with another unit of the last module.
     """
 
     split: frozenset[tuple[int, int]] = frozenset()
@@ -120,7 +144,7 @@ class OperationLookAhead:
 
     @staticmethod
     def of(plan: Plan, rank: int) -> OperationLookAhead:
-        """From the rank's actions."""
+        """Collect these facts from the actions of ``rank`` in ``plan``."""
         actions = [a for a in plan.actions[rank] if isinstance(a, Compute)]
         split = frozenset((a.operation.unit, a.operation.segment) for a in actions if a.operation.kind == Kind.W)
         following = {
@@ -144,7 +168,7 @@ class OperationLookAhead:
 
 
 def _constant(plan: Plan, message: Message) -> frozenset[str]:
-    """Names of the tensors of a message that get no gradient: nothing trains before them."""
+    """Return the names of a message's tensors that get no gradient, because nothing before them trains."""
     graph = plan.graph
     source, target = graph.virtual_microbatch_of(message.source), graph.virtual_microbatch_of(message.target)
     alive = graph.has_backward[source, message.source.rank]
@@ -153,7 +177,7 @@ def _constant(plan: Plan, message: Message) -> frozenset[str]:
 
 
 class ChunkRunner:
-    """The executor's stage runner for one rank's chunks of a program's model."""
+    """Computes the operations of one rank: the :class:`OperationRunner` of the executor."""
 
     def __init__(
         self,
@@ -167,9 +191,19 @@ class ChunkRunner:
         on_chunk_done: Callable[[int], None] = lambda _: None,
         on_reduce: Callable[[int], None] = lambda _: None,
     ):
-        """``chunks`` are wrapped (DDP, Float16Module) and in the program's order; ``on_chunk_done(index)`` is called
-        after a chunk's last weight gradient of the iteration, for each chunk counted in ``state.remaining``,
-        ``on_reduce(index)`` where the plan starts a chunk's reduction."""
+        """Create a runner for one iteration.
+
+        Args:
+            program: The model's program.
+            chunks: This rank's chunks, wrapped as Megatron wraps them (DDP, Float16Module), in the program's order.
+            step: Megatron's step functions.
+            state: The iteration's microbatches and saved activations.
+            last_rank: Pipeline rank that computes the loss.
+            look_ahead: Facts about the rank's plan; the default has no split, offloading or frozen parts.
+            on_chunk_done: Called with a chunk's index after its last weight gradient of the iteration, if the chunk is
+                counted in ``state.remaining``.
+            on_reduce: Called with a chunk's index where the plan starts the reduction of its gradients.
+        """
         self._program = program
         self._step = step
         self._state = state
@@ -185,13 +219,13 @@ class ChunkRunner:
 
     @property
     def microbatches(self) -> Sequence[MicrobatchInputs]:
-        """The iteration's."""
+        """The iteration's microbatches."""
         return self._state.microbatches
 
     def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
         self._prefetch_after(operation)
         if unit.rank not in (None, operation.rank):
-            return {}  # another rank's copy of the module runs it
+            return {}  # The module is replicated, and another rank's replica processes this unit.
         chunk = self._chunks[self._index[operation.module, operation.segment]]
         microbatch = self._state.microbatches[unit.microbatch]
         place = (operation.unit, operation.segment)
@@ -222,7 +256,7 @@ class ChunkRunner:
         del inputs
         outputs: Tensors = {}
         loss = None
-        # Also where nothing trains: routers count an iteration's tokens by it, whatever trains of them.
+        # Gradients are enabled even where nothing trains: MoE routers count tokens only when they are.
         with self._mode.stage(weights, strategies, offloaded), torch.set_grad_enabled(not self._state.forward_only):
             if is_loss:
                 model = ModelStandIn(
@@ -261,7 +295,7 @@ class ChunkRunner:
             self._step.backward([saved.loss], None)
             return
         for name, (_, slot) in saved.outputs.items():
-            # A stage that feeds several others gets the sum of what they send back.
+            # An output with several consumers gets the sum of their gradients.
             sent = [payload[name] for payload in gradients if name in payload]
             if sent:
                 slot.gradient = sent[0] if len(sent) == 1 else torch.stack(sent).sum(0)
@@ -278,7 +312,7 @@ class ChunkRunner:
         self._on_reduce(self._index[module, segment])
 
     def _prefetch_after(self, operation: Operation) -> None:
-        """Bring back what the next backward, or W, needs first while this operation computes."""
+        """Start copying activations back from host memory for the next operation, while this one computes."""
         following = self._look_ahead.offloaded_next.get(operation)
         if following in self._state.saved:
             offloaded = self._state.saved[following].offloaded
@@ -295,7 +329,7 @@ class ChunkRunner:
 
 
 class ReplayIterator:
-    """Yields a microbatch's raw items again, for the forward_step that computes its loss."""
+    """Yields the raw items of a microbatch again, for the ``forward_step`` that computes its loss."""
 
     def __init__(self, items: list[Any]):
         self._items = iter(items)
@@ -304,4 +338,4 @@ class ReplayIterator:
         return self
 
     def __next__(self) -> Any:
-        return copy.copy(next(self._items))  # scripts may take a batch's dict apart
+        return copy.copy(next(self._items))  # Scripts may modify a batch's dict.

@@ -1,4 +1,4 @@
-"""Measured start and end of every operation, without stopping the device."""
+"""Measures when every operation starts and ends, without synchronizing the device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from ..core import Operation, Unit
 
 @dataclass(frozen=True)
 class MeasuredSpan:
-    """One executed operation; seconds since the iteration's common start.
+    """One executed operation. All times are in seconds.
 
-    ``core_seconds``: what a core of the host spent on it, None where a device computes; less than from start to end if
-    others needed the core. ``reading_seconds``: what reading the next batch took right before it.
+    Attributes:
+        operation: The operation.
+        microbatch: Index of its microbatch.
+        start: Start, since the iteration's common origin.
+        end: End, since the iteration's common origin.
+        core_seconds: Time that a CPU core spent on the operation; None on a GPU. It is less than ``end - start`` if the
+            thread had to share the core.
+        reading_seconds: Time spent reading the next batch directly before the operation.
     """
 
     operation: Operation
@@ -30,7 +36,7 @@ class MeasuredSpan:
 
 
 class Clock:
-    """Times operations with CUDA events where there is a GPU, else with the host clock."""
+    """Times operations with CUDA events on a GPU, and with the host's clock elsewhere."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -46,17 +52,17 @@ class Clock:
         return event
 
     def begin(self) -> None:
-        """Set the iteration's origin; call it on all ranks right after a common synchronisation."""
+        """Set the iteration's origin. Call it on all ranks directly after a common synchronization."""
         self._marks = []
         self._reading = 0.0
         self._origin = self._now()
 
     def start(self) -> tuple[float, Any]:
-        """An operation starts; what to give to :meth:`stop`."""
+        """Record the start of an operation; pass the result to :meth:`stop`."""
         return time.thread_time(), self._now()
 
     def stop(self, operation: Operation, unit: Unit, started: tuple[float, Any]) -> None:
-        """It has ended."""
+        """Record the end of an operation."""
         end = self._now()
         cores, start = started
         reading, self._reading = self._reading, 0.0
@@ -64,13 +70,13 @@ class Clock:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Time what is done inside as reading of the next batch, between two operations."""
+        """Count the time spent inside as reading of the next batch, between two operations."""
         start = time.perf_counter()
         yield
         self._reading += time.perf_counter() - start
 
     def spans(self) -> list[MeasuredSpan]:
-        """All operations since :meth:`begin`. On a GPU, waits for the last of them."""
+        """Return all operations since :meth:`begin`. On a GPU this waits for the last of them."""
         if self._cuda and self._marks:
             self._marks[-1][3].synchronize()
         return [

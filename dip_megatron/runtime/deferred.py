@@ -1,8 +1,8 @@
-"""The weight gradients that a split backward leaves for later: what B stores and W computes.
+"""Weight gradients of a split backward: B stores what they need, W computes them.
 
-A stage whose plan has a B and a W runs with a :class:`WeightGradients` of its own. Its layers save what their weight
-gradients need there instead of computing them; W works through it. Several stages may stand between their B and their
-W, in any order, because each has its own.
+Each (unit, segment) whose plan has a B and a W runs with its own :class:`WeightGradients`. Its layers store there what
+a weight gradient needs instead of computing it, and W computes all of them. Several may wait between their B and their
+W at the same time, and be computed in any order.
 """
 
 from __future__ import annotations
@@ -19,99 +19,116 @@ from .offload import HostCopy, OffloadedActivations
 
 
 class _Gathering:
-    """All ranks' parts along the first dimension, under way."""
+    """An all-gather along the first dimension that has been started."""
 
     __slots__ = ("_handle", "_part", "_whole")
 
     def __init__(self, part: torch.Tensor, group: Any):
-        self._part = part  # not to be freed before it has been sent
+        self._part = part  # Must stay allocated until it has been sent.
         self._whole = part.new_empty(part.size(0) * group.size(), *part.shape[1:])
         self._handle: Any = torch.distributed.all_gather_into_tensor(self._whole, part, group=group, async_op=True)
 
     def whole(self) -> torch.Tensor:
-        """Wait for it."""
+        """Wait for the all-gather and return its result."""
         self._handle.wait()
         return self._whole
 
 
 @dataclass(slots=True)
 class _Work:
-    """``run`` computes a weight gradient of its operands, an input and that output's gradient; ``gathered`` are the
-    number of one that is this rank's part and the group to gather it over before. Without operands it holds its own."""
+    """One deferred weight gradient.
+
+    Attributes:
+        run: Computes the gradient from the operands.
+        operands: A layer's input and the gradient of its output; empty if ``run`` holds its own tensors.
+        gathered: Index of the operand of which this rank holds only a part, and the group to gather it over; None if
+            both are whole.
+    """
 
     run: Callable[..., None]
     operands: list[torch.Tensor | HostCopy] = field(default_factory=list)
     gathered: tuple[int, Any] | None = None
 
     def fetch(self, stream: Any) -> None:
-        """Begin to bring back what is in host memory."""
+        """Start copying operands back from host memory."""
         for x in self.operands:
             if isinstance(x, HostCopy):
                 x.fetch(stream)
 
     def taken(self, stream: Any) -> list[torch.Tensor]:
-        """All operands on the device, and none of them held here any longer."""
+        """Return all operands on the device and release them here."""
         operands, self.operands = self.operands, []
         return [x.take(stream) if isinstance(x, HostCopy) else x for x in operands]
 
 
 def own_part(whole: torch.Tensor, group: Any) -> torch.Tensor:
-    """A copy of this rank's part along the first dimension of what all ranks of ``group`` have alike."""
+    """Copy this rank's part along the first dimension of a tensor that is equal on all ranks of ``group``."""
     rows = whole.size(0) // group.size()
     return whole.narrow(0, group.rank() * rows, rows).clone()
 
 
 class WeightGradients:
-    """The weight gradients of one stage, each a function that computes and accumulates it.
+    """The deferred weight gradients of one (unit, segment), in the order in which B stored them.
 
-    Under sequence parallelism a matrix that a weight gradient needs (a column-parallel linear's input, the gradient of
-    a row-parallel one's output) waits as this rank's part of it, and is gathered in W: while the product before it is
-    computed, so that only the first gather of a stage is waited for. What waits in host memory (:meth:`hosting`) comes
-    back while the two products before it are computed.
+    Under sequence parallelism one operand of a weight gradient (a column-parallel linear's input, or the gradient of a
+    row-parallel linear's output) is stored as this rank's part and gathered in W. The gather overlaps with the product
+    before it, so that only the first one is exposed. Operands in host memory (see :meth:`hosting`) are copied back
+    during the two products before they are used.
     """
 
     __slots__ = ("_stream", "_work", "anchor")
     waits = True
-    """Whether what is added stays for a while: else there is nothing to gain by holding parts."""
+    """Whether work is stored rather than computed at once. If it isn't, storing parts saves no memory."""
 
     def __init__(self) -> None:
         self._work: deque[_Work] = deque()
         self._stream: Any = None
         self.anchor = torch.empty(0, requires_grad=True)
-        """Input of functions whose other inputs may need no gradient, so that autograd visits them at all."""
+        """An input for autograd functions whose other inputs may need no gradient; without it autograd would skip them.
+        """
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in host memory."""
+        """Bytes of operands in host memory."""
         copies = [x for work in self._work for x in work.operands if isinstance(x, HostCopy)]
         return sum(x.host.untyped_storage().nbytes() for x in copies)
 
     def add(self, work: Callable[[], None]) -> None:
-        """Leave ``work`` for :meth:`compute`; it holds the tensors it needs."""
+        """Store ``work`` for :meth:`compute`. It holds the tensors it needs."""
         self._work.append(_Work(work))
 
     def add_product(
         self, work: Callable[[torch.Tensor, torch.Tensor], None], input_: torch.Tensor, gradient: torch.Tensor,
         gathered: tuple[int, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Leave ``work(input_, gradient)`` for :meth:`compute`. ``gathered``: of which of the two (0: the input, 1:
-        the output's gradient) this is the rank's part along the first dimension, and the group of those whose parts
-        ``work`` is to be given too."""
+        """Store ``work(input_, gradient)`` for :meth:`compute`.
+
+        Args:
+            work: Computes the weight gradient and accumulates it.
+            input_: Input of the layer.
+            gradient: Gradient of the layer's output.
+            gathered: Which operand is this rank's part along the first dimension (0: the input, 1: the gradient), and
+                the group over which to gather it before ``work`` runs; None if both are whole.
+        """
         self._work.append(_Work(work, [input_, gradient], gathered))
 
     def hosting(self, offloaded: OffloadedActivations) -> WeightGradients:
-        """These gradients for layers whose inputs of weight gradients go to host memory until W, by the stream of
-        their stage's other copies; what layers share stays."""
+        """Return a view of this store that keeps layer inputs in host memory until W.
+
+        Args:
+            offloaded: The offloaded activations of the same (unit, segment). Its side stream does the copies, and
+                tensors that it knows as shared between layers stay on the device.
+        """
         self._stream = offloaded.stream
         return _Hosting(self, offloaded)
 
     def prefetch(self) -> None:
-        """Begin to bring back what the first of them need."""
+        """Start copying back the operands of the first two gradients."""
         for work in list(self._work)[:2]:
             work.fetch(self._stream)
 
     def compute(self) -> None:
-        """W: compute all of them, in the order in which B left them, and free what each held."""
+        """Run W: compute all gradients in the order in which B stored them, and free the operands of each."""
         self.prefetch()
         ahead = self._gather_next()
         while self._work:
@@ -125,10 +142,10 @@ class WeightGradients:
             operands = work.taken(self._stream)
             operands[work.gathered[0]] = whole
             work.run(*operands)
-            del whole, operands  # not to be there beside the next one's
+            del whole, operands  # Free them before the next ones are allocated.
 
     def _gather_next(self) -> _Gathering | None:
-        """Start to gather for the first of those left that needs it."""
+        """Start the all-gather for the first remaining gradient that needs one."""
         for work in self._work:
             if work.gathered is not None:
                 place, group = work.gathered
@@ -140,7 +157,7 @@ class WeightGradients:
 
 
 class _Hosting(WeightGradients):
-    """Adds to another's, with inputs in host memory."""
+    """Adds to another store, with layer inputs in host memory."""
 
     __slots__ = ("_offloaded",)
 
@@ -158,20 +175,21 @@ class _Hosting(WeightGradients):
 
 
 class AtOnce(WeightGradients):
-    """For layers that can defer weight gradients in a stage that doesn't: each is computed when it is added."""
+    """For layers that can defer weight gradients, in a backward that isn't split: computes each gradient when it is
+    added."""
 
     __slots__ = ()
     waits = False
 
     def add(self, work: Callable[[], None]) -> None:
-        """Compute it."""
+        """Compute the gradient."""
         work()
 
     def add_product(
         self, work: Callable[[torch.Tensor, torch.Tensor], None], input_: torch.Tensor, gradient: torch.Tensor,
         gathered: tuple[int, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Gather, and compute it."""
+        """Gather the operand that needs it and compute the gradient."""
         operands = [input_, gradient]
         if gathered is not None:
             place, group = gathered
@@ -179,15 +197,16 @@ class AtOnce(WeightGradients):
         work(*operands)
 
     def hosting(self, offloaded: OffloadedActivations) -> WeightGradients:
-        """Nothing waits."""
+        """Return self, since nothing is stored."""
         return self
 
 
 def accumulate(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-    """Add a weight gradient as autograd and Megatron's DDP do: to ``main_grad`` where there is one, else to ``grad``.
+    """Add a weight gradient to ``main_grad`` if the parameter has one, else to ``grad``, as Megatron's DDP and autograd
+    do.
 
-    DDP's backward hook does the same and then registers the parameter as ready for reduction; under a plan reductions
-    start explicitly (see :mod:`dip_megatron.megatron.gradients`), so there is nothing to register.
+    DDP's backward hook also registers the parameter as ready for reduction. Under a plan, reductions are started
+    explicitly (see :mod:`dip_megatron.megatron.gradients`), so nothing is registered here.
     """
     main_grad = getattr(parameter, "main_grad", None)
     with torch.no_grad():
@@ -200,7 +219,7 @@ def accumulate(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
 
 
 class Slot:
-    """Where the gradient of a tensor arrives that starts a graph; the tensor itself is not held."""
+    """Receives the gradient of a tensor that starts an autograd graph, without holding the tensor."""
 
     __slots__ = ("_like", "gradient")
 
@@ -209,7 +228,7 @@ class Slot:
         self.gradient: torch.Tensor | None = None
 
     def take(self) -> torch.Tensor:
-        """The gradient, zeros if nothing followed from the tensor; it is held here no longer."""
+        """Return the gradient and release it here; zeros if no gradient arrived."""
         gradient, self.gradient = self.gradient, None
         if gradient is None:
             shape, dtype, device = self._like
@@ -218,7 +237,8 @@ class Slot:
 
 
 class _Start(torch.autograd.Function):
-    """Same values, a new graph; the gradient goes to a slot, and ``then`` is called."""
+    """Returns the same values at the start of a new graph. The backward stores the gradient in a slot and calls
+    ``then``."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, values: list[torch.Tensor], slot: Slot,
@@ -236,14 +256,20 @@ class _Start(torch.autograd.Function):
 
 
 def start(tensor: torch.Tensor) -> tuple[torch.Tensor, Slot]:
-    """``tensor`` as the start of a graph, as a detached leaf would be, and where its gradient will be. Unlike a leaf
-    it lives only as long as something that follows from it needs it."""
+    """Make ``tensor`` the start of a new autograd graph, as a detached leaf would be.
+
+    Unlike a leaf, the result is freed as soon as nothing in the graph needs it.
+
+    Returns:
+        The tensor, and the slot that will receive its gradient.
+    """
     slot = Slot(tensor)
     return _Start.apply(torch.empty(0, requires_grad=True), [tensor], slot, None), slot
 
 
 class _Before(torch.autograd.Function):
-    """What precedes a cut: an empty tensor, from which a backward enters the graph with the kept gradient."""
+    """The end of the graph before a cut: an empty tensor, whose backward enters the graph with the gradient of its
+    slot."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, slot: Slot) -> torch.Tensor:
@@ -256,20 +282,20 @@ class _Before(torch.autograd.Function):
 
 
 def leave(output: torch.Tensor) -> tuple[torch.Tensor, Slot]:
-    """Where a backward enters the graph that computed ``output``, and where to put the output's gradient before.
+    """Return an entrance to the graph that computed ``output``, and the slot in which to put the output's gradient.
 
-    The entrance is empty and doesn't hold the output: its storage is free once whoever was given it has let go, unless
-    the graph itself needs it.
+    The entrance is an empty tensor and doesn't hold the output, whose storage is freed once its consumers have released
+    it, unless the graph itself needs it.
     """
     slot = Slot(output)
     return _Before.apply(output, slot), slot
 
 
 def cut(output: torch.Tensor, store: WeightGradients) -> torch.Tensor:
-    """``output``, cut off from the graph that computed it: that part's backward is left for W.
+    """Cut ``output`` off from the graph that computed it, and defer the backward of that graph to W.
 
-    For layers that have weights but no input that needs a gradient (token tables, patch embeddings). W runs autograd
-    through them, hooks of the parameters included. Until W their saved tensors and the output's gradient are held.
+    For layers that have weights but no input that needs a gradient, such as embeddings. W runs autograd through them,
+    including the hooks of their parameters. Their saved tensors and the output's gradient are held until W.
     """
     if not output.requires_grad:
         return output

@@ -1,7 +1,8 @@
-"""The executor: runs one rank's actions, one after the other.
+"""The executor: runs the actions of one rank in order.
 
-It knows plans and messages, not models: a :class:`OperationRunner` computes, a :class:`Transport` carries. All state of
-an iteration lives in :class:`Position` and the executor's letters, and is gone at its end.
+It knows plans and messages but no models: an :class:`OperationRunner` computes, and a :class:`Transport` carries
+messages. The state of an iteration is in :class:`Position` and the executor's letters, and is dropped at the end of the
+iteration.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ from .transport import Tensors, Transfer, Transport
 
 
 class OperationRunner(Protocol):
-    """Computes stages. ``inputs`` and ``gradients`` stand in the order of the stage's incoming messages."""
+    """Computes operations. ``inputs`` and ``gradients`` are in the order of the operation's incoming messages."""
 
     def forward(self, operation: Operation, unit: Unit, strategy: str, inputs: list[Tensors]) -> Tensors:
-        """The stage's output payload; empty after the stage with the loss."""
+        """Run F and return its output payload, which is empty for the operation that computes the loss."""
         ...
 
     def backward(self, operation: Operation, unit: Unit, strategy: str, gradients: list[Tensors]) -> list[Tensors]:
-        """B or BW: gradients of the forward's inputs, one payload per forward input."""
+        """Run B or BW and return the gradients of the forward's inputs, one payload for each."""
         ...
 
     def weight(self, operation: Operation, unit: Unit, strategy: str) -> None:
-        """W: the weight gradients its B left."""
+        """Run W: compute the weight gradients that the B before it deferred."""
         ...
 
     def reduce(self, module: str, segment: int) -> None:
-        """Start to reduce the gradients of this rank's chunk over replicas."""
+        """Start the reduction of this rank's gradients of a chunk over data-parallel replicas."""
         ...
 
 
 class PayloadError(RuntimeError):
-    """A stage gave something else than its plan says travels on; the message names both."""
+    """An operation returned other tensors than its plan says; the message names both."""
 
 
 @dataclass
 class Position:
-    """Where a rank stands in its plan; read by the watchdog from another thread."""
+    """The progress of a rank through its plan. The watchdog reads it from another thread."""
 
     rank: int
     plan: Plan | None = None
@@ -54,9 +55,9 @@ class Position:
     iteration: int = 0
     begun: bool = False
     reads: bool = False
-    """Whether it does what is left to the gaps: it reads the next iteration's microbatches."""
+    """Whether the rank is reading the next iteration's microbatches."""
     global_ranks: Sequence[int] = ()
-    """Of the pipeline's ranks, where there are several pipelines."""
+    """Global ranks of the pipeline's ranks; empty if there is only one pipeline."""
 
     def __str__(self) -> str:
         if self.plan is None:
@@ -76,11 +77,11 @@ class Position:
 
 
 class _Letter:
-    """A message of an iteration, at one of its ends. ``tensors`` are here between their arrival and their use, or
-    between their making and their sending; ``transfer`` is under way.
+    """One end of a message of the iteration.
 
-    All that can be worked out beforehand is: between two operations, when all caches hold the last one's data, every
-    object that is looked at takes its time.
+    ``tensors`` is set between arrival and use (receiver) or between computation and sending (sender); ``transfer`` is
+    set while a transfer is in progress. Everything that depends only on the plan is computed in advance, because
+    between two operations the caches hold the operation's data and every access to another object is slow.
     """
 
     __slots__ = ("channel", "expected", "message", "payload", "tensors", "transfer")
@@ -94,14 +95,18 @@ class _Letter:
         self.transfer: Transfer | None = None
 
     def take(self) -> Tensors:
-        """The tensors, held here no longer."""
+        """Return the tensors and release them here."""
         tensors, self.tensors = self.tensors, None
         assert tensors is not None, self.message
         return tensors
 
     def put(self, tensors: Tensors) -> None:
-        """Those of a stage's tensors that travel, in the plan's order and without their graph. Raises PayloadError: the
-        other end has buffers of the planned shapes and would wait for ever, or take one tensor for another."""
+        """Keep the operation's tensors that this message carries, in the plan's order and detached from their graph.
+
+        Raises:
+            PayloadError: If a tensor is missing, or differs from the plan in shape or dtype. The receiver has buffers
+                of the planned shapes and would otherwise hang or confuse tensors.
+        """
         found: Tensors = {}
         for name, shape, dtype in self.expected:
             tensor = tensors.get(name)
@@ -115,8 +120,11 @@ class _Letter:
 
 
 class _Work:
-    """An operation, with what it takes and gives. ``places[i]`` is where, among what a backward returns, the gradient
-    is that travels in ``given[i]``; a forward gives the same to all."""
+    """An operation with its incoming (``taken``) and outgoing (``given``) messages.
+
+    For a backward, ``places[i]`` is the index, in the list of gradients it returns, of the gradient that ``given[i]``
+    carries. A forward sends the same output with all its messages.
+    """
 
     __slots__ = ("given", "operation", "places", "strategy", "taken", "unit")
 
@@ -129,21 +137,30 @@ class _Work:
         self.given = [letters(m) for m in given]
         self.places: list[int] = []
         if operation.kind in (Kind.B, Kind.BW):
-            # One result per forward input; those whose producer does not train are dropped.
+            # A backward returns one gradient for each forward input; those of producers that don't train are dropped.
             forward = Operation(Kind.F, operation.module, operation.segment, operation.unit, operation.rank)
             sources = [replace(m.source, kind=Kind.B) for m in incoming(plan.graph, forward)]
             self.places = [sources.index(m.target) for m in given]
 
 
 LATEST_READING = 0.4
-"""Share of a rank's actions after which work for the gaps waits for none any more: a plan has to follow from it."""
+"""Share of a rank's actions after which the work for gaps no longer waits for a gap. The next iteration is planned from
+its result and must have time for that."""
 
 
 class Executor:
     """Runs plans on one pipeline rank."""
 
     def __init__(self, rank: int, transport: Transport, clock: Clock, *, alone: bool = True):
-        """``alone``: no other rank has the same stages, which would have to use the same gaps."""
+        """Create an executor for one pipeline rank.
+
+        Args:
+            rank: This process's pipeline rank.
+            transport: Carries messages to the other pipeline ranks.
+            clock: Measures the operations.
+            alone: Whether no other rank runs the same actions. Tensor-parallel ranks do, and all of them must use the
+                same gaps.
+        """
         self.position = Position(rank)
         self._rank = rank
         self._transport = transport
@@ -157,11 +174,15 @@ class Executor:
     def run(
         self, plan: Plan, runner: OperationRunner, iteration: int = 0, meanwhile: Iterator[None] | None = None
     ) -> None:
-        """Execute the rank's actions in order. The plan must have passed :func:`schedule.verify.verify`.
+        """Execute the rank's actions in order. The plan must have passed :func:`dip_megatron.core.verify.verify`.
 
-        ``meanwhile`` is work for the gaps: one step of it is done before each wait for a message, the rest at the end.
-        Ranks with the same actions (a stage's tensor-parallel ones) do the same step at the same place. Where the
-        transport sees what has arrived, and no such ranks have to agree, steps are done while a message is on its way.
+        Args:
+            plan: The plan of the iteration.
+            runner: Computes the operations.
+            iteration: Number of the iteration, for reports.
+            meanwhile: Work to do in gaps. One step of it is done before each wait for a message, and the rest at the
+                end, so that ranks with the same actions do the same step at the same place. If the transport sees
+                arrivals and no such ranks exist, steps are done as long as a message hasn't arrived.
         """
         self._letters, self._sending = {}, []
         self._meanwhile = iter(()) if meanwhile is None else meanwhile
@@ -175,14 +196,14 @@ class Executor:
             position.index = index
             run(what)
         position.index = len(actions)
-        position.reads = True  # still so where that fails
+        position.reads = True  # Left set if the work fails, for the report.
         for _ in self._meanwhile:
             pass
         position.plan, position.reads = None, False
         self._letters = {}
 
     def _steps(self, plan: Plan, runner: OperationRunner) -> list[tuple[Callable[[Any], None], Any]]:
-        """What to do for each action, and with what."""
+        """Return, for each action of the rank, the function that executes it and its argument."""
 
         def letter(message: Message) -> _Letter:
             known = self._letters.get(message)
@@ -238,7 +259,7 @@ class Executor:
     def _isend(self, letter: _Letter) -> None:
         letter.transfer = self._transport.send(letter.channel, letter.take())
         self._sending.append(letter)
-        # Buffers of sends that have ended go back to the allocator now, not at the end of the iteration.
+        # Free the buffers of completed sends now instead of at the end of the iteration.
         for earlier in [x for x in self._sending if x.transfer is not None and x.transfer.done()]:
             earlier.transfer = None
             self._sending.remove(earlier)
@@ -276,7 +297,11 @@ class Executor:
 
 
 def payload_of(plan: Plan, message: Message) -> Payload:
-    """Shapes of what a message carries; for gradients, of the tensors that have one."""
+    """Return the specifications of the tensors that a message carries; for gradients, only of differentiable tensors.
+
+    Raises:
+        PayloadError: If the plan doesn't say what the message carries.
+    """
     source, target = message.source, message.target
     gradient = message.channel.gradient
     if gradient:

@@ -1,4 +1,4 @@
-"""Process groups that only their members create."""
+"""Process groups whose creation involves only their members."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from ..compat.process_groups import group_named, groups_of, nccl_options, of_its
 def local_group(
     ranks: Sequence[int], backend: str, timeout: timedelta, device: torch.device | None = None, blocks: int = 8
 ) -> Any:  # fmt: skip
-    """A new group of these global ranks, for whose making no other rank is needed. NCCL is given the ``device``, and
-    how many ``blocks`` of threads an operation may occupy on it, the same on all ranks.
+    """Create a process group without the participation of ranks outside it.
 
-    Members must find each other by a name. torch derives it from how many groups a process has made or joined, on which
-    ranks need not agree, and then they wait for each other until they time out. Here it is how many groups there are of
-    exactly these ranks: all of them are members of each.
+    Members find each other by the group's name. torch derives that name from the number of groups a process has created
+    or joined, on which ranks need not agree; they would then wait for each other until a timeout. Here the name is
+    derived from the number of groups with exactly these ranks, which is the same on all members.
+
+    Args:
+        ranks: Global ranks of the members.
+        backend: ``nccl`` or ``gloo``.
+        timeout: Timeout of the group's operations.
+        device: Device of the group, for NCCL.
+        blocks: Most thread blocks that an NCCL operation may occupy; must be equal on all members.
     """
     members = sorted(ranks)
     text = f"dip {members} {groups_of(members)}"

@@ -1,4 +1,4 @@
-"""What the layers of a rank are told about the stage they run in."""
+"""What the layers of a rank can read about the operation that is running."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from .offload import OffloadedActivations
 
 @lru_cache(maxsize=4096)
 def layer_strategies(text: str, layers: int) -> tuple[str, ...]:
-    """One memory strategy per layer of a chunk; empty if all keep everything. Raises StrategyError."""
+    """Return one memory strategy per layer of a chunk; empty if all layers keep everything. Raises StrategyError."""
     return () if text == "none" else parse_strategy(text, layers)
 
 
 class LayerContext:
-    """Read by the layers of all chunks of a rank while a stage runs. A rank runs one stage at a time, so there is one.
+    """Settings that the layers of all chunks of a rank read while an operation runs. A rank runs one operation at a
+    time, so one context serves all chunks.
 
-    ``weight_gradients``: where weight gradients are left, None to compute them at once. ``strategies``: the memory
-    strategy of each layer of the chunk, empty for none. ``offloaded``: where layers whose strategy offloads leave
-    their activations.
+    Attributes:
+        weight_gradients: Store for deferred weight gradients; None to compute them at once.
+        strategies: Memory strategy of each layer of the chunk; empty if all layers keep everything.
+        offloaded: Store for the activations of layers whose strategy offloads.
     """
 
     __slots__ = ("_stream", "offloaded", "strategies", "weight_gradients")
@@ -43,8 +45,8 @@ class LayerContext:
         strategies: tuple[str, ...] = (),
         offloaded: OffloadedActivations | None = None,
     ) -> Iterator[None]:
-        """Within, layers run as one stage is to be run. In a backward they get no strategies: what is recomputed there
-        is not to be dropped again."""
+        """Set the context for one operation. A backward passes no strategies, because what it recomputes must not be
+        dropped again."""
         self.weight_gradients, self.strategies, self.offloaded = weight_gradients, strategies, offloaded
         try:
             yield
@@ -52,9 +54,9 @@ class LayerContext:
             self.weight_gradients, self.strategies, self.offloaded = None, (), None
 
     def offload(self) -> OffloadedActivations:
-        """A place for one stage's offloaded layers. All stages share one side stream, if there is a GPU."""
+        """Create the store for the offloaded activations of one forward. All stores share one side stream on a GPU."""
         if self._stream is None and torch.cuda.is_available():
-            # None of the usual ones, which all groups of NCCL's take in turn: copies that a stage waits for would
-            # stand behind a reduction that waits for other replicas.
+            # A high-priority stream, not one of the default pool that NCCL's groups also use: copies that an operation
+            # waits for could otherwise queue behind a reduction that waits for other replicas.
             self._stream = torch.cuda.Stream(priority=-1)
         return OffloadedActivations(self._stream)

@@ -1,8 +1,8 @@
-"""Activations of single layers in host memory between a stage's forward and its backward.
+"""Keeps activations of single layers in host memory between their forward and their backward.
 
-What autograd saves inside an offloaded layer is copied to pinned host memory on a side stream, behind the layer's
-forward, and comes back before the layer's backward: the last layer when its stage's backward is next, each other one
-when the layer after it starts its own. Without a GPU these are plain copies.
+What autograd saves inside an offloaded layer is copied to pinned host memory on a side stream after the layer's
+forward, and copied back before the layer's backward: the last layer during the operation before its backward, each
+other layer when the layer after it starts its backward. Without a GPU these are plain copies.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..compat.tensors import storage_id, version
 
 _LEAST_BYTES = {"cuda": 1 << 16, "cpu": 1 << 10}
-"""Smaller tensors stay: a copy of its own would cost more than they take."""
+"""Tensors below this size, in bytes, stay on the device: copying them would cost more than they occupy."""
 
 
 class HostCopy:
-    """One storage (or one tensor's part of a larger one) in host memory; ``uses``: how often it is still to be read."""
+    """A storage, or one tensor's part of a large storage, in host memory. ``uses`` counts how often it will still be
+    read."""
 
     __slots__ = ("device", "event", "host", "on_device", "uses")
 
     def __init__(self, source: torch.Tensor, stream: Any, uses: int = 0):
-        """``stream``: the side stream of copies, None without a GPU."""
+        """Start copying ``source`` to the host on the side stream ``stream``; None copies at once (no GPU)."""
         self.device = source.device
         self.event: Any = None
         self.on_device: torch.Tensor | None = None
@@ -38,16 +39,16 @@ class HostCopy:
         stream.wait_stream(torch.cuda.current_stream(source.device))
         with torch.cuda.stream(stream):
             self.host.copy_(source, non_blocking=True)
-        source.record_stream(stream)  # its memory is free for others once the copy is done, without waiting here
+        source.record_stream(stream)  # The allocator reuses its memory only after the copy; the host needn't wait.
 
     def fetch(self, stream: Any) -> None:
-        """Begin to copy back."""
+        """Start copying back to the device."""
         if self.on_device is not None:
             return
         if stream is None:
             self.on_device = self.host.clone()
             return
-        # Allocated for the computing stream; so the copy starts when that stream gets here, and not before.
+        # The buffer is allocated on the computing stream, so the copy must not start before that stream gets here.
         self.on_device = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -57,7 +58,7 @@ class HostCopy:
         self.on_device.record_stream(stream)
 
     def take(self, stream: Any) -> torch.Tensor:
-        """The tensor on its device, for one of its uses."""
+        """Return the tensor on its device, for one of its uses."""
         self.fetch(stream)
         tensor = self.on_device
         assert tensor is not None
@@ -70,7 +71,7 @@ class HostCopy:
 
 
 class _Saved:
-    """What autograd keeps in place of a tensor."""
+    """What autograd keeps in place of an offloaded tensor."""
 
     __slots__ = ("copy", "layer", "offset", "shape", "strides")
 
@@ -79,13 +80,13 @@ class _Saved:
 
 
 class OffloadedActivations:
-    """The offloaded layers of one stage, from its forward to the end of its backward."""
+    """The offloaded layers of one (unit, segment), from its forward to the end of its backward."""
 
     def __init__(self, stream: Any = None):
-        """``stream``: the side stream, None without a GPU."""
+        """Create an empty store whose copies run on the side stream ``stream``; None without a GPU."""
         self.stream = stream
         self.shared: set[int] = set()
-        """Storages that offloaded layers use and that aren't theirs."""
+        """Ids of storages that offloaded layers use but don't own, such as parameters."""
         self._layers: dict[int, list[HostCopy]] = {}
         self._kept: set[int] = set()
         self._whole: set[int] = set()
@@ -97,7 +98,12 @@ class OffloadedActivations:
 
     @contextmanager
     def layer(self, index: int, keep: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Within, what autograd saves goes to host memory; but not ``keep`` (parameters, inputs all layers share)."""
+        """Within this context, move what autograd saves for a layer to host memory.
+
+        Args:
+            index: Index of the layer in its chunk.
+            keep: Tensors to leave on the device: parameters, and inputs that all layers share.
+        """
         kept = self._kept = {storage_id(t.untyped_storage()) for t in keep}
         self.shared |= kept
         known: dict[tuple[int, ...], tuple[StorageWeakRef, HostCopy]] = {}
@@ -111,13 +117,13 @@ class OffloadedActivations:
             place, size = storage_id(storage), tensor.numel() * tensor.element_size()
             if place in kept or size < _LEAST_BYTES.get(tensor.device.type, 0) or tensor.layout != torch.strided:
                 return tensor
-            # Views that share a storage (q, k and v) go together; a small part of a large storage goes alone.
+            # Views that share a storage (q, k and v) are copied once; a small part of a large storage is copied alone.
             whole = 4 * size >= storage.nbytes() and storage.nbytes() % tensor.element_size() == 0
             key = (place, version(tensor), tensor.element_size())
             if not whole:
                 key = (*key, tensor.storage_offset(), *tensor.shape, *tensor.stride())
             found = known.get(key)
-            # An address may be another tensor's by now.
+            # The storage may have been freed and its address reused by another tensor.
             if found is None or found[0].expired():
                 source = tensor.detach()
                 if whole:
@@ -135,19 +141,22 @@ class OffloadedActivations:
             yield
 
     def keep(self, tensor: torch.Tensor) -> None:
-        """Leave a tensor of the layer at hand where it is: what saves it drops it by itself and makes it again."""
+        """Leave a tensor of the current layer on the device, because the code that saves it drops and recomputes it
+        anyway."""
         self._kept.add(storage_id(tensor.untyped_storage()))
 
     def release(self, tensor: torch.Tensor) -> None:
-        """Free a tensor of the layer at hand that nothing reads before it is back, if all of it has been copied.
+        """Free the storage of a tensor of the current layer if all of it has been copied. Nothing may read it before it
+        is copied back.
 
-        Autograd holds a checkpoint's inputs, leaves of a graph of their own, also where hooks save them elsewhere.
+        Needed because autograd holds the inputs of a checkpoint, leaves of a separate graph, even if hooks save them
+        elsewhere.
         """
         if storage_id(tensor.untyped_storage()) in self._whole:
             tensor.untyped_storage().resize_(0)
 
     def prefetch(self) -> None:
-        """Begin to bring back the last layer, whose backward comes first."""
+        """Start copying back the last layer, whose backward runs first."""
         if self._layers:
             for copy in self._layers[max(self._layers)]:
                 copy.fetch(self.stream)
@@ -156,7 +165,7 @@ class OffloadedActivations:
         if isinstance(saved, torch.Tensor):
             return saved
         if self._layers.pop(saved.layer, None) is not None:
-            # The first one of this layer: the next one to be needed comes back behind it.
+            # This is the layer's first tensor: start copying back the layer before it, which is needed next.
             self.prefetch()
         tensor = saved.copy.take(self.stream)
         return tensor.as_strided(saved.shape, saved.strides, saved.offset) if saved.strides else tensor
