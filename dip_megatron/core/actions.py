@@ -49,7 +49,7 @@ class Message:
     def parse(cls, text: str) -> Message:
         source, separator, target = text.partition(">")
         if not separator:
-            raise ValueError(f"not a message: {text!r} (expected STAGE>STAGE)")
+            raise ValueError(f"not a message: {text!r} (expected OPERATION>OPERATION)")
         return cls(Operation.parse(source), Operation.parse(target))
 
 

@@ -97,7 +97,7 @@ class Decoder:
         edge = self._numbers.get((ends[1], ends[0]) if gradient else (ends[0], ends[1]))
         kinds = {message.source.kind, message.target.kind}
         if edge is None or kinds != {Kind.B if gradient else Kind.F}:
-            raise GraphError(f"{action}: nothing travels between these stages")
+            raise GraphError(f"{action}: nothing travels between these operations")
         return (
             4 * virtual_microbatches
             + 2 * self._edges * COMMUNICATIONS.index(action.kind)

@@ -77,7 +77,7 @@ def _events(
             rows = [np.flatnonzero((c == chunk) & m[:, p]) for c, m in zip(chunks, meets, strict=True)]
             counts = {len(r) for r in rows}
             if len(counts) > 1:
-                raise ValueError(f"replicas have {sorted(counts)} stages of one chunk with experts on rank {p}")
+                raise ValueError(f"replicas have {sorted(counts)} forwards of one chunk with experts on rank {p}")
             f, b, w = (
                 np.stack([getattr(x, name)[r, p] for x, r in zip(alone, rows, strict=True)])
                 for name in ("forward", "backward", "rest")

@@ -1,4 +1,4 @@
-"""The plan file's fields as a pydantic model: what is checked at the border, and the source of the JSON schema."""
+"""The fields of a plan file as a pydantic model: the check of what is read, and the source of the JSON schema."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
 
 
 class Strict(BaseModel):
-    """No field left out, none added, nothing converted."""
+    """A record whose fields must all be there, with exactly these names and types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -48,7 +48,7 @@ class UnitRecord(Strict):
 
 
 class OperationTimes(Strict):
-    """Seconds of the stages of one unit in one segment, one entry per rank."""
+    """Seconds of the operations of one unit in one segment, one entry per rank."""
 
     module: Name
     segment: Count
@@ -60,14 +60,14 @@ class OperationTimes(Strict):
 
 
 class OperationBytes(Strict):
-    """Bytes of the stages of one unit in one segment, one entry per rank."""
+    """Bytes that the operations of one unit in one segment hold, one entry per rank."""
 
     module: Name
     segment: Count
     unit: Count
     activation: Annotated[list[Bytes], Field(description="from the start of F to the end of B or BW")]
     deferred_activation: Annotated[
-        list[Bytes], Field(description="what a split stage still holds from the end of B to the end of W")
+        list[Bytes], Field(description="what a split backward still holds from the end of B to the end of W")
     ]
 
 
@@ -81,8 +81,8 @@ class TensorRecord(Strict):
 
 
 class PayloadRecord(Strict):
-    """What travels from virtual microbatch ``source`` to ``target`` (equal: between the ranks of one); with ``rank``,
-    from that rank's stage alone."""
+    """The tensors that travel from virtual microbatch ``source`` to ``target``, or between the ranks of one virtual
+    microbatch if both are equal. With ``rank``: those that this rank sends."""
 
     source: Count
     target: Count
@@ -109,7 +109,7 @@ class SearchRecord(Strict):
 
 
 class CoupledRecord(Strict):
-    """That a plan is one of a set, of replicas that share experts; the set's plans are consecutive lines."""
+    """Marks a plan as one of a set, of replicas that share experts. The plans of a set are consecutive lines."""
 
     replica: Count
     replicas: Annotated[int, Field(ge=1)]
@@ -153,7 +153,7 @@ class PlanRecord(Strict):
 
 
 def upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """A line of version 1, whose fields had other names, as version 2 says it."""
+    """A line of version 1, whose fields had other names, with the names of version 2."""
     line: dict[str, Any] = renamed(data, {"latency": "transfer"}) | {"version": VERSION}
     for name, fields in (
         ("units", {"feeds": "downstream"}),

@@ -172,9 +172,9 @@ class OperationGraph:
     def virtual_microbatch_of(self, operation: Operation) -> int:
         """Virtual microbatch of an operation. Raises GraphError if it is not one of this graph."""
         if not 0 <= operation.unit < len(self.units) or self.units[operation.unit].module != operation.module:
-            raise GraphError(f"{operation} is not a stage of this graph")
+            raise GraphError(f"{operation} is not an operation of this graph")
         if not (0 <= operation.segment < self.module(operation.module).segments and 0 <= operation.rank < self.ranks):
-            raise GraphError(f"{operation} is not a stage of this graph")
+            raise GraphError(f"{operation} is not an operation of this graph")
         return self.virtual_microbatch(operation.unit, operation.segment)
 
     @cached_property

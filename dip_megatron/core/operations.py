@@ -41,11 +41,13 @@ class Operation:
     @classmethod
     def parse(cls, text: str) -> Operation:
         """Inverse of ``str()``. Raises ValueError naming ``text``."""
-        match = _STAGE.fullmatch(text)
+        match = _OPERATION.fullmatch(text)
         if match is None:
-            raise ValueError(f"not a stage: {text!r} (expected KIND:MODULE.SEGMENT#UNIT@RANK, e.g. F:vision.0#3@1)")
+            raise ValueError(
+                f"not an operation: {text!r} (expected KIND:MODULE.SEGMENT#UNIT@RANK, e.g. F:vision.0#3@1)"
+            )
         kind, module, segment, unit, rank = match.groups()
         return cls(Kind[kind], module, int(segment), int(unit), int(rank))
 
 
-_STAGE = re.compile(r"(F|B|W|BW):([A-Za-z_][\w-]*)\.(\d+)#(\d+)@(\d+)")
+_OPERATION = re.compile(r"(F|B|W|BW):([A-Za-z_][\w-]*)\.(\d+)#(\d+)@(\d+)")

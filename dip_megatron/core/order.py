@@ -51,7 +51,7 @@ def check_complete(graph: OperationGraph, schedule: Schedule) -> str | None:
             if forward is None:
                 return f"rank {rank}: {graph.operation(Kind.F, s, rank)} is missing"
             if fused is not None and (back is not None or weight is not None):
-                return f"rank {rank}: {graph.operation(Kind.BW, s, rank)} stands beside a B or W of the same stage"
+                return f"rank {rank}: {graph.operation(Kind.BW, s, rank)} stands beside a B or W of the same unit"
             if not graph.has_backward[s, rank]:
                 if fused is not None or back is not None or weight is not None:
                     return f"rank {rank}: {graph.operation(Kind.B, s, rank)} has nothing to train before it"

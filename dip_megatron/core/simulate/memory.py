@@ -29,14 +29,14 @@ def memory_over_time(
     """
     lines = []
     for rank, order in enumerate(schedule.orders):
-        kinds, stages = order // graph.virtual_microbatches, order % graph.virtual_microbatches
-        choice = schedule.strategy[stages, rank]
-        activation = graph.activation[choice, stages, rank]
-        deferred = graph.deferred_activation[choice, stages, rank]
+        kinds, rows = order // graph.virtual_microbatches, order % graph.virtual_microbatches
+        choice = schedule.strategy[rows, rank]
+        activation = graph.activation[choice, rows, rank]
+        deferred = graph.deferred_activation[choice, rows, rank]
         leaves = np.where(kinds == Kind.W, -deferred, -activation)
-        split = (kinds == Kind.B) & graph.has_weight[stages, rank]
+        split = (kinds == Kind.B) & graph.has_weight[rows, rank]
         leaves = np.where(split, deferred - activation, leaves)
-        leaves = np.where((kinds == Kind.F) & graph.has_backward[stages, rank], 0.0, leaves)
+        leaves = np.where((kinds == Kind.F) & graph.has_backward[rows, rank], 0.0, leaves)
         # Each operation takes at its start and gives at its end; in the order the rank runs them, never sorted by time,
         # so that an end and the next start at one moment count as they do in the simulator.
         moments = np.stack([start[rank], end[rank]], axis=1).ravel()
