@@ -1,13 +1,14 @@
-"""Transport for ranks that share a GPU (or a host's memory): mailboxes that both ends map.
+"""Transport for ranks that share a GPU or a host's memory, through buffers that both processes map.
 
-A channel has a few slots. The sender copies a message into a free slot and rings the slot's number; the receiver
-copies it out and rings back that the slot is free. Bells ring when copies have been *given* to the device, not when
-they have ended: the device orders them by interprocess events, so that neither host waits for it. A host only blocks in
-``wait``, until its peer has given its copy: it looks at the bell, and sleeps in between. What a peer needs to map a
-slot (once for each) travels over a Unix socket, whose end also tells that the peer has gone.
+A channel has a few slots. The sender copies a message into a free slot and passes the slot's number to the receiver
+through a shared counter. The receiver copies the message out and passes the number back. Numbers are passed when copies
+have been *issued* to the device, not when they have completed: interprocess events order them on the device, so that no
+host waits for a copy. A host only blocks in ``wait``, until its peer has issued its copy: it polls the counter and
+sleeps in between. The handles with which a peer maps a slot (once for each slot) are sent over a Unix socket, which
+also shows when the peer has exited.
 
-Nothing happens in the background: every call moves all channels along, as MPI libraries do. Sends never block (without
-a free slot they queue up), so that a plan that passed the verifier can't hang here.
+There are no background threads: every call advances all channels, as MPI libraries do. Sends never block (without a
+free slot they are queued), so a plan that has passed the verifier can't deadlock here.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from .sharing import CudaCopies, Handle, HostCopies, Mark, slot_size, slot_size_
 from .transport import Tensors, Transfer, TransportError, ring_channels
 
 SLOTS = 4
-"""Messages of one channel that may be under way at once. More only cost memory: receivers empty a slot as soon as their
-receive is posted, and plans post receives when the sender begins to compute."""
+"""Messages of one channel that may be in transit at once. More only cost memory: receivers empty a slot as soon as
+their receive is posted, and plans post receives when the sender starts to compute."""
 
 PAUSE = 5e-5
-"""Seconds between two looks at a bell. What the system makes of it is about twice as long."""
+"""Seconds of sleep between two polls of a counter. The system typically sleeps about twice as long."""
 LONG_WAIT, LONG_PAUSE = 0.1, 5e-4
-"""After so many seconds of waiting, the pauses are longer."""
+"""After ``LONG_WAIT`` seconds of waiting, the sleeps are ``LONG_PAUSE`` seconds."""
 
 _LENGTH = struct.Struct("<I")
 _HEADER = struct.Struct("<II?")
@@ -48,7 +49,7 @@ _HEADER = struct.Struct("<II?")
 
 class IpcTransport:
     """See :class:`dip_megatron.runtime.transport.Transport`. All ranks must be on one host, and on one GPU if
-    ``device`` is one."""
+    ``device`` is a GPU."""
 
     def __init__(
         self,
@@ -60,15 +61,27 @@ class IpcTransport:
         slots: int = SLOTS,
         replicated: bool = False,
     ):
-        """All pipeline ranks construct it at the same time. ``timeout_seconds`` bounds every wait for a peer. Raises
-        TransportError if a peer can't be reached."""
-        self.sees_arrivals = device.type != "cuda"  # on a GPU the host is ahead of the copies
+        """Connect this rank to its neighbours. All pipeline ranks construct it at the same time.
+
+        Args:
+            ranks: Number of pipeline ranks.
+            rank: This process's pipeline rank.
+            device: Device of the tensors.
+            exchange: Gathers data among the pipeline's ranks.
+            timeout_seconds: Bound on every wait for a peer.
+            slots: Slots of each channel.
+            replicated: Whether the model has modules that are replicated on every rank.
+
+        Raises:
+            TransportError: If a peer can't be reached.
+        """
+        self.sees_arrivals = device.type != "cuda"  # On a GPU the host runs ahead of the copies.
         self._rank = rank
         self._timeout = timeout_seconds
         self._device = device
         connected = _connect(ring_channels(ranks, replicated), rank, exchange, timeout_seconds, slots)
 
-        # Each link copies on a stream of its own: a copy that waits for a peer holds up no other channel.
+        # Each link has its own copy stream, so that a copy that waits for a peer delays no other channel.
         def copies() -> CudaCopies | HostCopies:
             return CudaCopies(device) if device.type == "cuda" else HostCopies()
 
@@ -76,7 +89,7 @@ class IpcTransport:
         self._incoming = {c: _Incoming(w, copies()) for c, w in connected.items() if c.target == rank}
 
     def open(self, channels: Iterable[Channel]) -> None:
-        """Nothing is left to do: all were connected when this was made."""
+        """Do nothing: all channels were connected on construction."""
 
     def send(self, channel: Channel, tensors: Tensors) -> Transfer:
         """See Transport."""
@@ -87,7 +100,7 @@ class IpcTransport:
             link.pending.append(send)
             self.progress()
         else:
-            send.mark = send.computed  # both ends know from the plan that there is nothing to send
+            send.mark = send.computed  # Both ends know from the plan that there is nothing to send.
         return send
 
     def receive(self, channel: Channel, payload: Payload) -> Transfer:
@@ -103,7 +116,7 @@ class IpcTransport:
         return receive
 
     def progress(self) -> None:
-        """Take in what peers have sent, and begin every copy that can begin."""
+        """Process what peers have sent, and start every copy that can start."""
         for outgoing in self._outgoing.values():
             if outgoing.pending:
                 outgoing.advance()
@@ -112,13 +125,14 @@ class IpcTransport:
                 incoming.advance()
 
     def block(self, until: Callable[[], bool], link: _Link, what: str) -> None:
-        """Progress until a condition holds. Raises TransportError after the timeout, or when the peer has gone."""
+        """Call :meth:`progress` until ``until()`` holds. Raises TransportError after the timeout, or if the peer has
+        exited."""
         channel, began = link.channel, time.monotonic()
         peer = channel.source if channel.target == self._rank else channel.target
         self.progress()
         while not until():
             gone = link.peer_has_gone()
-            self.progress()  # what it has sent before it went is there
+            self.progress()  # The peer may have sent something before it exited.
             if until():
                 return
             if gone:
@@ -133,7 +147,7 @@ class IpcTransport:
             self.progress()
 
     def close(self) -> None:
-        """Release buffers, sockets and bells; call it when no transfer is under way any more."""
+        """Release buffers, sockets and counters. No transfer may be in progress."""
         for link in (*self._outgoing.values(), *self._incoming.values()):
             link.copies.close()
             link.close()
@@ -193,7 +207,7 @@ class _Receive:
 
 @dataclass
 class _Wire:
-    """What connects the two ends of a channel: bells in both directions, and a socket."""
+    """The connection between the two ends of a channel: a counter in each direction, and a socket."""
 
     channel: Channel
     socket: socket.socket
@@ -202,9 +216,11 @@ class _Wire:
 
 
 class _Link(ABC):
-    """One end of a channel. Numbers of slots travel by bell; with the lowest bit set, news of the slot are on the
-    socket: a length and a pickled tuple, from a process of this very run. Of the news one may be a file, whose
-    descriptor goes along with the length."""
+    """One end of a channel. Slot numbers are passed through counters, shifted left by one bit.
+
+    If the lowest bit is set, the socket carries handles of that slot: a length and a pickled tuple, from a process of
+    the same run. One of the handles may be a file descriptor, which is sent along with the length.
+    """
 
     def __init__(self, wire: _Wire, copies: CudaCopies | HostCopies):
         self.channel = wire.channel
@@ -212,7 +228,7 @@ class _Link(ABC):
         self._wire = wire
 
     def peer_has_gone(self) -> bool:
-        """Whether the other end is closed. It may have sent something before."""
+        """Whether the peer has closed its end. It may have sent something before."""
         try:
             return not self._wire.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -221,12 +237,12 @@ class _Link(ABC):
             return True
 
     def close(self) -> None:
-        """End this end; the other one sees that it has gone."""
+        """Close this end; the peer can see that."""
         for part in (self._wire.heard, self._wire.rung, self._wire.socket):
             part.close()
 
     def take(self) -> bool:
-        """Take in the number of a slot, if one has arrived."""
+        """Process the number of one slot, if one has arrived, and return whether it had."""
         number = self._wire.heard.take()
         if number is None:
             return False
@@ -234,7 +250,8 @@ class _Link(ABC):
         return True
 
     def tell(self, slot: int, *news: Handle | None) -> None:
-        """Ring the number of a slot. Raises TransportError if there are news of it and the peer has gone."""
+        """Pass the number of a slot to the peer, with handles if there are any. Raises TransportError if there are and
+        the peer has exited."""
         known = all(part is None for part in news)
         if not known:
             data = pickle.dumps(news)
@@ -268,12 +285,12 @@ class _Link(ABC):
 
     @abstractmethod
     def taken(self, slot: int, *news: Handle | None) -> None:
-        """The number of a slot has arrived."""
+        """Handle the arrival of a slot number, with the handles that came with it."""
 
 
 @dataclass
 class _Slot:
-    """The sender's side of a slot. ``ready`` is raised by the sender, ``free`` by the receiver."""
+    """The sender's side of a slot. The sender raises ``ready``, the receiver raises ``free``."""
 
     ready: Any
     ready_handle: bytes
@@ -295,7 +312,7 @@ class _Outgoing(_Link):
         self._free.append(slot)
 
     def advance(self) -> None:
-        """Begin every send for which there is a slot."""
+        """Start every send for which there is a slot."""
         while self.take():
             pass
         while self.pending:
@@ -313,7 +330,7 @@ class _Outgoing(_Link):
         if slot.buffer is None:
             ready_handle = slot.ready_handle
         if slot.buffer is None or slot.buffer.numel() < size:
-            # Room to grow, so that units of varying size soon find every slot large enough.
+            # Allocate more than needed, so that slots soon fit units of all sizes.
             slot.buffer, handle = self.copies.allocate(size + size // 8)
         if slot.free is not None:
             self.copies.await_signal(slot.free)
@@ -343,7 +360,7 @@ class _Incoming(_Link):
         self._arrived.append(slot)
 
     def advance(self) -> None:
-        """Begin every posted receive whose message is there."""
+        """Start every posted receive whose message has arrived."""
         while self.posted and (self._arrived or self.take()):
             receive, slot = self.posted.popleft(), self._arrived.popleft()
             size = slot_size_of(receive.present)
@@ -358,15 +375,15 @@ class _Incoming(_Link):
             if slot not in self._freed:
                 self._freed[slot], handle = self.copies.new_signal()
             self.copies.raise_signal(self._freed[slot])
-            with suppress(TransportError):  # a sender that has ended in order needs no slot back
+            with suppress(TransportError):  # A sender that has exited normally needs no slot back.
                 self.tell(slot, handle)
 
 
 def _connect(
     channels: Sequence[Channel], rank: int, exchange: Exchange, timeout_seconds: float, slots: int
 ) -> dict[Channel, _Wire]:
-    """Those of these channels that are this rank's, connected. The directory of the socket's path is this user's
-    alone."""
+    """Connect those of these channels that end at this rank. The socket is in a directory that only this user can
+    access."""
     mine = [c for c in channels if rank in (c.source, c.target)]
     wires: dict[Channel, _Wire] = {}
     with tempfile.TemporaryDirectory(prefix="dip-") as folder, socket.socket(socket.AF_UNIX) as listener:
@@ -393,5 +410,5 @@ def _connect(
         except (OSError, struct.error) as error:
             raise TransportError(f"pipeline rank {rank} can't reach its neighbours on this host: {error}") from error
     for wire in wires.values():
-        wire.socket.settimeout(None)  # what is read from here on has been sent before its bell rang
+        wire.socket.settimeout(None)  # From here on, data is on the socket before the counter announces it.
     return wires

@@ -1,4 +1,4 @@
-"""What the executor needs to know of a model: the one interface to implement for a new one."""
+"""The interface between the executor and a model: what a new model has to implement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ..core import ModalityModule, Operation, Payload, Unit
 from .layer_context import LayerContext
 
-if TYPE_CHECKING:  # a name for types alone: the runtime runs nothing of planning
+if TYPE_CHECKING:  # The runtime must not import planning code when it runs.
     from ..describe.workload import Microbatch
 
 Tensors = dict[str, torch.Tensor]
@@ -19,43 +19,59 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class MicrobatchInputs:
-    """One microbatch as the pretrain script hands it to its model: the arguments of ``model(...)`` by name, and the raw
-    items its ``forward_step`` took from the data iterator (to be replayed where the loss is computed; None on a rank
-    without an iterator, which gets its data from another tensor-parallel rank)."""
+    """One microbatch as the training script passes it to its model.
+
+    Attributes:
+        arguments: The arguments of the ``model(...)`` call, by name.
+        items: The raw items that ``forward_step`` took from the data iterator. They are replayed where the loss is
+            computed. None on a rank without a data iterator, which receives its data from another tensor-parallel rank.
+    """
 
     arguments: dict[str, Any]
     items: list[Any] | None = field(default_factory=list)
 
 
 class SamplePacking(Protocol):
-    """How a loop packs samples (documents, clips) into microbatches, for ``resample``: whoever packs them says how to
-    take a microbatch apart and how to pack samples anew. Methods are called on every rank, in a thread beside training,
-    and only move data: they call no other rank, draw no random numbers, and change nothing they are given."""
+    """How a training loop packs samples (documents, clips) into microbatches; needed for ``resample``.
+
+    The methods are called on every rank, in a thread beside training. They only move data: they must not communicate,
+    draw random numbers or modify their arguments.
+    """
 
     @property
     def length(self) -> int:
-        """The most tokens of a microbatch."""
+        """Maximum length of a microbatch, in tokens."""
         ...
 
     def split(self, microbatch: MicrobatchInputs) -> Sequence[Any]:
-        """Its samples, in their order: as many on all ranks that have the microbatch. They travel as microbatches do:
-        tensors, and what Python can pickle, nested in any way."""
+        """Split a microbatch into its samples, in their order. All ranks that hold the microbatch must return equally
+        many. A sample may be any nesting of tensors and picklable objects."""
         ...
 
     def tokens(self, sample: Any) -> int:
-        """How many of a microbatch's tokens it takes."""
+        """Return how many tokens ``sample`` occupies in a microbatch."""
         ...
 
     def pack(self, samples: Sequence[Any]) -> MicrobatchInputs:
-        """A microbatch of these samples, one at least: the arguments of ``model(...)`` by name as ``forward_step``
-        would give them, and the items that ``forward_step`` would take for it from the data iterator. Padding, masks
-        and positions are made anew: what a sample's loss is must not depend on the samples beside it."""
+        """Pack one or more samples into a microbatch.
+
+        Padding, masks and positions are computed anew: the loss of a sample must not depend on the samples beside it.
+
+        Returns:
+            The arguments of ``model(...)`` that ``forward_step`` would pass for this microbatch, and the items that it
+            would take from the data iterator.
+        """
         ...
 
 
 class Inputs(list[Tensors]):
-    """The payloads of a stage's incoming messages. ``units`` are those they come from, in the same order: the stage's
-    own where it isn't the first of its module. ``unit`` is the stage's; without one it is the whole microbatch."""
+    """The payloads of an operation's incoming messages.
+
+    Attributes:
+        unit: The unit that is processed; None for a whole microbatch.
+        units: The units that sent the payloads, in the same order. In every segment but a module's first this is the
+            unit itself.
+    """
 
     def __init__(self, payloads: Iterable[Tensors] = (), unit: Unit | None = None, units: Sequence[Unit] = ()):
         super().__init__(payloads)
@@ -63,8 +79,8 @@ class Inputs(list[Tensors]):
         self.units = tuple(units)
 
     def of(self, module: str, name: str) -> torch.Tensor | None:
-        """The tensors called ``name`` that come from units of ``module``, one after the other along their first
-        dimension; None if there are none."""
+        """Concatenate, along the first dimension, the tensors called ``name`` that units of ``module`` sent; None if
+        there are none."""
         found = [payload[name] for payload, unit in zip(self, self.units, strict=True) if unit.module == module]
         if len(found) < 2:
             return found[0] if found else None
@@ -72,45 +88,57 @@ class Inputs(list[Tensors]):
 
 
 class Shapes(Protocol):
-    """Payload shapes by content, without the model: a small picklable object, used in planner workers."""
+    """Computes payload shapes from a microbatch's description, without the model. It must be small and picklable,
+    because it is sent to the planner's worker processes."""
 
     def payload(self, unit: Unit, load: Microbatch, *, leaves_module: bool) -> Payload:
-        """What one stage of ``unit`` sends on: within its module, or (``leaves_module``) to the modules it feeds."""
+        """Return the tensors that a unit's forward sends within its module or, if ``leaves_module``, to the modules it
+        feeds."""
         ...
 
 
 class OperationShapes(Protocol):
-    """:class:`Shapes` of chunks whose stages of one virtual microbatch send different things: asked stage by stage."""
+    """As :class:`Shapes`, for chunks of which one virtual microbatch sends different tensors from different ranks."""
 
     def operation_payload(self, stage: Operation, unit: Unit, load: Microbatch) -> Payload:
-        """What the forward of ``stage``, one of ``unit``, sends on."""
+        """Return the tensors that the forward ``stage`` of ``unit`` sends."""
         ...
 
 
 class RunnableChunks(Protocol):
-    """A rank's chunks as the executor runs them. ``modules`` come in an order in which every module stands after its
-    upstream ones. Chunks are in the order (module, segment); the loss belongs to the last segment of the last module.
-    """
+    """The chunks of a rank, as the executor runs them. ``modules`` are ordered so that every module follows those that
+    feed it; chunks are ordered by (module, segment). The last segment of the last module computes the loss."""
 
     @property
     def modules(self) -> tuple[ModalityModule, ...]: ...
 
     @property
     def mode(self) -> LayerContext:
-        """What the chunks' layers look up while a stage runs; set by the ``install`` functions of
-        :mod:`.deferred_linear` and :mod:`.layer_memory`."""
+        """The context that the chunks' layers read while an operation runs. The ``install`` functions of
+        ``families.shared.deferred_linear`` and ``families.shared.layer_memory`` connect them."""
         ...
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Arguments of the script's ``model(...)`` call, by name."""
+        """Return the arguments of the script's ``model(...)`` call by name."""
         ...
 
     def forward(
         self, chunk: torch.nn.Module, stage: Operation, unit: Unit, inputs: Inputs, microbatch: MicrobatchInputs
     ) -> Tensors:
-        """One stage's forward, for every stage but the one with the loss. ``inputs`` are the payloads of the stage's
-        incoming messages, in the order of the units that feed it (empty where nothing does). The result may hold
-        tensors of ``inputs`` again, for the stages after it: their gradients add up."""
+        """Run one forward, except the one that computes the loss.
+
+        Args:
+            chunk: The chunk to run.
+            stage: The forward to run.
+            unit: The unit to process.
+            inputs: Payloads of the incoming messages, in the order of the units that sent them; empty if there are
+                none.
+            microbatch: The microbatch of the unit.
+
+        Returns:
+            The output tensors by name. Tensors of ``inputs`` may be among them, to be passed on; their gradients are
+            summed.
+        """
         ...
 
     def final(self, chunk: torch.nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> Any:
@@ -125,31 +153,31 @@ class RunnableChunks(Protocol):
 
 
 class ModelProgram(RunnableChunks, Protocol):
-    """A model cut into chunks: how to build them, what a batch holds, and how to run one stage. The loss belongs to the
-    last rank, unless the program has a ``loss_rank`` that says otherwise."""
+    """A model cut into chunks: how to build them, what a batch contains, and how to run an operation. The last rank
+    computes the loss unless the program has a ``loss_rank``."""
 
     @property
     def shapes(self) -> Shapes | OperationShapes: ...
 
     @property
     def supports_split(self) -> bool:
-        """Whether the layers of this rank's chunks can leave their weight gradients to W. Plans split no backward
-        unless those of all ranks can; one that does would still be right, but most of W's time would pass in B."""
+        """Whether the layers of this rank's chunks can defer weight gradients to W. Plans split backwards only if this
+        holds on all ranks. A split would be correct otherwise too, but most of W's time would be spent in B."""
         ...
 
     def build_chunks(self) -> list[torch.nn.Module]:
-        """This rank's chunks, in the order (module, segment)."""
+        """Build this rank's chunks, in the order (module, segment)."""
         ...
 
     def shared(self, inputs: MicrobatchInputs) -> Any:
-        """What of a microbatch on the first rank all stages need, though a loop may give ranks in the middle of the
-        pipeline no batch: something small that can be pickled, or None."""
+        """Return what all ranks need of a microbatch that the first rank holds: a small picklable object, or None. A
+        loop may give ranks in the middle of the pipeline no batch."""
         ...
 
     def complete(self, inputs: MicrobatchInputs, shared: Any) -> None:
-        """Add to a microbatch of this rank what the first rank shares of it, where the loop has not given it."""
+        """Add to this rank's microbatch what the first rank shares of it, if the loop hasn't provided it."""
         ...
 
     def load(self, inputs: MicrobatchInputs) -> Microbatch:
-        """What it holds, for the planner. Raises ValueError for a batch the model can't take."""
+        """Describe a microbatch for the planner. Raises ValueError if the model can't process it."""
         ...

@@ -1,7 +1,8 @@
-"""Nested data as bytes: what a microbatch holds, packed on one rank and unpacked on another.
+"""Serializes nested data, such as a microbatch, into one tensor of bytes to send to another rank.
 
-Tensors of any dtype travel as they lie in memory, everything around them (dicts, lists, tuples, dataclasses, strings,
-numbers, None) pickled. A parcel is one tensor of bytes: a head with the pickled part, then the tensors.
+Tensors of any dtype are copied as they are in memory; everything around them (dicts, lists, tuples, dataclasses,
+strings, numbers, None) is pickled. The result is called a parcel: a head with the pickled part, followed by the
+tensors.
 """
 
 from __future__ import annotations
@@ -14,27 +15,35 @@ from typing import Any
 import torch
 
 _ALIGNED = 16
-"""Tensors begin at multiples of this, so that those of any dtype can be looked at where they have arrived."""
+"""Alignment of tensors in a parcel, in bytes, so that views of any dtype can be made where they arrive."""
 
 
 class SerializationError(ValueError):
-    """Something in the data can't travel; the message says where it is and what it is."""
+    """Part of the data can't be serialized; the message says where it is and what it is."""
 
 
 def serialized_bytes(data: Any) -> int:
-    """How large a parcel of ``data`` is. Raises SerializationError as :func:`pack` does."""
+    """Return the size of a parcel of ``data`` in bytes. Raises SerializationError as :func:`pack` does."""
     head, tensors = _taken_apart(data)
     return _places(head, tensors)[-1]
 
 
 def tensors_of(data: Any) -> list[torch.Tensor]:
-    """All tensors in ``data``. Raises SerializationError as :func:`pack` does."""
+    """Return all tensors in ``data``. Raises SerializationError as :func:`pack` does."""
     return _taken_apart(data)[1]
 
 
 def pack(data: Any, pinned: bool = False) -> torch.Tensor:
-    """A parcel of ``data``, on the host (in ``pinned`` memory if asked for). Copies of tensors on an accelerator may be
-    under way yet on its current stream. Raises SerializationError naming the path of what can't travel."""
+    """Serialize ``data`` into a parcel on the host.
+
+    Args:
+        data: Nested data.
+        pinned: Whether to allocate the parcel in pinned memory. Copies from a GPU may then still be in progress on its
+            current stream when this returns.
+
+    Raises:
+        SerializationError: If part of the data can't be serialized; the message has its path.
+    """
     head, tensors = _taken_apart(data)
     places = _places(head, tensors)
     parcel = torch.empty(places[-1], dtype=torch.uint8, pin_memory=pinned)
@@ -48,8 +57,8 @@ def pack(data: Any, pinned: bool = False) -> torch.Tensor:
 
 
 def unpack(parcel: torch.Tensor, device: torch.device | None = None) -> Any:
-    """Inverse of :func:`pack`. Tensors on the host share the memory of ``parcel``; those that were on an accelerator
-    come to ``device``, on its current stream."""
+    """Deserialize a parcel. Tensors that were on the host share the parcel's memory; those that were on an accelerator
+    are copied to ``device`` on its current stream."""
     size = int(parcel[:8].view(torch.int64)[0])
     head = parcel[8 : 8 + size].numpy().tobytes()
     return _Unpickler(io.BytesIO(head), parcel, _aligned(8 + size), device).load()
@@ -66,7 +75,7 @@ def _taken_apart(data: Any) -> tuple[bytes, list[torch.Tensor]]:
 
 
 def _places(head: bytes, tensors: list[torch.Tensor]) -> list[int]:
-    """Where each tensor begins, and the end."""
+    """Return where each tensor begins in the parcel, and where the last one ends, in bytes."""
     places = [_aligned(8 + len(head))]
     for tensor in tensors:
         places.append(_aligned(places[-1] + tensor.numel() * tensor.element_size()))
@@ -78,7 +87,7 @@ def _aligned(place: int) -> int:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts tensors aside, in the order they come."""
+    """Collects the tensors in the data instead of pickling them."""
 
     def __init__(self, buffer: io.BytesIO, tensors: list[torch.Tensor]):
         super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
@@ -96,7 +105,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds tensors in the bytes behind the head, in the order they were put there."""
+    """Reads the tensors from the bytes behind the head, in the order in which they were collected."""
 
     def __init__(self, head: io.BytesIO, parcel: torch.Tensor, place: int, device: torch.device | None):
         super().__init__(head)
@@ -111,13 +120,13 @@ class _Unpickler(pickle.Unpickler):
             return tensor
         there = tensor.to(self._device, non_blocking=True)
         if there.is_cuda:
-            # It will be used, and freed, by what runs on the device's usual stream.
+            # The computation on the default stream will use it, and then free it.
             there.record_stream(torch.cuda.default_stream(there.device))
         return there
 
 
 def _culprit(data: Any, path: str) -> str:
-    """Path and type of the innermost thing that can't be packed by itself."""
+    """Return the path and type of the innermost object that can't be pickled."""
     inner: list[tuple[str, Any]] = []
     if isinstance(data, dict):
         inner = [(f"{path}[{key!r}]", value) for key, value in data.items()]

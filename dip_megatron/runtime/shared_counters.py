@@ -1,7 +1,7 @@
-"""Whole numbers that one process rings out to another, through memory that both map, without waking it.
+"""Passes integers from one process to another through shared memory, without waking the receiver.
 
-Waking a process costs the one that wakes it: an interrupt to another core, on virtual machines a tenth of a
-millisecond. A rank that waits has time, so it looks again and again; the rank that rings has a stage to compute.
+Waking another process costs the sender an interrupt to another core, which takes about 0.1 ms on virtual machines. A
+sending rank has operations to compute, whereas a waiting rank has time to poll.
 """
 
 from __future__ import annotations
@@ -12,56 +12,63 @@ import socket
 from collections.abc import Sequence
 
 AVAILABLE = hasattr(os, "eventfd") and hasattr(os, "memfd_create")
-"""Whether this system has what bells are made of (Linux has)."""
+"""Whether this system supports shared counters; Linux does."""
 
-_WORD = 8  # bytes of a number, and of the count before them
-_APART = 256  # bytes between two bells: no cache line holds parts of both
+_WORD = 8  # bytes of a number, and of the count before the numbers
+_APART = 256  # alignment of a counter in bytes, so that no cache line holds parts of two
 
 
 class SharedCounter:
-    """One end of a bell: the one rings numbers, the other takes them, in the same order.
+    """One end of a queue of integers: one process rings numbers, the other takes them in the same order.
 
-    The numbers are in shared memory. The event counter says how many there are, and orders the accesses of both ends
-    to memory, whatever the processor: who takes a number sees all that the other wrote before it rang.
+    The numbers are in shared memory. An event counter (eventfd) says how many there are. Its system calls also order
+    the memory accesses of both processes on any processor: whoever takes a number sees everything that the other
+    process wrote before it rang.
     """
 
     def __init__(self, counter: int, memory: memoryview, most: int):
-        """``counter`` is an eventfd that doesn't block, ``memory`` has room for a count and ``most`` numbers, the most
-        that may have been rung and not taken."""
+        """Create one end.
+
+        Args:
+            counter: A non-blocking eventfd.
+            memory: Shared memory for a count and ``most`` numbers of 8 bytes.
+            most: The most numbers that may have been rung and not yet taken.
+        """
         self._counter = counter
         self._memory = memory
         self._most = most
         self._count = 0  # numbers rung or taken so far
-        self._ready = 0  # of those not taken, how many the event counter has told
+        self._ready = 0  # numbers not yet taken that the event counter has reported
 
     def ring(self, number: int) -> None:
-        """Leave a number, of 0 to 2**64 - 1."""
+        """Add a number between 0 and 2**64 - 1."""
         self._memory[1 + self._count % self._most] = number
         self._count += 1
-        self._memory[0] = self._count  # a hint for the other end, which saves it a system call
+        self._memory[0] = self._count  # A hint that saves the other end a system call while nothing is new.
         os.eventfd_write(self._counter, 1)
 
     def take(self) -> int | None:
-        """The next number, None if there is none yet."""
+        """Return the next number, or None if there is none yet."""
         if not self._ready:
             if self._memory[0] == self._count:
                 return None
             try:
                 self._ready = os.eventfd_read(self._counter)
             except BlockingIOError:
-                return None  # the other end is about to ring
+                return None  # The other end has set the hint, but not yet written the event counter.
         number = self._memory[1 + self._count % self._most]
         self._count += 1
         self._ready -= 1
         return number
 
     def close(self) -> None:
-        """This end is used no more."""
+        """Close this end."""
         os.close(self._counter)
 
 
 def send_counters(connection: socket.socket, head: bytes, count: int, most: int) -> list[SharedCounter]:
-    """Make bells for at most ``most`` numbers each, and send ``head`` and their other ends over a Unix socket."""
+    """Create ``count`` counters for at most ``most`` numbers each; send ``head`` and their other ends over a Unix
+    socket."""
     counters = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
     memory = os.memfd_create("dip-bells")
     try:
@@ -73,7 +80,7 @@ def send_counters(connection: socket.socket, head: bytes, count: int, most: int)
 
 
 def receive_counters(connection: socket.socket, head: int, count: int, most: int) -> tuple[bytes, list[SharedCounter]]:
-    """What :func:`send_counters` sends: ``head`` bytes, and this process's ends of the counters."""
+    """Receive what :func:`send_counters` sent: a head of ``head`` bytes and this process's ends of the counters."""
     data, descriptors, _, _ = socket.recv_fds(connection, head, 1 + count, socket.MSG_WAITALL)
     if len(data) < head or len(descriptors) != 1 + count:
         for descriptor in descriptors:
@@ -87,7 +94,7 @@ def receive_counters(connection: socket.socket, head: int, count: int, most: int
 
 
 def _span(most: int) -> int:
-    """Bytes of one bell's memory."""
+    """Return the bytes of shared memory that one counter occupies."""
     return -(-(1 + most) * _WORD // _APART) * _APART
 
 

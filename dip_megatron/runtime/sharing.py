@@ -1,7 +1,7 @@
-"""Memory that several processes map, and the order of copies in and out of it.
+"""Memory that several processes map, and the order of copies into and out of it.
 
-Two kinds with one interface: buffers on a GPU that ranks share, exported by CUDA IPC and ordered by interprocess events
-on a stream of their own; and buffers in host memory, where every copy is over when its call returns.
+There are two kinds with the same interface: buffers on a GPU, exported by CUDA IPC and ordered by interprocess events
+on a separate stream; and buffers in host memory, where every copy has completed when its call returns.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ import torch
 from ..core import Payload
 
 ALIGNMENT = 512
-"""Every tensor starts at a multiple of this many bytes of its slot; more than any copy kernel asks for."""
+"""Alignment of tensors in a slot, in bytes; more than any copy kernel requires."""
 
 Layout = Sequence[tuple[torch.dtype, tuple[int, ...]]]
 Handle = bytes | int
-"""With which another process maps a buffer: bytes, or the descriptor of a file, which has to travel over a Unix socket
-and belongs to whoever has it: it is closed once it has been sent, and by :meth:`HostCopies.open`."""
+"""With this another process maps a buffer. It is either bytes or a file descriptor. A descriptor is sent over a Unix
+socket and belongs to whoever holds it: the sender closes it after sending, and :meth:`HostCopies.open` closes it."""
 
 
 class Mark(Protocol):
-    """A place in the copies' order."""
+    """A point in the order of the copies."""
 
     def done(self) -> bool:
-        """Whether everything before it has ended."""
+        """Whether all copies before this point have completed."""
         ...
 
 
 def room(size: int) -> int:
-    """What a tensor of so many bytes takes of a slot; the next one starts behind it."""
+    """Return the bytes of a slot that a tensor of ``size`` bytes occupies, including padding."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def slot_size(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of a slot that holds them."""
+    """Return the bytes of a slot that holds these tensors."""
     return sum(room(tensor.nbytes) for tensor in tensors.values())
 
 
 def slot_size_of(payload: Payload) -> int:
-    """Bytes of a slot that holds tensors to come."""
+    """Return the bytes of a slot that holds tensors with these specifications."""
     return sum(room(math.prod(spec.shape) * getattr(torch, spec.dtype).itemsize) for spec in payload)
 
 
 def parts(buffer: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
-    """The tensors of a slot as views of its bytes."""
+    """Return the tensors of a slot as views of ``buffer``."""
     views, start = [], 0
     for dtype, shape in layout:
         size = math.prod(shape) * dtype.itemsize
@@ -69,26 +69,26 @@ _DONE = _Done()
 
 
 class HostCopies:
-    """Shared host memory; a copy is over when its call returns, so that no signal is needed.
+    """Shared host memory. A copy has completed when its call returns, so no signals are needed.
 
-    Bytes are moved without torch's help: between two stages, whose data fills all caches, the four calls that make a
-    view and copy it take longer than the copy.
+    Bytes are moved without torch. Between two operations, when the operation's data fills the caches, the four torch
+    calls that make a view and copy it take longer than the copy.
 
-    Buffers are files without a name: nothing of them is left when their processes are killed, whenever that is.
+    Buffers are unlinked files: nothing is left of them when the processes end or are killed.
     """
 
     def __init__(self, folders: Sequence[str] = ("/dev/shm", tempfile.gettempdir())) -> None:
-        """``folders``: where the buffers' files are, the first that has room."""
+        """Use the first of ``folders`` with enough room for the files of buffers."""
         self._folders = [folder for folder in folders if os.path.isdir(folder)]
 
     def allocate(self, size: int) -> tuple[torch.Tensor, Handle]:
-        """Return a shared buffer of ``size`` bytes (uint8), and the handle with which another process maps it."""
+        """Return a shared uint8 buffer of ``size`` bytes, and the handle with which another process maps it."""
         descriptor = self._reserve(size)
         return _mapped(descriptor, size), descriptor
 
     def _reserve(self, size: int) -> int:
-        """A file whose bytes are really there: containers often give /dev/shm 64 MB, and writing to a mapped page that
-        can't be had ends the process. Raises OSError if no folder has room."""
+        """Create a file whose bytes are allocated. Containers often limit /dev/shm to 64 MB, and writing to a mapped
+        page that can't be allocated kills the process. Raises OSError if no folder has room."""
         for folder in self._folders:
             descriptor, path = tempfile.mkstemp(prefix="dip-", dir=folder)
             os.unlink(path)
@@ -113,7 +113,7 @@ class HostCopies:
             os.close(handle)
 
     def let_go(self, buffers: dict[int, torch.Tensor], slot: int) -> None:
-        """Take the buffer ``slot`` out of ``buffers``, if it is there, once the copies from it have ended: then the
+        """Remove the buffer ``slot`` from ``buffers``, if present, once copies from it have completed, so that the
         process that allocated it may free it."""
         buffers.pop(slot, None)
 
@@ -125,20 +125,20 @@ class HostCopies:
         return None
 
     def raise_signal(self, signal: Any) -> None:
-        """Let the signal stand for all copies given so far."""
+        """Raise the signal once all copies issued so far have completed."""
 
     def await_signal(self, signal: Any) -> None:
-        """Make later copies wait for the signal as it was last raised; the host does not wait."""
+        """Make later copies wait for the last time the signal was raised. The host doesn't wait."""
 
     def computed(self) -> Mark:
-        """Return a mark of the work that the computation has been given so far."""
+        """Return a mark behind all work that has been issued to the computation so far."""
         return _DONE
 
     def store(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor], computed: Mark) -> Mark:
         """Copy ``tensors`` into ``buffer`` once ``computed`` is done. They may be freed as soon as this returns."""
         place = buffer.data_ptr()
         for tensor in tensors.values():
-            # A negative or conjugate view has other bytes than its numbers.
+            # The bytes of a lazily negated or conjugated view differ from its values.
             dense = tensor.clone() if tensor.is_neg() or tensor.is_conj() else tensor.contiguous()
             size = dense.nbytes
             ctypes.memmove(place, dense.data_ptr(), size)
@@ -146,7 +146,7 @@ class HostCopies:
         return _DONE
 
     def load(self, payload: Payload, buffer: torch.Tensor) -> tuple[dict[str, torch.Tensor], Mark]:
-        """Copy tensors of the shapes of ``payload`` out of ``buffer`` into new ones."""
+        """Copy tensors with the specifications of ``payload`` from ``buffer`` into new tensors."""
         place, found = buffer.data_ptr(), {}
         for spec in payload:
             tensor = found[spec.name] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
@@ -156,10 +156,10 @@ class HostCopies:
         return found, _DONE
 
     def hand_over(self, tensors: Mapping[str, torch.Tensor], mark: Mark) -> None:
-        """Make the computation wait for ``mark``, after which it may use ``tensors``; the host does not wait."""
+        """Make the computation wait for ``mark``, after which it may use ``tensors``. The host doesn't wait."""
 
     def close(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: all copies have completed."""
 
 
 def _mapped(descriptor: int, size: int) -> torch.Tensor:
@@ -175,9 +175,10 @@ class _EventMark:
 
 
 class CudaCopies:
-    """Buffers on one GPU, exported by CUDA IPC; copies on a stream of their own, before the computation's kernels.
+    """Buffers on one GPU, exported by CUDA IPC. Copies run on a separate stream of higher priority than the
+    computation.
 
-    Its methods are those of :class:`HostCopies`; signals are interprocess events, recorded on the stream of the copies.
+    The methods are those of :class:`HostCopies`. Signals are interprocess events, recorded on the copies' stream.
     """
 
     def __init__(self, device: torch.device):
@@ -187,7 +188,7 @@ class CudaCopies:
     def allocate(self, size: int) -> tuple[torch.Tensor, Handle]:
         from torch.multiprocessing.reductions import reduce_tensor
 
-        # Freed by torch only when no other process maps it any more; written by the copy stream alone.
+        # Only the copy stream writes the buffer. torch frees it once no other process maps it any more.
         with torch.cuda.stream(self._stream):
             buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         return buffer, pickle.dumps(reduce_tensor(buffer))
@@ -200,14 +201,14 @@ class CudaCopies:
         return buffer
 
     def let_go(self, buffers: dict[int, torch.Tensor], slot: int) -> None:
-        # torch waits for the stream at hand before it tells the other process that the memory is free.
+        # torch waits for the current stream before it tells the other process that the memory is free.
         with torch.cuda.stream(self._stream):
             buffers.pop(slot, None)
 
     def new_signal(self) -> tuple[Any, bytes]:
         event = torch.cuda.Event(enable_timing=False, interprocess=True)
         with torch.cuda.device(self._device):
-            event.record(self._stream)  # creates it, on this device
+            event.record(self._stream)  # Creates the event on this device.
         return event, bytes(event.ipc_handle())
 
     def open_signal(self, handle: bytes) -> Any:
@@ -235,8 +236,8 @@ class CudaCopies:
         return self._mark()
 
     def load(self, payload: Payload, buffer: torch.Tensor) -> tuple[dict[str, torch.Tensor], Mark]:
-        # New tensors come from the copy stream's own memory pool: blocks of the computation's pool may still be in use
-        # by kernels it was given before, and waiting for those would undo the overlap.
+        # New tensors come from the copy stream's memory pool. Blocks of the computation's pool may still be in use by
+        # kernels issued earlier, and waiting for those would remove the overlap.
         with torch.cuda.stream(self._stream):
             views = parts(buffer, [(getattr(torch, spec.dtype), spec.shape) for spec in payload])
             tensors = {spec.name: view.clone() for spec, view in zip(payload, views, strict=True)}
@@ -250,7 +251,7 @@ class CudaCopies:
             tensor.record_stream(stream)
 
     def close(self) -> None:
-        """Wait for the last copies: peers may still read the buffers."""
+        """Wait for the last copies, because peers may still be reading the buffers."""
         self._stream.synchronize()
 
     def _mark(self) -> _EventMark:

@@ -1,8 +1,8 @@
-"""Transport through host memory: gloo between processes, pinned buffers beside it. Slow, and works anywhere.
+"""Transport through host memory: gloo between processes, with pinned buffers. Slow, but works everywhere.
 
-For GPU ranks that can use neither NCCL (two of them share a device) nor shared device memory. Each channel has a
-process group and a thread of its own: the thread waits for copies and for gloo, so that the caller never does before
-``wait``.
+It serves GPU ranks that can use neither NCCL (because two of them share a device) nor shared device memory. Each
+channel has its own process group and thread. The thread waits for copies and for gloo, so that the caller doesn't wait
+before ``wait``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StagingTransport:
     def __init__(
         self, global_ranks: list[int], rank: int, device: torch.device, timeout_seconds: float, replicated: bool = False
     ):
-        """As :class:`DistributedTransport`; all pipeline ranks construct it at the same time."""
+        """Take the arguments of :class:`DistributedTransport`. All pipeline ranks construct it at the same time."""
         self._timeout = timeout_seconds
         self._links: dict[Channel, _Link] = {}
         for channel in ring_channels(len(global_ranks), replicated):
@@ -40,7 +40,7 @@ class StagingTransport:
                 self._links[channel] = _Link(channel, group, peer, device, timeout_seconds)
 
     def open(self, channels: Iterable[Channel]) -> None:
-        """Nothing is left to do: all were connected when this was made."""
+        """Do nothing: all channels were connected on construction."""
 
     def send(self, channel: Channel, tensors: Tensors) -> Transfer:
         """See Transport."""
@@ -54,13 +54,13 @@ class StagingTransport:
         return _Staged(link, link.thread.submit(link.receive, payload))
 
     def close(self) -> None:
-        """End the threads, once no transfer is under way any more."""
+        """End the threads. No transfer may be in progress."""
         for link in self._links.values():
             link.thread.shutdown(wait=False, cancel_futures=True)
 
 
 class _Link:
-    """One channel's end; ``send`` and ``receive`` run in its thread, in the order of the plan."""
+    """One end of a channel. ``send`` and ``receive`` run in its thread, in the order of the plan."""
 
     def __init__(self, channel: Channel, group: Any, peer: int, device: torch.device, timeout_seconds: float):
         self.channel, self.peer, self.timeout = channel, peer, timeout_seconds
@@ -70,7 +70,7 @@ class _Link:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def computed(self) -> Any:
-        """An event after what the computation has been given so far; None on the CPU."""
+        """Return an event behind all work issued to the computation so far; None on the CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -112,7 +112,7 @@ class _Link:
         return host
 
     def hand_over(self, tensors: Tensors, event: Any) -> None:
-        """The computation waits for the copies to the device; the host does not."""
+        """Make the computation wait for the copies to the device. The host doesn't wait."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(event)
         for tensor in tensors.values():

@@ -1,4 +1,4 @@
-"""What trains of this rank's chunks, read off their parameters."""
+"""Finds out which parts of a rank's chunks train, from their parameters."""
 
 from __future__ import annotations
 
@@ -9,41 +9,49 @@ import torch
 
 from ..describe.model.training import ChunkTraining, PartTraining, Report
 
-_LAYER = re.compile(r"(?<!mtp)(^|\.)(layers|blocks)\.\d+\.")  # those of multi-token prediction go with the head
+_LAYER = re.compile(r"(?<!mtp)(^|\.)(layers|blocks)\.\d+\.")  # Layers of multi-token prediction belong to the head.
 _WRAPPERS = re.compile(r"^(module\.)+")
 
 Names = frozenset[str]
 
 
 class TrainedParameters:
-    """Watches which parameters of a rank's chunks require a gradient. Scripts may change that between iterations."""
+    """Watches which parameters of a rank's chunks require a gradient, which scripts may change between iterations."""
 
     def __init__(self) -> None:
         self._flags: tuple[tuple[bool, ...], ...] = ()
 
     def changed(self, chunks: Sequence[torch.nn.Module]) -> bool:
-        """Whether they are others than at the last call; true at the first. Looks at every parameter, each time."""
+        """Whether other parameters train than at the last call; true at the first call. Looks at every parameter."""
         flags = tuple(tuple(p.requires_grad for p in chunk.parameters()) for chunk in chunks)
         before, self._flags = self._flags, flags
         return flags != before
 
 
 def report(chunks: Sequence[torch.nn.Module], begins: Sequence[bool], built: Sequence[Names] | None = None) -> Report:
-    """What trains of each chunk; ``begins[i]``: the chunk is its module's first, so that what it has outside of its
-    layers (``layers.N.`` in a parameter's name, ``blocks.N.`` in Hugging Face's) is the stem if it stands before them.
-    Else it is the head. ``built[i]`` are the names of what it was built with (None: of all): a loop that puts adapters
-    into a part has said that they train, whatever the model's description says of the part."""
+    """Report what trains of each chunk.
+
+    Parameters outside of layers (named ``layers.N.``, or ``blocks.N.`` in Hugging Face models) belong to the stem if
+    the chunk is the first of its module and they are before its layers, else to the head.
+
+    Args:
+        chunks: The rank's chunks.
+        begins: For each chunk, whether it is the first of its module.
+        built: For each chunk, the names of the parameters that it was built with. Parameters that a loop added later,
+            such as adapters, train although the model's description says that the part is frozen. None if none were
+            added.
+    """
     known = built or [names_in(chunk) for chunk in chunks]
     return tuple(_chunk(chunk, first, names) for chunk, first, names in zip(chunks, begins, known, strict=True))
 
 
 def names_in(chunk: torch.nn.Module) -> Names:
-    """Of a chunk's parameters, within Megatron's wrappers."""
+    """Return the names of a chunk's parameters without the prefixes of Megatron's wrappers."""
     return frozenset(within(name) for name, _ in chunk.named_parameters())
 
 
 def within(name: str) -> str:
-    """A parameter's name within Megatron's wrappers."""
+    """Return a parameter's name without the prefixes of Megatron's wrappers."""
     return _WRAPPERS.sub("", name)
 
 

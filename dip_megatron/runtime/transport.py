@@ -1,11 +1,11 @@
-"""Point-to-point transport: asynchronous, one ordered stream per (neighbour, direction, kind of payload).
+"""Asynchronous point-to-point messages, in one ordered stream per (neighbour, direction, kind of payload).
 
-Every channel of a plan has a process group of its own, so that nothing relies on tags (NCCL ignores them) and a slow
-gradient never holds up an activation. Within a channel, sends and receives are begun in the order of the plan.
+Each channel of a plan has its own process group. Nothing then relies on tags, which NCCL ignores, and a late gradient
+doesn't delay an activation. Within a channel, sends and receives are started in the order of the plan.
 
-NCCL makes a channel's connection with its first message, and there each end's host waits for the other one. Within a
-plan, where a rank posts a receive and has a stage to compute and to send before its peer sends, two hosts would wait
-for each other. So all channels of a plan are opened before it runs.
+NCCL connects the two ends of a channel with its first message, and each host then waits for the other. Within a plan a
+rank may post a receive and still have to compute and send something before its peer sends, so that two hosts could wait
+for each other. Therefore all channels of a plan are opened before it runs.
 """
 
 from __future__ import annotations
@@ -26,48 +26,49 @@ Tensors = dict[str, torch.Tensor]
 
 
 class TransportError(RuntimeError):
-    """A transfer that failed or did not end in time; the message names the channel and the peer's global rank."""
+    """A transfer failed or timed out; the message names the channel and the peer's global rank."""
 
 
 class Transfer(Protocol):
-    """One begun end of a message."""
+    """A send or receive in progress."""
 
     def wait(self) -> Tensors:
-        """The tensors, once they may be used. Raises TransportError."""
+        """Return the tensors once they may be used. Raises TransportError."""
         ...
 
     def done(self) -> bool:
-        """Whether ``wait`` is known to return at once."""
+        """Whether ``wait`` would return at once."""
         ...
 
 
 class Transport(Protocol):
-    """How payloads travel between the pipeline ranks of one replica."""
+    """Carries payloads between the pipeline ranks of one replica."""
 
     @property
     def sees_arrivals(self) -> bool:
-        """Whether ``done`` of a receive says when the message is there, before anyone waits for it."""
+        """Whether ``done`` of a receive tells that the message has arrived before anyone waits for it."""
         ...
 
     def open(self, channels: Iterable[Channel]) -> None:
-        """Connect this rank's ends of ``channels``, if they aren't yet, before messages travel there. Waits for the
-        other ends: all ranks of a plan come here with their channels of it."""
+        """Connect this rank's ends of ``channels`` unless they are connected already. Waits for the other ends, so all
+        ranks of a plan must call it with their channels of that plan."""
         ...
 
     def send(self, channel: Channel, tensors: Tensors) -> Transfer:
-        """Begin to send; the tensors must not be written to before the transfer is done."""
+        """Start to send. The tensors must not be modified before the transfer is done."""
         ...
 
     def receive(self, channel: Channel, payload: Payload) -> Transfer:
-        """Begin to receive into buffers of the payload's shapes and dtypes."""
+        """Start to receive into new buffers with the payload's shapes and dtypes."""
         ...
 
 
 def ring_channels(ranks: int, replicated: bool = False) -> list[Channel]:
-    """All channels a plan over ``ranks`` ranks can use: both neighbours of the ring, both kinds of payload.
+    """Return all channels that a plan over ``ranks`` pipeline ranks can use: to both neighbours in the ring, for both
+    kinds of payload.
 
-    Reversed segments run against the ring, so each kind travels both ways. With ``replicated`` modules every rank also
-    sends what it has encoded to the first, and has gradients from there.
+    Reversed segments run against the ring, so each kind travels in both directions. With ``replicated`` modules every
+    rank also sends its encoder outputs to the first rank and receives gradients from it.
     """
     channels = set()
     for r in range(ranks):
@@ -81,21 +82,21 @@ def ring_channels(ranks: int, replicated: bool = False) -> list[Channel]:
 
 
 BLOCKS = 8
-"""Most blocks of threads that NCCL may use for a message: enough for a link, few enough that all that may wait at once
-(:func:`blocks_of_messages`) leave most of a device to what they wait for."""
+"""Most thread blocks that NCCL may use for a message: enough for one link, and few enough that all messages that may
+wait at once (:func:`blocks_of_messages`) leave most of the device to the computation they wait for."""
 _BLOCKS_AT_ONCE = 64
 
 
 def blocks_of_messages(channels: Iterable[Channel]) -> int:
-    """How many blocks of threads a message may use where each of ``channels`` has one that waits. A block of NCCL's
-    takes about all of a multiprocessor, of which a device has some hundred."""
+    """Return how many thread blocks a message may use if one message waits on each of ``channels``. An NCCL block
+    occupies about one multiprocessor, of which a device has roughly a hundred."""
     ends = Counter(rank for channel in channels for rank in (channel.source, channel.target))
     return max(1, min(BLOCKS, _BLOCKS_AT_ONCE // max(ends.values(), default=1)))
 
 
 @dataclass
 class _Works:
-    """Works of one message's tensors."""
+    """The ``torch.distributed`` works of one message's tensors."""
 
     tensors: Tensors
     works: list[Any]
@@ -109,7 +110,7 @@ class _Works:
         if not self.finished:
             for work in self.works:
                 try:
-                    # NCCL's wait only orders streams; its own watchdog bounds it. Gloo's blocks, so it is bounded here.
+                    # NCCL's wait only orders streams, and NCCL's watchdog bounds it. Gloo's wait blocks.
                     work.wait() if self.on_device else work.wait(self.timeout)
                 except RuntimeError as error:
                     raise TransportError(
@@ -123,15 +124,22 @@ class _Works:
 
 
 class DistributedTransport:
-    """``torch.distributed`` point-to-point: NCCL for tensors on a GPU, gloo for tensors on the CPU."""
+    """Point-to-point messages of ``torch.distributed``: NCCL for tensors on a GPU, gloo for tensors on the CPU."""
 
     sees_arrivals = False
 
     def __init__(
         self, global_ranks: list[int], rank: int, device: torch.device, timeout_seconds: float, replicated: bool = False
     ):
-        """``global_ranks[p]`` is the global rank of pipeline rank p; ``rank`` is this process's pipeline rank;
-        ``replicated`` see :func:`ring_channels`."""
+        """Create the transport of one pipeline rank.
+
+        Args:
+            global_ranks: Global rank of each pipeline rank.
+            rank: This process's pipeline rank.
+            device: Device of the tensors.
+            timeout_seconds: Bound on every wait.
+            replicated: Whether the model has replicated modules; see :func:`ring_channels`.
+        """
         self._timeout = timedelta(seconds=timeout_seconds)
         self._device = device
         self._rank = rank
@@ -143,7 +151,8 @@ class DistributedTransport:
         self._groups: dict[Channel, Any] = {}
 
     def open(self, channels: Iterable[Channel]) -> None:
-        """See Transport. All ranks open theirs in one order, so that some two of them always are at the same one."""
+        """See Transport. All ranks open their channels in the same order, so that two of them always are at the same
+        one."""
         for channel in sorted(set(channels) - self._groups.keys()):
             peer = self._peers[channel]
             try:
@@ -153,7 +162,7 @@ class DistributedTransport:
                 )  # fmt: skip
             except RuntimeError as error:
                 raise TransportError(f"channel {channel} with global rank {peer}: {_first_line(error)}") from error
-            # NCCL connects the ends of a direction with the first message.
+            # NCCL connects the ends with the first message in a direction.
             begin = dist.isend if channel.source == self._rank else dist.irecv
             self._begin(begin, channel, {"": torch.zeros(1, device=self._device)}).wait()
 
@@ -170,7 +179,7 @@ class DistributedTransport:
     def _begin(self, operation: Callable[..., Any], channel: Channel, tensors: Tensors) -> Transfer:
         peer = self._peers[channel]
         try:
-            # Zero elements are not sent: both ends know from the plan that there is nothing to send.
+            # Empty tensors are not sent. Both ends know their shapes from the plan.
             works = [operation(t, peer, group=self._groups[channel]) for t in tensors.values() if t.numel()]
         except RuntimeError as error:
             raise TransportError(f"channel {channel} with global rank {peer}: {_first_line(error)}") from error

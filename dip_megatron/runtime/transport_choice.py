@@ -1,4 +1,4 @@
-"""Which transport serves the ranks of a pipeline, by the devices they have."""
+"""Chooses the transport of a pipeline by the devices of its ranks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ TransportKind = Literal["gloo", "nccl", "ipc", "staging"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank computes. ``host`` differs unless two processes see the same kernel and the same namespaces;
-    ``device`` is the GPU's unique id, empty for the CPU. ``blocking``: its host waits for all it gives the GPU, for
-    debugging."""
+    """Where a rank computes.
+
+    Attributes:
+        host: Differs unless two processes share a kernel and its IPC and mount namespaces.
+        device: Unique id of the GPU; empty for the CPU.
+        blocking: Whether CUDA_LAUNCH_BLOCKING makes the host wait for every kernel.
+    """
 
     host: str
     device: str
@@ -34,7 +38,7 @@ class Place:
 
 
 def place_of(device: torch.device) -> Place:
-    """The place of this process."""
+    """Return where this process computes."""
     identity = socket.gethostname()
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/ipc", "/proc/self/ns/mnt"):
         try:
@@ -48,8 +52,16 @@ def place_of(device: torch.device) -> Place:
 
 
 def transport_kind(places: Sequence[Place], nccl: bool = True, shared: bool = AVAILABLE) -> tuple[TransportKind, str]:
-    """The transport for a pipeline whose ranks are at ``places``, and why, in a few words. ``shared``: whether the
-    system has what ranks that share memory need."""
+    """Choose the transport of a pipeline.
+
+    Args:
+        places: Where each rank computes.
+        nccl: Whether torch has NCCL.
+        shared: Whether the system supports what ranks need to share memory.
+
+    Returns:
+        The transport, and the reason in a few words.
+    """
     if not places[0].device:
         if len({p.host for p in places}) > 1:
             return "gloo", "the ranks compute on CPUs of several hosts"
@@ -76,11 +88,17 @@ def choose_transport(
     *,
     replicated: bool = False,
 ) -> Transport:
-    """The transport of pipeline rank ``rank``; ``global_ranks[p]`` is the global rank of pipeline rank p.
+    """Create the transport of one pipeline rank. All ranks of the pipeline call it at the same time. The first rank
+    prints the choice if it is an unusual one.
 
-    All ranks of the pipeline call it at the same time; ``exchange`` gathers among them. ``kind`` overrides the choice;
-    ``replicated``: the model has modules that stand whole on every rank. What isn't the usual way is said on the first
-    rank.
+    Args:
+        global_ranks: Global rank of each pipeline rank.
+        rank: This process's pipeline rank.
+        device: Device of this rank.
+        timeout_seconds: Bound on every wait.
+        exchange: Gathers data among the pipeline's ranks.
+        kind: Overrides the choice.
+        replicated: Whether the model has modules that are replicated on every rank.
     """
     gathered = exchange.gather(json.dumps(astuple(place_of(device))).encode())
     chosen, reason = transport_kind([Place(*json.loads(data)) for data in gathered], dist.is_nccl_available())

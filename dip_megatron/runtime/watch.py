@@ -1,4 +1,4 @@
-"""When one rank fails, every rank says where it stood and exits; none hangs."""
+"""When one rank fails, every rank reports where it was in its plan and exits, so that none hangs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from .executor import Position
 
 _KEY = "dip/failure"
 _ALIVE, _WATCHING, _LEFT, _KNOWING = "alive", "watching", "left", "knowing"
-"""Of a watch, the same one of all ranks: how often a rank has shown to be alive; how many ranks look; how many have
-ended in order; how many have, or have failed or heard of a failure, and so need the store no more."""
+"""Keys of a watch in the store, where all ranks count: how often a rank has shown that it is alive; how many ranks are
+watching; how many have exited normally; how many need the store no more, because they have exited, have failed or have
+learned of a failure."""
 
 
 class Watchdog:
-    """Threads that look at a shared store for the first failure of any rank.
+    """Threads that watch a shared store for the first failure of any rank.
 
-    Blocking waits are bounded by the transport's timeout; this makes the others leave within seconds of the first
-    failure instead of at their own timeout, and also when the store's host is gone. A host that is cut off says
-    nothing: calls of its store just don't return. So one thread asks, another counts how long there has been no answer.
-    A rank that is stopped, or on a host that is cut off without the store, says nothing either, and others may wait for
-    it in collectives that aren't ours. So each rank that trains counts in the store how often it has looked, and the
-    rank before it looks whether it goes on; the last one is before the first.
+    The transport's timeout bounds blocking waits. The watchdog makes other ranks exit within seconds of the first
+    failure instead of at their own timeout, and also when the host of the store is gone. If that host is cut off from
+    the network, calls to the store don't return; so one thread calls the store, and another counts how long it has had
+    no answer.
 
-    A store also goes with a host that has ended in order, while other ranks still upload what they have logged or write
-    a last checkpoint. So a rank that knows of such an end has patience with the store, as long as it runs no plan.
+    A rank that is suspended, or cut off on a host without the store, doesn't report a failure, and others may wait for
+    it in collectives of other libraries. So each training rank increases a counter in the store, and the rank before it
+    (the last one is before the first) checks that it does.
+
+    The store also disappears with a host that has exited normally, while other ranks still upload logs or write a last
+    checkpoint. So a rank that has seen a normal exit ignores failures of the store while it runs no plan.
     """
 
     def __init__(
@@ -44,13 +47,24 @@ class Watchdog:
         grace_seconds: float = 5.0,
         leave: Callable[[int], None] = os._exit,
     ):
-        """``store`` is a torch.distributed store all ``ranks`` share; it may leave a call without an answer, and a rank
-        that trains may show no sign of life, for ``patience_seconds``; ``leave`` ends the process."""
+        """Start watching.
+
+        Args:
+            store: A ``torch.distributed`` store shared by all ranks.
+            position: The progress of this rank, for reports.
+            global_rank: This process's global rank.
+            ranks: Number of ranks.
+            patience_seconds: How long the store may leave a call unanswered, or a training rank may show no sign of
+                life.
+            interval_seconds: Time between two looks at the store.
+            grace_seconds: Time for the main thread to raise its own error before the process exits.
+            leave: Ends the process with an exit code.
+        """
         self.position = position
         self._store = store
         self._rank = global_rank
         self._next = (global_rank + 1) % ranks
-        self._number = 0  # of this watch; a process that has had several models has had as many
+        self._number = 0  # of this watch; a process has one for each model that it has trained
         self._knows = False
         self._counting = threading.Lock()
         self._trains = False
@@ -59,23 +73,23 @@ class Watchdog:
         self._grace = grace_seconds
         self._leave = leave
         self._stop = threading.Event()
-        self._news = threading.Event()  # a cause, what was told, or the end
+        self._news = threading.Event()  # There is a cause, a report has been sent, or watching has ended.
         self._failed_here = self._told = False
         self._turn = max(interval_seconds, patience_seconds / 20)
-        self._answers = 0  # of the store
-        self._signs = 0  # of life, of the next rank
-        self._left = False  # whether a rank has ended in order
-        self._cause: str | None = None  # that the store tells, or why it tells nothing any more
+        self._answers = 0  # answers of the store
+        self._signs = 0  # signs of life of the next rank
+        self._left = False  # whether a rank has exited normally
+        self._cause: str | None = None  # the failure that the store reports, or why the store is unreachable
         threading.Thread(target=self._ask, name="dip-watchdog-store", daemon=True).start()
         threading.Thread(target=self._watch, name="dip-watchdog", daemon=True).start()
 
     def begin(self) -> None:
-        """This rank is about to train: from here on it shows that it is alive. Before, whoever reads a data set may
-        leave no other thread a turn for as long as that takes."""
+        """Start to show signs of life, because training starts. Earlier, reading a data set may keep other threads from
+        running for arbitrarily long."""
         self._trains = True
 
     def report(self, error: BaseException) -> None:
-        """Tell all ranks that this one failed, and print where it stood, and who failed first."""
+        """Tell all ranks that this one has failed; print where it was in its plan, and which rank failed first."""
         text = self._where(error)
         print(f"[dip] stopped at {text}", file=sys.stderr, flush=True)
         self._failed_here = True
@@ -85,11 +99,11 @@ class Watchdog:
         self._news.set()
 
     def close(self) -> None:
-        """End watching, at an orderly shutdown; at one for an error that nobody has caught, tell all ranks of it."""
+        """Stop watching at a normal exit. If the process exits because of an uncaught error, report it to all ranks."""
         if not self._stop.is_set():
             try:
                 self._in_time(self._leave_in_order)
-            except RuntimeError:  # the interpreter is ending and takes no new threads
+            except RuntimeError:  # The interpreter is shutting down and can't start threads.
                 if not self._failed_here:
                     self._leave_in_order()
         self._stop.set()
@@ -103,18 +117,18 @@ class Watchdog:
         if self._failed_here:
             return
         uncaught = getattr(sys, "last_value", None)
-        if uncaught is not None:  # outside of any plan, in the optimizer for one
+        if uncaught is not None:  # An error outside of any plan, for example in the optimizer.
             text = self._where(uncaught)
             print(f"[dip] stopped at {text}", file=sys.stderr, flush=True)
             self._tell(text)
             return
-        with contextlib.suppress(Exception):  # the host of the store may have ended before
+        with contextlib.suppress(Exception):  # The host of the store may have exited already.
             self._enter()
             self._store.add(self._key(_LEFT), 1)
         self._until_all_know()
 
     def _until_all_know(self) -> None:
-        """The first rank often is the host of the store: those that stay behind have to hear of its end."""
+        """On the first rank, which often hosts the store, wait until all other ranks have seen that it exits."""
         with contextlib.suppress(Exception):
             self._know()
             until = time.monotonic() + 3 * self._interval
@@ -142,7 +156,7 @@ class Watchdog:
     def _tell(self, text: str) -> None:
         try:
             first = self._store.compare_set(_KEY, "", text).decode()
-            if first != text:  # whose end is all that was seen here
+            if first != text:  # Another rank failed first, and this failure is its consequence.
                 print(f"[dip] global rank {self._rank}: the first to stop was {first}", file=sys.stderr, flush=True)
             self._until_all_know()
         except Exception as error:
@@ -150,7 +164,7 @@ class Watchdog:
             print(f"[dip] could not tell the other ranks: {gone}", file=sys.stderr, flush=True)
 
     def _ask(self) -> None:
-        counted = self._turn  # the first sign of life comes at once
+        counted = self._turn  # Send the first sign of life immediately.
         while not self._stop.wait(self._interval):
             try:
                 self._enter()
@@ -165,8 +179,8 @@ class Watchdog:
                     self._store.add(self._key(f"{_ALIVE}/{self._rank}"), 1)
                     self._signs = self._store.add(self._key(f"{_ALIVE}/{self._next}"), 0)
             except Exception as error:
-                # The host of the store may just have ended in order before us; then close() comes soon, or once all is
-                # done that this rank has left to do. How long that may take, _watch counts.
+                # The host of the store may have exited normally. Then close() is called soon, or when this rank has
+                # finished its remaining work; _watch bounds how long that may take.
                 while self._left and self.position.plan is None:
                     if self._stop.wait(self._interval):
                         return
@@ -180,16 +194,16 @@ class Watchdog:
                 return
 
     def _watch(self) -> None:
-        # Counted in own turns, not on the clock: a process that was stopped for a while has asked nobody meanwhile.
+        # Count turns instead of reading a clock: a process that was suspended has asked nobody in the meantime.
         answers, silent, signs, missed = 0, 0, 0, 0
         while True:
             self._news.wait(self._turn)
             if self._stop.is_set():
                 return
             silent = silent + 1 if self._answers == answers else 0
-            if self._signs != signs or not signs or self._left:  # none: it hasn't begun
+            if self._signs != signs or not signs or self._left:  # Without any sign it hasn't begun to train.
                 missed = 0
-            elif not silent:  # else nothing is known of it
+            elif not silent:  # While the store doesn't answer, nothing is known about the next rank.
                 missed += 1
             answers, signs = self._answers, self._signs
             cause = self._cause
@@ -206,7 +220,7 @@ class Watchdog:
                 return
 
     def _in_time(self, call: Callable[..., None], *arguments: Any) -> bool:
-        """Whether a call that asks the store comes to its end before this rank loses patience with it."""
+        """Run a call to the store in a thread; return whether it finishes within the grace period."""
         calling = threading.Thread(target=call, args=arguments, name="dip-watchdog-tell", daemon=True)
         calling.start()
         calling.join(self._grace)
@@ -219,7 +233,7 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-        # The main thread may be about to raise a better error of its own, with a traceback.
+        # The main thread may be about to raise a more specific error, with a traceback.
         deadline = time.monotonic() + self._grace
         while time.monotonic() < deadline:
             if self._stop.wait(0.1):
