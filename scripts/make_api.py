@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 import typing
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ working, and the flags `--dip-...`, the YAML settings and the plan format with i
 (`DeprecationWarning`) for one minor version before. Everything else may change at any time, whatever its spelling.
 """
 _ROLE = re.compile(r":\w+:`~?([^`]+)`")
+_SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):\n((?:    .*\n)+)", re.MULTILINE)
 
 
 def page() -> str:
@@ -99,9 +101,17 @@ def _annotation(annotation: Any) -> str:
 
 
 def _words(docstring: str | None) -> str:
-    text = inspect.cleandoc(docstring or "")
+    text = _SECTION.sub(_section, inspect.cleandoc(docstring or "") + "\n").rstrip()
     text = _ROLE.sub(lambda match: f"`{match[1].rpartition('.')[2]}`", text)
     return text.replace("``", "`") + "\n"
+
+
+def _section(match: re.Match[str]) -> str:
+    """A section of a docstring in Markdown, with a list item for each entry."""
+    body = textwrap.dedent(match[2])
+    if match[1] != "Returns":
+        body = re.sub(r"^(\w+):", r"- `\1`:", body, flags=re.MULTILINE).replace("\n    ", "\n  ")
+    return f"{match[1]}:\n\n{body}"
 
 
 def _after(name: str, home: str) -> str:
