@@ -28,7 +28,6 @@ MOST_ARGUMENTS = 8
 TOO_MANY = {
     "families/t2v/diffusion.py:DiffusionTransformer": 9,
     "families/t2v/program.py:TextToVideoModel": 11,
-    "megatron/adapters/loop.py:TrainingLoop": 13,
     "megatron/forward_backward.py:DipForwardBackward": 15,
     "megatron/replicas.py:ReplicaExchange": 9,
     "profile/operations.py:OperationRun": 9,

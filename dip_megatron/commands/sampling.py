@@ -68,7 +68,7 @@ def sampled(
     from ..megatron.sampling import SampleTaken, SamplingSession
 
     Hooks.installed().runs.make_session = lambda loop, config, families, tell: SamplingSession(
-        loop, config, families, wanted=wanted(loop.num_microbatches, loop.parallel.dp), **session
+        loop, config, families, wanted=wanted(loop.settings.num_microbatches, loop.settings.parallel.dp), **session
     )  # fmt: skip
     said = io.StringIO()
     logging.disable(logging.WARNING)

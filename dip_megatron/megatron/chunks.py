@@ -18,7 +18,7 @@ from ..planner.facade import Setting, searched_partition
 from ..planner.from_file import PlanFile
 from ..planner.partitioning import Given, NoPartitionError
 from ..schedulers.entry import ScheduleEntry
-from .adapters.loop import TrainingLoop
+from .adapters.loop import LoopSettings
 from .build import configured_partition, given_parts, placements
 from .checkpoints import Checkpoint
 from .device import cluster_here, device_name
@@ -69,7 +69,7 @@ def _agree(settled: Mapping[str, Given], part: ModulePartition) -> bool:
 class ChunkChoice:
     """What the chunks of a run are chosen by; ``tell`` takes the sentences about it, on every rank."""
 
-    loop: TrainingLoop
+    settings: LoopSettings
     config: DipConfig
     entry: ScheduleEntry
     file: PlanFile | None
@@ -116,7 +116,7 @@ class ChunkChoice:
 
     def _layout(self, model: MultimodalModel) -> Partition | None:
         """The layout that the loop's own settings give, where it says all of the partition: a model of one module."""
-        layout = self.loop.layout
+        layout = self.settings.layout
         if layout is None or self.config.override:
             return None
         if len(model.modules) > 1:
@@ -154,10 +154,10 @@ class ChunkChoice:
         """Chunks are built before the first batch is read, so they are judged by a published mix, packed to the model's
         sequence length."""
         config = self.config
-        batches = load_workload(family.workload, model, 2, self.loop.num_microbatches, self.loop.seed)
+        batches = load_workload(family.workload, model, 2, self.settings.num_microbatches, self.settings.seed)
         setting = Setting(
             model, cluster, batches, costs, config.memory_limit, recompute=config.recompute, offload=config.offload,
-            placements={} if self.loop.adapts else placements(model, config, family),
+            placements={} if self.settings.adapts else placements(model, config, family),
             given=given_parts(model, config) if self.entry.mixed is None else {},
         )  # fmt: skip
         if self.entry.mixed is not None:

@@ -75,7 +75,7 @@ class DipForwardBackward:
         clock: Clock,
         *,
         policy: PlanningPolicy | None = None,
-        iteration: Callable[[], int] | None = None,
+        iteration: Callable[[], int | None] = lambda: None,
         watchdog: Watchdog | None = None,
         on_iteration: IterationConsumer | None = None,
         tensor_parallel: Exchange | None = None,
@@ -86,11 +86,10 @@ class DipForwardBackward:
         built: Sequence[Names] | None = None,
         counts: TokenCounts | None = None,
     ):
-        """``iteration()`` is the number of the iteration that runs, or ran last, as the training loop counts (None: the
-        calls that train are counted, from 1). ``tensor_parallel`` is among the ranks that read the data together, if
-        they are several; ``pipeline`` among the pipeline's, which hand over losses that the last one doesn't compute;
-        ``peers``, ``on_training`` and ``built`` see :class:`TrainingAgreement`; ``exchanges`` are between the
-        replicas; ``counts`` are the loop's of tokens (None: Megatron's)."""
+        """``iteration()`` see :meth:`.adapters.loop.TrainingLoop.iteration`. ``tensor_parallel`` is among the ranks
+        that read the data together, if they are several; ``pipeline`` among the pipeline's, which hand over losses that
+        the last one doesn't compute; ``peers``, ``on_training`` and ``built`` see :class:`TrainingAgreement`;
+        ``exchanges`` are between the replicas; ``counts`` are the loop's of tokens (None: Megatron's)."""
         self._program = program
         self._executor = executor
         self._delivery = delivery
@@ -99,7 +98,7 @@ class DipForwardBackward:
         self._watchdog = watchdog
         self._on_iteration = on_iteration
         self._trained = 0
-        self._number = iteration or (lambda: self._trained)
+        self._counted_by_loop = iteration
         self._requests = 0
         self._tensor_parallel = tensor_parallel
         self._pipeline = pipeline
@@ -135,6 +134,11 @@ class DipForwardBackward:
         model."""
         read = [known for at, known in self._look_ahead.values() if at is not None and any(at is i for i in iterators)]
         return sum(known.waiting for known in read)
+
+    def _number(self) -> int:
+        """The number of the iteration that runs, or ran last."""
+        number = self._counted_by_loop()
+        return self._trained if number is None else number
 
     # -- one iteration -------------------------------------------------------------------------------------------
     def _iterate(self, call: ScheduleCall) -> list[Any]:

@@ -59,13 +59,13 @@ class Pairing:
 
     def _learn(self, provider: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
-        model = family.describe(blueprint, self._loop.parallel)
+        model = family.describe(blueprint, self._loop.settings.parallel)
         partition = even_partition(model)
-        named = self._config.cluster
+        named, micro_batch_size = self._config.cluster, self._loop.settings.micro_batch_size
         self._graphs = ModelGraphs(model, cluster_here() if named == "auto" else load_cluster(named), partition)
         self._program = family.program(
             blueprint, {m.module: m.layers for m in partition.modules},
-            rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=self._loop.micro_batch_size,
+            rank=parallel_state.get_pipeline_model_parallel_rank(), micro_batch_size=micro_batch_size,
         )  # fmt: skip
         self._exchange = GlooExchange(replica_ranks(), self._config.timeout_seconds)
 

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class Runs:
         from .session import DipSession
 
         self._before_run()
-        if loop.samples is None:
-            loop.samples = self._samples
+        if self._samples is not None and loop.settings.samples is None:
+            loop.settings = replace(loop.settings, samples=self._samples)
         self._sessions.append((self.make_session or DipSession)(loop, config, self.families(), self.tell))
         return self._sessions[-1]
 

@@ -16,7 +16,7 @@ from ..describe.workload import Microbatch
 from ..planner.exchange_agreement import SampleQuote
 from ..runtime.protocol import MicrobatchInputs, SamplePacking
 from ..runtime.serialization import serialized_bytes
-from .adapters.loop import TrainingLoop
+from .adapters.loop import LoopSettings
 
 NO_PACKING = (
     "resample: nothing says how this loop's microbatches are split into samples and packed; give build_model or "
@@ -34,7 +34,7 @@ COUPLED = (
 )
 
 
-def check_resample(config: DipConfig, loop: TrainingLoop) -> None:
+def check_resample(config: DipConfig, loop: LoopSettings) -> None:
     """Refuse samples that move where they can't, or would train something else. Raises ConfigurationError."""
     if not config.resample:
         return

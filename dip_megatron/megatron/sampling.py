@@ -92,17 +92,17 @@ class SamplingSession:
             if self._sample is not None:
                 raise ConfigurationError("the script builds a second model; an estimate knows of one")
             family, blueprint = self._made = record_blueprint(self._families, provider, *args, **kwargs)
-            loop = self._loop
-            loop.parallel = joined_by_balance(blueprint.kwargs.values(), loop.parallel)
-            model = family.describe(blueprint, loop.parallel)
-            self._sample = Sample(model, family.workload, loop.num_microbatches, loop.parallel.dp, loop.layout)
+            settings = self._loop.settings
+            parallel = joined_by_balance(blueprint.kwargs.values(), settings.parallel)
+            model = family.describe(blueprint, parallel)
+            self._sample = Sample(model, family.workload, settings.num_microbatches, parallel.dp, settings.layout)
             self._described(self._sample)
             chunks = _everything_last(model)
             configs = [c for name, c in blueprint.kwargs.items() if name == "config" or name.endswith("_config")]
             before = [config.perform_initialization for config in configs]
             for config in configs:
                 config.perform_initialization = False  # memory that nobody writes to is never taken
-            self._program = family.program(blueprint, chunks, rank=0, micro_batch_size=loop.micro_batch_size)
+            self._program = family.program(blueprint, chunks, rank=0, micro_batch_size=settings.micro_batch_size)
             built = self._program.build_chunks()
             for config, initialize in zip(configs, before, strict=True):
                 config.perform_initialization = initialize
@@ -143,7 +143,7 @@ class SamplingSession:
         """All of the model on one rank, cut as told."""
         assert self._made is not None
         family, blueprint = self._made
-        return family.program(blueprint, layers, rank=0, micro_batch_size=self._loop.micro_batch_size)
+        return family.program(blueprint, layers, rank=0, micro_batch_size=self._loop.settings.micro_batch_size)
 
 
 def _everything_last(model: MultimodalModel) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,11 +72,11 @@ class DipSession:
         tell: Callable[[str], object] = logger.warning,
     ):
         """``config`` is not ``off``; ``families`` are the models to look for; ``tell`` takes warnings."""
-        if config.balance == "free" and not loop.weights_by_tokens:
+        if config.balance == "free" and not loop.settings.weights_by_tokens:
             raise ConfigurationError(NOT_FREE)
         self._loop, self._config = loop, config
         self._check_replicas()
-        self._file = self._plan_file(config, loop.parallel.pp)
+        self._file = self._plan_file(config, loop.settings.parallel.pp)
         self._entry = self._schedule()
         self._families = families
         self._tell = tell
@@ -116,8 +117,8 @@ class DipSession:
             return find_schedule("dynamic")
 
     def _check_replicas(self) -> None:
-        check_resample(self._config, self._loop)
-        if self._loop.parallel.coupled > 1:
+        check_resample(self._config, self._loop.settings)
+        if self._loop.settings.parallel.coupled > 1:
             check_coupled(self._config)
 
     # -- model ---------------------------------------------------------------------------------------------------
@@ -130,19 +131,21 @@ class DipSession:
                 return provider(*args, **kwargs)
             family, blueprint = record_blueprint(self._families, provider, *args, **kwargs)
             loop = self._loop
-            loop.parallel = joined_by_balance(blueprint.kwargs.values(), loop.parallel)  # if the loop hasn't said so
+            # If the loop hasn't said so.
+            parallel = joined_by_balance(blueprint.kwargs.values(), loop.settings.parallel)
+            loop.settings = replace(loop.settings, parallel=parallel)
             self._check_replicas()
-            for note in check_configs(blueprint.kwargs.values(), loop.parallel):
+            for note in check_configs(blueprint.kwargs.values(), parallel):
                 _tell(note)
             if self._file is not None and self._file.path.parent == self._config.plan_file:
-                self._file = self._plan_file(self._config, loop.parallel.pp, replica_folder())
-            model = family.describe(blueprint, loop.parallel)
+                self._file = self._plan_file(self._config, loop.settings.parallel.pp, replica_folder())
+            model = family.describe(blueprint, parallel)
             check_placement(model, self._config, family)
-            check_entry(self._entry, model, family, loop.num_microbatches)
+            check_entry(self._entry, model, family, loop.settings.num_microbatches)
             cluster = cluster_of(self._config, _tell)
             costs = costs_of(self._config, _tell)
             checkpoint = loop.checkpoint()
-            choice = ChunkChoice(loop, self._config, self._entry, self._file, _tell)
+            choice = ChunkChoice(loop.settings, self._config, self._entry, self._file, _tell)
             held = choice.chunks(model, cluster, costs, family, checkpoint)
             for sentence in (checkpoint and checkpoint.compare(held), loop.record(held), unlike_the_loop(model)):
                 if sentence:
@@ -155,11 +158,13 @@ class DipSession:
             # Groups are made by asking the store, whose host may be gone.
             self._watchdog = Watchdog(shared_store(), position, *here, patience_seconds=patience)
             self._closing.callback(self._watchdog.close)
-            self._program = make_program(family, blueprint, held, rank=rank, micro_batch_size=loop.micro_batch_size)
+            self._program = make_program(
+                family, blueprint, held, rank=rank, micro_batch_size=loop.settings.micro_batch_size
+            )
             if self._file is not None:
                 self._file.check(self._program.modules)
             chunks = ChunkList(self._program.build_chunks())
-            check_configs([*configs_of_experts(chunks), *(c.config for c in chunks)], loop.parallel)  # however told
+            check_configs([*configs_of_experts(chunks), *(c.config for c in chunks)], parallel)  # however told
             begin_alike([chunks[i] for i in copied(self._program.modules)])
             for chunk in chunks:
                 chunk.register_forward_pre_hook(self._guard())
@@ -173,7 +178,7 @@ class DipSession:
 
     def _start_planner(self, program: ModelProgram, graphs: ModelGraphs, chunks: ChunkList) -> None:
         """Start the planner's workers now: they warm up while Megatron builds its optimizer and reads its data."""
-        config, parallel = self._config, self._loop.parallel
+        config, parallel = self._config, self._loop.settings.parallel
         ranks, places = coupled_ranks(parallel.joined) if parallel.coupled > 1 else (replica_ranks(), None)
         self._exchange = everyone = GlooExchange(ranks, config.timeout_seconds)
         if places is not None:
@@ -232,7 +237,7 @@ class DipSession:
                 "the schedule is called while it runs, from within an iteration of the same model; DIP can't nest them"
             )
         check_call(call, self.chunks, self._found, self._pipeline())
-        if self._loop.finalizes and not call.forward_only:
+        if self._loop.settings.finalizes and not call.forward_only:
             check_functions(call)
         if self._step is None:
             self._step = self._start()
@@ -313,11 +318,12 @@ class DipSession:
     ) -> Executor:
         """What runs plans here; ``exchange`` is among the ``pipeline``'s global ranks."""
         assert self._program is not None
+        parallel = self._loop.settings.parallel
         transport = choose_transport(
             pipeline, rank, device, self._config.timeout_seconds, exchange,
             replicated=bool(copied(self._program.modules)),
         )  # fmt: skip
-        return Executor(rank, transport, clock, alone=self._loop.parallel.tp == self._loop.parallel.cp == 1)
+        return Executor(rank, transport, clock, alone=parallel.tp == parallel.cp == 1)
 
     def _consumers(self, exchange: GlooExchange) -> list[IterationConsumer]:
         """Who is told of every training iteration."""
@@ -331,8 +337,8 @@ class DipSession:
         if at_call:
             _tell(AT_CALL)
         samples = None
-        if config.resample and self._loop.samples is not None and self._program is not None:
-            samples = Samples(self._loop.samples, self._program)
+        if config.resample and self._loop.settings.samples is not None and self._program is not None:
+            samples = Samples(self._loop.settings.samples, self._program)
         exchanges = begin_exchanges(
             self._graphs, delivery, config.timeout_seconds, device, config.balance, at_call, self._coupled,
             self._experts, samples,
@@ -348,7 +354,7 @@ class DipSession:
         return self._reads_ahead() and self._loop.another_follows()
 
     def _reads_ahead(self) -> bool:
-        return self._config.read_ahead and self._loop.read_ahead
+        return self._config.read_ahead and self._loop.settings.read_ahead
 
     def _among(self, group: Any) -> GlooExchange | None:
         """The ranks of a group of Megatron's, where there are several."""
@@ -378,7 +384,7 @@ class DipSession:
             if last:
                 print(line, flush=True)
 
-        return RunProgress(exchange, loop.log_interval, say, loop.write_scalars)
+        return RunProgress(exchange, loop.settings.log_interval, say, loop.write_scalars)
 
     @staticmethod
     def _close(delivery: PlanDelivery, watchdog: Watchdog, recorder: RunRecorder | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ def unfinished(rank: int, world: int) -> str:
 
     session = Hooks.installed().runs.session
     assert session is not None
-    session._loop.finalizes = True
+    session._loop.settings = replace(session._loop.settings, finalizes=True)
     for chunk in loop.chunks:
         chunk.config.finalize_model_grads_func = None
     data = loop.train.microbatches(0)

@@ -175,8 +175,8 @@ def test_samples_move_only_where_the_loop_packs_them_and_weights_by_tokens(
 
 def begin(config: DipConfig, **loop: Any) -> None:
     """A run, as far as it is refused before anything is built."""
-    from dip_megatron.megatron.adapters.loop import TrainingLoop
+    from dip_megatron.megatron.adapters.loop import LoopSettings, TrainingLoop
     from dip_megatron.megatron.session import DipSession
 
     parallel = loop.pop("parallel", Parallel(1, 2, 2, False, False))
-    DipSession(TrainingLoop(parallel, 1, 4, **loop), config, []).close()
+    DipSession(TrainingLoop(LoopSettings(parallel, 1, 4, **loop)), config, []).close()

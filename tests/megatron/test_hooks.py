@@ -71,7 +71,7 @@ REPLACED = """
         training.get_model = {replacement}
         runs = Hooks.installed().runs
         runs.make_session = lambda *_: None
-        runs.begin(types.SimpleNamespace(samples=None), None)
+        runs.begin(types.SimpleNamespace(), None)
 """
 
 

@@ -272,7 +272,7 @@ def own_loop(rank: int, world: int, ranks: Ranks, case: ExpertsCase) -> Any:
     session = Hooks.installed().runs.session
     assert session is not None
     Hooks.installed().runs.end(session)
-    return (*found(losses, chunks), session._loop.parallel.coupled)
+    return (*found(losses, chunks), session._loop.settings.parallel.coupled)
 
 
 def built(world: int, ranks: Ranks, case: ExpertsCase) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from ...describe.model import Parallel
-from .loop import TrainingLoop
+from .loop import LoopSettings, TrainingLoop
 
 
 class GenericLoop(TrainingLoop):
@@ -16,7 +16,7 @@ class GenericLoop(TrainingLoop):
 
     def __init__(self, *, another_follows: Callable[[], bool] | None = None, sequence_parallel: bool = False,
                  distributed_optimizer: bool = False, **settings: Any):  # fmt: skip
-        """``settings`` are fields of :class:`TrainingLoop`."""
+        """``settings`` are fields of :class:`LoopSettings`."""
         parallel = Parallel(
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
@@ -25,7 +25,7 @@ class GenericLoop(TrainingLoop):
             parallel_state.get_expert_model_parallel_world_size(),
             parallel_state.get_expert_tensor_parallel_world_size(),
         )  # fmt: skip
-        super().__init__(parallel, **settings)
+        super().__init__(LoopSettings(parallel, **settings))
         self._another_follows = another_follows
 
     def another_follows(self) -> bool:

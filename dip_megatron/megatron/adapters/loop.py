@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,19 +16,21 @@ if TYPE_CHECKING:  # hooks are installed while Megatron is being imported
     from ..checkpoints import Checkpoint
 
 
-@dataclass
-class TrainingLoop:
-    """One run of a loop. The methods are those of a loop that keeps nothing DIP could use; adapters override them.
+@dataclass(frozen=True)
+class LoopSettings:
+    """What a loop's own settings say before its first iteration.
 
-    ``num_microbatches`` of an iteration and replica, as far as it is known before the first; ``log_interval`` in
-    iterations. ``read_ahead``: whether the next iteration's microbatches may be read while one trains; without it they
-    are planned when the schedule is called with them. ``iteration()`` is the number of the iteration that runs, or ran
-    last, as the loop counts (None: DIP counts those that train, from 1). ``layout``: of layers, that the loop's own
-    settings ask for; it must not apply it itself. ``weights_by_tokens``: losses and gradients of all replicas are added
-    up and divided by their tokens, so that replicas may train on different numbers of microbatches. ``finalizes``: the
-    loop gives schedules a function that reduces gradients over replicas. ``adapts``: the loop puts adapters into
-    the model once it is built. ``samples``: how it packs samples into microbatches, if it says so. ``counts``: of
-    tokens, that its scripts keep.
+    Args:
+        num_microbatches: Microbatches of an iteration and replica, as far as they are known before the first one.
+        log_interval: Iterations from one log to the next.
+        read_ahead: Whether the next iteration's microbatches may be read while one trains. Without it they are planned
+            when the schedule is called with them.
+        layout: Layers of each stage, if the settings give them. The loop must not apply it itself.
+        weights_by_tokens: Whether losses and gradients of all replicas are added up and divided by their tokens, so
+            that replicas may train on different numbers of microbatches.
+        finalizes: Whether the loop gives schedules a function that reduces gradients over replicas.
+        adapts: Whether the loop puts adapters into the model once it is built.
+        samples: How the loop packs samples into microbatches, if it says so.
     """
 
     parallel: Parallel
@@ -37,13 +39,28 @@ class TrainingLoop:
     seed: int = 0
     log_interval: int = 100
     read_ahead: bool = False
-    iteration: Callable[[], int] | None = None
     layout: GivenLayout | None = None
     weights_by_tokens: bool = False
     finalizes: bool = False
     adapts: bool = False
     samples: SamplePacking | None = None
-    counts: TokenCounts = field(default_factory=TokenCounts)
+
+
+class TrainingLoop:
+    """One run of a loop: its settings, and what it is asked while it trains.
+
+    The methods are those of a loop that keeps nothing DIP could use; adapters override them.
+    """
+
+    def __init__(self, settings: LoopSettings, counts: TokenCounts | None = None):
+        """``counts`` are the tokens that its scripts count (None: Megatron's counts)."""
+        self.settings = settings
+        self.counts = counts or TokenCounts()
+
+    def iteration(self) -> int | None:
+        """The number of the iteration that runs, or ran last, as the loop counts. None: DIP counts those that train,
+        from 1."""
+        return None
 
     def another_follows(self) -> bool:
         """Whether the training iteration that is about to run is followed by another: data sets may hold no more than

@@ -19,7 +19,7 @@ from .bridge_checkpoints import find_bridge_checkpoint, state_of, warn_of_bound_
 from .bridge_checks import check_bridge, check_release, parallel_of
 from .layout import GivenLayout, given_layout
 from .loader_state import LoaderState
-from .loop import Target, TrainingLoop
+from .loop import LoopSettings, Target, TrainingLoop
 
 if TYPE_CHECKING:
     from ...config import DipConfig
@@ -45,27 +45,27 @@ class BridgeLoop(TrainingLoop):
     def __init__(self, state: Any, layout: GivenLayout | None):
         config = state.cfg
         replicas = config.data_parallel_size
-        super().__init__(
+        settings = LoopSettings(
             parallel_of(config),
             config.train.micro_batch_size,
             max(config.train.global_batch_size // (config.train.micro_batch_size * replicas), 1),
-            config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config),
-            iteration=self._following, layout=layout,
+            config.rng.seed, config.logger.log_interval, read_ahead=_may_be_read_ahead(config), layout=layout,
             weights_by_tokens=bool(getattr(config.model, "calculate_per_token_loss", False)), finalizes=True,
-            adapts=config.peft is not None, counts=TokenCounts(state),
+            adapts=config.peft is not None,
         )  # fmt: skip
+        super().__init__(settings, TokenCounts(state))
         self._state = state
         self.loader_state = LoaderState()
         self.chunks: dict[str, Any] = {}
         """What every checkpoint says of them."""
 
-    def _following(self) -> int:
+    def iteration(self) -> int:
         """Bridge counts an iteration once it is done."""
         return int(self._state.train_state.step) + 1
 
     def another_follows(self) -> bool:
         """Iterations to skip are read by Bridge itself."""
-        train, following = self._state.cfg.train, self._following()
+        train, following = self._state.cfg.train, self.iteration()
         skipped = set(getattr(train, "iterations_to_skip", None) or ())  # counted from 0
         return following < train.train_iters and following not in skipped
 

@@ -16,7 +16,7 @@ from ..arguments import add_arguments, check_arguments, parallel_of, run_config
 from ..switched_off import switch_off
 from .layout import GivenLayout, given_layout, take_layout
 from .loader_state import LoaderState
-from .loop import Target, TrainingLoop
+from .loop import LoopSettings, Target, TrainingLoop
 
 if TYPE_CHECKING:
     from ...describe.model import Partition
@@ -31,20 +31,22 @@ class MegatronLoop(TrainingLoop):
     """A run of ``megatron.training`` (``package`` is what it is called here), by its validated arguments."""
 
     def __init__(self, args: Any, package: str = "megatron.training", layout: GivenLayout | None = None):
-        super().__init__(
+        batches = ("rampup_batch_size", "step_batch_size_schedule")
+        growing = any(getattr(args, name, None) for name in batches)
+        settings = LoopSettings(
             parallel_of(args),
             args.micro_batch_size, max(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size), 1),
-            args.seed, args.log_interval, read_ahead=True, iteration=self._iteration,
+            args.seed, args.log_interval,
+            # An iteration of fewer microbatches would leave some that no state tells of.
+            read_ahead=not (growing and getattr(args, "dataloader_save", None)),
             layout=layout, weights_by_tokens=bool(getattr(args, "calculate_per_token_loss", False)), finalizes=True,
         )  # fmt: skip
+        super().__init__(settings)
         self._args = args
         self._package = package
         self.loader_state = LoaderState()
-        growing = ("rampup_batch_size", "step_batch_size_schedule")
-        if getattr(args, "dataloader_save", None) and any(getattr(args, name, None) for name in growing):
-            self.read_ahead = False  # an iteration of fewer microbatches would leave some that no state tells of
 
-    def _iteration(self) -> int:
+    def iteration(self) -> int:
         """As Megatron's log counts; evaluations have that of the iteration before."""
         return int(getattr(self._args, "curr_iteration", self._args.iteration - 1)) + 1
 

@@ -20,7 +20,7 @@ from ...describe.model import Parallel
 from ...environment import load_settings
 from ..switched_off import switch_off
 from .layout import GivenLayout
-from .loop import Target, TrainingLoop
+from .loop import LoopSettings, Target, TrainingLoop
 
 if TYPE_CHECKING:
     from ..runs import Runs
@@ -47,22 +47,23 @@ class SwiftLoop(TrainingLoop):
             args.sequence_parallel, args.use_distributed_optimizer, args.context_parallel_size,
             args.expert_model_parallel_size, args.expert_tensor_parallel_size,
         )  # fmt: skip
-        super().__init__(
+        settings = LoopSettings(
             parallel,
             1 if args.padding_free else args.micro_batch_size,  # samples packed in one row
             args.num_microbatches, args.seed, args.logging_steps,
             # A stream that ends ends the training, when it is read.
-            read_ahead=not args.streaming, iteration=self._following, layout=layout,
+            read_ahead=not args.streaming, layout=layout,
             weights_by_tokens=bool(args.calculate_per_token_loss), finalizes=True, adapts=args.tuner_type != "full",
         )  # fmt: skip
+        super().__init__(settings)
         self._trainer = trainer
 
-    def _following(self) -> int:
+    def iteration(self) -> int:
         """ms-swift counts an iteration once it is done."""
         return int(self._trainer.state.iteration) + 1
 
     def another_follows(self) -> bool:
-        return self._following() < int(self._trainer.args.train_iters)
+        return self.iteration() < int(self._trainer.args.train_iters)
 
     def write_scalars(self, scalars: dict[str, float], iteration: int) -> None:
         """To ms-swift's TensorBoard writer, which exists on the last rank of the job."""
