@@ -1,4 +1,4 @@
-"""Stages, their dependencies, schedules and plans; the verifier and the files."""
+"""Operations, their dependencies, schedules and plans; the verifier and the file format."""
 
 from .actions import Action, Channel, Communicate, CommunicationKind, Compute, Message, Reduce, parse_action
 from .graph import GraphError, OperationGraph

@@ -1,9 +1,9 @@
-"""Orders as the CSV of actions that ``torch.distributed.pipelining`` reads: a line per rank, ``0F0,0F1,0B0``.
+"""Orders as the CSV of actions that ``torch.distributed.pipelining`` reads: one line per rank, such as ``0F0,0F1,0B0``.
 
-A cell is a virtual stage, what it does (F; B, the whole backward; I, its input gradient; W, its weight gradient) and a
-microbatch; an empty cell is a pause. The format knows one chain of stages that every microbatch passes whole. What it
-has no words for is an error here where it would change the order (units smaller than a microbatch, modules that several
-others feed, stages without a backward); durations, payloads and memory strategies are left out.
+A cell is a virtual stage, an action (F; B, the whole backward; I, the input gradient; W, the weight gradient) and a
+microbatch; an empty cell is a pause. The format describes one chain of stages through which every microbatch passes
+whole. Graphs that it can't describe are errors (units smaller than a microbatch, modules that several others feed,
+nodes without a backward). Durations, payloads and memory strategies are left out.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .order import Schedule, check_complete
 _CELL = re.compile(r"(\d+)(F|I|B|W)(\d+)")
 _WORDS = {Kind.F: "F", Kind.BW: "B", Kind.B: "I", Kind.W: "W"}
 _KINDS = {word: kind for kind, word in _WORDS.items()}
-_MOST = 1 << 14  # stages, microbatches: of a typing error, not of a pipeline
+_MOST = 1 << 14  # stages and microbatches; more are a typing error
 
 
 class ActionCsvError(ValueError):
-    """A CSV of actions that can't be read, or an order that it can't say; the message names the place."""
+    """A CSV of actions that can't be read, or an order that the format can't describe. The message names the place."""
 
 
 class _Chain:
-    """The virtual stages of a graph, numbered along the way of a microbatch."""
+    """The virtual stages of a graph, numbered along the path of a microbatch."""
 
     def __init__(self, graph: OperationGraph):
         """Raises ActionCsvError if the graph is no chain of stages for whole microbatches."""
@@ -65,7 +65,7 @@ class _Chain:
                     )
 
     def stage(self, s: int, rank: int) -> int:
-        """Number of the stage of a virtual microbatch on a rank."""
+        """The number of the stage of a virtual microbatch on a rank."""
         graph = self.graph
         unit = graph.units[int(graph.unit_of[s])]
         along = graph.ranks - 1 - rank if graph.is_reversed[s] else rank
@@ -81,7 +81,7 @@ class _Chain:
 
 
 def format_actions(graph: OperationGraph, schedule: Schedule) -> str:
-    """The CSV of a schedule. Raises ActionCsvError for what the format can't say."""
+    """The CSV of a schedule. Raises ActionCsvError if the format can't describe it."""
     chain, out = _Chain(graph), io.StringIO()
     without, ranks = np.nonzero(~graph.has_backward)
     if len(without):
@@ -95,7 +95,7 @@ def format_actions(graph: OperationGraph, schedule: Schedule) -> str:
         for code in order.tolist():
             kind, s = Kind(code // graph.virtual_microbatches), code % graph.virtual_microbatches
             if kind == Kind.B and not graph.has_weight[s, rank]:
-                kind = Kind.BW  # all the backward there is
+                kind = Kind.BW  # the node's whole backward
             unit = graph.units[int(graph.unit_of[s])]
             cells.append(f"{chain.stage(s, rank)}{_WORDS[kind]}{unit.microbatch}")
         writer.writerow(cells)
@@ -103,9 +103,11 @@ def format_actions(graph: OperationGraph, schedule: Schedule) -> str:
 
 
 def parse_actions(text: str, graph: OperationGraph) -> Schedule:
-    """The order that a CSV says for a graph, every stage with its fastest memory strategy.
+    """The order that a CSV describes for ``graph``. Every node gets its fastest memory strategy.
 
-    Raises ActionCsvError ``rank R, action I (CELL): reason`` for what is not this graph's.
+    Raises:
+        ActionCsvError: ``rank R, action I (CELL): reason``, if the graph has no such operation or the order is
+            incomplete.
     """
     chain, orders = _Chain(graph), []
     lines = list(_lines(text))
@@ -134,9 +136,11 @@ def parse_actions(text: str, graph: OperationGraph) -> Schedule:
 
 
 def read_actions(path: str | Path) -> tuple[OperationGraph, Schedule]:
-    """A file's order on a graph of its own: stages of a second each in every direction, no memory limit.
+    """A file's order, with a graph made for it: every forward, input gradient and weight gradient takes a second, and
+    there is no memory limit.
 
-    Raises ActionCsvError ``FILE: place: reason``, also for stages placed neither in a loop over the ranks nor in a V.
+    Raises:
+        ActionCsvError: ``FILE: place: reason``, also if stages are placed neither in a loop over the ranks nor in a V.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -149,7 +153,7 @@ def read_actions(path: str | Path) -> tuple[OperationGraph, Schedule]:
 
 
 def _lines(text: str) -> Iterator[list[tuple[str, int, str, int]]]:
-    """(place, stage, word, microbatch) of each cell, line by line."""
+    """The cells of each line, as (place, stage, action, microbatch)."""
     for rank, cells in enumerate(csv.reader(io.StringIO(text))):
         line = []
         for i, cell in enumerate(cells):

@@ -1,8 +1,8 @@
-"""What a rank does, one action after the other: compute, the four halves of point-to-point communication and, where
-replicas are coupled, starts of reductions.
+"""The actions of a rank: compute, the four halves of point-to-point communication and, for coupled replicas, starts of
+gradient reductions.
 
-The actions are DynaPipe's, as the paper uses them (section 6): forward, backward, isend, irecv, wait_isend, wait_irecv.
-Their text form round-trips exactly::
+The actions are those of DynaPipe, which the paper uses (section 6): forward, backward, isend, irecv, wait_isend,
+wait_irecv. ``str()`` and :func:`parse_action` are exact inverses::
 
     F:vision.0#3@1{full:2}
     isend F:vision.0#3@1>F:vision.0#3@2
@@ -20,7 +20,7 @@ from .operations import Kind, Operation
 
 @dataclass(frozen=True, slots=True, order=True)
 class Channel:
-    """One directed stream of messages with an order of its own: activations and gradients never share one."""
+    """A directed, ordered stream of messages between two ranks. Activations and gradients use separate channels."""
 
     source: int
     target: int
@@ -32,8 +32,8 @@ class Channel:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Message:
-    """An edge of the stage graph that crosses ranks: the output of ``source`` that ``target`` waits for. Backward
-    messages name both ends with kind B, whether the plan splits the backward or not."""
+    """An edge of the operation graph that crosses ranks: the output of ``source`` for which ``target`` waits. Messages
+    of gradients name both ends with kind B, whether the plan splits the backward or not."""
 
     source: Operation
     target: Operation
@@ -55,7 +55,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run one operation of one stage with a memory strategy (of the stage pair; named on F, repeated on B)."""
+    """Run one operation with a memory strategy. The operations of one node name the same strategy."""
 
     operation: Operation
     strategy: str = "none"
@@ -65,7 +65,7 @@ class Compute:
 
 
 class CommunicationKind(StrEnum):
-    """The two ends of a transfer, each begun and later waited for."""
+    """Begin or await one end of a transfer."""
 
     ISEND = "isend"
     IRECV = "irecv"
@@ -86,8 +86,8 @@ class Communicate:
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """Start to reduce the gradients of a chunk over data-parallel replicas; nothing waits for it before the plan's
-    end. See :mod:`.joint.reductions`."""
+    """Start to reduce the gradients of a chunk over data-parallel replicas. Nothing waits for it before the end of the
+    plan. See :mod:`.reductions`."""
 
     module: str
     segment: int
@@ -104,7 +104,7 @@ Action = Compute | Communicate | Reduce
 
 
 def parse_action(text: str) -> Action:
-    """Inverse of ``str(action)``. Raises ValueError naming ``text``."""
+    """Parse ``str(action)``. Raises ValueError naming ``text``."""
     head, separator, rest = text.partition(" ")
     if head == _REDUCE:
         match = _CHUNK.fullmatch(rest)

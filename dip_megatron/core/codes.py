@@ -1,9 +1,9 @@
-"""Actions as whole numbers: what plans are made of, sent as and checked as; objects are made of them where people look.
+"""Actions as integers. Plans store, send and check these codes; :mod:`.actions` has the objects that people read.
 
-With S virtual microbatches and E edges (:attr:`OperationGraph.edges`): codes below 4S are operations, ``kind * S + s``.
-Then come the sends, receives, waits for sends and waits for receives of the 2E messages; message e is the output that
-travels along edge e, message E + e the gradient that travels back. Last come the starts of reductions, one for each
-chunk that a rank has: (module, segment), numbered as the modules list them.
+With S virtual microbatches and E edges (:attr:`OperationGraph.edges`), codes below 4S are operations, ``kind * S + s``.
+They are followed by the sends, receives, waits for sends and waits for receives of the 2E messages: message e is the
+output that travels along edge e, and message E + e the gradient that travels back. The last codes are the starts of
+reductions, one for each (module, segment), numbered as the modules list them.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ COMMUNICATIONS = (
 
 
 def first_reduction(graph: OperationGraph) -> int:
-    """The codes of reductions begin here."""
+    """The code of the first reduction."""
     return 4 * graph.virtual_microbatches + 4 * 2 * len(graph.edges.source)
 
 
 def code_count(graph: OperationGraph) -> int:
-    """Codes are below this."""
+    """The number of codes; every code is below it."""
     return first_reduction(graph) + len(chunks_of(graph.modules))
 
 
 class Decoder:
-    """Turns the codes of one graph into actions, and back."""
+    """Converts the codes of one graph to actions, and back."""
 
     def __init__(self, graph: OperationGraph):
         self._graph = graph
@@ -61,7 +61,7 @@ class Decoder:
         return Communicate(COMMUNICATIONS[kind], self.message(message))
 
     def message(self, number: int) -> Message:
-        """Message ``number``; both ends of a gradient are named B."""
+        """Message ``number``. Both ends of a gradient are named B."""
         if number not in self._messages:
             graph, edges = self._graph, self._graph.edges
             gradient, e = divmod(number, self._edges)
@@ -107,7 +107,7 @@ class Decoder:
 
 
 class RankActions(Sequence[tuple[Action, ...]]):
-    """The actions of all ranks, ``[rank][i]``, decoded when they are looked at."""
+    """The actions of all ranks, ``[rank][i]``, decoded on access."""
 
     def __init__(self, graph: OperationGraph, codes: tuple[Ints, ...]):
         self._decoder = Decoder(graph)
@@ -139,7 +139,8 @@ class RankActions(Sequence[tuple[Action, ...]]):
 
 
 def encode(graph: OperationGraph, actions: Sequence[Sequence[Action]]) -> tuple[Ints, ...]:
-    """Codes of all ranks' actions. Raises GraphError ``rank R, action I: reason`` for what the graph doesn't have."""
+    """The codes of all ranks' actions. Raises GraphError ``rank R, action I: reason`` for an action that the graph does
+    not have."""
     decoder = Decoder(graph)
     codes = []
     for rank, line in enumerate(actions):

@@ -1,17 +1,17 @@
-"""Why plans must not run."""
+"""Errors of plans that must not run."""
 
 
 class PlanError(ValueError):
-    """A plan that must not run; the message names the first fault and its place."""
+    """A plan that must not run. The message names the first fault and its place."""
 
 
 class CouplingError(PlanError):
-    """Replicas that may not run together.
+    """Plans of replicas that must not run together.
 
     Attributes:
-        condition: The rule that is broken: ``size`` (replicas, ranks or modules differ), ``plan`` (one plan by itself),
-            ``order``, ``recompute``, ``pairing``, ``reduction`` or ``cycle``. The message names the first pair of
-            operations.
+        condition: The rule that is broken: ``size`` (replicas, ranks or modules differ), ``plan`` (a single plan is
+            invalid), ``order``, ``recompute``, ``pairing``, ``reduction`` or ``cycle``. The message names the first
+            pair of operations.
     """
 
     def __init__(self, condition: str, message: str) -> None:

@@ -1,8 +1,9 @@
-"""Which layers are mixtures of experts whose collectives data-parallel replicas share, and what makes stages *meet*.
+"""The layers with mixtures of experts whose collectives data-parallel replicas share, and the operations that therefore
+*meet*.
 
-With ``EP * ETP / (TP * CP)`` greater than one, so many replicas share one expert-parallel group: they are *coupled*.
-The forward and the backward of a chunk with such layers then run on all coupled replicas at once, each with a
-microbatch of its own; weight gradients, and chunks without such layers, are each replica's own.
+If ``EP * ETP / (TP * CP)`` is greater than one, that many replicas share one expert-parallel group: they are *coupled*.
+The forward and the input gradient of a chunk with such layers then run on all coupled replicas at once, each with its
+own microbatch. Weight gradients, and chunks without such layers, run independently.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ from .modules import ModalityModule, chunks_of
 from .strategies import exchanging_strategies, parse_strategy
 
 Flags = tuple[tuple[tuple[bool, ...], ...], ...]
-"""Of one module, ``[segment][rank][layer]``."""
+"""Flags of one module, ``[segment][rank][layer]``."""
 
 
 class ExpertLayersError(ValueError):
-    """Expert layers that are not those of a graph; the message names the chunk."""
+    """Expert layers that do not match a graph. The message names the module."""
 
 
 @dataclass(frozen=True)
 class ExpertLayers:
-    """The layers with experts of each module that has any: ``modules`` are pairs of a name and, ``[segment][rank]
-    [layer]``, whether the layer has. ``repeating``: the memory strategies under which a backward runs the
-    collectives of its forward again, those of :func:`.strategies.exchanging_strategies` unless a file says others."""
+    """The layers with experts of each module that has any.
+
+    Attributes:
+        modules: Pairs of a module's name and flags ``[segment][rank][layer]`` that say whether the layer has experts.
+        repeating: Memory strategies under which a backward repeats the collectives of its forward; by default those of
+            :func:`.strategies.exchanging_strategies`. A plan file may name others.
+    """
 
     modules: tuple[tuple[str, Flags], ...]
     repeating: frozenset[str] = field(default_factory=exchanging_strategies)
@@ -39,7 +44,7 @@ class ExpertLayers:
     def of(
         layers: Mapping[str, Sequence[Sequence[Sequence[bool]]]], repeating: Iterable[str] | None = None
     ) -> ExpertLayers:
-        """From ``{module: [segment][rank][layer]}``."""
+        """Make one from ``{module: [segment][rank][layer]}``."""
         modules = [
             (name, tuple(tuple(tuple(map(bool, chunk)) for chunk in row) for row in rows))
             for name, rows in layers.items()
@@ -50,14 +55,15 @@ class ExpertLayers:
 
     @staticmethod
     def every(modules: Iterable[ModalityModule], names: Iterable[str]) -> ExpertLayers:
-        """All layers of the modules with these names."""
+        """All layers of the modules ``names``."""
         wanted = set(names)
         return ExpertLayers.of(
             {m.name: [[[True] * n for n in row] for row in m.layers] for m in modules if m.name in wanted}
         )
 
     def check(self, modules: Sequence[ModalityModule]) -> None:
-        """Raises ExpertLayersError unless each chunk named is one of these modules' and has so many layers."""
+        """Raise ExpertLayersError unless every named module is one of ``modules``, with as many layers in each
+        chunk."""
         known = {m.name: m for m in modules}
         for name, rows in self.modules:
             if name not in known:
@@ -69,7 +75,7 @@ class ExpertLayers:
                 )
 
     def meets(self, graph: OperationGraph) -> NDArray[np.bool_]:
-        """``[S, P]``: whether the stage's chunk has a layer with experts."""
+        """Whether the node's chunk has a layer with experts, ``[S, P]``."""
         out = np.zeros((graph.virtual_microbatches, graph.ranks), dtype=np.bool_)
         flags = {name: np.array([[any(c) for c in row] for row in rows]) for name, rows in self.modules}
         for unit in graph.units:
@@ -79,12 +85,12 @@ class ExpertLayers:
         return out
 
     def chunks(self, graph: OperationGraph) -> Ints:
-        """``[S, P]``: the number of the operation's chunk where that has a layer with experts, -1 elsewhere."""
+        """The number of the node's chunk if it has a layer with experts, else -1; ``[S, P]``."""
         return np.where(self.meets(graph), chunk_numbers(graph)[:, None], -1).astype(np.int32)
 
     def repeats(self, graph: OperationGraph) -> NDArray[np.int64]:
-        """``[C, S, P]``: which of the chunk's layers with experts run their collectives again in the backward, under
-        each memory strategy: bit i of the number is layer i of the chunk."""
+        """Which of the chunk's layers with experts repeat their collectives in the backward, under each memory
+        strategy, ``[C, S, P]``. Bit i of a number is layer i of the chunk."""
         out = np.zeros(graph.forward.shape, dtype=np.int64)
         flags = dict(self.modules)
         if not graph.strategies:
@@ -101,11 +107,11 @@ class ExpertLayers:
 
 
 NO_EXPERTS = ExpertLayers((), frozenset())
-"""Where replicas that share no experts meet: nowhere."""
+"""For replicas that share no experts."""
 
 
 def chunk_numbers(graph: OperationGraph) -> Ints:
-    """``[S]``: the number of each virtual microbatch's (module, segment)."""
+    """The number of each virtual microbatch's chunk (module, segment), ``[S]``."""
     number = {chunk: n for n, chunk in enumerate(chunks_of(graph.modules))}
     return np.array(
         [number[u.module, k] for u in graph.units for k in range(graph.module(u.module).segments)], dtype=np.int32
@@ -121,8 +127,8 @@ def repeated(chunk: tuple[bool, ...], strategy: str, repeating: frozenset[str]) 
 
 @dataclass(frozen=True)
 class Coupled:
-    """That a plan is one of a set: it is replica ``replica``'s of ``replicas`` coupled ones, which meet in the stages
-    with ``experts``."""
+    """Marks a plan as that of replica ``replica`` in a set of ``replicas`` coupled replicas, which meet in the layers
+    ``experts``."""
 
     replica: int
     replicas: int

@@ -1,4 +1,4 @@
-"""What is wrong with a file of settings or plans, in words for whoever wrote it."""
+"""Messages about faults in files of settings or plans, for the person who wrote the file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pydantic import BaseModel
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of ``known`` that ``name`` is likely a misspelling of; None if there is none, or it is known."""
+    """The name in ``known`` of which ``name`` is probably a misspelling. None if there is none, or if ``name`` is
+    known."""
     known = list(known)
     return None if name in known else next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
 
 
 def reason(fault: Any, schema: type[BaseModel]) -> str:
-    """The reason of one of pydantic's ``errors()`` about ``schema``, on one line; of a key that isn't known with the
-    likely one, or with all there are."""
+    """A one-line message for one of pydantic's ``errors()`` about ``schema``. For an unknown key it suggests the likely
+    one, or lists all."""
     if fault["type"] == "extra_forbidden":
         keys = _keys(schema, fault["loc"][:-1])
         meant = nearest(str(fault["loc"][-1]), keys)
@@ -32,16 +33,16 @@ def reason(fault: Any, schema: type[BaseModel]) -> str:
 
 
 def _keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """The keys of the model at a place of ``schema``, under which they are written."""
+    """The keys, as written in files, of the model at ``location`` in ``schema``."""
     models = [schema]
     for part in location:
         found = [inner for model in models if part in model.model_fields for inner in _models(model, str(part))]
-        models = found or models  # an index, the key of a mapping, or the tag of a union: the same model still
+        models = found or models  # an index, the key of a mapping or the tag of a union stays in the same model
     return list(dict.fromkeys(field.alias or name for m in models for name, field in m.model_fields.items()))
 
 
 def _models(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
-    """The models within a field's type."""
+    """The models that a field's type contains."""
     waiting, found = [model.model_fields[name].annotation], []
     while waiting:
         annotation = waiting.pop()

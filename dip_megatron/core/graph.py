@@ -1,8 +1,9 @@
-"""The stage graph: everything the planner knows about one iteration, and the one dependency rule.
+"""The operation graph: everything that a schedule may know about one iteration, and the dependency rule.
 
-The stages of one unit in one segment form a *virtual microbatch* (Megatron's word for a model chunk's work on a
-microbatch), with one stage per pipeline rank. They are numbered unit by unit in the order of
-:attr:`OperationGraph.units`, segment by segment. Arrays are indexed ``[strategy, virtual microbatch, rank]``.
+A *virtual microbatch* is the work of one unit in one segment, on all ranks (Megatron's term for one model chunk's work
+on a microbatch). Virtual microbatches are numbered unit by unit in the order of :attr:`OperationGraph.units`, and
+segment by segment within a unit. A *node* is one virtual microbatch on one rank. Arrays are indexed ``[strategy,
+virtual microbatch, rank]``.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from .operations import Kind, Operation
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 PER_STRATEGY = ("forward", "backward", "weight", "fused", "activation", "deferred_activation")
-"""The arrays of a graph with one value per memory strategy, virtual microbatch and rank."""
+"""The arrays of a graph that have one value for each memory strategy, virtual microbatch and rank."""
 
 
 class Edges(NamedTuple):
-    """The dependencies of forwards, as arrays. A *node* is stage ``s * P + rank``; edge e leads from node
-    ``source[e]`` to node ``target[e]``, ``transfer[e]`` seconds away; backwards go the other way.
+    """The dependencies between forwards, as arrays. Backwards depend on each other along the same edges, reversed.
 
-    Edges into node n are ``before[before_start[n]:before_start[n + 1]]`` (consecutive numbers), those out of it
-    ``after[after_start[n]:after_start[n + 1]]``, in the order of the nodes at their other ends.
+    Node number ``s * P + p`` is virtual microbatch s on rank p. Edge e leads from node ``source[e]`` to node
+    ``target[e]``, and its transfer takes ``transfer[e]`` seconds. The edges into node n are
+    ``before[before_start[n]:before_start[n + 1]]``, which are consecutive numbers; the edges out of it are
+    ``after[after_start[n]:after_start[n + 1]]``, ordered by the nodes at their other ends.
     """
 
     source: Ints
@@ -41,8 +43,8 @@ class Edges(NamedTuple):
 
 
 class Dependency(NamedTuple):
-    """One end of a dependency: the operation of ``kind`` of the stage (``virtual_microbatch``, ``rank``), ``seconds``
-    of transfer away. ``B`` stands for whichever of B and BW the plan has for that stage."""
+    """One end of a dependency: the operation of ``kind`` of the node (``virtual_microbatch``, ``rank``), with
+    ``seconds`` for the transfer. ``B`` stands for whichever of B and BW the plan has for that node."""
 
     kind: Kind
     virtual_microbatch: int
@@ -51,23 +53,34 @@ class Dependency(NamedTuple):
 
 
 class GraphError(ValueError):
-    """A stage graph that contradicts itself; the message names the place."""
+    """An inconsistent operation graph. The message names the place."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OperationGraph:
-    """Stages of one iteration with durations (seconds), bytes and dependencies.
+    """The operations of one iteration, with durations (seconds), memory (bytes) and dependencies.
 
-    With C memory strategies, S virtual microbatches and P ranks: ``forward``, ``backward`` (input gradient),
-    ``weight`` (weight gradient) and ``fused`` (both at once) are seconds ``[C, S, P]``. ``activation`` ``[C, S, P]``
-    are the bytes held from the start of F to the end of BW or B; ``deferred_activation`` ``[C, S, P]`` the bytes a
-    split stage still holds from the end of B to the end of W (inputs and output gradients of its linears).
-    ``transfer`` ``[S]`` is the seconds that one transfer of the virtual microbatch's output (or of its gradient)
-    takes. ``static_bytes`` ``[P]`` are parameters, gradients and optimizer state; ``memory_limit`` ``[P]`` is what a
-    rank may use in all (inf: no limit). ``strategies[s][rank]`` names the C candidates, fastest first; chunks with
-    fewer candidates repeat their last one. ``overhead`` (one number per rank; empty: none) are the seconds of each of
-    a rank's operations in which it doesn't compute but sends, receives and launches. They are part of the durations;
-    bubble ratios count them as idle.
+    C is the number of memory strategies, S the number of virtual microbatches and P the number of pipeline ranks.
+
+    Attributes:
+        ranks: P.
+        modules: The modules of the model, upstream ones first.
+        units: The sub-microbatches; the id of a unit is its position.
+        forward: Seconds of F, ``[C, S, P]``.
+        backward: Seconds of B (gradient of the input), ``[C, S, P]``.
+        weight: Seconds of W (gradient of the weights), ``[C, S, P]``.
+        fused: Seconds of BW, ``[C, S, P]``.
+        activation: Bytes held from the start of F to the end of BW or B, ``[C, S, P]``.
+        deferred_activation: Bytes that a node with a split backward still holds from the end of B to the end of W
+            (inputs and output gradients of its linear layers), ``[C, S, P]``.
+        transfer: Seconds of one transfer of a virtual microbatch's output, or of its gradient, ``[S]``.
+        static_bytes: Bytes of parameters, gradients and optimizer state, ``[P]``.
+        memory_limit: Bytes that a rank may use in total, ``[P]``; inf if there is no limit.
+        strategies: Names of the C candidates, ``[s][rank][c]``, fastest first. Chunks with fewer candidates repeat
+            their last one.
+        overhead: For each rank, the seconds of each operation in which the rank does not compute but sends, receives
+            and launches kernels. Empty if there are none. They are part of the durations; bubble ratios count them as
+            idle.
     """
 
     ranks: int
@@ -140,7 +153,7 @@ class OperationGraph:
 
     @cached_property
     def first_virtual_microbatch(self) -> tuple[int, ...]:
-        """Virtual microbatch of segment 0 of each unit."""
+        """The virtual microbatch of segment 0 of each unit."""
         first, n = [], 0
         for u in self.units:
             first.append(n)
@@ -149,12 +162,12 @@ class OperationGraph:
 
     @cached_property
     def virtual_microbatches(self) -> int:
-        """S: how many there are."""
+        """S, the number of virtual microbatches."""
         return sum(self._module_by_name[u.module].segments for u in self.units)
 
     @cached_property
     def unit_of(self) -> Ints:
-        """Unit id of each virtual microbatch, ``[S]``."""
+        """The unit id of each virtual microbatch, ``[S]``."""
         return np.concatenate(
             [np.full(self._module_by_name[u.module].segments, u.id, dtype=np.int32) for u in self.units]
         )
@@ -170,7 +183,7 @@ class OperationGraph:
         return Operation(kind, unit.module, self.segment(virtual_microbatch), unit.id, rank)
 
     def virtual_microbatch_of(self, operation: Operation) -> int:
-        """Virtual microbatch of an operation. Raises GraphError if it is not one of this graph."""
+        """The virtual microbatch of an operation. Raises GraphError if the operation is not in this graph."""
         if not 0 <= operation.unit < len(self.units) or self.units[operation.unit].module != operation.module:
             raise GraphError(f"{operation} is not an operation of this graph")
         if not (0 <= operation.segment < self.module(operation.module).segments and 0 <= operation.rank < self.ranks):
@@ -179,7 +192,7 @@ class OperationGraph:
 
     @cached_property
     def is_reversed(self) -> NDArray[np.bool_]:
-        """``[S]``: whether it runs from the last rank to rank 0."""
+        """Whether each virtual microbatch runs from the last rank to rank 0, ``[S]``."""
         flags = [
             m.runs_back(k) for u in self.units for m in [self._module_by_name[u.module]] for k in range(m.segments)
         ]
@@ -187,31 +200,32 @@ class OperationGraph:
 
     @cached_property
     def only_rank(self) -> Ints:
-        """``[S]``: the one rank on which it runs, of a replicated module; -1 for one that passes over all ranks."""
+        """The single rank on which each virtual microbatch of a replicated module runs, ``[S]``; -1 for virtual
+        microbatches that pass over all ranks."""
         ranks = np.array([-1 if u.rank is None else u.rank for u in self.units], dtype=np.int32)
         return ranks[self.unit_of]
 
     @cached_property
     def is_idle(self) -> NDArray[np.bool_]:
-        """``[S, P]``: stages of a replicated module on ranks where their unit doesn't run. They take no time, wait for
-        nothing and have no backward; they are there so that every rank's order holds every virtual microbatch."""
+        """The nodes of replicated modules on ranks where their unit does not run, ``[S, P]``. They take no time, have
+        no dependencies and no backward, and exist only so that every rank's order holds every virtual microbatch."""
         only = self.only_rank[:, None]
         idle: NDArray[np.bool_] = (only >= 0) & (only != np.arange(self.ranks, dtype=np.int32))
         return idle
 
     def entry_rank(self, virtual_microbatch: int) -> int:
-        """The rank where its forward starts (and its backward ends)."""
+        """The rank where a virtual microbatch's forward starts and its backward ends."""
         only = int(self.only_rank[virtual_microbatch])
         return only if only >= 0 else self.ranks - 1 if self.is_reversed[virtual_microbatch] else 0
 
     def exit_rank(self, virtual_microbatch: int) -> int:
-        """The rank where its forward ends (and its backward starts)."""
+        """The rank where a virtual microbatch's forward ends and its backward starts."""
         only = int(self.only_rank[virtual_microbatch])
         return only if only >= 0 else 0 if self.is_reversed[virtual_microbatch] else self.ranks - 1
 
     def link_transfer(self, before: int, after: int) -> float:
-        """Seconds from the last stage of ``before`` to the first of ``after``: nothing travels at a turn, nor from a
-        replicated module to what stands on the same rank."""
+        """Seconds of the transfer from the last rank of virtual microbatch ``before`` to the first rank of ``after``.
+        It is 0 where both are on the same rank: where the direction reverses, or around a replicated module."""
         if self.only_rank[before] >= 0 or self.only_rank[after] >= 0:
             stays = self.exit_rank(before) == self.entry_rank(after)
         else:
@@ -221,7 +235,8 @@ class OperationGraph:
     # -- the dependency rule -------------------------------------------------------------------------------------
     @cached_property
     def previous_virtual_microbatches(self) -> tuple[tuple[int, ...], ...]:
-        """Those that must have ended before each may start on its entry rank (forward); joins have several."""
+        """For each virtual microbatch, those whose forwards must end before its own may start on its entry rank. A unit
+        that several others feed has several."""
         previous: list[list[int]] = [[] for _ in range(self.virtual_microbatches)]
         for u in self.units:
             start = self.first_virtual_microbatch[u.id]
@@ -234,7 +249,7 @@ class OperationGraph:
 
     @cached_property
     def next_virtual_microbatches(self) -> tuple[tuple[int, ...], ...]:
-        """Mirror of :attr:`previous_virtual_microbatches`."""
+        """The inverse of :attr:`previous_virtual_microbatches`."""
         following: list[list[int]] = [[] for _ in range(self.virtual_microbatches)]
         for s, previous in enumerate(self.previous_virtual_microbatches):
             for p in previous:
@@ -243,11 +258,12 @@ class OperationGraph:
 
     @cached_property
     def edges(self) -> Edges:
-        """The dependency rule, from which all others follow: what each stage's forward waits for.
+        """The dependency rule, from which all other dependencies follow: the forwards that each node's forward waits
+        for.
 
-        The previous rank's F; on the entry rank (rank 0; the last rank if the segment is reversed; of a replicated
-        module the unit's own) the F of every previous virtual microbatch on its exit rank. :meth:`inputs` says what
-        that means for backwards.
+        A forward waits for the forward of the same virtual microbatch on the previous rank. On the entry rank (rank 0,
+        the last rank in a reversed segment, or the unit's rank in a replicated module) it waits for the forward of
+        every previous virtual microbatch on that one's exit rank. :meth:`inputs` derives the dependencies of backwards.
         """
         ranks, transfer = self.ranks, self.transfer.tolist()
         into: list[list[tuple[int, float]]] = [[] for _ in range(self.virtual_microbatches * ranks)]
@@ -274,24 +290,25 @@ class OperationGraph:
 
     @cached_property
     def has_weight(self) -> NDArray[np.bool_]:
-        """``[S, P]``: the stage's chunk is trainable."""
+        """Whether the node's chunk is trainable, ``[S, P]``."""
         ranks = range(self.ranks)
         trains = {m.name: [[m.trains(k, r) for r in ranks] for k in range(m.segments)] for m in self.modules}
         return self._by_chunk(trains) & ~self.is_idle
 
     @cached_property
     def has_backward(self) -> NDArray[np.bool_]:
-        """``[S, P]``: the stage's chunk or anything before it in the model trains (whatever the batch holds)."""
+        """Whether the node's chunk or anything before it in the model trains, ``[S, P]``. This does not depend on the
+        batch."""
         return (self._by_chunk(trained_before(self.modules)) & ~self.is_idle) | self.has_weight
 
     def _by_chunk(self, flags: dict[str, list[list[bool]]]) -> NDArray[np.bool_]:
-        """``[S, P]`` of flags ``[segment][rank]`` of each module."""
+        """Expands flags ``[segment][rank]`` of each module to ``[S, P]``."""
         tables = {name: np.array(lines, dtype=np.bool_) for name, lines in flags.items()}
         return np.concatenate([tables[u.module] for u in self.units])
 
     @cached_property
     def _adjacency(self) -> tuple[list[int], list[int], list[float], list[int], list[int], list[int]]:
-        """:attr:`edges` as lists, which single nodes are looked up in faster: most ranks ask for their own alone."""
+        """:attr:`edges` as lists, in which looking up single nodes is faster than in arrays."""
         e = self.edges
         return (
             e.source.tolist(), e.target.tolist(), e.transfer.tolist(), e.before_start.tolist(), e.after_start.tolist(),
@@ -317,11 +334,11 @@ class OperationGraph:
         )
 
     def inputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:
-        """What must end before an operation may start, other than by its rank's own order.
+        """The operations that must end before an operation may start, other than through its rank's order.
 
-        F waits along :attr:`edges`. B and BW follow the stage's own F, and wait along the same edges the other way:
-        for the next rank's B; on the exit rank for the B of every next virtual microbatch on its entry rank. W follows
-        its own B.
+        F waits along :attr:`edges`. B and BW wait for the F of their node, and along the same edges in reverse: for the
+        B of the next rank, or, on the exit rank, for the B of every next virtual microbatch on that one's entry rank. W
+        waits for the B of its node.
         """
         node = virtual_microbatch * self.ranks + rank
         if kind == Kind.F:
@@ -332,8 +349,8 @@ class OperationGraph:
         return (own, *self._backwards_before(node))
 
     def outputs(self, kind: Kind, virtual_microbatch: int, rank: int) -> tuple[Dependency, ...]:
-        """Who waits for the data that an operation leaves: the other end of :meth:`inputs` between stages. A gradient
-        has no reader where nothing trains."""
+        """The operations that wait for the data of an operation: the inverse of :meth:`inputs` between nodes. A
+        gradient is not sent to nodes that have no backward."""
         node = virtual_microbatch * self.ranks + rank
         if kind == Kind.W:
             return ()
@@ -345,32 +362,33 @@ class OperationGraph:
     # -- views ---------------------------------------------------------------------------------------------------
     @property
     def candidates(self) -> int:
-        """C: number of memory strategies."""
+        """C, the number of memory strategies."""
         return int(self.forward.shape[0])
 
     def strategy_name(self, strategy: int, virtual_microbatch: int, rank: int) -> str:
         return self.strategies[virtual_microbatch][rank][strategy] if self.strategies else "none"
 
     def repriced(self, **fields: Any) -> OperationGraph:
-        """The graph with other arrays per strategy, or names of strategies. What waits for what is the same, and not
-        worked out again."""
+        """The graph with other arrays per strategy, or other names of strategies. The dependencies are kept and not
+        computed again."""
         graph = replace(self, **fields)
         graph.__dict__.update({name: self.__dict__[name] for name in _STRUCTURE if name in self.__dict__})
         return graph
 
     def changed(self, change: Callable[[Floats], Floats], **others: Any) -> OperationGraph:
-        """The graph with ``change`` made to each array that has a value per strategy; ``others`` are replaced."""
+        """The graph with ``change`` applied to each array that has a value per strategy, and the fields ``others``
+        replaced."""
         arrays: dict[str, Any] = {name: change(getattr(self, name)) for name in PER_STRATEGY}
         return replace(self, **arrays, **others)
 
     def project(self, strategy: NDArray[np.int8]) -> OperationGraph:
-        """The graph with one strategy per stage (``strategy`` is ``[S, P]``), so that C = 1."""
+        """The graph with one strategy per node (``strategy`` is ``[S, P]``), so that C = 1."""
         index = strategy[None].astype(np.int64)
 
         def pick(array: Floats) -> Floats:
             return np.ascontiguousarray(np.take_along_axis(array, index, axis=0))
 
-        known: dict[str, tuple[str]] = {}  # few names for many stages: one tuple of each
+        known: dict[str, tuple[str]] = {}  # one tuple for each name, as many nodes share it
         names = tuple(
             tuple(known.setdefault(name, (name,)) for name in (self.strategy_name(c, s, p) for p, c in enumerate(line)))
             for s, line in enumerate(strategy.tolist())
@@ -383,4 +401,4 @@ _STRUCTURE = (
     "only_rank", "is_idle",
     "previous_virtual_microbatches", "next_virtual_microbatches", "edges", "has_weight", "has_backward", "_adjacency",
 )  # fmt: skip
-"""Cached properties of a graph that its costs don't matter to."""
+"""The cached properties that do not depend on costs."""

@@ -1,4 +1,4 @@
-"""What a stage graph is of: modality modules as they are cut, and the sub-microbatches that pass through them."""
+"""The modality modules of a model as they are cut, and the sub-microbatches that pass through them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from dataclasses import dataclass
 class ModalityModule:
     """One network of the model (ViT, LLM, DiT), cut into ``segments`` passes over all ranks.
 
-    ``layers[segment][rank]`` is the number of transformer layers of each chunk. ``upstream`` names the modules whose
-    outputs feed this module's first segment. ``trainable[segment][rank]`` says whether the chunk has weight gradients
-    (a frozen ViT with a trained projector is trainable in its very last chunk only); empty means all of it.
-    ``reversed[segment]`` is True for a segment that runs from the last rank to rank 0 (the second half of a V-shaped
-    placement); empty means that none does. A ``replicated`` module stands whole on every rank, in one segment
-    (``layers[0][rank]`` are all of its layers); each of its units runs on one rank, and what they leave of weight
-    gradients is summed over the ranks.
+    Attributes:
+        name: Name of the module.
+        layers: Number of transformer layers of each chunk, ``[segment][rank]``.
+        upstream: Names of the modules whose outputs feed this module's first segment.
+        trainable: Whether each chunk has weight gradients, ``[segment][rank]``. For example, a frozen ViT with a
+            trained projector is trainable only in its last chunk. Empty means that all chunks are.
+        reversed: Whether each segment runs from the last rank to rank 0, as the second half of a V-shaped placement
+            does. Empty means that none does.
+        replicated: Whether every rank holds the whole module, in one segment (``layers[0][rank]`` are all of its
+            layers). Each of its units then runs on one rank, and its weight gradients are summed over the ranks.
     """
 
     name: str
@@ -38,13 +41,13 @@ class ModalityModule:
 
 
 def chunks_of(modules: Sequence[ModalityModule]) -> tuple[tuple[str, int], ...]:
-    """(module, segment) of each chunk that a rank has, in the order that numbers them."""
+    """The chunks that each rank has, as (module, segment). A chunk's position is its number."""
     return tuple((m.name, k) for m in modules for k in range(m.segments))
 
 
 def trained_before(modules: Sequence[ModalityModule]) -> dict[str, list[list[bool]]]:
-    """``[segment][rank]`` of each module: whether anything before the chunk in the model trains, so that a gradient has
-    to pass through it."""
+    """For each module, ``[segment][rank]``: whether anything before the chunk in the model trains, so that a gradient
+    has to pass through the chunk."""
     reached: dict[str, bool] = {}
     flags: dict[str, list[list[bool]]] = {}
     for m in modules:
@@ -63,9 +66,14 @@ def trained_before(modules: Sequence[ModalityModule]) -> dict[str, list[list[boo
 class Unit:
     """A sub-microbatch: the slice of one microbatch that one module processes at a time.
 
-    ``id`` is its position in :attr:`OperationGraph.units`. ``first`` and ``count`` say which instances (images, clips,
-    packed sequences) of the microbatch it holds. ``downstream`` are the ids of the downstream units that wait for it.
-    ``rank`` is where a unit of a replicated module runs; None of any other, which passes over all ranks.
+    Attributes:
+        id: Position in :attr:`OperationGraph.units`.
+        module: Name of the module that processes it.
+        microbatch: Number of its microbatch.
+        first: First of the microbatch's instances (images, clips, packed sequences) that it holds.
+        count: Number of instances.
+        downstream: Ids of the downstream units that wait for it.
+        rank: The rank on which a unit of a replicated module runs; None for other units, which pass over all ranks.
     """
 
     id: int

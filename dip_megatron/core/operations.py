@@ -1,7 +1,7 @@
-"""Stages and operations: the words every other package speaks.
+"""Operations: what one rank computes for one unit on one chunk. ``docs/glossary.md`` defines these words.
 
-A *stage* is one model chunk's work for one sub-microbatch (unit): (module, segment, unit, rank). An *operation* is one
-of the things a rank can do for a stage: its forward, its backward, or the two halves of a split backward.
+A *node* is one unit on one chunk, given by (module, segment, unit, rank). Its operations are a forward and a backward,
+or a forward and the two halves of a split backward.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from enum import IntEnum
 
 
 class Kind(IntEnum):
-    """What a rank computes for a stage.
+    """What an operation computes.
 
-    ``B`` is the gradient with respect to the stage's input, ``W`` the gradient of its weights, ``BW`` both at once (an
-    unsplit backward). A stage has either one ``BW``, or a ``B`` followed (not necessarily at once) by a ``W``. A stage
-    whose chunk is frozen has a ``B`` alone, or no backward at all where nothing before it trains.
+    ``B`` is the gradient of the node's input, ``W`` the gradient of its chunk's weights, and ``BW`` both at once (a
+    backward that is not split). A node has either one ``BW``, or a ``B`` and, at any later time, a ``W``. A node whose
+    chunk is frozen has only a ``B``, or no backward at all if nothing before it trains.
     """
 
     F = 0
@@ -27,7 +27,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Operation:
-    """One operation of one stage; ``str()`` and :meth:`parse` are exact inverses, e.g. ``F:vision.0#3@1``."""
+    """One operation. ``str()`` and :meth:`parse` are exact inverses, e.g. ``F:vision.0#3@1``."""
 
     kind: Kind
     module: str

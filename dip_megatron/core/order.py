@@ -1,4 +1,4 @@
-"""A schedule: for each rank the order of its operations, and the memory strategy of each stage."""
+"""A schedule: the order of each rank's operations, and the memory strategy of each node."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from .operations import Kind, Operation
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """``orders[rank]`` lists operation codes ``kind * S + s`` (int32) in the order the rank executes them;
-    ``strategy`` ``[S, P]`` (int8) picks one of the graph's C candidates per stage."""
+    """The order in which each rank executes its operations, and a memory strategy for each node.
+
+    Attributes:
+        orders: For each rank, operation codes ``kind * S + s`` (int32) in the order of execution.
+        strategy: Which of the graph's C candidates each node uses, ``[S, P]`` (int8).
+    """
 
     orders: tuple[Ints, ...]
     strategy: NDArray[np.int8]
@@ -24,13 +28,14 @@ class Schedule:
         return [self.operation(graph, rank, i) for i in range(len(self.orders[rank]))]
 
     def operation(self, graph: OperationGraph, rank: int, index: int) -> Operation:
-        """The operation that the rank executes at place ``index`` of its order."""
+        """The operation at place ``index`` of the rank's order."""
         kind, virtual_microbatch = divmod(int(self.orders[rank][index]), graph.virtual_microbatches)
         return graph.operation(Kind(kind), virtual_microbatch, rank)
 
 
 def check_complete(graph: OperationGraph, schedule: Schedule) -> str | None:
-    """None if every rank has each operation exactly once and W after its B after its F; else the first fault."""
+    """Describe the first fault in the orders; None if every rank has each operation exactly once, with F before B
+    before W."""
     virtual_microbatches = graph.virtual_microbatches
     if len(schedule.orders) != graph.ranks:
         return f"{len(schedule.orders)} ranks have an order, the graph has {graph.ranks}"
@@ -72,7 +77,7 @@ def check_complete(graph: OperationGraph, schedule: Schedule) -> str | None:
 
 
 def _complete(graph: OperationGraph, rank: int, order: Ints) -> bool:
-    """Whether a rank's order has no fault, all stages at once: nearly all orders have none."""
+    """Whether a rank's order has no fault. Checks all nodes at once, which is fast in the usual case of no fault."""
     virtual_microbatches = graph.virtual_microbatches
     if len(order) and not (order.min() >= 0 and order.max() < 4 * virtual_microbatches):
         return False

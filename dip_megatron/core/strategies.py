@@ -1,12 +1,12 @@
 """Memory strategies: what each layer of a chunk keeps between its forward and its backward.
 
-A strategy is one entry here, :class:`LayerStrategy`: its name, what kind it is, what it costs and how a layer runs
-under it. The cost model, the switches ``recompute`` and ``offload``, the search and the runtime all ask the entry.
-:func:`register` adds one from outside the package.
+Each strategy is one entry here, a :class:`LayerStrategy`, with its name, its kind, its cost and the function that runs
+a layer under it. The cost model, the switches ``recompute`` and ``offload``, the search and the runtime all use the
+entries. :func:`register` adds one from outside the package.
 
-The strategy of a chunk is a name per layer, run-length encoded in the order of the chunk's layers:
-``full:2+selective:3+offload:1``. Layers past the end of the text keep everything (``none``), and ``none`` alone means
-that of the whole chunk.
+The strategy of a chunk names one entry per layer, run-length encoded in the order of the chunk's layers:
+``full:2+selective:3+offload:1``. Layers past the end of the text keep everything (``none``); ``none`` alone means that
+of the whole chunk.
 """
 
 from __future__ import annotations
@@ -26,12 +26,21 @@ from .graph import Floats
 
 @dataclass(frozen=True, eq=False)
 class LayerFacts:
-    """One transformer layer that keeps all its activations, for units of several sizes; arrays ``[U]``.
+    """Costs of one transformer layer that keeps all its activations, for units of several sizes. Arrays ``[U]``.
 
-    ``forward`` and ``backward`` (input gradient) in seconds; ``activation``, what it keeps, and ``layer_input`` in
-    bytes. Of its activation function, attention core and MLP: seconds of the forward (``recompute_...``) and bytes that
-    recomputing it saves (``saved_by_...``). ``copy`` is the seconds that its activations take to host memory or back,
-    ``traffic`` those that the copy's reads and writes take from the layer.
+    Attributes:
+        forward: Seconds of the forward.
+        backward: Seconds of the input gradient.
+        activation: Bytes kept between forward and backward.
+        layer_input: Bytes of the layer's input.
+        recompute_activation: Seconds of the activation function's forward.
+        recompute_attention: Seconds of the attention core's forward.
+        recompute_mlp: Seconds of the MLP's forward.
+        saved_by_activation: Bytes saved by recomputing the activation function.
+        saved_by_attention: Bytes saved by recomputing the attention core.
+        saved_by_mlp: Bytes saved by recomputing the MLP.
+        copy: Seconds of copying the activations to host memory, or back.
+        traffic: Seconds by which the memory traffic of one copy slows the layer down.
     """
 
     forward: Floats
@@ -49,22 +58,25 @@ class LayerFacts:
 
 
 Price = tuple[Floats, Floats, Floats]
-"""Seconds of the forward, seconds of the input gradient and bytes kept between them, each ``[U]``."""
+"""Seconds of the forward, seconds of the input gradient, and bytes kept between them, each ``[U]``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStrategy:
-    """One way to spend time for memory in a layer.
+    """One way to trade time for memory in a layer.
 
-    ``price`` is what a layer costs under it. ``recomputes``: the switch ``recompute: false`` leaves it out;
-    ``offloads``: ``offload: false`` does, and its stages get a place in host memory. ``place`` orders the layers of a
-    chunk that mixes strategies, lowest first. ``run`` is the function that runs a layer's forward, as
-    ``package.module:function``, so that planning needs not import it; it takes a
-    :class:`dip_megatron.families.shared.layer_memory.LayerCall` and returns what the layer's forward returns.
-    ``exchanges_again``: the backward of a layer with experts runs the collectives of its forward again.
-    ``hosts_weight_inputs``: where its stage's backward is split, what weight gradients need of the forward waits for W
-    in host memory, too. ``instead_of``: the entry in whose place this one is offered where W is long enough to hide
-    that.
+    Attributes:
+        name: Name in texts such as ``full:2``.
+        price: The cost of a layer under this strategy.
+        run: The function that runs a layer's forward, as ``package.module:function``, so that planning does not have to
+            import it. It takes a :class:`dip_megatron.families.shared.layer_memory.LayerCall` and returns what the
+            layer's forward returns.
+        recomputes: Whether the setting ``recompute: false`` excludes it.
+        offloads: Whether the setting ``offload: false`` excludes it, and its nodes need space in host memory.
+        exchanges_again: Whether the backward of a layer with experts repeats the collectives of its forward.
+        hosts_weight_inputs: Whether, with a split backward, the inputs of weight gradients wait for W in host memory.
+        instead_of: Name of the entry that this one replaces where W is long enough to hide that copy.
+        place: Order of the layers in a chunk that mixes strategies, lowest first.
     """
 
     name: str
@@ -78,7 +90,7 @@ class LayerStrategy:
     place: float = 3.5
 
     def runner(self) -> Callable[[Any], Any]:
-        """The function that ``run`` names."""
+        """Resolve ``run``."""
         return _resolved(self.run)
 
 
@@ -89,7 +101,7 @@ def _resolved(name: str) -> Callable[[Any], Any]:
 
 
 class StrategyError(ValueError):
-    """A text that names no memory strategy, or an entry that can't be one."""
+    """A text that does not name a memory strategy, or an entry that can't be registered."""
 
 
 def _keep(x: LayerFacts) -> Price:
@@ -113,13 +125,13 @@ def _recompute_layer(x: LayerFacts) -> Price:
 
 
 def _offload(x: LayerFacts) -> Price:
-    """Copied out behind the layer's forward and back behind its backward: what the copy takes longer is waited for."""
+    """The copies overlap the layer's forward and backward; the layer waits for the longer of the two."""
     forward = np.maximum(x.forward, x.copy) + x.traffic
     return forward, np.maximum(x.backward, x.copy) + x.traffic, np.zeros_like(x.activation)
 
 
 def _offload_without_activation(x: LayerFacts) -> Price:
-    """The same with less to copy: the input of the MLP's second linear is dropped and made again."""
+    """Like :func:`_offload` with less to copy: the input of the MLP's second linear is dropped and recomputed."""
     left = np.divide(
         x.activation - x.saved_by_activation, x.activation, where=x.activation > 0, out=np.ones_like(x.copy)
     )
@@ -129,8 +141,8 @@ def _offload_without_activation(x: LayerFacts) -> Price:
 
 
 NOT_THE_PAPERS = ("activation",)
-"""Names of the entries that the DIP paper's own search doesn't have. What it recomputes and offloads the paper leaves
-open (section 2c), so it has the rest: a weaker baseline would flatter ``dip``."""
+"""Names of the entries that ``dip-paper`` leaves out. The paper does not say which parts it recomputes and offloads
+(section 2c), so the baseline has all the others: a weaker one would flatter ``dip``."""
 
 _RUNNERS = "dip_megatron.families.shared.layer_memory"
 _known: dict[str, LayerStrategy] = {
@@ -164,7 +176,7 @@ _known: dict[str, LayerStrategy] = {
             exchanges_again=True, place=0,
         ),
         LayerStrategy(name="offload", price=_offload, run=f"{_RUNNERS}:run_offloaded", offloads=True, place=4),
-        # Where the link is too slow to copy all of a layer behind it.
+        # For links that are too slow to copy a whole layer while it computes.
         LayerStrategy(
             name="offload_and_activation",
             price=_offload_without_activation,
@@ -173,7 +185,7 @@ _known: dict[str, LayerStrategy] = {
             offloads=True,
             place=3.8,
         ),
-        # Both with inputs of weight gradients that go to host memory once more, behind the input gradient, until W.
+        # Variants that copy the inputs of weight gradients to host memory again, after the input gradient, until W.
         LayerStrategy(
             name="offload_until_weight", price=_offload, run=f"{_RUNNERS}:run_offloaded_until_weight", offloads=True,
             hosts_weight_inputs=True, instead_of="offload", place=4,
@@ -193,8 +205,12 @@ _known: dict[str, LayerStrategy] = {
 
 
 def register(strategy: LayerStrategy) -> None:
-    """Add an entry, in every process that plans or trains; the same one again changes nothing. Raises StrategyError if
-    another entry has its name, or if a text couldn't spell it."""
+    """Add an entry, in every process that plans or trains. Adding the same entry again has no effect.
+
+    Raises:
+        StrategyError: If another entry has its name, or if the name has other characters than lower-case letters and
+            underscores.
+    """
     if _known.get(strategy.name, strategy) != strategy:
         raise StrategyError(f"a memory strategy is called {strategy.name!r} already")
     if not re.fullmatch(r"[a-z_]+", strategy.name):
@@ -203,12 +219,12 @@ def register(strategy: LayerStrategy) -> None:
 
 
 def unregister(name: str) -> None:
-    """Take out an entry that :func:`register` added."""
+    """Remove an entry that :func:`register` added."""
     del _known[name]
 
 
 def known_strategies() -> tuple[LayerStrategy, ...]:
-    """All entries: ``none`` first, then in the order in which they were added."""
+    """All entries: ``none`` first, then in the order of registration."""
     return tuple(_known.values())
 
 
@@ -218,7 +234,8 @@ def strategy_names() -> tuple[str, ...]:
 
 
 def allowed_strategies(*, recompute: bool, offload: bool, paper: bool = False) -> tuple[str, ...]:
-    """Names of the entries that the switches leave; with ``paper``, of those that the DIP paper's own search has."""
+    """Names of the entries that the switches ``recompute`` and ``offload`` allow, and, with ``paper``, that the DIP
+    paper's search has."""
     return tuple(
         s.name
         for s in _known.values()
@@ -227,7 +244,7 @@ def allowed_strategies(*, recompute: bool, offload: bool, paper: bool = False) -
 
 
 def exchanging_strategies() -> frozenset[str]:
-    """Names of the entries under which a backward runs the collectives of a layer with experts again."""
+    """Names of the entries under which the backward of a layer with experts repeats the collectives of its forward."""
     return frozenset(s.name for s in _known.values() if s.exchanges_again)
 
 
@@ -240,12 +257,12 @@ def strategy(name: str) -> LayerStrategy:
 
 @lru_cache(maxsize=4096)
 def names_in(text: str) -> frozenset[str]:
-    """The layer strategies in a chunk's text, ``none`` where it isn't spelled left out."""
+    """The layer strategies that a chunk's text names. A ``none`` that is only implied is not among them."""
     return frozenset(run.partition(":")[0] for run in text.split("+"))
 
 
 def offloads(names: Iterable[str]) -> bool:
-    """Whether any of these strategies needs a place in host memory."""
+    """Whether any of these strategies needs space in host memory."""
     return any(strategy(name).offloads for name in names)
 
 
@@ -253,7 +270,8 @@ _RUN = re.compile(r"([a-z_]+):([1-9]\d*)")
 
 
 def format_strategy(layers: Iterable[str]) -> str:
-    """The text of one strategy per layer; inverse of :func:`parse_strategy`. Raises StrategyError for unknown names."""
+    """The text for one strategy per layer; the inverse of :func:`parse_strategy`. Raises StrategyError for unknown
+    names."""
     runs = [(strategy(name).name, len(list(group))) for name, group in groupby(layers)]
     if runs and runs[-1][0] == "none":
         runs.pop()
@@ -261,8 +279,8 @@ def format_strategy(layers: Iterable[str]) -> str:
 
 
 def parse_strategy(text: str, layers: int) -> tuple[str, ...]:
-    """One name per layer of a chunk of ``layers`` layers. Raises StrategyError if the text is not canonical or longer
-    than the chunk."""
+    """The strategy of each of a chunk's ``layers`` layers. Raises StrategyError if the text is not canonical, or covers
+    more layers than the chunk has."""
     if text == "none":
         return ("none",) * layers
     out: list[str] = []
